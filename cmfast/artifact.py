@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""The manifest: what a model file says about itself, found and checked before anything runs it.
+
+    manifest = read_manifest("model.onnx")        # needs neither onnx nor an engine
+
+In ONNX it is `metadata_props["cmfast"]`. The reader walks the protobuf itself (`cmfast._protobuf`): that starts
+in milliseconds, sees a truncated file, and finds tensors that point outside the file before an engine opens them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cmfast import _protobuf as pb
+from cmfast.errors import ArtifactError, CmfastError
+from cmfast.spec import ModelSpec
+
+SCHEMA = "cmfast/1"
+KINDS = ("denoiser", "sampler")
+MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest lives, to 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A model file's description of itself. The JSON keys are a contract: C++ and other people's scripts read them."""
+
+    kind: str  # denoiser or sampler
+    spec: ModelSpec
+    dtype: str = "float32"  # of the trunk; inputs and outputs are always float32
+    source: Mapping[str, Any] = field(default_factory=dict)  # format and SHA-256 of the weights
+    made_by: Mapping[str, str] = field(default_factory=dict)  # versions of the programs that wrote the file
+    parity: Mapping[str, float] = field(default_factory=dict)  # against PyTorch, worst over levels and batches
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "sampler" and len(self.spec.sigmas) != 1:
+            raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON, at most 4,000 characters."""
+        values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}
+        values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
+        values["parity"] = dict(self.parity)
+        text = json.dumps(values)
+        if len(text) > MAX_CHARACTERS:
+            raise CmfastError(f"the manifest has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read a manifest; `where` names its file in errors. Unknown keys are ignored, an unknown schema is refused."""
+        try:
+            values = json.loads(text) if len(text) <= 16 * MAX_CHARACTERS else None
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{where}: the manifest is not a JSON object; export the model again with cmfast-export")
+        if values.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"{where}: the manifest has schema {values.get('schema')!r}, this version reads {SCHEMA!r}; "
+                "update cmfast or export the model again"
+            )
+        parts = {name: values.get(name, {}) for name in ("source", "made_by", "parity")}
+        try:
+            if not all(isinstance(part, dict) for part in parts.values()):
+                raise CmfastError("source, made_by and parity must be objects")
+            kind, dtype = values.get("kind"), values.get("dtype", "float32")
+            return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), **parts)
+        except CmfastError as err:
+            raise ArtifactError(f"{where}: {err}") from None
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of an exported file, or raise ArtifactError saying what the file is and what to type."""
+    file = check_file(path)
+    if file.suffix != ".onnx":
+        raise ArtifactError(f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; need .onnx")
+    return read_onnx(file)[0]
+
+
+def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
+    """Return the manifest of an ONNX file and {"ir": ..., "opset": ...}, after checking that it is whole and closed."""
+    file = check_file(path)
+    try:
+        model = pb.read_onnx_model(file)
+    except pb.ProtobufError as err:
+        raise ArtifactError(f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export") from None
+    for location in model.external:
+        _check_external(file, location)
+    text = model.metadata.get("cmfast")
+    if text is None:
+        raise ArtifactError(
+            f"{file}: an ONNX file without a cmfast manifest, so its conventions are unknown; "
+            "make one that has it: cmfast-export model.pt"
+        )
+    return Manifest.from_json(text, str(file)), {"ir": model.ir, "opset": model.opset}
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path if it is a file with something in it, else raise ArtifactError."""
+    file = Path(path)
+    if not file.exists():
+        raise ArtifactError(f"{file}: no such file")
+    if not file.is_file():
+        raise ArtifactError(f"{file}: not a file")
+    if file.stat().st_size == 0:
+        raise ArtifactError(f"{file}: the file is empty")
+    return file
+
+
+def _check_external(file: Path, location: str) -> None:
+    """Allow weights in a plain file beside the model (needed above 2 GB) and nothing else."""
+    beside = file.parent / location
+    plain = bool(location) and location == os.path.basename(location) and location not in (".", "..") and "\\" not in location
+    if not plain:
+        raise ArtifactError(f"{file}: its weights point to {location!r}, outside the model's folder; refused")
+    if not os.path.lexists(beside):
+        raise ArtifactError(f"{file}: its weights are in {location!r}, which is not beside it")
+    if beside.is_symlink() or not beside.is_file() or beside.stat().st_nlink != 1:
+        raise ArtifactError(f"{file}: its weights point to {location!r}, which is a link or not a file; refused")

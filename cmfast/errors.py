@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""What can go wrong and a user can mend. Bugs are not here: they keep their traceback.
+
+The commands print the message as one line; `exit_code` is what they exit with.
+"""
+
+from __future__ import annotations
+
+
+class CmfastError(Exception):
+    """A request that cannot be fulfilled; the message says what was got, what is needed, what to type."""
+
+    exit_code = 2
+
+
+class ArtifactError(CmfastError):
+    """A model file is missing, damaged, of the wrong kind, or does not describe itself."""
+
+
+class EngineError(CmfastError):
+    """An engine or a device was asked for and cannot be had. There is no fallback."""
+
+
+class CheckFailed(CmfastError):
+    """Work was done, checked, and found wanting: an export that differs, a loss that is not finite."""
+
+    exit_code = 1
+
+
+class MissingDependency(CmfastError):
+    """An optional package is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install 'cmfast[{extra}]'")

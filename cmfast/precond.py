@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Preconditioning: how a network F becomes a denoiser f that is the identity at sigma_min.
+
+    f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma), label)
+
+Only arithmetic operators, so the same lines serve floats, numpy arrays and torch tensors: the trainer, the
+exporter's check and the tests quote this file, and a sign error cannot live in one of four copies.
+Which convention a model follows is `ModelSpec.scaling` and `ModelSpec.c_noise`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cmfast.spec import ModelSpec
+
+Array = Any  # float, numpy.ndarray or torch.Tensor: what goes in is what comes out
+
+
+def scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) of the model at noise level sigma (data units; any shape that broadcasts)."""
+    if spec.scaling == "boundary":
+        return boundary_scalings(sigma, spec.sigma_data, spec.sigma_min)
+    if spec.scaling == "seed":
+        return seed_scalings(sigma, spec.sigma_min)
+    # TrigFlow written for x = x0 + sigma z instead of the rotated x_t is EDM with the sign of c_out turned.
+    c_skip, c_out, c_in = edm_scalings(sigma, spec.sigma_data)
+    return (c_skip, -c_out, c_in) if spec.scaling == "trigflow" else (c_skip, c_out, c_in)
+
+
+def edm_scalings(sigma: Array, sigma_data: float) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) of a diffusion denoiser: EDM (arXiv:2206.00364), Table 1."""
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, sigma * sigma_data / total**0.5, 1 / total**0.5
+
+
+def boundary_scalings(sigma: Array, sigma_data: float, sigma_min: float) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) with f(x, sigma_min) = x exactly.
+
+    c_skip and c_out: "Consistency Models" (arXiv:2303.01469), Appendix C. c_in: EDM, Table 1.
+    """
+    above = sigma - sigma_min
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data / total**0.5, 1 / total**0.5
+
+
+def seed_scalings(sigma: Array, sigma_min: float) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) of the first public implementation: c_out is half of what it should be, no c_in.
+
+    For its checkpoints only. It has 0.25 = sigma_data^2 where sigma_data = 0.5 belongs.
+    """
+    above = sigma - sigma_min
+    return 0.25 / (above**2 + 0.25), 0.25 * above / (sigma**2 + 0.25) ** 0.5, sigma * 0 + 1.0
+
+
+def noise_condition(sigma: Array, spec: ModelSpec, xp: Any) -> Array:
+    """Return c_noise(sigma), what the network's noise embedding is fed.
+
+    sigma  noise level, data units
+    xp     the module that owns `log` and `atan`: numpy or torch
+
+    "250ln" reaches from -1553 to 1096 on the usual range: never compute it in half precision.
+    """
+    if spec.c_noise == "250ln":  # OpenAI, diffusers: 1000 * ln(sigma) / 4
+        return 250.0 * xp.log(sigma)
+    if spec.c_noise == "ln/4":  # EDM, Table 1
+        return xp.log(sigma) / 4
+    if spec.c_noise == "trig":  # sCM (arXiv:2410.11081): t = atan(sigma / sigma_data)
+        return xp.atan(sigma / spec.sigma_data)
+    return sigma

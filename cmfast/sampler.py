@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Few-step sampling with a consistency model. Start reading here.
+
+    noise --> denoise(x, sigma) --> x0 --> (add a little noise, denoise again) --> x0
+
+`sample` is the whole algorithm: Algorithm 1 of "Consistency Models" (Song et al. 2023, arXiv:2303.01469).
+The denoiser is any callable: an engine's (`cmfast.load(...).denoise`), a torch module, a line in a test.
+Noise levels come from `cmfast.schedule`, noise from `cmfast.noise`, preconditioning is inside the denoiser.
+The exporter writes the same loop as one ONNX graph (`cmfast_export.compose`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.spec import ModelSpec
+
+Array = Any  # numpy.ndarray or torch.Tensor; the loop only uses operators and clip
+Denoise = Callable[[Array, float], Array]
+
+
+def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelSpec) -> Array:
+    """Draw images from noise in K = len(sigmas) network calls; return x0 [B, C, H, W] in data units.
+
+    denoise  callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller
+    noise    [K, B, C, H, W] unit Gaussian, one slice a step
+    sigmas   K noise levels, data units, strictly decreasing (`ModelSpec.levels` checks them)
+    spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
+    """
+    x = sigmas[0] * noise[0]
+    x0 = _clip(denoise(x, sigmas[0]), spec)
+    for sigma, z in zip(sigmas[1:], noise[1:], strict=True):
+        x = x0 + renoise_std(sigma, spec) * z
+        x0 = _clip(denoise(x, sigma), spec)
+    return x0
+
+
+def renoise_std(sigma: float, spec: ModelSpec) -> float:
+    """Return how much noise lifts x0 to noise level sigma: x0 already carries sigma_min, unless "plain"."""
+    return float((sigma**2 - spec.sigma_min**2) ** 0.5) if spec.renoise == "sqrt" else sigma
+
+
+def to_uint8(x0: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Return images [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C], rounded to nearest, clipped."""
+    pixels = np.rint(np.clip((x0 + np.float32(1)) * np.float32(127.5), 0, 255))
+    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _clip(x0: Array, spec: ModelSpec) -> Array:
+    return x0.clip(-1, 1) if spec.clip else x0

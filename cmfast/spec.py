@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""ModelSpec: everything about a model that is not a weight.
+
+It travels inside every checkpoint and every exported file (`cmfast.artifact`), because nothing in a
+network's weights tells which of the field's conventions it was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cmfast.errors import CmfastError
+from cmfast.schedule import check_sigmas, karras_sigmas
+
+SCALINGS = ("boundary", "edm", "trigflow", "seed")  # formulas: cmfast.precond
+C_NOISES = ("250ln", "ln/4", "raw", "trig")
+RENOISES = ("sqrt", "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The conventions of one model. Noise levels are standard deviations in data units."""
+
+    image: tuple[int, int, int]  # channels, height, width
+    classes: int = 0  # 0: unconditional
+    sigma_min: float = 0.002  # noise level, data units; the model is the identity here
+    sigma_max: float = 80.0  # noise level, data units; sampling starts here
+    sigma_data: float = 0.5  # standard deviation of the data, data units
+    scaling: str = "boundary"  # one of SCALINGS
+    c_noise: str = "250ln"  # one of C_NOISES
+    renoise: str = "sqrt"  # x0 + sqrt(sigma^2 - sigma_min^2) z, or "plain": x0 + sigma z
+    clip: bool = True  # clip x0 to [-1, 1] after every call while sampling
+    sigmas: Mapping[int, tuple[float, ...]] = field(  # default noise levels for 1, 2, ... steps
+        default_factory=lambda: {1: (80.0,), 2: (80.0, 0.8)}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.image) != 3 or not all(isinstance(n, int) and 0 < n <= 65536 for n in self.image):
+            raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
+        if not isinstance(self.classes, int) or self.classes < 0:
+            raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
+        levels = (self.sigma_min, self.sigma_max, self.sigma_data)
+        if not all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in levels):
+            raise CmfastError(f"sigma_min, sigma_max and sigma_data must be positive numbers, got {levels}")
+        if not self.sigma_min < self.sigma_max:
+            raise CmfastError(f"need sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
+        for name, allowed in (("scaling", SCALINGS), ("c_noise", C_NOISES), ("renoise", RENOISES)):
+            if getattr(self, name) not in allowed:
+                raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for steps, sigmas in self.sigmas.items():
+            if len(sigmas) != steps:
+                raise CmfastError(f"the default noise levels for {steps} steps are {len(sigmas)}: {sigmas}")
+            check_sigmas(sigmas, self.sigma_min, self.sigma_max)
+
+    def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return the noise levels to sample with: the given `sigmas`, else the defaults for `steps`.
+
+        steps   number of network calls (NFE); without both, the fewest that the model has defaults for
+        sigmas  noise levels, data units, strictly decreasing
+        """
+        if sigmas is not None:
+            if steps is not None and steps != len(sigmas):
+                raise CmfastError(f"{steps} steps were asked for with {len(sigmas)} noise levels; give one of the two")
+            return check_sigmas(sigmas, self.sigma_min, self.sigma_max)
+        if steps is None:
+            steps = min(self.sigmas, default=1)
+        if steps < 1:
+            raise CmfastError(f"the number of steps must be at least 1, got {steps}")
+        if steps not in self.sigmas:
+            have = ", ".join(str(k) for k in sorted(self.sigmas)) or "none"
+            some = karras_sigmas(steps + 1, self.sigma_min, self.sigma_max)[:-1]
+            raise CmfastError(
+                f"this model has default noise levels for these numbers of steps: {have}; for {steps}, say them, "
+                f"for example --sigmas {','.join(f'{s:.4g}' for s in some)}"
+            )
+        return tuple(self.sigmas[steps])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of the manifest that describe the model, ready for JSON."""
+        values = dataclasses.asdict(self)
+        values["image"] = list(self.image)
+        values["sigmas"] = {str(k): list(v) for k, v in sorted(self.sigmas.items())}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        if missing := names - known.keys():
+            raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
+        try:
+            known["image"] = tuple(known["image"])
+            known["sigmas"] = {int(k): tuple(float(s) for s in v) for k, v in known["sigmas"].items()}
+            known["clip"] = bool(known["clip"])
+            return cls(**known)
+        except (TypeError, ValueError, AttributeError, OverflowError) as err:
+            raise CmfastError(f"the description of the model is malformed: {err}") from None

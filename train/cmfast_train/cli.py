@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""cmfast-train: the command. torch is imported after the arguments have been understood."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from cmfast.cli._run import needs, run_command
+from cmfast_train.config import override, to_dict
+from cmfast_train.presets import PRESETS
+
+EPILOG = """\b
+Examples:
+  cmfast-train digits --out runs/digits
+  cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
+  cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
+  accelerate launch --num_processes 8 -m cmfast_train.cli cifar10 --data DIR --out runs/cifar10
+"""
+
+
+@click.command("cmfast-train", epilog=EPILOG)
+@click.argument("preset", type=click.Choice(sorted(PRESETS)))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the run: model.pt, samples, log.")
+@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder of the images; not needed for digits. Also CMFAST_DATA.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
+def command(preset: str, out: Path, data: Path | None, assignments: tuple[str, ...], dry_run: bool) -> None:
+    """Train a consistency model. The same command again continues a run that was stopped or killed."""
+    config = override(PRESETS[preset], assignments)
+    if dry_run:
+        click.echo(json.dumps(to_dict(config), indent=1))
+        return
+    with needs("cmfast-train", "train"):
+        from cmfast_train.loop import train
+    try:
+        model = train(config, out, data)
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(_interrupted(out)) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo(f"{model} is trained on {config.images:,} images; samples are in {out / 'samples'}")
+        click.echo(f"next: cmfast-export {model}")
+
+
+def _interrupted(out: Path) -> int:
+    click.echo(f"cmfast-train: stopped; {out} holds a checkpoint of the last step, the same command continues", err=True)
+    return 130
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""The training loop: phases of steps, with checkpoints that lose nothing.
+
+Everything random in a step is drawn from (seed, step) for the whole batch, and each process takes its share. So
+a run that was killed and resumed, or spread over processes, or cut into micro-batches, computes what the plain
+run computes; on one CPU to the bit.
+
+DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was asked
+DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
+DIR/samples/    a grid per checkpoint
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
+from cmfast.files import atomic_file, write_text
+from cmfast.progress import progress_bar
+from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
+from cmfast_train.config import FREE_FIELDS, Phase, TrainConfig, to_dict
+from cmfast_train.data import FolderImages, Images, batches, load_data, to_unit_range
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.ema import update_ema, warm_decay
+from cmfast_train.grid import save_grid
+from cmfast_train.losses import ct_loss, ect_loss, edm_loss, same_dropout
+from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal
+
+STATE_FORMAT = "cmfast-state/1"
+
+
+def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
+    """Train, or continue, the run in folder `out`; return the path of model.pt."""
+    accelerator = _accelerator(config)
+    data = load_data(config, data_root)
+    run = _Run(config, out, accelerator, data)
+    if accelerator.is_main_process:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        _check_same_run(config, out)
+        write_text(out / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    run.resume()
+    with _stop_signals() as stopped, _Log(out, run.images, config, accelerator.is_main_process) as log:
+        bar = progress_bar("training", config.images, "images", run.images, None if accelerator.is_main_process else False)
+        with bar as advance:
+            for loss_per_image in run.steps():
+                log.add(run, loss_per_image)
+                advance(config.batch, f"{run.phase.method} loss {log.recent:.4g}")
+                due = run.images // config.checkpoint_images > (run.images - config.batch) // config.checkpoint_images
+                if due or stopped or run.images == config.images:
+                    run.save()
+                    log.checkpoint(run)
+                if stopped:
+                    raise KeyboardInterrupt
+    return out / "model.pt"
+
+
+class _Run:
+    """The state of a run: where it is, the weights, their average, the target, the optimiser."""
+
+    def __init__(self, config: TrainConfig, out: Path, accelerator: Accelerator, data: Images | FolderImages) -> None:
+        self.config, self.out, self.accelerator, self.data = config, out, accelerator, data
+        self.spec = config.spec(data.classes)
+        torch.manual_seed(config.seed)
+        self.network_config = _network_config(config, self.spec.classes)
+        self.denoiser = Denoiser(AdmUnet(self.network_config), self.spec).to(accelerator.device)
+        if config.channels_last:
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.weights = dict(self.denoiser.network.named_parameters())
+        self.ema = {name: weight.detach().clone().float() for name, weight in self.weights.items()}
+        self.target: dict[str, Tensor] = {}
+        self.phase_index, self.step = 0, 0  # step of the phase
+        self._begin_phase()
+
+    @property
+    def phase(self) -> Phase:
+        return self.config.phases[self.phase_index]
+
+    @property
+    def images(self) -> int:
+        """Images seen so far, in all phases."""
+        before = sum(self.config.steps(phase) for phase in self.config.phases[: self.phase_index])
+        return (before + self.step) * self.config.batch
+
+    def steps(self) -> Iterator[Tensor]:
+        """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
+        config, accelerator = self.config, self.accelerator
+        share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
+        done, total = self.images // config.batch, config.images // config.batch
+        pin = accelerator.device.type == "cuda"
+        stream = batches(self.data, config.batch, config.seed, done, total, share, config.workers, pin)
+        for step, (images, label) in enumerate(stream, start=done):
+            if self.step == config.steps(self.phase):
+                self.phase_index, self.step = self.phase_index + 1, 0
+                with torch.no_grad():
+                    for name, weight in self.weights.items():
+                        weight.copy_(self.ema[name])
+                self._begin_phase()
+            loss = self._optimise(step, images, label, share)
+            self.step += 1
+            yield loss
+
+    def resume(self) -> None:
+        """Continue from state.pt where there is one."""
+        file = self.out / "state.pt"
+        if not file.exists():
+            return
+        state = safe_load(file)
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise ArtifactError(f"{file}: not a training state of this version; begin in another --out folder")
+        self.phase_index, self.step = state["phase"], state["step"]
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+                self.ema[name].copy_(state["ema"][name])
+        self._begin_phase()
+        for name, weight in self.target.items():
+            weight.copy_(state["target"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if accelerator_scaler := self.accelerator.scaler:
+            accelerator_scaler.load_state_dict(state["scaler"])
+
+    def save(self) -> None:
+        """Write the model, a sample grid and, last, the state that a resumed run continues from."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        save_checkpoint(Checkpoint(spec=self.spec, network=self.network_config, weights=self.ema), self.out / "model.pt")
+        with torch.no_grad():
+            grid = self.out / "samples" / f"{self.images:012d}.png"
+            save_grid(self._with(self.ema), self.spec, grid, self.config.grid, self.accelerator.device)
+        state = {
+            "format": STATE_FORMAT,
+            "phase": self.phase_index,
+            "step": self.step,
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "ema": self.ema,
+            "target": self.target,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+        }
+        with atomic_file(self.out / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def _begin_phase(self) -> None:
+        self.model: Any
+        model = self.denoiser.train()
+        optimizer = torch.optim.RAdam(model.parameters(), lr=self.phase.lr)
+        self.accelerator.free_memory()
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.phase.method == "ct":
+            self.target = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        else:
+            self.target = {}
+
+    def _optimise(self, step: int, images: Tensor, label: Tensor, share: slice) -> Tensor:
+        """One optimiser step on this process's images [b, C, H, W]; return the loss of each, [b]."""
+        config, device = self.config, self.accelerator.device
+        generator = torch.Generator(device).manual_seed(_step_seed(config.seed, step))
+        noise = torch.randn(config.batch, *self.spec.image, generator=generator, device=device)[share]
+        level = torch.rand(config.batch, generator=generator, device=device)[share]
+        mirror = (torch.rand(config.batch, generator=generator, device=device) < 0.5)[share]
+        x0 = to_unit_range(images.to(device, non_blocking=True))
+        if config.flip:
+            x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+        label = label.to(device, non_blocking=True)
+        self._set_lr()
+        losses = []
+        torch.manual_seed(_step_seed(config.seed, step) + 1 + self.accelerator.process_index)  # dropout
+        for i, part in enumerate(torch.arange(len(x0), device=device).chunk(config.accumulation)):
+            last = i == config.accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                some = (x0[part], level[part], noise[part], label[part] if self.spec.classes else None)
+                loss, sigma = self._loss(*some)
+                self._check_finite(loss, sigma)
+                self.accelerator.backward(loss.sum() / len(x0))
+            losses.append(loss.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_averages()
+        return torch.cat(losses)
+
+    def _loss(self, x0: Tensor, level: Tensor, noise: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of each image and its (larger) noise level, both [B]. level: uniform in [0, 1)."""
+        phase, spec = self.phase, self.spec
+        if phase.method == "ct":
+            n = ct_scales(self.step, self.config.steps(phase), phase.s0, phase.s1)
+            t, r = ct_pair(n, level, spec.sigma_min, spec.sigma_max)
+            return ct_loss(self._student, same_dropout(self._with(self.target), self._cuda()), x0, t, r, noise, label), t
+        normal = math.sqrt(2) * torch.erfinv(2 * level.clamp(1e-6, 1 - 1e-6) - 1)
+        t = lognormal(normal, phase.p_mean, phase.p_std, spec.sigma_min, spec.sigma_max)
+        if phase.method == "edm":
+            return edm_loss(self._student, x0, t, noise, label, spec.sigma_data), t
+        first, last = phase.stages
+        stage = first + self.step * (last - first + 1) // self.config.steps(phase)
+        r = ect_r(t, stage, phase.q, phase.k, phase.b)
+        teach = same_dropout(self.accelerator.unwrap_model(self.model), self._cuda())
+        return ect_loss(self._student, teach, x0, t, r, noise, label, phase.huber, spec.sigma_min), t
+
+    def _student(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+        return self.model(x, sigma, label)
+
+    def _with(self, weights: dict[str, Tensor]) -> Any:
+        """Return the denoiser with other weights, as a function."""
+        named = {f"network.{name}": weight for name, weight in weights.items()}
+        model = self.denoiser
+        return lambda x, sigma, label: torch.func.functional_call(model, named, (x, sigma, label))
+
+    def _cuda(self) -> list[int]:
+        device = self.accelerator.device
+        return [device.index or 0] if device.type == "cuda" else []
+
+    def _set_lr(self) -> None:
+        left = 1 - self.step / self.config.steps(self.phase)
+        factor = min(1.0, left / self.phase.lr_decay) if self.phase.lr_decay else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.phase.lr * factor
+
+    def _update_averages(self) -> None:
+        decay = warm_decay(self.phase.ema, self.step)
+        update_ema(self.ema.values(), self.weights.values(), decay)
+        if self.phase.method == "ct":
+            mu = ct_ema(self.step, self.config.steps(self.phase), self.phase.s0, self.phase.s1, self.phase.mu0)
+            update_ema(self.target.values(), self.weights.values(), mu)
+
+    def _check_finite(self, loss: Tensor, sigma: Tensor) -> None:
+        if torch.isfinite(loss).all():
+            return
+        levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
+        method = self.phase.method
+        raise CheckFailed(
+            f"the loss is not finite at step {self.step} of {method} ({self.images:,} images), at noise levels {levels}; "
+            f"the last checkpoint is untouched; try a smaller --set {method}.lr={self.phase.lr / 3:.1g}, "
+            "--set precision=fp32, or look for damaged images"
+        )
+
+
+class _Log:
+    """log.jsonl and TensorBoard: a line every log_images, cut back to where a resumed run continues."""
+
+    def __init__(self, out: Path, images: int, config: TrainConfig, active: bool) -> None:
+        self.path, self.config, self.active = out / "log.jsonl", config, active
+        self.recent = math.nan
+        self.sum, self.count, self.since = 0.0, 0, time.perf_counter()
+        self.board: Any = None
+        if not active:
+            return
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _images_of(line) <= images]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=images)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board:
+            self.board.close()
+
+    def add(self, run: _Run, loss: Tensor) -> None:
+        """Count one step's losses; write a line when one is due."""
+        self.sum += float(loss.mean())
+        self.count += 1
+        self.recent = self.sum / self.count
+        interval = self.config.log_images
+        if run.images // interval > (run.images - self.config.batch) // interval:
+            now = time.perf_counter()
+            speed = self.count * self.config.batch / (now - self.since)
+            values = {"loss": self.recent, "lr": run.optimizer.param_groups[0]["lr"], "images_per_s": round(speed, 2)}
+            self._write({"images": run.images, "phase": run.phase.method, "step": run.step, **values})
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{run.phase.method}/{name}", value, run.images)
+            self.sum, self.count, self.since = 0.0, 0, now
+
+    def checkpoint(self, run: _Run) -> None:
+        """Note that a checkpoint was written."""
+        self._write({"images": run.images, "phase": run.phase.method, "checkpoint": "model.pt"})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.active:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
+    if precision == "fp16" and cpu:
+        raise EngineError("precision=fp16 needs CUDA; on a CPU use fp32 or bf16")
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if config.batch % (accelerator.num_processes * config.accumulation):
+        raise CmfastError(
+            f"batch={config.batch} does not divide among {accelerator.num_processes} processes "
+            f"and {config.accumulation} micro-batches"
+        )
+    return accelerator
+
+
+def _network_config(config: TrainConfig, classes: int) -> AdmConfig:
+    return AdmConfig(
+        image_size=config.image_size,
+        channels=config.channels,
+        classes=classes,
+        model_channels=config.model_channels,
+        res_blocks=config.res_blocks,
+        channel_mult=config.channel_mult,
+        attention=config.attention,
+        head_channels=config.head_channels,
+        dropout=config.dropout,
+    )
+
+
+def _check_same_run(config: TrainConfig, out: Path) -> None:
+    file = out / "config.json"
+    if not file.exists() or not (out / "state.pt").exists():
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise ArtifactError(f"{file} is damaged; begin in another --out folder") from None
+    now = json.loads(json.dumps(to_dict(config)))
+    changed = sorted(k for k in now.keys() | before.keys() if k not in FREE_FIELDS and now.get(k) != before.get(k))
+    if changed:
+        raise CmfastError(
+            f"{out} holds a run with another {', '.join(changed)}; "
+            "repeat the command that began it to continue, or name another --out"
+        )
+
+
+def _share(batch: int, index: int, processes: int) -> slice:
+    each = batch // processes
+    return slice(index * each, (index + 1) * each)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=6).digest(), "little")
+
+
+def _images_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the last line of a killed run may be cut
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def processes_in_launch() -> int:
+    """Return how many processes `torchrun` or `accelerate launch` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: MIT
+"""The ADM U-Net ("Diffusion Models Beat GANs", arXiv:2105.05233), the network of OpenAI's consistency models.
+
+The module tree gives exactly the state-dict keys of OpenAI's released checkpoints, so they load without
+renaming; the small presets are the same class with smaller numbers. No Python branch depends on data, so one
+trace serves every batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmfast.errors import CmfastError
+
+GROUPS = 32  # of every GroupNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmConfig:
+    """The shape of one U-Net. Saved in the checkpoint under "network"."""
+
+    image_size: int  # pixels, square
+    channels: int = 3  # of the image, in and out
+    classes: int = 0  # 0: unconditional
+    model_channels: int = 128  # width of the first level, a multiple of 32
+    res_blocks: int = 2  # per level
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each level over model_channels
+    attention: tuple[int, ...] = (16,)  # attention where the feature map has this many pixels a side
+    head_channels: int = 64  # width of an attention head
+    scale_shift: bool = True  # noise level enters as scale and shift of a norm, else as a sum
+    resblock_updown: bool = True  # resample inside residual blocks, else by strided convolution
+    dropout: float = 0.0  # probability
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_mult)
+        if self.image_size % 2 ** (levels - 1):
+            raise CmfastError(
+                f"image_size={self.image_size} cannot be halved {levels - 1} times, "
+                f"which channel_mult={self.channel_mult} needs; it must be a multiple of {2 ** (levels - 1)}"
+            )
+        if self.model_channels % GROUPS:
+            raise CmfastError(f"model_channels must be a multiple of {GROUPS}, got {self.model_channels}")
+        for level, mult in enumerate(self.channel_mult):
+            width, side = mult * self.model_channels, self.image_size // 2**level
+            if side in self.attention and width % self.head_channels:
+                raise CmfastError(f"attention at {side} px has {width} channels, no multiple of {self.head_channels}")
+        if self.channel_mult[-1] * self.model_channels % self.head_channels:  # the middle block always attends
+            raise CmfastError(f"the middle block's width is no multiple of head_channels={self.head_channels}")
+        if not 0 <= self.dropout < 1:
+            raise CmfastError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+class AdmUnet(nn.Module):
+    """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32."""
+
+    def __init__(self, config: AdmConfig) -> None:
+        super().__init__()
+        self.config = config
+        mc, emb = config.model_channels, 4 * config.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(mc, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if config.classes:
+            self.label_emb = nn.Embedding(config.classes, emb)
+
+        def block(c_in: int, c_out: int, side: int, resample: str = "") -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(c_in, c_out, emb, config, resample)]
+            if side in config.attention and not resample:
+                layers.append(Attention(c_out, config.head_channels))
+            return layers
+
+        width = config.channel_mult[0] * mc
+        skips, side = [width], config.image_size
+        self.input_blocks = nn.ModuleList([Stage([_conv(config.channels, width)])])
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.res_blocks):
+                self.input_blocks.append(Stage(block(width, mult * mc, side)))
+                width = mult * mc
+                skips.append(width)
+            if level < len(config.channel_mult) - 1:
+                down = block(width, width, side, "down") if config.resblock_updown else [Downsample(width)]
+                self.input_blocks.append(Stage(down))
+                skips.append(width)
+                side //= 2
+
+        self.middle_block = Stage(
+            [
+                ResBlock(width, width, emb, config),
+                Attention(width, config.head_channels),
+                ResBlock(width, width, emb, config),
+            ]
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.res_blocks + 1):
+                layers = block(width + skips.pop(), mult * mc, side)
+                width = mult * mc
+                if level and i == config.res_blocks:
+                    side *= 2
+                    layers += block(width, width, side, "up") if config.resblock_updown else [Upsample(width)]
+                self.output_blocks.append(Stage(layers))
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, config.channels)))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            emb = self.time_embed(timestep_embedding(c_noise.float(), self.config.model_channels))
+            if self.config.classes:
+                emb = emb + self.label_emb(label)
+        skips = []
+        h = x
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h).float()
+
+
+class Stage(nn.Sequential):
+    """A sequence whose residual blocks also take the noise embedding."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__(*layers)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, with the noise embedding in between. h [B, C_in, H, W], emb [B, E]."""
+
+    def __init__(self, c_in: int, c_out: int, emb: int, config: AdmConfig, resample: str = "") -> None:
+        super().__init__()
+        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.scale_shift = config.scale_shift
+        self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), _conv(c_in, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out if config.scale_shift else c_out))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(c_out), nn.SiLU(), nn.Dropout(config.dropout), _zero(_conv(c_out, c_out))
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = conv(self.resample(act(norm(x))))
+        x = self.resample(x)
+        e = self.emb_layers(emb)[..., None, None].to(h.dtype)
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + e)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels. The rows of qkv are ordered (three, head, channel): all queries first."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each [B, heads, H W, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(2, 3).reshape(-1, channels, height, width))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation whose statistics are float32 whatever the trunk runs in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class Downsample(nn.Module):
+    """Halve the side by a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the side: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2))
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Return [cos, sin] of t [B] at dim / 2 frequencies from 1 down to almost 1/10000, float32 [B, dim]."""
+    half = dim // 2
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    args = t[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def randomise(network: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value of trained scale, so that a comparison compares something.
+
+    A new U-Net ends in a zero convolution and computes exactly c_skip x, whatever is wrong with the rest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                value *= parameter[0].numel() ** -0.5
+            else:  # norms are around one, biases around zero
+                is_norm_weight = name.endswith("weight")
+                value = 0.1 * value + (1.0 if is_norm_weight else 0.0)
+            parameter.copy_(value)
+
+
+def _conv(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+

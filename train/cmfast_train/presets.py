@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Runs that are known to work: overrides of one dataclass. Each says what it costs and what to expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cmfast_train.config import PHASE_DEFAULTS, Phase, TrainConfig
+
+
+def phase(method: str, images: int, **values: Any) -> Phase:
+    """Return a phase with the method's usual values, changed by `values`."""
+    return Phase(**{"method": method, "images": images, **PHASE_DEFAULTS[method], **values})
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "digits": TrainConfig(
+        data="digits",
+        image_size=8,
+        channels=1,
+        model_channels=32,
+        res_blocks=1,
+        channel_mult=(1, 2),
+        attention=(),
+        batch=64,
+        phases=(
+            phase("edm", 60_000, ema=0.998),
+            phase("ect", 70_000, lr=5e-4, ema=0.998, stages=(1, 6)),
+        ),
+        checkpoint_images=20_000,
+        log_images=5_000,
+    ),
+    "mnist": TrainConfig(
+        data="mnist",
+        image_size=32,
+        channels=1,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        batch=128,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+    ),
+    "cifar10": TrainConfig(
+        data="cifar10",
+        image_size=32,
+        channels=3,
+        flip=True,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        attention=(16,),
+        conditional=False,
+        dropout=0.2,
+        batch=128,
+        phases=(phase("edm", 50_000_000, ema=0.9999), phase("ect", 25_600_000, ema=0.9999)),
+    ),
+    "folder": TrainConfig(
+        data="folder",
+        image_size=32,
+        channels=3,
+        flip=True,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        batch=64,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+        workers=2,
+    ),
+}
