@@ -1,2 +1,39 @@
 # SPDX-License-Identifier: MIT
-"""stub"""
+"""cmfast: sampling from consistency models in few steps. No torch.
+
+    import cmfast
+
+    model = cmfast.load("model.onnx")                 # the engine is chosen by suffix
+    images = model.sample(16, steps=2, seed=0)        # uint8 [16, H, W, C]
+    x0 = model.denoise(x, sigma)                      # float32, the raw contract
+
+The names below are the public interface. The algorithm is in `cmfast.sampler`.
+"""
+
+from cmfast.artifact import Manifest, read_manifest
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
+from cmfast.images import save_images
+from cmfast.model import Model, load
+from cmfast.noise import gaussian
+from cmfast.sampler import sample
+from cmfast.schedule import karras_sigmas
+from cmfast.spec import ModelSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "CheckFailed",
+    "CmfastError",
+    "EngineError",
+    "Manifest",
+    "MissingDependency",
+    "Model",
+    "ModelSpec",
+    "gaussian",
+    "karras_sigmas",
+    "load",
+    "read_manifest",
+    "sample",
+    "save_images",
+]

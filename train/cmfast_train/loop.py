@@ -159,7 +159,7 @@ class _Run:
     def _begin_phase(self) -> None:
         self.model: Any
         model = self.denoiser.train()
-        optimizer = torch.optim.RAdam(model.parameters(), lr=self.phase.lr)
+        optimizer = torch.optim.RAdam(model.parameters(), lr=self.phase.lr, foreach=True)
         self.accelerator.free_memory()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if self.phase.method == "ct":

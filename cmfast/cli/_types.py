@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""Types of command-line values: lists written with commas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+class _List(click.ParamType[tuple[Any, ...]]):
+    """Numbers separated by commas."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as {'80,0.8' if self.kind is float else '1,2'}", param, ctx)
+
+
+FLOATS = _List(float, "a,b,..")
+INTS = _List(int, "i,j,..")

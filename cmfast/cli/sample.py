@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""cmfast-sample: images from a model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cmfast.cli._run import run_command
+from cmfast.cli._types import FLOATS, INTS
+from cmfast.errors import CmfastError
+
+EPILOG = """\b
+Examples:
+  cmfast-sample model.onnx -n 64 --steps 2 -o grid.png
+  cmfast-sample model.onnx -n 10 --label 7 --seed 3 -o sevens.png
+  cmfast-sample model.onnx -n 50000 --batch 256 -o samples.npz     arr_0 images, arr_1 labels
+  cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
+"""
+
+
+@click.command("cmfast-sample", epilog=EPILOG)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True, help="NAME.png: a grid; NAME.npz: arrays; else a folder of PNGs.")
+@click.option("-n", "--number", type=int, default=16, show_default=True, help="Images.")
+@click.option("--steps", type=int, help="Network calls an image, with the model's own noise levels.")
+@click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Image i of a seed is always the same image.")
+@click.option("--label", type=INTS, help="Class, or one for each image; default: drawn from the seed.")
+@click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
+@click.option("--batch", type=int, default=64, show_default=True, help="Images at a time; does not change them.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=int, help="CPU threads; default: the engine's choice.")
+def command(
+    model: Path,
+    out: Path,
+    number: int,
+    steps: int | None,
+    sigmas: tuple[float, ...] | None,
+    seed: int,
+    label: tuple[int, ...] | None,
+    first: int,
+    batch: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Draw images from MODEL (.onnx; .pt where PyTorch is installed) and write them to --out."""
+    import cmfast
+    from cmfast.images import check_output
+
+    check_output(out)
+    if number < 1:
+        raise CmfastError(f"-n: the number of images must be at least 1, got {number}")
+    loaded = cmfast.load(model, device, threads)
+    classes = label[0] if label is not None and len(label) == 1 else label
+    levels = loaded.levels(steps, sigmas)
+    show = None if number > batch else False
+    images = loaded.sample(
+        number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=_tty() if show is None else False
+    )
+    labels = loaded.labels(number, seed=seed, label=classes, first=first)
+    cmfast.save_images(out, images, labels)
+    click.echo(f"{out}: {number} image(s), {len(levels)} step(s) at {', '.join(f'{s:g}' for s in levels)}, {loaded.engine.name}")
+
+
+def _tty() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

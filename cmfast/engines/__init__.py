@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Engines: what runs a model file. Chosen by suffix, or said by name; one file each.
+
+An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix as an entry point of
+the group "cmfast.engines", so the runtime never imports it by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.artifact import Manifest, check_file
+from cmfast.errors import CmfastError, EngineError, MissingDependency
+
+Inputs = Mapping[str, npt.NDArray[Any]]
+
+
+class Engine(Protocol):
+    """A model file, opened. Opening is slow, calling is not; an engine is never changed after it was opened."""
+
+    manifest: Manifest
+    name: str  # engine and device in words, for tables: "ONNX Runtime cpu"
+    batch: int | None  # the only batch size that it takes; None: any
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return the graph's one output, float32 [B, C, H, W].
+
+        Inputs of a denoiser are x, sigma and, when class-conditional, label; of a sampler noise and label.
+        """
+        ...
+
+
+def open_engine(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Engine:
+    """Open a model file with the engine that its suffix stands for.
+
+    device   cpu or cuda; one that cannot be had is an error
+    threads  CPU threads; None leaves the choice to the engine
+    """
+    file = check_file(path)
+    if device not in ("cpu", "cuda"):
+        raise CmfastError(f"device must be cpu or cuda, got {device!r}")
+    if threads is not None and threads < 1:
+        raise CmfastError(f"threads must be at least 1, got {threads}")
+    if file.suffix == ".onnx":
+        from cmfast.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(file, device, threads)
+    for entry in entry_points(group="cmfast.engines", name=file.suffix.removeprefix(".")):
+        try:
+            engine_type = entry.load()
+        except ModuleNotFoundError as err:
+            raise MissingDependency(f"running a {file.suffix} file", (err.name or "?").split(".")[0], "train") from None
+        engine: Engine = engine_type(file, device, threads)
+        return engine
+    others = sorted("." + entry.name for entry in entry_points(group="cmfast.engines"))
+    raise EngineError(
+        f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are engines for {', '.join(['.onnx', *others])}"
+    )

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""A model, loaded: images from seeds, or the raw denoiser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast import noise as portable
+from cmfast import sampler
+from cmfast.engines import Engine, open_engine
+from cmfast.errors import CmfastError
+from cmfast.progress import progress_bar
+from cmfast.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+
+
+def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Model:
+    """Open a model file (.onnx; .pt where PyTorch is installed).
+
+    device   cpu or cuda; one that cannot be had is an error, never a silent substitute
+    threads  CPU threads; None leaves the choice to the engine
+    """
+    return Model(open_engine(path, device, threads))
+
+
+class Model:
+    """A consistency model on an engine. `load` makes one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.manifest = engine.manifest
+        self.spec: ModelSpec = engine.manifest.spec
+
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        seed: int = 0,
+        label: int | Sequence[int] | None = None,
+        batch: int = 64,
+        first: int = 0,
+        progress: bool = False,
+    ) -> npt.NDArray[np.uint8]:
+        """Draw n images; return uint8 [n, H, W, C].
+
+        steps     network calls an image (NFE), with the model's default noise levels; without both, the fewest
+        sigmas    noise levels, data units, decreasing from sigma_max; instead of steps
+        seed      image i of a seed is the same image whatever n, `batch`, the engine and the machine are
+        label     a class for all images, or n of them; None: drawn from the seed
+        batch     images at a time; changes memory and speed, not the images
+        first     index of the first image, to go on where another call stopped
+        progress  show a bar on stderr
+        """
+        x0 = self.sample_float(
+            n, steps=steps, sigmas=sigmas, seed=seed, label=label, batch=batch, first=first, progress=progress
+        )
+        return sampler.to_uint8(x0)
+
+    def sample_float(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        seed: int = 0,
+        label: int | Sequence[int] | None = None,
+        batch: int = 64,
+        first: int = 0,
+        progress: bool = False,
+    ) -> Floats:
+        """Draw n images as `sample` does; return float32 [n, C, H, W] in [-1, 1]."""
+        if n < 1:
+            raise CmfastError(f"the number of images must be at least 1, got {n}")
+        if batch < 1:
+            raise CmfastError(f"the batch must be at least 1, got {batch}")
+        if first < 0:
+            raise CmfastError(f"the first image has index 0 or more, got {first}")
+        levels = self.levels(steps, sigmas)
+        every = self.labels(n, seed=seed, label=label, first=first)
+        images = np.empty((n, *self.spec.image), np.float32)
+        batch = self.engine.batch or min(batch, n)
+        with progress_bar("sampling", n, "images", show=progress) as advance:
+            for start in range(0, n, batch):
+                stop = min(start + batch, n)
+                indices = np.arange(first + start, first + stop)
+                z = np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(len(levels))])
+                images[start:stop] = self.from_noise(z, levels, None if every is None else every[start:stop])
+                advance(stop - start, "")
+        return images
+
+    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None = None) -> Floats:
+        """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels."""
+        if self.manifest.kind == "denoiser":
+            return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
+        if tuple(sigmas) != self.levels():
+            raise CmfastError(f"this sampler was built for the noise levels {self.levels()}, got {tuple(sigmas)}")
+        return self._run({"noise": noise, **self._label(label, noise.shape[1])}, axes={"noise": 1})
+
+    def denoise(self, x: Floats, sigma: float | Floats, label: npt.ArrayLike | None = None) -> Floats:
+        """Return f(x, sigma), float32 [B, C, H, W], not clipped: the raw contract, for algorithms of your own.
+
+        x      [B, C, H, W] float32, data units plus noise
+        sigma  noise level, data units: a number, or one an image [B]
+        label  a class, or one an image [B]; needed exactly when the model has classes
+        """
+        if self.manifest.kind != "denoiser":
+            raise CmfastError("a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser")
+        if x.ndim != 4 or x.shape[1:] != tuple(self.spec.image) or x.dtype != np.float32:
+            raise CmfastError(f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}")
+        levels = np.array(np.broadcast_to(np.asarray(sigma, np.float32), (len(x),)))
+        return self._run({"x": np.ascontiguousarray(x), "sigma": levels, **self._label(label, len(x))})
+
+    def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return the noise levels that `sample` uses for these arguments."""
+        if self.manifest.kind == "sampler":
+            (built,) = self.spec.sigmas.values()
+            asked = tuple(float(s) for s in sigmas) if sigmas is not None else built
+            if asked != tuple(built) or steps not in (None, len(built)):
+                raise CmfastError(
+                    f"this file is a sampler of {len(built)} step(s) at noise levels {', '.join(f'{s:g}' for s in built)}, "
+                    "and runs no others; a denoiser runs any: cmfast-export model.pt --kind denoiser"
+                )
+            return tuple(built)
+        return self.spec.levels(steps, sigmas)
+
+    def labels(
+        self, n: int, *, seed: int = 0, label: int | Sequence[int] | None = None, first: int = 0
+    ) -> npt.NDArray[np.int64] | None:
+        """Return the class of each of n images, int64 [n], that `sample` uses; None for an unconditional model."""
+        classes = self.spec.classes
+        if not classes:
+            if label is not None:
+                raise CmfastError("a label was given, but the model is unconditional: it has no classes")
+            return None
+        if label is None:
+            return portable.labels(seed, range(first, first + n), classes)
+        given = np.asarray(label)
+        if given.dtype.kind not in "iu" or given.shape not in ((), (n,)):
+            raise CmfastError(f"label must be one class or {n} of them, got {label!r}")
+        if given.min() < 0 or given.max() >= classes:
+            wrong = int(given.max() if given.max() >= classes else given.min())
+            raise CmfastError(f"label {wrong} is out of range; this model has the classes 0 to {classes - 1}")
+        return np.array(np.broadcast_to(given.astype(np.int64), (n,)))
+
+    def _label(self, label: npt.ArrayLike | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
+        if self.spec.classes and label is None:
+            raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
+        if label is None:
+            return {}
+        checked = self.labels(n, label=label)  # type: ignore[arg-type]
+        return {} if checked is None else {"label": checked}
+
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], axes: dict[str, int] | None = None) -> Floats:
+        """Run the engine; where it only takes one batch size, fill the last batch up with zeros."""
+        axes = axes or {}
+        name = next(iter(inputs))
+        n = inputs[name].shape[axes.get(name, 0)]
+        missing = (self.engine.batch or n) - n
+        if missing < 0:
+            raise CmfastError(f"this file takes batches of {self.engine.batch}, got {n}")
+        if missing:
+            padding = {k: [(0, missing if i == axes.get(k, 0) else 0) for i in range(v.ndim)] for k, v in inputs.items()}
+            inputs = {
+                k: np.pad(v, padding[k], constant_values=self.spec.sigma_max if k == "sigma" else 0) for k, v in inputs.items()
+            }
+        return self.engine.run(inputs)[:n]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""PyTorch as an engine of the runtime: what exported files are compared with, by the exporter and by cmfast-bench.
+
+The runtime finds it through the entry point group "cmfast.engines", by the suffixes .pt and .safetensors.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import cmfast
+from cmfast.artifact import Manifest
+from cmfast.engines import Inputs
+from cmfast.errors import EngineError
+from cmfast_train.checkpoint import Checkpoint, load_checkpoint
+
+
+class TorchEngine:
+    """A checkpoint run by eager PyTorch. The contract is `cmfast.engines.Engine`."""
+
+    batch: int | None = None
+
+    def __init__(
+        self,
+        path: Path | str,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+            raise EngineError(f"device cuda was asked for, but PyTorch {torch.__version__} {why}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        checkpoint = load_checkpoint(path)
+        self.manifest = checkpoint_manifest(checkpoint)
+        self.name = f"PyTorch {device}" + (" channels_last" if channels_last else "") + (" compiled" if compiled else "")
+        self._device = torch.device(device)
+        self._denoiser = checkpoint.denoiser().to(self._device)
+        if channels_last:
+            self._denoiser.to(memory_format=torch.channels_last)
+        self._call = torch.compile(self._denoiser) if compiled else self._denoiser
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return f(x, sigma, label), float32 [B, C, H, W]."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in inputs.items()}
+        with torch.inference_mode():
+            return self._call(**tensors).cpu().numpy()  # type: ignore[no-any-return]
+
+
+def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
+    """Return the manifest of a checkpoint: what an export of it says, without the parity."""
+    return Manifest(
+        kind="denoiser",
+        spec=checkpoint.spec,
+        source={"format": "cmfast", "sha256": checkpoint.sha256()},
+        made_by={"cmfast": cmfast.__version__, "torch": version("torch")},
+    )
