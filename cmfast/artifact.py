@@ -60,7 +60,9 @@ class Manifest:
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise ArtifactError(f"{where}: the manifest is not a JSON object; export the model again with cmfast-export")
+            raise ArtifactError(
+                f"{where}: the manifest is not a JSON object; export the model again with cmfast-export"
+            )
         if values.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{where}: the manifest has schema {values.get('schema')!r}, this version reads {SCHEMA!r}; "
@@ -90,7 +92,9 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
     try:
         model = pb.read_onnx_model(file)
     except pb.ProtobufError as err:
-        raise ArtifactError(f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export") from None
+        raise ArtifactError(
+            f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export"
+        ) from None
     for location in model.external:
         _check_external(file, location)
     text = model.metadata.get("cmfast")
@@ -117,7 +121,12 @@ def check_file(path: str | os.PathLike[str]) -> Path:
 def _check_external(file: Path, location: str) -> None:
     """Allow weights in a plain file beside the model (needed above 2 GB) and nothing else."""
     beside = file.parent / location
-    plain = bool(location) and location == os.path.basename(location) and location not in (".", "..") and "\\" not in location
+    plain = (
+        bool(location)
+        and location == os.path.basename(location)
+        and location not in (".", "..")
+        and "\\" not in location
+    )
     if not plain:
         raise ArtifactError(f"{file}: its weights point to {location!r}, outside the model's folder; refused")
     if not os.path.lexists(beside):

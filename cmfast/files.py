@@ -16,10 +16,7 @@ from cmfast.errors import CmfastError
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`."""
-    target = Path(path)
-    _need_folder(target.parent)
-    if target.is_dir():
-        raise CmfastError(f"{target} is a folder; a file was to be written there")
+    target = check_target(path)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f".tmp{target.suffix}", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
@@ -36,10 +33,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then."""
-    target = Path(path)
-    _need_folder(target.parent)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CmfastError(f"{target} exists and is not an empty folder; name another or remove it")
+    target = check_target_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield temporary
@@ -50,6 +44,24 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path if a file can stand there, else raise CmfastError: before the work, not after it."""
+    target = Path(path)
+    _need_folder(target.parent)
+    if target.is_dir():
+        raise CmfastError(f"{target} is a folder; name a file")
+    return target
+
+
+def check_target_folder(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path if a new folder can stand there, else raise CmfastError."""
+    target = Path(path)
+    _need_folder(target.parent)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CmfastError(f"{target} exists and is not an empty folder; name another or remove it")
+    return target
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.errors import CmfastError
-from cmfast.files import atomic_file, atomic_folder
+from cmfast.files import atomic_file, atomic_folder, check_target, check_target_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArra
     elif suffix == ".npz":
         arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)
     else:
         width = max(6, len(str(len(images) - 1)))
         with atomic_folder(path) as folder:
@@ -43,13 +43,13 @@ def check_output(path: str | os.PathLike[str]) -> str:
     """Return the suffix of `path` if `save_images` can write there, else raise CmfastError, before any work is done."""
     target = Path(path)
     if target.suffix not in (".png", ".npz", ""):
-        raise CmfastError(f"{target}: images are written to NAME.png (a grid), NAME.npz, or a folder; got {target.suffix}")
-    if not target.parent.is_dir():
-        raise CmfastError(f"the folder {target.parent} does not exist; make it first: mkdir -p {target.parent}")
-    if target.suffix and target.is_dir():
-        raise CmfastError(f"{target} is a folder; name a file")
-    if not target.suffix and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CmfastError(f"{target} exists and is not an empty folder; name another or remove it")
+        raise CmfastError(
+            f"{target}: images are written to NAME.png (a grid), NAME.npz, or a folder; got {target.suffix}"
+        )
+    if target.suffix:
+        check_target(target)
+    else:
+        check_target_folder(target)
     return target.suffix
 
 
@@ -60,9 +60,13 @@ def grid_image(images: Pixels) -> Image:
     rows = -(-n // columns)
     scale = max(1, 48 // max(height, width)) if max(height, width) < 32 else 1
     gap = 2
-    sheet = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 32, np.uint8)
+    sheet = np.full(
+        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 32, np.uint8
+    )
     for i, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
-        top, left = (k * (size * scale + gap) + gap for k, size in zip(divmod(i, columns), (height, width), strict=True))
+        top, left = (
+            k * (size * scale + gap) + gap for k, size in zip(divmod(i, columns), (height, width), strict=True)
+        )
         sheet[top : top + height * scale, left : left + width * scale] = image
     return _image(sheet)
 

@@ -102,7 +102,7 @@ class Model:
             return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
         if tuple(sigmas) != self.levels():
             raise CmfastError(f"this sampler was built for the noise levels {self.levels()}, got {tuple(sigmas)}")
-        return self._run({"noise": noise, **self._label(label, noise.shape[1])}, axes={"noise": 1})
+        return self._run({"noise": noise, **self._label(label, noise.shape[1])}, noise.shape[1])
 
     def denoise(self, x: Floats, sigma: float | Floats, label: npt.ArrayLike | None = None) -> Floats:
         """Return f(x, sigma), float32 [B, C, H, W], not clipped: the raw contract, for algorithms of your own.
@@ -112,11 +112,15 @@ class Model:
         label  a class, or one an image [B]; needed exactly when the model has classes
         """
         if self.manifest.kind != "denoiser":
-            raise CmfastError("a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser")
+            raise CmfastError(
+                "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
+            )
         if x.ndim != 4 or x.shape[1:] != tuple(self.spec.image) or x.dtype != np.float32:
-            raise CmfastError(f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}")
+            raise CmfastError(
+                f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}"
+            )
         levels = np.array(np.broadcast_to(np.asarray(sigma, np.float32), (len(x),)))
-        return self._run({"x": np.ascontiguousarray(x), "sigma": levels, **self._label(label, len(x))})
+        return self._run({"x": np.ascontiguousarray(x), "sigma": levels, **self._label(label, len(x))}, len(x))
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
@@ -125,7 +129,7 @@ class Model:
             asked = tuple(float(s) for s in sigmas) if sigmas is not None else built
             if asked != tuple(built) or steps not in (None, len(built)):
                 raise CmfastError(
-                    f"this file is a sampler of {len(built)} step(s) at noise levels {', '.join(f'{s:g}' for s in built)}, "
+                    f"this file is a sampler of {len(built)} step(s), at {', '.join(f'{s:g}' for s in built)}, "
                     "and runs no others; a denoiser runs any: cmfast-export model.pt --kind denoiser"
                 )
             return tuple(built)
@@ -158,17 +162,15 @@ class Model:
         checked = self.labels(n, label=label)  # type: ignore[arg-type]
         return {} if checked is None else {"label": checked}
 
-    def _run(self, inputs: dict[str, npt.NDArray[Any]], axes: dict[str, int] | None = None) -> Floats:
-        """Run the engine; where it only takes one batch size, fill the last batch up with zeros."""
-        axes = axes or {}
-        name = next(iter(inputs))
-        n = inputs[name].shape[axes.get(name, 0)]
-        missing = (self.engine.batch or n) - n
-        if missing < 0:
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], n: int) -> Floats:
+        """Run the engine on n images; where it takes one batch size only, repeat the last image to fill it up."""
+        short = (self.engine.batch or n) - n
+        if short < 0:
             raise CmfastError(f"this file takes batches of {self.engine.batch}, got {n}")
-        if missing:
-            padding = {k: [(0, missing if i == axes.get(k, 0) else 0) for i in range(v.ndim)] for k, v in inputs.items()}
-            inputs = {
-                k: np.pad(v, padding[k], constant_values=self.spec.sigma_max if k == "sigma" else 0) for k, v in inputs.items()
-            }
+        if short:
+            inputs = {name: _lengthen(value, 1 if name == "noise" else 0, short) for name, value in inputs.items()}
         return self.engine.run(inputs)[:n]
+
+
+def _lengthen(values: npt.NDArray[Any], axis: int, by: int) -> npt.NDArray[Any]:
+    return np.pad(values, [(0, by if i == axis else 0) for i in range(values.ndim)], mode="edge")

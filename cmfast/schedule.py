@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from cmfast.errors import CmfastError
 
@@ -53,7 +54,7 @@ def check_sigmas(sigmas: Sequence[float], sigma_min: float, sigma_max: float) ->
             f"the first noise level is {levels[0]:g}, but this model was trained for "
             f"{sigma_min:g} < sigma <= {sigma_max:g}; start with --sigmas {sigma_max:g}"
         )
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in pairwise(levels):
         if not sigma_min < after < before:
             raise CmfastError(
                 f"noise levels must strictly decrease and stay above {sigma_min:g}: {after:g} follows {before:g}"

@@ -20,7 +20,9 @@ class _List(click.ParamType[tuple[Any, ...]]):
         try:
             return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as {'80,0.8' if self.kind is float else '1,2'}", param, ctx)
+            self.fail(
+                f"{value!r} is not a list of numbers such as {'80,0.8' if self.kind is float else '1,2'}", param, ctx
+            )
 
 
 FLOATS = _List(float, "a,b,..")

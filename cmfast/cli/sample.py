@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -22,7 +23,14 @@ Examples:
 
 @click.command("cmfast-sample", epilog=EPILOG)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True, help="NAME.png: a grid; NAME.npz: arrays; else a folder of PNGs.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("samples.png"),
+    show_default=True,
+    help="NAME.png: a grid; NAME.npz: arrays; else a folder of PNGs.",
+)
 @click.option("-n", "--number", type=int, default=16, show_default=True, help="Images.")
 @click.option("--steps", type=int, help="Network calls an image, with the model's own noise levels.")
 @click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
@@ -55,19 +63,12 @@ def command(
     loaded = cmfast.load(model, device, threads)
     classes = label[0] if label is not None and len(label) == 1 else label
     levels = loaded.levels(steps, sigmas)
-    show = None if number > batch else False
-    images = loaded.sample(
-        number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=_tty() if show is None else False
-    )
+    show = number > batch and sys.stderr.isatty()
+    images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=show)
     labels = loaded.labels(number, seed=seed, label=classes, first=first)
     cmfast.save_images(out, images, labels)
-    click.echo(f"{out}: {number} image(s), {len(levels)} step(s) at {', '.join(f'{s:g}' for s in levels)}, {loaded.engine.name}")
-
-
-def _tty() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
+    at = ", ".join(f"{sigma:g}" for sigma in levels)
+    click.echo(f"{out}: {number} image(s), {len(levels)} step(s) at {at}, {loaded.engine.name}")
 
 
 def main() -> None:

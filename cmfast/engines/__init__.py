@@ -2,7 +2,7 @@
 """Engines: what runs a model file. Chosen by suffix, or said by name; one file each.
 
 An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix as an entry point of
-the group "cmfast.engines", so the runtime never imports it by name.
+the group "cmfast.engines", so the runtime never imports it by name. It is called with (path, device, threads, variant).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cmfast.artifact import Manifest, check_file
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
+VARIANTS = ("", "channels_last", "compiled")  # ways to run the same weights; which exist is the engine's affair
 
 
 class Engine(Protocol):
@@ -36,18 +37,26 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Engine:
+def open_engine(
+    path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, *, variant: str = ""
+) -> Engine:
     """Open a model file with the engine that its suffix stands for.
 
     device   cpu or cuda; one that cannot be had is an error
     threads  CPU threads; None leaves the choice to the engine
+    variant  one of VARIANTS: "" is the engine's plain way; PyTorch's also has the memory format channels_last, and
+             compiled (torch.compile)
     """
     file = check_file(path)
     if device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
     if threads is not None and threads < 1:
         raise CmfastError(f"threads must be at least 1, got {threads}")
+    if variant not in VARIANTS:
+        raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     if file.suffix == ".onnx":
+        if variant:
+            raise EngineError(f"{file}: ONNX Runtime runs a graph in one way only, not {variant}; a .pt file has variants")
         from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(file, device, threads)
@@ -56,7 +65,7 @@ def open_engine(path: str | os.PathLike[str], device: str = "cpu", threads: int 
             engine_type = entry.load()
         except ModuleNotFoundError as err:
             raise MissingDependency(f"running a {file.suffix} file", (err.name or "?").split(".")[0], "train") from None
-        engine: Engine = engine_type(file, device, threads)
+        engine: Engine = engine_type(file, device, threads, variant)
         return engine
     others = sorted("." + entry.name for entry in entry_points(group="cmfast.engines"))
     raise EngineError(

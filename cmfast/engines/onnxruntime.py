@@ -57,7 +57,9 @@ class OnnxRuntimeEngine:
         names = ["x", "sigma"] if self.manifest.kind == "denoiser" else ["noise"]
         names += ["label"] if spec.classes else []
         if list(have) != names:
-            raise ArtifactError(f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}")
+            raise ArtifactError(
+                f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}"
+            )
         batch, *image = have[names[0]] if self.manifest.kind == "denoiser" else have["noise"][1:]
         if image != list(spec.image):
             raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")

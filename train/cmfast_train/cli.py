@@ -24,9 +24,25 @@ Examples:
 
 @click.command("cmfast-train", epilog=EPILOG)
 @click.argument("preset", type=click.Choice(sorted(PRESETS)))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the run: model.pt, samples, log.")
-@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder of the images; not needed for digits. Also CMFAST_DATA.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the run: model.pt, samples, log.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="CMFAST_DATA",
+    help="Folder of the images; not needed for digits. Also CMFAST_DATA.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
 def command(preset: str, out: Path, data: Path | None, assignments: tuple[str, ...], dry_run: bool) -> None:
     """Train a consistency model. The same command again continues a run that was stopped or killed."""
@@ -46,7 +62,9 @@ def command(preset: str, out: Path, data: Path | None, assignments: tuple[str, .
 
 
 def _interrupted(out: Path) -> int:
-    click.echo(f"cmfast-train: stopped; {out} holds a checkpoint of the last step, the same command continues", err=True)
+    click.echo(
+        f"cmfast-train: stopped; {out} holds a checkpoint of the last step, the same command continues", err=True
+    )
     return 130
 
 

@@ -84,7 +84,9 @@ def load_data(config: TrainConfig, root: Path | None) -> Images | FolderImages:
     side, channels = config.image_size, config.channels
     have = tuple(data.__getitems__([0])[0].shape[1:])
     if have != (channels, side, side):
-        raise CmfastError(f"the images are {list(have)}, the run says {[channels, side, side]}: --set image_size, channels")
+        raise CmfastError(
+            f"the images are {list(have)}, the run says {[channels, side, side]}: --set image_size, channels"
+        )
     return data
 
 
@@ -128,7 +130,9 @@ class _StepIndices:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.n != epoch:
                     epoch = position // self.n
-                    order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                    order = torch.randperm(
+                        self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    )
                 indices.append(int(order[position % self.n]))
             yield indices[self.share]
 

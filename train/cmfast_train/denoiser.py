@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmfast.errors import CmfastError
 from cmfast.precond import noise_condition, scalings
 from cmfast.spec import ModelSpec
 
@@ -27,9 +26,3 @@ class Denoiser(nn.Module):
         c_noise = noise_condition(sigma, self.spec, torch)
         network = self.network(c_in * x, c_noise, label) if self.spec.classes else self.network(c_in * x, c_noise)
         return c_skip * x + c_out * network
-
-
-def check_label(label: Tensor | None, spec: ModelSpec) -> None:
-    """Raise unless a label is given exactly when the model is class-conditional."""
-    if (label is None) == (spec.classes > 0):
-        raise CmfastError(f"the model has {spec.classes} classes, but the data {'lack' if label is None else 'have'} labels")

@@ -21,19 +21,14 @@ from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 
 
 class TorchEngine:
-    """A checkpoint run by eager PyTorch. The contract is `cmfast.engines.Engine`."""
+    """A checkpoint run by PyTorch: eager, eager with the memory format channels_last, or compiled by torch.compile.
+
+    The contract is `cmfast.engines.Engine`; variant is one of `cmfast.engines.VARIANTS`.
+    """
 
     batch: int | None = None
 
-    def __init__(
-        self,
-        path: Path | str,
-        device: str = "cpu",
-        threads: int | None = None,
-        *,
-        channels_last: bool = False,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, path: Path | str, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
             raise EngineError(f"device cuda was asked for, but PyTorch {torch.__version__} {why}")
@@ -41,18 +36,28 @@ class TorchEngine:
             torch.set_num_threads(threads)
         checkpoint = load_checkpoint(path)
         self.manifest = checkpoint_manifest(checkpoint)
-        self.name = f"PyTorch {device}" + (" channels_last" if channels_last else "") + (" compiled" if compiled else "")
+        self.name = f"PyTorch {device}" + (f" {variant}" if variant else "")
         self._device = torch.device(device)
-        self._denoiser = checkpoint.denoiser().to(self._device)
-        if channels_last:
-            self._denoiser.to(memory_format=torch.channels_last)
-        self._call = torch.compile(self._denoiser) if compiled else self._denoiser
+        self.denoiser = checkpoint.denoiser().to(self._device)
+        self._compiled = variant == "compiled"
+        if variant == "channels_last":
+            self.denoiser.to(memory_format=torch.channels_last)
+        # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
+        self._call = torch.compile(self.denoiser, dynamic=False) if self._compiled else self.denoiser
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return f(x, sigma, label), float32 [B, C, H, W]."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in inputs.items()}
-        with torch.inference_mode():
-            return self._call(**tensors).cpu().numpy()  # type: ignore[no-any-return]
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in inputs.items()
+        }
+        try:
+            with torch.inference_mode():
+                return self._call(**tensors).cpu().numpy()  # type: ignore[no-any-return]
+        except RuntimeError as err:
+            if not self._compiled:
+                raise
+            reason = (str(err).strip().splitlines() or ["?"])[0][:300]  # commonly: there is no C++ compiler
+            raise EngineError(f"torch.compile could not compile or run the model: {reason}") from None
 
 
 def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:

@@ -16,7 +16,9 @@ from cmfast.sampler import sample, to_uint8
 from cmfast.spec import ModelSpec
 
 
-def draw(denoise: Any, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device) -> np.ndarray:
+def draw(
+    denoise: Any, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device
+) -> np.ndarray:
     """Return n images, float32 [n, C, H, W] in data units, from denoise(x, sigma [B], label)."""
     indices = range(n)
     noise = torch.from_numpy(np.stack([gaussian(seed, indices, k, spec.image) for k in range(len(sigmas))])).to(device)

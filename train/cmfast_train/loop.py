@@ -16,9 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from cmfast_train.data import FolderImages, Images, batches, load_data, to_unit_
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.ema import update_ema, warm_decay
 from cmfast_train.grid import save_grid
+from cmfast_train.log import TrainLog
 from cmfast_train.losses import ct_loss, ect_loss, edm_loss, same_dropout
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal
@@ -54,16 +53,18 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         write_text(out / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
     accelerator.wait_for_everyone()
     run.resume()
-    with _stop_signals() as stopped, _Log(out, run.images, config, accelerator.is_main_process) as log:
-        bar = progress_bar("training", config.images, "images", run.images, None if accelerator.is_main_process else False)
+    with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator.is_main_process) as log:
+        bar = progress_bar(
+            "training", config.images, "images", run.images, None if accelerator.is_main_process else False
+        )
         with bar as advance:
             for loss_per_image in run.steps():
-                log.add(run, loss_per_image)
+                log.add(float(loss_per_image.mean()), run.images, run.where())
                 advance(config.batch, f"{run.phase.method} loss {log.recent:.4g}")
                 due = run.images // config.checkpoint_images > (run.images - config.batch) // config.checkpoint_images
                 if due or stopped or run.images == config.images:
                     run.save()
-                    log.checkpoint(run)
+                    log.checkpoint(run.images, run.where())
                 if stopped:
                     raise KeyboardInterrupt
     return out / "model.pt"
@@ -76,7 +77,7 @@ class _Run:
         self.config, self.out, self.accelerator, self.data = config, out, accelerator, data
         self.spec = config.spec(data.classes)
         torch.manual_seed(config.seed)
-        self.network_config = _network_config(config, self.spec.classes)
+        self.network_config = network_config(config, self.spec.classes)
         self.denoiser = Denoiser(AdmUnet(self.network_config), self.spec).to(accelerator.device)
         if config.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)
@@ -95,6 +96,10 @@ class _Run:
         """Images seen so far, in all phases."""
         before = sum(self.config.steps(phase) for phase in self.config.phases[: self.phase_index])
         return (before + self.step) * self.config.batch
+
+    def where(self) -> dict[str, Any]:
+        """Return where the run is, for a line of the log."""
+        return {"phase": self.phase.method, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def steps(self) -> Iterator[Tensor]:
         """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
@@ -139,10 +144,13 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        save_checkpoint(Checkpoint(spec=self.spec, network=self.network_config, weights=self.ema), self.out / "model.pt")
-        with torch.no_grad():
-            grid = self.out / "samples" / f"{self.images:012d}.png"
-            save_grid(self._with(self.ema), self.spec, grid, self.config.grid, self.accelerator.device)
+        save_checkpoint(
+            Checkpoint(spec=self.spec, network=self.network_config, weights=self.ema), self.out / "model.pt"
+        )
+        self.denoiser.eval()
+        grid = self.out / "samples" / f"{self.images:012d}.png"
+        save_grid(self._with(self.ema), self.spec, grid, self.config.grid, self.accelerator.device)
+        self.denoiser.train()
         state = {
             "format": STATE_FORMAT,
             "phase": self.phase_index,
@@ -183,7 +191,10 @@ class _Run:
         torch.manual_seed(_step_seed(config.seed, step) + 1 + self.accelerator.process_index)  # dropout
         for i, part in enumerate(torch.arange(len(x0), device=device).chunk(config.accumulation)):
             last = i == config.accumulation - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(self.model),
+                self.accelerator.autocast(),
+            ):
                 some = (x0[part], level[part], noise[part], label[part] if self.spec.classes else None)
                 loss, sigma = self._loss(*some)
                 self._check_finite(loss, sigma)
@@ -200,7 +211,9 @@ class _Run:
         if phase.method == "ct":
             n = ct_scales(self.step, self.config.steps(phase), phase.s0, phase.s1)
             t, r = ct_pair(n, level, spec.sigma_min, spec.sigma_max)
-            return ct_loss(self._student, same_dropout(self._with(self.target), self._cuda()), x0, t, r, noise, label), t
+            return ct_loss(
+                self._student, same_dropout(self._with(self.target), self._cuda()), x0, t, r, noise, label
+            ), t
         normal = math.sqrt(2) * torch.erfinv(2 * level.clamp(1e-6, 1 - 1e-6) - 1)
         t = lognormal(normal, phase.p_mean, phase.p_std, spec.sigma_min, spec.sigma_max)
         if phase.method == "edm":
@@ -243,61 +256,10 @@ class _Run:
         levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
         method = self.phase.method
         raise CheckFailed(
-            f"the loss is not finite at step {self.step} of {method} ({self.images:,} images), at noise levels {levels}; "
+            f"the loss is not finite at step {self.step} of {method} ({self.images:,} images), noise levels {levels}; "
             f"the last checkpoint is untouched; try a smaller --set {method}.lr={self.phase.lr / 3:.1g}, "
             "--set precision=fp32, or look for damaged images"
         )
-
-
-class _Log:
-    """log.jsonl and TensorBoard: a line every log_images, cut back to where a resumed run continues."""
-
-    def __init__(self, out: Path, images: int, config: TrainConfig, active: bool) -> None:
-        self.path, self.config, self.active = out / "log.jsonl", config, active
-        self.recent = math.nan
-        self.sum, self.count, self.since = 0.0, 0, time.perf_counter()
-        self.board: Any = None
-        if not active:
-            return
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _images_of(line) <= images]
-            write_text(self.path, "".join(line + "\n" for line in kept))
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=images)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.board:
-            self.board.close()
-
-    def add(self, run: _Run, loss: Tensor) -> None:
-        """Count one step's losses; write a line when one is due."""
-        self.sum += float(loss.mean())
-        self.count += 1
-        self.recent = self.sum / self.count
-        interval = self.config.log_images
-        if run.images // interval > (run.images - self.config.batch) // interval:
-            now = time.perf_counter()
-            speed = self.count * self.config.batch / (now - self.since)
-            values = {"loss": self.recent, "lr": run.optimizer.param_groups[0]["lr"], "images_per_s": round(speed, 2)}
-            self._write({"images": run.images, "phase": run.phase.method, "step": run.step, **values})
-            if self.board:
-                for name, value in values.items():
-                    self.board.add_scalar(f"{run.phase.method}/{name}", value, run.images)
-            self.sum, self.count, self.since = 0.0, 0, now
-
-    def checkpoint(self, run: _Run) -> None:
-        """Note that a checkpoint was written."""
-        self._write({"images": run.images, "phase": run.phase.method, "checkpoint": "model.pt"})
-
-    def _write(self, values: dict[str, Any]) -> None:
-        if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -317,7 +279,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _network_config(config: TrainConfig, classes: int) -> AdmConfig:
+def network_config(config: TrainConfig, classes: int) -> AdmConfig:
     return AdmConfig(
         image_size=config.image_size,
         channels=config.channels,
@@ -357,13 +319,6 @@ def _step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=6).digest(), "little")
 
 
-def _images_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["images"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # the last line of a killed run may be cut
-
-
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step."""
@@ -374,8 +329,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def processes_in_launch() -> int:
-    """Return how many processes `torchrun` or `accelerate launch` started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,14 +15,24 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def edm_loss(denoise: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor, label: Tensor | None, sigma_data: float) -> Tensor:
+def edm_loss(
+    denoise: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor, label: Tensor | None, sigma_data: float
+) -> Tensor:
     """Weighted squared error of a diffusion denoiser: EDM (arXiv:2206.00364), eq. 2 and 8. Mean over pixels."""
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (denoise(_noised(x0, sigma, noise), sigma, label) - x0).square().mean(dim=(1, 2, 3))
 
 
 def ect_loss(
-    denoise: Denoise, teach: Denoise, x0: Tensor, t: Tensor, r: Tensor, noise: Tensor, label: Tensor | None, c: float, sigma_min: float
+    denoise: Denoise,
+    teach: Denoise,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    noise: Tensor,
+    label: Tensor | None,
+    c: float,
+    sigma_min: float,
 ) -> Tensor:
     """Consistency between noise levels t > r of one path: "Consistency Models Made Easy" (arXiv:2406.14548).
 

@@ -24,8 +24,8 @@ PRESETS: dict[str, TrainConfig] = {
         attention=(),
         batch=64,
         phases=(
-            phase("edm", 60_000, ema=0.998),
-            phase("ect", 70_000, lr=5e-4, ema=0.998, stages=(1, 6)),
+            phase("edm", 40_000, ema=0.998),
+            phase("ect", 60_000, lr=5e-4, ema=0.998, stages=(1, 6)),
         ),
         checkpoint_images=20_000,
         log_images=5_000,
@@ -48,7 +48,6 @@ PRESETS: dict[str, TrainConfig] = {
         model_channels=128,
         channel_mult=(1, 2, 2, 2),
         attention=(16,),
-        conditional=False,
         dropout=0.2,
         batch=128,
         phases=(phase("edm", 50_000_000, ema=0.9999), phase("ect", 25_600_000, ema=0.9999)),

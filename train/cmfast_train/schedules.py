@@ -41,7 +41,10 @@ def lognormal(normal: Tensor, p_mean: float, p_std: float, sigma_min: float, sig
 
 
 def ect_r(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """Return r(t) < t [B] of stage s = 0, 1, ...: arXiv:2406.14548, r = t (1 - n(t) / q^(s+1)), n = 1 + k sigmoid(-b t)."""
+    """Return r(t) < t [B] of stage s = 0, 1, ..: r = t (1 - (1 + k sigmoid(-b t)) / q^(s+1)), at least 0.
+
+    The sigmoid mapping of ECT (arXiv:2406.14548), Section 4.
+    """
     return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))).clamp(min=0)
 
 

@@ -157,8 +157,8 @@ class ResBlock(nn.Module):
         e = self.emb_layers(emb)[..., None, None].to(h.dtype)
         norm, *rest = self.out_layers
         if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            channels = h.shape[1]
+            h = norm(h) * (1 + e.narrow(1, 0, channels)) + e.narrow(1, channels, channels)  # scale, shift
         else:
             h = norm(h + e)
         for layer in rest:
@@ -179,8 +179,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(3, 4).unbind(1)  # each [B, heads, H W, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v)
+        qkv = qkv.transpose(3, 4)  # [B, 3, heads, H W, C / heads]
+        h = F.scaled_dot_product_attention(qkv.select(1, 0), qkv.select(1, 1), qkv.select(1, 2))
         return x + self.proj_out(h.transpose(2, 3).reshape(-1, channels, height, width))
 
 
@@ -249,4 +249,3 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-

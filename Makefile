@@ -1,0 +1,35 @@
+# `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
+# Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	@mkdir -p demo
+	$(BIN)/cmfast-train digits --out demo
+	$(BIN)/cmfast-export demo/model.pt
+	$(BIN)/cmfast-export demo/model.pt --kind sampler --steps 2 -o demo/sampler.onnx
+	$(BIN)/cmfast-sample demo/model.onnx -n 64 --steps 2 --seed 0 -o demo/samples.png
+	$(BIN)/python benchmarks/frechet.py demo/model.onnx --data-set digits --steps 1,2,4 --train-log demo --json demo/frechet.json
+	$(BIN)/cmfast-bench demo/model.onnx demo/sampler.onnx --baseline demo/model.pt --steps 1,2 --batch 1,8 --json demo/latency.json --plot demo/latency.png
+	@echo "demo/samples.png holds 64 digits drawn in two steps each"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Exported files against PyTorch, every weight random: worst error, boundary condition, sizes, time to export.
+
+    python benchmarks/parity.py --json benchmarks/results/parity.json
+
+The networks are those of the presets, the weights random at trained scale (a new U-Net would compute c_skip x).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from cmfast.cli._run import run_command
+from cmfast.cli._types import INTS
+from cmfast.engines import open_engine
+from cmfast.files import write_text
+from cmfast.model import Model
+from cmfast.noise import gaussian
+from cmfast.timing import provenance
+from cmfast_export.verify import verify_denoiser
+from cmfast_train.checkpoint import Checkpoint, save_checkpoint
+from cmfast_train.loop import network_config
+from cmfast_train.networks.adm import AdmUnet, randomise
+from cmfast_train.presets import PRESETS
+
+
+@click.command("parity")
+@click.option("--batches", type=INTS, default="1,2,7,64,256", show_default=True, help="Batch sizes to compare at.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the record here.")
+def command(batches: tuple[int, ...], out: Path | None) -> None:
+    """Export random networks of the presets' sizes and measure how far the files are from PyTorch."""
+    rows = [_measure(preset, batches) for preset in ("mnist", "cifar10")]
+    for row in rows:
+        click.echo(json.dumps(row, indent=1))
+    if out:
+        record = {"what": "parity", **provenance(), "batches": list(batches), "rows": rows}
+        write_text(out, json.dumps(record, indent=1) + "\n")
+
+
+def _measure(preset: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    config = PRESETS[preset]
+    classes = 10 if config.conditional else 0
+    network = AdmUnet(network_config(config, classes))
+    randomise(network)
+    with tempfile.TemporaryDirectory() as folder:
+        model, denoiser, sampler = (Path(folder) / name for name in ("model.pt", "denoiser.onnx", "sampler.onnx"))
+        save_checkpoint(
+            Checkpoint(spec=config.spec(classes), network=network.config, weights=network.state_dict()), model
+        )
+        seconds = _export(model, "-o", denoiser)
+        _export(model, "--kind", "sampler", "--steps", "2", "-o", sampler)
+        reference, ours = open_engine(model), open_engine(denoiser)
+        found = [verify_denoiser(ours, reference, (batch,)) for batch in batches]
+        return {
+            "network": preset,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "max_abs": {str(b): parity.worst.max_abs for b, parity in zip(batches, found, strict=True)},
+            "boundary": max(parity.boundary for parity in found if parity.boundary is not None),
+            "export_and_verify_s": round(seconds, 1),
+            "sampler_against_python_loop": _loop_difference(Model(open_engine(sampler)), Model(ours)),
+            "sampler_against_pytorch_loop": _loop_difference(Model(open_engine(sampler)), Model(reference)),
+            "denoiser_bytes": denoiser.stat().st_size,
+            "sampler_bytes": sampler.stat().st_size,
+            "sampler_over_denoiser": round(sampler.stat().st_size / denoiser.stat().st_size, 4),
+        }
+
+
+def _export(*arguments: object) -> float:
+    """Run cmfast-export as a user does; return the seconds of the whole process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "cmfast_export.cli", *map(str, arguments)], check=True)
+    return time.perf_counter() - start
+
+
+def _loop_difference(sampler: Model, denoiser: Model) -> float:
+    """Return the largest difference of the sampler graph and the Python loop over a denoiser, same noise, batch 8."""
+    sigmas = sampler.levels()
+    noise = np.stack([gaussian(3, range(8), k, sampler.spec.image) for k in range(len(sigmas))])
+    label = denoiser.labels(8, seed=3)
+    return float(np.abs(sampler.from_noise(noise, sigmas, label) - denoiser.from_noise(noise, sigmas, label)).max())
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""Time of a whole process that samples one image in two steps: from an ONNX file, and through PyTorch.
+
+    python benchmarks/startup.py --json benchmarks/results/startup.json
+
+Without files of your own it makes a random model of the mnist preset (32 x 32, 7.7 million weights) and exports it.
+`import cmfast` and an empty Python are timed along with it. The first process of each is not counted: it fills the
+disk cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from cmfast import timing
+from cmfast.artifact import check_file
+from cmfast.cli._run import run_command
+from cmfast.errors import CheckFailed, CmfastError
+from cmfast.files import check_target, write_text
+
+
+@click.command("startup.py")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A model.pt; default: a random one is made.")
+@click.option("--onnx", type=click.Path(path_type=Path), help="The same model exported; default: it is exported.")
+@click.option("--runs", type=int, default=15, show_default=True, help="Counted processes of each.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
+def command(checkpoint: Path | None, onnx: Path | None, runs: int, json_file: Path | None) -> None:
+    """Time the start of cmfast-sample."""
+    if runs < 1:
+        raise CmfastError(f"--runs must be at least 1, got {runs}")
+    if onnx is not None and checkpoint is None:
+        raise CmfastError("--onnx needs the --checkpoint that it was exported from")
+    if json_file is not None:
+        check_target(json_file)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = check_file(checkpoint).resolve() if checkpoint is not None else random_model(folder / "model.pt")
+        onnx = check_file(onnx).resolve() if onnx is not None else export(checkpoint, folder / "model.onnx")
+        commands = {
+            "python, empty": ("-c", "pass"),
+            "import cmfast": ("-c", "import cmfast"),
+            "cmfast-sample model.onnx": sample_command(onnx, "onnx.png"),
+            "cmfast-sample model.pt": sample_command(checkpoint, "pt.png"),
+        }
+        for arguments in commands.values():
+            start(arguments, folder)
+        difference = compare(folder / "onnx.png", folder / "pt.png")
+        before = timing.cpu_ticks()
+        times = interleave(commands, runs, folder)
+        steal = timing.steal_share(before, timing.cpu_ticks())
+        model = describe(checkpoint, onnx)
+    load = timing.load_average()
+    warning = timing.noise_warning(times, load=load, steal=steal)
+    rows = [{"command": name, **dataclasses.asdict(timing.summarise(each))} for name, each in times.items()]
+    for row in rows:
+        numbers = f"{row['median_ms']:7.0f} ms   p10 {row['p10_ms']:6.0f}   p90 {row['p90_ms']:6.0f}"
+        click.echo(f"{row['command']:<26}{numbers}")
+    if json_file is not None:
+        conditions = {"load_average": load, "steal": steal, "warning": warning}
+        record: dict[str, Any] = {"what": "startup", **timing.provenance(), **conditions, "model": model}
+        record |= {"images": 1, "steps": 2, "max_difference": difference, "rows": rows}
+        write_text(json_file, json.dumps(record, indent=1) + "\n")
+        click.echo(f"the record is in {json_file}")
+    if warning:
+        click.echo(f"warning: {warning}")
+
+
+def interleave(commands: dict[str, tuple[str, ...]], runs: int, folder: Path) -> dict[str, list[float]]:
+    """Start every command `runs` times in turns, the order rotating; return the times, ms."""
+    names = list(commands)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for run in range(runs):
+        first = run % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(start(commands[name], folder))
+    return times
+
+
+def start(arguments: tuple[str, ...], folder: Path) -> float:
+    """Run Python with these arguments in a folder; return how long the process lived, ms."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    elapsed = 1000 * (time.perf_counter() - began)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise CmfastError(f"python {' '.join(arguments)} failed: {reason}")
+    return elapsed
+
+
+def sample_command(model: Path, out: str) -> tuple[str, ...]:
+    """Return Python's arguments that are cmfast-sample, installed as a command or not."""
+    return ("-P", "-m", "cmfast.cli.sample", str(model), "-n", "1", "--steps", "2", "-o", out)
+
+
+def random_model(path: Path) -> Path:
+    """Write a checkpoint of the mnist preset with random weights, in a process of its own, and return its path."""
+    code = (
+        "import sys; from cmfast_train.checkpoint import Checkpoint, save_checkpoint\n"
+        "from cmfast_train.loop import network_config; from cmfast_train.networks.adm import AdmUnet, randomise\n"
+        "from cmfast_train.presets import PRESETS\n"
+        "config = PRESETS['mnist']; shape = network_config(config, 10); network = AdmUnet(shape); randomise(network)\n"
+        "made = Checkpoint(spec=config.spec(10), network=shape, weights=network.state_dict())\n"
+        "save_checkpoint(made, sys.argv[1])\n"
+    )
+    start(("-c", code, str(path)), path.parent)
+    return path
+
+
+def export(checkpoint: Path, path: Path) -> Path:
+    """Export a checkpoint and return the file."""
+    start(("-P", "-m", "cmfast_export.cli", str(checkpoint), "-o", str(path)), path.parent)
+    return path
+
+
+def compare(one: Path, other: Path) -> int:
+    """Return the largest difference of two images, levels of 255; more than one level is a failed check."""
+    pixels = [np.asarray(Image.open(file), np.int16) for file in (one, other)]
+    difference = int(np.abs(pixels[0] - pixels[1]).max())
+    if difference > 1:
+        raise CheckFailed(f"the two commands drew different images: {difference} of 255 levels apart (allowed 1)")
+    return difference
+
+
+def describe(checkpoint: Path, onnx: Path) -> dict[str, Any]:
+    """Return what the record says about the model."""
+    from cmfast_train.checkpoint import load_checkpoint
+
+    content = load_checkpoint(checkpoint)
+    parameters = sum(weight.numel() for weight in content.weights.values())
+    sizes = {"checkpoint_bytes": checkpoint.stat().st_size, "onnx_bytes": onnx.stat().st_size}
+    return {"image": list(content.spec.image), "parameters": parameters, "sha256": content.sha256(), **sizes}
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""Timing that can be believed: contenders interleaved in one process, every counted call kept, the machine described.
+
+    times = interleave({"a": call_a, "b": call_b})     # {"a": [ms, ...], "b": [ms, ...]}
+    print(summarise(times["a"]), noise_warning(times))
+
+What drifts on a machine (clock, temperature, neighbours) drifts within seconds, so contenders take turns in short
+bursts instead of one after the other. `cmfast-bench` is the command on top; benchmarks/README.md is the method.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cmfast
+from cmfast.errors import CmfastError
+
+PACKAGES = ("numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "openvino", "onnx")
+
+BURST_S = 0.05  # a burst ends after this time and at least BURST_CALLS counted calls
+BURST_CALLS = 3
+PAUSE_S = 0.02  # between bursts: thread pools spin on for a while after their last call, and would steal the core
+
+MAX_SPREAD = 1.3  # p90 / p10 of one contender
+MAX_LOAD = 1.3  # load average over cores; the contenders alone bring it to 1
+MAX_STEAL = 0.01  # fraction of the CPU time that the host gave to other machines
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float = 3.0, calls: int = 20, warmup_s: float = 0.3
+) -> dict[str, list[float]]:
+    """Call the contenders in turns; return for each the time of every counted call, ms, none dropped.
+
+    seconds   counted time each contender gets at least
+    calls     counted calls each contender gets at least
+    warmup_s  each is called for this long, and twice at least, before anything is counted
+
+    A round is one burst of each contender; the next round begins one contender further on. The first call of a burst
+    is never counted: caches and thread pools are still the previous contender's.
+    """
+    if not contenders:
+        raise CmfastError("nothing to time: no contender was given")
+    if not (math.isfinite(seconds) and seconds >= 0 and calls >= 1):
+        raise CmfastError(f"need seconds >= 0 and calls >= 1, got {seconds} and {calls}")
+    for call in contenders.values():
+        _warm_up(call, warmup_s)
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    first = 0
+    while any(len(each) < calls or sum(each) < 1000 * seconds for each in times.values()):
+        for name in names[first:] + names[:first]:
+            time.sleep(PAUSE_S)
+            times[name] += _burst(contenders[name])
+        first = (first + 1) % len(names)
+    return times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The times of one contender, ms. Percentiles are interpolated as numpy's are."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    max_ms: float
+    calls: int  # counted
+
+
+def summarise(times_ms: Sequence[float]) -> Summary:
+    """Return median, 10th and 90th percentile and the worst of all counted calls."""
+    ordered = sorted(times_ms)
+    if not ordered:
+        raise CmfastError("no times to summarise")
+    median, p10, p90 = (percentile(ordered, fraction) for fraction in (0.5, 0.1, 0.9))
+    return Summary(median_ms=median, p10_ms=p10, p90_ms=p90, max_ms=ordered[-1], calls=len(ordered))
+
+
+def percentile(ordered: Sequence[float], fraction: float) -> float:
+    """Return the value below which `fraction` of the sorted values lie, linear between neighbours."""
+    position = fraction * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def noise_warning(
+    times: Mapping[str, Sequence[float]], *, load: float | None = None, steal: float | None = None
+) -> str | None:
+    """Return why these times should not be believed, as one sentence, or None.
+
+    load   1-minute load average of the machine at the end (`load_average`); None: unknown
+    steal  fraction of CPU time stolen during the run (`steal_share`); None: unknown
+    """
+    reasons = []
+    spreads = {name: s.p90_ms / s.p10_ms for name, s in ((n, summarise(t)) for n, t in times.items()) if s.p10_ms > 0}
+    worst = max(spreads, key=spreads.__getitem__, default="")
+    if worst and spreads[worst] > MAX_SPREAD:
+        reasons.append(f"the calls of {worst} spread by {spreads[worst]:.2f} from p10 to p90 (above {MAX_SPREAD:g})")
+    cores = usable_cores()
+    if load is not None and load > MAX_LOAD * cores:
+        reasons.append(f"the load average is {load:.1f} on {cores} core(s)")
+    if steal is not None and steal > MAX_STEAL:
+        reasons.append(f"the host gave {steal:.1%} of the CPU time to other machines")
+    return f"the machine is too noisy to believe small differences: {'; '.join(reasons)}" if reasons else None
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a record of a measurement carries beside its numbers: date, machine, versions, commit."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": now, "machine": machine(), "versions": versions(), "commit": commit()}
+
+
+def machine() -> dict[str, Any]:
+    """Return CPU model, usable cores, RAM (GiB), OS, Python, and GPU with driver; None for what is not known."""
+    gpu = _nvidia_smi()
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "ram_gib": _ram_gib(),
+        "os": _system(),
+        "python": platform.python_version(),
+        "gpu": gpu[0] if gpu else None,
+        "driver": gpu[1] if gpu else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of cmfast and of what it runs on, as installed; nothing is imported."""
+    found = {"cmfast": cmfast.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """Return {"commit": ..., "dirty": ...} of the source tree that this cmfast was imported from; None outside git.
+
+    Dirty: tracked files differ from the commit, records of benchmarks aside.
+    """
+    here = Path(__file__).resolve().parent
+    if _output("git", "-C", str(here), "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # installed into an environment that only happens to lie inside some repository
+    head = _output("git", "-C", str(here), "rev-parse", "HEAD")
+    changes = ("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    status = _output("git", "-C", str(here), *changes)
+    return None if head is None else {"commit": head, "dirty": status != ""}
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Return the load average of the last minute, where the system keeps one."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_ticks() -> tuple[int, int] | None:
+    """Return (stolen, all) CPU time since boot, in ticks, where the system tells (Linux)."""
+    try:
+        line = Path("/proc/stat").read_text().partition("\n")[0]
+    except OSError:
+        return None
+    fields = [int(field) for field in line.split()[1:9]]  # user nice system idle iowait irq softirq steal
+    return (fields[7], sum(fields)) if len(fields) == 8 else None
+
+
+def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    """Return the fraction of CPU time stolen between two readings of `cpu_ticks`; None: unknown."""
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _warm_up(call: Callable[[], object], seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    call()
+    call()
+    while time.perf_counter() < end:
+        call()
+
+
+def _burst(call: Callable[[], object]) -> list[float]:
+    call()
+    times: list[float] = []
+    while len(times) < BURST_CALLS or sum(times) < 1000 * BURST_S:
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+def _cpu_model() -> str | None:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return found[1].strip()
+    if platform.system() == "Darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return platform.processor() or platform.machine() or None
+
+
+def _ram_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _system() -> str:
+    release = re.match(r"[\d.]*\d", platform.release())  # what follows may name the host
+    kernel = " ".join(part for part in (platform.system(), release[0] if release else "", platform.machine()) if part)
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
+    except (OSError, KeyError):
+        return kernel
+
+
+def _nvidia_smi() -> tuple[str, str] | None:
+    text = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    rows = [line.split(", ") for line in (text or "").splitlines() if line.count(", ") == 1]
+    return ("; ".join(row[0] for row in rows), rows[0][1]) if rows else None
+
+
+def _output(*command: str) -> str | None:
+    """Return what a program prints; None where it is missing, fails, or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The denoiser as an ONNX graph: traced once by torch's dynamo exporter, scalings and noise embedding inside.
+
+x [B, C, H, W] float32, sigma [B] float32, label [B] int64 (class-conditional)  ->  denoised [B, C, H, W] float32
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from cmfast_train.denoiser import Denoiser
+from onnxscript import opset18 as op
+from onnxscript.optimizer import fold_constants
+
+from cmfast.errors import CmfastError
+
+OPSETS = range(18, 24)
+DEFAULT_OPSET = 18  # the oldest that has all we need; later ones were not faster, see benchmarks/README.md
+
+
+def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int = DEFAULT_OPSET) -> ir.Model:
+    """Return the ONNX model of a denoiser, without manifest.
+
+    batch  a fixed batch size, or None for a dynamic one
+    """
+    if opset not in OPSETS:
+        raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
+    if batch is not None and batch < 1:
+        raise CmfastError(f"the batch must be at least 1 or dynamic, got {batch}")
+    spec = denoiser.spec
+    example = batch or 2  # a dynamic axis must not be 0 or 1 in the example: torch.export would make it a constant
+    inputs: dict[str, torch.Tensor] = {"x": torch.zeros(example, *spec.image), "sigma": torch.ones(example)}
+    if spec.classes:
+        inputs["label"] = torch.zeros(example, dtype=torch.int64)
+    dynamic = None if batch else {name: {0: torch.export.Dim("B", max=2**20)} for name in inputs}
+    with torch.inference_mode(False), _quiet():
+        program = torch.export.export(denoiser, (), inputs, dynamic_shapes=dynamic)
+        exported = torch.onnx.export(
+            program,
+            input_names=list(inputs),
+            output_names=["denoised"],
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=_TRANSLATIONS,
+        )
+    assert exported is not None
+    model = exported.model
+    tidy(model)
+    model.graph.name = "denoiser"
+    return model
+
+
+def tidy(model: ir.Model) -> None:
+    """Fold constants and drop what is not used, in place; a fraction of the time of the full rewriter."""
+    passes.InlinePass()(model)
+    fold_constants(model)
+    for step in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),  # stack traces name the files of whoever exported
+    ):
+        step(model)
+
+
+def _group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
+    """Group normalisation over InstanceNormalization, which every engine has a fast kernel for.
+
+    Native GroupNormalization (opset 21) is taken apart into reductions by ONNX Runtime and crashes OpenVINO.
+    """
+    by_group = op.Reshape(x, op.Constant(value_ints=[0, groups, -1]))
+    ones, zeros = op.Constant(value_floats=[1.0] * groups), op.Constant(value_floats=[0.0] * groups)
+    normed = op.InstanceNormalization(by_group, ones, zeros, epsilon=eps)
+    normed = op.Reshape(normed, op.Constant(value_ints=[0, *(int(size) for size in x.shape[1:])]))
+    axes = op.Constant(value_ints=[1, 2])
+    return op.Add(op.Mul(normed, op.Unsqueeze(weight, axes)), op.Unsqueeze(bias, axes))
+
+
+def _attention(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """softmax(q k^T / sqrt(d)) v; q, k, v [B, heads, pixels, d]. Plain nodes: the Attention operator needs opset 23."""
+    assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
+    factor = scale if scale is not None else float(q.shape[-1]) ** -0.5
+    scaled = op.Mul(q, op.Constant(value_floats=[factor]))
+    return op.MatMul(op.Softmax(op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2])), axis=-1), v)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.group_norm.default: _group_norm,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and deprecation notes off the terminal; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

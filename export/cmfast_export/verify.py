@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""The proof: an exported file against PyTorch, at noise levels from sigma_min to sigma_max.
+
+Every export runs the file that it wrote. A difference beyond the tolerance is an error that says where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.engines import Engine
+from cmfast.model import Model
+from cmfast.noise import gaussian
+from cmfast.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
+LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison: a batch at one or several noise levels."""
+
+    where: str  # "sigma 0.002", "batch 5, mixed sigmas", "2 steps at 80, 0.8"
+    batch: int
+    max_abs: float  # largest absolute difference, data units
+    mse: float  # mean squared difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far a file is from PyTorch; what the manifest records."""
+
+    rows: tuple[Row, ...]
+    boundary: float | None  # largest |f(x, sigma_min) - x| of the file; None where f has no such boundary
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda row: math.inf if math.isnan(row.max_abs) else row.max_abs)
+
+    @property
+    def psnr_db(self) -> float:
+        """Worst peak signal-to-noise ratio, dB, for images in [-1, 1]; 200 stands for equal to the bit."""
+        mse = max(row.mse for row in self.rows)
+        return 200.0 if mse == 0 else min(200.0, 10 * math.log10(4 / mse))
+
+    def failure(self, tolerance: float) -> str | None:
+        """Return what is wrong in words, or None."""
+        worst = self.worst
+        if not worst.max_abs <= tolerance:  # also when it is not a number
+            return f"differs from PyTorch by {worst.max_abs:.2e} at {worst.where} (allowed {tolerance:.0e})"
+        if self.boundary is not None and not self.boundary <= BOUNDARY_TOLERANCE:
+            return f"f(x, sigma_min) differs from x by {self.boundary:.2e} (allowed {BOUNDARY_TOLERANCE:.0e})"
+        return None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what the manifest records."""
+        values = {"max_abs": float(f"{self.worst.max_abs:.3g}"), "psnr_db": round(self.psnr_db, 1)}
+        return values if self.boundary is None else {**values, "boundary": float(f"{self.boundary:.3g}")}
+
+
+def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] = (1, 5)) -> Parity:
+    """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
+
+    Images are random, uniform in [-1, 1], with noise of the level added.
+    """
+    spec = file.manifest.spec
+    ours, reference = Model(file), Model(torch_engine)
+    rows = []
+    boundary = None
+    for where, x, sigma, label in _denoiser_inputs(spec, (file.batch,) if file.batch else batches):
+        got, want = ours.denoise(x, sigma, label), reference.denoise(x, sigma, label)
+        rows.append(_row(where, got, want))
+        at_minimum = sigma == np.float32(spec.sigma_min)
+        if spec.scaling in ("boundary", "seed") and at_minimum.any():
+            boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
+    return Parity(rows=tuple(rows), boundary=boundary)
+
+
+def verify_sampler(file: Engine, denoiser: Engine, batches: Sequence[int] = (1, 5)) -> Parity:
+    """Compare a sampler graph with the Python loop over a denoiser, on the same noise."""
+    ours, reference = Model(file), Model(denoiser)
+    spec, sigmas = file.manifest.spec, ours.levels()
+    rows = []
+    for batch in (file.batch,) if file.batch else batches:
+        noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
+        label = reference.labels(batch, seed=1)
+        got, want = ours.from_noise(noise, sigmas, label), reference.from_noise(noise, sigmas, label)
+        rows.append(_row(f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}", got, want))
+    return Parity(rows=tuple(rows), boundary=None)
+
+
+def _denoiser_inputs(
+    spec: ModelSpec, batches: Sequence[int]
+) -> Iterator[tuple[str, Floats, Floats, npt.NDArray[np.int64] | None]]:
+    """Yield (where, x [B, C, H, W], sigma [B], label [B] or None)."""
+    levels = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
+    levels[0], levels[-1] = spec.sigma_min, spec.sigma_max
+    cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in levels] if batches[0] == 1 else []
+    cases += [(f"batch {b}, mixed sigmas", np.resize(levels, b).astype(np.float32)) for b in batches if b > 1]
+    for number, (where, sigma) in enumerate(cases):
+        batch = len(sigma)
+        rng = np.random.default_rng(number)
+        clean = rng.uniform(-1, 1, (batch, *spec.image)).astype(np.float32)
+        x = clean + sigma[:, None, None, None] * rng.standard_normal(clean.shape, dtype=np.float32)
+        label = rng.integers(0, spec.classes, batch) if spec.classes else None
+        yield where, x, sigma, label
+
+
+def _row(where: str, got: Floats, want: Floats) -> Row:
+    if got.shape != want.shape:
+        return Row(
+            where=f"{where}: shape {list(got.shape)} for {list(want.shape)}",
+            batch=len(want),
+            max_abs=math.inf,
+            mse=math.inf,
+        )
+    difference = got.astype(np.float64) - want
+    largest = float(np.abs(difference).max()) if np.isfinite(difference).all() else math.nan
+    return Row(where=where, batch=len(want), max_abs=largest, mse=float(np.square(difference).mean()))

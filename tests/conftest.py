@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""What several test modules share: tiny models on disk, and commands run the way a user runs them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from hypothesis import settings
+from onnx import helper
+
+from cmfast.artifact import Manifest
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint, save_checkpoint
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+
+# The networks are tiny: a second thread brings nothing, and on a busy machine the two wait for each other, spinning.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+settings.register_profile("cmfast", deadline=None)  # a busy machine is not a failure
+settings.load_profile("cmfast")
+
+Result = subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a factory of checkpoints with random weights, 8x8 images of one channel; treat the files as read-only."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def make(classes: int = 10, suffix: str = ".pt") -> Path:
+        config = AdmConfig(
+            image_size=8, channels=1, classes=classes, model_channels=32, res_blocks=1, channel_mult=(1, 2),
+            attention=(4,), head_channels=32,
+        )  # fmt: skip
+        network = AdmUnet(config)
+        randomise(network)
+        path = folder / f"classes{classes}{suffix}"
+        spec = ModelSpec(image=(1, 8, 8), classes=classes)
+        save_checkpoint(Checkpoint(spec=spec, network=config, weights=network.state_dict()), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def handmade_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a factory of denoisers written node by node: denoised = 0.01 x, so ONNX Runtime has something to run."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def make(side: int = 8) -> Path:
+        float32 = onnx.TensorProto.FLOAT
+        image = ["B", 1, side, side]
+        graph = helper.make_graph(
+            [helper.make_node("Mul", ["x", "hundredth"], ["denoised"])],
+            "denoiser",
+            [
+                helper.make_tensor_value_info("x", float32, image),
+                helper.make_tensor_value_info("sigma", float32, ["B"]),
+            ],
+            [helper.make_tensor_value_info("denoised", float32, image)],
+            [helper.make_tensor("hundredth", float32, [], [0.01])],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, side, side)))
+        helper.set_model_props(model, {"cmfast": manifest.to_json()})
+        path = folder / f"side{side}.onnx"
+        onnx.save(model, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Result[str]]:
+    """Return a function that runs `python -m MODULE ARGUMENTS` and captures what it says."""
+
+    def run(module: str, *arguments: object, timeout: float = 120, **environment: str) -> Result[str]:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result[str]]:
+    """Return a function that runs a command's `main` in this process, which has torch already."""
+
+    def call(main: Callable[[], None], *arguments: object) -> Result[str]:
+        argv = ["command", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(argv, int(stopped.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., None]:
+    """Return a check that a command gave one line on stderr with these words, and the exit code of a user's error."""
+
+    def refused(result: Result[str], *words: str, code: int = 2) -> None:
+        assert result.returncode == code, result.stderr
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("cmfast-")
+        for word in words:
+            assert word in line
+
+    return refused

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""The configuration of a run: what a command line may change, what it may not, and every word it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmfast.errors import CmfastError
+from cmfast_train.config import DATA, FREE_FIELDS, METHODS, Phase, TrainConfig, from_dict, override, to_dict
+from cmfast_train.loop import network_config
+from cmfast_train.presets import PRESETS, phase
+
+DIGITS = PRESETS["digits"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_a_run_whose_network_can_be_built(name: str) -> None:
+    config = PRESETS[name]
+    assert config.data == name
+    assert network_config(config, 10).image_size == config.image_size
+    assert config.images >= sum(phase.images for phase in config.phases) > 0
+    assert [phase.method for phase in config.phases] == ["edm", "ect"]
+    assert config.sigmas[0] == (config.sigma_max,)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_configuration_survives_json(name: str) -> None:
+    assert from_dict(json.loads(json.dumps(to_dict(PRESETS[name])))) == PRESETS[name]
+
+
+def test_fields_that_may_change_while_a_run_continues_exist() -> None:
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("batch=32", "batch", 32),
+        ("checkpoint_images=1_000", "checkpoint_images", 1000),
+        ("dropout=0.1", "dropout", 0.1),
+        ("sigma_data=1", "sigma_data", 1.0),
+        ("data=folder", "data", "folder"),
+        ("flip=true", "flip", True),
+        ("conditional=No", "conditional", False),
+        ("tensorboard=0", "tensorboard", False),
+        ("channel_mult=1,2,2", "channel_mult", (1, 2, 2)),
+        ("attention=", "attention", ()),
+        ("attention=16,8", "attention", (16, 8)),
+        ("sigmas=80:80,0.8", "sigmas", ((80.0,), (80.0, 0.8))),
+        ("phases=edm:500", "phases", (phase("edm", 500),)),
+        ("phases=edm:500,ct:1000", "phases", (phase("edm", 500), phase("ct", 1000))),
+    ],
+)
+def test_a_text_becomes_a_value_of_its_fields_type(text: str, field: str, value: Any) -> None:
+    changed = override(DIGITS, [text])
+    assert getattr(changed, field) == value
+    assert type(getattr(changed, field)) is type(value)
+    assert dataclasses.replace(changed, **{field: getattr(DIGITS, field)}) == DIGITS  # nothing else changed
+
+
+def test_a_method_before_the_dot_changes_every_phase_of_that_method_and_no_other() -> None:
+    config = override(DIGITS, ["phases=edm:500,ect:100,edm:200", "edm.lr=0.5", "ect.stages=2,3"])
+    assert [phase.lr for phase in config.phases] == [0.5, 1e-4, 0.5]
+    assert config.phases[1].stages == (2, 3)
+
+
+def test_a_later_assignment_wins() -> None:
+    assert override(DIGITS, ["batch=16", "batch=32"]).batch == 32
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("sigma_max=40", "sigmas=40:40,0.8"),
+        ("sigma_min=1.0", "sigmas=80:80,5"),
+        ("batch=96", "accumulation=3"),
+        ("edm.s0=200", "edm.s1=300"),
+        ("image_size=12", "channel_mult=1,2"),
+    ],
+    ids=lambda texts: texts[0],
+)
+def test_fields_that_only_fit_together_can_be_changed_together(texts: tuple[str, str], order: int) -> None:
+    assert override(DIGITS, texts[::order]) != DIGITS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch", "--set batch: expected NAME=VALUE"),
+        ("", "expected NAME=VALUE"),
+        ("bacth=3", "--set bacth=3: no such field; there are accumulation, attention, batch, "),
+        ("=3", "no such field"),
+        ("edm.speed=3", "--set edm.speed=3: no such field; there are b, ema, huber, "),
+        ("ct.lr=1", "--set ct.lr=1: this run has no phase 'ct'; its phases: edm, ect"),
+        ("batch=many", "--set batch=many: 'many' does not convert to int"),
+        ("batch=1.5", "'1.5' does not convert to int"),
+        ("dropout=", "'' does not convert to float"),
+        ("flip=maybe", "'maybe' does not convert to bool"),
+        ("channel_mult=1,x", r"'1,x' does not convert to tuple\[int, \.\.\.\]"),
+        ("sigmas=80;0.8", "'80;0.8' does not convert to"),
+        ("phases=edm", "'edm' does not convert to"),
+        ("phases=sgd:100", "'sgd:100' does not convert to"),
+        ("phases=edm:x", "'edm:x' does not convert to"),
+        ("edm.stages=1,x", "'1,x' does not convert to"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        override(DIGITS, [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data=imagenet", "data must be one of digits, mnist, cifar10, folder, got 'imagenet'"),
+        ("channels=2", "channels must be 1 or 3, got 2"),
+        ("precision=int8", "precision must be auto, fp32, bf16 or fp16, got 'int8'"),
+        ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),
+        ("batch=0", "batch must be greater than 0, got 0"),
+        ("image_size=-8", "image_size must be greater than 0, got -8"),
+        ("log_images=0", "log_images must be greater than 0"),
+        ("checkpoint_images=0", "checkpoint_images must be greater than 0"),
+        ("accumulation=3", "batch=64 does not divide into accumulation=3 micro-batches"),
+        ("sigmas=70:70,1", r"default noise levels must begin with sigma_max=80"),
+        ("sigmas=80:80,90", "90 follows 80"),
+        ("sigma_min=-1", "must be positive numbers"),
+        ("scaling=vp", "scaling must be one of"),
+        ("phases=edm:0", "images must be greater than 0, got 0"),
+        ("edm.method=sgd", "method must be one of edm, ect, ct, got 'sgd'"),
+        ("edm.lr=0", "lr must be greater than 0"),
+        ("edm.lr=nan", "lr must be greater than 0, got nan"),
+        ("edm.ema=1", "edm.ema must be at least 0 and below 1, got 1"),
+        ("ect.lr_decay=2", "ect.lr_decay is a fraction from 0 to 1, got 2"),
+        ("ect.stages=3,1", "ect.stages must be first,last with 0 <= first <= last"),
+        ("ect.stages=3", "ect.stages must be first,last"),
+        ("ect.stages=", "ect.stages must be first,last"),
+        ("ect.stages=1,2,3", "ect.stages must be first,last"),
+        ("edm.s0=1", "need 2 <= s0 <= s1, got s0=1"),
+        ("edm.mu0=1", "edm.mu0 must lie between 0 and 1"),
+        ("grid=0", "grid must be greater than 0, got 0"),
+        ("workers=-1", "workers must be"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_what_can(text: str, words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        override(DIGITS, [text])
+
+
+def test_a_run_without_phases_is_told_how_to_name_them() -> None:
+    with pytest.raises(CmfastError, match="at least one phase, for example --set phases=edm:100000,ect:200000"):
+        TrainConfig(data="digits", image_size=8, channels=1)
+
+
+def test_lengths_are_in_images_rounded_up_to_whole_batches() -> None:
+    config = override(DIGITS, ["phases=edm:100,ect:1", "batch=64"])
+    assert [config.steps(phase) for phase in config.phases] == [2, 1]
+    assert config.images == 192
+
+
+@given(images=st.integers(1, 10**9), batch=st.integers(1, 4096))
+def test_a_phase_has_just_enough_steps(images: int, batch: int) -> None:
+    config = dataclasses.replace(DIGITS, batch=batch)
+    steps = config.steps(phase("edm", images))
+    assert (steps - 1) * batch < images <= steps * batch
+
+
+def test_an_unconditional_run_on_data_with_classes_makes_an_unconditional_model() -> None:
+    assert DIGITS.spec(10).classes == 10
+    assert override(DIGITS, ["conditional=false"]).spec(10).classes == 0
+
+
+@given(
+    st.builds(
+        lambda name, value: f"{name}={value}",
+        st.sampled_from([field.name for field in dataclasses.fields(TrainConfig)])
+        | st.builds(
+            lambda method, field: f"{method}.{field}",
+            st.sampled_from(METHODS),
+            st.sampled_from([field.name for field in dataclasses.fields(Phase)]),
+        ),
+        st.integers(-3, 100).map(str)
+        | st.floats().map(str)
+        | st.text(max_size=5)
+        | st.sampled_from([*DATA, *METHODS, "1,2"]),
+    )
+)
+def test_whatever_is_set_it_is_a_run_or_our_error(text: str) -> None:
+    try:
+        config = override(DIGITS, [text])
+    except CmfastError:
+        return
+    assert isinstance(config, TrainConfig)

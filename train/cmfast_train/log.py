@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""log.jsonl and TensorBoard: a line every log_images, cut back to where a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from cmfast.files import write_text
+from cmfast_train.config import TrainConfig
+
+
+class TrainLog:
+    """The curves of a run. `active`: only one process of several writes."""
+
+    def __init__(self, out: Path, images: int, config: TrainConfig, active: bool) -> None:
+        self.path, self.config, self.active = out / "log.jsonl", config, active
+        self.recent = math.nan  # mean loss since the last line
+        self._sum, self._count, self._since = 0.0, 0, time.perf_counter()
+        self._board: Any = None
+        if not active:
+            return
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _images_of(line) <= images]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=images)
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board:
+            self._board.close()
+
+    def add(self, loss: float, images: int, where: dict[str, Any]) -> None:
+        """Count one step's mean loss, after `images` images in all; write a line when one is due."""
+        self._sum += loss
+        self._count += 1
+        self.recent = self._sum / self._count
+        interval, batch = self.config.log_images, self.config.batch
+        if images // interval > (images - batch) // interval:
+            now = time.perf_counter()
+            speed = self._count * batch / (now - self._since)
+            self._write({"images": images, **where, "loss": self.recent, "images_per_s": round(speed, 2)})
+            if self._board:
+                for name, value in {"loss": self.recent, "lr": where["lr"], "images_per_s": speed}.items():
+                    self._board.add_scalar(f"{where['phase']}/{name}", value, images)
+            self._sum, self._count, self._since = 0.0, 0, now
+
+    def checkpoint(self, images: int, where: dict[str, Any]) -> None:
+        """Note that a checkpoint was written."""
+        self._write({"images": images, **where, "checkpoint": "model.pt"})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.active:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def _images_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the last line of a killed run may be cut
