@@ -75,8 +75,7 @@ def command(
     images = data_images(data_set, data, loaded.spec.image)
     number = number or (len(images) if data_set == "digits" else 10_000)
     metric = frechet_metric(features)
-    for chunk in chunks(images, torch.arange(len(images))):
-        metric.update(chunk, real=True)
+    halves = add_data(metric, images, seed)
     rows = []
     for k in steps:
         show = sys.stderr.isatty()
@@ -86,7 +85,6 @@ def command(
             metric.update(part.double(), real=False)
         rows.append({"steps": k, "sigmas": list(levels[k]), "n": number, "distance": float(metric.compute())})
         click.echo(f"{k} step(s)  {rows[-1]['distance']:10.4f}   {number:,} samples against {len(images):,} images")
-    halves = distance_of_halves(features, images, seed)
     click.echo(f"data       {halves:10.4f}   one random half of the data against the other, for scale")
     if json_file is not None:
         record = {
@@ -117,14 +115,17 @@ def frechet_metric(features: Pixels | Classifier) -> Any:
     return metric.set_dtype(torch.float64)
 
 
-def distance_of_halves(features: Pixels | Classifier, images: Images | FolderImages, seed: int) -> float:
-    """Return the distance between two random halves of the data."""
-    metric = frechet_metric(features)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    for real, half in zip((True, False), order.chunk(2), strict=True):
-        for chunk in chunks(images, half):
+def add_data(metric: Any, images: Images | FolderImages, seed: int) -> float:
+    """Add all images to the metric, as data; return the distance between two random halves of them."""
+    one, other = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).chunk(2)
+    for indices, real in ((one, True), (other, False)):
+        for chunk in chunks(images, indices):
             metric.update(chunk, real=real)
-    return float(metric.compute())
+    halves = float(metric.compute())
+    metric.reset()  # of the samples, whose place the other half had
+    for chunk in chunks(images, other):
+        metric.update(chunk, real=True)
+    return halves
 
 
 def chunks(images: Images | FolderImages, indices: Tensor) -> Iterator[Tensor]:

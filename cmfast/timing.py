@@ -149,14 +149,14 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any] | None:
     """Return {"commit": ..., "dirty": ...} of the source tree that this cmfast was imported from; None outside git.
 
-    Dirty: tracked files differ from the commit, records of benchmarks aside.
+    Dirty: the code differs from that commit, or some of it is in none. Records of benchmarks are no code.
     """
     here = Path(__file__).resolve().parent
     if _output("git", "-C", str(here), "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed into an environment that only happens to lie inside some repository
     head = _output("git", "-C", str(here), "rev-parse", "HEAD")
-    changes = ("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results")
-    status = _output("git", "-C", str(here), *changes)
+    code = (":(top)cmfast", ":(top)train", ":(top)export", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
+    status = _output("git", "-C", str(here), "status", "--porcelain", "--", *code)
     return None if head is None else {"commit": head, "dirty": status != ""}
 
 

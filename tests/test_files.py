@@ -49,6 +49,17 @@ def test_the_new_file_appears_whole_and_the_temporary_one_is_gone(tmp_path: Path
     assert os.listdir(tmp_path) == ["model.bin"]
 
 
+def test_the_new_file_takes_the_place_of_the_old_in_one_step(tmp_path: Path) -> None:
+    target = tmp_path / "model.bin"
+    target.write_text("old")
+    with target.open() as reader:
+        with atomic_file(target) as temporary:
+            temporary.write_text("new")
+            inode = temporary.stat().st_ino
+        assert reader.read() == "old"  # who has the old file open goes on reading it
+    assert target.stat().st_ino == inode  # a rename, not a copy
+
+
 def test_the_new_folder_appears_whole(tmp_path: Path) -> None:
     for name in ("new", "empty"):
         target = tmp_path / name

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   cmfast-bench model.onnx --baseline model.pt
-  cmfast-bench model.onnx model_2step.onnx --baseline model.pt --steps 2 --batch 1,8,64 --json bench.json
+  cmfast-bench model.onnx sampler.onnx --baseline model.pt --steps 2 --batch 1,8,64 --json bench.json
   cmfast-bench --baseline model.pt --compile --threads 4 --plot bench.png
   cmfast-bench model_fp16.onnx --baseline model.pt --device cuda --tolerance 0.02
 """
@@ -46,7 +46,7 @@ MIN_CALLS = 20  # counted, of each contender at each setting
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Counted time of each at each setting.")
 @click.option("--threads", type=int, help="CPU threads; default: each engine's choice.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest difference of pixels in [-1, 1].")
+@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest difference, pixels in [-1, 1].")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians to NAME.png.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be timed, and stop.")
@@ -271,7 +271,7 @@ def show(record: dict[str, Any]) -> None:
     for name in ("steps", "batch", "contender", "median", "p10", "p90", "images/s", "speed", "difference"):
         table.add_column(name, justify="left" if name == "contender" else "right")
     for row in record["rows"]:
-        numbers = [f"{row[name]:.4g}" for name in ("median_ms", "p10_ms", "p90_ms")]
+        numbers = [f"{row[name]:,.2f}" for name in ("median_ms", "p10_ms", "p90_ms")]
         numbers += [f"{row['images_per_s']:,.1f}", f"{row['times_as_fast']:.2f}x", f"{row['max_abs_diff']:.1e}"]
         table.add_row(str(row["steps"]), str(row["batch"]), escape(row["contender"]), *numbers)
     console.print(table)
@@ -282,7 +282,7 @@ def show(record: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in record["starts"]:
         numbers = [f"{row['file_mib']:.1f}", f"{row['load_s']:.2f}", f"{row['steps']} x batch {row['batch']}"]
-        numbers += [f"{row['first_call_ms']:.4g}", "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
+        numbers += [f"{row['first_call_ms']:,.1f}", "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
         table.add_row(escape(row["contender"]), row["engine"], row["dtype"], *numbers)
     console.print(table)
 

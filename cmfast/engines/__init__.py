@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,10 +55,12 @@ def open_engine(
         raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     if file.suffix == ".onnx":
         if variant:
-            raise EngineError(f"{file}: ONNX Runtime runs a graph in one way only, not {variant}; a .pt file has variants")
+            raise EngineError(f"{file}: ONNX Runtime runs a graph one way only, not {variant}; a .pt file has variants")
         from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(file, device, threads)
+    from importlib.metadata import entry_points  # slow to import, and .onnx does without
+
     for entry in entry_points(group="cmfast.engines", name=file.suffix.removeprefix(".")):
         try:
             engine_type = entry.load()
@@ -67,7 +68,5 @@ def open_engine(
             raise MissingDependency(f"running a {file.suffix} file", (err.name or "?").split(".")[0], "train") from None
         engine: Engine = engine_type(file, device, threads, variant)
         return engine
-    others = sorted("." + entry.name for entry in entry_points(group="cmfast.engines"))
-    raise EngineError(
-        f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are engines for {', '.join(['.onnx', *others])}"
-    )
+    have = ", ".join([".onnx", *sorted("." + entry.name for entry in entry_points(group="cmfast.engines"))])
+    raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")

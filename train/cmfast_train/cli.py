@@ -11,15 +11,20 @@ import click
 
 from cmfast.cli._run import needs, run_command
 from cmfast_train.config import override, to_dict
-from cmfast_train.presets import PRESETS
+from cmfast_train.presets import ABOUT, PRESETS
 
-EPILOG = """\b
+EPILOG = (
+    "\b\nPresets:\n"
+    + "".join(f"  {name:<8} {about}\n" for name, about in ABOUT.items())
+    + """
+\b
 Examples:
   cmfast-train digits --out runs/digits
   cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
   cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
   accelerate launch --num_processes 8 -m cmfast_train.cli cifar10 --data DIR --out runs/cifar10
 """
+)
 
 
 @click.command("cmfast-train", epilog=EPILOG)

@@ -54,9 +54,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
     accelerator.wait_for_everyone()
     run.resume()
     with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator.is_main_process) as log:
-        bar = progress_bar(
-            "training", config.images, "images", run.images, None if accelerator.is_main_process else False
-        )
+        bar = progress_bar("training", config.images, "images", run.images, accelerator.is_main_process)
         with bar as advance:
             for loss_per_image in run.steps():
                 log.add(float(loss_per_image.mean()), run.images, run.where())

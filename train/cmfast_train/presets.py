@@ -65,3 +65,11 @@ PRESETS: dict[str, TrainConfig] = {
         workers=2,
     ),
 }
+
+# What each costs and what to expect; shown by cmfast-train --help. A figure has a record in benchmarks/results.
+ABOUT: dict[str, str] = {
+    "digits": "0.8M parameters, built-in 8x8 digits; about 3 minutes on 2 CPU cores",
+    "mnist": "7.7M parameters, 1x32x32; not run at its full length, see benchmarks/README.md",
+    "cifar10": "43M parameters, 3x32x32; not run",
+    "folder": "7.7M parameters, 3x32x32, any DIR/class/image.png; not run",
+}

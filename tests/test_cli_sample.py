@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""cmfast-sample on a checkpoint: what it writes, and one line for everything that a user can get wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cmfast
+from cmfast.cli.sample import main
+
+Factory = Callable[..., Path]
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# The whole way, as a user goes it.
+
+
+def test_the_command_draws_the_images_that_the_library_draws(
+    tiny_checkpoint: Factory, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_checkpoint(10)
+    result = run("cmfast.cli.sample", model, "-n", 5, "--steps", 2, "--seed", 7, "-o", tmp_path / "images.npz")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{tmp_path}/images.npz: 5 image(s), 2 step(s) at 80, 0.8, PyTorch cpu\n"
+    with np.load(tmp_path / "images.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], cmfast.load(model).sample(5, steps=2, seed=7))
+        np.testing.assert_array_equal(arrays["arr_1"], cmfast.load(model).labels(5, seed=7))
+    assert content(tmp_path) == ["images.npz"]
+
+
+def test_an_error_of_the_engine_is_one_line_in_a_process_of_its_own(
+    tiny_checkpoint: Factory, run: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    result = run("cmfast.cli.sample", tiny_checkpoint(10), "--label", 10, "-o", tmp_path / "grid.png")
+    refused(result, "label 10 is out of range; this model has the classes 0 to 9")
+    assert content(tmp_path) == []
+
+
+# The same `main`, in this process.
+
+
+def test_a_png_is_a_grid_a_folder_has_one_each_and_an_npz_the_arrays(
+    tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    images = cmfast.load(tiny_checkpoint(0)).sample(4)
+    for out in ("grid.png", "images.npz", "folder"):
+        assert call(main, tiny_checkpoint(0), "-n", 4, "-o", tmp_path / out).returncode == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * 50 + 2, 2 * 50 + 2)  # 8 pixels shown as 48
+    with np.load(tmp_path / "images.npz") as arrays:
+        assert list(arrays) == ["arr_0"]  # an unconditional model has no labels
+        np.testing.assert_array_equal(arrays["arr_0"], images)
+    for i in range(4):
+        with Image.open(tmp_path / "folder" / f"{i:06d}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), images[i, ..., 0])
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_both_kinds_of_checkpoint_draw_the_same(suffix: str, tiny_checkpoint: Factory) -> None:
+    drawn = cmfast.load(tiny_checkpoint(10, suffix)).sample(3, steps=2)
+    np.testing.assert_array_equal(drawn, cmfast.load(tiny_checkpoint(10)).sample(3, steps=2))
+    assert drawn.std() > 10
+
+
+@pytest.mark.parametrize(
+    "options", [["--batch", 2], ["--threads", 1], ["--sigmas", "80,0.8"], ["--steps", "2", "--batch", 5]]
+)
+def test_options_of_speed_and_another_spelling_do_not_change_the_images(
+    options: list[Any], tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = cmfast.load(tiny_checkpoint(10)).sample_float(5, sigmas=(80, 0.8))
+    assert call(main, tiny_checkpoint(10), "-n", 5, *(["--steps", 2] if "--sigmas" not in options else []), *options,
+                "-o", tmp_path / "a.npz").returncode == 0  # fmt: skip
+    with np.load(tmp_path / "a.npz") as arrays:
+        pixels = (plain.transpose(0, 2, 3, 1) + 1) * 127.5
+        assert np.abs(arrays["arr_0"] - pixels).max() <= 0.51  # another batch size may round x0 differently by 1e-5
+
+
+def test_the_first_image_and_the_labels_can_be_chosen(
+    tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = cmfast.load(tiny_checkpoint(10))
+    for name, options in {
+        "whole": ["-n", 6],
+        "rest": ["-n", 4, "--first", 2],
+        "sevens": ["-n", 3, "--label", 7],
+        "each": ["-n", 3, "--label", "1,2,3"],
+    }.items():
+        assert call(main, tiny_checkpoint(10), *options, "-o", tmp_path / f"{name}.npz").returncode == 0
+    arrays = {name: np.load(tmp_path / f"{name}.npz") for name in ("whole", "rest", "sevens", "each")}
+    assert arrays["sevens"]["arr_1"].tolist() == [7, 7, 7]
+    assert arrays["each"]["arr_1"].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(arrays["rest"]["arr_1"], arrays["whole"]["arr_1"][2:])
+    difference = arrays["rest"]["arr_0"].astype(int) - arrays["whole"]["arr_0"][2:]
+    assert np.abs(difference).max() <= 1  # batches of four and six round differently
+    np.testing.assert_array_equal(arrays["sevens"]["arr_0"], model.sample(3, label=7))
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "words"),
+    [
+        (10, ["--label", "10"], "label 10 is out of range; this model has the classes 0 to 9"),
+        (10, ["--label", "-1"], "label -1 is out of range"),
+        (10, ["--label", "1,2"], "label must be one class or 16 of them"),
+        (10, ["--label", "one"], "'one' is not a list of numbers such as 1,2"),
+        (0, ["--label", "3"], "a label was given, but the model is unconditional: it has no classes"),
+        (10, ["-n", "0"], "the number of images must be at least 1, got 0"),
+        (10, ["-n", "-3"], "the number of images must be at least 1, got -3"),
+        (10, ["-n", "many"], "'many' is not a valid integer"),
+        (10, ["--sigmas", "0.8,80"], "80 follows 0.8"),
+        (10, ["--sigmas", "81"], "the first noise level is 81, but this model was trained for 0.002 < sigma <= 80"),
+        (10, ["--sigmas", "80,nan"], "must be finite numbers"),
+        (10, ["--sigmas", "80;0.8"], "'80;0.8' is not a list of numbers such as 80,0.8"),
+        (10, ["--sigmas", ""], "'' is not a list of numbers"),
+        (10, ["--steps", "3"], "for these numbers of steps: 1, 2; for 3, say them, for example --sigmas 80,"),
+        (10, ["--steps", "0"], "the number of steps must be at least 1, got 0"),
+        (10, ["--steps", "1", "--sigmas", "80,0.8"], "1 steps were asked for with 2 noise levels; give one of the two"),
+        (10, ["--batch", "0"], "the batch must be at least 1, got 0"),
+        (10, ["--threads", "0"], "threads must be at least 1, got 0"),
+        (10, ["--first", "-1"], "the first image has index 0 or more, got -1"),
+        (10, ["--first", str(2**64)], "must be a whole number from 0"),
+        (10, ["--seed", "-1"], "the seed must be a whole number from 0 to 2**64 - 1, got -1"),
+        (10, ["--seed", str(2**64)], "the seed must be a whole number"),
+        (10, ["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+        (10, ["--quality", "9"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
+    classes: int, options: list[str], words: str, tiny_checkpoint: Factory, call: Callable[..., Any],
+    refused: Callable[..., None], tmp_path: Path,
+) -> None:  # fmt: skip
+    refused(call(main, tiny_checkpoint(classes), "-o", tmp_path / "grid.png", *options), words)
+    assert content(tmp_path) == []
+
+
+def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(
+    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    result = call(main, tiny_checkpoint(), "--device", "cuda", "-o", tmp_path / "grid.png")
+    refused(result, "device cuda was asked for, but PyTorch")
+    assert content(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.pt", "nowhere.pt: no such file"),
+        ("empty.onnx", "empty.onnx: the file is empty"),
+        ("empty.pt", "empty.pt: the file is empty"),
+        ("folder", "folder: not a file"),
+        ("model.bin", "no engine runs files ending in .bin; there are "),
+        ("model", "no engine runs files ending in nothing"),
+        ("noise.onnx", "noise.onnx: not a whole ONNX file"),
+        ("noise.pt", "noise.pt: "),
+        ("noise.safetensors", "noise.safetensors: not a whole safetensors file"),
+    ],
+)
+def test_a_file_that_is_no_model_is_one_line(
+    name: str, words: str, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for empty in ("empty.onnx", "empty.pt"):
+        (tmp_path / empty).touch()
+    for noise in ("model.bin", "model", "noise.onnx", "noise.pt", "noise.safetensors"):
+        (tmp_path / noise).write_bytes(b"neither fish nor fowl")
+    before = content(tmp_path)
+    refused(call(main, tmp_path / name, "-o", tmp_path / "grid.png"), words)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("grid.jpg", "images are written to NAME.png (a grid), NAME.npz, or a folder; got .jpg"),
+        ("nowhere/grid.png", "nowhere does not exist; make it first: mkdir -p"),
+        ("taken", "taken exists and is not an empty folder; name another or remove it"),
+        ("taken.png", "taken.png is a folder; name a file"),
+    ],
+)
+def test_a_place_where_images_cannot_go_is_named_before_the_model_is_opened(
+    out: str, words: str, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a").touch()
+    refused(call(main, tmp_path / "no model.pt", "-o", tmp_path / out), words)
+    assert content(tmp_path) == ["taken", "taken.png"]
+
+
+def test_a_model_without_weights_enough_is_one_line(
+    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    import torch
+
+    model = torch.load(tiny_checkpoint(), weights_only=True)
+    del model["weights"]["out.0.weight"]
+    torch.save(model, tmp_path / "model.pt")
+    refused(call(main, tmp_path / "model.pt", "-o", tmp_path / "grid.png"), "the weights do not fit the network")
+    assert content(tmp_path) == ["model.pt"]
