@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -182,7 +183,8 @@ def test_a_difference_beyond_the_tolerance_is_an_error_that_says_where_and_leave
 
 def test_verification_sees_one_changed_weight(exported: Factory, tiny_checkpoint: Factory, tmp_path: Path) -> None:
     model = onnx.load(exported(0))
-    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("middle_block.0.in_layers.2.weight")]
+    name = "middle_block.0.in_layers.2.weight"
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(name)]
     values = onnx.numpy_helper.to_array(weight).copy()
     values[3, 2, 1, 1] += 0.1
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
@@ -229,11 +231,12 @@ def test_the_command_ends_with_the_parity_table_and_the_next_commands(
     ],
 )
 def test_a_request_that_cannot_be_fulfilled_is_one_line(
-    arguments: list[str], words: str, call: Callable[..., subprocess.CompletedProcess[str]], refused: Callable[..., None],
-    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], words: str, call: Callable[..., subprocess.CompletedProcess[str]],
+    refused: Callable[..., None], tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    refused(call(cli.main, tiny_checkpoint(0), *(["-o", "m.onnx"] if "-o" not in arguments else []), *arguments), words)
+    target = [] if "-o" in arguments else ["-o", "m.onnx"]
+    refused(call(cli.main, tiny_checkpoint(0), *target, *arguments), words)
     assert not list(tmp_path.iterdir())
 
 
@@ -251,17 +254,17 @@ def test_an_export_killed_at_any_moment_leaves_no_file_under_the_final_name(
 
 
 def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(
-    tiny_checkpoint: Factory, tmp_path: Path, refused: Callable[..., None]
-) -> None:
-    limited = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "  # writing past 64 KiB fails, as on a full disk
-        "from cmfast_export.cli import main; main()"
-    )
-    arguments = [str(tiny_checkpoint(0)), "-o", str(tmp_path / "model.onnx")]
-    result = subprocess.run(
-        [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    call: Callable[..., subprocess.CompletedProcess[str]], refused: Callable[..., None], tiny_checkpoint: Factory,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))  # writing past 64 KiB fails, as on a full disk
+    try:
+        result = call(cli.main, tiny_checkpoint(0), "-o", tmp_path / "model.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
     refused(result, "File too large")
     assert not list(tmp_path.iterdir())
 

@@ -100,7 +100,7 @@ def run_here(out: Path, *settings: str) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_at_any_step_and_begun_again_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     plain, killed = tmp_path / "plain", tmp_path / "killed"
-    lines = random.randrange(1, 36)  # of the 45 that a whole run writes
+    lines = random.randrange(10, 37)  # of the 45 that a whole run writes; the first checkpoint is the ninth
     victim = start(killed, RUNS[name])
     wait_for_lines(killed, lines, victim)
     victim.send_signal(signal.SIGKILL)
@@ -180,6 +180,18 @@ def test_a_finished_run_begun_again_is_finished(finished: Path, call: Callable[.
     assert f"next: cmfast-export {finished}/model.pt" in result.stdout
     assert load_checkpoint(finished / "model.pt").sha256() == sha256
     assert log_of(finished) == log
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"images": 24, "lo')  # cut in the middle of a line
+    model = run_here(out, "phases=edm:16")
+    assert losses_of(out) == losses_of(finished)
+    assert load_checkpoint(model).sha256() == load_checkpoint(finished / "model.pt").sha256()
 
 
 @pytest.mark.parametrize("damage", ["cut", "another file", "empty", "code"])

@@ -32,10 +32,10 @@ def sampler_graph(denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec) 
 
     x0: ir.Value | None = None
     for step, sigma in enumerate(sigmas):
-        z = builder.node("Gather", [noise, builder.constant(f"sampler.step.{step}", np.array(step, np.int64))], {"axis": 0})
-        x = builder.node(
-            "Mul", [z, builder.constant(f"sampler.std.{step}", np.float32(renoise_std(sigma, spec) if step else sigma))]
-        )
+        index = builder.constant(f"sampler.step.{step}", np.array(step, np.int64))
+        z = builder.node("Gather", [noise, index], {"axis": 0})
+        std = renoise_std(sigma, spec) if step else sigma
+        x = builder.node("Mul", [z, builder.constant(f"sampler.std.{step}", np.float32(std))])
         if x0 is not None:
             x = builder.node("Add", [x0, x])
         values = {source.inputs[0]: x, **dict(zip(source.inputs[2:], label, strict=True))}
@@ -92,7 +92,7 @@ class _Builder:
     def copy(
         self, nodes: Sequence[ir.Node], values: dict[ir.Value, ir.Value], result: ir.Value, suffix: str
     ) -> ir.Value:
-        """Append copies of `nodes`, names ending in `suffix`, inputs mapped by `values`; return the copy of `result`."""
+        """Append copies of `nodes`, names ending in `suffix`, inputs mapped by `values`; return that of `result`."""
         for node in nodes:
             outputs = [ir.Value(name=f"{v.name}{suffix}", type=v.type, shape=v.shape) for v in node.outputs]
             inputs = [None if v is None else values[v] if v in values else self._weight(v) for v in node.inputs]

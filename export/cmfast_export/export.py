@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from cmfast_train.engine import TorchEngine
 
 from cmfast.artifact import Manifest
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
@@ -21,6 +20,7 @@ from cmfast.files import atomic_file, check_target
 from cmfast_export.compose import sampler_graph
 from cmfast_export.to_onnx import DEFAULT_OPSET, denoiser_graph
 from cmfast_export.verify import Parity, verify_denoiser, verify_sampler
+from cmfast_train.engine import TorchEngine
 
 MAX_BYTES = 2**31 - 1  # of one protobuf message
 

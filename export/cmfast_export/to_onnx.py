@@ -16,11 +16,11 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
-from cmfast_train.denoiser import Denoiser
 from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
+from cmfast_train.denoiser import Denoiser
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest that has all we need; later ones were not faster, see benchmarks/README.md
