@@ -22,7 +22,7 @@ import numpy as np
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.engines import open_engine
-from cmfast.files import write_text
+from cmfast.files import check_target, write_text
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import provenance
@@ -38,6 +38,8 @@ from cmfast_train.presets import PRESETS
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the record here.")
 def command(batches: tuple[int, ...], out: Path | None) -> None:
     """Export random networks of the presets' sizes and measure how far the files are from PyTorch."""
+    if out:
+        check_target(out)
     rows = [_measure(preset, batches) for preset in ("mnist", "cifar10")]
     for row in rows:
         click.echo(json.dumps(row, indent=1))

@@ -94,9 +94,11 @@ def _model(data: memoryview, model: OnnxModel) -> None:
             key, text = _string_pair(value)
             model.metadata[key] = text
         elif number == 25 and isinstance(value, memoryview):  # a function
-            for inner, node in fields(value):
-                if inner == 7 and isinstance(node, memoryview):
-                    _node(node, model, 0)
+            for inner, part in fields(value):
+                if inner == 7 and isinstance(part, memoryview):
+                    _node(part, model, 0)
+                elif inner == 11 and isinstance(part, memoryview):  # a default attribute
+                    _attribute(part, model, 0)
 
 
 def _graph(data: memoryview, model: OnnxModel, depth: int) -> None:
@@ -115,17 +117,20 @@ def _graph(data: memoryview, model: OnnxModel, depth: int) -> None:
 
 def _node(data: memoryview, model: OnnxModel, depth: int) -> None:
     for number, attribute in fields(data):
-        if number != 5 or not isinstance(attribute, memoryview):
+        if number == 5 and isinstance(attribute, memoryview):
+            _attribute(attribute, model, depth)
+
+
+def _attribute(data: memoryview, model: OnnxModel, depth: int) -> None:
+    for number, value in fields(data):
+        if not isinstance(value, memoryview):
             continue
-        for inner, value in fields(attribute):
-            if not isinstance(value, memoryview):
-                continue
-            if inner in (5, 10):
-                _tensor(value, model)
-            elif inner in (6, 11):
-                _graph(value, model, depth + 1)
-            elif inner in (22, 23):
-                _sparse(value, model)
+        if number in (5, 10):
+            _tensor(value, model)
+        elif number in (6, 11):
+            _graph(value, model, depth + 1)
+        elif number in (22, 23):
+            _sparse(value, model)
 
 
 def _sparse(data: memoryview, model: OnnxModel) -> None:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 
-def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArray[np.int64] | None) -> None:
+def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArray[np.int64] | None = None) -> None:
     """Write uint8 images [N, H, W, C] where `path` says: NAME.png a grid, NAME.npz arrays, else a folder of PNGs.
 
     The .npz has arr_0 (the images) and, of a class-conditional model, arr_1 (the labels, int64 [N]).
     """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+        raise CmfastError(f"images must be uint8 [N, H, W, C] with N >= 1, got {images.dtype} {list(images.shape)}")
     suffix = check_output(path)
     if suffix == ".png":
         with atomic_file(path) as temporary:

@@ -73,14 +73,16 @@ def _as_u64(sample: int | Sequence[int] | npt.NDArray[np.int64], name: str) -> n
 
 def _bits(seed: int, samples: npt.NDArray[np.uint64], step: int, blocks: int) -> npt.NDArray[np.uint32]:
     """Return random words [B, blocks, 4]: counter = (block, step, sample low, sample high), key = seed."""
-    if not 0 <= seed < 2**64:
-        raise CmfastError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed}")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        raise CmfastError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+    if not isinstance(step, (int, np.integer)) or not 0 <= step < 2**32:
+        raise CmfastError(f"the step must be a whole number from 0 to 2**32 - 1, got {step!r}")
     counter = np.empty((len(samples), blocks, 4), np.uint32)
     counter[..., 0] = np.arange(blocks, dtype=np.uint32)
     counter[..., 1] = step
     counter[..., 2] = (samples & _WORD).astype(np.uint32)[:, None]
     counter[..., 3] = (samples >> np.uint64(32)).astype(np.uint32)[:, None]
-    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return philox(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32))
 
 
 # AS 241, PPND16: numerator and denominator, lowest power first.

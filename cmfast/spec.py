@@ -41,8 +41,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if len(self.image) != 3 or not all(isinstance(n, int) and 0 < n <= 65536 for n in self.image):
             raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
-        if not isinstance(self.classes, int) or self.classes < 0:
+        if not isinstance(self.classes, int) or not 0 <= self.classes < 2**31:
             raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
+        if not isinstance(self.clip, bool):
+            raise CmfastError(f"clip must be true or false, got {self.clip!r}")
         levels = (self.sigma_min, self.sigma_max, self.sigma_data)
         if not all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in levels):
             raise CmfastError(f"sigma_min, sigma_max and sigma_data must be positive numbers, got {levels}")
@@ -96,7 +98,6 @@ class ModelSpec:
         try:
             known["image"] = tuple(known["image"])
             known["sigmas"] = {int(k): tuple(float(s) for s in v) for k, v in known["sigmas"].items()}
-            known["clip"] = bool(known["clip"])
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:
             raise CmfastError(f"the description of the model is malformed: {err}") from None

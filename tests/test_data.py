@@ -137,6 +137,14 @@ def test_a_damaged_image_is_named(folder: Path) -> None:
             load_data(folder_config(), folder).__getitems__([0, 1, 2])
 
 
+def test_a_damaged_image_is_named_in_one_line_by_other_processes_too(folder: Path) -> None:
+    (folder / "a" / "2.png").write_bytes(b"not an image")
+    data = load_data(folder_config(), folder)
+    with pytest.raises(CmfastError, match=r"^cannot read the image .*a/2\.png: ") as raised:
+        list(batches(data, 6, 0, 0, 1, EVERYTHING, 1, False))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_folder_without_classes_or_images_is_no_data(tmp_path: Path) -> None:
     for name in ("empty", "class"):
         (tmp_path / "root" / name).mkdir(parents=True)

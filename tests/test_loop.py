@@ -194,7 +194,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished: Path, tm
     assert load_checkpoint(model).sha256() == load_checkpoint(finished / "model.pt").sha256()
 
 
-@pytest.mark.parametrize("damage", ["cut", "another file", "empty", "code"])
+@pytest.mark.parametrize("damage", ["cut", "another file", "empty", "incomplete", "code"])
 def test_a_state_that_cannot_be_read_is_refused_and_not_begun_over(damage: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
@@ -202,6 +202,8 @@ def test_a_state_that_cannot_be_read_is_refused_and_not_begun_over(damage: str, 
     state = (finished / "state.pt").read_bytes()
     if damage == "code":
         torch.save({"format": functools.partial(print)}, out / "state.pt")
+    elif damage == "incomplete":
+        torch.save({"format": torch.load(finished / "state.pt", weights_only=True)["format"]}, out / "state.pt")
     else:
         model = (finished / "model.pt").read_bytes()
         (out / "state.pt").write_bytes({"cut": state[: len(state) // 2], "another file": model, "empty": b""}[damage])

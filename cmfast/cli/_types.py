@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-class _List(click.ParamType[tuple[Any, ...]]):
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
     """Numbers separated by commas."""
 
     def __init__(self, kind: type, name: str) -> None:

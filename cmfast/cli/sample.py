@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -63,8 +62,9 @@ def command(
     loaded = cmfast.load(model, device, threads)
     classes = label[0] if label is not None and len(label) == 1 else label
     levels = loaded.levels(steps, sigmas)
-    show = number > batch and sys.stderr.isatty()
-    images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=show)
+    images = loaded.sample(
+        number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=number > batch
+    )
     labels = loaded.labels(number, seed=seed, label=classes, first=first)
     cmfast.save_images(out, images, labels)
     at = ", ".join(f"{sigma:g}" for sigma in levels)

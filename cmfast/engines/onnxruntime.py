@@ -32,8 +32,10 @@ class OnnxRuntimeEngine:
                 f"device cuda was asked for, but the installed onnxruntime {ort.__version__} is a build without CUDA; "
                 "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
             )
+        # A float32 file is run in float32: TensorFloat-32 keeps ten bits of the mantissa.
+        settings = {"use_tf32": "0"} if device == "cuda" else {}
         try:
-            self._session = ort.InferenceSession(os.fspath(path), options, providers=[provider])
+            self._session = ort.InferenceSession(os.fspath(path), options, providers=[(provider, settings)])
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
             reason = " ".join(str(err).split())[:300]
             raise ArtifactError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {reason}") from None
@@ -42,11 +44,16 @@ class OnnxRuntimeEngine:
                 f"device {device} was asked for, but ONNX Runtime could not start it and fell back to the CPU; "
                 "check the driver (nvidia-smi) and that CUDA and cuDNN of the right version can be found"
             )
+        self._session.disable_fallback()  # else a failing call is repeated on the CPU
         self.batch = self._check_inputs(path)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
-        (output,) = self._session.run(None, dict(inputs))
+        try:
+            (output,) = self._session.run(None, dict(inputs))
+        except Exception as err:
+            reason = " ".join(str(err).split())[:300]
+            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {reason}") from None
         result: npt.NDArray[np.float32] = output
         return result
 

@@ -3,3 +3,6 @@
 
 `to_onnx` traces the denoiser, `compose` builds the sampler from it, `verify` compares, `export` puts it together.
 """
+
+OPSETS = range(18, 24)
+DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read; later ones are not faster

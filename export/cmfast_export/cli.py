@@ -12,6 +12,7 @@ import click
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS
 from cmfast.errors import CmfastError
+from cmfast_export import DEFAULT_OPSET
 
 if TYPE_CHECKING:
     from cmfast_export.export import Exported
@@ -27,7 +28,7 @@ Examples:
 
 @click.command("cmfast-export", epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; default: CHECKPOINT with .onnx.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; default: CHECKPOINT.onnx, or CHECKPOINT_sampler.onnx.")
 @click.option(
     "--kind",
     type=click.Choice(["denoiser", "sampler"]),
@@ -35,10 +36,10 @@ Examples:
     show_default=True,
     help="One call of f(x, sigma), or the whole few-step loop.",
 )
-@click.option("--steps", type=int, help="Sampler: network calls, at the model's default noise levels.")
+@click.option("--steps", type=int, help="Sampler: network calls, at the model's default noise levels; default: 1.")
 @click.option("--sigmas", type=FLOATS, help="Sampler: noise levels (data units), decreasing, instead of --steps.")
 @click.option("--batch", default="dynamic", show_default=True, help="A number, or dynamic.")
-@click.option("--opset", type=int, help="ONNX opset, 18 to 23; default: 18.")
+@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset, 18 to 23.")
 @click.option(
     "--tolerance", type=float, default=1e-4, show_default=True, help="Largest difference from PyTorch (data units)."
 )
@@ -50,7 +51,7 @@ def command(
     steps: int | None,
     sigmas: tuple[float, ...] | None,
     batch: str,
-    opset: int | None,
+    opset: int,
     tolerance: float,
     dry_run: bool,
 ) -> None:
@@ -58,7 +59,9 @@ def command(
     from cmfast.artifact import check_file
 
     check_file(checkpoint)
-    out = out or checkpoint.with_suffix(".onnx")
+    if out is None:
+        stem = checkpoint.stem if kind == "denoiser" else f"{checkpoint.stem}_sampler"
+        out = checkpoint.with_name(f"{stem}.onnx")
     if out.suffix != ".onnx":
         raise CmfastError(f"-o {out}: the file must end in .onnx")
     if batch != "dynamic" and not (batch.isdigit() and int(batch)):
@@ -66,11 +69,10 @@ def command(
     if not tolerance > 0:
         raise CmfastError(f"--tolerance must be greater than 0, got {tolerance}")
     if dry_run:
-        click.echo(f"would write {out}: {kind}, batch {batch}, opset {opset or 18}")
+        click.echo(f"would write {out}: {kind}, batch {batch}, opset {opset}")
         return
     with needs("cmfast-export", "export,cpu"):
         from cmfast_export.export import export_onnx
-        from cmfast_export.to_onnx import DEFAULT_OPSET
     start = time.perf_counter()
     exported = export_onnx(
         checkpoint,
@@ -79,7 +81,7 @@ def command(
         steps=steps,
         sigmas=sigmas,
         batch=None if batch == "dynamic" else int(batch),
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=opset,
         tolerance=tolerance,
     )
     _report(exported, tolerance, time.perf_counter() - start, checkpoint)

@@ -17,12 +17,13 @@ from cmfast.artifact import Manifest
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
+from cmfast_export import DEFAULT_OPSET
 from cmfast_export.compose import sampler_graph
-from cmfast_export.to_onnx import DEFAULT_OPSET, denoiser_graph
+from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.verify import Parity, verify_denoiser, verify_sampler
 from cmfast_train.engine import TorchEngine
 
-MAX_BYTES = 2**31 - 1  # of one protobuf message
+MAX_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the nodes and names need a few MiB of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,36 +64,37 @@ def export_onnx(
     graph = denoiser_graph(reference.denoiser, batch, opset)
     sampled = None
     with atomic_file(out) as file:
-        engine = _write(graph, manifest, file)
+        engine, size = _write(graph, manifest, file)
         parity = _need(verify_denoiser(engine, reference), tolerance, "the denoiser graph")
         found = parity.to_dict()
         if kind == "sampler":
             manifest = replace(manifest, kind="sampler", spec=replace(spec, sigmas={len(levels): levels}))
-            engine = _write(sampler_graph(graph, levels, spec), manifest, file)
+            engine, size = _write(sampler_graph(graph, levels, spec), manifest, file)
             sampled = _need(verify_sampler(engine, reference), tolerance, "the sampler graph")
             found |= sampled.to_dict()
         manifest = replace(manifest, parity=found)
-        _seal(file, manifest, engine)
+        _seal(file, size, manifest, engine)
     return Exported(path=Path(out), manifest=manifest, denoiser=parity, sampler=sampled)
 
 
-def _write(graph: ir.Model, manifest: Manifest, file: Path) -> OnnxRuntimeEngine:
-    """Write the graph and, behind it, the manifest; open the file."""
+def _write(graph: ir.Model, manifest: Manifest, file: Path) -> tuple[OnnxRuntimeEngine, int]:
+    """Write the graph and, behind it, the manifest; return the file, opened, and the bytes of the graph."""
+    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+    if weights > MAX_BYTES:
+        raise CmfastError(f"the weights have {weights:,} bytes; one ONNX file holds at most {MAX_BYTES:,}")
     graph.producer_name, graph.producer_version = "cmfast", manifest.made_by["cmfast"]
     body = ir.to_proto(graph).SerializeToString(deterministic=True)
-    if len(body) > MAX_BYTES:
-        raise CmfastError(f"the graph has {len(body):,} bytes; one ONNX file holds at most {MAX_BYTES:,}")
     with file.open("wb") as opened:
         opened.write(body)
         opened.write(_metadata(manifest))
-    return OnnxRuntimeEngine(file)
+    return OnnxRuntimeEngine(file), len(body)
 
 
-def _seal(file: Path, manifest: Manifest, verified: OnnxRuntimeEngine) -> None:
+def _seal(file: Path, size: int, manifest: Manifest, verified: OnnxRuntimeEngine) -> None:
     """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
     with file.open("r+b") as opened:
-        opened.seek(-len(_metadata(verified.manifest)), os.SEEK_END)
-        opened.truncate()
+        opened.truncate(size)
+        opened.seek(size)
         opened.write(_metadata(manifest))
     spec, n = manifest.spec, verified.batch or 2
     rng = np.random.default_rng(0)

@@ -20,10 +20,8 @@ from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
+from cmfast_export import DEFAULT_OPSET, OPSETS
 from cmfast_train.denoiser import Denoiser
-
-OPSETS = range(18, 24)
-DEFAULT_OPSET = 18  # the oldest that has all we need; later ones were not faster, see benchmarks/README.md
 
 
 def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int = DEFAULT_OPSET) -> ir.Model:

@@ -89,8 +89,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {err}") from None
     if (network.channels, network.image_size, network.image_size) != spec.image or network.classes != spec.classes:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
-        raise ArtifactError(f"{file}: its weights are not named tensors")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ArtifactError(f"{file}: its weights are not named tensors")
+        if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+            raise ArtifactError(f"{file}: the weight {name} is {tensor.dtype}; a checkpoint's weights are float32")
     return Checkpoint(spec=spec, network=network, weights=weights)
 
 

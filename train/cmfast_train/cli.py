@@ -67,9 +67,10 @@ def command(preset: str, out: Path, data: Path | None, assignments: tuple[str, .
 
 
 def _interrupted(out: Path) -> int:
-    click.echo(
-        f"cmfast-train: stopped; {out} holds a checkpoint of the last step, the same command continues", err=True
-    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        saved = f"{out} holds a checkpoint of the last step, the same command continues"
+        what = saved if (out / "state.pt").exists() else "before the first checkpoint; the same command begins again"
+        click.echo(f"cmfast-train: stopped; {what}", err=True)
     return 130
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
+from cmfast_train.networks.shape import check_network
 
 METHODS = ("edm", "ect", "ct")
 DATA = ("digits", "mnist", "cifar10", "folder")
@@ -31,7 +32,7 @@ class Phase:
     k: float = 8.0  # ect: how much wider the gap is at small t
     b: float = 1.0  # ect: how fast that fades with t
     stages: tuple[int, int] = (0, 7)  # ect: first and last stage, passed through evenly
-    huber: float = 0.0  # ect: Pseudo-Huber constant over the whole image, data units; 0 is the l2 norm
+    huber: float = 0.00054  # ect: Pseudo-Huber constant over sqrt(values of an image), data units; 0 is the l2 norm
     s0: int = 2  # ct: noise levels at the start
     s1: int = 150  # ct: noise levels at the end
     mu0: float = 0.9  # ct: decay of the target network at the start
@@ -40,6 +41,8 @@ class Phase:
         if self.method not in METHODS:
             raise CmfastError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         _positive(self, "images", "lr", "p_std", "q", "s0", "s1")
+        if not self.huber >= 0:
+            raise CmfastError(f"{self.method}.huber must be at least 0, got {self.huber}")
         if not 0 <= self.ema < 1:
             raise CmfastError(f"{self.method}.ema must be at least 0 and below 1, got {self.ema}")
         if not 0 <= self.lr_decay <= 1:
@@ -109,7 +112,10 @@ class TrainConfig:
             raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
-        _positive(self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images")
+        _positive(self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
+        if self.workers < 0 or not 0 <= self.seed < 2**32:
+            raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
+        check_network(self.network_fields())
         if self.batch % self.accumulation:
             raise CmfastError(f"batch={self.batch} does not divide into accumulation={self.accumulation} micro-batches")
         if any(s[0] != self.sigma_max for s in self.sigmas if s):
@@ -127,6 +133,11 @@ class TrainConfig:
             scaling=self.scaling,
             sigmas={len(s): s for s in self.sigmas},
         )
+
+    def network_fields(self) -> dict[str, Any]:
+        """Return the fields that the network takes over under the same name (`networks.adm.AdmConfig`)."""
+        names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
+        return {name: getattr(self, name) for name in (*names, "dropout")}
 
     @property
     def images(self) -> int:
@@ -148,24 +159,24 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     Lists are written with commas (channel_mult=1,2,2), the default noise levels with colons between the lists
     (sigmas=80:80,0.8), phases as METHOD:IMAGES (phases=edm:50000,ect:100000).
     """
+    changes: dict[str, Any] = {}
+    of_phases: dict[str, dict[str, Any]] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
             raise CmfastError(f"--set {text}: expected NAME=VALUE")
         method, dot, field = name.partition(".")
         if dot:
-            if method not in {phase.method for phase in config.phases}:
-                have = ", ".join(phase.method for phase in config.phases)
-                raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {have}")
-            parsed = _parse(text, Phase, field, value)
-            phases = tuple(
-                dataclasses.replace(phase, **{field: parsed}) if phase.method == method else phase
-                for phase in config.phases
-            )
-            config = dataclasses.replace(config, phases=phases)
+            have = [phase.method for phase in changes.get("phases", config.phases)]
+            if method not in have:
+                raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
+            of_phases.setdefault(method, {})[field] = _parse(text, Phase, field, value)
         else:
-            config = dataclasses.replace(config, **{name: _parse(text, TrainConfig, name, value)})
-    return config
+            changes[name] = _parse(text, TrainConfig, name, value)
+    # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
+    phases = changes.get("phases", config.phases)
+    changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
+    return dataclasses.replace(config, **changes)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +35,7 @@ class Images(Dataset[Batch]):
         return self.images[indices], self.labels[indices]
 
 
-class FolderImages(Dataset[Batch]):
+class FolderImages(Dataset[Batch | str]):
     """An ImageFolder (one sub-folder a class) read from disk: short side resized, centre cropped."""
 
     def __init__(self, root: Path, size: int, channels: int) -> None:
@@ -46,7 +47,7 @@ class FolderImages(Dataset[Batch]):
         steps = [
             transforms.Resize(size, antialias=True),
             transforms.CenterCrop(size),
-            transforms.Grayscale(channels) if channels == 1 else transforms.Lambda(_as_rgb),
+            *([transforms.Grayscale()] if channels == 1 else []),
             transforms.PILToTensor(),
         ]
         try:
@@ -58,15 +59,21 @@ class FolderImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        images, labels = zip(*(self._read(i) for i in indices), strict=True)
+    def __getitems__(self, indices: list[int]) -> Batch | str:
+        try:
+            images, labels = zip(*(self.folder[i] for i in indices), strict=True)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+            return self._first_unreadable(indices) or str(err)
         return torch.stack(images), torch.tensor(labels)
 
-    def _read(self, i: int) -> tuple[Tensor, int]:
-        try:
-            return self.folder[i]
-        except OSError as err:
-            raise CmfastError(f"cannot read the image {self.folder.samples[i][0]}: {err}") from None
+    def _first_unreadable(self, indices: list[int]) -> str | None:
+        """Return what is wrong with which file. A string, for an exception leaves a worker as a printed traceback."""
+        for i in indices:
+            try:
+                self.folder[i]
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+                return f"cannot read the image {self.folder.samples[i][0]}: {err}"
+        return None
 
 
 def load_data(config: TrainConfig, root: Path | None) -> Images | FolderImages:
@@ -82,7 +89,7 @@ def load_data(config: TrainConfig, root: Path | None) -> Images | FolderImages:
     else:
         data = _torchvision(config, root)
     side, channels = config.image_size, config.channels
-    have = tuple(data.__getitems__([0])[0].shape[1:])
+    have = tuple(_batch(data.__getitems__([0]))[0].shape[1:])
     if have != (channels, side, side):
         raise CmfastError(
             f"the images are {list(have)}, the run says {[channels, side, side]}: --set image_size, channels"
@@ -99,7 +106,7 @@ def batches(
     share  which of them this process takes
     """
     sampler = _StepIndices(len(data), batch, seed, start, stop, share)
-    yield from DataLoader(
+    loader = DataLoader(
         data,
         batch_sampler=sampler,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
@@ -107,6 +114,7 @@ def batches(
         pin_memory=pin,
         persistent_workers=workers > 0,
     )
+    yield from map(_batch, loader)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -167,9 +175,11 @@ def _torchvision(config: TrainConfig, root: Path) -> Images:
     return Images(images, torch.as_tensor(raw.targets).long(), 10)
 
 
-def _as_rgb(image: Any) -> Any:
-    return image.convert("RGB")
+def _batch(batch: Batch | str) -> Batch:
+    if isinstance(batch, str):
+        raise CmfastError(batch)
+    return batch
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | str) -> Batch | str:
     return batch

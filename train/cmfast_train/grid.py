@@ -23,7 +23,7 @@ def draw(
     indices = range(n)
     noise = torch.from_numpy(np.stack([gaussian(seed, indices, k, spec.image) for k in range(len(sigmas))])).to(device)
     label = torch.from_numpy(labels(seed, indices, spec.classes)).to(device) if spec.classes else None
-    with torch.no_grad():
+    with torch.inference_mode():
         x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), label), noise, sigmas, spec)
     return x0.float().cpu().numpy()
 

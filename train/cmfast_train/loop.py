@@ -2,8 +2,8 @@
 """The training loop: phases of steps, with checkpoints that lose nothing.
 
 Everything random in a step is drawn from (seed, step) for the whole batch, and each process takes its share. So
-a run that was killed and resumed, or spread over processes, or cut into micro-batches, computes what the plain
-run computes; on one CPU to the bit.
+a run that was killed and resumed computes what the plain run computes, on one CPU to the bit; and, where there is
+no dropout, so does a run spread over processes or cut into micro-batches, up to rounding.
 
 DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was asked
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
@@ -37,7 +37,7 @@ from cmfast_train.grid import save_grid
 from cmfast_train.log import TrainLog
 from cmfast_train.losses import ct_loss, ect_loss, edm_loss, same_dropout
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
-from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal
+from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal, pseudo_huber_c
 
 STATE_FORMAT = "cmfast-state/1"
 
@@ -45,12 +45,15 @@ STATE_FORMAT = "cmfast-state/1"
 def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
     """Train, or continue, the run in folder `out`; return the path of model.pt."""
     accelerator = _accelerator(config)
-    data = load_data(config, data_root)
+    with accelerator.local_main_process_first():  # one process may have to download
+        data = load_data(config, data_root)
     run = _Run(config, out, accelerator, data)
     if accelerator.is_main_process:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         _check_same_run(config, out)
         write_text(out / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+        for leftover in (*out.glob(".*.tmp*"), *(out / "samples").glob(".*.tmp*")):  # of a run killed while it wrote
+            leftover.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     run.resume()
     with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator.is_main_process) as log:
@@ -59,11 +62,12 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
             for loss_per_image in run.steps():
                 log.add(float(loss_per_image.mean()), run.images, run.where())
                 advance(config.batch, f"{run.phase.method} loss {log.recent:.4g}")
+                stop = _any(accelerator, bool(stopped))
                 due = run.images // config.checkpoint_images > (run.images - config.batch) // config.checkpoint_images
-                if due or stopped or run.images == config.images:
+                if due or stop or run.images == config.images:
                     run.save()
                     log.checkpoint(run.images, run.where())
-                if stopped:
+                if stop:
                     raise KeyboardInterrupt
     return out / "model.pt"
 
@@ -113,7 +117,13 @@ class _Run:
                     for name, weight in self.weights.items():
                         weight.copy_(self.ema[name])
                 self._begin_phase()
-            loss = self._optimise(step, images, label, share)
+            try:
+                loss = self._optimise(step, images, label, share)
+            except torch.OutOfMemoryError:
+                raise EngineError(
+                    f"the GPU has too little memory for batch={config.batch}; smaller pieces compute the same: "
+                    f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
+                ) from None
             self.step += 1
             yield loss
 
@@ -125,32 +135,47 @@ class _Run:
         state = safe_load(file)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise ArtifactError(f"{file}: not a training state of this version; begin in another --out folder")
-        self.phase_index, self.step = state["phase"], state["step"]
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(state["weights"][name])
-                self.ema[name].copy_(state["ema"][name])
-        self._begin_phase()
-        for name, weight in self.target.items():
-            weight.copy_(state["target"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if accelerator_scaler := self.accelerator.scaler:
-            accelerator_scaler.load_state_dict(state["scaler"])
+        made_for, now = state.get("made_for", {}), self._made_for()
+        if changed := [name for name in now if made_for.get(name) != now[name]]:
+            raise CmfastError(
+                f"{self.out} holds a run with another {', '.join(changed)} "
+                f"({', '.join(f'{made_for.get(name)}, now {now[name]}' for name in changed)}); "
+                "continue it where and with what it began, or name another --out"
+            )
+        try:
+            self.phase_index, self.step = state["phase"], state["step"]
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(state["weights"][name])
+                    self.ema[name].copy_(state["ema"][name])
+            self._begin_phase()
+            for name, weight in self.target.items():
+                weight.copy_(state["target"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if scaler := self.accelerator.scaler:
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as err:
+            raise ArtifactError(f"{file}: not the training state of this run: {err}") from None
 
     def save(self) -> None:
         """Write the model, a sample grid and, last, the state that a resumed run continues from."""
+        if not all(bool(weight.isfinite().all()) for weight in (*self.weights.values(), *self.ema.values())):
+            raise CheckFailed(
+                f"the weights are not finite after step {self.step} of {self.phase.method} ({self.images:,} images); "
+                f"the last checkpoint is untouched; {self._advice()}"
+            )
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        save_checkpoint(
-            Checkpoint(spec=self.spec, network=self.network_config, weights=self.ema), self.out / "model.pt"
-        )
-        self.denoiser.eval()
+        checkpoint = Checkpoint(spec=self.spec, network=self.network_config, weights=self.ema)
+        save_checkpoint(checkpoint, self.out / "model.pt")
+        # A denoiser of its own: the one in training runs in mixed precision and with dropout.
+        denoiser = checkpoint.denoiser().to(self.accelerator.device)
         grid = self.out / "samples" / f"{self.images:012d}.png"
-        save_grid(self._with(self.ema), self.spec, grid, self.config.grid, self.accelerator.device)
-        self.denoiser.train()
+        save_grid(denoiser, self.spec, grid, self.config.grid, self.accelerator.device)
         state = {
             "format": STATE_FORMAT,
+            "made_for": self._made_for(),
             "phase": self.phase_index,
             "step": self.step,
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
@@ -161,6 +186,11 @@ class _Run:
         }
         with atomic_file(self.out / "state.pt") as temporary:
             torch.save(state, temporary)
+
+    def _made_for(self) -> dict[str, Any]:
+        """Return what decides the numbers besides the configuration: a continuation must find it unchanged."""
+        device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
+        return {"data": [len(self.data), self.data.classes], "device": device, "precision": precision}
 
     def _begin_phase(self) -> None:
         self.model: Any
@@ -219,8 +249,9 @@ class _Run:
         first, last = phase.stages
         stage = first + self.step * (last - first + 1) // self.config.steps(phase)
         r = ect_r(t, stage, phase.q, phase.k, phase.b)
+        c = pseudo_huber_c(math.prod(spec.image), phase.huber)
         teach = same_dropout(self.accelerator.unwrap_model(self.model), self._cuda())
-        return ect_loss(self._student, teach, x0, t, r, noise, label, phase.huber, spec.sigma_min), t
+        return ect_loss(self._student, teach, x0, t, r, noise, label, c, spec.sigma_min), t
 
     def _student(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         return self.model(x, sigma, label)
@@ -252,12 +283,14 @@ class _Run:
         if torch.isfinite(loss).all():
             return
         levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
-        method = self.phase.method
         raise CheckFailed(
-            f"the loss is not finite at step {self.step} of {method} ({self.images:,} images), noise levels {levels}; "
-            f"the last checkpoint is untouched; try a smaller --set {method}.lr={self.phase.lr / 3:.1g}, "
-            "--set precision=fp32, or look for damaged images"
+            f"the loss is not finite at step {self.step} of {self.phase.method} ({self.images:,} images), "
+            f"noise levels {levels}; the last checkpoint is untouched; {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        lr = f"--set {self.phase.method}.lr={self.phase.lr / 3:.1g}"
+        return f"try a smaller {lr}, --set precision=fp32, or look for damaged images"
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -278,17 +311,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def network_config(config: TrainConfig, classes: int) -> AdmConfig:
-    return AdmConfig(
-        image_size=config.image_size,
-        channels=config.channels,
-        classes=classes,
-        model_channels=config.model_channels,
-        res_blocks=config.res_blocks,
-        channel_mult=config.channel_mult,
-        attention=config.attention,
-        head_channels=config.head_channels,
-        dropout=config.dropout,
-    )
+    """Return the shape of the network that a run trains, on data of that many classes."""
+    return AdmConfig(classes=classes, **config.network_fields())
 
 
 def _check_same_run(config: TrainConfig, out: Path) -> None:
@@ -308,6 +332,14 @@ def _check_same_run(config: TrainConfig, out: Path) -> None:
         )
 
 
+def _any(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether the flag is set in any process: they must stop after the same step, or they wait for ever."""
+    if accelerator.num_processes == 1:
+        return flag
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(total > 0)
+
+
 def _share(batch: int, index: int, processes: int) -> slice:
     each = batch // processes
     return slice(index * each, (index + 1) * each)
@@ -319,9 +351,19 @@ def _step_seed(seed: int, step: int) -> int:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step."""
+    """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step.
+
+    The second signal kills as usual, should the first not get through.
+    """
     caught: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, catch)
     try:
         yield caught
     finally:

@@ -48,6 +48,6 @@ def ect_r(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Te
     return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))).clamp(min=0)
 
 
-def pseudo_huber_c(pixels: int) -> float:
-    """Return the Pseudo-Huber constant 0.00054 sqrt(d) for images of d values: iCT (arXiv:2310.14189), Section 3.3."""
-    return 0.00054 * math.sqrt(pixels)
+def pseudo_huber_c(values: int, factor: float = 0.00054) -> float:
+    """Return the Pseudo-Huber constant factor * sqrt(d) of images of d values: iCT (arXiv:2310.14189), Section 3.3."""
+    return factor * math.sqrt(values)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
-
-GROUPS = 32  # of every GroupNorm
+from cmfast_train.networks.shape import GROUPS, check_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +37,9 @@ class AdmConfig:
     dropout: float = 0.0  # probability
 
     def __post_init__(self) -> None:
-        levels = len(self.channel_mult)
-        if self.image_size % 2 ** (levels - 1):
-            raise CmfastError(
-                f"image_size={self.image_size} cannot be halved {levels - 1} times, "
-                f"which channel_mult={self.channel_mult} needs; it must be a multiple of {2 ** (levels - 1)}"
-            )
-        if self.model_channels % GROUPS:
-            raise CmfastError(f"model_channels must be a multiple of {GROUPS}, got {self.model_channels}")
-        for level, mult in enumerate(self.channel_mult):
-            width, side = mult * self.model_channels, self.image_size // 2**level
-            if side in self.attention and width % self.head_channels:
-                raise CmfastError(f"attention at {side} px has {width} channels, no multiple of {self.head_channels}")
-        if self.channel_mult[-1] * self.model_channels % self.head_channels:  # the middle block always attends
-            raise CmfastError(f"the middle block's width is no multiple of head_channels={self.head_channels}")
-        if not 0 <= self.dropout < 1:
-            raise CmfastError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_network(vars(self))
+        if not isinstance(self.classes, int) or self.classes < 0:
+            raise CmfastError(f"classes must be a whole number from 0, got {self.classes!r}")
 
 
 class AdmUnet(nn.Module):
@@ -110,7 +96,7 @@ class AdmUnet(nn.Module):
         # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            emb = self.time_embed(timestep_embedding(c_noise.float(), self.config.model_channels))
+            emb = self.time_embed(timestep_embedding(_cast(c_noise, torch.float32), self.config.model_channels))
             if self.config.classes:
                 emb = emb + self.label_emb(label)
         skips = []
@@ -121,7 +107,7 @@ class AdmUnet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h).float()
+        return _cast(self.out(h), torch.float32)
 
 
 class Stage(nn.Sequential):
@@ -146,7 +132,10 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), _conv(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out if config.scale_shift else c_out))
         self.out_layers = nn.Sequential(
-            GroupNorm32(c_out), nn.SiLU(), nn.Dropout(config.dropout), _zero(_conv(c_out, c_out))
+            GroupNorm32(c_out),
+            nn.SiLU(),
+            nn.Dropout(config.dropout) if config.dropout else nn.Identity(),
+            _zero(_conv(c_out, c_out)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -154,7 +143,7 @@ class ResBlock(nn.Module):
         norm, act, conv = self.in_layers
         h = conv(self.resample(act(norm(x))))
         x = self.resample(x)
-        e = self.emb_layers(emb)[..., None, None].to(h.dtype)
+        e = _cast(self.emb_layers(emb)[..., None, None], h.dtype)
         norm, *rest = self.out_layers
         if self.scale_shift:
             channels = h.shape[1]
@@ -191,6 +180,8 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(GROUPS, channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:  # casts to the same type slow down every trace
+            return super().forward(x)
         return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
@@ -243,6 +234,10 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 
 def _conv(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
