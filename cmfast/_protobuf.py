@@ -47,6 +47,8 @@ def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while position < size:
         key, position = _varint(data, position)
         number, wire = key >> 3, key & 7
+        if key >= 1 << 32:  # other readers keep 32 bits of it, and would see another field than we do
+            raise ProtobufError(f"field number {number} at byte {position}")
         if number == 0:
             raise ProtobufError(f"field number 0 at byte {position}")
         if wire == 0:
@@ -87,12 +89,16 @@ def _model(data: memoryview, model: OnnxModel) -> None:
             _graph(value, model, 0)
         elif number == 8 and isinstance(value, memoryview):
             entry = dict(fields(value))
-            if not entry.get(1):
+            if entry.get(1, b"") in (b"", b"ai.onnx"):
                 version = entry.get(2, 0)
                 model.opset = version if isinstance(version, int) else 0
         elif number == 14 and isinstance(value, memoryview):
             key, text = _string_pair(value)
             model.metadata[key] = text
+        elif number == 20 and isinstance(value, memoryview):  # training information: two graphs
+            for inner, part in fields(value):
+                if inner in (1, 2) and isinstance(part, memoryview):
+                    _graph(part, model, 0)
         elif number == 25 and isinstance(value, memoryview):  # a function
             for inner, part in fields(value):
                 if inner == 7 and isinstance(part, memoryview):
@@ -140,17 +146,17 @@ def _sparse(data: memoryview, model: OnnxModel) -> None:
 
 
 def _tensor(data: memoryview, model: OnnxModel) -> None:
-    location: str | None = None
+    locations: list[str] = []
     external = False
     for number, value in fields(data):
         if number == 13 and isinstance(value, memoryview):
             external = True
             key, text = _string_pair(value)
-            location = text if key == "location" else location
+            locations += [text] if key == "location" else []
         elif number == 14 and value == 1:
             external = True
     if external:
-        model.external.append(location or "")
+        model.external.extend(locations or [""])
 
 
 def _string_pair(data: memoryview) -> tuple[str, str]:

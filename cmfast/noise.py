@@ -66,6 +66,10 @@ def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray
 
 def _as_u64(sample: int | Sequence[int] | npt.NDArray[np.int64], name: str) -> npt.NDArray[np.uint64]:
     values = np.atleast_1d(np.asarray(sample))
+    if values.dtype.kind in "fO":  # numpy makes floats of a list across 2**63
+        exact = np.atleast_1d(np.array(sample, dtype=object))
+        if exact.ndim == 1 and exact.size and all(type(v) is int and 0 <= v < 2**64 for v in exact):
+            values = exact.astype(np.uint64)
     if values.dtype.kind not in "iu" or values.ndim != 1 or (values.size and int(values.min()) < 0):
         raise CmfastError(f"{name} must be a whole number from 0, or a list of them, got {sample!r}")
     return values.astype(np.uint64)

@@ -74,10 +74,11 @@ class ModelSpec:
             raise CmfastError(f"the number of steps must be at least 1, got {steps}")
         if steps not in self.sigmas:
             have = ", ".join(str(k) for k in sorted(self.sigmas)) or "none"
-            some = karras_sigmas(steps + 1, self.sigma_min, self.sigma_max)[:-1]
+            some = karras_sigmas(min(steps, 50) + 1, self.sigma_min, self.sigma_max)[1:-1]
+            example = ",".join([repr(self.sigma_max), *(f"{s:.4g}" for s in some)]) + (",.." if steps > 50 else "")
             raise CmfastError(
                 f"this model has default noise levels for these numbers of steps: {have}; for {steps}, say them, "
-                f"for example --sigmas {','.join(f'{s:.4g}' for s in some)}"
+                f"for example --sigmas {example}"
             )
         return tuple(self.sigmas[steps])
 

@@ -280,7 +280,7 @@ def test_dropout_is_off_when_evaluating_and_on_when_training() -> None:
         ({"model_channels": 0}, "model_channels"),
         ({"model_channels": -32}, "model_channels"),
         ({"head_channels": 48}, "attention at 4 px has 64 channels, no multiple of 48"),
-        ({"head_channels": 48, "attention": ()}, "the middle block's width is no multiple of head_channels=48"),
+        ({"head_channels": 48, "attention": ()}, "the middle block has 64 channels, no multiple of head_channels=48"),
         ({"head_channels": 0}, "head_channels"),
         ({"channel_mult": ()}, "channel_mult"),
         ({"channel_mult": (1, 0)}, "channel_mult"),

@@ -51,7 +51,7 @@ def test_fields_that_may_change_while_a_run_continues_exist() -> None:
         ("tensorboard=0", "tensorboard", False),
         ("channel_mult=1,2,2", "channel_mult", (1, 2, 2)),
         ("attention=", "attention", ()),
-        ("attention=16,8", "attention", (16, 8)),
+        ("attention=4,2", "attention", (4, 2)),
         ("sigmas=80:80,0.8", "sigmas", ((80.0,), (80.0, 0.8))),
         ("phases=edm:500", "phases", (phase("edm", 500),)),
         ("phases=edm:500,ct:1000", "phases", (phase("edm", 500), phase("ct", 1000))),
@@ -145,7 +145,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("edm.s0=1", "need 2 <= s0 <= s1, got s0=1"),
         ("edm.mu0=1", "edm.mu0 must lie between 0 and 1"),
         ("grid=0", "grid must be greater than 0, got 0"),
-        ("workers=-1", "workers must be"),
+        ("workers=-1", "workers .*got -1"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_what_can(text: str, words: str) -> None:

@@ -129,20 +129,22 @@ def test_a_folder_is_read_the_same_by_other_processes(folder: Path) -> None:
         np.testing.assert_array_equal(labels, other_labels)
 
 
-def test_a_damaged_image_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["text", "cut", "bytes"])
+def test_a_damaged_image_is_named_in_one_line_whoever_reads_it(damage: str, workers: int, folder: Path) -> None:
     whole = (folder / "a" / "2.png").read_bytes()
-    for content in (b"not an image", whole[: len(whole) // 2], whole[:40] + b"\xff" * 8 + whole[48:]):
-        (folder / "a" / "2.png").write_bytes(content)
-        with pytest.raises(CmfastError, match=r"cannot read the image .*a/2\.png: "):
-            load_data(folder_config(), folder).__getitems__([0, 1, 2])
-
-
-def test_a_damaged_image_is_named_in_one_line_by_other_processes_too(folder: Path) -> None:
-    (folder / "a" / "2.png").write_bytes(b"not an image")
+    damaged = {"text": b"not an image", "cut": whole[: len(whole) // 2], "bytes": whole[:40] + b"\xff" * 8 + whole[48:]}
+    (folder / "a" / "2.png").write_bytes(damaged[damage])
     data = load_data(folder_config(), folder)
     with pytest.raises(CmfastError, match=r"^cannot read the image .*a/2\.png: ") as raised:
-        list(batches(data, 6, 0, 0, 1, EVERYTHING, 1, False))
+        list(batches(data, 6, 0, 0, 1, EVERYTHING, workers, False))
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_whose_first_image_is_damaged_is_no_bug(folder: Path) -> None:
+    (folder / "a" / "1.jpg").write_bytes(b"not an image")
+    with pytest.raises(CmfastError, match=r"cannot read the image .*a/1\.jpg: "):
+        load_data(folder_config(), folder)
 
 
 def test_a_folder_without_classes_or_images_is_no_data(tmp_path: Path) -> None:

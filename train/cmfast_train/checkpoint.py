@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +101,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def safe_load(file: Path) -> Any:
     """Return torch.load(file) restricted to tensors and plain containers, on the CPU; errors in one line."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         text = str(err)
-        if "Unsupported global" in text or "Unsupported class" in text or "Unsupported operand" in text:
+        if (
+            "unsupported GLOBAL" in text
+            or "Unsupported global" in text
+            or "Unsupported class" in text
+            or "Unsupported operand" in text
+        ):
             what = text.split("GLOBAL ")[-1].split()[0] if "GLOBAL " in text else "unknown objects"
             raise ArtifactError(
                 f"{file}: it holds code or objects ({what}), not only tensors; refused, nothing in it was run"
             ) from None
         raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as err:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as err:
         raise ArtifactError(f"{file}: not a whole PyTorch file: {(str(err).splitlines() or ['?'])[0][:200]}") from None
 
 
@@ -131,7 +139,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
     try:
         head = json.loads(metadata.get("cmfast", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         head = {}
     return (head if isinstance(head, dict) else {}), weights
 

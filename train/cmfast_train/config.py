@@ -47,7 +47,7 @@ class Phase:
             raise CmfastError(f"{self.method}.ema must be at least 0 and below 1, got {self.ema}")
         if not 0 <= self.lr_decay <= 1:
             raise CmfastError(f"{self.method}.lr_decay is a fraction from 0 to 1, got {self.lr_decay}")
-        if not 0 <= self.stages[0] <= self.stages[-1] or len(self.stages) != 2:
+        if len(self.stages) != 2 or not 0 <= self.stages[0] <= self.stages[1]:
             raise CmfastError(f"{self.method}.stages must be first,last with 0 <= first <= last, got {self.stages}")
         if not 2 <= self.s0 <= self.s1:
             raise CmfastError(f"need 2 <= s0 <= s1, got s0={self.s0}, s1={self.s1}")

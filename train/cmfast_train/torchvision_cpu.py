@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from cmfast.errors import MissingDependency
+
 _declared: list[torch.library.Library] = []  # keeps the declaration alive
 
 
@@ -20,6 +22,8 @@ def torchvision_datasets() -> ModuleType:
     """Return torchvision.datasets."""
     try:
         import torchvision.datasets
+    except ModuleNotFoundError:
+        raise MissingDependency("this data set", "torchvision", "train") from None
     except RuntimeError as err:
         if torch.version.cuda is not None or "torchvision::nms" not in str(err):
             raise

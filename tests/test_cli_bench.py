@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: MIT
+"""cmfast-bench: outputs are compared before times are believed, and the record holds what a claim needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from PIL import Image
+
+import cmfast
+from cmfast.artifact import Manifest
+from cmfast.cli.bench import main
+from cmfast.engines import open_engine
+from cmfast.spec import ModelSpec
+from cmfast.timing import usable_cores
+from cmfast_train.checkpoint import Checkpoint, save_checkpoint
+from cmfast_train.networks.adm import AdmConfig, AdmUnet
+
+Factory = Callable[..., Path]
+QUICK = ("--seconds", 0.05)
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def scaled(handmade: Path, path: Path, factor: float) -> Path:
+    """Write a handmade denoiser that computes factor x instead of 0.01 x."""
+    model = onnx.load(handmade)
+    model.graph.initializer[0].CopyFrom(helper.make_tensor("hundredth", onnx.TensorProto.FLOAT, [], [factor]))
+    onnx.save(model, path)
+    return path
+
+
+def save_graph(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]], constants: dict[str, float], manifest: Manifest,
+    path: Path,
+) -> None:  # fmt: skip
+    """Write a graph of float32 inputs and numbers, whose output is called "out"."""
+    float32, batch = onnx.TensorProto.FLOAT, next(iter(inputs.values()))[-4]
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Clip", ["out", "minus_one", "one"], ["images"])],
+        "handmade",
+        [helper.make_tensor_value_info(name, float32, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("images", float32, [batch, 1, 8, 8])],
+        [
+            *(
+                helper.make_tensor(name, float32, [], [value])
+                for name, value in {**constants, "minus_one": -1.0, "one": 1.0}.items()
+            ),
+            *(helper.make_tensor(f"index{k}", onnx.TensorProto.INT64, [], [k]) for k in range(2)),
+            helper.make_tensor("per_image", onnx.TensorProto.INT64, [4], [-1, 1, 1, 1]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"cmfast": manifest.to_json()})
+    onnx.save(model, path)
+
+
+def c_skip(sigma: float) -> float:
+    """Return the c_skip of the scaling "boundary", arXiv:2303.01469, appendix C."""
+    return 0.25 / ((sigma - 0.002) ** 2 + 0.25)
+
+
+def new_checkpoint(path: Path) -> str:
+    """Write a checkpoint that nobody trained, which computes c_skip(sigma) x; return the SHA-256 of its weights."""
+    config = AdmConfig(
+        image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(), head_channels=32
+    )
+    weights = AdmUnet(config).state_dict()  # it ends in zeros
+    checkpoint = Checkpoint(spec=ModelSpec(image=(1, 8, 8)), network=config, weights=weights)
+    save_checkpoint(checkpoint, path)
+    return checkpoint.sha256()
+
+
+def handmade_denoiser(path: Path, source: dict[str, str]) -> None:
+    """Write c_skip(sigma) x, clipped, node by node."""
+    node = helper.make_node
+    nodes = [
+        node("Sub", ["sigma", "sigma_min"], ["shifted"]),
+        node("Mul", ["shifted", "shifted"], ["square"]),
+        node("Add", ["square", "quarter"], ["sum"]),
+        node("Div", ["quarter", "sum"], ["c_skip"]),
+        node("Reshape", ["c_skip", "per_image"], ["factor"]),
+        node("Mul", ["x", "factor"], ["out"]),
+    ]
+    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), source=source)
+    save_graph(nodes, {"x": ["B", 1, 8, 8], "sigma": ["B"]}, {"sigma_min": 0.002, "quarter": 0.25}, manifest, path)
+
+
+def handmade_sampler(
+    path: Path, sigmas: tuple[float, float], batch: int | str = "B", source: dict[str, str] | None = None
+) -> None:
+    """Write two steps of the sampling of c_skip(sigma) x, node by node."""
+    first, second = sigmas
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["noise", "index0"], ["z0"], axis=0),
+        node("Gather", ["noise", "index1"], ["z1"], axis=0),
+        node("Mul", ["z0", "first"], ["raw"]),
+        node("Clip", ["raw", "minus_one", "one"], ["x0"]),
+        node("Mul", ["z1", "renoise"], ["noise1"]),
+        node("Add", ["x0", "noise1"], ["x1"]),
+        node("Mul", ["x1", "second"], ["out"]),
+    ]
+    constants = {
+        "first": first * c_skip(first),
+        "renoise": (second**2 - 0.002**2) ** 0.5,
+        "second": c_skip(second),
+    }
+    spec = ModelSpec(image=(1, 8, 8), sigmas={2: sigmas})
+    manifest = Manifest(kind="sampler", spec=spec, source=source or {})
+    save_graph(nodes, {"noise": [2, batch, 1, 8, 8]}, constants, manifest, path)
+
+
+# The whole way.
+
+
+def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = {name: tmp_path / name for name in ("model.pt", "model.onnx", "sampler.onnx")}
+    checkpoint, model, sampler = files.values()
+    source = {"sha256": new_checkpoint(checkpoint)}
+    handmade_denoiser(model, source)
+    handmade_sampler(sampler, (80.0, 0.8), source=source)
+    result = call(
+        main, sampler, model, "--baseline", checkpoint, "--steps", "1,2", "--batch", 3, "--threads", 1,
+        *QUICK, "--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.png",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path) == ["bench.json", "bench.png", *sorted(files)]
+    text = (tmp_path / "bench.json").read_text()
+    record = json.loads(text)
+
+    # What was measured.
+    plain = ["PyTorch cpu", "PyTorch cpu channels_last", "model.onnx"]
+    names = {1: plain, 2: [*plain, "sampler.onnx"]}
+    have = [(row["steps"], row["batch"], row["contender"]) for row in record["rows"]]
+    assert have == [(steps, 3, name) for steps in (1, 2) for name in names[steps]]
+    eager = {row["steps"]: row["median_ms"] for row in record["rows"] if row["contender"] == "PyTorch cpu"}
+    for row in record["rows"]:
+        assert row["reference"] == "PyTorch cpu"
+        assert row["engine"] == (row["contender"] if "PyTorch" in row["contender"] else "ONNX Runtime cpu")
+        assert row["sigmas"] == [80.0, 0.8][: row["steps"]]
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] <= row["max_ms"]
+        assert row["calls"] >= 20
+        assert row["images_per_s"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
+        assert row["times_as_fast"] == pytest.approx(eager[row["steps"]] / row["median_ms"])
+        assert row["max_abs_diff"] <= 1e-6  # one formula, rounded twice
+        assert row["contender"] != "PyTorch cpu" or (row["times_as_fast"], row["max_abs_diff"]) == (1, 0)
+
+    # What each costs to start.
+    starts = {row["contender"]: row for row in record["starts"]}
+    assert list(starts) == names[2]
+    for name, row in starts.items():
+        file = files.get(name, checkpoint)
+        assert (row["file"], row["file_mib"]) == (file.name, file.stat().st_size / 2**20)
+        assert row["source"]["sha256"] == source["sha256"]
+        assert (row["image"], row["dtype"]) == ([1, 8, 8], "float32")
+        assert row["kind"] == ("sampler" if file == sampler else "denoiser")
+        assert row["steps"] == (2 if file == sampler else 1)
+        assert 0 < row["first_call_ms"] < 60_000
+        assert 0 < row["load_s"] < 60
+    if starts["model.onnx"]["peak_mib"] is not None:
+        assert 10 < starts["model.onnx"]["peak_mib"] < starts["PyTorch cpu"]["peak_mib"], "one that has no torch in it"
+
+    # Where, with what, how.
+    assert (record["what"], record["machine"]["cores"]) == ("sample", usable_cores())
+    assert record["machine"]["cpu"]
+    assert re.match(r"\d{4}-\d\d-\d\dT", record["date"])
+    assert record["versions"] == {**record["versions"], "cmfast": cmfast.__version__, "numpy": np.__version__}
+    assert {"torch", "onnxruntime"} <= set(record["versions"])
+    assert {"commit", "load_average", "steal", "warning"} <= set(record)
+    options = record["options"]
+    assert (options["models"], options["baseline"]) == (["sampler.onnx", "model.onnx"], "model.pt")
+    assert (options["threads"], options["seconds"], options["tolerance"]) == (1, 0.05, 1e-3)
+    assert str(tmp_path) not in text, "where the files lie is nobody's affair"
+
+    # What the user sees.
+    for row in record["rows"]:
+        line = rf"\s{row['steps']}\s+{row['batch']}\s+{re.escape(row['contender'])}\s+{row['median_ms']:,.2f}\s"
+        assert re.search(line, result.stdout)
+        assert f"{row['times_as_fast']:.2f}x" in result.stdout
+    assert f"the record is in {tmp_path}/bench.json" in result.stdout
+    assert f"the chart is in {tmp_path}/bench.png" in result.stdout
+    assert ("warning: " in result.stdout) == bool(record["warning"])
+    assert re.search(
+        rf"^next: cmfast-sample {re.escape(str(tmp_path))}/\w+\.onnx --steps [12] -n 64 -o ",
+        result.stdout,
+        re.MULTILINE,
+    )
+    assert result.stderr.startswith("comparing the images\nstarting PyTorch cpu in a process of its own\n")
+    assert "timing 2 step(s), batch 3: 4 contender(s)\n" in result.stderr
+    with Image.open(tmp_path / "bench.png") as chart:
+        assert (chart.format, min(chart.size) > 300) == ("PNG", True)
+        assert len(chart.convert("RGB").getcolors(1 << 24) or []) > 50, "an empty picture"
+
+
+def test_files_without_a_baseline_are_compared_with_the_first_and_nothing_else_is_written(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.onnx", "two.onnx"):
+        shutil.copy(handmade_onnx(8), tmp_path / name)
+    result = call(main, "one.onnx", "two.onnx", "--steps", 2, "--batch", 4, *QUICK)
+    assert result.returncode == 0, result.stderr
+    assert "speed against one.onnx" in result.stdout
+    assert re.search(r"2\s+4\s+two\.onnx", result.stdout)
+    assert "PyTorch" not in result.stdout
+    assert content(tmp_path) == ["one.onnx", "two.onnx"]
+
+
+def test_a_record_is_replaced_by_the_next(handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("old")
+    options = ("--steps", 1, "--batch", 1, *QUICK, "--json", tmp_path / "bench.json")
+    assert call(main, handmade_onnx(8), *options).returncode == 0
+    assert [row["contender"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["side8.onnx"]
+    assert content(tmp_path) == ["bench.json"]
+
+
+# Wrong answers are not timed.
+
+
+def assert_stopped(result: Any, words: str) -> None:
+    assert (result.returncode, result.stdout) == (1, "")
+    first, last = result.stderr.splitlines()
+    assert first == "comparing the images"
+    assert last.startswith("cmfast-bench: ")
+    assert re.search(words, last)
+    assert "nothing was timed" in last
+
+
+def test_a_model_that_computes_something_else_is_named_and_leaves_no_record(
+    handmade_onnx: Factory, tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = ("--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.png")
+    result = call(main, handmade_onnx(8), "--baseline", tiny_checkpoint(0), *QUICK, *files)
+    assert_stopped(
+        result, r"side8\.onnx at 1 step\(s\), batch 1 differs from PyTorch cpu by \d\.\d\de.\d\d \(allowed 0\.001\);"
+    )
+    assert "other weights" not in result.stderr  # nobody knows: this file does not say what it was made from
+    assert content(tmp_path) == []
+
+
+def test_other_weights_are_recognised(tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path) -> None:
+    model = torch.load(tiny_checkpoint(0), weights_only=True)
+    model["weights"]["out.2.bias"] += 0.1
+    torch.save(model, tmp_path / "other.pt")
+    result = call(main, tmp_path / "other.pt", "--baseline", tiny_checkpoint(0), *QUICK)
+    assert_stopped(result, r"other\.pt at .* differs from .*; it was exported from other weights;")
+
+
+@pytest.mark.parametrize(("factor", "words"), [(0.0101, r"by \d\.\d\de-0[23]"), (float("nan"), "by nan")])
+def test_a_small_difference_and_no_number_at_all_are_differences(
+    factor: float, words: str, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", factor)
+    assert_stopped(call(main, handmade_onnx(8), other, *QUICK), rf"other\.onnx .* differs from side8\.onnx {words}")
+
+
+def test_a_difference_within_the_tolerance_is_timed_and_shown(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.0101)
+    options = ("--steps", 1, "--batch", 2, "--tolerance", 0.5, *QUICK, "--json", tmp_path / "bench.json")
+    result = call(main, handmade_onnx(8), other, *options)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert 1e-3 < rows[1]["max_abs_diff"] < 0.1
+    assert f"{rows[1]['max_abs_diff']:.1e}" in result.stdout
+
+
+# What can be got wrong.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to time: name a MODEL or a --baseline, for example cmfast-bench model.onnx"),
+        (["nowhere.onnx"], "nowhere.onnx: no such file"),
+        (["a.onnx", "--baseline", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["a.onnx", "empty.onnx"], "empty.onnx: the file is empty"),
+        (["a.onnx", "a.onnx"], "a.onnx is named twice"),
+        (["a.onnx", "./folder/../a.onnx"], "a.onnx is named twice"),
+        (["noise.onnx"], "noise.onnx: not a whole ONNX file"),
+        (["model.bin"], "no engine runs files ending in .bin"),
+        (["a.onnx", "small.onnx"], "small.onnx draws images [1, 4, 4] of 0"),
+        (["--baseline", "a.onnx"], "--baseline takes a .pt or .safetensors file, got a.onnx; name it as a MODEL"),
+        (["a.onnx", "--compile"], "--compile compiles the checkpoint of --baseline, and none was given"),
+        (["a.onnx", "--seconds", "0"], "--seconds must be greater than 0, got 0"),
+        (["a.onnx", "--seconds", "nan"], "--seconds must be greater than 0, got nan"),
+        (["a.onnx", "--seconds", "inf"], "--seconds must be greater than 0, got inf"),
+        (["a.onnx", "--steps", "0"], "--steps takes different whole numbers from 1, got 0"),
+        (["a.onnx", "--steps", "1,1"], "--steps takes different whole numbers from 1, got 1,1"),
+        (["a.onnx", "--steps", "3"], "a.onnx has no default noise levels for 3 step(s); use --steps 1,2"),
+        (["a.onnx", "--steps", "two"], "'two' is not a list of numbers"),
+        (["a.onnx", "--batch", "1,0"], "--batch takes different whole numbers from 1, got 1,0"),
+        (["a.onnx", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["a.onnx", "--tolerance", "0"], "--tolerance must be greater than 0, got 0"),
+        (["a.onnx", "--tolerance", "nan"], "--tolerance must be greater than 0, got nan"),
+        (["a.onnx", "--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+        (["a.onnx", "--json", "bench.txt"], "bench.txt: need a name ending in .json"),
+        (["a.onnx", "--plot", "bench.svg"], "bench.svg: need a name ending in .png"),
+        (["a.onnx", "--json", "nowhere/b.json"], "the folder nowhere does not exist; make it first: mkdir -p nowhere"),
+        (["a.onnx", "--plot", "nowhere/b.png"], "the folder nowhere does not exist; make it first: mkdir -p nowhere"),
+        (["a.onnx", "--json", "folder"], "folder is a folder; name a file"),
+        (["a.onnx", "--quality", "9"], "No such option"),
+        (["two.onnx", "--steps", "1"], "two.onnx runs at none of these settings; it needs --steps 2 --batch 1"),
+        (["three.onnx"], "three.onnx runs at none of these settings; it needs --steps 2 --batch 3"),
+        (["two.onnx", "other.onnx"], "are samplers of 2 step(s) at different noise levels; time them one by one"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
+    arguments: list[str], words: str, handmade_onnx: Factory, call: Callable[..., Any],
+    refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(handmade_onnx(8), "a.onnx")
+    shutil.copy(handmade_onnx(4), "small.onnx")
+    handmade_sampler(tmp_path / "two.onnx", (80.0, 0.8))
+    handmade_sampler(tmp_path / "other.onnx", (80.0, 5.0))
+    handmade_sampler(tmp_path / "three.onnx", (80.0, 0.8), batch=3)
+    for noise in ("noise.onnx", "model.bin"):
+        Path(noise).write_bytes(b"neither fish nor fowl")
+    Path("empty.onnx").touch()
+    Path("folder").mkdir()
+    before = content(tmp_path)
+    refused(call(main, *arguments), words)
+    assert content(tmp_path) == before
+
+
+# Trying dry.
+
+
+def test_a_dry_run_says_what_would_be_timed_and_writes_nothing(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(handmade_onnx(8), "a.onnx")
+    handmade_sampler(tmp_path / "two.onnx", (80.0, 0.8))
+    handmade_sampler(tmp_path / "four.onnx", (80.0, 0.8), batch=4)
+    before = content(tmp_path)
+    result = call(
+        main, "two.onnx", "four.onnx", "a.onnx", "--batch", "1,4", "--seconds", 2, "--dry-run", "--json", "b.json",
+        "--plot", "b.png",
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [  # the denoiser first: it runs at every setting
+        "1 step(s), batch 1: a.onnx",
+        "1 step(s), batch 4: a.onnx",
+        "2 step(s), batch 1: a.onnx, two.onnx",
+        "2 step(s), batch 4: a.onnx, two.onnx, four.onnx",
+        "at least 14 s of timing",
+    ]
+    assert content(tmp_path) == before
+
+
+def test_a_dry_run_finds_what_is_wrong_too(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    refused(call(main, handmade_onnx(8), "-n", "--json", tmp_path / "bench.txt"), "need a name ending in .json")
+    refused(call(main, handmade_onnx(8), "-n", "--steps", 3), "use --steps 1,2")
+
+
+# Condition for removal: importing torch's compiler does not use what torch itself calls deprecated (torch 2.12 does).
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_the_baseline_is_run_in_each_way_that_was_asked_for(tiny_checkpoint: Factory, call: Callable[..., Any]) -> None:
+    options = ("--baseline", tiny_checkpoint(0), "--steps", 1, "--batch", 1, "--dry-run")
+    names = "1 step(s), batch 1: PyTorch cpu, PyTorch cpu channels_last"
+    assert call(main, *options).stdout.splitlines()[0] == names
+    assert call(main, *options, "--compile").stdout.splitlines()[0] == f"{names}, PyTorch cpu compiled"
+
+
+def test_files_of_one_name_are_told_apart(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("old", "new"):
+        Path(folder).mkdir()
+        shutil.copy(handmade_onnx(8), f"{folder}/model.onnx")
+    result = call(main, "old/model.onnx", "new/model.onnx", "--steps", 1, "--batch", 1, "-n")
+    assert result.stdout.splitlines()[0] == "1 step(s), batch 1: old/model.onnx, new/model.onnx"
+
+
+def test_the_variants_of_the_baseline_draw_what_it_draws(tiny_checkpoint: Factory) -> None:
+    noise = cmfast.gaussian(0, range(2), 0, (1, 8, 8))
+    inputs = {"x": 80 * noise, "sigma": np.full(2, 80, np.float32)}
+    plain, channels_last = (
+        open_engine(tiny_checkpoint(0), variant=variant).run(inputs) for variant in ("", "channels_last")
+    )
+    np.testing.assert_allclose(channels_last, plain, rtol=0, atol=1e-5)  # another memory layout sums in another order

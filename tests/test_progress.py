@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Progress: a bar on a terminal, lines in a log, silence where none was asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+
+import pytest
+
+from cmfast import progress
+from cmfast.progress import progress_bar
+
+LINE = re.compile(r"drawing: ([\d,]+)/([\d,]+) images, ([\d.,e+]+) images/s, ([\d,]+) s left( .*)?")
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+@pytest.fixture
+def chatty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of the log at every call."""
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+
+
+@pytest.mark.usefixtures("chatty")
+def test_lines_in_a_log_say_what_is_done_how_fast_and_what_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+    begun = time.monotonic()
+    with progress_bar("drawing", 40_000, "images") as advance:
+        for count, text in ((1_500, "first"), (2_500, "")):
+            time.sleep(0.05)
+            advance(count, text)
+    took = time.monotonic() - begun
+    out, err = capfd.readouterr()
+    assert out == ""
+    first, second = (LINE.fullmatch(line) for line in err.splitlines())
+    assert first
+    assert second
+    assert (first[1], first[2], first[5]) == ("1,500", "40,000", " first")
+    assert (second[1], second[2], second[5]) == ("4,000", "40,000", None)
+    assert 4_000 / took - 1 <= number(second[3]) <= 4_000 / 0.1, "4 digits are shown"
+    assert number(second[4]) == pytest.approx((40_000 - 4_000) / number(second[3]), abs=0.6), "whole seconds are shown"
+
+
+@pytest.mark.usefixtures("chatty")
+def test_a_resumed_run_counts_what_was_done_before_but_not_as_its_speed(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("drawing", 1_000_000, "images", start=900_000) as advance:
+        time.sleep(0.1)
+        advance(10, "")
+    line = LINE.fullmatch(capfd.readouterr().err.strip())
+    assert line
+    assert number(line[1]) == 900_010
+    assert number(line[3]) <= 10 / 0.1
+    assert number(line[4]) == pytest.approx(99_990 / number(line[3]), rel=0.01), "4 digits of the speed are shown"
+
+
+def test_a_log_is_not_flooded(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("drawing", 1000, "images") as advance:
+        for _ in range(1000):
+            advance(1, "")
+    assert capfd.readouterr() == ("", ""), f"it was over before {progress.LINE_S:g} s"
+
+
+@pytest.mark.usefixtures("chatty")
+def test_nothing_is_shown_where_nothing_was_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("drawing", 10, "images", show=False) as advance:
+        time.sleep(0.01)
+        advance(10, "done")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("chatty")
+def test_what_the_work_raises_comes_through() -> None:
+    with pytest.raises(KeyError), progress_bar("drawing", 10, "images"):
+        raise KeyError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_gets_a_bar_with_the_numbers(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pty
+
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    master, slave = pty.openpty()
+    try:
+        with open(slave, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            with progress_bar("drawing", 40_000, "images", start=1_000) as advance:
+                advance(2_500, "loss 0.25")
+            terminal.flush()
+            shown = os.read(master, 1 << 16).decode()
+    finally:
+        os.close(master)
+    for words in ("drawing", "3,500/40,000 images", "loss 0.25"):
+        assert words in shown
+    assert capfd.readouterr().out == ""
