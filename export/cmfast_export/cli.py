@@ -28,7 +28,12 @@ Examples:
 
 @click.command("cmfast-export", epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; default: CHECKPOINT.onnx, or CHECKPOINT_sampler.onnx.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write; default: CHECKPOINT.onnx, or CHECKPOINT_sampler.onnx.",
+)
 @click.option(
     "--kind",
     type=click.Choice(["denoiser", "sampler"]),
