@@ -59,7 +59,7 @@ def _lines(what: str, total: int, unit: str, start: int) -> Advance:
         nonlocal done, last
         done += count
         now = time.monotonic()
-        if now - last >= LINE_S:
+        if now - last >= LINE_S and done > start:
             last = now
             speed = (done - start) / (now - begun)
             left = f"{(total - done) / speed:,.0f} s left"

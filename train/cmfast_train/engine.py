@@ -31,7 +31,11 @@ class TorchEngine:
     def __init__(self, path: Path | str, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
-            raise EngineError(f"device cuda was asked for, but PyTorch {torch.__version__} {why}")
+            raise EngineError(
+                f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
+                "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
+            )
+        torch.backends.cudnn.allow_tf32 = False  # a float32 model is run in float32, as by the other engines
         if threads is not None:
             torch.set_num_threads(threads)
         checkpoint = load_checkpoint(path)

@@ -25,7 +25,7 @@ PRESETS: dict[str, TrainConfig] = {
         batch=64,
         phases=(
             phase("edm", 40_000, ema=0.998),
-            phase("ect", 60_000, lr=5e-4, ema=0.998, stages=(1, 6)),
+            phase("ect", 50_000, lr=5e-4, ema=0.998, stages=(1, 6)),
         ),
         checkpoint_images=20_000,
         log_images=5_000,
