@@ -5,4 +5,4 @@
 """
 
 OPSETS = range(18, 24)
-DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read; later ones are not faster
+DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read

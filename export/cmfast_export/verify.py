@@ -103,7 +103,10 @@ def _denoiser_inputs(
     levels = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
     levels[0], levels[-1] = spec.sigma_min, spec.sigma_max
     cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in levels] if batches[0] == 1 else []
-    cases += [(f"batch {b}, mixed sigmas", np.resize(levels, b).astype(np.float32)) for b in batches if b > 1]
+    for b in batches:
+        if b > 1:  # spread over all levels, also where the batch is smaller than their number
+            mixed = np.resize(levels, b) if b >= LEVELS else levels[np.linspace(0, LEVELS - 1, b).round().astype(int)]
+            cases.append((f"batch {b}, mixed sigmas", mixed))
     for number, (where, sigma) in enumerate(cases):
         batch = len(sigma)
         rng = np.random.default_rng(number)
