@@ -118,6 +118,11 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
+def check_model(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path if it is a folder (as diffusers writes models) or passes `check_file`."""
+    return Path(path) if Path(path).is_dir() else check_file(path)
+
+
 def _check_external(file: Path, location: str) -> None:
     """Allow weights in a plain file beside the model (needed above 2 GB) and nothing else."""
     beside = file.parent / location

@@ -32,3 +32,7 @@ class MissingDependency(CmfastError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed: pip install 'cmfast[{extra}]'")
+
+
+class CmfastWarning(UserWarning):
+    """A request is fulfilled, and there is something that the user should know. The commands print one line."""

@@ -37,9 +37,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
-        os.chmod(temporary, 0o777 & ~_umask())
+        mask = _umask()
+        for entry in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
+            os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)  # some libraries write private files
+            _flush(entry)
+        os.chmod(temporary, 0o777 & ~mask)
+        _flush(temporary)
         os.replace(temporary, target)  # over an empty folder this is allowed
         _flush(target.parent)
     finally:

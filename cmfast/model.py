@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast import sampler
-from cmfast.engines import Engine, open_engine
+from cmfast.engines import Engine, LoopEngine, open_engine
 from cmfast.errors import CmfastError
 from cmfast.progress import progress_bar
 from cmfast.spec import ModelSpec
@@ -91,6 +91,8 @@ class Model:
             )
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
+        if isinstance(self.engine, LoopEngine):
+            return self.engine.loop(noise, sigmas, label)
         if self.manifest.kind == "denoiser":
             return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
         if tuple(sigmas) != self.levels():

@@ -34,6 +34,7 @@ class ModelSpec:
     c_noise: str = "250ln"  # one of C_NOISES
     renoise: str = "sqrt"  # x0 + sqrt(sigma^2 - sigma_min^2) z, or "plain": x0 + sigma z
     clip: bool = True  # clip x0 to [-1, 1] after every call while sampling
+    grid: int = 0  # levels of the Karras grid that it was trained on; 0: none, any level was trained
     sigmas: Mapping[int, tuple[float, ...]] = field(  # default noise levels for 1, 2, ... steps
         default_factory=lambda: {1: (80.0,), 2: (80.0, 0.8)}
     )
@@ -43,6 +44,8 @@ class ModelSpec:
             raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
         if not isinstance(self.classes, int) or not 0 <= self.classes < 2**31:
             raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
+        if not isinstance(self.grid, int) or not (self.grid == 0 or 2 <= self.grid < 2**31):
+            raise CmfastError(f"grid must be 0 (none) or a number of levels from 2, got {self.grid!r}")
         if not isinstance(self.clip, bool):
             raise CmfastError(f"clip must be true or false, got {self.clip!r}")
         levels = (self.sigma_min, self.sigma_max, self.sigma_data)
@@ -86,6 +89,8 @@ class ModelSpec:
         """Return the keys of the manifest that describe the model, ready for JSON."""
         values = dataclasses.asdict(self)
         values["image"] = list(self.image)
+        if not self.grid:
+            del values["grid"]
         values["sigmas"] = {str(k): list(v) for k, v in sorted(self.sigmas.items())}
         return values
 
@@ -94,7 +99,7 @@ class ModelSpec:
         """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
-        if missing := names - known.keys():
+        if missing := names - known.keys() - {"grid"}:  # most models have none
             raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
         try:
             known["image"] = tuple(known["image"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cmfast.errors import CmfastError
 from cmfast_train.config import DATA, FREE_FIELDS, METHODS, Phase, TrainConfig, from_dict, override, to_dict
 from cmfast_train.loop import network_config
+from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.presets import PRESETS, phase
 
 DIGITS = PRESETS["digits"]
@@ -52,6 +53,7 @@ def test_fields_that_may_change_while_a_run_continues_exist() -> None:
         ("channel_mult=1,2,2", "channel_mult", (1, 2, 2)),
         ("attention=", "attention", ()),
         ("attention=4,2", "attention", (4, 2)),
+        ("c_noise=ln/4", "c_noise", "ln/4"),
         ("sigmas=80:80,0.8", "sigmas", ((80.0,), (80.0, 0.8))),
         ("phases=edm:500", "phases", (phase("edm", 500),)),
         ("phases=edm:500,ct:1000", "phases", (phase("edm", 500), phase("ct", 1000))),
@@ -83,6 +85,7 @@ def test_a_later_assignment_wins() -> None:
         ("batch=96", "accumulation=3"),
         ("edm.s0=200", "edm.s1=300"),
         ("image_size=12", "channel_mult=1,2"),
+        ("network=seed", "conditional=false"),
     ],
     ids=lambda texts: texts[0],
 )
@@ -132,6 +135,9 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("sigmas=80:80,90", "90 follows 80"),
         ("sigma_min=-1", "must be positive numbers"),
         ("scaling=vp", "scaling must be one of"),
+        ("c_noise=ln", "c_noise must be one of"),
+        ("network=unet", "network must be one of adm, seed, got 'unet'"),
+        ("network=seed", "network=seed takes no label; add --set conditional=false"),
         ("phases=edm:0", "images must be greater than 0, got 0"),
         ("edm.method=sgd", "method must be one of edm, ect, ct, got 'sgd'"),
         ("edm.lr=0", "lr must be greater than 0"),
@@ -151,6 +157,39 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
 def test_a_value_that_cannot_be_is_named_with_what_can(text: str, words: str) -> None:
     with pytest.raises(CmfastError, match=words):
         override(DIGITS, [text])
+
+
+SEED = ["network=seed", "conditional=false"]
+
+
+def test_the_first_implementations_network_is_trained_at_any_width_with_any_scaling() -> None:
+    config = override(DIGITS, [*SEED, "model_channels=64"])
+    assert network_config(config, config.spec(10).classes) == SeedConfig(image_size=8, channels=1, width=64)
+    assert (config.spec(10).scaling, config.spec(10).c_noise) == ("boundary", "250ln")
+    as_it_was = override(config, ["scaling=seed", "c_noise=raw"]).spec(10)
+    assert (as_it_was.scaling, as_it_was.c_noise) == ("seed", "raw")
+    assert override(config, ["channel_mult=1,2,2,2,2", "head_channels=48"])  # adm's alone
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dropout=0.1", "network=seed has no dropout, got dropout=0.1; add --set dropout=0"),
+        ("image_size=10", "image_size=10 cannot be halved twice, .* multiple of 4"),
+        ("model_channels=48", r"width \(in training: model_channels\) must be a multiple of 32, got 48"),
+        ("model_channels=0", "width must be a whole number from 1"),
+    ],
+)
+def test_what_the_first_implementations_network_cannot_be_is_named(text: str, words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        override(DIGITS, [*SEED, text])
+
+
+def test_a_configuration_saved_before_there_was_a_choice_of_network_is_read_as_what_it_did() -> None:
+    values = to_dict(DIGITS)
+    del values["network"], values["c_noise"]
+    assert from_dict(values) == DIGITS
 
 
 def test_a_run_without_phases_is_told_how_to_name_them() -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from torch import Tensor
 import cmfast
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.images import grid_image
+from cmfast_export.export import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli import main
 from cmfast_train.config import override
 from cmfast_train.loop import train
+from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.presets import PRESETS
 
 # Steps of some ten milliseconds, a line of the log at each, a checkpoint every eight.
@@ -35,6 +38,7 @@ TINY = [
     "channel_mult=1", "head_channels=32", "batch=8", "flip=true", "checkpoint_images=64", "log_images=8", "grid=4",
     "tensorboard=false", "device=cpu",
 ]  # fmt: skip
+SEED = ["network=seed", "conditional=false"]  # the first public implementation's
 RUNS = {
     "edm and ect": [*TINY, "dropout=0.2", "phases=edm:160,ect:160", "edm.lr_decay=0.5", "ect.stages=0,3"],
     "ct": [*TINY, "dropout=0.2", "phases=ct:320", "ct.s1=20"],
@@ -159,7 +163,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [("batch=16", "batch"), ("edm.lr=0.5", "phases"), ("seed=1", "seed"), ("sigma_data=1", "sigma_data")],
+    [
+        ("batch=16", "batch"),
+        ("edm.lr=0.5", "phases"),
+        ("seed=1", "seed"),
+        ("sigma_data=1", "sigma_data"),
+        ("c_noise=ln/4", "c_noise"),
+    ],
 )
 def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(
     setting: str, name: str, finished: Path, call: Callable[..., Any], refused: Callable[..., None]
@@ -180,6 +190,29 @@ def test_a_finished_run_begun_again_is_finished(finished: Path, call: Callable[.
     assert f"next: cmfast-export {finished}/model.pt" in result.stdout
     assert load_checkpoint(finished / "model.pt").sha256() == sha256
     assert log_of(finished) == log
+
+
+def test_a_run_begun_before_there_was_a_choice_of_network_continues(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = json.loads((out / "config.json").read_text())
+    del config["network"], config["c_noise"]
+    (out / "config.json").write_text(json.dumps(config))
+    model = run_here(out, "phases=edm:16")
+    assert load_checkpoint(model).sha256() == load_checkpoint(finished / "model.pt").sha256()
+
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CmfastError, match="holds a run with another conditional, network; repeat the command"):
+        run_here(out, "phases=edm:16", *SEED)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"data": "digits", "phases": []}', '{"phases": [{"lr": 1}]}'])
+def test_a_damaged_configuration_is_refused(text: str, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "config.json").write_text(text)
+    with pytest.raises(CmfastError, match=r"config\.json is damaged or of another version; begin in another --out"):
+        run_here(out, "phases=edm:16")
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished: Path, tmp_path: Path) -> None:
@@ -252,6 +285,31 @@ def test_the_three_runs_above_have_learned_something(plain: dict[str, Tensor], t
     assert (plain["out.2.weight"] - other["out.2.weight"]).abs().max() > 1e-3
     with pytest.raises(AssertionError):
         assert_equal_up_to_rounding(plain, other)
+
+
+# The first public implementation's network.
+
+
+@pytest.mark.parametrize(
+    "conventions",
+    [["scaling=boundary", "phases=edm:800,ct:80"], ["scaling=seed", "c_noise=raw", "phases=edm:800,ect:80"]],
+    ids=["as the paper says", "as it was"],
+)
+def test_the_first_implementations_network_learns_and_exports(conventions: list[str], tmp_path: Path) -> None:
+    settings = [*SEED, *conventions, "checkpoint_images=400"]
+    model = run_here(tmp_path / "run", *settings)
+    checkpoint = load_checkpoint(model)
+    assert checkpoint.network == SeedConfig(image_size=8, channels=1, width=32)
+    assert checkpoint.spec.classes == 0
+    assert f"scaling={checkpoint.spec.scaling}" == conventions[0]
+    losses = [line["loss"] for line in losses_of(tmp_path / "run") if line["phase"] == "edm"]
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 3
+    assert run_here(tmp_path / "run", *settings) == model  # it is finished
+
+    exported = export_onnx(model, tmp_path / "model.onnx")
+    assert exported.denoiser.worst.max_abs <= 1e-4
+    assert exported.denoiser.boundary == 0
 
 
 # What it writes, and when it stops by itself.

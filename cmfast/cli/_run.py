@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
-from cmfast.errors import CmfastError, MissingDependency
+from cmfast.errors import CmfastError, CmfastWarning, MissingDependency
 
 
 def run_command(command: click.Command) -> None:
     """Run a click command and exit: 0 done, 1 a check failed, 2 the request cannot be fulfilled, 130 interrupted."""
     name = command.name or "cmfast"
+    _print_warnings_as_one_line(name)
     try:
         code = command.main(prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -43,6 +46,18 @@ def needs(what: str, extra: str) -> Iterator[None]:
         if package.startswith("cmfast") or not package:
             raise
         raise MissingDependency(what, package, extra) from None
+
+
+def _print_warnings_as_one_line(name: str) -> None:
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, CmfastWarning):
+            click.echo(f"{name}: warning: {message}", err=True)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def _fail(name: str, message: str, code: int) -> None:

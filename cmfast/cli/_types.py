@@ -27,3 +27,18 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 FLOATS = _List(float, "a,b,..")
 INTS = _List(int, "i,j,..")
+
+# Of commands that read foreign checkpoints: what the file does not say.
+SOURCE = click.option(
+    "--source",
+    default="",
+    metavar="NAME",
+    help="What a foreign file is: openai:imagenet64-cd, openai, seed, edm, ect, fastgen; default: recognise it.",
+)
+SET = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What a foreign file does not say, for example scaling=boundary.",
+)

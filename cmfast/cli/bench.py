@@ -32,6 +32,7 @@ Examples:
   cmfast-bench model.onnx --baseline model.pt
   cmfast-bench model.onnx sampler.onnx --baseline model.pt --steps 2 --batch 1,8,64 --json bench.json
   cmfast-bench --baseline model.pt --compile --threads 4 --plot bench.png
+  cmfast-bench model.onnx --baseline cd_imagenet64 --diffusers     a folder, by our U-Net and by diffusers
   cmfast-bench model_fp16.onnx --baseline model.pt --device cuda --tolerance 0.02
 """
 
@@ -41,6 +42,7 @@ MIN_CALLS = 20  # counted, of each contender at each setting
 @click.command("cmfast-bench", epilog=EPILOG)
 @click.argument("models", nargs=-1, metavar="MODEL...", type=click.Path(path_type=Path))
 @click.option("--baseline", type=click.Path(path_type=Path), help="Checkpoint that PyTorch runs: plain, channels_last.")
+@click.option("--diffusers", is_flag=True, help="Also diffusers' own pipeline; the baseline is its folder.")
 @click.option("--steps", type=INTS, default="1,2", show_default=True, help="Network calls an image.")
 @click.option("--batch", type=INTS, default="1,8", show_default=True, help="Images at a time.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile of the baseline (a minute or more each).")
@@ -54,6 +56,7 @@ MIN_CALLS = 20  # counted, of each contender at each setting
 def command(
     models: tuple[Path, ...],
     baseline: Path | None,
+    diffusers: bool,
     steps: tuple[int, ...],
     batch: tuple[int, ...],
     compiled: bool,
@@ -73,6 +76,7 @@ def command(
     options = Options(
         models=models,
         baseline=baseline,
+        diffusers=diffusers,
         steps=steps,
         batch=batch,
         compiled=compiled,
@@ -111,6 +115,7 @@ class Options:
 
     models: tuple[Path, ...]
     baseline: Path | None = None  # a checkpoint
+    diffusers: bool = False  # also diffusers' own pipeline of the baseline
     steps: tuple[int, ...] = (1, 2)  # network calls an image
     batch: tuple[int, ...] = (1, 8)  # images at a time
     compiled: bool = False  # also torch.compile of the baseline
@@ -120,7 +125,7 @@ class Options:
     tolerance: float = 1e-3  # largest difference from the reference, images in [-1, 1]
 
     def __post_init__(self) -> None:
-        from cmfast.artifact import check_file
+        from cmfast.artifact import check_model
 
         files = [*([self.baseline] if self.baseline else []), *self.models]
         if not files:
@@ -128,9 +133,13 @@ class Options:
         for i, file in enumerate(files):
             if file.resolve() in [other.resolve() for other in files[:i]]:
                 raise CmfastError(f"{file} is named twice")
-            check_file(file)
-        if self.baseline is not None and self.baseline.suffix not in (".pt", ".safetensors"):
-            raise CmfastError(f"--baseline takes a .pt or .safetensors file, got {self.baseline}; name it as a MODEL")
+            check_model(file)
+        if self.baseline is not None and self.baseline.suffix == ".onnx":
+            raise CmfastError(
+                f"--baseline takes a checkpoint that PyTorch runs, got {self.baseline}; name it as a MODEL"
+            )
+        if self.diffusers and (self.baseline is None or not self.baseline.is_dir()):
+            raise CmfastError("--diffusers runs the folder of --baseline: cmfast-export model.pt --format diffusers")
         if self.compiled and self.baseline is None:
             raise CmfastError("--compile compiles the checkpoint of --baseline, and none was given")
         for name, values in (("steps", self.steps), ("batch", self.batch)):
@@ -177,7 +186,8 @@ def open_contenders(options: Options) -> list[Contender]:
 
     wanted: list[tuple[str, Path, str]] = []
     if options.baseline is not None:
-        variants = ("", "channels_last", *(("compiled",) if options.compiled else ()))
+        also = [("compiled", options.compiled), ("diffusers", options.diffusers)]
+        variants = ("", "channels_last", *(variant for variant, wanted_too in also if wanted_too))
         wanted += [("", options.baseline, variant) for variant in variants]
     same = [file.name for file in options.models]
     wanted += [(file.name if same.count(file.name) == 1 else str(file), file, "") for file in options.models]

@@ -1,41 +1,63 @@
 # SPDX-License-Identifier: MIT
-"""cmfast-info: what a model file says about itself. Needs neither PyTorch nor an engine for exported files."""
+"""cmfast-info: what a model file is. Needs neither PyTorch nor an engine for exported files."""
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
 
-from cmfast.artifact import Manifest, check_file, read_onnx
-from cmfast.cli._run import run_command
+from cmfast.artifact import Manifest, check_model, read_onnx
+from cmfast.cli._run import needs, run_command
+from cmfast.cli._types import SET, SOURCE
+from cmfast.engines import open_engine
+from cmfast.errors import CmfastError
 
 EPILOG = """\b
 Examples:
   cmfast-info model.onnx
   cmfast-info model.onnx --json | jq .parity
+  cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and what says so
+  cmfast-info model000100.pt --source openai      what still has to be told
 """
 
 
 @click.command("cmfast-info", epilog=EPILOG)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(model: Path, as_json: bool) -> None:
-    """Say what MODEL is: kind, images, noise levels, conventions, versions, agreement with PyTorch."""
-    file = check_file(model)
-    versions: dict[str, int] = {}
-    if file.suffix == ".onnx":
-        manifest, versions = read_onnx(file)
-    else:
-        from cmfast.engines import open_engine
+@SOURCE
+@SET
+def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...]) -> None:
+    """Say what MODEL is: kind, images, noise levels, conventions, versions, agreement with PyTorch.
 
-        manifest = open_engine(file).manifest
-    if as_json:
-        click.echo(manifest.to_json())
+    MODEL is an exported file, a checkpoint, a foreign file of weights or a diffusers folder.
+    """
+    file = check_model(model)
+    if file.suffix == ".onnx":
+        if source or assignments:
+            raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
+        manifest, versions = read_onnx(file)
+        click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, versions)))
         return
-    for name, value in _lines(file, manifest, versions):
-        click.echo(f"{name:<12} {value}")
+    found = entry_points(group="cmfast.describe", name="folder" if file.is_dir() else file.suffix.removeprefix("."))
+    if not found:
+        manifest = open_engine(file).manifest
+        click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, {})))
+        return
+    with needs(f"reading {'a model folder' if file.is_dir() else f'a {file.suffix} file'}", "train"):
+        describe = next(iter(found)).load()
+    own, lines = describe(file, source, assignments, as_json)
+    if as_json:
+        click.echo(own.to_json())
+    else:
+        click.echo(_table(_lines(file, own, {}) if own else [("file", str(file)), *lines]))
+
+
+def _table(lines: list[tuple[str, str]]) -> str:
+    width = max(12, *(len(name) for name, _ in lines))
+    return "\n".join(f"{name:<{width}} {value}" for name, value in lines)
 
 
 def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tuple[str, str]]:
@@ -50,7 +72,8 @@ def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tup
         ("steps", steps),
         (
             "conventions",
-            f"scaling {spec.scaling}, c_noise {spec.c_noise}, renoise {spec.renoise}, clip {str(spec.clip).lower()}",
+            f"scaling {spec.scaling}, c_noise {spec.c_noise}, renoise {spec.renoise}, clip {str(spec.clip).lower()}"
+            + (f", grid of {spec.grid} levels" if spec.grid else ""),
         ),
         ("dtype", manifest.dtype),
         ("source", json.dumps(dict(manifest.source))),

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Engines: what runs a model file. Chosen by suffix, or said by name; one file each.
 
-An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix as an entry point of
-the group "cmfast.engines", so the runtime never imports it by name. It is called with (path, device, threads, variant).
+An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix, or "folder", as an entry
+point of the group "cmfast.engines", so the runtime never imports it by name. It is called with (path, device, threads,
+variant).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest, check_file
+from cmfast.artifact import Manifest, check_model
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
-VARIANTS = ("", "channels_last", "compiled")  # ways to run the same weights; which exist is the engine's affair
+VARIANTS = (
+    "",
+    "channels_last",
+    "compiled",
+    "diffusers",
+)  # ways to run the same weights; which exist is the engine's affair
 
 
 class Engine(Protocol):
@@ -36,6 +42,17 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class LoopEngine(Protocol):
+    """An engine of a denoiser that brings the few-step loop with it, because it runs it faster or its own way."""
+
+    def loop(
+        self, noise: npt.NDArray[np.float32], sigmas: Sequence[float], label: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.float32]:
+        """Return what `cmfast.sampler.sample` returns: images [B, C, H, W] from unit noise [K, B, C, H, W]."""
+        ...
+
+
 def open_engine(
     path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, *, variant: str = ""
 ) -> Engine:
@@ -43,10 +60,10 @@ def open_engine(
 
     device   cpu or cuda; one that cannot be had is an error
     threads  CPU threads; None leaves the choice to the engine
-    variant  one of VARIANTS: "" is the engine's plain way; PyTorch's also has the memory format channels_last, and
-             compiled (torch.compile)
+    variant  one of VARIANTS: "" is the engine's plain way; PyTorch's also has the memory format channels_last,
+             compiled (torch.compile) and, for a diffusers folder, diffusers' own pipeline
     """
-    file = check_file(path)
+    file = check_model(path)
     if device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
     if threads is not None and threads < 1:
@@ -61,12 +78,15 @@ def open_engine(
         return OnnxRuntimeEngine(file, device, threads)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
-    for entry in entry_points(group="cmfast.engines", name=file.suffix.removeprefix(".")):
+    name = "folder" if file.is_dir() else file.suffix.removeprefix(".")
+    for entry in entry_points(group="cmfast.engines", name=name):
         try:
             engine_type = entry.load()
         except ModuleNotFoundError as err:
-            raise MissingDependency(f"running a {file.suffix} file", (err.name or "?").split(".")[0], "train") from None
+            what = "running a model folder" if file.is_dir() else f"running a {file.suffix} file"
+            raise MissingDependency(what, (err.name or "?").split(".")[0], "train") from None
         engine: Engine = engine_type(file, device, threads, variant)
         return engine
-    have = ", ".join([".onnx", *sorted("." + entry.name for entry in entry_points(group="cmfast.engines"))])
+    names = sorted("." + entry.name for entry in entry_points(group="cmfast.engines") if entry.name != "folder")
+    have = ", ".join([".onnx", *names])
     raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cmfast.cli._run import needs, run_command
-from cmfast.cli._types import FLOATS
+from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
 from cmfast_export import DEFAULT_OPSET
 
@@ -23,7 +23,14 @@ Examples:
   cmfast-export model.pt                                        model.onnx: the denoiser, any noise level
   cmfast-export model.pt --kind sampler --steps 2 -o two.onnx   the whole loop in one graph
   cmfast-export model.pt --kind sampler --sigmas 80,1.2 --batch 1 -o edge.onnx
+  cmfast-export cd_imagenet64_l2.pt                             OpenAI's, known by its name
+  cmfast-export ema.pt --source openai --set image_size=64 --set head_channels=64 --set scaling=boundary
+  cmfast-export diffusers-ct_imagenet64                         a diffusers folder
+  cmfast-export edm-cifar10-32x32-uncond-vp.pkl --format cmfast -o teacher.pt
+  cmfast-export model.pt --format diffusers -o folder           and back
 """
+
+SUFFIXES = {"onnx": (".onnx",), "cmfast": (".pt", ".safetensors"), "diffusers": ("",)}
 
 
 @click.command("cmfast-export", epilog=EPILOG)
@@ -32,7 +39,15 @@ Examples:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="File to write; default: CHECKPOINT.onnx, or CHECKPOINT_sampler.onnx.",
+    help="What to write; default: beside CHECKPOINT, NAME.onnx, NAME_sampler.onnx, NAME_cmfast.pt, NAME_diffusers.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(list(SUFFIXES)),
+    default="onnx",
+    show_default=True,
+    help="onnx: a graph; cmfast: a checkpoint; diffusers: a ConsistencyModelPipeline folder.",
 )
 @click.option(
     "--kind",
@@ -48,39 +63,61 @@ Examples:
 @click.option(
     "--tolerance", type=float, default=1e-4, show_default=True, help="Largest difference from PyTorch (data units)."
 )
+@SOURCE
+@SET
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be written and stop.")
 def command(
     checkpoint: Path,
     out: Path | None,
+    form: str,
     kind: str,
     steps: int | None,
     sigmas: tuple[float, ...] | None,
     batch: str,
     opset: int,
     tolerance: float,
+    source: str,
+    assignments: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Export CHECKPOINT (model.pt, .safetensors) to one ONNX file and prove that it computes the same."""
-    from cmfast.artifact import check_file
+    """Export CHECKPOINT and prove that what was written computes the same.
 
-    check_file(checkpoint)
-    if out is None:
-        stem = checkpoint.stem if kind == "denoiser" else f"{checkpoint.stem}_sampler"
-        out = checkpoint.with_name(f"{stem}.onnx")
-    if out.suffix != ".onnx":
-        raise CmfastError(f"-o {out}: the file must end in .onnx")
+    CHECKPOINT is a cmfast model (.pt, .safetensors), OpenAI's, the first public implementation's or EDM's weights, or a
+    diffusers folder. cmfast-info says what a file is.
+    """
+    from cmfast.artifact import check_model
+
+    check_model(checkpoint)
+    out = out or _default_out(checkpoint, form, kind)
+    if out.suffix not in SUFFIXES[form]:
+        need = " or ".join(suffix or "nothing: it is a folder" for suffix in SUFFIXES[form])
+        raise CmfastError(f"-o {out}: for --format {form} the name must end in {need}")
+    if form != "onnx" and (kind, steps, sigmas, batch, opset) != ("denoiser", None, None, "dynamic", DEFAULT_OPSET):
+        raise CmfastError(f"--kind, --steps, --sigmas, --batch and --opset are for --format onnx, not for {form}")
     if batch != "dynamic" and not (batch.isdigit() and int(batch)):
         raise CmfastError(f"--batch {batch}: a number from 1, or dynamic")
     if not tolerance > 0:
         raise CmfastError(f"--tolerance must be greater than 0, got {tolerance}")
     if dry_run:
-        click.echo(f"would write {out}: {kind}, batch {batch}, opset {opset}")
+        click.echo(f"would write {out}: " + (f"{kind}, batch {batch}, opset {opset}" if form == "onnx" else form))
         return
     with needs("cmfast-export", "export,cpu"):
         from cmfast_export.export import export_onnx
+        from cmfast_export.to_diffusers import export_diffusers
+        from cmfast_train.checkpoint import save_checkpoint
+        from cmfast_train.importers import load_model
+        from cmfast_train.importers.facts import Told
     start = time.perf_counter()
+    model = load_model(checkpoint, source, Told.parse(assignments))
+    if form == "cmfast":
+        save_checkpoint(model, out)
+        click.echo(f"{out}: a cmfast checkpoint of {checkpoint}\nnext: cmfast-export {out}")
+        return
+    if form == "diffusers":
+        export_diffusers(model, out)
+        return
     exported = export_onnx(
-        checkpoint,
+        model,
         out,
         kind=kind,
         steps=steps,
@@ -90,6 +127,15 @@ def command(
         tolerance=tolerance,
     )
     _report(exported, tolerance, time.perf_counter() - start, checkpoint)
+
+
+def _default_out(checkpoint: Path, form: str, kind: str) -> Path:
+    name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
+    if form == "diffusers":
+        return checkpoint.with_name(f"{name}_diffusers")
+    if form == "cmfast":
+        return checkpoint.with_name(f"{name}_cmfast.pt")
+    return checkpoint.with_name(f"{name}{'' if kind == 'denoiser' else '_sampler'}.onnx")
 
 
 def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Path) -> None:
@@ -113,6 +159,8 @@ def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Pa
     console.print(table)
     size = exported.path.stat().st_size / 2**20
     click.echo(f"{exported.path}: {exported.manifest.kind}, {size:.1f} MiB, exported and verified in {seconds:.1f} s")
+    if exported.data:
+        click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
     click.echo("next:")
     click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
     click.echo(f"  cmfast-bench {exported.path} --baseline {checkpoint}")

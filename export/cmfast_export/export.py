@@ -17,13 +17,13 @@ from cmfast.artifact import Manifest
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
-from cmfast_export import DEFAULT_OPSET
+from cmfast_export import DEFAULT_OPSET, write
 from cmfast_export.compose import sampler_graph
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.verify import Parity, verify_denoiser, verify_sampler
+from cmfast_export.write import DataFile, data_files, weight_bytes, write_data, write_model
+from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
-
-MAX_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the nodes and names need a few MiB of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,13 @@ class Exported:
 
     path: Path
     manifest: Manifest
+    data: Path | None  # the weights, where one file cannot hold them
     denoiser: Parity  # against PyTorch
     sampler: Parity | None  # against the Python loop over PyTorch's denoiser
 
 
 def export_onnx(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str],
     *,
     kind: str = "denoiser",
@@ -47,13 +48,13 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     tolerance: float = 1e-4,
 ) -> Exported:
-    """Export a checkpoint to one verified ONNX file; return what was found.
+    """Export a checkpoint, of any format that is known, to one verified ONNX file; return what was found.
 
     kind       denoiser, or sampler: the whole loop, at the defaults for `steps` or at `sigmas`
     batch      fixed batch size; None: dynamic
     tolerance  largest allowed absolute difference from PyTorch, data units; beyond it CheckFailed, and no file
     """
-    check_target(out)
+    target = check_target(out)
     reference = TorchEngine(checkpoint)
     manifest = replace(reference.manifest, made_by={**reference.manifest.made_by, **_versions()})
     spec = manifest.spec
@@ -62,41 +63,45 @@ def export_onnx(
     levels = spec.levels(steps, sigmas) if kind == "sampler" else ()
 
     graph = denoiser_graph(reference.denoiser, batch, opset)
+    before = data_files(target)
+    data = write_data(graph, target) if weight_bytes(graph) > write.MAX_BYTES else None
     sampled = None
-    with atomic_file(out) as file:
-        engine, size = _write(graph, manifest, file)
-        parity = _need(verify_denoiser(engine, reference), tolerance, "the denoiser graph")
-        found = parity.to_dict()
-        if kind == "sampler":
-            manifest = replace(manifest, kind="sampler", spec=replace(spec, sigmas={len(levels): levels}))
-            engine, size = _write(sampler_graph(graph, levels, spec), manifest, file)
-            sampled = _need(verify_sampler(engine, reference), tolerance, "the sampler graph")
-            found |= sampled.to_dict()
-        manifest = replace(manifest, parity=found)
-        _seal(file, size, manifest, engine)
-    return Exported(path=Path(out), manifest=manifest, denoiser=parity, sampler=sampled)
+    try:
+        with atomic_file(target) as file:
+            size = _write(graph, manifest, file, data)
+            parity = _need(verify_denoiser(OnnxRuntimeEngine(file), reference), tolerance, "the denoiser graph")
+            found = parity.to_dict()
+            if kind == "sampler":
+                manifest = replace(manifest, kind="sampler", spec=replace(spec, sigmas={len(levels): levels}))
+                size = _write(sampler_graph(graph, levels, spec), manifest, file, data)
+                sampled = _need(verify_sampler(OnnxRuntimeEngine(file), reference), tolerance, "the sampler graph")
+                found |= sampled.to_dict()
+            manifest = replace(manifest, parity=found)
+            _seal(file, size, manifest)
+    except BaseException:
+        if data and data.path not in before:
+            data.path.unlink(missing_ok=True)
+        raise
+    for old in before - {data.path if data else None}:
+        if old.name.startswith(f"{target.stem}.") and old.suffix == ".data":  # of the file that was replaced
+            old.unlink(missing_ok=True)
+    return Exported(path=target, manifest=manifest, data=data and data.path, denoiser=parity, sampler=sampled)
 
 
-def _write(graph: ir.Model, manifest: Manifest, file: Path) -> tuple[OnnxRuntimeEngine, int]:
-    """Write the graph and, behind it, the manifest; return the file, opened, and the bytes of the graph."""
-    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    if weights > MAX_BYTES:
-        raise CmfastError(f"the weights have {weights:,} bytes; one ONNX file holds at most {MAX_BYTES:,}")
+def _write(graph: ir.Model, manifest: Manifest, file: Path, data: DataFile | None) -> int:
+    """Write the graph and, behind it, the manifest; return the bytes of the graph."""
     graph.producer_name, graph.producer_version = "cmfast", manifest.made_by["cmfast"]
-    body = ir.to_proto(graph).SerializeToString(deterministic=True)
-    with file.open("wb") as opened:
-        opened.write(body)
+    size = write_model(graph, file, data)
+    with file.open("ab") as opened:
         opened.write(_metadata(manifest))
-    return OnnxRuntimeEngine(file), len(body)
+    return size
 
 
-def _seal(file: Path, size: int, manifest: Manifest, verified: OnnxRuntimeEngine) -> None:
+def _seal(file: Path, size: int, manifest: Manifest) -> None:
     """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
-    with file.open("r+b") as opened:
-        opened.truncate(size)
-        opened.seek(size)
-        opened.write(_metadata(manifest))
-    spec, n = manifest.spec, verified.batch or 2
+    spec = manifest.spec
+    verified = OnnxRuntimeEngine(file)
+    n = verified.batch or 2
     rng = np.random.default_rng(0)
     if manifest.kind == "denoiser":
         inputs = {"x": rng.standard_normal((n, *spec.image), dtype=np.float32), "sigma": np.ones(n, np.float32)}
@@ -105,7 +110,13 @@ def _seal(file: Path, size: int, manifest: Manifest, verified: OnnxRuntimeEngine
         inputs = {"noise": rng.standard_normal((steps, n, *spec.image), dtype=np.float32)}
     if spec.classes:
         inputs["label"] = np.zeros(n, np.int64)
-    if not np.array_equal(OnnxRuntimeEngine(file).run(inputs), verified.run(inputs)):
+    want = verified.run(inputs)
+    del verified  # before the second one: a large model is in memory once
+    with file.open("r+b") as opened:
+        opened.truncate(size)
+        opened.seek(size)
+        opened.write(_metadata(manifest))
+    if not np.array_equal(OnnxRuntimeEngine(file).run(inputs), want):
         raise CheckFailed("the file changed between its verification and its last writing; no file was written")
 
 

@@ -3,20 +3,20 @@
 
     {"format": "cmfast/1", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
-Read with `weights_only=True`, so a pickle with code in it is refused before it runs. The same content as
+A model that was imported also has "source". Read with `weights_only=True`, so a pickle with code in it is refused before it runs. The same content as
 .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another file (`loop`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict, network_to_dict
 
 FORMAT = "cmfast/1"
+OWN = {"format": "cmfast"}  # the source of weights that were trained here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,14 @@ class Checkpoint:
     """A model: its conventions, the shape of its network, its weights (float32, on the CPU)."""
 
     spec: ModelSpec
-    network: AdmConfig
+    network: NetworkConfig
     weights: Mapping[str, Tensor]
+    source: Mapping[str, Any] = field(default_factory=lambda: OWN)  # of the weights: format, ...
 
     def denoiser(self) -> Denoiser:
         """Return the model, ready to evaluate on the CPU."""
         with torch.device("meta"):
-            network = AdmUnet(self.network)
+            network = build_network(self.network)
         try:
             network.load_state_dict(dict(self.weights), strict=True, assign=True)
         except RuntimeError as err:
@@ -63,7 +65,13 @@ class Checkpoint:
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     """Write model.pt, or .safetensors by its suffix, atomically."""
-    head = {"format": FORMAT, "spec": checkpoint.spec.to_dict(), "network": _network_dict(checkpoint.network)}
+    head = {
+        "format": FORMAT,
+        "spec": checkpoint.spec.to_dict(),
+        "network": network_to_dict(checkpoint.network),
+    }
+    if checkpoint.source != OWN:
+        head["source"] = dict(checkpoint.source)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     with atomic_file(path) as temporary:
         if Path(path).suffix == ".safetensors":
@@ -77,15 +85,29 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a cmfast checkpoint, .pt or .safetensors. Nothing in it is executed."""
     file = check_file(path)
-    head, weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pt(file)
-    if head.get("format") != FORMAT:
+    content = read_tensors(file)
+    if not is_own(content):
+        kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
+        raise ArtifactError(f"{file}: a {kind} file, but not a cmfast checkpoint; cmfast-train writes DIR/model.pt")
+    return checkpoint_of(content, file)
+
+
+def is_own(content: Mapping[str, Any]) -> bool:
+    """Whether what `read_tensors` returned is a cmfast checkpoint, of this version or another."""
+    return isinstance(content.get("format"), str) and isinstance(content.get("weights"), dict)
+
+
+def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
+    """Return the checkpoint in what `read_tensors` returned, or ArtifactError; `file` is named in it."""
+    if content["format"] != FORMAT:
         raise ArtifactError(
-            f"{file}: not a cmfast checkpoint (format {head.get('format')!r}, need {FORMAT!r}); "
-            "cmfast-train writes them as DIR/model.pt"
+            f"{file}: a checkpoint of format {content['format']!r}, this version reads {FORMAT!r}; update cmfast"
         )
+    weights = content["weights"]
     try:
-        spec = ModelSpec.from_dict(head["spec"])
-        network = _network_config(head["network"])
+        spec = ModelSpec.from_dict(content["spec"])
+        network = network_from_dict(content["network"])
+        source = dict(content.get("source", OWN))
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {err}") from None
     if (network.channels, network.image_size, network.image_size) != spec.image or network.classes != spec.classes:
@@ -95,7 +117,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise ArtifactError(f"{file}: its weights are not named tensors")
         if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             raise ArtifactError(f"{file}: the weight {name} is {tensor.dtype}; a checkpoint's weights are float32")
-    return Checkpoint(spec=spec, network=network, weights=weights)
+    return Checkpoint(spec=spec, network=network, weights=weights, source=source)
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Return what a file of weights holds, plain containers and tensors on the CPU. Nothing in it is executed.
+
+    A cmfast checkpoint gives {"format", "spec", "network", "source", "weights"}, any other what its author put there.
+    """
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    content = safe_load(file)
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{file}: a PyTorch file, but it holds a {type(content).__name__}, no named weights")
+    return content
 
 
 def safe_load(file: Path) -> Any:
@@ -103,7 +138,8 @@ def safe_load(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
-            return torch.load(file, map_location="cpu", weights_only=True)
+            # A map of the file instead of a copy of it: a model of 2 GB opens in a second.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as err:
         text = str(err)
         if (
@@ -121,14 +157,7 @@ def safe_load(file: Path) -> Any:
         raise ArtifactError(f"{file}: not a whole PyTorch file: {(str(err).splitlines() or ['?'])[0][:200]}") from None
 
 
-def _read_pt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    content = safe_load(file)
-    if not isinstance(content, dict) or not isinstance(content.get("weights"), dict):
-        raise ArtifactError(f"{file}: a PyTorch file, but not a cmfast checkpoint; cmfast-train writes DIR/model.pt")
-    return {k: v for k, v in content.items() if k != "weights"}, content["weights"]
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_safetensors(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -138,19 +167,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as err:
         raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
     try:
-        head = json.loads(metadata.get("cmfast", "{}"))
+        head = json.loads(metadata.get("cmfast", "null"))
     except (ValueError, RecursionError):
-        head = {}
-    return (head if isinstance(head, dict) else {}), weights
-
-
-def _network_dict(config: AdmConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {"type": "adm", **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
-
-
-def _network_config(values: Mapping[str, Any]) -> AdmConfig:
-    values = dict(values)
-    if (kind := values.pop("type", None)) != "adm":
-        raise CmfastError(f"unknown network type {kind!r}; this version knows adm")
-    return AdmConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        head = None
+    return {**head, "weights": weights} if isinstance(head, dict) else weights

@@ -11,10 +11,11 @@ from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.networks.shape import check_network
+from cmfast_train.networks.shape import check_network, check_seed_network
 
 METHODS = ("edm", "ect", "ct")
 DATA = ("digits", "mnist", "cifar10", "folder")
+NETWORKS = ("adm", "seed")  # cmfast_train.networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,10 @@ class TrainConfig:
     conditional: bool = True  # class-conditional where the data have classes
     flip: bool = False  # mirror images at random
     download: bool = False  # let torchvision fetch mnist or cifar10 into --data
-    # network (ADM U-Net)
-    model_channels: int = 128
-    res_blocks: int = 2  # per level
+    # network
+    network: str = "adm"  # adm or seed: the first public implementation's, unconditional
+    model_channels: int = 128  # width of the first level; of seed, all there is to choose (its D)
+    res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     attention: tuple[int, ...] = (16,)  # sides of the feature maps with attention, pixels
     head_channels: int = 64
@@ -85,6 +87,7 @@ class TrainConfig:
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     scaling: str = "boundary"
+    c_noise: str = "250ln"
     sigmas: tuple[tuple[float, ...], ...] = ((80.0,), (80.0, 0.8), (80.0, 5.0, 0.8, 0.2))  # defaults for 1, 2, .. steps
     # optimisation
     phases: tuple[Phase, ...] = ()
@@ -115,7 +118,7 @@ class TrainConfig:
         _positive(self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
-        check_network(self.network_fields())
+        self._check_network()
         if self.batch % self.accumulation:
             raise CmfastError(f"batch={self.batch} does not divide into accumulation={self.accumulation} micro-batches")
         if any(s[0] != self.sigma_max for s in self.sigmas if s):
@@ -131,13 +134,28 @@ class TrainConfig:
             sigma_max=self.sigma_max,
             sigma_data=self.sigma_data,
             scaling=self.scaling,
+            c_noise=self.c_noise,
             sigmas={len(s): s for s in self.sigmas},
         )
 
     def network_fields(self) -> dict[str, Any]:
-        """Return the fields that the network takes over under the same name (`networks.adm.AdmConfig`)."""
+        """Return the fields of `networks.adm.AdmConfig` or `networks.seed.SeedConfig`, apart from the classes."""
+        if self.network == "seed":
+            return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
         names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
         return {name: getattr(self, name) for name in (*names, "dropout")}
+
+    def _check_network(self) -> None:
+        if self.network not in NETWORKS:
+            raise CmfastError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        if self.network == "adm":
+            check_network(self.network_fields())
+            return
+        if self.conditional:
+            raise CmfastError("network=seed takes no label; add --set conditional=false")
+        if self.dropout != 0:
+            raise CmfastError(f"network=seed has no dropout, got dropout={self.dropout}; add --set dropout=0")
+        check_seed_network(self.network_fields())
 
     @property
     def images(self) -> int:
@@ -170,9 +188,9 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
             have = [phase.method for phase in changes.get("phases", config.phases)]
             if method not in have:
                 raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
-            of_phases.setdefault(method, {})[field] = _parse(text, Phase, field, value)
+            of_phases.setdefault(method, {})[field] = parse_field(text, Phase, field, value)
         else:
-            changes[name] = _parse(text, TrainConfig, name, value)
+            changes[name] = parse_field(text, TrainConfig, name, value)
     # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
     phases = changes.get("phases", config.phases)
     changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
@@ -201,11 +219,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _parse(text: str, owner: type, name: str, value: str) -> Any:
+def parse_field(text: str, owner: type, name: str, value: str) -> Any:
+    """Return `value` as the type of the field `name` of a dataclass; `text` is what the error quotes."""
     kinds = typing.get_type_hints(owner)
     if name not in kinds:
         raise CmfastError(f"--set {text}: no such field; there are {', '.join(sorted(kinds))}")
     kind = kinds[name]
+    if type(None) in typing.get_args(kind):  # "int | None": what is written is an int
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
     try:
         return _READERS[str(kind) if typing.get_origin(kind) else kind.__name__](value)
     except (ValueError, KeyError):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """PyTorch as an engine of the runtime: what exported files are compared with, by the exporter and by cmfast-bench.
 
-The runtime finds it through the entry point group "cmfast.engines", by the suffixes .pt and .safetensors.
+The runtime finds it through the entry point group "cmfast.engines", by suffix: .pt, .pth, .safetensors, .pkl, a folder.
 """
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,28 +19,40 @@ import cmfast
 from cmfast.artifact import Manifest
 from cmfast.engines import Inputs
 from cmfast.errors import EngineError
-from cmfast_train.checkpoint import Checkpoint, load_checkpoint
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import load_model
+
+if TYPE_CHECKING:
+    from cmfast_train.diffusers_engine import DiffusersEngine
 
 
 class TorchEngine:
-    """A checkpoint run by PyTorch: eager, eager with the memory format channels_last, or compiled by torch.compile.
+    """A model of any format that is known, run by PyTorch: eager, with the memory format channels_last, or compiled.
 
     The contract is `cmfast.engines.Engine`; variant is one of `cmfast.engines.VARIANTS`.
     """
 
     batch: int | None = None
 
-    def __init__(self, path: Path | str, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
+    def __init__(
+        self,
+        model: Checkpoint | os.PathLike[str] | str,
+        device: str = "cpu",
+        threads: int | None = None,
+        variant: str = "",
+    ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
             raise EngineError(
                 f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
                 "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
             )
+        if variant == "diffusers":
+            raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
         torch.backends.cudnn.allow_tf32 = False  # a float32 model is run in float32, as by the other engines
         if threads is not None:
             torch.set_num_threads(threads)
-        checkpoint = load_checkpoint(path)
+        checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
         self.manifest = checkpoint_manifest(checkpoint)
         self.name = f"PyTorch {device}" + (f" {variant}" if variant else "")
         self._device = torch.device(device)
@@ -64,11 +78,20 @@ class TorchEngine:
             raise EngineError(f"torch.compile could not compile or run the model: {reason}") from None
 
 
+def open_folder(folder: Path, device: str, threads: int | None, variant: str) -> TorchEngine | DiffusersEngine:
+    """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
+    if variant != "diffusers":
+        return TorchEngine(folder, device, threads, variant)
+    from cmfast_train.diffusers_engine import DiffusersEngine  # diffusers takes seconds to import
+
+    return DiffusersEngine(folder, device, threads)
+
+
 def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
     """Return the manifest of a checkpoint: what an export of it says, without the parity."""
     return Manifest(
         kind="denoiser",
         spec=checkpoint.spec,
-        source={"format": "cmfast", "sha256": checkpoint.sha256()},
+        source={**checkpoint.source, "sha256": checkpoint.sha256()},
         made_by={"cmfast": cmfast.__version__, "torch": version("torch")},
     )

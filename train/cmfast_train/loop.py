@@ -29,14 +29,14 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, write_text
 from cmfast.progress import progress_bar
 from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
-from cmfast_train.config import FREE_FIELDS, Phase, TrainConfig, to_dict
+from cmfast_train.config import FREE_FIELDS, Phase, TrainConfig, from_dict, to_dict
 from cmfast_train.data import FolderImages, Images, batches, load_data, to_unit_range
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.ema import update_ema, warm_decay
 from cmfast_train.grid import save_grid
 from cmfast_train.log import TrainLog
 from cmfast_train.losses import ct_loss, ect_loss, edm_loss, same_dropout
-from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
 from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal, pseudo_huber_c
 
 STATE_FORMAT = "cmfast-state/1"
@@ -80,7 +80,7 @@ class _Run:
         self.spec = config.spec(data.classes)
         torch.manual_seed(config.seed)
         self.network_config = network_config(config, self.spec.classes)
-        self.denoiser = Denoiser(AdmUnet(self.network_config), self.spec).to(accelerator.device)
+        self.denoiser = Denoiser(build_network(self.network_config), self.spec).to(accelerator.device)
         if config.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)
         self.weights = dict(self.denoiser.network.named_parameters())
@@ -310,9 +310,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def network_config(config: TrainConfig, classes: int) -> AdmConfig:
+def network_config(config: TrainConfig, classes: int) -> NetworkConfig:
     """Return the shape of the network that a run trains, on data of that many classes."""
-    return AdmConfig(classes=classes, **config.network_fields())
+    return network_from_dict({"type": config.network, "classes": classes, **config.network_fields()})
 
 
 def _check_same_run(config: TrainConfig, out: Path) -> None:
@@ -320,11 +320,12 @@ def _check_same_run(config: TrainConfig, out: Path) -> None:
     if not file.exists() or not (out / "state.pt").exists():
         return
     try:
-        before = json.loads(file.read_text())
-    except ValueError:
-        raise ArtifactError(f"{file} is damaged; begin in another --out folder") from None
-    now = json.loads(json.dumps(to_dict(config)))
-    changed = sorted(k for k in now.keys() | before.keys() if k not in FREE_FIELDS and now.get(k) != before.get(k))
+        # A field that is newer than the run gets its default, which is what the run did.
+        before = to_dict(from_dict(json.loads(file.read_text())))
+    except (ValueError, TypeError, KeyError, AttributeError, CmfastError):
+        raise ArtifactError(f"{file} is damaged or of another version; begin in another --out folder") from None
+    now = to_dict(config)
+    changed = sorted(name for name in now if name not in FREE_FIELDS and now[name] != before[name])
     if changed:
         raise CmfastError(
             f"{out} holds a run with another {', '.join(changed)}; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which shapes an ADM U-Net can have. Apart from the network, so that a configuration is checked without torch."""
+"""Which shapes the networks can have. Apart from them, so that a configuration is checked without torch."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def check_network(fields: Mapping[str, Any]) -> None:
         raise CmfastError(f"the middle block has {mult[-1] * width} channels, no multiple of head_channels={heads}")
     if not 0 <= fields["dropout"] < 1:
         raise CmfastError(f"dropout must be at least 0 and below 1, got {fields['dropout']}")
+
+
+def check_seed_network(fields: Mapping[str, Any]) -> None:
+    """Raise CmfastError unless a network can be built with these fields of `networks.seed.SeedConfig`."""
+    for name in ("image_size", "channels", "width"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise CmfastError(f"{name} must be a whole number from 1, got {fields[name]!r}")
+    if fields["image_size"] % 4:
+        raise CmfastError(
+            f"image_size={fields['image_size']} cannot be halved twice, which the first public implementation's "
+            "network needs; it must be a multiple of 4"
+        )
+    if fields["width"] % GROUPS:
+        raise CmfastError(f"width (in training: model_channels) must be a multiple of {GROUPS}, got {fields['width']}")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""A checkpoint as a folder that diffusers' ConsistencyModelPipeline.from_pretrained loads. diffusers is not needed.
+
+    model_index.json    scheduler/scheduler_config.json    unet/config.json    unet/diffusion_pytorch_model.safetensors
+
+Names and layout are those of `cmfast_train.importers.diffusers`, which reads the folder back before it is given its
+name. diffusers takes noise levels as indices into a Karras grid (`timesteps=[22, 0]`), so a model that was trained
+without one is given the grid of 40 levels, and `Written.timesteps` says which indices come nearest to its defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast.errors import CheckFailed, CmfastError
+from cmfast.files import atomic_folder, check_target_folder
+from cmfast.schedule import karras_sigmas
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import diffusers
+from cmfast_train.importers.facts import Facts, Told
+from cmfast_train.networks.adm import AdmConfig
+from cmfast_train.networks.build import network_type
+
+GRID = 40  # levels, where the model was trained without a grid: the default of diffusers' scheduler
+VERSION = "0.21.0"  # of diffusers: the first that knows every field written here
+_COMPUTED = {"scaling": "boundary", "c_noise": "250ln", "renoise": "sqrt"}  # by CMStochasticIterativeScheduler
+_SAME = ("image", "classes", "clip", "sigma_min", "sigma_max", "sigma_data", *_COMPUTED)  # after reading it back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timesteps:
+    """What to pass to the pipeline for one of the model's defaults."""
+
+    indices: tuple[int, ...]  # timesteps=[...], descending as diffusers wants them
+    sigmas: tuple[float, ...]  # noise levels that they stand for, data units, descending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What an export to diffusers made."""
+
+    path: Path
+    grid: int  # levels of the scheduler's grid, num_train_timesteps
+    timesteps: Mapping[int, Timesteps]  # for each default number of steps that the grid can express
+
+
+def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Written:
+    """Write the folder `out`, which must be new or empty, and read it back; CheckFailed unless every bit is there."""
+    check_target_folder(out)
+    config, spec = _expressible(checkpoint)
+    checkpoint.denoiser()  # fails unless the weights are those of the network
+    grid = spec.grid or GRID
+    with atomic_folder(out) as folder:
+        _write_json(folder / diffusers.INDEX, _index())
+        _write_json(folder / diffusers.SCHEDULER, _scheduler(spec, grid))
+        _write_json(folder / diffusers.UNET, unet_config(config))
+        _write_weights(folder / "unet" / f"{diffusers.WEIGHTS}.safetensors", checkpoint.weights, config)
+        _verify(folder, checkpoint, config)
+    nearest = {steps: nearest_timesteps(levels, spec, grid) for steps, levels in sorted(spec.sigmas.items())}
+    return Written(path=Path(out), grid=grid, timesteps={steps: t for steps, t in nearest.items() if t})
+
+
+def nearest_timesteps(sigmas: Sequence[float], spec: ModelSpec, grid: int) -> Timesteps | None:
+    """Return the indices of the grid whose levels come nearest to `sigmas`, by their ratio.
+
+    None where the grid cannot express them: the pipeline starts at sigma_max whatever it is told, and the indices
+    have to differ.
+    """
+    levels = karras_sigmas(grid, spec.sigma_min, spec.sigma_max)[:-1]  # at the last the model is the identity
+    indices = [min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / sigma))) for sigma in sigmas]
+    if indices[0] != 0 or sorted(set(indices)) != indices:
+        return None
+    return Timesteps(indices=tuple(reversed(indices)), sigmas=tuple(levels[i] for i in indices))
+
+
+def unet_config(config: AdmConfig) -> dict[str, Any]:
+    """Return unet/config.json: the fields of diffusers' UNet2DModel."""
+    resnet, levels = config.resblock_updown, range(len(config.channel_mult))
+    attention = [config.image_size // 2**level in config.attention for level in levels]
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
+    return {
+        **_head("UNet2DModel"),
+        "sample_size": config.image_size,
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "num_class_embeds": config.classes or None,
+        "class_embed_type": None,
+        "block_out_channels": [mult * config.model_channels for mult in config.channel_mult],
+        "layers_per_block": config.res_blocks,
+        "down_block_types": ["AttnDownBlock2D" if here else down for here in attention],
+        "up_block_types": ["AttnUpBlock2D" if here else up for here in reversed(attention)],
+        "downsample_type": "resnet" if resnet else "conv",
+        "upsample_type": "resnet" if resnet else "conv",
+        "downsample_padding": 1,
+        "attention_head_dim": config.head_channels,
+        "add_attention": True,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        # Without it, scale_shift would leave out the norm before the attention of the middle block.
+        "attn_norm_num_groups": 32 if config.scale_shift else None,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-05,
+        "act_fn": "silu",
+        "dropout": config.dropout,
+        "mid_block_scale_factor": 1,
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+
+
+def _expressible(checkpoint: Checkpoint) -> tuple[AdmConfig, ModelSpec]:
+    """Return the network and the conventions if diffusers can compute them, else raise CmfastError."""
+    config, spec = checkpoint.network, checkpoint.spec
+    if not isinstance(config, AdmConfig):
+        raise CmfastError(
+            f"the network's type is {network_type(config)!r}; diffusers' UNet2DModel can only be 'adm': "
+            "export it as ONNX"
+        )
+    for name, needed in _COMPUTED.items():
+        if getattr(spec, name) != needed:
+            raise CmfastError(
+                f"{name} is {getattr(spec, name)!r}; diffusers' CMStochasticIterativeScheduler computes {needed!r} and "
+                "no other: export it as ONNX"
+            )
+    if config.channel_mult[0] != 1:
+        raise CmfastError(
+            f"channel_mult is {config.channel_mult}; in diffusers' UNet2DModel the first level is as wide as the noise "
+            "embedding, so channel_mult must begin with 1: export it as ONNX"
+        )
+    return config, spec
+
+
+def _index() -> dict[str, Any]:
+    return {
+        **_head("ConsistencyModelPipeline"),
+        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+
+
+def _scheduler(spec: ModelSpec, grid: int) -> dict[str, Any]:
+    return {
+        **_head("CMStochasticIterativeScheduler"),
+        "clip_denoised": spec.clip,
+        "num_train_timesteps": grid,
+        "rho": 7.0,
+        "s_noise": 1.0,
+        "sigma_data": spec.sigma_data,
+        "sigma_max": spec.sigma_max,
+        "sigma_min": spec.sigma_min,
+    }
+
+
+def _head(name: str) -> dict[str, str]:
+    return {"_class_name": name, "_diffusers_version": VERSION}
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(file: Path, weights: Mapping[str, Tensor], config: AdmConfig) -> None:
+    from safetensors.torch import save_file
+
+    theirs = diffusers.to_diffusers({name: tensor.detach().cpu() for name, tensor in weights.items()}, config)
+    # diffusers refuses a file that does not name the library that wrote it.
+    save_file({name: t.contiguous() for name, t in theirs.items()}, file, metadata={"format": "pt"})
+
+
+def _verify(folder: Path, checkpoint: Checkpoint, config: AdmConfig) -> None:
+    """Read the folder as a stranger's, and compare: conventions, network, every bit of every tensor."""
+    read = diffusers.draft(folder, Facts(Told())).checkpoint(str(folder))
+    for name in _SAME:
+        if getattr(read.spec, name) != getattr(checkpoint.spec, name):
+            raise CheckFailed(f"the folder does not read back: its {name} is another; nothing was written")
+    if not isinstance(read.network, AdmConfig) or unet_config(read.network) != unet_config(config):
+        raise CheckFailed("the folder does not read back: its network is another; nothing was written")
+    for name, tensor in checkpoint.weights.items():
+        if not _same_bits(tensor.detach().cpu(), read.weights[name]):
+            raise CheckFailed(f"the folder does not read back: the weight {name} is another; nothing was written")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""ONNX files written weight by weight, so that a model of gigabytes needs no second copy of itself in memory.
+
+Everything is in one file up to protobuf's limit of 2 GiB; above it the weights are in one data file beside, as
+ONNX has it. The data file's name holds its digest: whatever is killed or written again, a .onnx file never
+finds weights that are not its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from cmfast import _protobuf as pb
+from cmfast.files import atomic_file
+
+MAX_BYTES = 2**31 - 2**24  # of weights in one file: protobuf ends at 2 GiB; nodes, names and manifest need a few MiB
+SMALL = 1024  # bytes; constants up to this size are always in the graph
+ALIGNMENT = 4096  # bytes; a weight in a data file begins at a page, so it can be mapped into memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """Weights outside the .onnx file: where each begins, and its length, bytes."""
+
+    path: Path
+    places: Mapping[str, tuple[int, int]]
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return the size of all initializers, bytes."""
+    return sum(tensor.nbytes for _, tensor in _initializers(model))
+
+
+def write_data(model: ir.Model, target: Path) -> DataFile:
+    """Write the weights of the model beside `target` (the .onnx file to be), into TARGET.DIGEST.data."""
+    outside = [(name, tensor) for name, tensor in _initializers(model) if tensor.nbytes > SMALL]
+    digest = hashlib.sha256()
+    for name, tensor in outside:
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+    path = target.with_name(f"{target.stem}.{digest.hexdigest()[:16]}.data")
+    places: dict[str, tuple[int, int]] = {}
+    with atomic_file(path) as temporary, temporary.open("wb") as opened:
+        for name, tensor in outside:
+            opened.write(bytes(-opened.tell() % ALIGNMENT))
+            places[name] = (opened.tell(), tensor.nbytes)
+            opened.write(tensor.tobytes())
+    return DataFile(path=path, places=places)
+
+
+def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> int:
+    """Write the model to `file`, its weights inside or in `data`; return the size of the file, bytes."""
+    graph = model.graph
+    weights = dict(graph.initializers)
+    graph.initializers.clear()
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        graph.initializers.update(weights)
+    nodes = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    heads = [_head(name, tensor, data) for name, tensor in _initializers(model)]
+    size = len(nodes) + sum(len(head) + inside for head, inside in heads)
+    with file.open("wb") as opened:
+        opened.write(proto.SerializeToString(deterministic=True))
+        opened.write(_field(_GRAPH, size) + nodes)
+        for (_, tensor), (head, inside) in zip(_initializers(model), heads, strict=True):
+            opened.write(head)
+            if inside:
+                opened.write(tensor.tobytes())
+        return opened.tell()
+
+
+def data_files(file: Path) -> set[Path]:
+    """Return the data files that an .onnx file uses; none where there is no such file, or it is no ONNX file."""
+    try:
+        return {file.parent / name for name in pb.read_onnx_model(file).external if name}
+    except (OSError, pb.ProtobufError):
+        return set()
+
+
+# Field numbers of onnx.proto; wire type 2, bytes with their length before them.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+
+
+def _head(name: str, tensor: ir.TensorProtocol, data: DataFile | None) -> tuple[bytes, int]:
+    """Return the bytes of an initializer up to its content, and how many bytes of content follow."""
+    proto = onnx.TensorProto(name=name, dims=list(tensor.shape.numpy()), data_type=tensor.dtype.value)
+    place = data.places.get(name) if data else None
+    if data and place:
+        proto.data_location = onnx.TensorProto.EXTERNAL
+        entries = {"location": data.path.name, "offset": str(place[0]), "length": str(place[1])}
+        proto.external_data.extend(onnx.StringStringEntryProto(key=k, value=v) for k, v in entries.items())
+        content = proto.SerializeToString(deterministic=True)
+        return _field(_INITIALIZER, len(content)) + content, 0
+    content = proto.SerializeToString(deterministic=True) + _field(_RAW_DATA, tensor.nbytes)
+    return _field(_INITIALIZER, len(content) + tensor.nbytes) + content, tensor.nbytes
+
+
+def _initializers(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Yield the name and the content of each initializer; the tensor itself may be called otherwise."""
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        yield name, value.const_value
+
+
+def _field(number: int, length: int) -> bytes:
+    """Return the tag of a field and the length of what follows."""
+    return _varint(number << 3 | 2) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

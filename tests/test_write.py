@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Files of large models: weights written one by one, and beside the graph where one file cannot hold them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from cmfast.errors import ArtifactError, CheckFailed
+from cmfast.model import load
+from cmfast_export import export, write
+from cmfast_export.export import export_onnx
+from cmfast_export.to_onnx import denoiser_graph
+from cmfast_train.checkpoint import load_checkpoint
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_file_is_too_small() -> Iterator[None]:
+    """Let 10,000 bytes be what two gigabytes are: the code behind is the same, the test takes no 2 GB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "MAX_BYTES", 10_000)
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_files(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return an exported denoiser and its weights."""
+    exported = export_onnx(tiny_checkpoint(), tmp_path_factory.mktemp("two") / "model.onnx")
+    assert exported.data is not None
+    return exported.path, exported.data
+
+
+def test_a_file_written_weight_by_weight_is_the_graph_that_onnx_would_have_written(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    graph = denoiser_graph(load_checkpoint(tiny_checkpoint()).denoiser())
+    size = write.write_model(graph, tmp_path / "ours.onnx")
+    assert size == (tmp_path / "ours.onnx").stat().st_size
+    ours, theirs = onnx.load(tmp_path / "ours.onnx"), ir.to_proto(graph)
+    assert [node.SerializeToString() for node in ours.graph.node] == [n.SerializeToString() for n in theirs.graph.node]
+    assert list(ours.graph.input) == list(theirs.graph.input)
+    assert list(ours.opset_import) == list(theirs.opset_import)
+    want = {tensor.name: numpy_helper.to_array(tensor) for tensor in theirs.graph.initializer}
+    assert [tensor.name for tensor in ours.graph.initializer] == [tensor.name for tensor in theirs.graph.initializer]
+    for tensor in ours.graph.initializer:
+        got = numpy_helper.to_array(tensor)
+        assert got.dtype == want[tensor.name].dtype
+        np.testing.assert_array_equal(got, want[tensor.name])
+    onnx.checker.check_model(ours, full_check=True)
+
+
+def test_weights_that_are_too_many_for_one_file_are_in_one_beside_it(
+    two_files: tuple[Path, Path], tiny_checkpoint: Make
+) -> None:
+    model, data = two_files
+    assert {file.name for file in model.parent.iterdir()} == {model.name, data.name}
+    assert model.stat().st_size < data.stat().st_size
+    onnx.checker.check_model(str(model), full_check=True)
+    ours, pytorch = load(model), load(tiny_checkpoint())
+    np.testing.assert_allclose(ours.sample_float(3, steps=2), pytorch.sample_float(3, steps=2), rtol=0, atol=1e-5)
+
+
+def test_a_sampler_shares_the_weights_between_its_steps_there_too(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    exported = export_onnx(tiny_checkpoint(), tmp_path / "two.onnx", kind="sampler", steps=2)
+    assert exported.data is not None
+    assert exported.data.stat().st_size < 1.1 * tiny_checkpoint().stat().st_size
+    want = load(tiny_checkpoint()).sample_float(3, steps=2)
+    np.testing.assert_allclose(load(exported.path).sample_float(3), want, rtol=0, atol=1e-5)
+
+
+def test_the_two_files_move_together_and_one_alone_is_refused(two_files: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = two_files
+    shutil.copy(model, tmp_path)
+    with pytest.raises(ArtifactError, match="which is not beside it"):
+        load(tmp_path / model.name)
+    shutil.copy(data, tmp_path)
+    assert load(tmp_path / model.name).sample(1).shape == (1, 8, 8, 1)
+
+
+def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
+    two_files: tuple[Path, Path], tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, old = (Path(shutil.copy(file, tmp_path)) for file in two_files)
+    bystander = tmp_path / "model.data"
+    bystander.write_text("not ours")
+    before = load(target).sample(2)
+
+    def fails(*_: object) -> None:
+        raise CheckFailed("no")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(export, "_need", fails)
+        with pytest.raises(CheckFailed):
+            export_onnx(tiny_checkpoint(classes=0), target)
+    assert set(tmp_path.iterdir()) == {target, old, bystander}
+    np.testing.assert_array_equal(load(target).sample(2), before)
+
+    new = export_onnx(tiny_checkpoint(classes=0), target).data
+    assert set(tmp_path.iterdir()) == {target, new, bystander}
+    assert new != old

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""diffusers' own ConsistencyModelPipeline as an engine, for comparison: cmfast-bench --diffusers.
+
+Nothing else here needs diffusers: `importers.diffusers` reads its folders, and our U-Net runs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cmfast.artifact import Manifest
+from cmfast.engines import Inputs
+from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.schedule import karras_sigmas
+from cmfast_train.importers import identify
+from cmfast_train.importers.facts import Draft
+from cmfast_train.torchvision_cpu import torchvision_datasets
+
+Floats = npt.NDArray[np.float32]
+
+
+class DiffusersEngine:
+    """A diffusers folder run by diffusers; the contract is `cmfast.engines.LoopEngine`."""
+
+    batch: int | None = None
+
+    def __init__(self, folder: os.PathLike[str] | str, device: str = "cpu", threads: int | None = None) -> None:
+        torchvision_datasets()  # diffusers imports torchvision, which beside a CPU torch fails without this
+        try:
+            from diffusers import ConsistencyModelPipeline
+        except ModuleNotFoundError as err:
+            raise MissingDependency("running diffusers' pipeline", (err.name or "?").split(".")[0], "dev") from None
+        draft = identify(folder)
+        if not isinstance(draft, Draft) or draft.format != "diffusers" or draft.spec is None:
+            raise EngineError(f"{folder}: diffusers runs folders that it wrote")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.manifest = Manifest(kind="denoiser", spec=draft.spec, source=draft.source)
+        self.name = f"diffusers {device}"
+        self._pipeline = ConsistencyModelPipeline.from_pretrained(folder, local_files_only=True).to(device)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def run(self, inputs: Inputs) -> Floats:
+        """Refuse: the pipeline has no single call of the denoiser."""
+        raise EngineError("diffusers' pipeline runs the whole loop only, not one call of the denoiser")
+
+    def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
+        """Return images [B, C, H, W] in [-1, 1] from unit noise [K, B, C, H, W], by one call of the pipeline."""
+        steps = [torch.from_numpy(z).to(self._pipeline.device) for z in noise]
+        with _noise(steps[1:]):
+            (images,) = self._pipeline(
+                batch_size=len(steps[0]),
+                class_labels=None if label is None else label.tolist(),
+                num_inference_steps=None,
+                timesteps=self._timesteps(sigmas),
+                latents=steps[0],
+                output_type="np",
+                return_dict=False,
+            )
+        return np.ascontiguousarray(np.moveaxis(images * 2 - 1, -1, 1), np.float32)
+
+    def _timesteps(self, sigmas: Sequence[float]) -> list[int]:
+        """Return what diffusers calls timesteps: indices into the grid, 0 = sigma_max, the last step's first."""
+        spec = self.manifest.spec
+        grid = np.array(karras_sigmas(spec.grid, spec.sigma_min, spec.sigma_max))
+        indices = [int(np.abs(np.log(grid / sigma)).argmin()) for sigma in sigmas]
+        for sigma, index in zip(sigmas, indices, strict=True):
+            if abs(grid[index] / sigma - 1) > 1e-6:
+                raise CmfastError(
+                    f"diffusers samples at the {spec.grid} levels of its grid only; {sigma:g} is none of them"
+                )
+        return indices[::-1]
+
+
+@contextmanager
+def _noise(steps: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let the scheduler take its noise from `steps`: the pipeline itself takes the first only."""
+    from diffusers.schedulers import scheduling_consistency_models as module
+
+    rest = iter(steps)
+    original = module.randn_tensor
+
+    def next_noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **_: object) -> torch.Tensor:
+        z = next(rest, None)  # after its last step it draws noise too, and multiplies it by zero
+        return torch.zeros(shape, dtype=dtype, device=device) if z is None else z.to(device, dtype)
+
+    module.randn_tensor = next_noise
+    try:
+        yield
+    finally:
+        module.randn_tensor = original

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""EDM's family: checkpoints of EDM (arXiv:2206.00364), ECT (arXiv:2406.14548) and FastGen.
+
+State dicts, and the pickles that EDM and ECT write (`pickles`). The three share their networks (`networks.edm`) and
+nearly all conventions. What differs is the scaling, and no tensor shows it: a pickle names the class, else it is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast.errors import ArtifactError, CmfastError
+from cmfast_train.importers.facts import Draft, Facts, spec_of
+from cmfast_train.importers.pickles import Foreign, module_tensors
+from cmfast_train.networks.edm import FILTERS, HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+
+SHARED = {"c_noise": "ln/4", "renoise": "plain", "clip": False, "sigma_max": 80.0, "sigma_data": 0.5, "grid": 0}
+SYSTEMS = {
+    "edm": {"scaling": "edm", "sigma_min": 0.002},
+    "ect": {"scaling": "boundary", "sigma_min": 0.003},  # trains with EDM's scaling, evaluates with this one
+    "fastgen": {"scaling": "edm", "sigma_min": 0.002},  # its sigma_shift is 0 unless a person sets it
+}
+SECOND_LEVEL = {32: 0.821, 64: 1.526}  # side in pixels: where ECT's and FastGen's second step starts, data units
+CLASSES = {"EDMPrecond": "edm", "ECMPrecond": "ect"}  # of a pickle: the system
+BASELINES = {"VPPrecond": "DDPM++ of Song et al.", "VEPrecond": "NCSN++ of Song et al.", "iDDPMPrecond": "iDDPM"}
+
+
+def matches(weights: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are named as in EDM's networks."""
+    names = {name.removeprefix("model.") for name in weights}
+    return "map_layer0.weight" in names and any(re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name) for name in names)
+
+
+def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
+    """Say what a state dict is, with or without "model." before its names."""
+    system = source.partition(":")[0]
+    where = f"--source {system}" if system else "EDM's family"
+    return _draft(weights, facts, system, SHARED | SYSTEMS.get(system, {}), where, file)
+
+
+def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
+    """Say what a network snapshot is: {"ema": network, "loss_fn": ..., ...} as `read_pickle` returns it."""
+    networks = {
+        key: value
+        for key, value in (tree.items() if isinstance(tree, dict) else ())
+        if isinstance(value, Foreign) and "_modules" in value.state
+    }
+    if not networks:
+        raise ArtifactError(f"{file}: a pickle without a network in it, so no model")
+    key = facts.usual("weights", "ema", "the pickle")  # the average is what both systems evaluate
+    if key not in networks:
+        raise CmfastError(f"{file}: the pickle has no network {key!r}; say --set weights={next(iter(networks))}")
+    network, name = networks[key], networks[key].name
+    if name in BASELINES:
+        raise ArtifactError(
+            f"{file}: its class {name} is a baseline of EDM's paper ({BASELINES[name]}), whose noise schedule "
+            f"cmfast does not have; it reads {' and '.join(CLASSES)}"
+        )
+    if name not in CLASSES:
+        raise ArtifactError(f"{file}: a pickled {name[:80]!r}, which is not known here; known are {', '.join(CLASSES)}")
+    system, where = CLASSES[name], f"the pickle's class {name}"
+    if source.partition(":")[0] not in ("", system):
+        raise CmfastError(f"{file}: --source {source}, but {where} is {system.upper()}'s; leave --source out")
+    values = SHARED | SYSTEMS[system]
+    for field in ("sigma_data", "sigma_min") if system == "ect" else ("sigma_data",):  # EDM's own sigma_min is 0
+        value = network.state.get(field)
+        if not isinstance(value, (int, float)):
+            raise ArtifactError(f"{file}: {where} has no {field}")
+        values[field] = float(value)
+    for field in ("scaling", "c_noise", "sigma_data"):  # the class computes with these: nobody can say otherwise
+        if getattr(facts.told, field) not in (None, values[field]):
+            raise CmfastError(f"--set {field}={getattr(facts.told, field)}: {where} says {field} is {values[field]}")
+    return _draft(module_tensors(network, file), facts, system, values, where, file)
+
+
+def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
+    """Return the shape of the network whose state dict this is, or raise ArtifactError if there is none.
+
+    weights  all tensors, by EDM's names without "model."
+    """
+    try:
+        config = _read_shape(weights)
+    except KeyError as err:
+        raise ArtifactError(f"not a whole network of EDM's: the tensor {err.args[0]!r} is missing") from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise ArtifactError("not a network of EDM's: the shapes of its tensors do not fit together") from None
+    except CmfastError as err:
+        raise ArtifactError(f"not a network of EDM's: {err}") from None
+    with torch.device("meta"):
+        network = SongUnet(config) if isinstance(config, SongConfig) else DhariwalUnet(config)
+    need = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    have = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(need.keys() | have.keys()):
+        if need.get(name) != have.get(name):
+            raise ArtifactError(
+                f"not a network of EDM's: the tensor {name[:80]!r} is {have.get(name, 'missing')} where "
+                f"{need.get(name, 'nothing')} is expected"
+            )
+    return config
+
+
+def _draft(
+    weights: Mapping[str, Tensor], facts: Facts, system: str, usual: Mapping[str, Any], where: str, file: Path
+) -> Draft:
+    _refuse_two_times(weights, file)
+    if "u" in weights:
+        raise ArtifactError(
+            f"{file}: a network of iDDPMPrecond (it has its table u), whose noise schedule is unknown here"
+        )
+    tensors = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    # FastGen's estimate of the loss at a noise level: for training only.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("logvar_linear.")}
+    try:
+        config = config_of(tensors)
+    except ArtifactError as err:
+        raise ArtifactError(f"{file}: {err}") from None
+
+    network = _words(config)
+    facts.fixed("network", network)
+    facts.fixed("parameters", sum(math.prod(t.shape) for n, t in tensors.items() if not n.endswith(_BUFFERS)))
+    facts.fixed("image_size", config.image_size)
+    facts.fixed("classes", config.classes)
+    facts.fixed("qkv", "hd3", "the format")
+    if isinstance(config, DhariwalConfig):
+        facts.fixed("head_channels", HEAD_CHANNELS, "the format")
+    elif facts.told.head_channels is not None:
+        raise CmfastError(f"--set head_channels={facts.told.head_channels}: the attention of {network} has one head")
+
+    top, levels = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
+    if system in ("ect", "fastgen") and config.image_size in SECOND_LEVEL:
+        levels[2] = (top, SECOND_LEVEL[config.image_size])
+    spec = spec_of(facts, (config.channels, config.image_size, config.image_size), config.classes, usual, where, levels)
+    warnings = []
+    if system == "edm" and spec is not None and spec.scaling == "edm":
+        warnings.append(
+            "a diffusion teacher, not a consistency model: its images need many steps, in few they are blurred"
+        )
+    return Draft(
+        format="edm",
+        what=f"{network} of EDM's family, {config.image_size} px",
+        facts=facts,
+        network=config,
+        spec=spec,
+        source={"format": "edm", "qkv": "hd3", "network": network} | ({"system": system} if system else {}),
+        weights=lambda: {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()},
+        hint="" if system else "--source ect (or edm, fastgen)",
+        warnings=tuple(warnings),
+    )
+
+
+_BUFFERS = ("resample_filter", "freqs")
+
+
+def _words(config: SongConfig | DhariwalConfig) -> str:
+    if isinstance(config, DhariwalConfig):
+        return "ADM (DhariwalUNet)"
+    match config.embedding, config.encoder, config.decoder, config.resample:
+        case "positional", "standard", "standard", (1, 1):
+            return "DDPM++ (SongUNet)"
+        case "fourier", "residual", "standard", (1, 3, 3, 1):
+            return "NCSN++ (SongUNet)"
+    return "SongUNet"
+
+
+def _refuse_two_times(weights: Mapping[str, Tensor], file: Path) -> None:
+    """MeanFlow's networks take a second time: in FastGen the first layer is twice as wide as the noise's waves."""
+    shapes = {name.removeprefix("model."): tensor.shape for name, tensor in weights.items()}
+
+    def size(name: str, axis: int) -> int:  # 0: no such tensor
+        return next((int(shape[axis]) for key, shape in shapes.items() if shape and re.fullmatch(name, key)), 0)
+
+    waves = size(r"logvar_linear\.weight", -1) or 2 * size(r"map_noise\.freqs", -1)
+    waves = waves or size(r"enc\.\d+x\d+_conv\.weight", 0)
+    two_times = waves and size(r"map_layer0\.weight", -1) == 2 * waves
+    if two_times or any(name.startswith("r_timestep.") for name in shapes):
+        raise ArtifactError(
+            f"{file}: a MeanFlow network, which takes two times (r_timestep); cmfast has networks of one noise level"
+        )
+
+
+def _read_shape(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = (re.match(r"enc\.(\d{1,5})x\1_", name) for name in shapes)
+    sides = sorted({int(side[1]) for side in found if side}, reverse=True)
+    first, channels = shapes[f"enc.{sides[0]}x{sides[0]}_conv.weight"][:2]
+    emb, waves = shapes["map_layer0.weight"]
+    is_song = f"dec.{sides[0]}x{sides[0]}_aux_conv.weight" in shapes
+    width = first if is_song else waves
+    common = {
+        "image_size": sides[0],
+        "channels": channels,
+        "classes": shapes.get("map_label.weight", (0, 0))[1],
+        "model_channels": width,
+        "channel_mult": tuple(_times(shapes[f"enc.{s}x{s}_block0.conv0.weight"][0], width) for s in sides),
+        "emb_mult": _times(emb, width),
+        "res_blocks": sum(bool(re.fullmatch(rf"enc\.{sides[0]}x\d+_block\d+\.conv0\.weight", name)) for name in shapes),
+        "attention": tuple(s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in shapes),
+        "augment": shapes.get("map_augment.weight", (0, 0))[1],
+    }
+    taps = _taps(weights)
+    if not is_song:
+        return DhariwalConfig(**common)
+
+    def has(half: str, part: str) -> bool:  # below the first level, which every kind has the same
+        return any(f"{half}.{s}x{s}_{part}" in shapes for s in sides[1:])
+
+    residual, skip = has("enc", "aux_residual.weight"), has("enc", "aux_skip.weight")
+    return SongConfig(
+        **common,
+        noise_mult=_times(waves, width),
+        embedding="fourier" if "map_noise.freqs" in shapes else "positional",
+        encoder="residual" if residual else "skip" if skip else "standard",
+        decoder="skip" if has("dec", "aux_conv.weight") else "standard",
+        resample=taps,
+    )
+
+
+def _taps(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the filter of every resampling layer: the networks compute with the one that the configuration names."""
+    filters = [tensor.float() for name, tensor in weights.items() if name.endswith("resample_filter")]
+    for taps in FILTERS:
+        line = torch.tensor(taps) / sum(taps)
+        if all(f.shape[-1] == len(taps) and torch.allclose(f, line[:, None] * line) for f in filters):
+            return taps
+    raise CmfastError("its layers resample with a filter that is neither 1,1 nor 1,3,3,1")
+
+
+def _times(width: int, unit: int) -> int:
+    if width % unit:
+        raise ValueError
+    return width // unit

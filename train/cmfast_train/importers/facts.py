@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""What is known of a foreign checkpoint, where each fact comes from, and what a person still has to tell.
+
+Nothing in a file of weights says which of the field's conventions it was trained with. A value is either fixed by
+the tensors, usual for a named source, or asked for: never guessed in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from cmfast.errors import CmfastError
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.config import parse_field
+from cmfast_train.networks.build import NetworkConfig
+
+T = TypeVar("T")
+EXAMPLES: Mapping[str, Any] = {  # of what to say about what a file does not
+    "image_size": 64,
+    "head_channels": 64,
+    "qkv": "3hd",
+    "scaling": "boundary",
+    "c_noise": "250ln",
+    "renoise": "sqrt",
+    "clip": "true",
+    "sigma_min": 0.002,
+    "sigma_max": 80,
+    "sigma_data": 0.5,
+    "grid": 40,
+}
+CONVENTIONS = tuple(EXAMPLES)[3:]  # the fields of ModelSpec that no tensor shows
+QKV_ORDERS = ("3hd", "h3d", "hd3")  # three (q, k, v), head, channel of the head: the outermost first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a person says of a file (`--set NAME=VALUE`). None: not said. Noise levels are in data units."""
+
+    weights: str | None = None  # which of several sets of weights in the file, for example ema
+    image_size: int | None = None  # pixels, square
+    head_channels: int | None = None  # width of an attention head
+    qkv: str | None = None  # order of the rows of the attention's qkv layer, one of QKV_ORDERS
+    scaling: str | None = None  # cmfast.spec.SCALINGS
+    c_noise: str | None = None  # cmfast.spec.C_NOISES
+    renoise: str | None = None  # cmfast.spec.RENOISES
+    clip: bool | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+    grid: int | None = None  # levels of the Karras grid of training; 0: none
+    sigmas: tuple[tuple[float, ...], ...] | None = None  # default noise levels for 1, 2, .. steps
+
+    def __post_init__(self) -> None:
+        if self.qkv is not None and self.qkv not in QKV_ORDERS:
+            raise CmfastError(f"qkv must be one of {', '.join(QKV_ORDERS)}, got {self.qkv!r}")
+
+    @classmethod
+    def parse(cls, assignments: Iterable[str]) -> Told:
+        """Read NAME=VALUE strings."""
+        values: dict[str, Any] = {}
+        for text in assignments:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise CmfastError(f"--set {text}: expected NAME=VALUE")
+            values[name] = parse_field(text, cls, name, value)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One thing that is known."""
+
+    name: str
+    value: Any
+    where: str  # what says so: "the tensors", "the file's name", "--set"
+
+
+@dataclass
+class Facts:
+    """The facts of one file, collected while it is read. Each method returns the value to go on with."""
+
+    told: Told
+    known: list[Fact] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # name: an example of what to say
+
+    def fixed(self, name: str, value: T, where: str = "the tensors") -> T:
+        """Record a value that the file determines; a person who says otherwise is wrong."""
+        said = getattr(self.told, name, None)
+        if said is not None and said != value:
+            raise CmfastError(f"--set {name}={said}: {where} say {name} is {value}")
+        self.known.append(Fact(name=name, value=value, where=where))
+        return value
+
+    def usual(self, name: str, value: T, where: str) -> T:
+        """Record what is usual for the file's source, or what a person said instead."""
+        said = getattr(self.told, name, None)
+        self.known.append(
+            Fact(name=name, value=value if said is None else said, where=where if said is None else "--set")
+        )
+        return value if said is None else said
+
+    def asked(self, name: str, example: Any) -> Any:
+        """Return what a person said, or None, and then the value is missing; `example` shows what to type."""
+        said = getattr(self.told, name)
+        if said is None:
+            self.missing[name] = str(example)
+        else:
+            self.known.append(Fact(name=name, value=said, where="--set"))
+        return said
+
+    def usual_or_asked(self, name: str, usual: Mapping[str, Any], where: str) -> Any:
+        """Return what is usual where the source is known for it, else ask."""
+        return self.usual(name, usual[name], where) if name in usual else self.asked(name, EXAMPLES[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A foreign checkpoint, read as far as it says what it is."""
+
+    format: str  # openai, diffusers, seed, edm
+    what: str  # in words, one line
+    facts: Facts
+    network: NetworkConfig | None  # None where facts are missing
+    spec: ModelSpec | None
+    source: Mapping[str, Any]  # for the manifest: format, and what it was read as
+    weights: Callable[[], dict[str, Tensor]]  # in our names and layout, float32
+    hint: str = ""  # how to say everything that is missing at once, for example --source openai:imagenet64-cd
+    warnings: tuple[str, ...] = ()
+
+    def checkpoint(self, where: str) -> Checkpoint:
+        """Return the model, or say what has to be told; `where` names the file in the error."""
+        if self.facts.missing or self.network is None or self.spec is None:
+            say = " ".join(f"--set {name}={example}" for name, example in self.facts.missing.items())
+            raise CmfastError(
+                f"{where}: {self.what}; the file does not say its {', '.join(self.facts.missing)}, "
+                f"and a guess could be wrong without a sign of it: cmfast-export {where} "
+                f"{self.hint + ', or ' if self.hint else ''}{say}"
+            )
+        return Checkpoint(spec=self.spec, network=self.network, weights=self.weights(), source=self.source)
+
+
+def spec_of(
+    facts: Facts,
+    image: tuple[int, int, int] | None,
+    classes: int,
+    usual: Mapping[str, Any],
+    where: str,
+    levels: Mapping[int, tuple[float, ...]] | None = None,
+    levels_where: str = "",
+) -> ModelSpec | None:
+    """Return the conventions as a ModelSpec, or None where some are missing (they are in `facts.missing` then).
+
+    usual   what the source, which `where` names, is known for: CONVENTIONS; what is not in it must be told
+    levels  default noise levels for 2 and more steps, data units, from `levels_where`; one step is always sigma_max
+    """
+    values = {name: facts.usual_or_asked(name, usual, where) for name in CONVENTIONS}
+    if image is None or facts.missing:
+        return None
+    if facts.told.sigmas is not None:
+        sigmas = {len(s): s for s in facts.told.sigmas}
+        facts.usual("sigmas", facts.told.sigmas, "--set")
+    else:
+        sigmas = {1: (float(values["sigma_max"]),), **(levels or {})}
+        facts.usual("sigmas", tuple(sigmas.values()), levels_where or where)
+    return ModelSpec(image=image, classes=classes, sigmas=sigmas, **values)

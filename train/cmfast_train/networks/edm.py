@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: MIT
+"""The U-Nets of EDM ("Elucidating the Design Space", arXiv:2206.00364), which ECT and FastGen tune and distil too.
+
+SongUnet      DDPM++ and NCSN++ of "Score-Based Generative Modeling through SDEs" (arXiv:2011.13456)
+DhariwalUnet  EDM's form of ADM (arXiv:2105.05233); OpenAI's own form, with other names and layouts, is `adm`
+
+The architecture and the names of its tensors are theirs, the code is not. The module trees give exactly the
+state-dict keys of EDM's networks without the leading "model.", so those weights load without renaming. No branch
+depends on data, so one trace serves every batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmfast.errors import CmfastError
+from cmfast_train.networks.shape import check_network
+
+EMBEDDINGS = ("positional", "fourier")
+ENCODERS = ("standard", "skip", "residual")
+DECODERS = ("standard", "skip")
+FILTERS = ((1, 1), (1, 3, 3, 1))
+HEAD_CHANNELS = 64  # of DhariwalUnet; SongUnet has one head of all channels
+SQRT_HALF = math.sqrt(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SongConfig:
+    """The shape of one DDPM++ (the defaults) or NCSN++. Saved in the checkpoint under "network"."""
+
+    image_size: int  # pixels, square
+    channels: int = 3  # of the image, in and out
+    classes: int = 0  # 0: unconditional
+    model_channels: int = 128  # width of the first convolution, a multiple of 32
+    channel_mult: tuple[int, ...] = (2, 2, 2)  # width of each level over model_channels
+    emb_mult: int = 4  # width of the embedding over model_channels
+    noise_mult: int = 1  # width of the noise level's waves over model_channels; NCSN++: 2
+    res_blocks: int = 4  # per level
+    attention: tuple[int, ...] = (16,)  # attention where the feature map has this many pixels a side
+    dropout: float = 0.0  # probability
+    augment: int = 0  # length of the augmentation label that it was trained with; its weights are kept, not used
+    embedding: str = "positional"  # one of EMBEDDINGS; NCSN++: fourier
+    encoder: str = "standard"  # one of ENCODERS; NCSN++: residual
+    decoder: str = "standard"  # one of DECODERS
+    resample: tuple[int, ...] = (1, 1)  # one of FILTERS; NCSN++: 1,3,3,1
+
+    def __post_init__(self) -> None:
+        check_network(vars(self) | {"head_channels": 1})
+        _check_counts(self)
+        for name, allowed in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("decoder", DECODERS)):
+            if getattr(self, name) not in allowed:
+                raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.noise_mult, int) or self.noise_mult < 1:
+            raise CmfastError(f"noise_mult must be a whole number from 1, got {self.noise_mult!r}")
+        if self.resample not in FILTERS:
+            raise CmfastError(f"resample must be 1,1 or 1,3,3,1, got {self.resample!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DhariwalConfig:
+    """The shape of one ADM as EDM has it; the defaults are its ImageNet-64 model's. Saved under "network"."""
+
+    image_size: int  # pixels, square
+    channels: int = 3  # of the image, in and out
+    classes: int = 0  # 0: unconditional
+    model_channels: int = 192  # width of the noise level's waves, a multiple of 32
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width of each level over model_channels
+    emb_mult: int = 4  # width of the embedding over model_channels
+    res_blocks: int = 3  # per level
+    attention: tuple[int, ...] = (32, 16, 8)  # attention where the feature map has this many pixels a side
+    dropout: float = 0.0  # probability
+    augment: int = 0  # length of the augmentation label that it was trained with; its weights are kept, not used
+
+    def __post_init__(self) -> None:
+        check_network(vars(self) | {"head_channels": HEAD_CHANNELS})
+        _check_counts(self)
+
+
+class SongUnet(nn.Module):
+    """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32."""
+
+    def __init__(self, config: SongConfig) -> None:
+        super().__init__()
+        self.config = config
+        mc, emb, waves = config.model_channels, _emb(config), config.model_channels * config.noise_mult
+        self.map_noise = FourierWaves(waves) if config.embedding == "fourier" else PositionalWaves(waves, endpoint=True)
+        self.map_label = nn.Linear(config.classes, waves) if config.classes else None
+        self.map_augment = nn.Linear(config.augment, waves, bias=False) if config.augment else None
+        self.map_layer0 = nn.Linear(waves, emb)
+        self.map_layer1 = nn.Linear(emb, emb)
+
+        def block(c_in: int, c_out: int, attends: bool, resample: str) -> Block:
+            heads = 1 if attends else 0
+            return Block(
+                c_in, c_out, emb, resample=resample, taps=config.resample, heads=heads, scale_shift=False,
+                project=True, gain=SQRT_HALF, eps=1e-6, dropout=config.dropout,
+            )  # fmt: skip
+
+        self.enc, self.dec = _trunk(config, first=mc, block=block, attend_going_up="last")
+        sides, taps, aux = _sides(config), config.resample, config.channels
+        for level in range(1, len(sides)):
+            at, width = f"{sides[level]}x{sides[level]}_", config.channel_mult[level - 1] * mc
+            if config.encoder == "skip":  # the image itself, smaller and smaller
+                self.enc[at + "aux_down"] = Resample("down", taps)
+                self.enc[at + "aux_skip"] = Conv(aux, width, 1)
+            elif config.encoder == "residual":  # a second, thin path of features
+                self.enc[at + "aux_residual"] = ConvDown(aux, width, taps)
+                aux = width
+        for level in range(len(sides) if config.decoder == "skip" else 1):
+            at, width = f"{sides[level]}x{sides[level]}_", config.channel_mult[level] * mc
+            if level < len(sides) - 1 and config.decoder == "skip":
+                self.dec[at + "aux_up"] = Resample("up", taps)
+            self.dec[at + "aux_norm"] = GroupNorm(width, eps=1e-6)
+            self.dec[at + "aux_conv"] = _zero(Conv(width, config.channels, 3))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        emb = self._embedding(c_noise, label)
+        config, enc, dec, sides = self.config, self.enc, self.dec, _sides(self.config)
+        skips = []
+        h = aux = x
+        for level, side in enumerate(sides):
+            at = f"{side}x{side}_"
+            if level == 0:
+                h = enc[at + "conv"](h)
+            else:
+                h = enc[at + "down"](h, emb)
+                if config.encoder == "skip":
+                    aux = enc[at + "aux_down"](aux)
+                    h = h + enc[at + "aux_skip"](aux)
+                elif config.encoder == "residual":
+                    h = aux = (h + enc[at + "aux_residual"](aux)) * SQRT_HALF
+            skips.append(h)
+            for i in range(config.res_blocks):
+                h = enc[f"{at}block{i}"](h, emb)
+                skips.append(h)
+        out = None
+        for level, side in reversed(list(enumerate(sides))):
+            at = f"{side}x{side}_"
+            h = _decode(dec, at, level == len(sides) - 1, config.res_blocks, h, emb, skips)
+            if config.decoder == "skip" or level == 0:
+                part = dec[at + "aux_conv"](F.silu(dec[at + "aux_norm"](h)))
+                out = part if out is None else part + dec[at + "aux_up"](out)
+        assert out is not None
+        return _cast(out, torch.float32)
+
+    def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
+        with _full_precision(c_noise):
+            emb = self.map_noise(_cast(c_noise, torch.float32))
+            half = emb.shape[1] // 2
+            emb = torch.cat([emb.narrow(1, half, half), emb.narrow(1, 0, half)], dim=1)  # here it is [sin, cos]
+            if self.map_label is not None:  # the one-hot label is scaled to unit variance
+                row = F.embedding(label, self.map_label.weight.t())
+                emb = emb + (row * math.sqrt(self.config.classes) + self.map_label.bias)
+            return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+
+class DhariwalUnet(nn.Module):
+    """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32."""
+
+    def __init__(self, config: DhariwalConfig) -> None:
+        super().__init__()
+        self.config = config
+        mc, emb = config.model_channels, _emb(config)
+        self.map_noise = PositionalWaves(mc, endpoint=False)
+        self.map_augment = nn.Linear(config.augment, mc, bias=False) if config.augment else None
+        self.map_layer0 = nn.Linear(mc, emb)
+        self.map_layer1 = nn.Linear(emb, emb)
+        self.map_label = nn.Linear(config.classes, emb, bias=False) if config.classes else None
+
+        def block(c_in: int, c_out: int, attends: bool, resample: str) -> Block:
+            heads = c_out // HEAD_CHANNELS if attends else 0
+            return Block(
+                c_in, c_out, emb, resample=resample, taps=(1, 1), heads=heads, scale_shift=True,
+                project=False, gain=1.0, eps=1e-5, dropout=config.dropout,
+            )  # fmt: skip
+
+        width = config.channel_mult[0] * mc
+        self.enc, self.dec = _trunk(config, first=width, block=block, attend_going_up="all")
+        self.out_norm = GroupNorm(width, eps=1e-5)
+        self.out_conv = _zero(Conv(width, config.channels, 3))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        with _full_precision(c_noise):
+            emb = self.map_noise(_cast(c_noise, torch.float32))
+            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+            if self.map_label is not None:
+                emb = emb + F.embedding(label, self.map_label.weight.t())
+            emb = F.silu(emb)
+        config, sides = self.config, _sides(self.config)
+        skips = []
+        h = x
+        for level, side in enumerate(sides):
+            at = f"{side}x{side}_"
+            h = self.enc[at + "down"](h, emb) if level else self.enc[at + "conv"](h)
+            skips.append(h)
+            for i in range(config.res_blocks):
+                h = self.enc[f"{at}block{i}"](h, emb)
+                skips.append(h)
+        for side in reversed(sides):
+            h = _decode(self.dec, f"{side}x{side}_", side == sides[-1], config.res_blocks, h, emb, skips)
+        return _cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
+
+
+class Block(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, the noise embedding in between; attention after. x [B, C, H, W], emb [B, E].
+
+    project  whether the short cut of a block that resamples has a 1x1 convolution although the width stays
+    gain     factor on every sum, sqrt(1/2) where the variance is to stay
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, emb: int, *, resample: str, taps: tuple[int, ...], heads: int,
+        scale_shift: bool, project: bool, gain: float, eps: float, dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.c_out, self.heads, self.scale_shift, self.gain = c_out, heads, scale_shift, gain
+        self.norm0 = GroupNorm(c_in, eps)
+        self.conv0 = Conv(c_in, c_out, 3, resample, taps)
+        self.affine = nn.Linear(emb, 2 * c_out if scale_shift else c_out)
+        self.norm1 = GroupNorm(c_out, eps)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv1 = _zero(Conv(c_out, c_out, 3))
+        self.skip: nn.Module = nn.Identity()
+        if c_in != c_out or (resample and project):
+            self.skip = Conv(c_in, c_out, 1, resample, taps)
+        elif resample:
+            self.skip = Resample(resample, taps)
+        if heads:
+            self.norm2 = GroupNorm(c_out, eps)
+            self.qkv = Conv(c_out, 3 * c_out, 1)
+            self.proj = _zero(Conv(c_out, c_out, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        e = _cast(self.affine(emb)[..., None, None], h.dtype)
+        if self.scale_shift:
+            h = self.norm1(h) * (1 + e.narrow(1, 0, self.c_out)) + e.narrow(1, self.c_out, self.c_out)
+        else:
+            h = self.norm1(h + e)
+        x = self._sum(self.skip(x), self.conv1(self.dropout(F.silu(h))))
+        return self._sum(x, self.proj(self._attention(self.norm2(x)))) if self.heads else x
+
+    def _attention(self, x: Tensor) -> Tensor:
+        """Attend over all pixels. The rows of qkv are ordered (head, channel, three): q, k, v of a channel together."""
+        _, channels, height, width = x.shape
+        qkv = self.qkv(x).reshape(-1, self.heads, channels // self.heads, 3, height * width)
+        qkv = qkv.transpose(2, 4)  # [B, heads, H W, 3, C / heads]
+        h = F.scaled_dot_product_attention(qkv.select(3, 0), qkv.select(3, 1), qkv.select(3, 2))
+        return h.transpose(2, 3).reshape(-1, channels, height, width)
+
+    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + h if self.gain == 1 else (x + h) * self.gain
+
+
+class GroupNorm(nn.GroupNorm):
+    """At least 4 channels a group, at most 32 groups; statistics are float32 whatever the trunk runs in."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(min(32, channels // 4), channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:  # casts to the same type slow down every trace
+            return super().forward(x)
+        y = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class Conv(nn.Conv2d):
+    """A convolution that keeps the side, after halving or doubling it where `resample` says so."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, resample: str = "", taps: tuple[int, ...] = (1, 1)) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+        self.resample = resample
+        self.register_buffer("resample_filter", _square(taps) if resample else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(resampled(x, self.resample, self.resample_filter) if self.resample else x)
+
+
+class ConvDown(nn.Conv2d):
+    """A 3x3 convolution, then halving the side: the other order than `Conv`, with all padding before both."""
+
+    def __init__(self, c_in: int, c_out: int, taps: tuple[int, ...]) -> None:
+        super().__init__(c_in, c_out, 3, padding=1 + (len(taps) - 1) // 2)
+        self.register_buffer("resample_filter", _square(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resampled(super().forward(x), "down", self.resample_filter, padding=0)
+
+
+class Resample(nn.Module):
+    """Halve or double the side. [B, C, H, W]."""
+
+    def __init__(self, resample: str, taps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.resample = resample
+        self.register_buffer("resample_filter", _square(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resampled(x, self.resample, self.resample_filter)
+
+
+class PositionalWaves(nn.Module):
+    """[cos, sin] of t [B] at `width` / 2 frequencies from 1 down to 1/10000, which is reached with `endpoint`."""
+
+    def __init__(self, width: int, endpoint: bool) -> None:
+        super().__init__()
+        self.half, self.steps = width // 2, width // 2 - (1 if endpoint else 0)
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        args = t[:, None] * torch.exp(steps * (-math.log(10000) / self.steps))
+        return torch.cat([args.cos(), args.sin()], dim=1)
+
+
+class FourierWaves(nn.Module):
+    """[cos, sin] of t [B] at `width` / 2 frequencies that were drawn once, before training (arXiv:2006.10739)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(width // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        args = t[:, None] * (2 * math.pi * self.freqs.float())
+        return torch.cat([args.cos(), args.sin()], dim=1)
+
+
+def resampled(x: Tensor, direction: str, kernel: Tensor, padding: int | None = None) -> Tensor:
+    """Return x [B, C, H, W] with half ("down") or twice ("up") the side, each channel filtered by kernel [1, 1, k, k].
+
+    padding  pixels of zeros on every side before halving; None: so many that the side is exactly halved
+    """
+    channels, taps = x.shape[1], kernel.shape[-1]
+    if taps == 2:  # the box filter: the same numbers, and operators that every engine is fast at
+        return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0)
+    around = (taps - 1) // 2 if padding is None else padding
+    each = _cast(kernel, x.dtype).expand(channels, 1, taps, taps)
+    if direction == "down":
+        return F.conv2d(x, each, stride=2, padding=around, groups=channels)
+    return F.conv_transpose2d(x, 4 * each, stride=2, padding=around, groups=channels)
+
+
+def _trunk(
+    config: SongConfig | DhariwalConfig, first: int, block: Callable[[int, int, bool, str], Block], attend_going_up: str
+) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Return the blocks of both halves of the U, by name.
+
+    first            width of the first convolution
+    attend_going_up  which decoder blocks of a level attend, where it does: "all", or only the "last"
+    """
+    levels = [
+        (side, mult * config.model_channels) for side, mult in zip(_sides(config), config.channel_mult, strict=True)
+    ]
+    enc, dec = nn.ModuleDict(), nn.ModuleDict()
+    width, skips = first, [first]
+    for level, (side, target) in enumerate(levels):
+        if level == 0:
+            enc[f"{side}x{side}_conv"] = Conv(config.channels, width, 3)
+        else:
+            enc[f"{side}x{side}_down"] = block(width, width, False, "down")
+            skips.append(width)
+        for i in range(config.res_blocks):
+            enc[f"{side}x{side}_block{i}"] = block(width, target, side in config.attention, "")
+            width = target
+            skips.append(width)
+    for level, (side, target) in reversed(list(enumerate(levels))):
+        if level == len(levels) - 1:
+            dec[f"{side}x{side}_in0"] = block(width, width, True, "")
+            dec[f"{side}x{side}_in1"] = block(width, width, False, "")
+        else:
+            dec[f"{side}x{side}_up"] = block(width, width, False, "up")
+        for i in range(config.res_blocks + 1):
+            attends = side in config.attention and (attend_going_up == "all" or i == config.res_blocks)
+            dec[f"{side}x{side}_block{i}"] = block(width + skips.pop(), target, attends, "")
+            width = target
+    return enc, dec
+
+
+def _decode(
+    dec: nn.ModuleDict, at: str, innermost: bool, res_blocks: int, h: Tensor, emb: Tensor, skips: list[Tensor]
+) -> Tensor:
+    """Run one level of the way up; it takes its skips off the end of the list."""
+    h = dec[at + "in1"](dec[at + "in0"](h, emb), emb) if innermost else dec[at + "up"](h, emb)
+    for i in range(res_blocks + 1):
+        h = dec[f"{at}block{i}"](torch.cat([h, skips.pop()], dim=1), emb)
+    return h
+
+
+def _sides(config: SongConfig | DhariwalConfig) -> list[int]:
+    return [config.image_size >> level for level in range(len(config.channel_mult))]
+
+
+def _emb(config: SongConfig | DhariwalConfig) -> int:
+    return config.model_channels * config.emb_mult
+
+
+def _check_counts(config: SongConfig | DhariwalConfig) -> None:
+    for name, least in (("classes", 0), ("augment", 0), ("emb_mult", 1)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < least:
+            raise CmfastError(f"{name} must be a whole number from {least}, got {value!r}")
+
+
+def _square(taps: tuple[int, ...]) -> Tensor:
+    """Return the separable filter of these taps, [1, 1, k, k], with sum one."""
+    line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+    return (line[:, None] * line)[None, None]
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast: half precision would blur the noise level."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _zero(layer: Conv) -> Conv:
+    """A new U-Net answers zero, as `adm` does; its other weights are PyTorch's defaults."""
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
