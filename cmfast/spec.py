@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmfast.errors import CmfastError
-from cmfast.schedule import check_sigmas, karras_sigmas
+from cmfast.schedule import check_sigmas, karras_sigmas, sigmas_of_indices
 
 SCALINGS = ("boundary", "edm", "trigflow", "seed")  # formulas: cmfast.precond
 C_NOISES = ("250ln", "ln/4", "raw", "trig")
@@ -60,6 +60,16 @@ class ModelSpec:
             if len(sigmas) != steps:
                 raise CmfastError(f"the default noise levels for {steps} steps are {len(sigmas)}: {sigmas}")
             check_sigmas(sigmas, self.sigma_min, self.sigma_max)
+
+    def levels_at(self, indices: Sequence[int]) -> tuple[float, ...]:
+        """Return the noise levels at indices into the model's grid: `ts` of OpenAI's scripts, `timesteps` of diffusers.
+
+        0 is sigma_max. Their order does not matter, and a closing last index, which OpenAI writes, is dropped.
+        """
+        if not self.grid:
+            raise CmfastError("this model has no grid that indices could point into; say the noise levels: --sigmas")
+        levels = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
+        return check_sigmas(levels, self.sigma_min, self.sigma_max)
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels to sample with: the given `sigmas`, else the defaults for `steps`.

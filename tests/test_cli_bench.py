@@ -297,7 +297,7 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
         (["noise.onnx"], "noise.onnx: not a whole ONNX file"),
         (["model.bin"], "no engine runs files ending in .bin"),
         (["a.onnx", "small.onnx"], "small.onnx draws images [1, 4, 4] of 0"),
-        (["--baseline", "a.onnx"], "--baseline takes a .pt or .safetensors file, got a.onnx; name it as a MODEL"),
+        (["--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx; name it as a MODEL"),
         (["a.onnx", "--compile"], "--compile compiles the checkpoint of --baseline, and none was given"),
         (["a.onnx", "--seconds", "0"], "--seconds must be greater than 0, got 0"),
         (["a.onnx", "--seconds", "nan"], "--seconds must be greater than 0, got nan"),

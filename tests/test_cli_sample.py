@@ -162,7 +162,7 @@ def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(
         ("nowhere.pt", "nowhere.pt: no such file"),
         ("empty.onnx", "empty.onnx: the file is empty"),
         ("empty.pt", "empty.pt: the file is empty"),
-        ("folder", "folder: not a file"),
+        ("folder", "folder: no model_index.json in it; name the folder of a whole ConsistencyModelPipeline"),
         ("model.bin", "no engine runs files ending in .bin; there are "),
         ("model", "no engine runs files ending in nothing"),
         ("noise.onnx", "noise.onnx: not a whole ONNX file"),

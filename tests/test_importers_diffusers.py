@@ -27,6 +27,7 @@ from cmfast.schedule import karras_sigmas, sigmas_of_indices
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.engine import TorchEngine
 from cmfast_train.importers import diffusers as importer
+from cmfast_train.importers import diffusers_tensors as names
 from cmfast_train.importers.facts import Draft, Facts, Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.torchvision_cpu import torchvision_datasets
@@ -279,10 +280,10 @@ def test_every_name_and_shape_of_the_released_models_is_mapped_both_ways(name: s
         _, *rows = csv.reader(opened, delimiter="\t")
     ours = {key: json.loads(shape) for key, shape, _, _ in rows}
     theirs = {key: json.loads(shape) for _, _, keys, shape in rows for key in keys.split(" | ")}
-    assert importer.key_map(config) == {key: tuple(keys.split(" | ")) for key, _, keys, _ in rows}
-    there = importer.to_diffusers({key: torch.empty(shape, device="meta") for key, shape in ours.items()}, config)
+    assert names.key_map(config) == {key: tuple(keys.split(" | ")) for key, _, keys, _ in rows}
+    there = names.to_diffusers({key: torch.empty(shape, device="meta") for key, shape in ours.items()}, config)
     assert {key: list(tensor.shape) for key, tensor in there.items()} == theirs
-    back = importer.from_diffusers(there, config)
+    back = names.from_diffusers(there, config)
     assert {key: list(tensor.shape) for key, tensor in back.items()} == ours
     assert not there  # every tensor was used
 
@@ -302,9 +303,9 @@ def test_our_tensors_survive_the_way_there_and_back_to_the_bit(values: dict[str,
     network = AdmUnet(config)
     randomise(network)
     weights = network.state_dict()
-    there = importer.to_diffusers(weights, config)
+    there = names.to_diffusers(weights, config)
     assert len({tensor.untyped_storage().data_ptr() for tensor in there.values()}) == len(there)  # none is shared
-    back = importer.from_diffusers(dict(there), config)
+    back = names.from_diffusers(dict(there), config)
     assert list(back) == list(weights)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
@@ -312,7 +313,7 @@ def test_our_tensors_survive_the_way_there_and_back_to_the_bit(values: dict[str,
 def test_deprecated_names_and_convolutions_for_matrices_are_read(edited: Callable[..., Path]) -> None:
     folder = edited("imagenet64")
     want = imported(folder).weights
-    file = folder / "unet" / f"{importer.WEIGHTS}.safetensors"
+    file = folder / "unet" / f"{names.WEIGHTS}.safetensors"
     tensors, old = load_file(file), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for name in [name for name in tensors if ".attentions." in name]:
         tensor = tensors.pop(name)
@@ -328,7 +329,7 @@ def test_deprecated_names_and_convolutions_for_matrices_are_read(edited: Callabl
 def test_weights_as_a_pickle_are_the_same(diffusers: ModuleType, saved: dict[str, Path], tmp_path: Path) -> None:
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(saved["lsun256"])
     pipeline.save_pretrained(tmp_path, safe_serialization=False)
-    assert [file.suffix for file in (tmp_path / "unet").iterdir() if file.stem == importer.WEIGHTS] == [".bin"]
+    assert [file.suffix for file in (tmp_path / "unet").iterdir() if file.stem == names.WEIGHTS] == [".bin"]
     want, got = imported(saved["lsun256"]).weights, imported(tmp_path).weights
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -336,7 +337,7 @@ def test_weights_as_a_pickle_are_the_same(diffusers: ModuleType, saved: dict[str
 def test_weights_in_several_files_are_the_same(
     diffusers: ModuleType, saved: dict[str, Path], edited: Callable[..., Path]
 ) -> None:
-    folder, file = edited("lsun256"), f"{importer.WEIGHTS}.safetensors"
+    folder, file = edited("lsun256"), f"{names.WEIGHTS}.safetensors"
     (folder / "unet" / file).unlink()
     unet = diffusers.UNet2DModel.from_pretrained(saved["lsun256"] / "unet")
     unet.save_pretrained(folder / "unet", max_shard_size="500KB")
@@ -352,10 +353,10 @@ def test_weights_in_several_files_are_the_same(
 def test_half_precision_is_read_as_float32_and_said(edited: Callable[..., Path]) -> None:
     folder = edited("imagenet64")
     want = imported(folder).weights
-    file = folder / "unet" / f"{importer.WEIGHTS}.safetensors"
+    file = folder / "unet" / f"{names.WEIGHTS}.safetensors"
     halves = {name: tensor.half() for name, tensor in load_file(file).items()}
     file.unlink()
-    save_file(halves, file.with_name(f"{importer.WEIGHTS}.fp16.safetensors"))
+    save_file(halves, file.with_name(f"{names.WEIGHTS}.fp16.safetensors"))
     found = draft(folder)
     weights = found.weights()
     assert all(torch.equal(weights[name], want[name].half().float()) for name in want)
@@ -366,7 +367,7 @@ def test_a_draft_reads_no_weights(saved: dict[str, Path], monkeypatch: pytest.Mo
     def read(file: Path) -> None:
         raise AssertionError(f"{file} was read")
 
-    monkeypatch.setattr(importer, "read_tensors", read)
+    monkeypatch.setattr(names, "read_tensors", read)
     found = draft(saved["imagenet64"])
     with pytest.raises(AssertionError, match="was read"):
         found.weights()
@@ -382,7 +383,7 @@ def test_what_the_folder_says_is_recorded_with_the_file_that_says_it(saved: dict
     assert facts["head_channels"] == (32, "unet/config.json")
     assert facts["grid"] == (40, "scheduler/scheduler_config.json")
     assert facts["scaling"] == ("boundary", "CMStochasticIterativeScheduler")
-    assert facts["qkv"] == ("separate q, k, v", f"unet/{importer.WEIGHTS}.safetensors")
+    assert facts["qkv"] == ("separate q, k, v", f"unet/{names.WEIGHTS}.safetensors")
     assert "num_inference_steps" in facts["sigmas"][1]
     assert "dtype" not in facts
     assert found.source == {"format": "diffusers", "qkv": "separate", "diffusers": "0.42.1"}
@@ -564,8 +565,8 @@ class Hostile:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_pickle_runs_nothing(edited: Callable[..., Path], tmp_path: Path, zipped: bool) -> None:
     folder, marker = edited("lsun256"), tmp_path / "marker"
-    (folder / "unet" / f"{importer.WEIGHTS}.safetensors").unlink()
-    file = folder / "unet" / f"{importer.WEIGHTS}.bin"
+    (folder / "unet" / f"{names.WEIGHTS}.safetensors").unlink()
+    file = folder / "unet" / f"{names.WEIGHTS}.bin"
     torch.save({"conv_in.weight": Hostile(marker)}, file, _use_new_zipfile_serialization=zipped)
     refused(folder, file.name, "nothing in it was run")
     assert not marker.exists()
@@ -576,7 +577,7 @@ def test_a_hostile_pickle_runs_nothing(edited: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize("left", [0, 5, 4000, -8])
 def test_truncated_weights_are_refused(edited: Callable[..., Path], left: int) -> None:
     folder = edited("lsun256")
-    file = folder / "unet" / f"{importer.WEIGHTS}.safetensors"
+    file = folder / "unet" / f"{names.WEIGHTS}.safetensors"
     file.write_bytes(file.read_bytes()[:left])
     refused(folder, file.name)
 
@@ -593,13 +594,13 @@ def test_a_missing_or_broken_json_file_is_named(edited: Callable[..., Path], fil
 
 def test_missing_weights_are_named(edited: Callable[..., Path]) -> None:
     folder = edited("lsun256")
-    (folder / "unet" / f"{importer.WEIGHTS}.safetensors").unlink()
-    refused(folder, "no weights", f"{importer.WEIGHTS}.safetensors")
+    (folder / "unet" / f"{names.WEIGHTS}.safetensors").unlink()
+    refused(folder, "no weights", f"{names.WEIGHTS}.safetensors")
 
 
 def test_a_pointer_instead_of_weights_is_known_as_one(edited: Callable[..., Path]) -> None:
     folder = edited("lsun256")
-    file = folder / "unet" / f"{importer.WEIGHTS}.safetensors"
+    file = folder / "unet" / f"{names.WEIGHTS}.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refused(folder, "git lfs pull")
 
@@ -626,7 +627,7 @@ def test_weights_that_do_not_fit_are_named(
     edited: Callable[..., Path], change: Callable[[dict[str, Tensor]], None], words: tuple[str, ...]
 ) -> None:
     folder = edited("lsun256")
-    file = folder / "unet" / f"{importer.WEIGHTS}.safetensors"
+    file = folder / "unet" / f"{names.WEIGHTS}.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
@@ -636,6 +637,6 @@ def test_weights_that_do_not_fit_are_named(
 def test_a_folder_that_changes_between_draft_and_reading_is_refused(edited: Callable[..., Path]) -> None:
     folder = edited("lsun256")
     found = draft(folder)
-    save_file({"other": torch.zeros(1)}, folder / "unet" / f"{importer.WEIGHTS}.safetensors")
+    save_file({"other": torch.zeros(1)}, folder / "unet" / f"{names.WEIGHTS}.safetensors")
     with pytest.raises(ArtifactError):
         found.weights()

@@ -221,8 +221,8 @@ def test_what_is_told_is_taken_where_the_source_only_has_a_habit(tmp_path: Path)
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        (Told(image_size=32), "--set image_size=32: the tensors say image_size is 8"),
-        (Told(qkv="3hd"), "--set qkv=3hd: the format say qkv is hd3"),
+        (Told(image_size=32), "--set image_size=32 contradicts the tensors: image_size is 8"),
+        (Told(qkv="3hd"), "--set qkv=3hd contradicts the format: qkv is hd3"),
         (Told(head_channels=64), "--set head_channels=64: the attention of DDPM.* has one head"),
     ],
     ids=str,
@@ -360,7 +360,7 @@ def test_a_snapshot_without_numbers_or_without_a_network_is_refused(
     with pytest.raises(ArtifactError, match="the pickle's class EDMPrecond has no sigma_data"):
         identify(snapshot("ddpmpp", "EDMPrecond", sigma_data="half"))
     (tmp_path / "empty.pkl").write_bytes(persistent({"ema": type("ECMPrecond", (Precond,), {})(nn.Linear(1, 1))}))
-    with pytest.raises(ArtifactError, match="not a whole network of EDM's|do not fit together"):
+    with pytest.raises(ArtifactError, match=r"not a whole network of EDM's|do not fit together"):
         identify(tmp_path / "empty.pkl")
     for content in ([1, 2], {"ema": None}):
         buffer = io.BytesIO()

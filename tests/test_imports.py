@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 # What a package may import: anywhere, and inside functions.
 ARROWS = {
     "cmfast": (ROOT / "cmfast", BASE | {"cmfast"}, LAZY),
-    "cmfast_train": (ROOT / "train" / "cmfast_train", BASE | TRAIN | {"cmfast", "cmfast_train"}, set()),
+    "cmfast_train": (ROOT / "train" / "cmfast_train", BASE | TRAIN | {"cmfast", "cmfast_train"}, {"diffusers"}),
     "cmfast_export": (
         ROOT / "export" / "cmfast_export", BASE | TRAIN | EXPORT | {"cmfast", "cmfast_train", "cmfast_export"}, LAZY,
     ),
@@ -231,7 +233,13 @@ def test_the_wheel_announces_its_commands_and_engines(wheel: zipfile.ZipFile) ->
     text = wheel.read(name).decode()
     for command, target in COMMANDS.items():
         assert f"{command} = {target}\n" in text
-    assert "[cmfast.engines]\npt = cmfast_train.engine:TorchEngine\n" in text
+    groups = configparser.ConfigParser()
+    groups.read_string(text)
+    suffixes = {"pt", "pth", "safetensors", "pkl", "folder"}
+    assert groups["cmfast.engines"].keys() == groups["cmfast.describe"].keys() == suffixes
+    for suffix in suffixes:  # each can be loaded
+        for group in ("cmfast.engines", "cmfast.describe"):
+            assert callable(EntryPoint(suffix, groups[group][suffix], group).load())
 
 
 def requirement_names(requirements: list[Any]) -> set[str]:

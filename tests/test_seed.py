@@ -306,11 +306,11 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "source", "told", "missing", "say"),
     [
-        ("model.pth", 1, "", {}, "image_size, scaling", "--source seed --set image_size=32, or --set image_size=32 "),
-        ("model.pth", 1, "", {"image_size": 8}, "scaling", "--source seed, or --set scaling="),
-        ("model.pth", 1, "", {"scaling": "boundary"}, "image_size", "--set image_size=32"),
+        ("model.pth", 1, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32, or --set image_"),
+        ("model.pth", 1, "", {"image_size": 8}, "scaling, c_noise", "--source seed, or --set scaling="),
+        ("model.pth", 1, "", {"scaling": "boundary"}, "image_size, c_noise", "--source seed --set image_size=32, or "),
         ("model.pth", 1, "seed", {}, "image_size", "--set image_size=32"),
-        ("ct_mnist.pt", 1, "", {"image_size": 8}, "scaling", "--source seed, or --set scaling="),
+        ("ct_mnist.pt", 1, "", {"image_size": 8}, "scaling, c_noise", "--source seed, or --set scaling="),
         ("ct_imagenet9.pth", 3, "", {}, "image_size", "--set image_size=32"),
         ("ct_mnist.pth", 3, "", {}, "image_size", "--set image_size=32"),  # MNIST has one channel
         ("ct_cifar10.pth", 1, "", {}, "image_size", "--set image_size=32"),
@@ -324,7 +324,7 @@ def test_what_the_file_does_not_say_is_asked_for(
         load_model(path, source, Told(**told))
     assert f"does not say its {missing}, and" in str(raised.value)
     assert f" {say}" in str(raised.value)
-    assert ("--source seed" in str(raised.value)) == ("scaling" in missing)
+    assert ("--source seed" in str(raised.value)) == ("c_noise" in missing)
 
 
 def test_what_was_asked_for_can_be_told(write: Write) -> None:

@@ -262,7 +262,7 @@ def test_a_folder_that_does_not_read_back_is_not_left(
         tensors["conv_out.bias"] = (tensors["conv_out.bias"].view(torch.int32) ^ 1).view(torch.float32)
 
     if what == "weight":
-        monkeypatch.setattr(importer, "to_diffusers", changed(importer.to_diffusers, last_bit))
+        monkeypatch.setattr(to_diffusers, "to_diffusers", changed(to_diffusers.to_diffusers, last_bit))
     elif what == "network":
         real = to_diffusers._write_json
 

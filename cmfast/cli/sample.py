@@ -16,6 +16,7 @@ Examples:
   cmfast-sample model.onnx -n 64 --steps 2 -o grid.png
   cmfast-sample model.onnx -n 10 --label 7 --seed 3 -o sevens.png
   cmfast-sample model.onnx -n 50000 --batch 256 -o samples.npz     arr_0 images, arr_1 labels
+  cmfast-sample cd_imagenet64_l2.onnx --indices 22,0 -o two_steps.png
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
 """
 
@@ -33,6 +34,9 @@ Examples:
 @click.option("-n", "--number", type=int, default=16, show_default=True, help="Images.")
 @click.option("--steps", type=int, help="Network calls an image, with the model's own noise levels.")
 @click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
+@click.option(
+    "--indices", type=INTS, help="Noise levels as indices into the model's grid (OpenAI's ts, diffusers' timesteps)."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i of a seed is always the same image.")
 @click.option("--label", type=INTS, help="Class, or one for each image; default: drawn from the seed.")
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
@@ -45,6 +49,7 @@ def command(
     number: int,
     steps: int | None,
     sigmas: tuple[float, ...] | None,
+    indices: tuple[int, ...] | None,
     seed: int,
     label: tuple[int, ...] | None,
     first: int,
@@ -52,7 +57,7 @@ def command(
     device: str,
     threads: int | None,
 ) -> None:
-    """Draw images from MODEL (.onnx; .pt where PyTorch is installed) and write them to --out."""
+    """Draw images from MODEL (.onnx; where PyTorch is installed a checkpoint of any kind) and write them to --out."""
     import cmfast
     from cmfast.images import check_output
 
@@ -61,6 +66,10 @@ def command(
         raise CmfastError(f"-n: the number of images must be at least 1, got {number}")
     loaded = cmfast.load(model, device, threads)
     classes = label[0] if label is not None and len(label) == 1 else label
+    if indices is not None:
+        if steps is not None or sigmas is not None:
+            raise CmfastError("--indices, --steps and --sigmas say the same thing; give one of them")
+        sigmas = loaded.spec.levels_at(indices)
     levels = loaded.levels(steps, sigmas)
     images = loaded.sample(
         number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=number > batch

@@ -15,7 +15,9 @@ from cmfast.errors import CmfastError
 from cmfast_export import DEFAULT_OPSET
 
 if TYPE_CHECKING:
+    from cmfast.spec import ModelSpec
     from cmfast_export.export import Exported
+    from cmfast_export.to_diffusers import Written
     from cmfast_export.verify import Parity
 
 EPILOG = """\b
@@ -114,7 +116,7 @@ def command(
         click.echo(f"{out}: a cmfast checkpoint of {checkpoint}\nnext: cmfast-export {out}")
         return
     if form == "diffusers":
-        export_diffusers(model, out)
+        _report_folder(export_diffusers(model, out), model.spec)
         return
     exported = export_onnx(
         model,
@@ -136,6 +138,17 @@ def _default_out(checkpoint: Path, form: str, kind: str) -> Path:
     if form == "cmfast":
         return checkpoint.with_name(f"{name}_cmfast.pt")
     return checkpoint.with_name(f"{name}{'' if kind == 'denoiser' else '_sampler'}.onnx")
+
+
+def _report_folder(written: Written, spec: ModelSpec) -> None:
+    click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
+    if not spec.grid:
+        click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
+    click.echo("next, in Python:")
+    click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
+    for steps, timesteps in written.timesteps.items():
+        levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
+        click.echo(f"  pipeline(timesteps={list(timesteps.indices)})    # {steps} step(s), at {levels}")
 
 
 def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Path) -> None:

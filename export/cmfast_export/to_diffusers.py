@@ -27,6 +27,7 @@ from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import diffusers
+from cmfast_train.importers.diffusers_tensors import WEIGHTS, to_diffusers
 from cmfast_train.importers.facts import Facts, Told
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import network_type
@@ -64,7 +65,7 @@ def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Wri
         _write_json(folder / diffusers.INDEX, _index())
         _write_json(folder / diffusers.SCHEDULER, _scheduler(spec, grid))
         _write_json(folder / diffusers.UNET, unet_config(config))
-        _write_weights(folder / "unet" / f"{diffusers.WEIGHTS}.safetensors", checkpoint.weights, config)
+        _write_weights(folder / "unet" / f"{WEIGHTS}.safetensors", checkpoint.weights, config)
         _verify(folder, checkpoint, config)
     nearest = {steps: nearest_timesteps(levels, spec, grid) for steps, levels in sorted(spec.sigmas.items())}
     return Written(path=Path(out), grid=grid, timesteps={steps: t for steps, t in nearest.items() if t})
@@ -174,7 +175,7 @@ def _write_json(file: Path, values: Mapping[str, Any]) -> None:
 def _write_weights(file: Path, weights: Mapping[str, Tensor], config: AdmConfig) -> None:
     from safetensors.torch import save_file
 
-    theirs = diffusers.to_diffusers({name: tensor.detach().cpu() for name, tensor in weights.items()}, config)
+    theirs = to_diffusers({name: tensor.detach().cpu() for name, tensor in weights.items()}, config)
     # diffusers refuses a file that does not name the library that wrote it.
     save_file({name: t.contiguous() for name, t in theirs.items()}, file, metadata={"format": "pt"})
 

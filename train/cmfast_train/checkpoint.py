@@ -3,8 +3,9 @@
 
     {"format": "cmfast/1", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
-A model that was imported also has "source". Read with `weights_only=True`, so a pickle with code in it is refused before it runs. The same content as
-.safetensors has the rest as JSON in its metadata under "cmfast". Training state is another file (`loop`).
+A model that was imported also has "source". Read with `weights_only=True`, so a pickle with code in it is refused
+before it runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state
+is another file (`loop`).
 """
 
 from __future__ import annotations

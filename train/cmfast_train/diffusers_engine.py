@@ -35,7 +35,9 @@ class DiffusersEngine:
         try:
             from diffusers import ConsistencyModelPipeline
         except ModuleNotFoundError as err:
-            raise MissingDependency("running diffusers' pipeline", (err.name or "?").split(".")[0], "dev") from None
+            raise MissingDependency(
+                "running diffusers' pipeline", (err.name or "?").split(".")[0], "diffusers"
+            ) from None
         draft = identify(folder)
         if not isinstance(draft, Draft) or draft.format != "diffusers" or draft.spec is None:
             raise EngineError(f"{folder}: diffusers runs folders that it wrote")

@@ -119,5 +119,7 @@ def _unknown(file: Path, weights: Mapping[str, Tensor]) -> str:
             f"{file}: weights of a diffusers U-Net without its configuration; name the whole folder "
             "(model_index.json, scheduler, unet)"
         )
+    if any(name.endswith("emb_noise.weight") for name in weights):
+        return f"{file}: a network of EDM2, which is not supported yet"
     some = ", ".join(sorted(weights)[:3])
     return f"{file}: {len(weights)} tensors of a network that is not known here ({some}, ...)"

@@ -4,32 +4,28 @@
 Such a folder says everything: the shape of the network, the scheduler's noise levels; the conventions are what
 CMStochasticIterativeScheduler computes. What our U-Net cannot compute is refused by the name of the field. An
 option that this version does not know is let pass where it is switched off (null, false, 0, empty), else refused.
-`cmfast_export.to_diffusers` writes the same folders, with the table of names below.
+The tensors are the affair of `diffusers_tensors`; `cmfast_export.to_diffusers` writes the same folders.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import read_tensors
+from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, plain, read_weights, weight_files
 from cmfast_train.importers.facts import Draft, Facts
-from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.adm import AdmConfig
 
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
-WEIGHTS = "diffusion_pytorch_model"  # and a suffix, in unet/
 LARGEST = 65536  # of every whole number in a configuration: a file must not make us allocate what it likes
 
 _UNET: dict[str, Any] = {  # fields of UNet2DModel, and what a missing one means
@@ -75,24 +71,6 @@ _BLOCKS: dict[str, dict[str, tuple[bool, str]]] = {  # type: has attention, resa
 }
 _SCHEDULER: dict[str, Any] = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
 _SCHEDULER_CHOICES: dict[str, tuple[Any, ...]] = {"s_noise": (1,), "rho": (7,), "clip_denoised": (True, False)}
-_MID_NORM = "mid_block.attentions.0.group_norm"
-_QKV = ("to_q", "to_k", "to_v")
-_DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
-_PARTS = {  # of a residual block, an attention, a convolution that resamples
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-    "norm": "group_norm",
-    "proj_out": "to_out.0",
-    "op": "conv",
-    "conv": "conv",
-}
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors: in PyTorch
-
-Described = Mapping[str, tuple[tuple[int, ...], str]]  # tensor: shape, dtype
 
 
 def draft(folder: Path, facts: Facts) -> Draft:
@@ -109,14 +87,14 @@ def draft(folder: Path, facts: Facts) -> Draft:
     # Without the field, diffusers has no norm before the attention of the middle block; our U-Net always has one.
     unnormed = unet["resnet_time_scale_shift"] == "scale_shift" and unet["attn_norm_num_groups"] is None
 
-    files = _weight_files(folder / "unet")
-    described = {name: entry for file in files for name, entry in _describe(file).items()}
-    _match(described, config, folder, unnormed)
+    files = weight_files(folder / "unet")
+    described = {name: entry for file in files for name, entry in describe(file).items()}
+    match_names(described, config, folder, unnormed)
     where = f"unet/{files[0].name}"
     widths = ", ".join(str(mult * config.model_channels) for mult in config.channel_mult)
     facts.fixed("weights", where, "the folder")
     facts.fixed("network", f"ADM U-Net, {config.res_blocks} blocks a level, channels {widths}", UNET)
-    facts.fixed("parameters", sum(torch.Size(shape).numel() for shape, _ in described.values()), where)
+    facts.fixed("parameters", sum(math.prod(shape) for shape, _ in described.values()), where)
     for name in ("classes", "image_size", "head_channels"):
         facts.fixed(name, getattr(config, name), UNET)
     facts.fixed("qkv", "separate q, k, v", where)
@@ -128,7 +106,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
     spec = _spec(scheduler, config, facts, release, folder / SCHEDULER)
     warning = (
         f"{folder / UNET}: scale_shift without attn_norm_num_groups is a known broken conversion; its weights hold "
-        f"{_MID_NORM}, which diffusers leaves out and which is used here, as in the original model"
+        f"{MID_NORM}, which diffusers leaves out and which is used here, as in the original model"
     )
     return Draft(
         format="diffusers",
@@ -142,100 +120,9 @@ def draft(folder: Path, facts: Facts) -> Draft:
             "qkv": "separate",
             **({"diffusers": version} if version else {}),
         },
-        weights=lambda: _read(files, config, folder, unnormed),
+        weights=lambda: read_weights(files, config, folder, unnormed),
         warnings=(warning,) if unnormed else (),
     )
-
-
-# Names and layout.
-
-
-def key_map(config: AdmConfig) -> dict[str, tuple[str, ...]]:
-    """Return {our tensor: the tensors of UNet2DModel that it is made of}: one, or query, key and value."""
-    modules = _modules(config)
-
-    def theirs(name: str) -> tuple[str, ...]:
-        ours = next(prefix for prefix in modules if name.startswith(prefix + "."))
-        *layer, kind = name.removeprefix(ours + ".").split(".")
-        if layer == ["qkv"]:
-            return tuple(f"{modules[ours]}.{part}.{kind}" for part in _QKV)
-        return (".".join([modules[ours], *([_PARTS[".".join(layer)]] if layer else []), kind]),)
-
-    return {name: theirs(name) for name in _shapes(config)}
-
-
-def to_diffusers(weights: Mapping[str, Tensor], config: AdmConfig) -> dict[str, Tensor]:
-    """Return our tensors as UNet2DModel names and shapes them; query, key and value are copies."""
-    found: dict[str, Tensor] = {}
-    for name, theirs in key_map(config).items():
-        tensor = weights[name]
-        if name.endswith(("qkv.weight", "proj_out.weight")):
-            tensor = tensor.flatten(1)  # a convolution of 1 x 1 is a matrix there
-        parts = [part.clone() for part in tensor.chunk(3)] if len(theirs) == 3 else [tensor]
-        found |= zip(theirs, parts, strict=True)
-    return found
-
-
-def from_diffusers(theirs: dict[str, Tensor], config: AdmConfig) -> dict[str, Tensor]:
-    """Return the tensors of a UNet2DModel in our names and shapes, float32; `theirs` is emptied on the way.
-
-    Emptied, so that a model of 2 GB is not held twice.
-    """
-    shapes, found = _shapes(config), {}
-    for name, parts in key_map(config).items():
-        tensors = [theirs.pop(part).detach().to(torch.float32) for part in parts]
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # the rows of our qkv: all queries first
-        found[name] = tensor.reshape(shapes[name]).contiguous()
-    return found
-
-
-@functools.lru_cache(maxsize=1)  # a large network takes a second, even without memory
-def _shapes(config: AdmConfig) -> Mapping[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in AdmUnet(config).state_dict().items()}
-
-
-def _modules(config: AdmConfig) -> dict[str, str]:
-    """Return {prefix of our tensors: prefix of theirs} of all residual blocks, attentions and single layers."""
-    last = len(config.channel_mult) - 1
-    found = {
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "label_emb": "class_embedding",
-        "input_blocks.0.0": "conv_in",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-    }
-    here = 1
-    for level in range(last + 1):
-        for block in range(config.res_blocks):
-            found[f"input_blocks.{here}.0"] = f"down_blocks.{level}.resnets.{block}"
-            found[f"input_blocks.{here}.1"] = f"down_blocks.{level}.attentions.{block}"
-            here += 1
-        if level < last:
-            found[f"input_blocks.{here}.0"] = f"down_blocks.{level}.downsamplers.0"
-            here += 1
-    here = 0
-    for up in range(last + 1):  # from the deepest level
-        attention = _attends(config, last - up)
-        for block in range(config.res_blocks + 1):
-            found[f"output_blocks.{here}.0"] = f"up_blocks.{up}.resnets.{block}"
-            if attention:
-                found[f"output_blocks.{here}.1"] = f"up_blocks.{up}.attentions.{block}"
-            here += 1
-        if up < last:
-            found[f"output_blocks.{here - 1}.{2 if attention else 1}"] = f"up_blocks.{up}.upsamplers.0"
-    return found
-
-
-def _attends(config: AdmConfig, level: int) -> bool:
-    return config.image_size // 2**level in config.attention
-
-
-# The JSON files.
 
 
 def _json(file: Path, kind: str) -> dict[str, Any]:
@@ -396,7 +283,7 @@ def _release(folder: Path, *files: Mapping[str, Any]) -> str:
 
 
 def _refusal(file: Path, name: str, value: Any, need: str) -> ArtifactError:
-    return ArtifactError(f"{file}: {_plain(name)} is {json.dumps(value)[:200]}; {need}")
+    return ArtifactError(f"{file}: {plain(name)} is {json.dumps(value)[:200]}; {need}")
 
 
 def _list(fields: Mapping[str, Any], name: str, file: Path) -> list[Any]:
@@ -420,109 +307,3 @@ def _number(fields: Mapping[str, Any], name: str, file: Path) -> float:
     if isinstance(fields[name], bool) or not isinstance(fields[name], (int, float)):
         raise _refusal(file, name, fields[name], "supported: a number")
     return float(fields[name])
-
-
-# The weights.
-
-
-def _weight_files(unet: Path) -> list[Path]:
-    """Return the files that hold the weights: full precision before half, safetensors before pickles."""
-    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin", f"{WEIGHTS}.fp16.safetensors", f"{WEIGHTS}.fp16.bin"):
-        file, parts = unet / name, unet / f"{name}.index.json"
-        if file.is_file():
-            return [file]
-        if parts.is_file():
-            return _parts(parts)
-    raise ArtifactError(f"{unet}: no weights in it; looked for {WEIGHTS}.safetensors, .bin and .fp16.safetensors")
-
-
-def _parts(index: Path) -> list[Path]:
-    """Return the files of a model whose weights were divided."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or any(not name or name != Path(name).name for name in names):
-            raise ValueError("it must name files beside it")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as err:
-        raise ArtifactError(f"{index}: not an index of weights: {err!r}") from None
-    return [index.with_name(name) for name in sorted(names)]
-
-
-def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return {tensor: (shape, dtype)}; of safetensors only the header is read."""
-    from safetensors import SafetensorError, safe_open
-
-    with check_file(file).open("rb") as opened:
-        if opened.read(40).startswith(b"version https://git-lfs"):
-            raise ArtifactError(f"{file}: only a pointer to the weights; fetch them: git lfs pull")
-    if file.suffix != ".safetensors":
-        return _described(read_tensors(file), file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-            return {
-                name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()
-            }
-    except SafetensorError as err:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
-
-
-def _described(tensors: Mapping[str, Any], file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ArtifactError(f"{file}: {name!r} in it is no tensor; a U-Net's weights are named tensors")
-    return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
-
-
-def _read(files: list[Path], config: AdmConfig, folder: Path, unnormed: bool) -> dict[str, Tensor]:
-    theirs: dict[str, Tensor] = {}
-    described: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in files:
-        tensors = read_tensors(file)
-        described |= _described(tensors, file)
-        theirs |= tensors
-    names = _match(described, config, folder, unnormed)  # once more: this is what will be used
-    return from_diffusers({name: theirs.pop(stored) for name, stored in names.items()}, config)
-
-
-def _match(described: Described, config: AdmConfig, folder: Path, unnormed: bool) -> dict[str, str]:
-    """Return {tensor of UNet2DModel: its name in the file}; ArtifactError unless all are there, and nothing else."""
-    unet = folder / "unet"
-    if len(config.channel_mult) * config.res_blocks > len(described):  # before anything of that size is built
-        raise ArtifactError(f"{unet}: {len(described)} tensors are too few for layers_per_block={config.res_blocks}")
-    ours = {name: torch.empty(shape, device="meta") for name, shape in _shapes(config).items()}
-    need = {name: tuple(tensor.shape) for name, tensor in to_diffusers(ours, config).items()}
-    have = {_current(name): name for name in described}
-    missing, extra = [n for n in need if n not in have], [s for n, s in have.items() if n not in need]
-    if unnormed and any(name.startswith(_MID_NORM) for name in missing):
-        raise ArtifactError(
-            f'{folder / UNET}: resnet_time_scale_shift is "scale_shift" without attn_norm_num_groups, and the weights '
-            f"lack {_MID_NORM}: a known broken conversion; convert the original again with attn_norm_num_groups 32, "
-            "or fetch the folder again, which was mended on the hub"
-        )
-    if missing or extra or len(have) != len(described):
-        told = [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
-        raise ArtifactError(f"{unet}: weights and config.json do not fit: {'; '.join(told) or 'a name occurs twice'}")
-    for name, shape in need.items():
-        found, dtype = described[have[name]]
-        if found != shape and not (".attentions." in name and len(shape) == 2 and found == (*shape, 1, 1)):
-            raise ArtifactError(f"{unet}: the weight {have[name]} is {list(found)}; config.json needs {list(shape)}")
-        if dtype not in _DTYPES.values():
-            raise ArtifactError(f"{unet}: the weight {have[name]} is {dtype}; need {', '.join(_DTYPES.values())}")
-    return {name: have[name] for name in need}
-
-
-def _current(name: str) -> str:
-    """Return the name that diffusers has for a tensor now."""
-    module, dot, rest = name.partition(".attentions.")
-    number, _, layer = rest.partition(".")
-    old, _, kind = layer.rpartition(".")
-    return f"{module}{dot}{number}.{_DEPRECATED[old]}.{kind}" if dot and old in _DEPRECATED else name
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(_plain, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _plain(name: str) -> str:
-    """Return a name from a file fit for one line of a terminal."""
-    return ascii(name)[1:-1][:100]

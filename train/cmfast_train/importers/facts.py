@@ -92,7 +92,7 @@ class Facts:
         """Record a value that the file determines; a person who says otherwise is wrong."""
         said = getattr(self.told, name, None)
         if said is not None and said != value:
-            raise CmfastError(f"--set {name}={said}: {where} say {name} is {value}")
+            raise CmfastError(f"--set {name}={said} contradicts {where}: {name} is {value}")
         self.known.append(Fact(name=name, value=value, where=where))
         return value
 

@@ -21,8 +21,7 @@ from cmfast_train.networks.seed import SeedConfig, SeedUnet
 
 FILES = {"ct_mnist.pth": (1, 32), "ct_cifar10.pth": (3, 32)}  # what its main.py writes: channels, image size (pixels)
 IMAGE_SIZE = 32  # pixels, of both
-CONVENTIONS: dict[str, Any] = {  # of its unet.py and main.py, apart from the scaling
-    "c_noise": "raw",
+CONVENTIONS: dict[str, Any] = {  # of its unet.py and main.py, apart from what forks put right
     "renoise": "sqrt",
     "clip": False,
     "sigma_min": 0.002,
@@ -56,12 +55,13 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     else:
         size = facts.asked("image_size", IMAGE_SIZE)
     named = file.name.startswith("ct_") and file.suffix == ".pth"
-    usual = CONVENTIONS | ({"scaling": "seed"} if source or named else {})
+    usual = CONVENTIONS | ({"scaling": "seed", "c_noise": "raw"} if source or named else {})
     by = f", by {'--source seed' if source else 'the name of the file'}" if source or named else ""
     image = None if size is None else (channels, size, size)
     network = None if size is None else SeedConfig(image_size=size, channels=channels, width=width)
     spec = spec_of(facts, image, 0, usual, f"the first public implementation{by}", LEVELS)
-    missing = [f"--set {name}={example}" for name, example in facts.missing.items() if name != "scaling"]
+    by_source = {"scaling", "c_noise"}  # what --source seed says
+    rest = [f"--set {name}={example}" for name, example in facts.missing.items() if name not in by_source]
     return Draft(
         format="seed",
         what="the network of the first public implementation (cloneofsimo/consistency_models)",
@@ -70,8 +70,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
         spec=spec,
         source={"format": "seed"},
         weights=lambda: {name: tensor.float().contiguous() for name, tensor in weights.items()},
-        # Where the scaling is known, it would say nothing.
-        hint=" ".join(["--source seed", *missing]) if "scaling" in facts.missing else "",
+        hint=" ".join(["--source seed", *rest]) if by_source & facts.missing.keys() else "",
     )
 
 
