@@ -25,6 +25,7 @@ from cmfast.cli.sample import command as sample
 from cmfast_export.cli import command as export
 from cmfast_train.cli import command as train
 from cmfast_train.config import override
+from cmfast_train.importers.facts import Told
 from cmfast_train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,8 @@ def test_a_command_line_of_the_documentation_is_understood(where: str, line: str
     params = parse(words)
     if words[0] == "cmfast-train" and "NAME=VALUE" not in line:
         assert override(PRESETS[params["preset"]], params["assignments"])
+    if words[0] in ("cmfast-export", "cmfast-info"):
+        assert Told.parse(params["assignments"])
 
 
 @pytest.mark.parametrize(
@@ -132,12 +135,20 @@ def test_every_page_and_every_command_has_lines_to_check() -> None:
 
 
 def test_settings_that_the_readme_names_are_fields_of_the_configuration() -> None:
+    """Those of whole command lines are checked with their command, above."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    settings = [text for span in spans(page) for text in re.findall(r"--set (\S+=\S+)", span)]
-    settings = [text for text in settings if not text.startswith("NAME=VALUE")]
-    assert len(settings) >= 3
+    loose = [span for span in spans(page) if not command_line(span)]
+    settings = [text for span in loose for text in re.findall(r"--set (\S+=\S+)", span)]
+    training, foreign = 0, 0
     for text in settings:
-        assert override(PRESETS["mnist"], [text])
+        if text.startswith("NAME=VALUE"):
+            continue
+        if text.partition("=")[0] in ("image_size", "qkv"):  # of a foreign file
+            foreign += bool(Told.parse([text]))
+        else:
+            training += bool(override(PRESETS["mnist"], ["conditional=false", text]))
+    assert training >= 3
+    assert foreign >= 2
 
 
 def test_presets_of_the_table_are_those_that_there_are() -> None:
