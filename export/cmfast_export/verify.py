@@ -20,6 +20,7 @@ from cmfast.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
+LARGE = 128 * 128  # pixels of an image; five images of more take gigabytes
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
 
 
@@ -65,16 +66,17 @@ class Parity:
         return values if self.boundary is None else {**values, "boundary": float(f"{self.boundary:.3g}")}
 
 
-def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] = (1, 5)) -> Parity:
+def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] | None = None) -> Parity:
     """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
 
+    batches  default: 1 and 5, of large images 1 and 2, which is half the memory; of a file of one batch size that one
     Images are random, uniform in [-1, 1], with noise of the level added.
     """
     spec = file.manifest.spec
     ours, reference = Model(file), Model(torch_engine)
     rows = []
     boundary = None
-    for where, x, sigma, label in _denoiser_inputs(spec, (file.batch,) if file.batch else batches):
+    for where, x, sigma, label in _denoiser_inputs(spec, _batches(file, batches)):
         got, want = ours.denoise(x, sigma, label), reference.denoise(x, sigma, label)
         rows.append(_row(where, got, want))
         at_minimum = sigma == np.float32(spec.sigma_min)
@@ -83,17 +85,22 @@ def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] =
     return Parity(rows=tuple(rows), boundary=boundary)
 
 
-def verify_sampler(file: Engine, denoiser: Engine, batches: Sequence[int] = (1, 5)) -> Parity:
-    """Compare a sampler graph with the Python loop over a denoiser, on the same noise."""
+def verify_sampler(file: Engine, denoiser: Engine, batches: Sequence[int] | None = None) -> Parity:
+    """Compare a sampler graph with the Python loop over a denoiser, on the same noise. `batches` as above."""
     ours, reference = Model(file), Model(denoiser)
     spec, sigmas = file.manifest.spec, ours.levels()
     rows = []
-    for batch in (file.batch,) if file.batch else batches:
+    for batch in _batches(file, batches):
         noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
         label = reference.labels(batch, seed=1)
         got, want = ours.from_noise(noise, sigmas, label), reference.from_noise(noise, sigmas, label)
         rows.append(_row(f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}", got, want))
     return Parity(rows=tuple(rows), boundary=None)
+
+
+def _batches(file: Engine, batches: Sequence[int] | None) -> Sequence[int]:
+    _, height, width = file.manifest.spec.image
+    return (file.batch,) if file.batch else batches or ((1, 5) if height * width <= LARGE else (1, 2))
 
 
 def _denoiser_inputs(
