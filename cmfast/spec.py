@@ -44,8 +44,8 @@ class ModelSpec:
             raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
         if not isinstance(self.classes, int) or not 0 <= self.classes < 2**31:
             raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
-        if not isinstance(self.grid, int) or not (self.grid == 0 or 2 <= self.grid < 2**31):
-            raise CmfastError(f"grid must be 0 (none) or a number of levels from 2, got {self.grid!r}")
+        if not isinstance(self.grid, int) or not (self.grid == 0 or 2 <= self.grid <= 65536):
+            raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {self.grid!r}")
         if not isinstance(self.clip, bool):
             raise CmfastError(f"clip must be true or false, got {self.clip!r}")
         levels = (self.sigma_min, self.sigma_max, self.sigma_data)
@@ -56,6 +56,8 @@ class ModelSpec:
         for name, allowed in (("scaling", SCALINGS), ("c_noise", C_NOISES), ("renoise", RENOISES)):
             if getattr(self, name) not in allowed:
                 raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.scaling == "seed" and self.sigma_data != 0.5:
+            raise CmfastError(f"the scaling seed has sigma_data 0.5 built in, got {self.sigma_data:g}")
         for steps, sigmas in self.sigmas.items():
             if len(sigmas) != steps:
                 raise CmfastError(f"the default noise levels for {steps} steps are {len(sigmas)}: {sigmas}")
@@ -68,6 +70,8 @@ class ModelSpec:
         """
         if not self.grid:
             raise CmfastError("this model has no grid that indices could point into; say the noise levels: --sigmas")
+        if len(set(indices)) < len(indices):
+            raise CmfastError(f"an index is there twice: {', '.join(map(str, indices))}")
         levels = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
         return check_sigmas(levels, self.sigma_min, self.sigma_max)
 

@@ -177,7 +177,7 @@ def test_a_residual_block_is_its_formula(c_out: int, scale_shift: bool, resample
 
 def test_attention_has_all_queries_first_then_keys_then_values_head_by_head() -> None:
     channels, per_head = 96, 32
-    attention = Attention(channels, per_head).eval().requires_grad_(False)
+    attention = Attention(channels, channels // per_head).eval().requires_grad_(False)
     randomise(attention)
     attention.qkv.weight *= 3  # attends to something, instead of averaging everything
     w, x = attention.state_dict(), some(2, channels, 3, 5)
@@ -279,7 +279,7 @@ def test_dropout_is_off_when_evaluating_and_on_when_training() -> None:
         ({"model_channels": 40}, "model_channels must be a multiple of 32, got 40"),
         ({"model_channels": 0}, "model_channels"),
         ({"model_channels": -32}, "model_channels"),
-        ({"head_channels": 48}, "attention at 4 px has 64 channels, no multiple of 48"),
+        ({"head_channels": 48}, "attention at 4 px has 64 channels, no multiple of head_channels=48"),
         ({"head_channels": 48, "attention": ()}, "the middle block has 64 channels, no multiple of head_channels=48"),
         ({"head_channels": 0}, "head_channels"),
         ({"channel_mult": ()}, "channel_mult"),

@@ -22,6 +22,7 @@ from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export.to_diffusers import export_diffusers
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
 
@@ -85,10 +86,22 @@ def test_what_the_pipeline_cannot_do_is_refused(folders: dict[int, Path], tiny_c
     model = Model(open_engine(folders[0], variant="diffusers"))
     with pytest.raises(CmfastError, match=r"1\.5 is none of them"):
         model.sample(1, sigmas=(80, 1.5))
+    with pytest.raises(CmfastError, match="starts at sigma_max, 80, not at"):
+        model.sample(1, sigmas=model.spec.levels_at([22]))
     with pytest.raises(EngineError, match="whole loop only"):
         model.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0)
     with pytest.raises(EngineError, match="diffusers runs folders"):
         open_engine(tiny_checkpoint(), variant="diffusers")
+
+
+def test_a_model_that_is_not_clipped_is_not_compared_with_a_pipeline_that_clips(
+    folders: dict[int, Path], tmp_path: Path
+) -> None:
+    checkpoint = load_model(folders[0])
+    spec = dataclasses.replace(checkpoint.spec, clip=False)
+    export_diffusers(dataclasses.replace(checkpoint, spec=spec), tmp_path / "unclipped")
+    with pytest.raises(EngineError, match="clips its images"):
+        open_engine(tmp_path / "unclipped", variant="diffusers")
 
 
 def test_without_diffusers_the_pip_line_is_given(folders: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:

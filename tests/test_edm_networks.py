@@ -27,19 +27,12 @@ from cmfast.spec import ModelSpec
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import randomise
-from cmfast_train.networks.edm import (
-    Block,
-    Conv,
-    ConvDown,
-    DhariwalConfig,
-    DhariwalUnet,
-    PositionalWaves,
-    SongConfig,
-    SongUnet,
-    resampled,
-)
+from cmfast_train.networks.edm import Block, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.edm_layers import Conv, ConvDown, GroupNorm, PositionalWaves, resampled
 
 GOLDEN = Path(__file__).parent / "data" / "edm_golden.npz"
+# Of the largest value. Sums of hundreds of float32 products in another order differ by half of it, a wrong eps by more.
+GOLDEN_ERROR = 2e-6
 NCSNPP: dict[str, Any] = {
     "noise_mult": 2, "embedding": "fourier", "encoder": "residual", "resample": (1, 3, 3, 1)
 }  # fmt: skip
@@ -136,8 +129,23 @@ def test_a_network_computes_what_edms_code_computes(name: str) -> None:
     x, sigma, label = golden_inputs(CASES[name])
     want = np.load(GOLDEN)[name]
     assert want.std() > 0.3
-    # Sums of hundreds of float32 products in another order; the weights are wrong in the first digit if at all.
-    np.testing.assert_allclose(network(x, sigma.log() / 4, label), want, rtol=0, atol=1e-5 * abs(want).max())
+    np.testing.assert_allclose(network(x, sigma.log() / 4, label), want, rtol=0, atol=GOLDEN_ERROR * abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("ddpmpp", "aux_norm"), ("ddpmpp", "norm2"), ("ncsnpp", "norm1"), ("adm", "out_norm"), ("adm-cond", "out_norm")],
+)
+def test_the_comparison_sees_a_wrong_eps_in_any_norm(name: str, norm: str) -> None:
+    network = new(CASES[name])
+    network.load_state_dict(golden_weights(network.state_dict()))
+    norms = [layer for key, layer in network.named_modules() if isinstance(layer, GroupNorm) and norm in key]
+    assert norms
+    for layer in norms:
+        layer.eps = 1e-5 if layer.eps == 1e-6 else 1e-6
+    x, sigma, label = golden_inputs(CASES[name])
+    want = np.load(GOLDEN)[name]
+    assert abs(network(x, sigma.log() / 4, label).numpy() - want).max() > GOLDEN_ERROR * abs(want).max()
 
 
 @pytest.mark.parametrize(

@@ -421,8 +421,9 @@ def test_default_levels_can_be_told(saved: dict[str, Path]) -> None:
 )
 @pytest.mark.parametrize("way", ["folder", "cache", "_name_or_path"])
 def test_a_released_model_has_its_published_levels(
-    edited: Callable[..., Path], release: str, grid: int, index: int, way: str
+    edited: Callable[..., Path], release: str, grid: int, index: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(importer.NETWORKS, 64, {"res_blocks": SMALL["imagenet64"]["layers_per_block"]})
     to = {"folder": f"diffusers-{release}", "cache": f"models--openai--diffusers-{release}/snapshots/0123abcd"}
     path = {"_name_or_path": f"openai/diffusers-{release}"} if way == "_name_or_path" else {}
     folder = edited("imagenet64", to=to.get(way, "mine"), sample_size=64, **path)
@@ -433,6 +434,13 @@ def test_a_released_model_has_its_published_levels(
     assert found.spec is not None
     assert dict(found.spec.sigmas) == {1: (80.0,), 2: (80.0, karras_sigmas(grid)[index])}
     assert found.source["name"] == release
+
+
+def test_a_small_network_under_a_released_name_is_no_released_model(edited: Callable[..., Path]) -> None:
+    found = draft(edited("imagenet64", to="diffusers-cd_imagenet64_l2", sample_size=64))
+    assert "name" not in found.source
+    assert found.spec is not None
+    assert found.spec.levels(2) == (80.0, karras_sigmas(40)[20])
 
 
 def test_a_released_name_with_another_grid_does_not_bring_its_levels(edited: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_edm_networks import CASES, GOLDEN, PUBLISHED, golden_inputs, golden_weights, new, song
+from test_edm_networks import CASES, GOLDEN, GOLDEN_ERROR, PUBLISHED, dhariwal, golden_inputs, golden_weights, new, song
 from test_pickles import PersistentPickler, persistent
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ def computes_golden(checkpoint: Checkpoint, name: str, whole: str = "") -> bool:
         np.testing.assert_allclose(got, np.load(GOLDEN)[whole], rtol=0, atol=1e-5 * abs(want).max().item())
     raw = checkpoint.denoiser().network(x, sigma.log() / 4, label)
     golden = np.load(GOLDEN)[name]
-    np.testing.assert_allclose(raw, golden, rtol=0, atol=1e-5 * abs(golden).max())
+    np.testing.assert_allclose(raw, golden, rtol=0, atol=GOLDEN_ERROR * abs(golden).max())
     return True
 
 
@@ -93,6 +93,9 @@ def known(draft: Draft | Checkpoint) -> dict[str, tuple[Any, str]]:
 
 
 # The shape of a network, from its tensors.
+
+
+FILTER = "enc.4x4_down.skip.resample_filter"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,6 +133,11 @@ def test_the_published_shapes_are_read_from_their_tensors(
         (lambda w: w.update({"map_label.weight": torch.ones(3)}), "shapes of its tensors do not fit together"),
         (lambda w: w.update({"enc.8x8_conv.weight": torch.ones(0, 3, 3, 3)}), "not a network of EDM's"),
         (lambda w: w["enc.4x4_down.skip.resample_filter"].mul_(2), "resample with a filter that is neither"),
+        (lambda w: w.update({FILTER: torch.ones(3, 2)}), "shapes of its tensors do not fit together"),
+        (lambda w: w.update({FILTER: torch.tensor(1.0)}), "shapes of its tensors do not fit together"),
+        (lambda w: w.update({FILTER: torch.ones(1, 1, 3, 3)}), "shapes of its tensors do not fit together"),
+        # Comparing its values would take half a terabyte.
+        (lambda w: w.update({FILTER: torch.ones(1).half().expand(1 << 36, 2)}), "do not fit together"),
     ],
 )
 def test_tensors_that_are_no_network_are_named(change: Callable[[dict[str, Tensor]], Any], words: str) -> None:
@@ -138,6 +146,28 @@ def test_tensors_that_are_no_network_are_named(change: Callable[[dict[str, Tenso
     with pytest.raises(ArtifactError, match=words) as refused:
         config_of(weights)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (dhariwal(channel_mult=(1, 1)), "96 channels, no multiple of"),
+        (song(), "model_channels must be a multiple of 32, got 48"),
+    ],
+    ids=["an attention of 96 channels", "a width of 48"],
+)
+def test_a_shape_of_edms_that_cmfast_does_not_have_is_called_not_supported(
+    config: SongConfig | DhariwalConfig, words: str
+) -> None:
+    narrow, wide = config.model_channels, 96 if isinstance(config, DhariwalConfig) else 48
+    weights = {
+        name: tensor
+        if name.endswith("filter")
+        else torch.zeros([n * wide // narrow if n >= 32 else n for n in tensor.shape])
+        for name, tensor in new(config).state_dict().items()
+    }
+    with pytest.raises(ArtifactError, match=f"of a shape that is not supported: .*{words}"):
+        config_of(weights)
 
 
 def test_only_tensors_with_edms_names_match() -> None:
@@ -245,7 +275,7 @@ def test_half_tensors_among_others_are_read_as_float32(tmp_path: Path) -> None:
     ("source", "side", "levels"),
     [
         ("ect", 32, (80.0, 0.821)), ("ect", 64, (80.0, 1.526)), ("ect", 16, None), ("edm", 32, None),
-        ("fastgen", 32, (80.0, 0.821)), ("fastgen", 64, (80.0, 1.526)),
+        ("fastgen", 32, None), ("fastgen", 64, None),  # CM, TCM, sCD and DMD2 start at levels of their own
     ],
 )  # fmt: skip
 def test_the_second_step_starts_where_the_source_starts_it(
@@ -289,6 +319,46 @@ def test_wide_waves_alone_are_not_taken_for_meanflow(tmp_path: Path) -> None:
     assert draft.network == config
 
 
+@TEACHER
+@pytest.mark.parametrize("source", ["edm", "ect"])
+def test_wide_waves_of_edms_are_read_where_the_source_is_told(source: str, tmp_path: Path) -> None:
+    config = song(noise_mult=2)
+    file = saved(tmp_path, golden_weights(SongUnet(config).state_dict()))
+    draft = identify(file, source)
+    assert isinstance(draft, Draft)
+    assert draft.network == config
+    with pytest.raises(ArtifactError, match=r"a MeanFlow network.* \(if it is one of EDM's with wide waves"):
+        identify(file)
+
+
+def test_names_with_their_prefix_and_without_it_do_not_become_one_set(tmp_path: Path) -> None:
+    weights = weights_of("ddpmpp")
+    with pytest.raises(ArtifactError, match=r"some of its tensors are named model\. and more, others not") as refused:
+        identify(saved(tmp_path, {**weights, **prefixed({n: 2 * t for n, t in weights.items()})}), "ect")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["edm-cifar10-32x32-uncond-vp", "edm-afhqv2-64x64-uncond-ve", "edm-x-64x64-cond-adm"])
+def test_a_teacher_is_known_by_its_name(name: str, tmp_path: Path) -> None:
+    file = saved(tmp_path, prefixed(weights_of("ddpmpp"))).rename(tmp_path / f"{name}.pth")
+    draft = identify(file)
+    assert known(draft)["scaling"] == ("edm", "the file's name")
+    assert draft.source["system"] == "edm"
+    with pytest.warns(CmfastWarning, match="a diffusion teacher"):
+        load_model(file)
+    assert known(identify(file, "edm"))["scaling"] == ("edm", "--source edm")
+    for source in ("ect", "fastgen"):
+        with pytest.raises(CmfastError, match=f"--source {source}, but its name is that of EDM's own network"):
+            identify(file, source)
+
+
+@pytest.mark.parametrize("name", ["edm-cifar10-32x32-uncond-vp-tuned", "edm2-img64-s-fid", "my-edm-x-vp"])
+def test_a_name_like_a_teachers_is_not_enough(name: str, tmp_path: Path) -> None:
+    draft = identify(saved(tmp_path, weights_of("ddpmpp")).rename(tmp_path / f"{name}.pth"))
+    assert isinstance(draft, Draft)
+    assert list(draft.facts.missing) == ["scaling", "sigma_min"]
+
+
 def test_iddpm_is_refused_by_its_table(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="iDDPMPrecond"):
         identify(saved(tmp_path, {**prefixed(weights_of("adm")), "u": torch.ones(1001)}), "edm")
@@ -306,6 +376,9 @@ def test_an_ect_snapshot_computes_what_ect_computes(snapshot: Callable[..., Path
     facts = known(identify(file))
     assert facts["weights"] == ("ema", "the pickle")
     assert facts["scaling"] == ("boundary", "the pickle's class ECMPrecond")
+    assert facts["sigma_min"] == (0.003, "the pickle's class ECMPrecond")
+    for name in ("renoise", "clip", "sigma_max", "grid", "sigmas"):
+        assert facts[name][1] == "ECT's evaluation"
     assert facts["network"] == ("NCSN++ (SongUNet)", "the tensors")
     assert facts["qkv"] == ("hd3", "the format")
 
@@ -316,6 +389,35 @@ def test_an_edm_snapshot_computes_what_edm_computes_and_is_a_teacher(snapshot: C
         checkpoint = load_model(file)
     assert (checkpoint.spec.scaling, checkpoint.spec.sigma_min, checkpoint.source["system"]) == ("edm", 0.002, "edm")
     assert computes_golden(checkpoint, "ddpmpp-cond", "EDMPrecond")
+    where = {name: fact[1] for name, fact in known(identify(file)).items()}
+    assert {where[name] for name in ("scaling", "c_noise", "sigma_data")} == {"the pickle's class EDMPrecond"}
+    assert {where[name] for name in ("sigma_min", "sigma_max", "renoise", "clip", "grid")} == {"EDM's sampler"}
+    facts = identify(file, told=Told(sigma_min=0.01))  # of the sampler, which is a choice
+    assert known(facts)["sigma_min"] == (0.01, "--set")
+
+
+@pytest.mark.parametrize("value", [10**400, True, float("nan"), float("inf"), 0, -0.003, None, "0.003"], ids=repr)
+def test_a_noise_level_that_is_none_is_refused_in_one_line(value: Any, snapshot: Callable[..., Path]) -> None:
+    words = "the pickle's class ECMPrecond has no sigma_min that is a number above 0"
+    with pytest.raises(ArtifactError, match=words) as refused:
+        identify(snapshot("ncsnpp", "ECMPrecond", sigma_min=value))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_in_a_snapshot_cannot_write_to_the_terminal(snapshot: Callable[..., Path]) -> None:
+    with pytest.raises(CmfastError, match="no network 'ema'") as refused:
+        identify(snapshot("ncsnpp", "ECMPrecond", key="a\nb\x1b[31m" + 1000 * "c"))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 500
+
+
+def test_whole_numbers_in_a_snapshot_are_no_weights(persistent: Callable[..., bytes], tmp_path: Path) -> None:
+    network = new(CASES["ddpmpp"])
+    network.map_layer0.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int64), requires_grad=False)
+    file = tmp_path / "snapshot.pkl"
+    file.write_bytes(persistent({"ema": type("EDMPrecond", (Precond,), {})(network)}))
+    with pytest.raises(ArtifactError, match=r"model.map_layer0.weight is torch.int64, no floating-point numbers"):
+        identify(file)
 
 
 def test_the_values_in_a_snapshot_go_before_what_is_usual(snapshot: Callable[..., Path]) -> None:
@@ -332,9 +434,15 @@ def test_the_values_in_a_snapshot_go_before_what_is_usual(snapshot: Callable[...
         ("iDDPMPrecond", "", Told(), "its class iDDPMPrecond is a baseline"),
         ("StyleGAN", "", Told(), "a pickled 'StyleGAN', which is not known here; known are EDMPrecond, ECMPrecond"),
         ("ECMPrecond", "edm", Told(), "--source edm, but the pickle's class ECMPrecond is ECT's; leave --source out"),
-        ("EDMPrecond", "", Told(scaling="boundary"), "--set scaling=boundary: .* EDMPrecond says scaling is edm"),
+        (
+            "EDMPrecond",
+            "",
+            Told(scaling="boundary"),
+            "--set scaling=boundary contradicts the pickle's class EDMPrecond: scaling is edm",
+        ),
         ("EDMPrecond", "", Told(c_noise="250ln"), "c_noise is ln/4"),
         ("EDMPrecond", "", Told(sigma_data=0.6), "sigma_data is 0.5"),
+        ("ECMPrecond", "", Told(sigma_min=0.002), "contradicts the pickle's class ECMPrecond: sigma_min is 0.003"),
         ("EDMPrecond", "", Told(image_size=64), "image_size is 8"),
         ("EDMPrecond", "", Told(weights="net"), "the pickle has no network 'net'; say --set weights=ema"),
     ],
@@ -343,7 +451,7 @@ def test_a_snapshot_that_is_something_else_is_refused(
     kind: str, source: str, told: Told, words: str, snapshot: Callable[..., Path]
 ) -> None:
     with pytest.raises(CmfastError, match=words) as refused:
-        identify(snapshot("ddpmpp", kind), source, told)
+        identify(snapshot("ddpmpp", kind, **({"sigma_min": 0.003} if kind == "ECMPrecond" else {})), source, told)
     assert "\n" not in str(refused.value)
 
 
@@ -359,10 +467,11 @@ def test_a_snapshot_without_numbers_or_without_a_network_is_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match="the pickle's class EDMPrecond has no sigma_data"):
         identify(snapshot("ddpmpp", "EDMPrecond", sigma_data="half"))
-    (tmp_path / "empty.pkl").write_bytes(persistent({"ema": type("ECMPrecond", (Precond,), {})(nn.Linear(1, 1))}))
+    empty = type("ECMPrecond", (Precond,), {})(nn.Linear(1, 1), sigma_min=0.003)
+    (tmp_path / "empty.pkl").write_bytes(persistent({"ema": empty}))
     with pytest.raises(ArtifactError, match=r"not a whole network of EDM's|do not fit together"):
         identify(tmp_path / "empty.pkl")
-    for content in ([1, 2], {"ema": None}):
+    for content in ([1, 2], {"ema": None}, {7: empty}):
         buffer = io.BytesIO()
         PersistentPickler(buffer).dump(content)
         (tmp_path / "other.pkl").write_bytes(buffer.getvalue())

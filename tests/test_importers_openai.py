@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast_train.importers import identify, load_model
-from cmfast_train.importers.facts import Draft, Told
+from cmfast_train.importers.facts import CONVENTIONS, Draft, Told
 from cmfast_train.importers.openai import NETWORKS, RELEASED, to_3hd
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import build_network
@@ -23,7 +24,7 @@ from cmfast_train.networks.build import build_network
 TINY = AdmConfig(
     image_size=8, classes=10, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,), head_channels=16
 )
-TOLD = Told(image_size=8, head_channels=16, scaling="boundary", grid=40)
+TOLD = Told(image_size=8, head_channels=16, qkv="3hd", scaling="boundary", grid=40)
 
 
 def weights_of(config: AdmConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -93,14 +94,16 @@ def test_a_released_teacher_has_the_scaling_of_a_diffusion_model_and_says_so(nam
 
 
 def test_all_twelve_released_files_are_known() -> None:
-    assert len(RELEASED) == 12
+    names = {f"edm_{data}_ema" for data in ("imagenet64", "bedroom256", "cat256")}
+    names |= {f"cd_{data}_{loss}" for data in ("imagenet64", "bedroom256", "cat256") for loss in ("l2", "lpips")}
+    assert RELEASED.keys() == names | {"ct_imagenet64", "ct_bedroom256", "ct_cat256"}
 
 
 def test_a_file_of_another_name_is_asked_about_everything_that_its_tensors_do_not_show(tmp_path: Path) -> None:
     path = tmp_path / "model000100.pt"
     torch.save(weights_of(TINY), path)
     draft = draft_of(path)
-    assert set(draft.facts.missing) == {"image_size", "head_channels", "qkv", "scaling", "c_noise"}
+    assert set(draft.facts.missing) == {"image_size", "head_channels", "qkv", *CONVENTIONS}
     with pytest.raises(CmfastError, match=r"does not say its image_size.*--set scaling=boundary"):
         load_model(path)
 
@@ -108,7 +111,7 @@ def test_a_file_of_another_name_is_asked_about_everything_that_its_tensors_do_no
 def test_saying_the_source_leaves_what_even_its_authors_files_differ_in(tmp_path: Path) -> None:
     path = tmp_path / "model000100.pt"
     torch.save(weights_of(TINY), path)
-    assert set(draft_of(path, "openai").facts.missing) == {"image_size", "head_channels", "scaling"}
+    assert set(draft_of(path, "openai").facts.missing) == {"image_size", "head_channels", "qkv", "scaling"}
     checkpoint = load_model(path, "openai", TOLD)
     assert checkpoint.network == TINY
     assert checkpoint.source["qkv"] == "3hd"
@@ -129,14 +132,41 @@ def test_a_renamed_released_file_is_read_by_what_its_owner_says(source: str, tmp
     [
         ("openai:bedroom256-cd", "several of the released files"),
         ("openai:imagenet64", "several"),
+        ("openai:imagenet64-cd-cd", "none of the released files"),
         ("openai:imagenet512", "none of the released files; they are imagenet64-edm"),
         ("openai:bedroom256-ct", "model_channels=256"),  # but the tensors are ImageNet's
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(source: str, words: str, tmp_path: Path) -> None:
-    path = released_file("cd_imagenet64_l2", tmp_path)
+    path = released_file("cd_imagenet64_l2", tmp_path).rename(tmp_path / "mine.pt")
     with pytest.raises(CmfastError, match=words):
         identify(path, source)
+
+
+@pytest.mark.parametrize("source", ["openai:imagenet64-ct", "openai:imagenet64-edm", "openai:bedroom256-cd-l2"])
+def test_a_source_that_contradicts_the_files_name_is_refused(source: str, tmp_path: Path) -> None:
+    path = released_file("cd_imagenet64_l2", tmp_path)
+    with pytest.raises(CmfastError, match="contradicts its name"):
+        identify(path, source)
+    assert draft_of(path, "openai:imagenet64-cd").spec == draft_of(path).spec
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["qkv=h3d", "head_channels=32", "heads=4", "scaling=edm", "c_noise=raw", "renoise=plain", "sigma_data=1",
+     "image_size=128", "grid=201", "sigma_min=0.003", "sigma_max=40"],
+)  # fmt: skip
+def test_what_is_published_of_a_released_file_cannot_be_told_otherwise(wrong: str, tmp_path: Path) -> None:
+    path = released_file("cd_imagenet64_l2", tmp_path)
+    with pytest.raises(CmfastError, match=f"--set {wrong}.* contradicts the file's name"):
+        identify(path, told=Told.parse([wrong]))
+
+
+def test_clipping_and_the_default_levels_of_a_released_file_can_be_chosen(tmp_path: Path) -> None:
+    path = released_file("cd_imagenet64_l2", tmp_path)
+    spec = draft_of(path, told=Told.parse(["clip=false", "sigmas=80:80,2,0.5"])).spec
+    assert spec is not None
+    assert (spec.clip, spec.sigmas) == (False, {1: (80.0,), 3: (80.0, 2.0, 0.5)})
 
 
 def test_a_small_network_under_a_released_name_is_no_released_file(tmp_path: Path) -> None:
@@ -211,11 +241,11 @@ def test_prefixes_of_wrapped_modules_are_looked_through(prefix: str, tmp_path: P
 def test_one_of_several_sets_of_weights_has_to_be_named(tmp_path: Path) -> None:
     path = tmp_path / "two.pt"
     torch.save({"model": weights_of(TINY), "ema": weights_of(TINY, seed=1), "step": 3}, path)
-    with pytest.raises(CmfastError, match=r"several sets of weights \('model', 'ema'\).*--set weights="):
+    with pytest.raises(CmfastError, match=r"2 set\(s\) of weights \(model, ema\).*--set weights=ema"):
         load_model(path, "openai", TOLD)
     ema = load_model(path, "openai", dataclasses.replace(TOLD, weights="ema"))
     torch.testing.assert_close(ema.weights["out.2.weight"], weights_of(TINY, seed=1)["out.2.weight"])
-    with pytest.raises(CmfastError, match="weights=net is none of them"):
+    with pytest.raises(CmfastError, match="weights=net is not one of them"):
         load_model(path, "openai", dataclasses.replace(TOLD, weights="net"))
 
 
@@ -280,15 +310,102 @@ def test_a_teacher_that_is_loaded_warns_that_it_is_one(tmp_path: Path) -> None:
 def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(weights_of(TINY), path)
-    told = Told.parse(["image_size=8", "head_channels=16", "scaling=boundary", "clip=false", "sigmas=80:80,1.5"])
+    enough = ["image_size=8", "head_channels=16", "qkv=3hd", "scaling=boundary"]
+    told = Told.parse([*enough, "clip=false", "sigmas=80:80,1.5"])
     spec = load_model(path, "openai", told).spec
     assert (spec.clip, spec.sigmas) == (False, {1: (80.0,), 2: (80.0, 1.5)})
     for wrong, words in [
         ("scaling=best", "scaling must be one of"),
         ("qkv=dh3", "qkv must be one of 3hd"),
         ("image_size=9", "image_size=9 cannot be halved"),
+        ("image_size=0", "image_size must be a whole number from 1"),
+        ("head_channels=0", "head_channels must be a whole number from 1"),
+        ("heads=2", "heads and head_channels say the same thing"),
+        ("sigmas=80:40", "two lists of the same length"),
+        ("grid=100000", "grid must be 0 .none. or 2 to 65536"),
         ("colour=red", "no such field"),
         ("clip", "expected NAME=VALUE"),
     ]:
+        others = [text for text in enough if text.partition("=")[0] != wrong.partition("=")[0]]
         with pytest.raises(CmfastError, match=words):
-            load_model(path, "openai", Told.parse(["image_size=8", "head_channels=16", "scaling=boundary", wrong]))
+            load_model(path, "openai", Told.parse([*others, wrong]))
+    with pytest.raises(CmfastError, match="scaling is said twice"):
+        Told.parse(["scaling=boundary", "scaling=edm"])
+
+
+@pytest.mark.parametrize("order", ["3hd", "h3d"])
+def test_a_network_with_a_number_of_heads_is_not_one_with_a_width_of_heads(order: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, heads=2, attention=(8, 4), head_channels=32)
+    ours = weights_of(config)
+    inverse = {c: to_3hd(torch.arange(3 * c), order, c // 2).argsort() for c in (32, 64)}
+    theirs = {n: v[inverse[v.shape[0] // 3]] if ".qkv." in n else v for n, v in ours.items()}
+    path = tmp_path / "model.pt"
+    torch.save(theirs, path)
+    told = dataclasses.replace(TOLD, head_channels=None, heads=2, qkv=order)
+    checkpoint = load_model(path, "openai", told)
+    assert checkpoint.source["told"]["heads"] == 2
+    network = AdmUnet(config).eval()
+    network.load_state_dict(ours)
+    x, label = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2])
+    with torch.no_grad():
+        want = network(x, torch.tensor([3.0, 4.0]), label)
+        torch.testing.assert_close(checkpoint.denoiser().network(x, torch.tensor([3.0, 4.0]), label), want)
+        other = AdmUnet(dataclasses.replace(config, heads=0)).eval()
+        other.load_state_dict(ours)
+        assert (other(x, torch.tensor([3.0, 4.0]), label) - want).abs().max() > 1e-3  # the heads do matter
+
+
+def test_a_file_that_somebody_compressed_again_is_read_right(tmp_path: Path) -> None:
+    torch.save(weights_of(TINY), tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as old, zipfile.ZipFile(tmp_path / "model.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
+    checkpoint = load_model(tmp_path / "model.pt", "openai", TOLD)
+    for name, value in weights_of(TINY).items():
+        assert torch.equal(checkpoint.weights[name], value), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.long(),
+        lambda t: t > 0,
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+    ],
+    ids=["int64", "bool", "complex", "sparse", "meta"],
+)
+def test_tensors_that_are_no_plain_numbers_are_named(change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    weights = weights_of(TINY)
+    weights["out.2.weight"] = change(weights["out.2.weight"])
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match=r"out.2.weight is .*plain floating-point numbers"):
+        load_model(tmp_path / "model.pt", "openai", TOLD)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    weights = weights_of(TINY)
+    weights["out.2.weight"] = weights["out.2.weight"].double() * 1e300  # infinite as float32
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match=r"out.2.weight has values that are not finite"):
+        load_model(tmp_path / "model.pt", "openai", TOLD)
+
+
+def test_a_set_inside_a_set_and_one_beside_it_are_two(tmp_path: Path) -> None:
+    torch.save({**weights_of(TINY), "extra": {"ema": weights_of(TINY, seed=1)}}, tmp_path / "model.pt")
+    with pytest.raises(CmfastError, match=r"2 set\(s\) of weights \(at the top, extra.ema\)"):
+        load_model(tmp_path / "model.pt", "openai", TOLD)
+    told = dataclasses.replace(TOLD, weights="ema")
+    checkpoint = load_model(tmp_path / "model.pt", "openai", told)
+    assert torch.equal(checkpoint.weights["out.2.weight"], weights_of(TINY, seed=1)["out.2.weight"])
+    assert checkpoint.source["weights"] == "extra.ema"
+
+
+def test_block_numbers_without_end_are_refused_at_once(tmp_path: Path) -> None:
+    weights = weights_of(TINY)
+    for number in ("99999999", "9" * 5000):
+        weights[f"output_blocks.{number}.0.in_layers.0.weight"] = torch.zeros(3, 3)
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match="no such tensor"):
+        load_model(tmp_path / "model.pt", "openai", TOLD)

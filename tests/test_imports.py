@@ -235,7 +235,7 @@ def test_the_wheel_announces_its_commands_and_engines(wheel: zipfile.ZipFile) ->
         assert f"{command} = {target}\n" in text
     groups = configparser.ConfigParser()
     groups.read_string(text)
-    suffixes = {"pt", "pth", "safetensors", "pkl", "folder"}
+    suffixes = {"pt", "pth", "ckpt", "bin", "safetensors", "pkl", "folder"}
     assert groups["cmfast.engines"].keys() == groups["cmfast.describe"].keys() == suffixes
     for suffix in suffixes:  # each can be loaded
         for group in ("cmfast.engines", "cmfast.describe"):

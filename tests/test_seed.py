@@ -311,9 +311,9 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
         ("model.pth", 1, "", {"scaling": "boundary"}, "image_size, c_noise", "--source seed --set image_size=32, or "),
         ("model.pth", 1, "seed", {}, "image_size", "--set image_size=32"),
         ("ct_mnist.pt", 1, "", {"image_size": 8}, "scaling, c_noise", "--source seed, or --set scaling="),
-        ("ct_imagenet9.pth", 3, "", {}, "image_size", "--set image_size=32"),
-        ("ct_mnist.pth", 3, "", {}, "image_size", "--set image_size=32"),  # MNIST has one channel
-        ("ct_cifar10.pth", 1, "", {}, "image_size", "--set image_size=32"),
+        ("ct_imagenet9.pth", 3, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32"),
+        ("ct_mnist.pth", 3, "", {}, "image_size, scaling, c_noise", "--source seed --set "),  # MNIST has one channel
+        ("ct_cifar10.pth", 1, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32"),
     ],
 )  # fmt: skip
 def test_what_the_file_does_not_say_is_asked_for(
@@ -343,7 +343,7 @@ def test_what_was_asked_for_can_be_told(write: Write) -> None:
     ("source", "told", "words"),
     [
         ("openai", {}, "--source openai, but its tensors are named as in seed"),
-        ("seed:mnist", {}, "--source seed:mnist: .*--source seed"),
+        ("seed:mnist", {}, "--source seed:mnist: unknown; there are .*seed"),
         ("", {"qkv": "3hd"}, "--set qkv=3hd: .*without attention"),
         ("", {"head_channels": 64}, "--set head_channels=64: .*without attention"),
         ("", {"image_size": 30}, "image_size=30 cannot be halved twice"),
@@ -371,7 +371,7 @@ def test_what_contradicts_the_file_is_refused(source: str, told: dict[str, Any],
         ("time_downs.2.weight", torch.zeros(64, 32), r"time_downs.2.weight is \[64, 32\], expected \[64, 64\]"),
         ("up.4.weight", torch.zeros(2), r"up.4.weight is \[2\], expected no such tensor"),
         ("label_emb.weight", torch.zeros(10, 64), r"label_emb.weight is \[10, 64\], expected no such tensor"),
-        ("up.3.bias", torch.zeros(64, dtype=torch.int64), "up.3.bias is torch.int64, expected floating-point"),
+        ("up.3.bias", torch.zeros(64, dtype=torch.int64), "up.3.bias is int64, strided, cpu"),
     ],
     ids=str,
 )

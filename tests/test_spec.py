@@ -26,16 +26,18 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     low, high = draw(st.floats(1e-4, 0.1)), draw(st.floats(1, 200))
     levels = st.lists(st.floats(low * 1.01, high), min_size=1, max_size=5, unique=True)
     lists = [tuple(sorted(levels, reverse=True)) for levels in draw(st.lists(levels, max_size=4))]
+    scaling = draw(st.sampled_from(SCALINGS))
     return spec(
         image=draw(st.tuples(*[st.integers(1, 65536)] * 3)),
         classes=draw(st.integers(0, 10**6)),
         sigma_min=low,
         sigma_max=high,
-        sigma_data=draw(st.floats(0.01, 10)),
-        scaling=draw(st.sampled_from(SCALINGS)),
+        sigma_data=0.5 if scaling == "seed" else draw(st.floats(0.01, 10)),
+        scaling=scaling,
         c_noise=draw(st.sampled_from(C_NOISES)),
         renoise=draw(st.sampled_from(RENOISES)),
         clip=draw(st.booleans()),
+        grid=draw(st.one_of(st.just(0), st.integers(2, 65536))),
         sigmas={len(levels): levels for levels in lists},
     )
 
@@ -57,6 +59,9 @@ def test_the_dictionary_has_the_keys_of_the_contract_and_no_others() -> None:
     ("values", "words"),
     [
         ({"image": (8, 8)}, "three positive whole numbers"),
+        ({"grid": 1}, "grid must be 0 .none. or 2 to 65536 levels, got 1"),
+        ({"grid": 2**31}, "grid must be 0 .none. or 2 to 65536 levels"),
+        ({"scaling": "seed", "sigma_data": 1.0}, "seed has sigma_data 0.5 built in, got 1"),
         ({"image": (1, 8, 0)}, r"got \(1, 8, 0\)"),
         ({"image": (1, 8, 8.0)}, "three positive whole numbers"),
         ({"image": (1, 8, 65537)}, "three positive whole numbers"),

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+from cmfast import _protobuf as pb
 from cmfast.errors import ArtifactError, CheckFailed
 from cmfast.model import load
 from cmfast_export import export, write
@@ -72,6 +73,8 @@ def test_weights_that_are_too_many_for_one_file_are_in_one_beside_it(
 def test_a_sampler_shares_the_weights_between_its_steps_there_too(tiny_checkpoint: Make, tmp_path: Path) -> None:
     exported = export_onnx(tiny_checkpoint(), tmp_path / "two.onnx", kind="sampler", steps=2)
     assert exported.data is not None
+    inside = onnx.load(exported.path, load_external_data=False).graph.initializer
+    assert max(len(tensor.raw_data) for tensor in inside) <= 1024  # the weights are outside, once
     assert exported.data.stat().st_size < 1.1 * tiny_checkpoint().stat().st_size
     want = load(tiny_checkpoint()).sample_float(3, steps=2)
     np.testing.assert_allclose(load(exported.path).sample_float(3), want, rtol=0, atol=1e-5)
@@ -90,8 +93,8 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
     two_files: tuple[Path, Path], tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, old = (Path(shutil.copy(file, tmp_path)) for file in two_files)
-    bystander = tmp_path / "model.data"
-    bystander.write_text("not ours")
+    bystander = tmp_path / f"model.{'0' * 16}.data"
+    bystander.write_text("nobody's")
     before = load(target).sample(2)
 
     def fails(*_: object) -> None:
@@ -107,3 +110,27 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
     new = export_onnx(tiny_checkpoint(classes=0), target).data
     assert set(tmp_path.iterdir()) == {target, new, bystander}
     assert new != old
+
+
+def test_weights_that_another_file_uses_stay(
+    two_files: tuple[Path, Path], tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    target, old = (Path(shutil.copy(file, tmp_path)) for file in two_files)
+    shutil.copy(target, tmp_path / "backup.onnx")
+    export_onnx(tiny_checkpoint(classes=0), target)
+    assert old.exists()
+    assert load(tmp_path / "backup.onnx").sample(1).shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("location", ["../precious.0123456789abcdef.data", "precious.data", "/etc/hostname"])
+def test_a_file_that_was_replaced_cannot_name_what_is_deleted(location: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for precious in (tmp_path / "precious.0123456789abcdef.data", folder / "precious.data"):
+        precious.write_text("precious")
+    weight = onnx.TensorProto(name="w", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location)
+    graph = onnx.GraphProto(name="g", initializer=[weight])
+    (folder / "model.onnx").write_bytes(onnx.ModelProto(ir_version=8, graph=graph).SerializeToString())
+    assert pb.read_onnx_model(folder / "model.onnx").external == [location]  # that is what the file says
+    assert write.data_files(folder / "model.onnx") == set()

@@ -32,7 +32,7 @@ Examples:
   cmfast-export model.pt --format diffusers -o folder           and back
 """
 
-SUFFIXES = {"onnx": (".onnx",), "cmfast": (".pt", ".safetensors"), "diffusers": ("",)}
+SUFFIXES = {"onnx": (".onnx",), "cmfast": (".pt", ".safetensors"), "diffusers": ()}  # a folder may be called anything
 
 
 @click.command("cmfast-export", epilog=EPILOG)
@@ -91,11 +91,18 @@ def command(
 
     check_model(checkpoint)
     out = out or _default_out(checkpoint, form, kind)
-    if out.suffix not in SUFFIXES[form]:
-        need = " or ".join(suffix or "nothing: it is a folder" for suffix in SUFFIXES[form])
-        raise CmfastError(f"-o {out}: for --format {form} the name must end in {need}")
-    if form != "onnx" and (kind, steps, sigmas, batch, opset) != ("denoiser", None, None, "dynamic", DEFAULT_OPSET):
-        raise CmfastError(f"--kind, --steps, --sigmas, --batch and --opset are for --format onnx, not for {form}")
+    need = SUFFIXES[form]
+    if need and out.suffix not in need:
+        raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(need)}")
+    if not need and out.suffix in (".onnx", ".pt", ".safetensors"):
+        raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
+    if out.exists() and out.samefile(checkpoint):
+        raise CmfastError(f"-o {out}: that is the file that is read; name another")
+    of_onnx = (kind, steps, sigmas, batch, opset, tolerance)
+    if form != "onnx" and of_onnx != ("denoiser", None, None, "dynamic", DEFAULT_OPSET, 1e-4):
+        raise CmfastError(
+            f"--kind, --steps, --sigmas, --batch, --opset and --tolerance are for --format onnx, not for {form}"
+        )
     if batch != "dynamic" and not (batch.isdigit() and int(batch)):
         raise CmfastError(f"--batch {batch}: a number from 1, or dynamic")
     if not tolerance > 0:
@@ -103,21 +110,24 @@ def command(
     if dry_run:
         click.echo(f"would write {out}: " + (f"{kind}, batch {batch}, opset {opset}" if form == "onnx" else form))
         return
+    start = time.perf_counter()
     with needs("cmfast-export", "export,cpu"):
-        from cmfast_export.export import export_onnx
-        from cmfast_export.to_diffusers import export_diffusers
-        from cmfast_train.checkpoint import save_checkpoint
         from cmfast_train.importers import load_model
         from cmfast_train.importers.facts import Told
-    start = time.perf_counter()
     model = load_model(checkpoint, source, Told.parse(assignments))
     if form == "cmfast":
+        from cmfast_train.checkpoint import save_checkpoint
+
         save_checkpoint(model, out)
         click.echo(f"{out}: a cmfast checkpoint of {checkpoint}\nnext: cmfast-export {out}")
         return
     if form == "diffusers":
+        from cmfast_export.to_diffusers import export_diffusers
+
         _report_folder(export_diffusers(model, out), model.spec)
         return
+    with needs("cmfast-export", "export,cpu"):
+        from cmfast_export.export import export_onnx
     exported = export_onnx(
         model,
         out,
@@ -128,10 +138,14 @@ def command(
         opset=opset,
         tolerance=tolerance,
     )
-    _report(exported, tolerance, time.perf_counter() - start, checkpoint)
+    told = [f"--source {source}"] * bool(source) + [f"--set {assignment}" for assignment in assignments]
+    _report(exported, tolerance, time.perf_counter() - start, checkpoint, " ".join(told))
 
 
 def _default_out(checkpoint: Path, form: str, kind: str) -> Path:
+    checkpoint = checkpoint if checkpoint.name else checkpoint.resolve()  # "." has no name
+    if not checkpoint.name:
+        raise CmfastError(f"{checkpoint} has no name to call the file after; say it: -o NAME")
     name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
     if form == "diffusers":
         return checkpoint.with_name(f"{name}_diffusers")
@@ -151,7 +165,7 @@ def _report_folder(written: Written, spec: ModelSpec) -> None:
         click.echo(f"  pipeline(timesteps={list(timesteps.indices)})    # {steps} step(s), at {levels}")
 
 
-def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Path) -> None:
+def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Path, told: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -176,6 +190,10 @@ def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Pa
         click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
     click.echo("next:")
     click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
+    if told:  # cmfast-bench does not take what was said of a foreign file
+        baseline = exported.path.with_suffix(".pt")
+        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
+        checkpoint = baseline
     click.echo(f"  cmfast-bench {exported.path} --baseline {checkpoint}")
 
 

@@ -21,7 +21,7 @@ from cmfast_export import DEFAULT_OPSET, write
 from cmfast_export.compose import sampler_graph
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.verify import Parity, verify_denoiser, verify_sampler
-from cmfast_export.write import DataFile, data_files, weight_bytes, write_data, write_model
+from cmfast_export.write import DataFile, data_files, remove_unused, weight_bytes, write_data, write_model
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
 
@@ -48,7 +48,7 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     tolerance: float = 1e-4,
 ) -> Exported:
-    """Export a checkpoint, of any format that is known, to one verified ONNX file; return what was found.
+    """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
 
     kind       denoiser, or sampler: the whole loop, at the defaults for `steps` or at `sigmas`
     batch      fixed batch size; None: dynamic
@@ -79,12 +79,9 @@ def export_onnx(
             manifest = replace(manifest, parity=found)
             _seal(file, size, manifest)
     except BaseException:
-        if data and data.path not in before:
-            data.path.unlink(missing_ok=True)
+        remove_unused({data.path} if data else set(), target.parent)
         raise
-    for old in before - {data.path if data else None}:
-        if old.name.startswith(f"{target.stem}.") and old.suffix == ".data":  # of the file that was replaced
-            old.unlink(missing_ok=True)
+    remove_unused(before, target.parent)
     return Exported(path=target, manifest=manifest, data=data and data.path, denoiser=parity, sampler=sampled)
 
 

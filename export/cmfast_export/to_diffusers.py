@@ -25,7 +25,7 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_folder, check_target_folder
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.checkpoint import Checkpoint, separate
 from cmfast_train.importers import diffusers
 from cmfast_train.importers.diffusers_tensors import WEIGHTS, to_diffusers
 from cmfast_train.importers.facts import Facts, Told
@@ -139,6 +139,11 @@ def _expressible(checkpoint: Checkpoint) -> tuple[AdmConfig, ModelSpec]:
             f"channel_mult is {config.channel_mult}; in diffusers' UNet2DModel the first level is as wide as the noise "
             "embedding, so channel_mult must begin with 1: export it as ONNX"
         )
+    if config.heads:
+        raise CmfastError(
+            f"heads is {config.heads}; diffusers' UNet2DModel has heads of one width everywhere, attention_head_dim: "
+            "export it as ONNX"
+        )
     return config, spec
 
 
@@ -177,7 +182,7 @@ def _write_weights(file: Path, weights: Mapping[str, Tensor], config: AdmConfig)
 
     theirs = to_diffusers({name: tensor.detach().cpu() for name, tensor in weights.items()}, config)
     # diffusers refuses a file that does not name the library that wrote it.
-    save_file({name: t.contiguous() for name, t in theirs.items()}, file, metadata={"format": "pt"})
+    save_file(separate(theirs), file, metadata={"format": "pt"})
 
 
 def _verify(folder: Path, checkpoint: Checkpoint, config: AdmConfig) -> None:

@@ -9,6 +9,7 @@ finds weights that are not its own.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def weight_bytes(model: ir.Model) -> int:
 def write_data(model: ir.Model, target: Path) -> DataFile:
     """Write the weights of the model beside `target` (the .onnx file to be), into TARGET.DIGEST.data."""
     outside = [(name, tensor) for name, tensor in _initializers(model) if tensor.nbytes > SMALL]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{SMALL} {ALIGNMENT}".encode())  # which weights are outside, and where
     for name, tensor in outside:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
     path = target.with_name(f"{target.stem}.{digest.hexdigest()[:16]}.data")
@@ -77,11 +78,19 @@ def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> in
 
 
 def data_files(file: Path) -> set[Path]:
-    """Return the data files that an .onnx file uses; none where there is no such file, or it is no ONNX file."""
+    """Return the data files of ours that an .onnx file uses; none where there is no such file, or it is no ONNX file."""
     try:
-        return {file.parent / name for name in pb.read_onnx_model(file).external if name}
+        names = pb.read_onnx_model(file).external
     except (OSError, pb.ProtobufError):
         return set()
+    return {file.parent / name for name in names if re.fullmatch(r"[^/\\]+\.[0-9a-f]{16}\.data", name)}
+
+
+def remove_unused(before: set[Path], folder: Path) -> None:
+    """Delete data files that no .onnx file of the folder uses any more."""
+    used = {data for file in folder.glob("*.onnx") for data in data_files(file)} if before else set()
+    for data in before - used:
+        data.unlink(missing_ok=True)
 
 
 # Field numbers of onnx.proto; wire type 2, bytes with their length before them.

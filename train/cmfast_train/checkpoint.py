@@ -35,6 +35,10 @@ FORMAT = "cmfast/1"
 OWN = {"format": "cmfast"}  # the source of weights that were trained here
 
 
+class HoldsObjectsError(ArtifactError):
+    """A PyTorch file with more in it than tensors and plain containers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A model: its conventions, the shape of its network, its weights (float32, on the CPU)."""
@@ -73,7 +77,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     }
     if checkpoint.source != OWN:
         head["source"] = dict(checkpoint.source)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+    weights = separate(checkpoint.weights)
     with atomic_file(path) as temporary:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -81,6 +85,19 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             save_file(weights, temporary, metadata={"cmfast": json.dumps(head)})
         else:
             torch.save({**head, "weights": weights}, temporary)
+
+
+def separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights on the CPU, contiguous, none sharing memory with another: safetensors wants them so."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in weights.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        whole = storage.nbytes() == plain.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        found[name] = plain if whole else plain.clone()
+    return found
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -93,9 +110,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint_of(content, file)
 
 
-def is_own(content: Mapping[str, Any]) -> bool:
-    """Whether what `read_tensors` returned is a cmfast checkpoint, of this version or another."""
-    return isinstance(content.get("format"), str) and isinstance(content.get("weights"), dict)
+def is_own(content: Any) -> bool:
+    """Whether what a file holds is a cmfast checkpoint, of this version or another."""
+    return (
+        isinstance(content, dict)
+        and str(content.get("format")).startswith("cmfast/")
+        and isinstance(content.get("weights"), dict)
+    )
 
 
 def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
@@ -139,8 +160,7 @@ def safe_load(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
-            # A map of the file instead of a copy of it: a model of 2 GB opens in a second.
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as err:
         text = str(err)
         if (
@@ -150,12 +170,24 @@ def safe_load(file: Path) -> Any:
             or "Unsupported operand" in text
         ):
             what = text.split("GLOBAL ")[-1].split()[0] if "GLOBAL " in text else "unknown objects"
-            raise ArtifactError(
+            raise HoldsObjectsError(
                 f"{file}: it holds code or objects ({what}), not only tensors; refused, nothing in it was run"
             ) from None
         raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as err:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
+            zipfile.BadZipFile) as err:  # fmt: skip
         raise ArtifactError(f"{file}: not a whole PyTorch file: {(str(err).splitlines() or ['?'])[0][:200]}") from None
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether torch can map the file instead of copying it: a model of 2 GB opens in a second.
+
+    It maps the bytes as they are, so a file that somebody has zipped again, compressed, would be read as nonsense.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from cmfast.artifact import Manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import checkpoint_manifest
-from cmfast_train.importers import identify
+from cmfast_train.importers import finish, identify
 from cmfast_train.importers.facts import Told
 
 
@@ -32,10 +32,8 @@ def describe(
     lines += [(fact.name, f"{_text(fact.value)}   ({fact.where})") for fact in found.facts.known]
     lines += [("warning", text) for text in found.warnings]
     if found.facts.missing:
-        say = " ".join(f"--set {name}={example}" for name, example in found.facts.missing.items())
-        lines.append(("to be told", f"{found.hint + ', or ' if found.hint else ''}{say}"))
-    manifest = checkpoint_manifest(found.checkpoint(os.fspath(path))) if manifest_needed else None
-    return manifest, lines
+        lines.append(("to be told", found.to_say))
+    return (checkpoint_manifest(finish(found, path)) if manifest_needed else None), lines
 
 
 def _text(value: Any) -> str:

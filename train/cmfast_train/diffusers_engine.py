@@ -41,6 +41,10 @@ class DiffusersEngine:
         draft = identify(folder)
         if not isinstance(draft, Draft) or draft.format != "diffusers" or draft.spec is None:
             raise EngineError(f"{folder}: diffusers runs folders that it wrote")
+        if not draft.spec.clip:
+            raise EngineError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
         if threads is not None:
             torch.set_num_threads(threads)
         self.manifest = Manifest(kind="denoiser", spec=draft.spec, source=draft.source)
@@ -70,6 +74,8 @@ class DiffusersEngine:
     def _timesteps(self, sigmas: Sequence[float]) -> list[int]:
         """Return what diffusers calls timesteps: indices into the grid, 0 = sigma_max, the last step's first."""
         spec = self.manifest.spec
+        if sigmas[0] != spec.sigma_max:
+            raise CmfastError(f"diffusers' pipeline starts at sigma_max, {spec.sigma_max:g}, not at {sigmas[0]:g}")
         grid = np.array(karras_sigmas(spec.grid, spec.sigma_min, spec.sigma_max))
         indices = [int(np.abs(np.log(grid / sigma)).argmin()) for sigma in sigmas]
         for sigma, index in zip(sigmas, indices, strict=True):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
-from cmfast_train.checkpoint import Checkpoint, checkpoint_of, is_own, read_tensors
+from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
 from cmfast_train.importers import diffusers, edm, openai, pickles, seed
-from cmfast_train.importers.facts import Draft, Facts, Told
+from cmfast_train.importers.facts import Draft, Facts, Told, shown
+from cmfast_train.importers.sets import one_set
 
 SOURCES = ("cmfast", "openai", "diffusers", "seed", "edm", "ect", "fastgen")
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights), draft(weights, facts, source, file)
@@ -39,19 +41,22 @@ def load_model(path: str | os.PathLike[str], source: str = "", told: Told | None
     told    what else has to be known; a value that contradicts the file is an error
     """
     found = identify(path, source, told)
-    if isinstance(found, Checkpoint):
-        return found
-    checkpoint = found.checkpoint(os.fspath(path))
-    for text in found.warnings:
-        warnings.warn(f"{path}: {text}", CmfastWarning, stacklevel=2)
+    return found if isinstance(found, Checkpoint) else finish(found, path)
+
+
+def finish(draft: Draft, path: str | os.PathLike[str]) -> Checkpoint:
+    """Return the model of a draft; its warnings are given. What is missing is an error."""
+    checkpoint = draft.checkpoint(os.fspath(path))
+    for text in draft.warnings:
+        warnings.warn(f"{path}: {text}", CmfastWarning, stacklevel=3)
     return checkpoint
 
 
 def identify(path: str | os.PathLike[str], source: str = "", told: Told | None = None) -> Checkpoint | Draft:
     """Return cmfast's own checkpoint, or what a foreign file is as far as that can be known."""
     facts, file = Facts(told or Told()), Path(path)
-    system = source.partition(":")[0]
-    if system not in ("", *SOURCES):
+    system, colon, _ = source.partition(":")
+    if system not in ("", *SOURCES) or (colon and system != "openai"):
         raise CmfastError(f"--source {source}: unknown; there are {', '.join(SOURCES)} and openai:NAME")
     if file.is_dir():
         if system not in ("", "diffusers"):
@@ -62,55 +67,34 @@ def identify(path: str | os.PathLike[str], source: str = "", told: Told | None =
         if system not in ("", "edm", "ect"):
             raise CmfastError(f"{file}: a .pkl is read as EDM or ECT wrote it; --source {source} is for others")
         return edm.draft_pickle(pickles.read_pickle(file), facts, source, file)
-    content = read_tensors(file)
+    content = _content(file)
     if is_own(content):
         if system not in ("", "cmfast") or facts.told != Told():
             raise CmfastError(
                 f"{file}: a cmfast checkpoint, which says everything itself; leave --source and --set out"
             )
         return checkpoint_of(content, file)
-    weights = _one_set(content, facts, file)
+    name, weights = one_set(content, facts, file)
+    if any(key.startswith("time_embed_s.") for key in weights):
+        raise ArtifactError(f"{file}: a network of CTM, which takes two times; not supported")
     for reader, systems in _READERS:
         if reader.matches(weights):
             if system not in ("", *systems):
                 raise CmfastError(f"{file}: --source {source}, but its tensors are named as in {', '.join(systems)}")
-            return reader.draft(weights, facts, source, file)
+            draft: Draft = reader.draft(weights, facts, source, file)
+            return replace(draft, source={**draft.source, "weights": name[:80]}) if name else draft
     raise ArtifactError(_unknown(file, weights))
 
 
-def _one_set(content: Mapping[str, Any], facts: Facts, file: Path) -> dict[str, Tensor]:
-    """Return the one flat set of named tensors in a file; where there are several, the one that was told.
-
-    Wrappers are looked through: {"model": ...}, {"state_dict": ...}, FastGen's {"model": {"net": ..., "ema": ...}}.
-    """
-    sets = dict(_sets(content))
-    if not sets:
-        raise ArtifactError(f"{file}: a PyTorch file without named weights, so no model")
-    if len(sets) == 1 and facts.told.weights is None:
-        (weights,) = sets.values()
-    else:
-        name = facts.told.weights
-        if name not in sets:
-            said = f"--set weights={name} is none of them" if name else "say which, for example --set weights=ema"
-            raise CmfastError(f"{file}: it holds several sets of weights ({', '.join(map(repr, sets))}); {said}")
-        facts.usual("weights", name, "--set")
-        weights = sets[name]
-    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
-        if all(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
-
-
-def _sets(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every flat dictionary of tensors in nested containers, with the keys that lead to it joined by dots."""
-    if not isinstance(content, dict) or len(path) > 3 or "optimizer" in path:
-        return
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if any(v.ndim > 1 for v in tensors.values()):
-        yield ".".join(path), tensors
-        return
-    for key, value in content.items():
-        yield from _sets(value, (*path, str(key)))
+def _content(file: Path) -> Any:
+    """Return what a file holds. Objects beside the tensors, such as a trainer's state, are there by name only."""
+    try:
+        return read_tensors(file)
+    except HoldsObjectsError:
+        content = pickles.read_torch(file)
+        if is_own(content):
+            raise  # cmfast writes none
+        return content
 
 
 def _unknown(file: Path, weights: Mapping[str, Tensor]) -> str:
@@ -121,5 +105,5 @@ def _unknown(file: Path, weights: Mapping[str, Tensor]) -> str:
         )
     if any(name.endswith("emb_noise.weight") for name in weights):
         return f"{file}: a network of EDM2, which is not supported yet"
-    some = ", ".join(sorted(weights)[:3])
+    some = ", ".join(shown(key) for key in sorted(weights)[:3])
     return f"{file}: {len(weights)} tensors of a network that is not known here ({some}, ...)"

@@ -21,12 +21,12 @@ from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
-from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, plain, read_weights, weight_files
-from cmfast_train.importers.facts import Draft, Facts
+from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, read_weights, weight_files
+from cmfast_train.importers.facts import LARGEST, Draft, Facts, shown, told_sigmas
+from cmfast_train.importers.openai import NETWORKS, RELEASED
 from cmfast_train.networks.adm import AdmConfig
 
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
-LARGEST = 65536  # of every whole number in a configuration: a file must not make us allocate what it likes
 
 _UNET: dict[str, Any] = {  # fields of UNet2DModel, and what a missing one means
     "sample_size": None,
@@ -102,7 +102,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
         facts.fixed("dtype", f"{' and '.join(dtypes)}, read as float32", where)
 
     version = re.sub(r"[^\w.+-]", "", str(index.get("_diffusers_version", "")))[:40]
-    release = _release(folder, index, unet)
+    release = _release(folder, config, index, unet)
     spec = _spec(scheduler, config, facts, release, folder / SCHEDULER)
     warning = (
         f"{folder / UNET}: scale_shift without attn_norm_num_groups is a known broken conversion; its weights hold "
@@ -175,19 +175,21 @@ def _network(unet: Mapping[str, Any], file: Path) -> AdmConfig:
         head = attended[0]  # one head of all channels
     if not _is_whole(head) or any(width % head for width in attended):
         raise _refusal(file, "attention_head_dim", head, f"supported: a divisor of the channels, {attended}")
+    classes = 0 if unet["num_class_embeds"] is None else _whole(unet, "num_class_embeds", file)
+    res_blocks, dropout = _whole(unet, "layers_per_block", file), _number(unet, "dropout", file)
     try:
         return AdmConfig(
             image_size=size,
             channels=channels,
-            classes=0 if unet["num_class_embeds"] is None else _whole(unet, "num_class_embeds", file),
+            classes=classes,
             model_channels=widths[0],
-            res_blocks=_whole(unet, "layers_per_block", file),
+            res_blocks=res_blocks,
             channel_mult=tuple(width // widths[0] for width in widths),
             attention=tuple(size // 2**level for level, here in enumerate(attention) if here),
             head_channels=head,
             scale_shift=unet["resnet_time_scale_shift"] == "scale_shift",
             resblock_updown=resblock_updown,
-            dropout=_number(unet, "dropout", file),
+            dropout=dropout,
         )
     except CmfastError as err:
         raise ArtifactError(f"{file}: {err}") from None
@@ -199,7 +201,7 @@ def _levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool]
     for way, types in _BLOCKS.items():
         names = _list(unet, f"{way}_block_types", file)
         for name in names:
-            if name not in types:
+            if not isinstance(name, str) or name not in types:
                 raise _refusal(file, f"{way}_block_types", names, f"supported: {', '.join(types)}")
         if len(names) != count:
             raise _refusal(file, f"{way}_block_types", names, f"block_out_channels has {count}")
@@ -222,8 +224,6 @@ def _levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool]
 
 def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release: str, file: Path) -> ModelSpec:
     """Return the conventions: the scheduler's numbers, and what its class computes."""
-    from cmfast_train.importers.openai import RELEASED
-
     values: dict[str, Any] = {
         name: facts.fixed(name, value, "CMStochasticIterativeScheduler")
         for name, value in {"scaling": "boundary", "c_noise": "250ln", "renoise": "sqrt"}.items()
@@ -239,9 +239,9 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
         raise ArtifactError(f"{file}: {err}") from None
 
     known = RELEASED.get(release)
-    if facts.told.sigmas is not None:
-        sigmas, where = {len(levels): levels for levels in facts.told.sigmas}, "--set"
-    elif known and (known.grid, known.image_size) == (grid, config.image_size):
+    if (told := told_sigmas(facts)) is not None:
+        return dataclasses.replace(spec, sigmas=told)
+    if known and (known.grid, known.image_size) == (grid, config.image_size):
         where = "the sister file of bedroom256; none was published" if known.borrowed else f"the released {release}"
         sigmas = {**spec.sigmas, **known.levels}
     else:
@@ -265,25 +265,24 @@ def _even_levels(spec: ModelSpec) -> dict[int, tuple[float, ...]]:
     return found
 
 
-def _release(folder: Path, *files: Mapping[str, Any]) -> str:
+def _release(folder: Path, config: AdmConfig, *files: Mapping[str, Any]) -> str:
     """Return the name of OpenAI's released model that a folder is a conversion of, or "": by its name, or its files'.
 
     The hub's cache calls a folder models--openai--diffusers-cd_imagenet64_l2/snapshots/HASH.
     """
-    from cmfast_train.importers.openai import RELEASED
-
     path = folder.absolute()
     names = [str(values.get("_name_or_path", "")) for values in files]
     names += [path.name, path.parent.parent.name if path.parent.name == "snapshots" else ""]
     for name in names:
         for release, known in RELEASED.items():
+            network = {"image_size": known.image_size, **NETWORKS[known.image_size]}
             if known.scaling == "boundary" and re.search(rf"(?<![a-z0-9]){release}(?![a-z0-9])", name):
-                return release
+                return release if all(getattr(config, field) == value for field, value in network.items()) else ""
     return ""
 
 
 def _refusal(file: Path, name: str, value: Any, need: str) -> ArtifactError:
-    return ArtifactError(f"{file}: {plain(name)} is {json.dumps(value)[:200]}; {need}")
+    return ArtifactError(f"{file}: {shown(name)} is {json.dumps(value)[:200]}; {need}")
 
 
 def _list(fields: Mapping[str, Any], name: str, file: Path) -> list[Any]:
@@ -304,6 +303,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _number(fields: Mapping[str, Any], name: str, file: Path) -> float:
-    if isinstance(fields[name], bool) or not isinstance(fields[name], (int, float)):
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e30 < value < 1e30:
         raise _refusal(file, name, fields[name], "supported: a number")
     return float(fields[name])

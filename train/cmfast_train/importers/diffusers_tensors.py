@@ -18,6 +18,7 @@ from torch import Tensor
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError
 from cmfast_train.checkpoint import read_tensors
+from cmfast_train.importers.facts import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 
 WEIGHTS = "diffusion_pytorch_model"  # and a suffix, in unet/
@@ -220,9 +221,4 @@ def _current(name: str) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(map(plain, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def plain(name: str) -> str:
-    """Return a name from a file fit for one line of a terminal."""
-    return ascii(name)[1:-1][:100]
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

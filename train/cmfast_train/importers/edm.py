@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast_train.importers.facts import Draft, Facts, spec_of
+from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
 from cmfast_train.importers.pickles import Foreign, module_tensors
-from cmfast_train.networks.edm import FILTERS, HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.edm import HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.edm_layers import FILTERS
 
 SHARED = {"c_noise": "ln/4", "renoise": "plain", "clip": False, "sigma_max": 80.0, "sigma_data": 0.5, "grid": 0}
 SYSTEMS = {
@@ -27,7 +28,10 @@ SYSTEMS = {
     "ect": {"scaling": "boundary", "sigma_min": 0.003},  # trains with EDM's scaling, evaluates with this one
     "fastgen": {"scaling": "edm", "sigma_min": 0.002},  # its sigma_shift is 0 unless a person sets it
 }
-SECOND_LEVEL = {32: 0.821, 64: 1.526}  # side in pixels: where ECT's and FastGen's second step starts, data units
+# Side in pixels: where ECT's second step starts, data units. In FastGen it depends on the method, so it is told.
+SECOND_LEVEL = {32: 0.821, 64: 1.526}
+TEACHER = re.compile(r"edm-.+-(vp|ve|adm)")  # names of files without suffix: EDM's networks, as FastGen converts them
+USUAL_WHERE = {"edm": "EDM's sampler", "ect": "ECT's evaluation"}  # of what no pickle says
 CLASSES = {"EDMPrecond": "edm", "ECMPrecond": "ect"}  # of a pickle: the system
 BASELINES = {"VPPrecond": "DDPM++ of Song et al.", "VEPrecond": "NCSN++ of Song et al.", "iDDPMPrecond": "iDDPM"}
 
@@ -42,6 +46,13 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     """Say what a state dict is, with or without "model." before its names."""
     system = source.partition(":")[0]
     where = f"--source {system}" if system else "EDM's family"
+    if TEACHER.fullmatch(file.stem):
+        if system in ("ect", "fastgen"):
+            raise CmfastError(
+                f"{file}: --source {system}, but its name is that of EDM's own network, which others start from; "
+                "leave --source out, or rename the file if it was trained further"
+            )
+        system, where = "edm", where if system else "the file's name"
     return _draft(weights, facts, system, SHARED | SYSTEMS.get(system, {}), where, file)
 
 
@@ -50,13 +61,14 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
     networks = {
         key: value
         for key, value in (tree.items() if isinstance(tree, dict) else ())
-        if isinstance(value, Foreign) and "_modules" in value.state
+        if isinstance(key, str) and isinstance(value, Foreign) and "_modules" in value.state
     }
     if not networks:
         raise ArtifactError(f"{file}: a pickle without a network in it, so no model")
     key = facts.usual("weights", "ema", "the pickle")  # the average is what both systems evaluate
     if key not in networks:
-        raise CmfastError(f"{file}: the pickle has no network {key!r}; say --set weights={next(iter(networks))}")
+        example = shown(next(iter(networks)))
+        raise CmfastError(f"{file}: the pickle has no network {shown(key)!r}; say --set weights={example}")
     network, name = networks[key], networks[key].name
     if name in BASELINES:
         raise ArtifactError(
@@ -68,16 +80,16 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
     system, where = CLASSES[name], f"the pickle's class {name}"
     if source.partition(":")[0] not in ("", system):
         raise CmfastError(f"{file}: --source {source}, but {where} is {system.upper()}'s; leave --source out")
-    values = SHARED | SYSTEMS[system]
-    for field in ("sigma_data", "sigma_min") if system == "ect" else ("sigma_data",):  # EDM's own sigma_min is 0
-        value = network.state.get(field)
-        if not isinstance(value, (int, float)):
-            raise ArtifactError(f"{file}: {where} has no {field}")
-        values[field] = float(value)
-    for field in ("scaling", "c_noise", "sigma_data"):  # the class computes with these: nobody can say otherwise
-        if getattr(facts.told, field) not in (None, values[field]):
-            raise CmfastError(f"--set {field}={getattr(facts.told, field)}: {where} says {field} is {values[field]}")
-    return _draft(module_tensors(network, file), facts, system, values, where, file)
+    # The class computes with these. EDM's sigma_min is only the least that it supports, 0; its sampler has its own.
+    fixed: dict[str, Any] = {"scaling": SYSTEMS[system]["scaling"], "c_noise": SHARED["c_noise"]}
+    for field in ("sigma_data", "sigma_min") if system == "ect" else ("sigma_data",):
+        fixed[field] = _number(network.state.get(field), f"{file}: {where} has no {field}")
+    tensors = module_tensors(network, file)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ArtifactError(f"{file}: the weight {shown(key)} is {tensor.dtype}, no floating-point numbers")
+    usual = SHARED | SYSTEMS[system]
+    return _draft(tensors, facts, system, usual, USUAL_WHERE[system], file, fixed, where)
 
 
 def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
@@ -91,8 +103,8 @@ def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
         raise ArtifactError(f"not a whole network of EDM's: the tensor {err.args[0]!r} is missing") from None
     except (IndexError, ValueError, ZeroDivisionError):
         raise ArtifactError("not a network of EDM's: the shapes of its tensors do not fit together") from None
-    except CmfastError as err:
-        raise ArtifactError(f"not a network of EDM's: {err}") from None
+    except CmfastError as err:  # EDM's code has shapes that ours has not
+        raise ArtifactError(f"a network of EDM's family of a shape that is not supported: {err}") from None
     with torch.device("meta"):
         network = SongUnet(config) if isinstance(config, SongConfig) else DhariwalUnet(config)
     need = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -107,14 +119,18 @@ def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
 
 
 def _draft(
-    weights: Mapping[str, Tensor], facts: Facts, system: str, usual: Mapping[str, Any], where: str, file: Path
-) -> Draft:
-    _refuse_two_times(weights, file)
+    weights: Mapping[str, Tensor], facts: Facts, system: str, usual: Mapping[str, Any], where: str, file: Path,
+    fixed: Mapping[str, Any] | None = None, fixed_where: str = "",
+) -> Draft:  # fmt: skip
     if "u" in weights:
         raise ArtifactError(
             f"{file}: a network of iDDPMPrecond (it has its table u), whose noise schedule is unknown here"
         )
     tensors = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    other = next((name for name in weights if not name.startswith("model.")), None)
+    if other is not None and any(name.startswith("model.") for name in weights):
+        raise ArtifactError(f"{file}: some of its tensors are named model. and more, others not ({shown(other)})")
+    _refuse_two_times(tensors, system, file)
     # FastGen's estimate of the loss at a noise level: for training only.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("logvar_linear.")}
     try:
@@ -134,9 +150,10 @@ def _draft(
         raise CmfastError(f"--set head_channels={facts.told.head_channels}: the attention of {network} has one head")
 
     top, levels = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
-    if system in ("ect", "fastgen") and config.image_size in SECOND_LEVEL:
+    if system == "ect" and config.image_size in SECOND_LEVEL:
         levels[2] = (top, SECOND_LEVEL[config.image_size])
-    spec = spec_of(facts, (config.channels, config.image_size, config.image_size), config.classes, usual, where, levels)
+    image = (config.channels, config.image_size, config.image_size)
+    spec = spec_of(facts, image, config.classes, usual, where, levels, fixed=fixed, fixed_where=fixed_where)
     warnings = []
     if system == "edm" and spec is not None and spec.scaling == "edm":
         warnings.append(
@@ -169,19 +186,21 @@ def _words(config: SongConfig | DhariwalConfig) -> str:
     return "SongUNet"
 
 
-def _refuse_two_times(weights: Mapping[str, Tensor], file: Path) -> None:
+def _refuse_two_times(weights: Mapping[str, Tensor], system: str, file: Path) -> None:
     """MeanFlow's networks take a second time: in FastGen the first layer is twice as wide as the noise's waves."""
-    shapes = {name.removeprefix("model."): tensor.shape for name, tensor in weights.items()}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
 
     def size(name: str, axis: int) -> int:  # 0: no such tensor
         return next((int(shape[axis]) for key, shape in shapes.items() if shape and re.fullmatch(name, key)), 0)
 
     waves = size(r"logvar_linear\.weight", -1) or 2 * size(r"map_noise\.freqs", -1)
-    waves = waves or size(r"enc\.\d+x\d+_conv\.weight", 0)
+    unsure = not waves and system not in ("edm", "ect")  # theirs can have wide waves, and take one time
+    waves = size(r"enc\.\d+x\d+_conv\.weight", 0) if unsure else waves
     two_times = waves and size(r"map_layer0\.weight", -1) == 2 * waves
     if two_times or any(name.startswith("r_timestep.") for name in shapes):
         raise ArtifactError(
             f"{file}: a MeanFlow network, which takes two times (r_timestep); cmfast has networks of one noise level"
+            + (" (if it is one of EDM's with wide waves: --source edm, or ect)" if unsure else "")
         )
 
 
@@ -224,12 +243,21 @@ def _read_shape(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
 
 def _taps(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the filter of every resampling layer: the networks compute with the one that the configuration names."""
-    filters = [tensor.float() for name, tensor in weights.items() if name.endswith("resample_filter")]
+    filters = [tensor for name, tensor in weights.items() if name.endswith("resample_filter")]
+    if any(f.shape not in [(1, 1, len(taps), len(taps)) for taps in FILTERS] for f in filters):
+        raise ValueError
     for taps in FILTERS:
         line = torch.tensor(taps) / sum(taps)
-        if all(f.shape[-1] == len(taps) and torch.allclose(f, line[:, None] * line) for f in filters):
+        if all(f.shape[-1] == len(taps) and torch.allclose(f.float(), line[:, None] * line) for f in filters):
             return taps
     raise CmfastError("its layers resample with a filter that is neither 1,1 nor 1,3,3,1")
+
+
+def _number(value: Any, refusal: str) -> float:
+    """Return a noise level of a pickle, data units, or raise ArtifactError."""
+    if type(value) not in (int, float) or not 0 < value < 1e6:
+        raise ArtifactError(f"{refusal} that is a number above 0")
+    return float(value)
 
 
 def _times(width: int, unit: int) -> int:

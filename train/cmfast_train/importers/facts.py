@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from cmfast.errors import CmfastError
+from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config import parse_field
@@ -33,7 +33,17 @@ EXAMPLES: Mapping[str, Any] = {  # of what to say about what a file does not
     "sigma_data": 0.5,
     "grid": 40,
 }
-CONVENTIONS = tuple(EXAMPLES)[3:]  # the fields of ModelSpec that no tensor shows
+CONVENTIONS = (  # the fields of ModelSpec that no tensor shows
+    "scaling",
+    "c_noise",
+    "renoise",
+    "clip",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "grid",
+)
+LARGEST = 65536  # of every whole number that is told or read: nothing is allocated that no model needs
 QKV_ORDERS = ("3hd", "h3d", "hd3")  # three (q, k, v), head, channel of the head: the outermost first
 
 
@@ -44,6 +54,7 @@ class Told:
     weights: str | None = None  # which of several sets of weights in the file, for example ema
     image_size: int | None = None  # pixels, square
     head_channels: int | None = None  # width of an attention head
+    heads: int | None = None  # number of heads of every attention, where their width is not the same everywhere
     qkv: str | None = None  # order of the rows of the attention's qkv layer, one of QKV_ORDERS
     scaling: str | None = None  # cmfast.spec.SCALINGS
     c_noise: str | None = None  # cmfast.spec.C_NOISES
@@ -58,6 +69,14 @@ class Told:
     def __post_init__(self) -> None:
         if self.qkv is not None and self.qkv not in QKV_ORDERS:
             raise CmfastError(f"qkv must be one of {', '.join(QKV_ORDERS)}, got {self.qkv!r}")
+        for name in ("image_size", "head_channels", "heads"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= LARGEST:
+                raise CmfastError(f"{name} must be a whole number from 1 to {LARGEST}, got {value}")
+        if self.heads is not None and self.head_channels is not None:
+            raise CmfastError("heads and head_channels say the same thing; give one of them")
+        steps = [len(levels) for levels in self.sigmas or ()]
+        if len(set(steps)) < len(steps):
+            raise CmfastError(f"sigmas has two lists of the same length: {self.sigmas}")
 
     @classmethod
     def parse(cls, assignments: Iterable[str]) -> Told:
@@ -67,6 +86,8 @@ class Told:
             name, equals, value = text.partition("=")
             if not equals:
                 raise CmfastError(f"--set {text}: expected NAME=VALUE")
+            if name in values:
+                raise CmfastError(f"--set {text}: {name} is said twice")
             values[name] = parse_field(text, cls, name, value)
         return cls(**values)
 
@@ -92,8 +113,11 @@ class Facts:
         """Record a value that the file determines; a person who says otherwise is wrong."""
         said = getattr(self.told, name, None)
         if said is not None and said != value:
-            raise CmfastError(f"--set {name}={said} contradicts {where}: {name} is {value}")
-        self.known.append(Fact(name=name, value=value, where=where))
+            raise CmfastError(
+                f"--set {name}={said} contradicts {where}: {name} is {'not to be said' if value is None else value}"
+            )
+        if value is not None:
+            self.known.append(Fact(name=name, value=value, where=where))
         return value
 
     def usual(self, name: str, value: T, where: str) -> T:
@@ -133,15 +157,38 @@ class Draft:
     warnings: tuple[str, ...] = ()
 
     def checkpoint(self, where: str) -> Checkpoint:
-        """Return the model, or say what has to be told; `where` names the file in the error."""
+        """Return the model, or say what has to be told; `where` names the file in errors."""
         if self.facts.missing or self.network is None or self.spec is None:
-            say = " ".join(f"--set {name}={example}" for name, example in self.facts.missing.items())
             raise CmfastError(
                 f"{where}: {self.what}; the file does not say its {', '.join(self.facts.missing)}, "
-                f"and a guess could be wrong without a sign of it: cmfast-export {where} "
-                f"{self.hint + ', or ' if self.hint else ''}{say}"
+                f"and a guess could be wrong without a sign of it: cmfast-export {where} {self.to_say}"
             )
-        return Checkpoint(spec=self.spec, network=self.network, weights=self.weights(), source=self.source)
+        weights = self.weights()
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ArtifactError(f"{where}: the weight {shown(name)} has values that are not finite")
+        told = {name: value for name, value in vars(self.facts.told).items() if value is not None}
+        source = {**self.source, **({"told": told} if told else {})}
+        return Checkpoint(spec=self.spec, network=self.network, weights=weights, source=source)
+
+    @property
+    def to_say(self) -> str:
+        """What to type so that nothing is missing."""
+        say = " ".join(f"--set {name}={example}" for name, example in self.facts.missing.items())
+        return f"{self.hint}, or {say}" if self.hint else say
+
+
+def shown(name: str) -> str:
+    """Return a name from a file, fit for one line of a terminal."""
+    return ascii(name)[1:-1][:100]
+
+
+def told_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:
+    """Return the default noise levels by their number of steps, where a person said them."""
+    if facts.told.sigmas is None:
+        return None
+    facts.usual("sigmas", facts.told.sigmas, "--set")
+    return {len(levels): levels for levels in facts.told.sigmas}
 
 
 def spec_of(
@@ -152,19 +199,25 @@ def spec_of(
     where: str,
     levels: Mapping[int, tuple[float, ...]] | None = None,
     levels_where: str = "",
+    fixed: Mapping[str, Any] | None = None,
+    fixed_where: str = "",
 ) -> ModelSpec | None:
     """Return the conventions as a ModelSpec, or None where some are missing (they are in `facts.missing` then).
 
-    usual   what the source, which `where` names, is known for: CONVENTIONS; what is not in it must be told
+    usual   what the source, which `where` names, is known for: of CONVENTIONS; what is not in it must be told
     levels  default noise levels for 2 and more steps, data units, from `levels_where`; one step is always sigma_max
+    fixed   what nobody can tell otherwise, because `fixed_where` says it
     """
-    values = {name: facts.usual_or_asked(name, usual, where) for name in CONVENTIONS}
+    fixed = fixed or {}
+    values = {
+        name: facts.fixed(name, fixed[name], fixed_where) if name in fixed else facts.usual_or_asked(name, usual, where)
+        for name in CONVENTIONS
+    }
     if image is None or facts.missing:
         return None
-    if facts.told.sigmas is not None:
-        sigmas = {len(s): s for s in facts.told.sigmas}
-        facts.usual("sigmas", facts.told.sigmas, "--set")
-    else:
-        sigmas = {1: (float(values["sigma_max"]),), **(levels or {})}
+    sigmas = told_sigmas(facts)
+    if sigmas is None:
+        top = float(values["sigma_max"])
+        sigmas = {1: (top,), **{steps: given for steps, given in (levels or {}).items() if given[0] == top}}
         facts.usual("sigmas", tuple(sigmas.values()), levels_where or where)
     return ModelSpec(image=image, classes=classes, sigmas=sigmas, **values)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
-from cmfast_train.importers.facts import Draft, Facts, spec_of
+from cmfast_train.importers.facts import CONVENTIONS, EXAMPLES, Draft, Facts, shown, spec_of
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 
 
@@ -63,28 +63,34 @@ NETWORKS: dict[int, dict[str, Any]] = {  # of the released files, by image size
     },
 }
 HEAD_CHANNELS = 64  # of all released files
-RANGE = {"renoise": "sqrt", "clip": True, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "grid": 0}
+RANGE = {"renoise": "sqrt", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}  # noise levels, data units
+CLIP = {"clip": True}  # a choice at sampling time
 TEACHER = "a diffusion model, not a consistency model: few-step images are blurred; it is a teacher to distil from"
 
 
 def matches(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are named as in guided-diffusion's U-Net."""
+    """Whether the tensors are named as in guided-diffusion's U-Net, of which this is one."""
     return {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= weights.keys()
 
 
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
     """Read what the tensors say, and take the rest from the file's name, `source` or what was told."""
     name, known, where = _released(source, file)
-    usual: dict[str, Any] = dict(RANGE)
-    if known or source:
-        usual |= {"qkv": "3hd", "c_noise": "250ln"}
+    fixed: dict[str, Any] = {}
     if known:
-        usual |= {"image_size": known.image_size, "head_channels": HEAD_CHANNELS}
-        usual |= {"scaling": known.scaling, "grid": known.grid}
-    where = where or ("openai/consistency_models" if source else "the usual range")
-    image_size, head, qkv = (facts.usual_or_asked(n, usual, where) for n in ("image_size", "head_channels", "qkv"))
+        fixed = {"qkv": "3hd", "image_size": known.image_size, "head_channels": HEAD_CHANNELS}
+        fixed |= {"scaling": known.scaling, "grid": known.grid, "c_noise": "250ln", **RANGE}
+    usual = {"c_noise": "250ln", "grid": 0, **RANGE, **CLIP} if source or known else {}
 
-    config = infer_config(weights, file, image_size, head)
+    def fact(field: str) -> Any:
+        return facts.fixed(field, fixed[field], where) if known else facts.asked(field, EXAMPLES[field])
+
+    image_size, qkv = fact("image_size"), fact("qkv")
+    if known:
+        facts.fixed("heads", None, where)
+    head = fact("head_channels") if facts.told.heads is None else None
+
+    config = infer_config(weights, file, image_size, head, facts.told.heads)
     for field, value in NETWORKS[known.image_size].items() if known else ():
         if getattr(config, field) != value:
             raise CmfastError(
@@ -99,33 +105,50 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     if dtypes != ["float32"]:
         facts.fixed("dtype", f"{' and '.join(dtypes)}, read as float32")
 
-    image = (config.channels, image_size, image_size) if image_size else None
+    image = None if image_size is None else (config.channels, image_size, image_size)
     levels, borrowed = (known.levels, known.borrowed) if known else ({}, False)
-    levels_where = "the sister file of bedroom256; none was published" if borrowed else where
-    spec = spec_of(facts, image, config.classes, usual, where, levels, levels_where)
+    spec = spec_of(
+        facts,
+        image,
+        config.classes,
+        usual,
+        where or "openai/consistency_models",
+        levels,
+        "the sister file of bedroom256; none was published" if borrowed else where,
+        {field: value for field, value in fixed.items() if field in CONVENTIONS},
+        where,
+    )
+    what = "an ADM U-Net with the names of openai/consistency_models"
+    if known:
+        what = f"OpenAI's released {name or source.partition(':')[2]}"
     return Draft(
         format="openai",
-        what=f"OpenAI's released {name}" if known else "an ADM U-Net with the names of openai/consistency_models",
+        what=what,
         facts=facts,
         network=config,
         spec=spec,
-        source={"format": "openai", **({"name": name} if known else {}), "qkv": qkv},
-        weights=lambda: _converted(weights, qkv, head),
-        hint="--source openai:imagenet64-cd (or another released name)",
+        source={"format": "openai", **({"name": name} if name else {}), "qkv": qkv},
+        weights=lambda: _converted(weights, qkv, config),
+        hint="--source openai:imagenet64-cd (or another released name)"
+        + (", or --source openai" if not source else ""),
         warnings=(TEACHER,) if spec and spec.scaling == "edm" else (),
     )
 
 
 def infer_config(
-    weights: Mapping[str, Tensor], file: Path, image_size: int | None = None, head_channels: int | None = None
+    weights: Mapping[str, Tensor],
+    file: Path,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    heads: int | None = None,
 ) -> AdmConfig:
     """Return the shape of the U-Net, from the tensors; ArtifactError unless every name and shape then fits.
 
-    image_size, head_channels  no tensor depends on them; where they are not known yet, any that fits stands there
+    image_size, head_channels, heads  no tensor shows them; where they are not known yet, any that fits stands there
     """
 
     def blocks(side: str) -> int:
-        numbers = [int(m.group(1)) for name in weights if (m := re.match(rf"{side}_blocks\.(\d+)\.", name))]
+        numbers = [int(m.group(1)) for name in weights if (m := re.match(rf"{side}_blocks\.(\d{{1,4}})\.", name))]
         return max(numbers, default=-1) + 1
 
     try:
@@ -157,6 +180,7 @@ def infer_config(
                 image_size >> i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in weights
             ),
             head_channels=head_channels or width,
+            heads=heads or 0,
             scale_shift=first == 2 * outs[0],
             resblock_updown=not any(name.endswith(".0.op.weight") for name in weights),
         )
@@ -168,7 +192,7 @@ def infer_config(
     if need != have:
         wrong = min(name for name in need.keys() | have.keys() if need.get(name) != have.get(name))
         raise ArtifactError(
-            f"{file}: not a U-Net that is supported here: {wrong} is {have.get(wrong, 'missing')}, "
+            f"{file}: not a U-Net that is supported here: {shown(wrong)} is {have.get(wrong, 'missing')}, "
             f"expected {need.get(wrong, 'no such tensor')}"
         )
     return config
@@ -184,11 +208,14 @@ def to_3hd(rows: Tensor, order: str, head_channels: int) -> Tensor:
     return rows
 
 
-def _converted(weights: Mapping[str, Tensor], order: str, head_channels: int) -> dict[str, Tensor]:
-    return {
-        name: (to_3hd(tensor, order, head_channels) if ".qkv." in name else tensor).float().contiguous()
-        for name, tensor in weights.items()
-    }
+def _converted(weights: Mapping[str, Tensor], order: str, config: AdmConfig) -> dict[str, Tensor]:
+    def ours(name: str, tensor: Tensor) -> Tensor:
+        if ".qkv." not in name:
+            return tensor
+        channels = tensor.shape[0] // 3
+        return to_3hd(tensor, order, channels // config.heads if config.heads else config.head_channels)
+
+    return {name: ours(name, tensor).float().contiguous() for name, tensor in weights.items()}
 
 
 def _classes(weights: Mapping[str, Tensor]) -> int:
@@ -196,16 +223,22 @@ def _classes(weights: Mapping[str, Tensor]) -> int:
 
 
 def _released(source: str, file: Path) -> tuple[str, Released | None, str]:
-    """Return the released name that `source` or the file's name says, what is published of it, and who said so."""
+    """Return the released name that `source` or the file's name says, what is published of it, and who said so.
+
+    Where several released files are alike in all but their weights the name is "".
+    """
+    by_name = RELEASED.get(file.stem)
     said = source.partition(":")[2].replace("-", "_")
     if not said:
-        known = RELEASED.get(file.stem)
-        return (file.stem, known, f"the file's name, {file.stem}") if known else ("", None, "")
-    fitting = [name for name in RELEASED if set(said.split("_")) <= set(name.split("_"))]
+        return (file.stem, by_name, f"the file's name, {file.stem}") if by_name else ("", None, "")
+    parts = said.split("_")
+    fitting = [name for name in RELEASED if len(set(parts)) == len(parts) and set(parts) <= set(name.split("_"))]
     if not fitting or any(RELEASED[name] != RELEASED[fitting[0]] for name in fitting):
         what = "fits several of the released files" if fitting else "none of the released files"
         raise CmfastError(f"--source {source}: {what}; they are {', '.join(_short(name) for name in RELEASED)}")
-    return fitting[0] if len(fitting) == 1 else said, RELEASED[fitting[0]], f"--source {source}"
+    if by_name and by_name != RELEASED[fitting[0]]:
+        raise CmfastError(f"{file}: --source {source} contradicts its name, which is that of another released file")
+    return fitting[0] if len(fitting) == 1 else "", RELEASED[fitting[0]], f"--source {source}"
 
 
 def _short(name: str) -> str:

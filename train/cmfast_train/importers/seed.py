@@ -40,8 +40,6 @@ def matches(weights: Mapping[str, Tensor]) -> bool:
 
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
     """Read what the tensors say, and take the rest from the file's name, `source` or what was told."""
-    if source.partition(":")[2]:
-        raise CmfastError(f"--source {source}: there is one such network, and its files have no names: --source seed")
     for name in ("qkv", "head_channels"):
         if (said := getattr(facts.told, name)) is not None:
             raise CmfastError(f"--set {name}={said}: {file} holds a network without attention; leave it out")
@@ -50,11 +48,11 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     facts.fixed("parameters", sum(w.numel() for w in weights.values()))
     facts.fixed("classes", 0)
 
-    if FILES.get(file.name, (None,))[0] == channels:
+    named = FILES.get(file.name, (None,))[0] == channels
+    if named:
         size = facts.usual("image_size", FILES[file.name][1], "the file's name")
     else:
         size = facts.asked("image_size", IMAGE_SIZE)
-    named = file.name.startswith("ct_") and file.suffix == ".pth"
     usual = CONVENTIONS | ({"scaling": "seed", "c_noise": "raw"} if source or named else {})
     by = f", by {'--source seed' if source else 'the name of the file'}" if source or named else ""
     image = None if size is None else (channels, size, size)

@@ -8,7 +8,6 @@ trace serves every batch size.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import GROUPS, check_network
 
 
@@ -32,6 +32,7 @@ class AdmConfig:
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each level over model_channels
     attention: tuple[int, ...] = (16,)  # attention where the feature map has this many pixels a side
     head_channels: int = 64  # width of an attention head
+    heads: int = 0  # of every attention, whatever its width, instead of head_channels; 0: by head_channels
     scale_shift: bool = True  # noise level enters as scale and shift of a norm, else as a sum
     resblock_updown: bool = True  # resample inside residual blocks, else by strided convolution
     dropout: float = 0.0  # probability
@@ -56,7 +57,7 @@ class AdmUnet(nn.Module):
         def block(c_in: int, c_out: int, side: int, resample: str = "") -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(c_in, c_out, emb, config, resample)]
             if side in config.attention and not resample:
-                layers.append(Attention(c_out, config.head_channels))
+                layers.append(Attention(c_out, config.heads or c_out // config.head_channels))
             return layers
 
         width = config.channel_mult[0] * mc
@@ -76,7 +77,7 @@ class AdmUnet(nn.Module):
         self.middle_block = Stage(
             [
                 ResBlock(width, width, emb, config),
-                Attention(width, config.head_channels),
+                Attention(width, config.heads or width // config.head_channels),
                 ResBlock(width, width, emb, config),
             ]
         )
@@ -94,9 +95,8 @@ class AdmUnet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            emb = self.time_embed(timestep_embedding(_cast(c_noise, torch.float32), self.config.model_channels))
+        with full_precision(x):
+            emb = self.time_embed(timestep_embedding(cast(c_noise, torch.float32), self.config.model_channels))
             if self.config.classes:
                 emb = emb + self.label_emb(label)
         skips = []
@@ -107,7 +107,7 @@ class AdmUnet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return _cast(self.out(h), torch.float32)
+        return cast(self.out(h), torch.float32)
 
 
 class Stage(nn.Sequential):
@@ -143,7 +143,7 @@ class ResBlock(nn.Module):
         norm, act, conv = self.in_layers
         h = conv(self.resample(act(norm(x))))
         x = self.resample(x)
-        e = _cast(self.emb_layers(emb)[..., None, None], h.dtype)
+        e = cast(self.emb_layers(emb)[..., None, None], h.dtype)
         norm, *rest = self.out_layers
         if self.scale_shift:
             channels = h.shape[1]
@@ -158,9 +158,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all pixels. The rows of qkv are ordered (three, head, channel): all queries first."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads = channels // head_channels
+        self.heads = heads
         self.norm = GroupNorm32(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
@@ -234,10 +234,6 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 
 def _conv(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -4,14 +4,13 @@
 SongUnet      DDPM++ and NCSN++ of "Score-Based Generative Modeling through SDEs" (arXiv:2011.13456)
 DhariwalUnet  EDM's form of ADM (arXiv:2105.05233); OpenAI's own form, with other names and layouts, is `adm`
 
-The architecture and the names of its tensors are theirs, the code is not. The module trees give exactly the
-state-dict keys of EDM's networks without the leading "model.", so those weights load without renaming. No branch
-depends on data, so one trace serves every batch size.
+Their layers are in `edm_layers`. The architecture and the names of its tensors are theirs, the code is not. The
+module trees give exactly the state-dict keys of EDM's networks without the leading "model.", so those weights load
+without renaming. No branch depends on data, so one trace serves every batch size.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample
+from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import check_network
 
 EMBEDDINGS = ("positional", "fourier")
 ENCODERS = ("standard", "skip", "residual")
 DECODERS = ("standard", "skip")
-FILTERS = ((1, 1), (1, 3, 3, 1))
 HEAD_CHANNELS = 64  # of DhariwalUnet; SongUnet has one head of all channels
 SQRT_HALF = math.sqrt(0.5)
 
@@ -148,11 +148,11 @@ class SongUnet(nn.Module):
                 part = dec[at + "aux_conv"](F.silu(dec[at + "aux_norm"](h)))
                 out = part if out is None else part + dec[at + "aux_up"](out)
         assert out is not None
-        return _cast(out, torch.float32)
+        return cast(out, torch.float32)
 
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
-        with _full_precision(c_noise):
-            emb = self.map_noise(_cast(c_noise, torch.float32))
+        with full_precision(c_noise):  # half precision would blur the noise level
+            emb = self.map_noise(cast(c_noise, torch.float32))
             half = emb.shape[1] // 2
             emb = torch.cat([emb.narrow(1, half, half), emb.narrow(1, 0, half)], dim=1)  # here it is [sin, cos]
             if self.map_label is not None:  # the one-hot label is scaled to unit variance
@@ -187,8 +187,8 @@ class DhariwalUnet(nn.Module):
         self.out_conv = _zero(Conv(width, config.channels, 3))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        with _full_precision(c_noise):
-            emb = self.map_noise(_cast(c_noise, torch.float32))
+        with full_precision(c_noise):  # half precision would blur the noise level
+            emb = self.map_noise(cast(c_noise, torch.float32))
             emb = self.map_layer1(F.silu(self.map_layer0(emb)))
             if self.map_label is not None:
                 emb = emb + F.embedding(label, self.map_label.weight.t())
@@ -205,7 +205,7 @@ class DhariwalUnet(nn.Module):
                 skips.append(h)
         for side in reversed(sides):
             h = _decode(self.dec, f"{side}x{side}_", side == sides[-1], config.res_blocks, h, emb, skips)
-        return _cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
+        return cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
 
 
 class Block(nn.Module):
@@ -239,7 +239,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
-        e = _cast(self.affine(emb)[..., None, None], h.dtype)
+        e = cast(self.affine(emb)[..., None, None], h.dtype)
         if self.scale_shift:
             h = self.norm1(h) * (1 + e.narrow(1, 0, self.c_out)) + e.narrow(1, self.c_out, self.c_out)
         else:
@@ -257,94 +257,6 @@ class Block(nn.Module):
 
     def _sum(self, x: Tensor, h: Tensor) -> Tensor:
         return x + h if self.gain == 1 else (x + h) * self.gain
-
-
-class GroupNorm(nn.GroupNorm):
-    """At least 4 channels a group, at most 32 groups; statistics are float32 whatever the trunk runs in."""
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(min(32, channels // 4), channels, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:  # casts to the same type slow down every trace
-            return super().forward(x)
-        y = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
-
-
-class Conv(nn.Conv2d):
-    """A convolution that keeps the side, after halving or doubling it where `resample` says so."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, resample: str = "", taps: tuple[int, ...] = (1, 1)) -> None:
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
-        self.resample = resample
-        self.register_buffer("resample_filter", _square(taps) if resample else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(resampled(x, self.resample, self.resample_filter) if self.resample else x)
-
-
-class ConvDown(nn.Conv2d):
-    """A 3x3 convolution, then halving the side: the other order than `Conv`, with all padding before both."""
-
-    def __init__(self, c_in: int, c_out: int, taps: tuple[int, ...]) -> None:
-        super().__init__(c_in, c_out, 3, padding=1 + (len(taps) - 1) // 2)
-        self.register_buffer("resample_filter", _square(taps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resampled(super().forward(x), "down", self.resample_filter, padding=0)
-
-
-class Resample(nn.Module):
-    """Halve or double the side. [B, C, H, W]."""
-
-    def __init__(self, resample: str, taps: tuple[int, ...]) -> None:
-        super().__init__()
-        self.resample = resample
-        self.register_buffer("resample_filter", _square(taps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resampled(x, self.resample, self.resample_filter)
-
-
-class PositionalWaves(nn.Module):
-    """[cos, sin] of t [B] at `width` / 2 frequencies from 1 down to 1/10000, which is reached with `endpoint`."""
-
-    def __init__(self, width: int, endpoint: bool) -> None:
-        super().__init__()
-        self.half, self.steps = width // 2, width // 2 - (1 if endpoint else 0)
-
-    def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        args = t[:, None] * torch.exp(steps * (-math.log(10000) / self.steps))
-        return torch.cat([args.cos(), args.sin()], dim=1)
-
-
-class FourierWaves(nn.Module):
-    """[cos, sin] of t [B] at `width` / 2 frequencies that were drawn once, before training (arXiv:2006.10739)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("freqs", 16 * torch.randn(width // 2))
-
-    def forward(self, t: Tensor) -> Tensor:
-        args = t[:, None] * (2 * math.pi * self.freqs.float())
-        return torch.cat([args.cos(), args.sin()], dim=1)
-
-
-def resampled(x: Tensor, direction: str, kernel: Tensor, padding: int | None = None) -> Tensor:
-    """Return x [B, C, H, W] with half ("down") or twice ("up") the side, each channel filtered by kernel [1, 1, k, k].
-
-    padding  pixels of zeros on every side before halving; None: so many that the side is exactly halved
-    """
-    channels, taps = x.shape[1], kernel.shape[-1]
-    if taps == 2:  # the box filter: the same numbers, and operators that every engine is fast at
-        return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0)
-    around = (taps - 1) // 2 if padding is None else padding
-    each = _cast(kernel, x.dtype).expand(channels, 1, taps, taps)
-    if direction == "down":
-        return F.conv2d(x, each, stride=2, padding=around, groups=channels)
-    return F.conv_transpose2d(x, 4 * each, stride=2, padding=around, groups=channels)
 
 
 def _trunk(
@@ -406,22 +318,6 @@ def _check_counts(config: SongConfig | DhariwalConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < least:
             raise CmfastError(f"{name} must be a whole number from {least}, got {value!r}")
-
-
-def _square(taps: tuple[int, ...]) -> Tensor:
-    """Return the separable filter of these taps, [1, 1, k, k], with sum one."""
-    line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
-    return (line[:, None] * line)[None, None]
-
-
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context without autocast: half precision would blur the noise level."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext()
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _zero(layer: Conv) -> Conv:

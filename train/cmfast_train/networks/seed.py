@@ -9,7 +9,6 @@ as the papers say.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
 from cmfast_train.networks.adm import GroupNorm32
+from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import check_seed_network
 
 
@@ -52,27 +52,26 @@ class SeedUnet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         # The raw noise level has up to 80 radians: half precision would lose its sines.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            emb = sine_embedding(_cast(c_noise, torch.float32), self.config.width)
+        with full_precision(x):
+            emb = sine_embedding(cast(c_noise, torch.float32), self.config.width)
             e0, e1, e2, e3 = (linear(emb)[..., None, None] for linear in self.time_downs)
         d0, d1, d2, d3 = self.down
         u0, u1, u2, u3 = self.up
 
         half = _halve(d0(x))  # [B, D, H/2, W/2]
-        h = half + _cast(e0, half.dtype)
+        h = half + cast(e0, half.dtype)
         h = d1(h) + h
-        h = h + _cast(e1, h.dtype)
+        h = h + cast(e1, h.dtype)
         quarter = _halve(d2(h))  # [B, 2D, H/4, W/4]
-        h = quarter + _cast(e2, quarter.dtype)
+        h = quarter + cast(e2, quarter.dtype)
         h = d3(h) + h
-        h = h + _cast(e3, h.dtype)
+        h = h + cast(e3, h.dtype)
         h = self.mid(h)
         h = u0(h) + h
         h = u1(_double(torch.cat([h, quarter], dim=1)))
         h = u2(h) + h
         h = u3(_double(torch.cat([h, half], dim=1)))
-        return _cast(self.last(torch.cat([h, x], dim=1)), torch.float32)
+        return cast(self.last(torch.cat([h, x], dim=1)), torch.float32)
 
 
 def sine_embedding(t: Tensor, dim: int) -> Tensor:
@@ -99,7 +98,3 @@ def _halve(x: Tensor) -> Tensor:
 
 def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)

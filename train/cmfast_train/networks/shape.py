@@ -20,7 +20,12 @@ def check_network(fields: Mapping[str, Any]) -> None:
             raise CmfastError(f"{name} must be a whole number from 1, got {value!r}")
     if not mult:
         raise CmfastError("channel_mult must name at least one level, for example channel_mult=1,2,2")
-    side, width, heads = fields["image_size"], fields["model_channels"], fields["head_channels"]
+    side, width = fields["image_size"], fields["model_channels"]
+    heads = fields.get("heads", 0)
+    if not isinstance(heads, int) or heads < 0:
+        raise CmfastError(f"heads must be a whole number from 0 (by head_channels), got {heads!r}")
+    name = "heads" if heads else "head_channels"
+    divisor = heads or fields["head_channels"]
     if side % 2 ** (len(mult) - 1):
         raise CmfastError(
             f"image_size={side} cannot be halved {len(mult) - 1} times, which channel_mult={tuple(mult)} needs; "
@@ -29,12 +34,12 @@ def check_network(fields: Mapping[str, Any]) -> None:
     if width % GROUPS:
         raise CmfastError(f"model_channels must be a multiple of {GROUPS}, got {width}")
     for level, factor in enumerate(mult):
-        if side // 2**level in attention and factor * width % heads:
+        if side // 2**level in attention and factor * width % divisor:
             raise CmfastError(
-                f"attention at {side // 2**level} px has {factor * width} channels, no multiple of {heads}"
+                f"attention at {side // 2**level} px has {factor * width} channels, no multiple of {name}={divisor}"
             )
-    if mult[-1] * width % heads:  # the middle block always attends
-        raise CmfastError(f"the middle block has {mult[-1] * width} channels, no multiple of head_channels={heads}")
+    if mult[-1] * width % divisor:  # the middle block always attends
+        raise CmfastError(f"the middle block has {mult[-1] * width} channels, no multiple of {name}={divisor}")
     if not 0 <= fields["dropout"] < 1:
         raise CmfastError(f"dropout must be at least 0 and below 1, got {fields['dropout']}")
 
