@@ -295,7 +295,7 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
         (["a.onnx", "a.onnx"], "a.onnx is named twice"),
         (["a.onnx", "./folder/../a.onnx"], "a.onnx is named twice"),
         (["noise.onnx"], "noise.onnx: not a whole ONNX file"),
-        (["model.bin"], "no engine runs files ending in .bin"),
+        (["model.tflite"], "no engine runs files ending in .tflite"),
         (["a.onnx", "small.onnx"], "small.onnx draws images [1, 4, 4] of 0"),
         (["--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx; name it as a MODEL"),
         (["a.onnx", "--compile"], "--compile compiles the checkpoint of --baseline, and none was given"),
@@ -333,7 +333,7 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
     handmade_sampler(tmp_path / "two.onnx", (80.0, 0.8))
     handmade_sampler(tmp_path / "other.onnx", (80.0, 5.0))
     handmade_sampler(tmp_path / "three.onnx", (80.0, 0.8), batch=3)
-    for noise in ("noise.onnx", "model.bin"):
+    for noise in ("noise.onnx", "model.tflite"):
         Path(noise).write_bytes(b"neither fish nor fowl")
     Path("empty.onnx").touch()
     Path("folder").mkdir()

@@ -163,7 +163,7 @@ def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(
         ("empty.onnx", "empty.onnx: the file is empty"),
         ("empty.pt", "empty.pt: the file is empty"),
         ("folder", "folder: no model_index.json in it; name the folder of a whole ConsistencyModelPipeline"),
-        ("model.bin", "no engine runs files ending in .bin; there are "),
+        ("model.tflite", "no engine runs files ending in .tflite; there are "),
         ("model", "no engine runs files ending in nothing"),
         ("noise.onnx", "noise.onnx: not a whole ONNX file"),
         ("noise.pt", "noise.pt: "),
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_model_is_one_line(
     (tmp_path / "folder").mkdir()
     for empty in ("empty.onnx", "empty.pt"):
         (tmp_path / empty).touch()
-    for noise in ("model.bin", "model", "noise.onnx", "noise.pt", "noise.safetensors"):
+    for noise in ("model.tflite", "model", "noise.onnx", "noise.pt", "noise.safetensors"):
         (tmp_path / noise).write_bytes(b"neither fish nor fowl")
     before = content(tmp_path)
     refused(call(main, tmp_path / name, "-o", tmp_path / "grid.png"), words)

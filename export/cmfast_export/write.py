@@ -78,7 +78,7 @@ def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> in
 
 
 def data_files(file: Path) -> set[Path]:
-    """Return the data files of ours that an .onnx file uses; none where there is no such file, or it is no ONNX file."""
+    """Return the data files of ours that an .onnx file uses; none where there is no such file or it is not ONNX."""
     try:
         names = pb.read_onnx_model(file).external
     except (OSError, pb.ProtobufError):
