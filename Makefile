@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	@echo "demo/samples.png holds 64 digits drawn in two steps each"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
