@@ -123,6 +123,15 @@ def check_model(path: str | os.PathLike[str]) -> Path:
     return Path(path) if Path(path).is_dir() else check_file(path)
 
 
+def model_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the size of a model, bytes: of a folder all files in it, of an ONNX file also the weights beside it."""
+    file = Path(path)
+    if file.is_dir():
+        return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
+    beside = pb.read_onnx_model(file).external if file.suffix == ".onnx" else []
+    return file.stat().st_size + sum((file.parent / name).stat().st_size for name in set(beside))
+
+
 def _check_external(file: Path, location: str) -> None:
     """Allow weights in a plain file beside the model (needed above 2 GB) and nothing else."""
     beside = file.parent / location

@@ -119,6 +119,8 @@ def test_the_pipeline_is_timed_beside_the_others(
     record = json.loads((tmp_path / "bench.json").read_text())
     assert [row["contender"] for row in record["rows"]] == ["PyTorch cpu", "PyTorch cpu channels_last", "diffusers cpu"]
     assert all(row["median_ms"] > 0 and row["max_abs_diff"] < 1e-4 for row in record["rows"])
+    weights = sum(file.stat().st_size for file in folders[5].rglob("*") if file.is_file())
+    assert {start["file_mib"] for start in record["starts"]} == {weights / 2**20}
     assert record["rows"][0]["sigmas"] == list(cmfast.load(folders[5]).spec.levels(2))
     refused(call(bench.main, "--diffusers"), "nothing to time")
     refused(call(bench.main, tmp_path / "bench.json", "--diffusers"), "--diffusers runs the folder of --baseline")

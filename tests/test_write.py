@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from cmfast import _protobuf as pb
+from cmfast.artifact import model_bytes
 from cmfast.errors import ArtifactError, CheckFailed
 from cmfast.model import load
 from cmfast_export import export, write
@@ -65,6 +66,7 @@ def test_weights_that_are_too_many_for_one_file_are_in_one_beside_it(
     model, data = two_files
     assert {file.name for file in model.parent.iterdir()} == {model.name, data.name}
     assert model.stat().st_size < data.stat().st_size
+    assert model_bytes(model) == model.stat().st_size + data.stat().st_size
     onnx.checker.check_model(str(model), full_check=True)
     ours, pytorch = load(model), load(tiny_checkpoint())
     np.testing.assert_allclose(ours.sample_float(3, steps=2), pytorch.sample_float(3, steps=2), rtol=0, atol=1e-5)

@@ -319,6 +319,8 @@ def _compare(jobs: list[Job], tolerance: float) -> Iterator[tuple[Job, float]]:
 
 
 def _start(job: Job, options: Options) -> dict[str, Any]:
+    from cmfast.artifact import model_bytes
+
     contender = job.contender
     request = {
         "file": str(contender.file),
@@ -338,7 +340,7 @@ def _start(job: Job, options: Options) -> dict[str, Any]:
     return {
         "contender": contender.name,
         "file": contender.file.name,
-        "file_mib": contender.file.stat().st_size / 2**20,
+        "file_mib": model_bytes(contender.file) / 2**20,
         "kind": contender.model.manifest.kind,
         "dtype": contender.model.manifest.dtype,
         "image": list(contender.model.spec.image),

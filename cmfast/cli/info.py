@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from cmfast.artifact import Manifest, check_model, read_onnx
+from cmfast.artifact import Manifest, check_model, model_bytes, read_onnx
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import SET, SOURCE
 from cmfast.engines import open_engine
@@ -64,7 +64,7 @@ def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tup
     spec = manifest.spec
     steps = "; ".join(f"{k}: {', '.join(f'{s:g}' for s in v)}" for k, v in sorted(spec.sigmas.items()))
     lines = [
-        ("file", f"{file}, {file.stat().st_size / 2**20:.1f} MiB"),
+        ("file", f"{file}, {model_bytes(file) / 2**20:.1f} MiB"),
         ("kind", manifest.kind),
         ("image", " x ".join(map(str, spec.image)) + " (channels, height, width)"),
         ("classes", str(spec.classes) if spec.classes else "unconditional"),
