@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cmfast_train.checkpoint import Checkpoint, load_checkpoint, safe_load, save_checkpoint
 from cmfast_train.networks.adm import AdmUnet, randomise
 
 SUFFIXES = [".pt", ".safetensors"]
@@ -172,6 +173,21 @@ def test_a_pytorch_file_of_another_kind_is_told_what_writes_the_right_one(conten
         match=r"a PyTorch file, but (not a cmfast checkpoint; cmfast-train writes|it holds a \w+, no named)",
     ):
         load_checkpoint(tmp_path / "model.pt")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_but_never_crashes(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "damaged_weights.pt"
+    torch.save({"w": torch.ones(2, 3), "n": [1, {"a": 2.5}]}, file)
+    content = bytearray(file.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    with contextlib.suppress(ArtifactError):
+        safe_load(file)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -635,6 +635,19 @@ def test_a_checkpoint_in_torchs_old_format_is_refused_by_name(tmp_path: Path) ->
         read_torch(file)
 
 
+def test_a_record_said_to_begin_outside_the_file_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(2, 3), "o": slice(1)}, file)
+    content = bytearray(file.read_bytes())
+    directory = content.index(b"PK\1\2")  # of data.pkl, the first entry; 42 bytes on stands where it begins
+    for place in range(directory + 42, directory + 46):
+        damaged = content.copy()
+        damaged[place] ^= 0x80
+        file.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="not a whole"):
+            read_torch(file)
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_damaged_checkpoint_is_read_or_refused_but_never_crashes(

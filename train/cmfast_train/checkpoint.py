@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -175,7 +176,7 @@ def safe_load(file: Path) -> Any:
             ) from None
         raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
-            zipfile.BadZipFile) as err:  # fmt: skip
+            OverflowError, MemoryError, NotImplementedError, struct.error, zipfile.BadZipFile) as err:  # fmt: skip
         raise ArtifactError(f"{file}: not a whole PyTorch file: {(str(err).splitlines() or ['?'])[0][:200]}") from None
 
 
@@ -184,10 +185,11 @@ def _can_be_mapped(file: Path) -> bool:
 
     It maps the bytes as they are, so a file that somebody has zipped again, compressed, would be read as nonsense.
     """
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
+        return False  # another format, or damaged: torch says so
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:

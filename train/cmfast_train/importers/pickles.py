@@ -148,6 +148,10 @@ def _refusing(file: Path, kind: str) -> Iterator[None]:
         raise ArtifactError(f"{file}: {err}; refused, nothing in it was run") from None
     except _BROKEN as err:
         raise ArtifactError(f"{file}: not a whole {kind}: {_line(err)}") from None
+    except OSError as err:
+        if err.filename is not None:
+            raise  # the file itself cannot be opened
+        raise ArtifactError(f"{file}: not a whole {kind}: {_line(err)}") from None  # it points outside itself
 
 
 def _line(err: Exception) -> str:
