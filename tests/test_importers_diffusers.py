@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_adm import IMAGENET64, LSUN256
 from torch import Tensor
 
 from cmfast import sampler
@@ -32,17 +33,6 @@ from cmfast_train.importers.facts import Draft, Facts, Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
-IMAGENET64 = AdmConfig(
-    image_size=64, classes=1000, model_channels=192, res_blocks=3, channel_mult=(1, 2, 3, 4), attention=(32, 16, 8)
-)
-LSUN256 = AdmConfig(
-    image_size=256,
-    model_channels=256,
-    res_blocks=2,
-    channel_mult=(1, 1, 2, 2, 4, 4),
-    attention=(32, 16, 8),
-    scale_shift=False,
-)
 FULL: dict[str, dict[str, Any]] = {  # unet/config.json of the hub's folders, where it is not the default
     "imagenet64": {
         "sample_size": 64,

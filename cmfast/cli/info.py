@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -12,7 +11,6 @@ import click
 from cmfast.artifact import Manifest, check_model, model_bytes, read_onnx
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import SET, SOURCE
-from cmfast.engines import open_engine
 from cmfast.errors import CmfastError
 
 EPILOG = """\b
@@ -41,8 +39,12 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
         manifest, versions = read_onnx(file)
         click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, versions)))
         return
+    from importlib.metadata import entry_points  # slow to import, and .onnx does without
+
     found = entry_points(group="cmfast.describe", name="folder" if file.is_dir() else file.suffix.removeprefix("."))
     if not found:
+        from cmfast.engines import open_engine
+
         manifest = open_engine(file).manifest
         click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, {})))
         return
