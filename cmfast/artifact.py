@@ -5,12 +5,15 @@
 
 In ONNX it is `metadata_props["cmfast"]`. The reader walks the protobuf itself (`cmfast._protobuf`): that starts
 in milliseconds, sees a truncated file, and finds tensors that point outside the file before an engine opens them.
+In TensorRT's engines it is the network's name (`cmfast.plan`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +24,15 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
 
 SCHEMA = "cmfast/1"
-KINDS = ("denoiser", "sampler")
+# server: a sampler whose inputs have the batch first, noise [B, K, C, H, W] and label [B, 1], as servers want it.
+KINDS = ("denoiser", "sampler", "server")
 MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest lives, to 4096
+# What the trunk of a network computes in, by the name of an option, and what the manifest calls it.
+PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+ENGINE_SUFFIXES = (".engine", ".plan")  # TensorRT's and TensorRT-RTX's: cmfast.plan
+_OBJECTS = ("source", "made_by", "parity", "cost", "engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +41,17 @@ class Manifest:
 
     kind: str  # denoiser or sampler
     spec: ModelSpec
-    dtype: str = "float32"  # of the trunk; inputs and outputs are always float32
+    dtype: str = "float32"  # of the trunk, a value of PRECISIONS; inputs and outputs are always float32
     source: Mapping[str, Any] = field(default_factory=dict)  # format and SHA-256 of the weights
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions of the programs that wrote the file
     parity: Mapping[str, float] = field(default_factory=dict)  # against PyTorch, worst over levels and batches
+    cost: Mapping[str, float] = field(default_factory=dict)  # operations and bytes of one image: cmfast_export.cost
+    engine: Mapping[str, Any] = field(default_factory=dict)  # of a built engine: what built it, for what: cmfast.plan
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind == "sampler" and len(self.spec.sigmas) != 1:
+        if self.kind != "denoiser" and len(self.spec.sigmas) != 1:
             raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
 
     def to_json(self) -> str:
@@ -47,6 +59,7 @@ class Manifest:
         values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
+        values |= {name: dict(part) for name, part in (("cost", self.cost), ("engine", self.engine)) if part}
         text = json.dumps(values)
         if len(text) > MAX_CHARACTERS:
             raise CmfastError(f"the manifest has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
@@ -68,10 +81,10 @@ class Manifest:
                 f"{where}: the manifest has schema {values.get('schema')!r}, this version reads {SCHEMA!r}; "
                 "update cmfast or export the model again"
             )
-        parts = {name: values.get(name, {}) for name in ("source", "made_by", "parity")}
+        parts = {name: values.get(name, {}) for name in _OBJECTS}
         try:
             if not all(isinstance(part, dict) for part in parts.values()):
-                raise CmfastError("source, made_by and parity must be objects")
+                raise CmfastError(f"{', '.join(_OBJECTS)} must be objects")
             kind, dtype = values.get("kind"), values.get("dtype", "float32")
             return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), **parts)
         except CmfastError as err:
@@ -81,9 +94,16 @@ class Manifest:
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Return the manifest of an exported file, or raise ArtifactError saying what the file is and what to type."""
     file = check_file(path)
-    if file.suffix != ".onnx":
-        raise ArtifactError(f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; need .onnx")
-    return read_onnx(file)[0]
+    if file.suffix == ".onnx":
+        return read_onnx(file)[0]
+    if file.suffix in ENGINE_SUFFIXES:
+        from cmfast.plan import read_plan
+
+        return read_plan(file)
+    raise ArtifactError(
+        f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; "
+        f"need .onnx or {' or '.join(ENGINE_SUFFIXES)}"
+    )
 
 
 def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
@@ -116,6 +136,21 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if file.stat().st_size == 0:
         raise ArtifactError(f"{file}: the file is empty")
     return file
+
+
+def check_sha256(file: Path, sha256: str) -> None:
+    """Raise ArtifactError unless the file hashes to these 64 hex digits. Weights in a file beside it do not count."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise CmfastError(f"a SHA-256 has 64 hex digits, got {sha256!r}")
+    found = file_sha256(check_file(file))
+    if found != sha256.lower():
+        raise ArtifactError(f"{file}: its SHA-256 is {found}, not {sha256.lower()} as asked; not opened")
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, hex digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_model(path: str | os.PathLike[str]) -> Path:

@@ -20,13 +20,25 @@ from cmfast.spec import ModelSpec
 Floats = npt.NDArray[np.float32]
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Model:
-    """Open a model file (.onnx; .pt where PyTorch is installed).
+def load(
+    path: str | os.PathLike[str],
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    variant: str = "",
+    precision: str = "",
+    sha256: str | None = None,
+) -> Model:
+    """Open a model file (.onnx; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
-    device   cpu or cuda; one that cannot be had is an error, never a silent substitute
-    threads  CPU threads; None leaves the choice to the engine
+    device     cpu or cuda; one that cannot be had is an error, never a silent substitute. None: cuda for a TensorRT
+               engine, which runs nowhere else, and cpu for everything else
+    threads    CPU threads; None leaves the choice to the engine
+    variant    a way to run it, one of cmfast.engines.VARIANTS: "cuda_graph", "tensorrt", "compiled", ...
+    precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
+    sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust
     """
-    return Model(open_engine(path, device, threads))
+    return Model(open_engine(path, device, threads, variant=variant, precision=precision, sha256=sha256))
 
 
 class Model:
@@ -97,7 +109,10 @@ class Model:
             return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
         if tuple(sigmas) != self.levels():
             raise CmfastError(f"this sampler was built for the noise levels {self.levels()}, got {tuple(sigmas)}")
-        return self._run({"noise": noise, **self._label(label, noise.shape[1])}, noise.shape[1])
+        inputs: dict[str, npt.NDArray[Any]] = {"noise": noise, **self._label(label, noise.shape[1])}
+        if self.manifest.kind == "server":  # the batch is the first axis of everything
+            inputs = {name: _batch_first(value) for name, value in inputs.items()}
+        return self._run(inputs, noise.shape[1])
 
     def denoise(self, x: Floats, sigma: float | Floats, label: npt.ArrayLike | None = None) -> Floats:
         """Return f(x, sigma), float32 [B, C, H, W], not clipped: the raw contract, for algorithms of your own.
@@ -121,7 +136,7 @@ class Model:
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
-        if self.manifest.kind == "sampler":
+        if self.manifest.kind != "denoiser":
             (built,) = self.spec.sigmas.values()
             asked = tuple(float(s) for s in sigmas) if sigmas is not None else built
             if asked != tuple(built) or steps not in (None, len(built)):
@@ -189,7 +204,8 @@ class Model:
         if short < 0:
             raise CmfastError(f"this file takes batches of {self.engine.batch}, got {n}")
         if short:
-            inputs = {name: _lengthen(value, 1 if name == "noise" else 0, short) for name, value in inputs.items()}
+            axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
+            inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
         return self.engine.run(inputs)[:n]
 
 
@@ -202,3 +218,8 @@ def _whole(name: str, value: int, least: int) -> int:
 
 def _lengthen(values: npt.NDArray[Any], axis: int, by: int) -> npt.NDArray[Any]:
     return np.pad(values, [(0, by if i == axis else 0) for i in range(values.ndim)], mode="edge")
+
+
+def _batch_first(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return noise [K, B, ...] as [B, K, ...] and label [B] as [B, 1]."""
+    return np.ascontiguousarray(values.swapaxes(0, 1) if values.ndim > 1 else values[:, None])

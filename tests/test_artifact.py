@@ -121,9 +121,9 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kind": "upscaler"}, "kind must be one of denoiser, sampler, got 'upscaler'"),
+        ({"kind": "upscaler"}, "kind must be one of denoiser, sampler, server, got 'upscaler'"),
         ({"kind": "sampler"}, "a sampler has exactly one list of noise levels"),
-        ({"parity": 3}, "source, made_by and parity must be objects"),
+        ({"parity": 3}, "source, made_by, parity, cost, engine must be objects"),
         ({"image": [1, 2]}, "three positive whole numbers"),
         ({"sigmas": {"2": [80.0, 90.0]}}, "90 follows 80"),
         ({"sigma_min": float("nan")}, "must be positive numbers"),

@@ -3,28 +3,33 @@
 
 An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix, or "folder", as an entry
 point of the group "cmfast.engines", so the runtime never imports it by name. It is called with (path, device, threads,
-variant).
+variant, precision).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest, check_model
+from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model, check_sha256
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
-VARIANTS = (
-    "",
-    "channels_last",
-    "compiled",
-    "diffusers",
-)  # ways to run the same weights; which exist is the engine's affair
+# Ways to run the same weights; which exist is the engine's affair.
+VARIANTS = {
+    "": "the engine's plain way",
+    "channels_last": "PyTorch with the memory format channels_last",
+    "compiled": "PyTorch with torch.compile, on CUDA with mode max-autotune",
+    "cuda_graph": "CUDA: PyTorch's whole sampler, or ONNX Runtime's graph, captured once and replayed",
+    "tensorrt": "ONNX Runtime with its TensorRT provider",
+    "diffusers": "diffusers' own pipeline of its folder",
+}
 
 
 class Engine(Protocol):
@@ -53,29 +58,70 @@ class LoopEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceTimes:
+    """One call on a GPU, ms. Device times are between CUDA events on the engine's stream."""
+
+    host_ms: float  # wall clock of the whole call: arrays in host memory to arrays in host memory
+    enqueue_ms: float  # of it, host time until all work was handed over, before waiting for it
+    copy_in_ms: float  # device time: host to device
+    compute_ms: float  # device time from the first kernel to the last, gaps included
+    copy_out_ms: float  # device time: device to host
+
+
+@runtime_checkable
+class TimedEngine(Protocol):
+    """An engine on a GPU that can say what a call costs there."""
+
+    def timed(self) -> AbstractContextManager[list[DeviceTimes]]:
+        """Return a context in which every `run` or `loop` appends its times to the list that it gives."""
+        ...
+
+
 def open_engine(
-    path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, *, variant: str = ""
+    path: str | os.PathLike[str],
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    variant: str = "",
+    precision: str = "",
+    sha256: str | None = None,
 ) -> Engine:
     """Open a model file with the engine that its suffix stands for.
 
-    device   cpu or cuda; one that cannot be had is an error
-    threads  CPU threads; None leaves the choice to the engine
-    variant  one of VARIANTS: "" is the engine's plain way; PyTorch's also has the memory format channels_last,
-             compiled (torch.compile) and, for a diffusers folder, diffusers' own pipeline
+    device     cpu or cuda; one that cannot be had is an error. None: cuda for a TensorRT engine, which runs nowhere
+               else, and cpu for everything else
+    threads    CPU threads; None leaves the choice to the engine
+    variant    one of VARIANTS; which exist depends on the engine
+    precision  one of cmfast.artifact.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its own
+    sha256     what the file must hash to, hex digits; anything else is refused before the file is opened
     """
     file = check_model(path)
+    if sha256 is not None:
+        check_sha256(file, sha256)
+    if device is None:
+        device = "cuda" if file.suffix in ENGINE_SUFFIXES else "cpu"
     if device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
     if threads is not None and threads < 1:
         raise CmfastError(f"threads must be at least 1, got {threads}")
     if variant not in VARIANTS:
         raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    if precision not in ("", *PRECISIONS):
+        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if file.suffix in (".onnx", *ENGINE_SUFFIXES) and precision:
+        raise EngineError(
+            f"{file}: an exported file runs in the precision that it was exported with; "
+            f"make another: cmfast-export model.pt --precision {precision}"
+        )
     if file.suffix == ".onnx":
-        if variant:
-            raise EngineError(f"{file}: ONNX Runtime runs a graph one way only, not {variant}; a .pt file has variants")
         from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(file, device, threads)
+        return OnnxRuntimeEngine(file, device, threads, variant)
+    if file.suffix in ENGINE_SUFFIXES:
+        from cmfast.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(file, device, threads, variant)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")
@@ -85,8 +131,8 @@ def open_engine(
         except ModuleNotFoundError as err:
             what = "running a model folder" if file.is_dir() else f"running a {file.suffix} file"
             raise MissingDependency(what, (err.name or "?").split(".")[0], "train") from None
-        engine: Engine = engine_type(file, device, threads, variant)
+        engine: Engine = engine_type(file, device, threads, variant, precision)
         return engine
     names = sorted("." + entry.name for entry in entry_points(group="cmfast.engines") if entry.name != "folder")
-    have = ", ".join([".onnx", *names])
+    have = ", ".join([".onnx", *ENGINE_SUFFIXES, *names])
     raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")

@@ -18,7 +18,7 @@ from cmfast.errors import ArtifactError, EngineError, MissingDependency
 class OnnxRuntimeEngine:
     """A graph run by ONNX Runtime. The contract is `cmfast.engines.Engine`."""
 
-    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
         self.manifest, _ = read_onnx(path)
         ort = _import(device)
         self.name = f"ONNX Runtime {device}"

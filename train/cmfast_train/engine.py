@@ -40,6 +40,7 @@ class TorchEngine:
         device: str = "cpu",
         threads: int | None = None,
         variant: str = "",
+        precision: str = "",
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
@@ -78,10 +79,12 @@ class TorchEngine:
             raise EngineError(f"torch.compile could not compile or run the model: {reason}") from None
 
 
-def open_folder(folder: Path, device: str, threads: int | None, variant: str) -> TorchEngine | DiffusersEngine:
+def open_folder(
+    folder: Path, device: str, threads: int | None, variant: str, precision: str
+) -> TorchEngine | DiffusersEngine:
     """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
     if variant != "diffusers":
-        return TorchEngine(folder, device, threads, variant)
+        return TorchEngine(folder, device, threads, variant, precision)
     from cmfast_train.diffusers_engine import DiffusersEngine  # diffusers takes seconds to import
 
     return DiffusersEngine(folder, device, threads)

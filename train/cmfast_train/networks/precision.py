@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+from types import MethodType
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TRUNKS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -18,3 +22,37 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in this dtype; casts to the same type slow down every trace."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def convert_trunk(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the convolutions of a network, in place. Its linear layers, all of the noise embedding, stay float32.
+
+    A cast stands at every border between the two (`cast` in the networks), so the types follow from the weights.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            module.to(dtype)
+
+
+def accumulate_in_float32(network: nn.Module) -> None:
+    """Let half-precision convolutions multiply in float32 and round the result, which is what a GPU does.
+
+    For CPUs: without half-precision arithmetic in the processor, PyTorch's own fp16 convolution takes fifty times as
+    long as its float32 one.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.dtype != torch.float32:
+            module._conv_forward = MethodType(_convolve_in_float32, module)
+
+
+def _convolve_in_float32(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.conv2d(
+        x.float(),
+        weight.float(),
+        None if bias is None else bias.float(),
+        conv.stride,
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,
+        conv.groups,
+    )
+    return y.to(x.dtype)
