@@ -21,11 +21,14 @@ from cmfast.artifact import MAX_CHARACTERS, Manifest, check_file
 from cmfast.errors import ArtifactError
 
 DIGITS = 64
-UNSEALED = "0" * DIGITS  # what `seal` replaces
+UNSEALED = "0" * DIGITS  # what `seal` replaces by the digest
+NOT_RUN = "not run "  # "max_abs" of an engine that was built where it could not be run, as long as 1.23e-04
 _START = b'{"schema": "cmfast/'  # how Manifest.to_json begins
-_FIELD = b'"plan_sha256": "'
+_FIELD = '"plan_sha256": "'
+_MAX_ABS = '"max_abs": "'  # the engine's; that of the parity is a number
 _MAGIC = re.compile(rb"[a-z]trt")  # ftrt: TensorRT, vtrt: TensorRT-RTX
 _LEAST = 64  # bytes of a header
+_AGAIN = "build it again: cmfast-export model.onnx --format engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +48,22 @@ def read_plan(path: str | Path) -> Manifest:
         if header.size is not None and header.size != len(data):
             raise ArtifactError(
                 f"{file}: its header announces {header.size} bytes, the file has {len(data)}; it is truncated or has "
-                f"something behind it: copy it again, or {_again(None)}"
+                f"something behind it: copy it again, or {_AGAIN}"
             )
         start, text = _find(data, file)
         manifest = Manifest.from_json(text, str(file))
-        at = start + text.encode().find(_FIELD) + len(_FIELD)
+        at = start + text.find(_FIELD) + len(_FIELD)
         digits = manifest.engine.get("plan_sha256")
-        if not isinstance(digits, str) or data[at : at + DIGITS] != digits.encode():
-            raise ArtifactError(f"{file}: its manifest has no digest of the file; {_again(manifest)}")
+        if not isinstance(digits, str) or len(digits) != DIGITS or data[at : at + DIGITS] != digits.encode("latin-1"):
+            raise ArtifactError(f"{file}: its manifest has no digest of the file; {_AGAIN}")
         if digest(data, at) != digits:
             raise ArtifactError(
                 f"{file}: the file was altered or damaged since it was written (its bytes do not hash to the digest in "
-                f"its manifest); copy it again, or {_again(manifest)}"
+                f"its manifest); copy it again, or {_AGAIN}"
             )
     if manifest.engine.get("library") != header.library:
         raise ArtifactError(
-            f"{file}: a plan of {header.library} whose manifest says {manifest.engine.get('library')!r}; "
-            f"{_again(manifest)}"
+            f"{file}: a plan of {header.library} whose manifest says {manifest.engine.get('library')!r}; {_AGAIN}"
         )
     return manifest
 
@@ -77,14 +79,16 @@ def read_header(first: bytes, file: Path) -> PlanHeader:
     return PlanHeader(library="tensorrt_rtx", size=size, version=".".join(str(part) for part in first[24:28]))
 
 
-def seal(plan: bytearray) -> None:
-    """Replace the zeros of "plan_sha256" in a plan just built by the digest of the plan, in place.
+def seal(plan: bytearray, max_abs: float | None = None) -> None:
+    """Write the digest of a plan into its manifest, in place; before, how far its output was from its ONNX file's.
 
     Only bytes of the network's name change, and their number stays, so the plan stays valid.
     """
     start, text = _find(plan, Path("the plan"))
-    at = start + text.encode().find(_FIELD) + len(_FIELD)
-    assert plan[at : at + DIGITS] == UNSEALED.encode(), "the plan is sealed, or its manifest has no digest to seal"
+    if max_abs is not None:
+        at = start + text.index(_MAX_ABS) + len(_MAX_ABS)
+        plan[at : at + len(NOT_RUN)] = f"{max_abs:.2e}".encode()
+    at = start + text.index(_FIELD) + len(_FIELD)
     plan[at : at + DIGITS] = digest(plan, at).encode()
 
 
@@ -107,15 +111,10 @@ def _find(data: bytearray | mmap.mmap, file: Path) -> tuple[int, str]:
             "make one that has it: cmfast-export model.pt --format engine"
         )
     if data.find(_START, start + 1) >= 0:
-        raise ArtifactError(f"{file}: it holds two manifests; {_again(None)}")
+        raise ArtifactError(f"{file}: it holds two manifests; {_AGAIN}")
     window = data[start : start + MAX_CHARACTERS].decode("latin-1")  # what follows the manifest is no text
     try:
         _, end = json.JSONDecoder().raw_decode(window)
     except (ValueError, RecursionError):
-        raise ArtifactError(f"{file}: its manifest is damaged; {_again(None)}") from None
+        raise ArtifactError(f"{file}: its manifest is damaged; {_AGAIN}") from None
     return start, window[:end]
-
-
-def _again(manifest: Manifest | None) -> str:
-    name = manifest.engine.get("onnx") if manifest else None
-    return f"build it again: cmfast-export {name or 'model.onnx'} --format engine"

@@ -308,8 +308,8 @@ def test_the_first_implementations_network_learns_and_exports(conventions: list[
     assert run_here(tmp_path / "run", *settings) == model  # it is finished
 
     exported = export_onnx(model, tmp_path / "model.onnx")
-    assert exported.denoiser.worst.max_abs <= 1e-4
-    assert exported.denoiser.boundary == 0
+    assert exported.denoiser.parity.worst.max_abs <= 1e-4
+    assert exported.denoiser.parity.boundary == 0
 
 
 # What it writes, and when it stops by itself.

@@ -406,7 +406,7 @@ def test_other_networks_are_not_taken_for_it() -> None:
 def test_an_imported_file_exports_to_what_the_original_computes(channels: int, write: Write, tmp_path: Path) -> None:
     save_checkpoint(load_model(write("model.pth", channels), "seed", Told(image_size=8)), tmp_path / "model.pt")
     exported = export_onnx(tmp_path / "model.pt", tmp_path / "model.onnx")
-    assert exported.denoiser.boundary == 0
+    assert exported.denoiser.parity.boundary == 0
     assert exported.manifest.source["format"] == "seed"
     assert exported.manifest.source["sha256"] == load_checkpoint(tmp_path / "model.pt").sha256()
     assert exported.manifest.spec.scaling == "seed"

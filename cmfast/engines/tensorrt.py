@@ -1,25 +1,223 @@
 # SPDX-License-Identifier: MIT
-"""TensorRT and TensorRT-RTX: engine files, on an NVIDIA GPU. (Under construction.)"""
+"""TensorRT and TensorRT-RTX: engine files, on an NVIDIA GPU, without torch.
+
+    model = cmfast.load("model.engine")       # a sampler: the whole few-step loop is one CUDA graph a batch size
+
+An engine file is native code for the GPU and the host: load only what you trust, and say its SHA-256 where it has to
+travel (`cmfast.load(path, sha256=...)`). Before anything is deserialized the file is checked (`cmfast.plan`) and what
+it was built for is compared with what is here. Building is `cmfast_export.to_tensorrt`.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.engines import Inputs
+from cmfast.artifact import Manifest
+from cmfast.engines import DeviceTimes, Inputs
+from cmfast.engines import _cuda as cuda
+from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
+from cmfast.errors import EngineError
 from cmfast.plan import read_plan
+
+KEPT = 4  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
 
 
 class TensorRtEngine:
-    """A plan run by the library that built it. The contract is `cmfast.engines.Engine`."""
+    """A plan, run by the library that built it. The contract is `cmfast.engines.Engine`.
+
+    A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
+    TensorRT-RTX also the compilation of kernels for this card. Larger batches than the engine was built for are run in
+    parts.
+    """
 
     def __init__(self, path: Path, device: str = "cuda", threads: int | None = None, variant: str = "") -> None:
+        if device != "cuda":
+            raise EngineError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
+        if variant:
+            raise EngineError(f"{path}: a TensorRT engine runs one way only, not {variant}")
         self.manifest = read_plan(path)
-        self.name = "TensorRT cuda"
-        self.batch: int | None = None
+        built = self.manifest.engine
+        check_host(path, self.manifest)
+        library = str(built["library"])
+        self._trt = import_library(library, f"running {path.name}")
+        check_version(path, self.manifest, str(self._trt.__version__))
+        check_gpu(path, self.manifest, cuda.open_gpu())
+        self.name = f"{LIBRARIES[library]} cuda"
+        least, _, most = (int(size) for size in built["batch"])
+        self._least, self._most = least, most
+        self.batch = most if least == most else None
+        self._log = make_logger(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        if built.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True  # the runtime of the older version travels in the plan
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {rebuild()}")
+        self._stream = cuda.Stream()
+        self._ready: dict[int, _Ready] = {}
+        self._times: list[DeviceTimes] | None = None
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
-        raise NotImplementedError
+        axes = {name: 1 if name == "noise" and self.manifest.kind == "sampler" else 0 for name in inputs}
+        name = next(iter(inputs))
+        n = inputs[name].shape[axes[name]]
+        parts = []
+        for start in range(0, n, self._most):
+            size = min(self._most, n - start)
+            wanted = max(size, self._least)
+            part = {k: _part(v, axes[k], start, size, wanted) for k, v in inputs.items()}
+            parts.append(self._run(part, wanted)[:size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @contextmanager
+    def timed(self) -> Iterator[list[DeviceTimes]]:
+        """Give a list to which every run appends what it cost; the contract is `cmfast.engines.TimedEngine`."""
+        self._times = []
+        try:
+            yield self._times
+        finally:
+            self._times = None
+
+    def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
+        begun = time.perf_counter()
+        ready = self._ready.pop(batch, None) or self._prepare(batch)
+        self._ready[batch] = ready  # the last used last
+        for name, value in inputs.items():
+            np.copyto(ready.inputs[name].host, value, casting="no")
+        mark = self._stream.mark if self._times is not None else lambda: None
+        events = [mark()]
+        for buffer in ready.inputs.values():
+            self._stream.to_device(buffer)
+        events.append(mark())
+        self._enqueue(ready)
+        events.append(mark())
+        self._stream.to_host(ready.output)
+        events.append(mark())
+        enqueued = time.perf_counter()
+        self._stream.wait()
+        result: npt.NDArray[np.float32] = ready.output.host.copy()
+        if self._times is not None:
+            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
+            copy_in, compute, copy_out = self._stream.times_ms(events)
+            times = {"copy_in_ms": copy_in, "compute_ms": compute, "copy_out_ms": copy_out}
+            self._times.append(DeviceTimes(host_ms=host_ms, enqueue_ms=enqueue_ms, **times))
+        return result
+
+    def _enqueue(self, ready: _Ready) -> None:
+        if ready.graph is not None:
+            self._stream.launch(ready.graph)
+        elif not ready.context.execute_async_v3(int(self._stream.handle)):
+            raise EngineError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
+
+    def _prepare(self, batch: int) -> _Ready:
+        """Return a context for one batch size, its buffers bound, and its CUDA graph where we capture one."""
+        while len(self._ready) >= KEPT:
+            self._ready.pop(next(iter(self._ready))).close()
+        context = self._context()
+        if context is None:
+            raise EngineError(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
+        buffers: dict[str, cuda.Buffer] = {}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        input_mode = self._trt.TensorIOMode.INPUT
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == input_mode]
+        for name in inputs:
+            shape = tuple(batch if side < 0 else side for side in self._engine.get_tensor_shape(name))
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {rebuild()}")
+            buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
+        (output,) = (name for name in names if name not in inputs)
+        buffers[output] = cuda.Buffer(tuple(context.get_tensor_shape(output)), np.float32)
+        for name, buffer in buffers.items():
+            context.set_tensor_address(name, buffer.device)
+        ready = _Ready(context=context, inputs={name: buffers[name] for name in inputs}, output=buffers[output])
+        for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
+            buffer.host[...] = 0
+            self._stream.to_device(buffer)
+        self._enqueue(ready)  # what is allocated at the first run must not be captured
+        self._stream.wait()
+        if not self._captures_itself():
+            ready.graph = self._stream.capture(lambda: self._enqueue(ready))
+        return ready
+
+    def _context(self) -> Any:
+        if not self._captures_itself():
+            return self._engine.create_execution_context()
+        # TensorRT-RTX captures and replays by itself, because it changes kernels behind a capture of ours: it starts
+        # with general ones unless told to compile those for the shape at once.
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        return self._engine.create_execution_context(config)
+
+    def _captures_itself(self) -> bool:
+        return bool(self.manifest.engine["library"] == "tensorrt_rtx")
+
+
+class _Ready:
+    """What one batch size needs, at fixed addresses."""
+
+    def __init__(self, *, context: Any, inputs: dict[str, cuda.Buffer], output: cuda.Buffer) -> None:
+        self.context, self.inputs, self.output = context, inputs, output
+        self.graph: cuda.Graph | None = None
+
+    def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+        self.context = None  # before the buffers that it points to
+        for buffer in (*self.inputs.values(), self.output):
+            buffer.close()
+
+
+def check_host(path: Path, manifest: Manifest) -> None:
+    """Raise EngineError unless the plan was built for this operating system and processor."""
+    built = manifest.engine.get("platform")
+    portable = manifest.engine.get("library") == "tensorrt_rtx"  # its plans run on Linux and Windows alike
+    if not portable and built != this_platform():
+        raise EngineError(f"{path}: built for {built}, this is {this_platform()}; {rebuild()}")
+
+
+def check_version(path: Path, manifest: Manifest, here: str) -> None:
+    """Raise EngineError unless this version of the library can load the plan."""
+    built, library = str(manifest.engine.get("version")), LIBRARIES[str(manifest.engine["library"])]
+    if built == here:
+        return
+    if manifest.engine.get("version_compatible") and int(built.split(".")[0]) <= int(here.split(".")[0]):
+        return
+    raise EngineError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {rebuild()}")
+
+
+def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
+    """Raise EngineError unless the plan was built for a card like this one."""
+    built = [str(capability) for capability in manifest.engine.get("compute_capability", ())]
+    if not built or gpu.compute_capability in built:
+        return  # TensorRT-RTX without targets: all that the library supports
+    if manifest.engine.get("hardware_compatible") == "ampere+" and _number(gpu.compute_capability) >= (8, 0):
+        return
+    raise EngineError(
+        f"{path}: built for compute capability {', '.join(built)}, the {gpu.name} here has {gpu.compute_capability}; "
+        f"{rebuild()}"
+    )
+
+
+def rebuild() -> str:
+    """Return the command that makes an engine for this machine."""
+    return "build it here: cmfast-export model.onnx --format engine"
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
+
+
+def _part(values: npt.NDArray[Any], axis: int, start: int, size: int, wanted: int) -> npt.NDArray[Any]:
+    """Return `size` of the batch from `start` on, the last repeated until there are `wanted`."""
+    index = np.minimum(np.arange(start, start + wanted), start + size - 1)
+    return values if wanted == values.shape[axis] else np.take(values, index, axis=axis)

@@ -6,3 +6,4 @@
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read
+BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from cmfast.sampler import renoise_std
 from cmfast.spec import ModelSpec
+from cmfast_export.emulate import HALVES, emulated
 
 
 def sampler_graph(denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec) -> ir.Model:
@@ -139,20 +140,28 @@ def _values_of_sigma(
 ) -> list[dict[ir.Value, np.ndarray[Any, Any]]]:
     """Return, for each noise level, what the rest of the graph takes from `nodes`: shape [1, ...], which broadcasts.
 
-    Computed by ONNX Runtime: the same kernels that run the denoiser graph.
+    Computed by ONNX Runtime: the same kernels that run the denoiser graph. Half precision is computed as a GPU would,
+    because a CPU has no kernels for all of it.
     """
     import onnxruntime
 
     sigma = model.graph.inputs[1]
     outputs = [value for node in model.graph if node in nodes for value in node.outputs]
     frontier = [value for value in outputs if any(user not in nodes for user, _ in value.uses())]
-    part = ir.convenience.extract(model.graph, inputs=[sigma], outputs=frontier)
-    serialized = ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString()
+    part = ir.Model(ir.convenience.extract(model.graph, inputs=[sigma], outputs=frontier), ir_version=model.ir_version)
+    if any(value.dtype in HALVES for value in outputs):
+        part = emulated(part, "half")
+    serialized = ir.to_proto(part).SerializeToString()
     session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     assert sigma.shape is not None
     batch = sigma.shape[0] if isinstance(sigma.shape[0], int) else 1
     levels = []
     for level in sigmas:
         values = session.run(None, {"sigma": np.full(batch, level, np.float32)})
-        levels.append({name: value[:1] for name, value in zip(frontier, values, strict=True)})
+        levels.append(
+            {
+                value: content[:1].astype(value.dtype.numpy()) if value.dtype in HALVES else content[:1]
+                for value, content in zip(frontier, values, strict=True)
+            }
+        )
     return levels

@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoint in, verified file out. Nothing stands under the final name before it has been checked."""
+"""Checkpoint in, verified ONNX file out. Nothing stands under the final name before it has been checked."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 
-from cmfast.artifact import Manifest
+from cmfast.artifact import PRECISIONS, Manifest, read_onnx
+from cmfast.engines import Engine, open_engine
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
-from cmfast_export import DEFAULT_OPSET, write
+from cmfast_export import write
 from cmfast_export.compose import sampler_graph
+from cmfast_export.cost import graph_cost
+from cmfast_export.emulate import emulate_file
 from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.verify import Parity, verify_denoiser, verify_sampler
-from cmfast_export.write import DataFile, data_files, remove_unused, weight_bytes, write_data, write_model
+from cmfast_export.to_triton import server_graph
+from cmfast_export.verify import TOLERANCES, Parity, verify
+from cmfast_export.write import data_files, remove_unused, replace_manifest, weight_bytes, write_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
+from cmfast_train.importers import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,18 @@ class Exported:
     path: Path
     manifest: Manifest
     data: Path | None  # the weights, where one file cannot hold them
-    denoiser: Parity  # against PyTorch
-    sampler: Parity | None  # against the Python loop over PyTorch's denoiser
+    tolerance: float  # largest difference that was allowed, data units
+    denoiser: Agreement
+    sampler: Agreement | None  # of the loop in one graph, with the Python loop over PyTorch's denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far a graph is from PyTorch."""
+
+    parity: Parity  # from PyTorch in float32
+    same: Parity | None  # from PyTorch in the same half precision
+    as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
 
 
 def export_onnx(
@@ -45,89 +59,139 @@ def export_onnx(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     batch: int | None = None,
-    opset: int = DEFAULT_OPSET,
-    tolerance: float = 1e-4,
+    opset: int | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    tolerance: float | None = None,
 ) -> Exported:
     """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
 
-    kind       denoiser, or sampler: the whole loop, at the defaults for `steps` or at `sigmas`
+    kind       denoiser; sampler: the whole loop, at the defaults for `steps` or at `sigmas`; server: a sampler whose
+               inputs have the batch first
     batch      fixed batch size; None: dynamic
-    tolerance  largest allowed absolute difference from PyTorch, data units; beyond it CheckFailed, and no file
+    opset      None: the oldest that can say it
+    precision  fp32, tf32, fp16 or bf16: what the network's trunk computes in (`Denoiser.to_precision`)
+    device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
+    tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
+               file. None: what rounding to this precision may cost (`verify.TOLERANCES`)
     """
     target = check_target(out)
-    reference = TorchEngine(checkpoint)
-    manifest = replace(reference.manifest, made_by={**reference.manifest.made_by, **_versions()})
-    spec = manifest.spec
+    if precision not in PRECISIONS:
+        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
+    references = [TorchEngine(loaded)]
+    if precision in ("fp16", "bf16"):
+        references.append(TorchEngine(loaded, precision=precision))
+    dtype = PRECISIONS[precision]
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    spec = references[0].manifest.spec
     if kind == "denoiser" and (steps is not None or sigmas is not None):
         raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")
-    levels = spec.levels(steps, sigmas) if kind == "sampler" else ()
+    levels = spec.levels(steps, sigmas) if kind != "denoiser" else ()
 
-    graph = denoiser_graph(reference.denoiser, batch, opset)
+    graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
+    check = _Check(references=references, device=device, tolerance=tolerance)
+    made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
+    manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by, cost=graph_cost(graph))
     before = data_files(target)
     data = write_data(graph, target) if weight_bytes(graph) > write.MAX_BYTES else None
     sampled = None
     try:
         with atomic_file(target) as file:
-            size = _write(graph, manifest, file, data)
-            parity = _need(verify_denoiser(OnnxRuntimeEngine(file), reference), tolerance, "the denoiser graph")
-            found = parity.to_dict()
-            if kind == "sampler":
-                manifest = replace(manifest, kind="sampler", spec=replace(spec, sigmas={len(levels): levels}))
-                size = _write(sampler_graph(graph, levels, spec), manifest, file, data)
-                sampled = _need(verify_sampler(OnnxRuntimeEngine(file), reference), tolerance, "the sampler graph")
-                found |= sampled.to_dict()
+            size = write.write_with_manifest(graph, manifest, file, data)
+            agreement = check(file, "the denoiser graph")
+            found = _summary(agreement)
+            if kind != "denoiser":
+                looped = sampler_graph(graph, levels, spec)
+                looped = server_graph(looped) if kind == "server" else looped
+                one = replace(spec, sigmas={len(levels): levels})
+                manifest = replace(manifest, kind=kind, spec=one, cost=graph_cost(looped))
+                size = write.write_with_manifest(looped, manifest, file, data)
+                sampled = check(file, "the sampler graph")
+                found |= _summary(sampled)
             manifest = replace(manifest, parity=found)
-            _seal(file, size, manifest)
+            _seal(file, size, manifest, check)
     except BaseException:
         remove_unused({data.path} if data else set(), target.parent)
         raise
     remove_unused(before, target.parent)
-    return Exported(path=target, manifest=manifest, data=data and data.path, denoiser=parity, sampler=sampled)
+    return Exported(
+        path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
+        sampler=sampled,
+    )  # fmt: skip
 
 
-def _write(graph: ir.Model, manifest: Manifest, file: Path, data: DataFile | None) -> int:
-    """Write the graph and, behind it, the manifest; return the bytes of the graph."""
-    graph.producer_name, graph.producer_version = "cmfast", manifest.made_by["cmfast"]
-    size = write_model(graph, file, data)
-    with file.open("ab") as opened:
-        opened.write(_metadata(manifest))
-    return size
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """How a file just written is compared with PyTorch."""
+
+    references: Sequence[Engine]  # PyTorch in float32, then in the file's precision where that is a half
+    device: str
+    tolerance: float
+
+    def __call__(self, file: Path, what: str) -> Agreement:
+        """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
+        dtype = read_onnx(file)[0].dtype
+        with tempfile.TemporaryDirectory() as folder:
+            engine = self.engine(file, Path(folder))
+            parity, *same = verify(engine, self.references)
+            del engine
+            as_is = None
+            if self.emulates(dtype) and dtype != "bfloat16":  # of which ONNX Runtime has no convolution on a CPU
+                (as_is,) = verify(OnnxRuntimeEngine(file), self.references[:1])
+        for each in (parity, *same, *([as_is] if as_is else [])):
+            if failure := each.failure(self.tolerance):
+                raise CheckFailed(f"{what} {failure}; no file was written")
+        return Agreement(parity=parity, same=same[0] if same else None, as_is=as_is)
+
+    def engine(self, file: Path, folder: Path) -> Engine:
+        """Open what stands for the file: itself, or the same graph with emulated arithmetic, written to `folder`."""
+        if self.emulates(read_onnx(file)[0].dtype):
+            return OnnxRuntimeEngine(emulate_file(file, folder / "emulated.onnx"))
+        return open_engine(file, self.device)
+
+    def emulates(self, dtype: str) -> bool:
+        return self.device == "cpu" and dtype != "float32"
+
+    def how(self, dtype: str) -> str:
+        return f"onnxruntime {self.device}" + (f", {dtype} emulated" if self.emulates(dtype) else "")
 
 
-def _seal(file: Path, size: int, manifest: Manifest) -> None:
+def _seal(file: Path, size: int, manifest: Manifest, check: _Check) -> None:
     """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
     spec = manifest.spec
-    verified = OnnxRuntimeEngine(file)
-    n = verified.batch or 2
-    rng = np.random.default_rng(0)
-    if manifest.kind == "denoiser":
-        inputs = {"x": rng.standard_normal((n, *spec.image), dtype=np.float32), "sigma": np.ones(n, np.float32)}
-    else:
-        (steps,) = spec.sigmas
-        inputs = {"noise": rng.standard_normal((steps, n, *spec.image), dtype=np.float32)}
-    if spec.classes:
-        inputs["label"] = np.zeros(n, np.int64)
-    want = verified.run(inputs)
-    del verified  # before the second one: a large model is in memory once
-    with file.open("r+b") as opened:
-        opened.truncate(size)
-        opened.seek(size)
-        opened.write(_metadata(manifest))
-    if not np.array_equal(OnnxRuntimeEngine(file).run(inputs), want):
-        raise CheckFailed("the file changed between its verification and its last writing; no file was written")
+    with tempfile.TemporaryDirectory() as folder:
+        verified = check.engine(file, Path(folder))
+        n = verified.batch or 2
+        rng = np.random.default_rng(0)
+        if manifest.kind == "denoiser":
+            inputs = {"x": rng.standard_normal((n, *spec.image), dtype=np.float32), "sigma": np.ones(n, np.float32)}
+        else:
+            (steps,) = spec.sigmas
+            first = (steps, n) if manifest.kind == "sampler" else (n, steps)
+            inputs = {"noise": rng.standard_normal((*first, *spec.image), dtype=np.float32)}
+        if spec.classes:
+            inputs["label"] = np.zeros((n, 1) if manifest.kind == "server" else n, np.int64)
+        want = verified.run(inputs)
+        del verified  # before the second one: a large model is in memory once
+        replace_manifest(file, size, manifest)
+        if not np.array_equal(check.engine(file, Path(folder)).run(inputs), want):
+            raise CheckFailed("the file changed between its verification and its last writing; no file was written")
 
 
-def _metadata(manifest: Manifest) -> bytes:
-    """Return metadata_props as protobuf bytes: messages concatenate, so they may stand behind the graph."""
-    entry = onnx.StringStringEntryProto(key="cmfast", value=manifest.to_json())
-    return bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
-
-
-def _need(parity: Parity, tolerance: float, what: str) -> Parity:
-    if failure := parity.failure(tolerance):
-        raise CheckFailed(f"{what} {failure}; no file was written")
-    return parity
+def _summary(agreement: Agreement) -> dict[str, float]:
+    """Return what the manifest records."""
+    values = agreement.parity.to_dict()
+    if agreement.same:
+        values["same_precision"] = agreement.same.to_dict()["max_abs"]
+    return values
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+    return {name: version(name) for name in ("onnx", "onnxscript")} | {"onnxruntime": _onnxruntime()}
+
+
+def _onnxruntime() -> str:
+    import onnxruntime  # its package is called onnxruntime or onnxruntime-gpu
+
+    return str(onnxruntime.__version__)

@@ -2,6 +2,9 @@
 """The denoiser as an ONNX graph: traced once by torch's dynamo exporter, scalings and noise embedding inside.
 
 x [B, C, H, W] float32, sigma [B] float32, label [B] int64 (class-conditional)  ->  denoised [B, C, H, W] float32
+
+The precision is in the graph: a trunk in half precision (`Denoiser.to_precision`) is traced as it is, with a Cast at
+every border to what stays float32. So every engine runs the same roundings, and none decides about types.
 """
 
 from __future__ import annotations
@@ -20,15 +23,20 @@ from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
-from cmfast_export import DEFAULT_OPSET, OPSETS
+from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_train.denoiser import Denoiser
 
 
-def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int = DEFAULT_OPSET) -> ir.Model:
+def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> ir.Model:
     """Return the ONNX model of a denoiser, without manifest.
 
     batch  a fixed batch size, or None for a dynamic one
+    opset  None: the oldest that the trunk's type can be written in
     """
+    least = BF16_OPSET if denoiser.trunk == torch.bfloat16 else OPSETS.start
+    opset = opset or max(least, DEFAULT_OPSET)
+    if opset in OPSETS and opset < least:
+        raise CmfastError(f"bfloat16 convolutions exist from opset {least}, got {opset}; leave --opset out")
     if opset not in OPSETS:
         raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
     if batch is not None and batch < 1:
@@ -92,11 +100,18 @@ def _attention(
     q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """softmax(q k^T / sqrt(d)) v; q, k, v [B, heads, pixels, d]. Plain nodes: the Attention operator needs opset 23."""
+    """softmax(q k^T / sqrt(d)) v; q, k, v [B, heads, pixels, d]. Plain nodes: the Attention operator needs opset 23.
+
+    In half precision the scale is divided between q and k, whose product could overflow, and the softmax is float32.
+    """
     assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
     factor = scale if scale is not None else float(q.shape[-1]) ** -0.5
-    scaled = op.Mul(q, op.Constant(value_floats=[factor]))
-    return op.MatMul(op.Softmax(op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2])), axis=-1), v)
+    k = op.Transpose(k, perm=[0, 1, 3, 2])
+    if q.dtype == ir.DataType.FLOAT:
+        return op.MatMul(op.Softmax(op.MatMul(op.Mul(q, op.Constant(value_floats=[factor])), k), axis=-1), v)
+    root = op.Cast(op.Constant(value_floats=[factor**0.5]), to=q.dtype)
+    scores = op.Cast(op.MatMul(op.Mul(q, root), op.Mul(k, root)), to=ir.DataType.FLOAT)
+    return op.MatMul(op.Cast(op.Softmax(scores, axis=-1), to=q.dtype), v)
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float32]
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
 LARGE = 128 * 128  # pixels of an image; five images of more take gigabytes
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
+# Largest difference from float32 PyTorch that is allowed by default, data units, by the manifest's dtype: what rounding
+# costs, times ten. Random networks of trained scale differ by 2e-6, 1e-3, 2e-3 and 1.5e-2.
+TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 2e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,11 @@ class Parity:
         mse = max(row.mse for row in self.rows)
         return 200.0 if mse == 0 else min(200.0, 10 * math.log10(4 / mse))
 
-    def failure(self, tolerance: float) -> str | None:
-        """Return what is wrong in words, or None."""
+    def failure(self, tolerance: float, of: str = "PyTorch") -> str | None:
+        """Return what is wrong in words, or None; `of` is what was compared with."""
         worst = self.worst
         if not worst.max_abs <= tolerance:  # also when it is not a number
-            return f"differs from PyTorch by {worst.max_abs:.2e} at {worst.where} (allowed {tolerance:.0e})"
+            return f"differs from {of} by {worst.max_abs:.2e} at {worst.where} (allowed {tolerance:.0e})"
         if self.boundary is not None and not self.boundary <= BOUNDARY_TOLERANCE:
             return f"f(x, sigma_min) differs from x by {self.boundary:.2e} (allowed {BOUNDARY_TOLERANCE:.0e})"
         return None
@@ -72,30 +75,38 @@ def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] |
     batches  default: 1 and 5, of large images 1 and 2, which is half the memory; of a file of one batch size that one
     Images are random, uniform in [-1, 1], with noise of the level added.
     """
-    spec = file.manifest.spec
-    ours, reference = Model(file), Model(torch_engine)
-    rows = []
-    boundary = None
-    for where, x, sigma, label in _denoiser_inputs(spec, _batches(file, batches)):
-        got, want = ours.denoise(x, sigma, label), reference.denoise(x, sigma, label)
-        rows.append(_row(where, got, want))
-        at_minimum = sigma == np.float32(spec.sigma_min)
-        if spec.scaling in ("boundary", "seed") and at_minimum.any():
-            boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
-    return Parity(rows=tuple(rows), boundary=boundary)
+    return verify(file, [torch_engine], batches)[0]
 
 
 def verify_sampler(file: Engine, denoiser: Engine, batches: Sequence[int] | None = None) -> Parity:
     """Compare a sampler graph with the Python loop over a denoiser, on the same noise. `batches` as above."""
-    ours, reference = Model(file), Model(denoiser)
-    spec, sigmas = file.manifest.spec, ours.levels()
-    rows = []
-    for batch in _batches(file, batches):
-        noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
-        label = reference.labels(batch, seed=1)
-        got, want = ours.from_noise(noise, sigmas, label), reference.from_noise(noise, sigmas, label)
-        rows.append(_row(f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}", got, want))
-    return Parity(rows=tuple(rows), boundary=None)
+    return verify(file, [denoiser], batches)[0]
+
+
+def verify(file: Engine, references: Sequence[Engine], batches: Sequence[int] | None = None) -> list[Parity]:
+    """Compare a file of any kind with each reference on the same inputs; the references are denoisers."""
+    spec = file.manifest.spec
+    ours, theirs = Model(file), [Model(engine) for engine in references]
+    rows: list[list[Row]] = [[] for _ in theirs]
+    boundary = None
+    if file.manifest.kind == "denoiser":
+        for where, x, sigma, label in _denoiser_inputs(spec, _batches(file, batches)):
+            got = ours.denoise(x, sigma, label)
+            for each, model in zip(rows, theirs, strict=True):
+                each.append(_row(where, got, model.denoise(x, sigma, label)))
+            at_minimum = sigma == np.float32(spec.sigma_min)
+            if spec.scaling in ("boundary", "seed") and at_minimum.any():
+                boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
+    else:
+        sigmas = ours.levels()
+        for batch in _batches(file, batches):
+            noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
+            label = ours.labels(batch, seed=1)
+            got = ours.from_noise(noise, sigmas, label)
+            where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
+            for each, model in zip(rows, theirs, strict=True):
+                each.append(_row(where, got, model.from_noise(noise, sigmas, label)))
+    return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
 
 
 def _batches(file: Engine, batches: Sequence[int] | None) -> Sequence[int]:

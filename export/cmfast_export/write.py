@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from cmfast import _protobuf as pb
+from cmfast.artifact import Manifest
 from cmfast.files import atomic_file
 
 MAX_BYTES = 2**31 - 2**24  # of weights in one file: protobuf ends at 2 GiB; nodes, names and manifest need a few MiB
@@ -75,6 +76,23 @@ def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> in
             if inside:
                 opened.write(tensor.tobytes())
         return opened.tell()
+
+
+def write_with_manifest(model: ir.Model, manifest: Manifest, file: Path, data: DataFile | None = None) -> int:
+    """Write the model and, behind it, the manifest; return the size of what stands before the manifest, bytes."""
+    model.producer_name, model.producer_version = "cmfast", manifest.made_by["cmfast"]
+    size = write_model(model, file, data)
+    replace_manifest(file, size, manifest)
+    return size
+
+
+def replace_manifest(file: Path, size: int, manifest: Manifest) -> None:
+    """Write another manifest behind the first `size` bytes of a file: protobuf messages concatenate."""
+    entry = onnx.StringStringEntryProto(key="cmfast", value=manifest.to_json())
+    with file.open("r+b") as opened:
+        opened.truncate(size)
+        opened.seek(size)
+        opened.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
 def data_files(file: Path) -> set[Path]:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""TensorRT and TensorRT-RTX as Python modules: one API, two libraries. Imported when an engine is built or run."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from typing import Any
+
+from cmfast.errors import CmfastError, EngineError, MissingDependency
+
+LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+
+
+def import_library(name: str, what: str) -> Any:
+    """Return the module `name`, one of LIBRARIES; `what` needs it, for the error."""
+    if name not in LIBRARIES:
+        raise CmfastError(f"the library must be one of {', '.join(LIBRARIES)}, got {name!r}")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as err:
+        if (err.name or "").split(".")[0] != name:  # the package is there, what it loads is not
+            raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
+        raise MissingDependency(what, name.replace("_", "-"), EXTRAS[name]) from None
+    except (ImportError, OSError, RuntimeError) as err:
+        raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
+
+
+def make_logger(trt: Any) -> Any:
+    """Return a logger of this library that says nothing and keeps the errors, as lines, in `.errors`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Log()
+
+
+def reason(log: Any) -> str:
+    """Return what the library said went wrong, one line."""
+    return "; ".join(dict.fromkeys(log.errors))[:400] or "it does not say why"
+
+
+def this_platform() -> str:
+    """Return the operating system and processor as plans are tied to them: linux_x86_64."""
+    return f"{platform.system()}_{platform.machine()}".lower()
+
+
+def _line(err: BaseException) -> str:
+    return " ".join(str(err).split())[:300]

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""An exported ONNX file as an engine of TensorRT or TensorRT-RTX: one builder for both, through the API they share.
+
+    build_engine(Path("model.onnx"), Path("model.engine"), BuildOptions(batch=(1, 8, 64)))
+
+The precision is in the graph, so nothing here decides about types. The manifest travels as the network's name, and the
+file is the plan itself, sealed with its digest (`cmfast.plan`). TensorRT measures kernels on the card that it builds
+for; TensorRT-RTX builds on any machine, for all cards that it supports or for `target`. Running is
+`cmfast.engines.tensorrt`. torch is not needed, so an engine can be built on
+the machine that it is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cmfast import _protobuf as pb
+from cmfast.artifact import Manifest, file_sha256, read_onnx
+from cmfast.engines import _cuda as cuda
+from cmfast.engines import open_engine
+from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
+from cmfast.engines.onnxruntime import OnnxRuntimeEngine
+from cmfast.errors import CheckFailed, CmfastError, EngineError
+from cmfast.files import atomic_file, check_target
+from cmfast.plan import NOT_RUN, UNSEALED, read_plan, seal
+from cmfast_export.emulate import emulate_file
+from cmfast_export.verify import TOLERANCES, Parity, verify
+
+HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How an engine is built; `cmfast-export --build NAME=VALUE` sets a field."""
+
+    library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it is installed, else tensorrt_rtx
+    batch: tuple[int, ...] = (1, 8, 64)  # smallest, most frequent and largest batch; one number: only that
+    workspace_mib: int = 0  # scratch memory that kernels may use at most, MiB; 0: the library's default
+    level: int = -1  # 0 to 5, how long the builder tries; -1: the library's default
+    timing_cache: str = ""  # file with measurements of kernels, read and written; TensorRT only
+    version_compatible: bool = False  # also for later versions of TensorRT
+    hardware_compatible: str = ""  # also for other cards: "ampere+" or "same" (compute capability); TensorRT only
+    target: tuple[str, ...] = ()  # compute capabilities such as 8.9; TensorRT-RTX only; empty: all from 8.0 on
+
+    def __post_init__(self) -> None:
+        if self.library not in ("", *LIBRARIES):
+            raise CmfastError(f"library must be one of {', '.join(LIBRARIES)}, got {self.library!r}")
+        if len(self.batch) not in (1, 3) or self.batch[0] < 1 or list(self.batch) != sorted(self.batch):
+            raise CmfastError(
+                f"batch must be the smallest, the most frequent and the largest number of images, or one number, got "
+                f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
+            )
+        if self.level not in range(-1, 6):
+            raise CmfastError(f"level must be from 0 to 5, got {self.level}")
+        if self.workspace_mib < 0:
+            raise CmfastError(f"workspace_mib must be at least 1, got {self.workspace_mib}")
+        if self.hardware_compatible not in HARDWARE:
+            raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
+
+    @classmethod
+    def parse(cls, assignments: tuple[str, ...]) -> BuildOptions:
+        """Return the options that NAME=VALUE texts say."""
+        kinds = {field.name: str(field.type) for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for text in assignments:
+            name, equals, value = text.partition("=")
+            if not equals or name not in kinds:
+                raise CmfastError(f"--build {text}: expected NAME=VALUE, NAME one of {', '.join(kinds)}")
+            try:
+                values[name] = _CONVERT[kinds[name]](value)
+            except (ValueError, KeyError):
+                raise CmfastError(f"--build {text}: {value!r} is no value for {name}") from None
+        return cls(**values)
+
+    @property
+    def profile(self) -> tuple[int, int, int]:
+        """Smallest, most frequent and largest batch."""
+        return (self.batch[0], self.batch[len(self.batch) // 2], self.batch[-1])
+
+
+_CONVERT: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "bool": {"true": True, "false": False}.__getitem__,
+    "tuple[int, ...]": lambda text: tuple(int(part) for part in text.split(",")),
+    "tuple[str, ...]": lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a build made."""
+
+    path: Path
+    manifest: Manifest
+    parity: Parity | None  # how far it is from the ONNX file; None: it was not run
+    sha256: str  # of the file, for cmfast.load(..., sha256=...)
+    seconds: float
+    cached: bool  # the same engine had been built before, and was copied
+
+
+def build_engine(
+    onnx: Path,
+    out: Path,
+    options: BuildOptions,
+    *,
+    cache: Path | None = None,
+    run: bool = False,
+    tolerance: float | None = None,
+) -> Built:
+    """Build the engine of a verified ONNX file, of any kind; write it to `out`; return what was made.
+
+    cache      folder of engines built before, found by the content of the ONNX file, the options, the versions and the
+               card, never by a name; None: none
+    run        run the engine, which needs a card that it is for, and compare it with the ONNX file
+    tolerance  of that comparison, data units; beyond it CheckFailed, and no file. None: as for the ONNX file
+    """
+    target, begun = check_target(out), time.perf_counter()
+    manifest, _ = read_onnx(onnx)
+    library = options.library or _installed()
+    trt = import_library(library, f"building {target.name}")
+    _check_options(options, library)
+    engine = _description(onnx, options, library, str(trt.__version__))
+    key = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
+    kept = cache / f"{key}.engine" if cache else None
+    cached = kept is not None and _whole(kept)
+    parity = None
+    with atomic_file(target) as file:
+        if cached and kept is not None:
+            shutil.copyfile(kept, file)
+        else:
+            made = {**manifest.made_by, library: str(trt.__version__)}
+            plan = bytearray(_build(trt, onnx, replace(manifest, engine=engine, made_by=made), options))
+            seal(plan)
+            file.write_bytes(plan)
+        if run:
+            parity = _verify(file, onnx, tolerance)
+            plan = bytearray(file.read_bytes())
+            seal(plan, parity.worst.max_abs)
+            file.write_bytes(plan)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(kept) as copy:
+                shutil.copyfile(file, copy)
+    return Built(
+        path=target,
+        manifest=read_plan(target),
+        parity=parity,
+        sha256=file_sha256(target),
+        seconds=time.perf_counter() - begun,
+        cached=cached,
+    )
+
+
+def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
+    """Return how far the engine is from its ONNX file, run by ONNX Runtime on the CPU, roundings emulated."""
+    manifest = read_plan(file)
+    with tempfile.TemporaryDirectory() as folder:
+        exact = manifest.dtype == "float32"
+        reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, Path(folder) / "emulated.onnx"))
+        (parity,) = verify(open_engine(file, "cuda"), [reference])
+    if failure := parity.failure(TOLERANCES[manifest.dtype] if tolerance is None else tolerance, of="its ONNX file"):
+        raise CheckFailed(f"the engine {failure}; no file was written")
+    return parity
+
+
+def default_cache() -> Path:
+    """Return the folder where engines are kept unless another is said: $XDG_CACHE_HOME/cmfast/engines."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfast" / "engines"
+
+
+def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> Any:
+    """Return the serialized engine, a buffer, with the manifest in it, unsealed."""
+    log = make_logger(trt)
+    builder = trt.Builder(log)
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 10; later always so
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(os.fspath(onnx)):
+        errors = [" ".join(str(parser.get_error(i)).split()) for i in range(parser.num_errors)]
+        raise EngineError(f"{onnx}: the library cannot read it: {'; '.join(errors)[:400] or reason(log)}")
+    config = builder.create_builder_config()
+    _configure(trt, config, options, tf32=manifest.dtype == "tf32")
+    batch = _add_profile(builder, network, config, manifest.kind, options)
+    engine = {**manifest.engine, "batch": list(batch), "max_abs": NOT_RUN, "plan_sha256": UNSEALED}
+    network.name = replace(manifest, engine=engine).to_json()
+    cache = _timing_cache(config, options)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{onnx}: the engine could not be built: {reason(log)}")
+    if cache is not None:
+        with atomic_file(options.timing_cache) as file:
+            file.write_bytes(bytes(cache.serialize()))
+    return plan
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> None:
+    # Set by default in both libraries, and float32 then has ten bits of mantissa in every product.
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    if options.workspace_mib:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    if options.level >= 0:
+        config.builder_optimization_level = options.level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[options.hardware_compatible])
+        config.hardware_compatibility_level = level
+    if options.target:
+        config.num_compute_capabilities = len(options.target)
+        for index, capability in enumerate(options.target):
+            value = trt.ComputeCapability.__members__.get(f"SM{capability.replace('.', '')}")
+            if value is None or not config.set_compute_capability(value, index):
+                known = [name[2:-1] + "." + name[-1] for name in trt.ComputeCapability.__members__ if name[:2] == "SM"]
+                raise CmfastError(f"target {capability}: this version builds for {', '.join(known)}")
+
+
+def _add_profile(builder: Any, network: Any, config: Any, kind: str, options: BuildOptions) -> tuple[int, int, int]:
+    """Tell the builder which batches there will be; return them: those of the options, or the file's only one."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    fixed = tuple(inputs[0].shape)[1 if kind == "sampler" else 0]
+    if fixed >= 0:
+        if options.batch not in (BuildOptions().batch, (fixed,)):
+            raise CmfastError(f"the ONNX file takes batches of {fixed} only; leave batch out, or export it as dynamic")
+        return (fixed, fixed, fixed)
+    profile = builder.create_optimization_profile()
+    for tensor in inputs:
+        shapes = [tuple(n if side < 0 else side for side in tuple(tensor.shape)) for n in options.profile]
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    return options.profile
+
+
+def _timing_cache(config: Any, options: BuildOptions) -> Any:
+    """Return the cache of measured kernels, filled from the file where there is one, or None."""
+    if not options.timing_cache:
+        return None
+    file = check_target(options.timing_cache)
+    cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise CmfastError(f"timing_cache {file}: not a cache of this version and card; name a new file")
+    return cache
+
+
+def _installed() -> str:
+    from importlib.util import find_spec
+
+    return next((name for name in LIBRARIES if find_spec(name)), "tensorrt")
+
+
+def _check_options(options: BuildOptions, library: str) -> None:
+    """Refuse what the library has no use for, instead of ignoring it."""
+    rtx = library == "tensorrt_rtx"
+    names = ("timing_cache", "hardware_compatible", "version_compatible") if rtx else ("target",)
+    for name in names:
+        if getattr(options, name):
+            raise CmfastError(f"{LIBRARIES[library]} has no {name}; leave it out, or set library")
+
+
+def _description(onnx: Path, options: BuildOptions, library: str, version: str) -> dict[str, Any]:
+    """Return the manifest's "engine": what built the plan, from what, for what."""
+    if library == "tensorrt":  # it measures on the card, and the plan is for that card
+        gpu = cuda.open_gpu()
+        card: dict[str, Any] = {"compute_capability": [gpu.compute_capability], "gpu": gpu.name}
+    else:
+        card = {"compute_capability": list(options.target)}
+    return {
+        "library": library,
+        "version": version,
+        **card,
+        "platform": this_platform(),
+        "batch": list(options.profile),
+        "workspace_mib": options.workspace_mib,
+        "level": options.level,
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
+        "onnx_sha256": onnx_sha256(onnx),
+    }
+
+
+def onnx_sha256(onnx: Path) -> str:
+    """Return the SHA-256 of an ONNX file; of one with weights beside it, that of both digests."""
+    digests = [file_sha256(onnx)]
+    digests += [file_sha256(onnx.parent / name) for name in sorted(set(pb.read_onnx_model(onnx).external))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _whole(path: Path) -> bool:
+    """Whether a cached engine is there and as it was written; one that is not is built again."""
+    try:
+        read_plan(path)
+    except CmfastError:
+        return False
+    return True
