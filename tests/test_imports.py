@@ -25,7 +25,7 @@ COMMANDS = PROJECT["project"]["scripts"]
 
 STDLIB = sys.stdlib_module_names
 BASE = {"numpy", "click", "rich", "PIL"}  # the dependencies of `pip install cmfast`
-LAZY = {"onnxruntime", "matplotlib", "tensorrt", "openvino"}  # extras of the runtime: inside a function only
+LAZY = {"onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "cuda", "openvino"}  # extras of the runtime: inside a function only
 TRAIN = {"torch", "torchvision", "accelerate", "sklearn", "safetensors", "torchmetrics", "tensorboard"}
 EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 
@@ -151,6 +151,7 @@ def test_importing_the_runtime_takes_a_tenth_of_a_second(compiled: dict[str, str
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({!r})); from {} import {} as main; sys.argv[0] = {!r}; main()"
 HEAVY = ["torch", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "torchvision", "accelerate", "safetensors", "sklearn"]
+HEAVY += ["tensorrt", "tensorrt_rtx", "cuda"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,7 +8,6 @@ plans are none that TensorRT could load: only their manifests are read.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,11 +46,14 @@ def samplers(tiny_checkpoint: Make) -> Graphs:
     """Return a factory of sampler graphs with random weights, and the spec with their noise levels."""
 
     @functools.cache
+    def denoiser(classes: int, batch: int | None) -> tuple[ir.Model, ModelSpec]:
+        model = load_checkpoint(tiny_checkpoint(classes=classes)).denoiser()
+        return denoiser_graph(model, batch), model.spec
+
     def make(classes: int = 10, batch: int | None = None, steps: int = 2) -> tuple[ir.Model, ModelSpec]:
-        denoiser = load_checkpoint(tiny_checkpoint(classes=classes)).denoiser()
-        levels = denoiser.spec.levels(steps)
-        graph = sampler_graph(denoiser_graph(denoiser, batch), levels, denoiser.spec)
-        return graph, replace(denoiser.spec, sigmas={steps: levels})
+        graph, spec = denoiser(classes, batch)
+        levels = spec.levels(steps)
+        return sampler_graph(graph, levels, spec), replace(spec, sigmas={steps: levels})
 
     return make
 
@@ -61,8 +63,8 @@ def server_file(samplers: Graphs, tmp_path_factory: pytest.TempPathFactory) -> M
     """Return a factory of files of kind server, written as `export_onnx` writes them."""
 
     @functools.cache
-    def make(classes: int = 10, batch: int | None = None, steps: int = 2, data: bool = False) -> Path:
-        graph, spec = samplers(classes, batch, steps)
+    def make(classes: int = 10, batch: int | None = None, data: bool = False) -> Path:
+        graph, spec = samplers(classes, batch)
         path = tmp_path_factory.mktemp("server") / "two.steps.onnx"
         manifest = Manifest(kind="server", spec=spec, source={"sha256": "0" * 64}, made_by={"cmfast": "0"})
         write_with_manifest(server_graph(graph), manifest, path, write_data(graph, path) if data else None)
@@ -148,12 +150,13 @@ def test_a_server_graph_shares_the_weights_and_leaves_the_sampler_graph_alone(sa
         assert server.graph.initializers[name].const_value is value.const_value
 
 
-@pytest.mark.parametrize("classes", [10, 0])
-@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize(("classes", "batch"), [(10, None), (0, None), (10, 3)])
 def test_a_server_file_draws_the_images_of_the_checkpoint(
     classes: int, batch: int | None, server_file: Make, tiny_checkpoint: Make
 ) -> None:
-    got = load(server_file(classes, batch)).sample_float(5, seed=3)
+    model = load(server_file(classes, batch))
+    assert model.engine.batch == batch
+    got = model.sample_float(5, seed=3)
     want = load(tiny_checkpoint(classes=classes)).sample_float(5, steps=2, seed=3)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # float32 in another order of operations
 
@@ -238,7 +241,7 @@ def test_a_fixed_batch_is_served_as_requests_of_just_that_size(server_file: Make
         "output": [{**IMAGES, "dims": ["3", *IMAGES["dims"]]}],
         "instance_group": [{"kind": "KIND_GPU", "count": 1}],
         "optimization": {"execution_accelerators": TF32_OFF},
-        "model_warmup": warm_up([1], noise=noise, label=label),
+        "model_warmup": [{**warm_up([3], noise=noise, label=label)[0], "batch_size": 1}],
     }
     assert (written.batch, written.max_batch) == (3, 3)
 
@@ -473,16 +476,17 @@ def test_a_folder_with_something_in_it_is_left_alone(server_file: Make, tmp_path
 
 
 def test_a_failure_halfway_leaves_nothing(server_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = server_file(data=True)
     copied: list[Path] = []
 
     def full(source: Path, target: Path) -> None:
         copied.append(target)
+        target.write_bytes(source.read_bytes()[:100])
         if len(copied) == 2:
             raise OSError("no space left on device")
-        shutil.copy(source, target)
 
     monkeypatch.setattr(to_triton.shutil, "copyfile", full)
     with pytest.raises(OSError, match="no space"):
-        write_repository(tmp_path / "repo", [server_file(data=True)])
+        write_repository(tmp_path / "repo", [model])
     assert len(copied) == 2
     assert list(tmp_path.iterdir()) == []

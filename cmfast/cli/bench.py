@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""cmfast-bench: how fast model files sample, against each other and against eager PyTorch.
+"""cmfast-bench: how fast model files sample, against each other and against eager PyTorch, and why.
 
 Everything is checked and opened first, then outputs are compared, then times are taken (`cmfast.timing`): a wrong
-answer is not timed. The method is described in benchmarks/README.md.
+answer is not timed. After the timing, and not in it, a GPU's own times and the machine's ceilings (`cmfast.roofline`)
+say what the time goes to. The method is described in benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from cmfast.cli._bench_contenders import Contender, Job, check_all_run, compare, open_contenders, plan
+from cmfast.cli._bench_options import Options
 from cmfast.cli._bench_report import draw, need_matplotlib, show
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
-from cmfast.errors import CheckFailed, CmfastError, EngineError
-
-if TYPE_CHECKING:
-    from cmfast.model import Floats, Model
+from cmfast.errors import CmfastError, EngineError
 
 EPILOG = """\b
 Examples:
@@ -33,7 +31,7 @@ Examples:
   cmfast-bench model.onnx sampler.onnx --baseline model.pt --steps 2 --batch 1,8,64 --json bench.json
   cmfast-bench --baseline model.pt --compile --threads 4 --plot bench.png
   cmfast-bench model.onnx --baseline cd_imagenet64 --diffusers     a folder, by our U-Net and by diffusers
-  cmfast-bench model_fp16.onnx --baseline model.pt --device cuda --tolerance 0.02
+  cmfast-bench sampler.engine fp16.onnx --baseline model.pt --device cuda --variants channels_last,cuda_graph
 """
 
 MIN_CALLS = 20  # counted, of each contender at each setting

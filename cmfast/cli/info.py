@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from cmfast.artifact import Manifest, check_model, model_bytes, read_onnx
+from cmfast.artifact import ENGINE_SUFFIXES, Manifest, check_model, file_sha256, model_bytes, read_manifest, read_onnx
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import SET, SOURCE
 from cmfast.errors import CmfastError
@@ -17,6 +17,7 @@ EPILOG = """\b
 Examples:
   cmfast-info model.onnx
   cmfast-info model.onnx --json | jq .parity
+  cmfast-info model.engine                        TensorRT's, without TensorRT and without a GPU
   cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and what says so
   cmfast-info model000100.pt --source openai      what still has to be told
 """
@@ -33,10 +34,10 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
     MODEL is an exported file, a checkpoint, a foreign file of weights or a diffusers folder.
     """
     file = check_model(model)
-    if file.suffix == ".onnx":
+    if file.suffix in (".onnx", *ENGINE_SUFFIXES):
         if source or assignments:
             raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
-        manifest, versions = read_onnx(file)
+        manifest, versions = read_onnx(file) if file.suffix == ".onnx" else (read_manifest(file), {})
         click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, versions)))
         return
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
@@ -85,7 +86,24 @@ def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tup
         lines.append(("onnx", f"IR {versions['ir']}, opset {versions['opset']}"))
     if manifest.parity:
         lines.append(("parity", ", ".join(f"{k} {v:g}" for k, v in manifest.parity.items())))
-    return lines
+    if manifest.cost:
+        lines.append(("an image", ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
+    return [*lines, *_engine_lines(file, manifest)] if manifest.engine else lines
+
+
+def _engine_lines(file: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    about = manifest.engine
+    least, often, most = about.get("batch", ("?", "?", "?"))
+    cards = ", ".join(about.get("compute_capability", ())) or "every card that the library supports"
+    ran = str(about.get("max_abs", "")).strip()
+    return [
+        ("engine", f"{about.get('library')} {about.get('version')}, {about.get('platform')}"),
+        ("for", f"compute capability {cards}" if about.get("compute_capability") else cards),
+        ("batch", f"{least} to {most}, best at {often}"),
+        ("onnx sha256", str(about.get("onnx_sha256"))),
+        ("run", f"{ran} from its ONNX file" if ran[:1].isdigit() else "not run where it was built"),
+        ("sha256", file_sha256(file)),
+    ]
 
 
 def main() -> None:

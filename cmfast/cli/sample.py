@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cmfast.artifact import PRECISIONS
 from cmfast.cli._run import run_command
 from cmfast.cli._types import FLOATS, INTS
 from cmfast.errors import CmfastError
@@ -18,6 +19,8 @@ Examples:
   cmfast-sample model.onnx -n 50000 --batch 256 -o samples.npz     arr_0 images, arr_1 labels
   cmfast-sample cd_imagenet64_l2.onnx --indices 22,0 -o two_steps.png
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
+  cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
+  cmfast-sample sampler.onnx --device cuda --variant cuda_graph
 """
 
 
@@ -41,7 +44,10 @@ Examples:
 @click.option("--label", type=INTS, help="Class, or one for each image; default: drawn from the seed.")
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Images at a time; does not change them.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
+@click.option("--variant", default="", metavar="NAME", help="A way to run it: cuda_graph, tensorrt, compiled, ...")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of a checkpoint that PyTorch runs.")
+@click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
 @click.option("--threads", type=int, help="CPU threads; default: the engine's choice.")
 def command(
     model: Path,
@@ -54,17 +60,23 @@ def command(
     label: tuple[int, ...] | None,
     first: int,
     batch: int,
-    device: str,
+    device: str | None,
+    variant: str,
+    precision: str | None,
+    sha256: str | None,
     threads: int | None,
 ) -> None:
-    """Draw images from MODEL (.onnx; where PyTorch is installed a checkpoint of any kind) and write them to --out."""
+    """Draw images from MODEL and write them to --out.
+
+    MODEL is an exported file, .onnx or .engine; where PyTorch is installed also a checkpoint of any kind.
+    """
     import cmfast
     from cmfast.images import check_output
 
     check_output(out)
     if number < 1:
         raise CmfastError(f"-n: the number of images must be at least 1, got {number}")
-    loaded = cmfast.load(model, device, threads)
+    loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
     classes = label[0] if label is not None and len(label) == 1 else label
     if indices is not None:
         if steps is not None or sigmas is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from typing import Any
 
@@ -18,13 +17,17 @@ def import_library(name: str, what: str) -> Any:
     if name not in LIBRARIES:
         raise CmfastError(f"the library must be one of {', '.join(LIBRARIES)}, got {name!r}")
     try:
-        return importlib.import_module(name)
+        if name == "tensorrt":
+            import tensorrt as trt
+        else:
+            import tensorrt_rtx as trt
     except ModuleNotFoundError as err:
         if (err.name or "").split(".")[0] != name:  # the package is there, what it loads is not
             raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
         raise MissingDependency(what, name.replace("_", "-"), EXTRAS[name]) from None
     except (ImportError, OSError, RuntimeError) as err:
         raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
+    return trt
 
 
 def make_logger(trt: Any) -> Any:

@@ -1,83 +1,353 @@
 # SPDX-License-Identifier: MIT
-"""ONNX Runtime, on the CPU or on CUDA."""
+"""ONNX Runtime, on the CPU or on CUDA.
+
+On CUDA the arrays stay at fixed addresses on the device, bound once a batch size, and everything goes over one stream
+of ours: the copy in, the graph, the copy out. Handed over without waiting in between, it costs ONNX Runtime no copies
+of its own, and events on that stream tell what the device did.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
+import itertools
 import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import read_onnx
-from cmfast.engines import Inputs
-from cmfast.errors import ArtifactError, EngineError, MissingDependency
+from cmfast.artifact import Manifest, read_onnx
+from cmfast.engines import DeviceTimes, Inputs
+from cmfast.engines import _cuda as cuda
+from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
+KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
 
 
 class OnnxRuntimeEngine:
-    """A graph run by ONNX Runtime. The contract is `cmfast.engines.Engine`."""
+    """A graph run by ONNX Runtime. The contract is `cmfast.engines.Engine`, on CUDA also `TimedEngine`.
+
+    variant  "": node by node. On CUDA also:
+             "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
+             call) and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser
+             in a Python loop is one launch a step and cannot be less: ONNX Runtime captures within one call of its
+             own, and a capture around several of them fails, because each call synchronises. So one launch an image
+             needs a sampler graph
+             "tensorrt": by ONNX Runtime's TensorRT provider, which builds its engine at the first call, again where a
+             batch size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA
+             takes what TensorRT does not
+
+    The precision is the file's. Float32 is multiplied as float32, and as TensorFloat-32 where the manifest says tf32
+    (on a CPU, which has none, as float32).
+
+    One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
+    the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
+    nearly all.
+    """
+
+    timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
 
     def __init__(self, path: Path, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
         self.manifest, _ = read_onnx(path)
-        ort = _import(device)
-        self.name = f"ONNX Runtime {device}"
+        _check_variant(path, device, variant, self.manifest.dtype)
+        ort = _import(device, variant)
+        self.name = f"ONNX Runtime {device} {variant}".rstrip()
         options = ort.SessionOptions()
         options.log_severity_level = 3  # warnings are not for the user of a command; errors are raised
         if threads is not None:
             options.intra_op_num_threads = threads
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-        if provider not in ort.get_available_providers():
-            raise EngineError(
-                f"device cuda was asked for, but the installed onnxruntime {ort.__version__} is a build without CUDA; "
-                "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
-            )
-        # A float32 file is run in float32: TensorFloat-32 keeps ten bits of the mantissa.
-        settings = {"use_tf32": "0"} if device == "cuda" else {}
-        try:
-            self._session = ort.InferenceSession(os.fspath(path), options, providers=[(provider, settings)])
-        except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            reason = " ".join(str(err).split())[:300]
-            raise ArtifactError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {reason}") from None
-        if self._session.get_providers()[0] != provider:  # it falls back without a word, which would be a lie
-            raise EngineError(
-                f"device {device} was asked for, but ONNX Runtime could not start it and fell back to the CPU; "
-                "check the driver (nvidia-smi) and that CUDA and cuDNN of the right version can be found"
-            )
-        self._session.disable_fallback()  # else a failing call is repeated on the CPU
+        self._device: _Device | None = None
+        if device == "cpu":
+            self._session = _open(ort, path, options, self.manifest.dtype, [(CPU, {})])
+        else:
+            stream = _check_gpu(ort, path, variant, self.manifest.dtype)
+            wanted = _providers(variant, self.manifest.dtype, int(stream.handle))
+            with _quiet(ort):
+                self._session = _open(ort, path, options, self.manifest.dtype, wanted)
+            self._device = _Device(ort, self._session, self.manifest, stream, captures=variant == "cuda_graph")
+            self.timed = self._device.timed
         self.batch = self._check_inputs(path)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
         try:
+            if self._device is not None:
+                return self._device.run(inputs)
             (output,) = self._session.run(None, dict(inputs))
-        except Exception as err:
-            reason = " ".join(str(err).split())[:300]
-            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {reason}") from None
+        except CmfastError:
+            raise
+        except Exception as err:  # the exceptions of ONNX Runtime share no public base class
+            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {_line(err)}") from None
         result: npt.NDArray[np.float32] = output
         return result
 
     def _check_inputs(self, path: Path) -> int | None:
         """Raise unless the graph takes what its manifest says; return its fixed batch size, if it has one."""
-        spec = self.manifest.spec
+        spec, kind = self.manifest.spec, self.manifest.kind
         have = {node.name: list(node.shape) for node in self._session.get_inputs()}
-        names = ["x", "sigma"] if self.manifest.kind == "denoiser" else ["noise"]
+        names = ["x", "sigma"] if kind == "denoiser" else ["noise"]
         names += ["label"] if spec.classes else []
         if list(have) != names:
             raise ArtifactError(
                 f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}"
             )
-        batch, *image = have[names[0]] if self.manifest.kind == "denoiser" else have["noise"][1:]
+        shape = have[names[0]]  # x [B, C, H, W], a sampler's noise [K, B, C, H, W], a server's [B, K, C, H, W]
+        batch, image = shape[_batch_axis(kind)], shape[1 if kind == "denoiser" else 2 :]
         if image != list(spec.image):
             raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")
         return batch if isinstance(batch, int) else None
 
 
-def _import(device: str) -> Any:
+class _Device:
+    """A session on CUDA with its buffers, a set of them for each batch size that was used."""
+
+    def __init__(
+        self, ort: Any, session: Any, manifest: Manifest, stream: cuda.Stream, *, captures: bool, place: str = "cuda"
+    ) -> None:
+        self._ort, self._session, self._manifest, self._stream = ort, session, manifest, stream
+        self._place = place  # where the buffers' device side is, in ONNX Runtime's words
+        # A captured graph reads and writes the addresses that it was captured with, so a set of buffers has an id of
+        # its own, which is never given again. ONNX Runtime keeps 0 for itself.
+        self._ids = itertools.count(1) if captures else None
+        self._names = [node.name for node in session.get_inputs()]
+        self._ready: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        self._times: list[DeviceTimes] | None = None
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return the output for these inputs, which are copied in and out."""
+        begun = time.perf_counter()
+        if sorted(inputs) != sorted(self._names):
+            raise EngineError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
+        key = tuple(inputs[name].shape for name in self._names)
+        new = key not in self._ready
+        bound = self._bind(inputs) if new else self._ready.pop(key)
+        try:
+            events, enqueued = self._hand_over(bound, inputs)
+            self._stream.wait()
+        except Exception as err:
+            self._close(bound)
+            raise EngineError(f"{self._failure(new)}: {_line(err)}") from None
+        self._ready[key] = bound  # the last used last
+        result: npt.NDArray[np.float32] = bound.output.host.copy()
+        if self._times is not None:
+            copy_in, compute, copy_out = self._stream.times_ms(events)
+            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
+            self._times.append(
+                DeviceTimes(
+                    host_ms=host_ms, enqueue_ms=enqueue_ms, copy_in_ms=copy_in, compute_ms=compute,
+                    copy_out_ms=copy_out,
+                )
+            )  # fmt: skip
+        return result
+
+    @contextmanager
+    def timed(self) -> Iterator[list[DeviceTimes]]:
+        """Give a list to which every run appends what it cost; the contract is `cmfast.engines.TimedEngine`."""
+        self._times = []
+        try:
+            yield self._times
+        finally:
+            self._times = None
+
+    def _hand_over(self, bound: _Bound, inputs: Inputs) -> tuple[list[Any], float]:
+        """Hand over the copies and the run; return four events, when timed, and the host's time of it."""
+        for name, buffer in bound.inputs.items():
+            np.copyto(buffer.host, inputs[name], casting="no")
+        mark = self._stream.mark if self._times is not None else lambda: None
+        events = [mark()]
+        for buffer in bound.inputs.values():
+            self._stream.to_device(buffer)
+        events.append(mark())
+        self._session.run_with_iobinding(bound.binding, bound.options)
+        events.append(mark())
+        self._stream.to_host(bound.output)
+        events.append(mark())
+        return events, time.perf_counter()
+
+    def _bind(self, inputs: Inputs) -> _Bound:
+        """Return buffers for inputs of these shapes, bound to the session."""
+        while len(self._ready) >= KEPT:
+            self._close(self._ready.pop(next(iter(self._ready))))
+        types = {name: np.int64 if name == "label" else np.float32 for name in self._names}
+        buffers = {name: cuda.Buffer(inputs[name].shape, types[name]) for name in self._names}
+        batch = inputs[self._names[0]].shape[_batch_axis(self._manifest.kind)]
+        output = cuda.Buffer((batch, *self._manifest.spec.image), np.float32)
+        binding = self._session.io_binding()
+        for name, buffer in buffers.items():
+            binding.bind_input(name, self._place, 0, types[name], buffer.host.shape, buffer.device)
+        (node,) = self._session.get_outputs()
+        binding.bind_output(node.name, self._place, 0, np.float32, output.host.shape, output.device)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # our stream waits, once
+        number = next(self._ids) if self._ids else None
+        if number is not None:
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        return _Bound(inputs=buffers, output=output, binding=binding, options=options, graph=number)
+
+    def _close(self, bound: _Bound) -> None:
+        """Free a set of buffers, after the graph that uses them."""
+        if bound.graph is not None and hasattr(self._session, "release_captured_graph"):  # ONNX Runtime 1.31
+            with contextlib.suppress(Exception):  # of a graph whose capture failed
+                self._session.release_captured_graph(bound.graph)
+        for buffer in (*bound.inputs.values(), bound.output):
+            buffer.close()
+
+    def _failure(self, new: bool) -> str:
+        if new and self._ids:
+            return "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph"
+        return "ONNX Runtime failed on cuda; if memory is short, try a smaller batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """What one batch size needs, at fixed addresses."""
+
+    inputs: dict[str, cuda.Buffer]
+    output: cuda.Buffer
+    binding: Any  # onnxruntime.IOBinding
+    options: Any  # onnxruntime.RunOptions
+    graph: int | None  # the captured graph's id
+
+
+def _open(ort: Any, path: Path, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+    """Return a session on these providers, or raise with the reason why it is not to be had."""
+    names = [name for name, _ in wanted]
+    try:
+        # Without enable_fallback=0 it prints what is wrong and goes on with other providers.
+        session = ort.InferenceSession(os.fspath(path), options, providers=wanted, enable_fallback=0)
+    except Exception as err:
+        raise _refusal(ort, path, dtype, names, _line(err)) from None
+    if list(session.get_providers())[: len(names)] != names:  # it falls back without a word, which would be a lie
+        raise _refusal(ort, path, dtype, names, "")
+    return session
+
+
+def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> CmfastError:
+    """Return the error for a session that could not be made; `why` is what ONNX Runtime said, if anything."""
+    this = f"ONNX Runtime {ort.__version__}"
+    if names != [CPU]:
+        for name, extra, fix in (
+            (TENSORRT, "TensorRT", "install that version of TensorRT, or build an engine file: --format engine"),
+            (CUDA, "CUDA", "install what it needs: pip install 'onnxruntime-gpu[cuda,cudnn]'"),
+        ):
+            if name in names and (missing := _missing_library(ort, extra)):
+                return EngineError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
+        if not why or any(f"{library} failure" in why for library in ("CUDA", "CUBLAS", "CUDNN")):
+            said = f": {why}" if why else " and fell back to another provider"
+            return EngineError(f"device cuda was asked for, but {this} could not start it{said}; see nvidia-smi")
+        if "graph capture" in why:
+            return EngineError(f"{path}: {this} cannot run it as a CUDA graph; use it without that variant: {why}")
+    if dtype == "bfloat16" and "NOT_IMPLEMENTED" in why:
+        use = "use a GPU (--device cuda), or " if names == [CPU] else ""
+        return EngineError(
+            f"{path}: {this} lacks bfloat16 operations of this file on this device; "
+            f"{use}export it with --precision fp16 or fp32: {why}"
+        )
+    return ArtifactError(f"{path}: {this} cannot open it: {why}")
+
+
+def _check_variant(path: Path, device: str, variant: str, dtype: str) -> None:
+    have = list(PROVIDERS) if device == "cuda" else [""]
+    if variant not in have:
+        there = ", ".join(map(repr, have))
+        also = "" if device == "cuda" else "; 'cuda_graph' and 'tensorrt' need --device cuda"
+        raise EngineError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
+    if variant == "tensorrt" and dtype == "float32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        raise EngineError(
+            f"{path}: a float32 file, and ONNX Runtime's TensorRT provider multiplies float32 as TensorFloat-32 "
+            "without a switch for it; set NVIDIA_TF32_OVERRIDE=0 in the environment, or export with --precision tf32"
+        )
+
+
+def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
+    """Raise unless this build, this card and its driver can run such a file; return a stream to run it on."""
+    for name in PROVIDERS[variant]:
+        if not _has(ort, name):
+            what = "TensorRT" if name == TENSORRT else "CUDA"
+            asked = "variant tensorrt" if name == TENSORRT else "device cuda"
+            raise EngineError(
+                f"{asked} was asked for, but the installed onnxruntime {ort.__version__} is a build without {what}; "
+                "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
+            )
+    gpu = cuda.open_gpu()
+    if dtype in ("tf32", "bfloat16") and int(gpu.compute_capability.split(".")[0]) < 8:
+        raise EngineError(
+            f"{path}: a file in {dtype}, which the {gpu.name} lacks (compute capability {gpu.compute_capability}, "
+            "needed 8.0); export it with --precision fp16 or fp32"
+        )
+    return cuda.Stream()
+
+
+def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[str, str]]]:
+    """Return providers with their options. Float32 stays float32: TensorFloat-32 keeps ten bits of the mantissa."""
+    common = {"user_compute_stream": str(stream)}
+    for_cuda = {**common, "use_tf32": "1" if dtype == "tf32" else "0"}
+    if variant == "cuda_graph":
+        for_cuda["enable_cuda_graph"] = "1"
+    # TensorRT takes the types of the file, as long as no option asks for another precision.
+    return [(name, for_cuda if name == CUDA else common) for name in PROVIDERS[variant]]
+
+
+def _has(ort: Any, provider: str) -> bool:
+    """Return whether a provider is compiled in, or registered: newer builds have CUDA as a plugin of that name."""
+    devices = ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else []
+    return provider in ort.get_available_providers() or any(device.ep_name == provider for device in devices)
+
+
+def _missing_library(ort: Any, provider: str) -> str | None:
+    """Return why the library of a provider cannot be loaded, in the words of the loader; None: it can.
+
+    ONNX Runtime says it to its log only. To be asked after it has tried: the libraries take from it what it prepares.
+    """
+    folder = Path(ort.__file__).parent / "capi"
+    name = f"onnxruntime_providers_{provider.lower()}"
+    try:
+        ctypes.CDLL(str(folder / (f"{name}.dll" if os.name == "nt" else f"lib{name}.so")))
+    except OSError as err:
+        return _line(err)
+    return None
+
+
+@contextmanager
+def _quiet(ort: Any) -> Iterator[None]:
+    """Keep off stderr what is raised as one line, and that a registered plugin is not among what is compiled in."""
+    ort.set_default_logger_severity(4)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified provider")
+            yield
+    finally:
+        ort.set_default_logger_severity(2)  # the default; what it was cannot be asked
+
+
+def _import(device: str, variant: str) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError:
         raise MissingDependency("running a .onnx file", "onnxruntime", "gpu" if device == "cuda" else "cpu") from None
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints of libraries that are missing
+            onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    if variant == "tensorrt":
+        with contextlib.suppress(ImportError, OSError, RuntimeError):
+            import tensorrt  # noqa: F401  loads the libraries that pip installed
     return onnxruntime
+
+
+def _batch_axis(kind: str) -> int:
+    """Return the axis of the batch in the first input."""
+    return 1 if kind == "sampler" else 0
+
+
+def _line(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]

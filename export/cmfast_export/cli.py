@@ -3,28 +3,32 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
-from cmfast_export import DEFAULT_OPSET
-
-if TYPE_CHECKING:
-    from cmfast.spec import ModelSpec
-    from cmfast_export.export import Exported
-    from cmfast_export.to_diffusers import Written
-    from cmfast_export.verify import Parity
+from cmfast_export import _report
+from cmfast_export._options import parse_options
 
 EPILOG = """\b
 Examples:
   cmfast-export model.pt                                        model.onnx: the denoiser, any noise level
   cmfast-export model.pt --kind sampler --steps 2 -o two.onnx   the whole loop in one graph
-  cmfast-export model.pt --kind sampler --sigmas 80,1.2 --batch 1 -o edge.onnx
+  cmfast-export model.pt --precision fp16                       model_fp16.onnx: half precision, for GPUs
+  cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
+  cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
+  cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
   cmfast-export cd_imagenet64_l2.pt                             OpenAI's, known by its name
   cmfast-export ema.pt --source openai --set image_size=64 --set head_channels=64 --set scaling=boundary
   cmfast-export diffusers-ct_imagenet64                         a diffusers folder
@@ -32,38 +36,85 @@ Examples:
   cmfast-export model.pt --format diffusers -o folder           and back
 """
 
-SUFFIXES = {"onnx": (".onnx",), "cmfast": (".pt", ".safetensors"), "diffusers": ()}  # a folder may be called anything
+SUFFIXES = {
+    "onnx": (".onnx",),
+    "engine": ENGINE_SUFFIXES,
+    "triton": (),
+    "cmfast": (".pt", ".safetensors"),
+    "diffusers": (),  # a folder may be called anything
+}
+GRAPHS = ("onnx", "engine", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for."""
+
+    checkpoint: Path
+    out: Path
+    form: str
+    graph: dict[str, Any]  # arguments of export_onnx: kind, steps, sigmas, batch, opset, tolerance, device
+    precision: str
+    build: tuple[str, ...]  # NAME=VALUE
+    cache: Path | None
+    serve: tuple[str, ...]
+    source: str
+    assignments: tuple[str, ...]
+
+    @property
+    def told(self) -> str:
+        """What was said of a foreign file, as one would type it again."""
+        words = [f"--source {self.source}"] * bool(self.source) + [f"--set {text}" for text in self.assignments]
+        return " ".join(words)
 
 
 @click.command("cmfast-export", epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="What to write; default: beside CHECKPOINT, NAME.onnx, NAME_sampler.onnx, NAME_cmfast.pt, NAME_diffusers.",
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="What to write; default: a name beside CHECKPOINT.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(list(SUFFIXES)),
     default="onnx",
     show_default=True,
-    help="onnx: a graph; cmfast: a checkpoint; diffusers: a ConsistencyModelPipeline folder.",
+    help="onnx: a graph; engine: TensorRT's; triton: a model repository; cmfast: a checkpoint; diffusers: its folder.",
 )
 @click.option(
     "--kind",
-    type=click.Choice(["denoiser", "sampler"]),
-    default="denoiser",
-    show_default=True,
-    help="One call of f(x, sigma), or the whole few-step loop.",
+    type=click.Choice(["denoiser", "sampler", "server"]),
+    help="One call of f(x, sigma); the whole few-step loop; the loop with the batch first, for servers.  [denoiser]",
 )
 @click.option("--steps", type=int, help="Sampler: network calls, at the model's default noise levels; default: 1.")
 @click.option("--sigmas", type=FLOATS, help="Sampler: noise levels (data units), decreasing, instead of --steps.")
 @click.option("--batch", default="dynamic", show_default=True, help="A number, or dynamic.")
-@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset, 18 to 23.")
+@click.option("--opset", type=int, help="ONNX opset, 18 to 23; default: 18, for bf16 22.")
 @click.option(
-    "--tolerance", type=float, default=1e-4, show_default=True, help="Largest difference from PyTorch (data units)."
+    "--precision",
+    type=click.Choice([*PRECISIONS, "auto"]),
+    default="fp32",
+    show_default=True,
+    help="Of the network's trunk; auto: the fastest inside --tolerance.",
+)
+@click.option("--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the graph is run to check it, and timed for auto.",
+)
+@click.option("--target", help="Engine by TensorRT-RTX: compute capabilities, for example 8.9,12.0; default: all.")
+@click.option(
+    "--build", multiple=True, metavar="NAME=VALUE", help="Engine: batch=1,8,64, library, level, workspace_mib, ..."
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    envvar="CMFAST_CACHE",
+    help="Engine: keep engines in this folder, found by content; default: $CMFAST_CACHE.",
+)
+@click.option(
+    "--serve", multiple=True, metavar="NAME=VALUE", help="Triton: max_batch, queue_delay_us, instances, device, name."
 )
 @SOURCE
 @SET
@@ -72,12 +123,18 @@ def command(
     checkpoint: Path,
     out: Path | None,
     form: str,
-    kind: str,
+    kind: str | None,
     steps: int | None,
     sigmas: tuple[float, ...] | None,
     batch: str,
-    opset: int,
-    tolerance: float,
+    opset: int | None,
+    precision: str,
+    tolerance: float | None,
+    device: str,
+    target: str | None,
+    build: tuple[str, ...],
+    cache: Path | None,
+    serve: tuple[str, ...],
     source: str,
     assignments: tuple[str, ...],
     dry_run: bool,
@@ -85,116 +142,159 @@ def command(
     """Export CHECKPOINT and prove that what was written computes the same.
 
     CHECKPOINT is a cmfast model (.pt, .safetensors), OpenAI's, the first public implementation's or EDM's weights, or a
-    diffusers folder. cmfast-info says what a file is.
+    diffusers folder; for engines and Triton also a verified .onnx file. cmfast-info says what a file is.
     """
-    from cmfast.artifact import check_model
-
     check_model(checkpoint)
-    out = out or _default_out(checkpoint, form, kind)
-    need = SUFFIXES[form]
-    if need and out.suffix not in need:
-        raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(need)}")
-    if not need and out.suffix in (".onnx", ".pt", ".safetensors"):
-        raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
-    if out.exists() and out.samefile(checkpoint):
-        raise CmfastError(f"-o {out}: that is the file that is read; name another")
-    of_onnx = (kind, steps, sigmas, batch, opset, tolerance)
-    if form != "onnx" and of_onnx != ("denoiser", None, None, "dynamic", DEFAULT_OPSET, 1e-4):
+    of_graph = (kind, steps, sigmas, opset, tolerance)
+    graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
+    if form not in GRAPHS and graph_asked:
         raise CmfastError(
-            f"--kind, --steps, --sigmas, --batch, --opset and --tolerance are for --format onnx, not for {form}"
+            f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
         )
+    ready = checkpoint.suffix in (".onnx", *ENGINE_SUFFIXES)  # a graph already
+    if ready and form not in ("engine", "triton"):
+        raise CmfastError(f"{checkpoint}: exported already; --format engine or --format triton takes it further")
+    if ready and (graph_asked or source or assignments):
+        raise CmfastError(f"{checkpoint}: exported already, so its kind and precision are in it; export the checkpoint")
+    asks = click.get_current_context().get_parameter_source
+    if (build or target or asks("cache") is ParameterSource.COMMANDLINE) and form != "engine":
+        raise CmfastError(f"--build, --target and --cache are for --format engine, not for {form}")
+    if serve and form != "triton":
+        raise CmfastError(f"--serve is for --format triton, not for {form}")
+    if form == "triton" and kind not in (None, "server"):
+        raise CmfastError(f"--format triton serves files of kind server, not {kind}; leave --kind out")
+    kind = kind or ("server" if form == "triton" else "denoiser")
+    out = out or _default_out(checkpoint, form, kind, precision)
+    _check_out(out, checkpoint, form)
     if batch != "dynamic" and not (batch.isdigit() and int(batch)):
         raise CmfastError(f"--batch {batch}: a number from 1, or dynamic")
-    if not tolerance > 0:
+    if tolerance is not None and not tolerance > 0:
         raise CmfastError(f"--tolerance must be greater than 0, got {tolerance}")
+    request = Request(
+        checkpoint=checkpoint,
+        out=out,
+        form=form,
+        graph={
+            "kind": kind, "steps": steps, "sigmas": sigmas, "batch": None if batch == "dynamic" else int(batch),
+            "opset": opset, "tolerance": tolerance, "device": device,
+        },
+        precision=precision,
+        build=(*build, *([f"target={target}"] if target else [])),
+        cache=cache,
+        serve=serve,
+        source=source,
+        assignments=assignments,
+    )  # fmt: skip
     if dry_run:
-        click.echo(f"would write {out}: " + (f"{kind}, batch {batch}, opset {opset}" if form == "onnx" else form))
+        what = f"{kind}, {precision}, batch {batch}" if form in GRAPHS and not ready else form
+        click.echo(f"would write {out}: {what}")
         return
+    WRITERS[form](request)
+
+
+def _write_checkpoint(request: Request) -> None:
+    model = _load(request)
+    from cmfast_train.checkpoint import save_checkpoint
+
+    save_checkpoint(model, request.out)
+    click.echo(f"{request.out}: a cmfast checkpoint of {request.checkpoint}\nnext: cmfast-export {request.out}")
+
+
+def _write_diffusers(request: Request) -> None:
+    model = _load(request)
+    from cmfast_export.to_diffusers import export_diffusers
+
+    _report.folder(export_diffusers(model, request.out), model.spec)
+
+
+def _write_onnx(request: Request) -> None:
     start = time.perf_counter()
+    exported = _export(request, request.out, timed=True)
+    _report.onnx(exported, time.perf_counter() - start, request.checkpoint, request.told)
+
+
+def _write_engine(request: Request) -> None:
+    from cmfast_export.to_tensorrt import BuildOptions, build_engine, card_is_here
+
+    options = parse_options(BuildOptions, "--build", request.build)
+    with _graph(request) as onnx:
+        built = build_engine(onnx, request.out, options, cache=request.cache, run=card_is_here(options))
+    _report.engine(built, request.checkpoint)
+
+
+def _write_triton(request: Request) -> None:
+    from cmfast_export.to_triton import ServeOptions, client_example, write_repository
+
+    options = parse_options(ServeOptions, "--serve", request.serve)
+    with _graph(request) as file:
+        written = write_repository(request.out, [file], options)
+    _report.repository(written, client_example(written))
+
+
+WRITERS = {
+    "onnx": _write_onnx,
+    "engine": _write_engine,
+    "triton": _write_triton,
+    "cmfast": _write_checkpoint,
+    "diffusers": _write_diffusers,
+}
+
+
+@contextmanager
+def _graph(request: Request) -> Iterator[Path]:
+    """Give the verified graph that an engine or a repository is made from: the given file, or one exported for now."""
+    if request.checkpoint.suffix in (".onnx", *ENGINE_SUFFIXES):
+        yield request.checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder) / f"{request.out.stem}.onnx"
+        exported = _export(request, onnx, timed=False)
+        _report.parity(exported, request.out)
+        yield onnx
+
+
+def _export(request: Request, out: Path, *, timed: bool) -> Any:
+    """Return what export_onnx returns; `timed`: the graph is what will be run, so that auto may measure it."""
+    model = _load(request)
+    with needs("cmfast-export", "export,cpu"):
+        from cmfast_export.auto import export_fastest
+        from cmfast_export.export import export_onnx
+    if request.precision != "auto":
+        return export_onnx(model, out, precision=request.precision, **request.graph)
+    choice = export_fastest(model, out, timed=timed or request.graph["device"] == "cuda", **request.graph)
+    _report.choice(choice)
+    return choice.exported
+
+
+def _load(request: Request) -> Any:
     with needs("cmfast-export", "export,cpu"):
         from cmfast_train.importers import load_model
         from cmfast_train.importers.facts import Told
-    model = load_model(checkpoint, source, Told.parse(assignments))
-    if form == "cmfast":
-        from cmfast_train.checkpoint import save_checkpoint
-
-        save_checkpoint(model, out)
-        click.echo(f"{out}: a cmfast checkpoint of {checkpoint}\nnext: cmfast-export {out}")
-        return
-    if form == "diffusers":
-        from cmfast_export.to_diffusers import export_diffusers
-
-        _report_folder(export_diffusers(model, out), model.spec)
-        return
-    with needs("cmfast-export", "export,cpu"):
-        from cmfast_export.export import export_onnx
-    exported = export_onnx(
-        model,
-        out,
-        kind=kind,
-        steps=steps,
-        sigmas=sigmas,
-        batch=None if batch == "dynamic" else int(batch),
-        opset=opset,
-        tolerance=tolerance,
-    )
-    told = [f"--source {source}"] * bool(source) + [f"--set {assignment}" for assignment in assignments]
-    _report(exported, tolerance, time.perf_counter() - start, checkpoint, " ".join(told))
+    return load_model(request.checkpoint, request.source, Told.parse(request.assignments))
 
 
-def _default_out(checkpoint: Path, form: str, kind: str) -> Path:
+def _default_out(checkpoint: Path, form: str, kind: str, precision: str) -> Path:
     checkpoint = checkpoint if checkpoint.name else checkpoint.resolve()  # "." has no name
     if not checkpoint.name:
         raise CmfastError(f"{checkpoint} has no name to call the file after; say it: -o NAME")
     name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
-    if form == "diffusers":
-        return checkpoint.with_name(f"{name}_diffusers")
+    if form in ("diffusers", "triton"):
+        return checkpoint.with_name(f"{name}_{form}")
     if form == "cmfast":
         return checkpoint.with_name(f"{name}_cmfast.pt")
-    return checkpoint.with_name(f"{name}{'' if kind == 'denoiser' else '_sampler'}.onnx")
+    name += "" if kind == "denoiser" else f"_{kind}"
+    name += "" if precision in ("fp32", "auto") else f"_{precision}"
+    return checkpoint.with_name(f"{name}.{form}")
 
 
-def _report_folder(written: Written, spec: ModelSpec) -> None:
-    click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
-    if not spec.grid:
-        click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
-    click.echo("next, in Python:")
-    click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
-    for steps, timesteps in written.timesteps.items():
-        levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
-        click.echo(f"  pipeline(timesteps={list(timesteps.indices)})    # {steps} step(s), at {levels}")
-
-
-def _report(exported: Exported, tolerance: float, seconds: float, checkpoint: Path, told: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(
-        "compared at", "largest difference", title=f"{exported.path} against PyTorch (allowed {tolerance:.0e})"
-    )
-
-    def add(parity: Parity) -> None:
-        for row in parity.rows:
-            table.add_row(row.where, f"{row.max_abs:.1e}")
-
-    add(exported.denoiser)
-    if exported.denoiser.boundary is not None:
-        table.add_row("boundary: f(x, sigma_min) against x", f"{exported.denoiser.boundary:.1e}")
-    if exported.sampler:
-        add(exported.sampler)
-    console.print(table)
-    size = exported.path.stat().st_size / 2**20
-    click.echo(f"{exported.path}: {exported.manifest.kind}, {size:.1f} MiB, exported and verified in {seconds:.1f} s")
-    if exported.data:
-        click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
-    click.echo("next:")
-    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
-    if told:  # cmfast-bench does not take what was said of a foreign file
-        baseline = exported.path.with_suffix(".pt")
-        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
-        checkpoint = baseline
-    click.echo(f"  cmfast-bench {exported.path} --baseline {checkpoint}")
+def _check_out(out: Path, checkpoint: Path, form: str) -> None:
+    need = SUFFIXES[form]
+    if need and out.suffix not in need:
+        raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(need)}")
+    if not need and out.suffix in (".onnx", ".pt", ".safetensors", *ENGINE_SUFFIXES):
+        raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
+    if out.exists() and out.samefile(checkpoint):
+        raise CmfastError(f"-o {out}: that is the file that is read; name another")
 
 
 def main() -> None:

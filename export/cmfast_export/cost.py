@@ -23,7 +23,7 @@ def graph_cost(model: ir.Model) -> dict[str, float]:
     """Return what one run of a denoiser or sampler graph costs for one image; whole numbers. `model` is left as it is.
 
     flops             operations of convolutions and matrix products; a multiplication and an addition are two. The
-                      elementwise rest is left out: it is a hundredth of the whole, and no matrix unit runs it
+                      elementwise rest, a few hundredths of the whole, is left out: no matrix unit runs it
     weight_bytes      constants, once for every node that reads them: a sampler reads its weights once a step, as the
                       denoiser does that is called as often. Of a table of embeddings one row. They do not grow with
                       the batch
@@ -108,7 +108,8 @@ def _scores(graph: ir.Graph) -> set[ir.Value]:
 def _flops(node: ir.Node) -> int:
     """Return two times the multiplications of a convolution or a matrix product. Biases are not counted."""
     first, second = node.inputs[:2]
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     output = math.prod(_shape(node.outputs[0]))
     if node.op_type == "Conv":  # weight [out, in / groups, *kernel]: so many terms are summed for each output
         return 2 * output * math.prod(_shape(second)[1:])

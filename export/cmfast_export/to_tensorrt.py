@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,34 +65,10 @@ class BuildOptions:
         if self.hardware_compatible not in HARDWARE:
             raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
 
-    @classmethod
-    def parse(cls, assignments: tuple[str, ...]) -> BuildOptions:
-        """Return the options that NAME=VALUE texts say."""
-        kinds = {field.name: str(field.type) for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for text in assignments:
-            name, equals, value = text.partition("=")
-            if not equals or name not in kinds:
-                raise CmfastError(f"--build {text}: expected NAME=VALUE, NAME one of {', '.join(kinds)}")
-            try:
-                values[name] = _CONVERT[kinds[name]](value)
-            except (ValueError, KeyError):
-                raise CmfastError(f"--build {text}: {value!r} is no value for {name}") from None
-        return cls(**values)
-
     @property
     def profile(self) -> tuple[int, int, int]:
         """Smallest, most frequent and largest batch."""
         return (self.batch[0], self.batch[len(self.batch) // 2], self.batch[-1])
-
-
-_CONVERT: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "bool": {"true": True, "false": False}.__getitem__,
-    "tuple[int, ...]": lambda text: tuple(int(part) for part in text.split(",")),
-    "tuple[str, ...]": lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +148,13 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
     return parity
 
 
-def default_cache() -> Path:
-    """Return the folder where engines are kept unless another is said: $XDG_CACHE_HOME/cmfast/engines."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfast" / "engines"
+def card_is_here(options: BuildOptions) -> bool:
+    """Whether there is a card that an engine of these options is for."""
+    try:
+        gpu = cuda.open_gpu()
+    except CmfastError:
+        return False
+    return not options.target or gpu.compute_capability in options.target
 
 
 def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> Any:

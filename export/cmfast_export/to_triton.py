@@ -396,8 +396,12 @@ def _config(name: str, served: _Served, max_batch: int, queue_delay_us: int, ins
         f'inputs {{ key: "{key}" value {{ data_type: {kind} dims: {dims} zero_data: true }} }}'
         for key, (kind, dims) in inputs.items()
     )
-    requests = [1] if served.batch else sizes  # to Triton a fixed batch is one request
-    sections.append(_list("model_warmup", (f'name: "{n} at once" batch_size: {n} {zeros}' for n in requests)))
+    sections.append(
+        _list(
+            "model_warmup",  # its batch_size counts requests; one of them has all images of a fixed batch
+            (f'name: "{n} at once" batch_size: {1 if served.batch else n} {zeros}' for n in sizes),
+        )
+    )
     return "\n".join(sections) + "\n"
 
 

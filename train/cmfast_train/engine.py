@@ -2,37 +2,55 @@
 """PyTorch as an engine of the runtime: what exported files are compared with, by the exporter and by cmfast-bench.
 
 The runtime finds it through the entry point group "cmfast.engines", by suffix: .pt, .pth, .safetensors, .pkl, a folder.
+What is particular to CUDA is in `torch_cuda`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 import cmfast
-from cmfast.artifact import Manifest
-from cmfast.engines import Inputs
-from cmfast.errors import EngineError
+from cmfast.artifact import PRECISIONS, Manifest
+from cmfast.engines import DeviceTimes, Inputs
+from cmfast.errors import CmfastError, EngineError
+from cmfast.model import Model
+from cmfast.sampler import sample
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
+from cmfast_train.networks.precision import accumulate_in_float32
+from cmfast_train.torch_cuda import Compute, OnCuda, compiled
 
 if TYPE_CHECKING:
     from cmfast_train.diffusers_engine import DiffusersEngine
 
+Floats = npt.NDArray[np.float32]
+VARIANTS = {"cpu": ("", "channels_last", "compiled"), "cuda": ("", "channels_last", "compiled", "cuda_graph")}
+
 
 class TorchEngine:
-    """A model of any format that is known, run by PyTorch: eager, with the memory format channels_last, or compiled.
+    """A model of any format that is known, run by PyTorch. The contracts are `cmfast.engines.Engine` and `LoopEngine`,
+    on CUDA also `TimedEngine`.
 
-    The contract is `cmfast.engines.Engine`; variant is one of `cmfast.engines.VARIANTS`.
+    variant    "": eager. "channels_last": eager, with that memory format. "compiled": by torch.compile, on CUDA with
+               mode max-autotune. "cuda_graph", on CUDA: the whole few-step loop, and a single call of the denoiser,
+               each recorded as one CUDA graph a batch size. A loop stays on the device in all of them
+    precision  "" or fp32; fp16, bf16 (`Denoiser.to_precision`); tf32, which only GPUs have. Everything else in the
+               process multiplies as it did before
     """
 
     batch: int | None = None
+    timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
 
     def __init__(
         self,
@@ -42,41 +60,59 @@ class TorchEngine:
         variant: str = "",
         precision: str = "",
     ) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
-            raise EngineError(
-                f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
-                "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
-            )
-        if variant == "diffusers":
-            raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
-        torch.backends.cudnn.allow_tf32 = False  # a float32 model is run in float32, as by the other engines
+        _check(model, device, variant, precision)
         if threads is not None:
             torch.set_num_threads(threads)
         checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
-        self.manifest = checkpoint_manifest(checkpoint)
-        self.name = f"PyTorch {device}" + (f" {variant}" if variant else "")
-        self._device = torch.device(device)
-        self.denoiser = checkpoint.denoiser().to(self._device)
-        self._compiled = variant == "compiled"
+        self.manifest = replace(checkpoint_manifest(checkpoint), dtype=PRECISIONS[precision or "fp32"])
+        self.name = " ".join(filter(None, ("PyTorch", device, precision, variant)))
+        self.denoiser = checkpoint.denoiser().to_precision(precision or "fp32").to(device)
+        if precision == "fp16" and device == "cpu":
+            accumulate_in_float32(self.denoiser.network)
         if variant == "channels_last":
             self.denoiser.to(memory_format=torch.channels_last)
-        # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
-        self._call = torch.compile(self.denoiser, dynamic=False) if self._compiled else self.denoiser
+        self._variant, self._call, self._execute = variant, _callable(self.denoiser, device, variant), _on_cpu
+        if device == "cuda":
+            on_cuda = OnCuda(captures=variant == "cuda_graph", tf32=precision == "tf32")
+            self._execute, self.timed = on_cuda, on_cuda.timed
 
-    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def run(self, inputs: Inputs) -> Floats:
         """Return f(x, sigma, label), float32 [B, C, H, W]."""
-        tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in inputs.items()
-        }
+        return self._compute("run", lambda tensors: self._call(**tensors), inputs)
+
+    def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
+        """Return what `cmfast.sampler.sample` returns, float32 [B, C, H, W]; it runs on tensors as it is."""
+        levels, spec = tuple(float(sigma) for sigma in sigmas), self.manifest.spec
+
+        def draw(tensors: dict[str, Tensor]) -> Tensor:
+            noise, label = tensors["noise"], {k: v for k, v in tensors.items() if k == "label"}
+
+            def denoise(x: Tensor, sigma: float) -> Tensor:
+                return self._call(x=x, sigma=x.new_full((len(x),), sigma), **label)
+
+            return sample(denoise, noise, levels, spec)  # type: ignore[no-any-return]
+
+        return self._compute(levels, draw, {"noise": noise, **self._label(label, noise.shape[1])})
+
+    def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         try:
-            with torch.inference_mode():
-                return self._call(**tensors).cpu().numpy()  # type: ignore[no-any-return]
+            return self._execute(what, compute, inputs)
+        except torch.OutOfMemoryError as err:
+            raise EngineError(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
         except RuntimeError as err:
-            if not self._compiled:
+            if self._variant != "compiled":
                 raise
-            reason = (str(err).strip().splitlines() or ["?"])[0][:300]  # commonly: there is no C++ compiler
-            raise EngineError(f"torch.compile could not compile or run the model: {reason}") from None
+            # commonly: there is no C++ compiler
+            raise EngineError(f"torch.compile could not compile or run the model: {_line(err)}") from None
+
+    def _label(self, label: npt.NDArray[np.int64] | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
+        """Return the label as an input; a class that the model does not have would end the use of the GPU."""
+        if label is None and self.manifest.spec.classes:
+            raise CmfastError(
+                f"this model is class-conditional; give a label from 0 to {self.manifest.spec.classes - 1}"
+            )
+        checked = None if label is None else Model(self).labels(n, label=label)  # type: ignore[arg-type]
+        return {} if checked is None else {"label": checked}
 
 
 def open_folder(
@@ -85,8 +121,14 @@ def open_folder(
     """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
     if variant != "diffusers":
         return TorchEngine(folder, device, threads, variant, precision)
+    if precision not in ("", "fp32"):
+        raise EngineError(
+            f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
+            "our U-Net runs the folder in any"
+        )
     from cmfast_train.diffusers_engine import DiffusersEngine  # diffusers takes seconds to import
 
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means that; the pipeline's own calls are not in a context of ours
     return DiffusersEngine(folder, device, threads)
 
 
@@ -98,3 +140,45 @@ def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
         source={**checkpoint.source, "sha256": checkpoint.sha256()},
         made_by={"cmfast": cmfast.__version__, "torch": version("torch")},
     )
+
+
+def _check(model: object, device: str, variant: str, precision: str) -> None:
+    """Raise unless PyTorch, this build of it on this machine, can run a model so."""
+    if device == "cuda" and not torch.cuda.is_available():
+        why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+        raise EngineError(
+            f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
+            "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
+        )
+    if variant == "diffusers":
+        raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
+    if variant not in VARIANTS[device]:
+        also = "; 'cuda_graph' needs --device cuda" if variant == "cuda_graph" else ""
+        have = ", ".join(map(repr, VARIANTS[device]))
+        raise EngineError(f"PyTorch on {device} has the variants {have}, not {variant!r}{also}")
+    if precision not in ("", *PRECISIONS):
+        raise EngineError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "tf32" and device == "cpu":
+        raise EngineError("precision tf32 is a GPU's way to multiply float32; use --device cuda, or --precision fp32")
+    if precision in ("tf32", "bf16") and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        raise EngineError(
+            f"the {torch.cuda.get_device_name()} has no {precision} (that begins with compute capability 8.0); "
+            "use --precision fp16 or fp32"
+        )
+
+
+def _callable(denoiser: torch.nn.Module, device: str, variant: str) -> Callable[..., Any]:
+    if variant != "compiled":
+        return denoiser
+    # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
+    return compiled(denoiser) if device == "cuda" else torch.compile(denoiser, dynamic=False)
+
+
+def _on_cpu(what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
+    """Return compute(inputs); the contract is `torch_cuda.OnCuda.__call__`."""
+    with torch.inference_mode():
+        return compute({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}).numpy()
+
+
+def _line(err: Exception) -> str:
+    return (str(err).strip().splitlines() or ["?"])[0][:300]

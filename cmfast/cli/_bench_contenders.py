@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: MIT
+"""Who takes part in cmfast-bench: files opened in each way that was asked for, their jobs, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cmfast.cli._bench_options import Options
+from cmfast.errors import CheckFailed, CmfastError, EngineError
+
+if TYPE_CHECKING:
+    from cmfast.model import Floats, Model
+
+# Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype: what rounding costs, with room for
+# several steps, each of which begins with the last one's error. A float32 keeps 24 bits, and libraries differ in the
+# order of their sums; float16 and tf32 keep 11, but tf32 between a multiplication and the next one 24; bfloat16 keeps 8.
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2, "bfloat16": 2e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A model file, opened one way."""
+
+    name: str
+    file: Path
+    variant: str  # cmfast.engines.VARIANTS
+    precision: str  # that it was opened in, for a checkpoint; "": its own
+    model: Model
+    eager: bool = False  # the baseline, run by PyTorch as it is: what speed is compared with
+
+    @property
+    def dtype(self) -> str:
+        """What the trunk computes in, as a manifest says it."""
+        return self.model.manifest.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A contender at one setting. `call` samples a batch: numpy noise in, numpy images [B, C, H, W] out."""
+
+    contender: Contender
+    sigmas: tuple[float, ...]
+    batch: int
+    call: Callable[[], Floats]
+
+    @property
+    def where(self) -> str:
+        return f"{len(self.sigmas)} step(s), batch {self.batch}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender.name} at {self.where}"
+
+
+def open_contenders(options: Options) -> tuple[list[Contender], list[str]]:
+    """Open every file in every way; the first contender is the reference. All must draw the same kind of image.
+
+    Also returned: what was left out, because it was not asked for by name and cannot be had, with the reason.
+    """
+    from cmfast.engines import open_engine
+    from cmfast.model import Model
+
+    contenders: list[Contender] = []
+    left_out: list[str] = []
+    for wanted in _wanted(options):
+        try:
+            engine = open_engine(
+                wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
+            )
+        except EngineError as err:
+            if wanted.asked:
+                raise
+            left_out.append(f"{' '.join(filter(None, ('PyTorch', wanted.precision, wanted.variant)))}: {err}")
+            click.echo(f"left out: {left_out[-1]}", err=True)
+            continue
+        model = Model(engine)
+        first = contenders[0] if contenders else None
+        if first and (model.spec.image, model.spec.classes) != (first.model.spec.image, first.model.spec.classes):
+            raise CmfastError(
+                f"{wanted.file} draws images {list(model.spec.image)} of {model.spec.classes} classes, {first.file} "
+                f"{list(first.model.spec.image)} of {first.model.spec.classes}; only the same model can be compared"
+            )
+        contenders.append(
+            Contender(
+                name=wanted.name or engine.name,
+                file=wanted.file,
+                variant=wanted.variant,
+                precision=wanted.precision,
+                model=model,
+                eager=wanted.file == options.baseline and not wanted.variant,
+            )
+        )
+    # a denoiser runs at every setting
+    return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser"), left_out
+
+
+def plan(contenders: list[Contender], steps: int, batch: int) -> list[Job]:
+    """Return the jobs of one setting, the reference first: the same noise, labels and noise levels for all."""
+    import numpy as np
+
+    from cmfast.noise import gaussian
+
+    running = [c for c in contenders if _runs(c, steps, batch)]
+    if not running:
+        return []
+    sigmas = _levels(running, steps)
+    noise = np.stack([gaussian(0, range(batch), k, contenders[0].model.spec.image) for k in range(steps)])
+    label = contenders[0].model.labels(batch)
+
+    def sampling(model: Model) -> Callable[[], Floats]:
+        return lambda: model.from_noise(noise, sigmas, label)
+
+    return [Job(contender=c, sigmas=sigmas, batch=batch, call=sampling(c.model)) for c in running]
+
+
+def check_all_run(contenders: list[Contender], settings: list[list[Job]], options: Options) -> None:
+    """Raise where a contender runs at none of the settings, saying which it needs."""
+    for contender in contenders:
+        if any(job.contender is contender for jobs in settings for job in jobs):
+            continue
+        model = contender.model
+        steps = options.steps[0] if model.manifest.kind == "denoiser" else len(model.levels())
+        batch = model.engine.batch or options.batch[0]
+        raise CmfastError(f"{contender.file} runs at none of these settings; it needs --steps {steps} --batch {batch}")
+
+
+def compare(jobs: list[Job], tolerance: float | None) -> Iterator[tuple[Job, float, float]]:
+    """Yield each job with the largest difference of its images from the first job's, and what is allowed.
+
+    More than that is a CheckFailed. tolerance  None: by the less precise type of the two
+    """
+    import numpy as np
+
+    reference = jobs[0].call()
+    for job in jobs:
+        images = reference if job is jobs[0] else job.call()
+        difference = float(np.abs(images - reference).max())
+        # A type that is not in the table is held to float32's.
+        allowed = tolerance or max(TOLERANCES.get(j.contender.dtype, TOLERANCES["float32"]) for j in (job, jobs[0]))
+        if not difference <= allowed:  # also when it is not a number
+            ours, theirs = (j.contender.model.manifest.source.get("sha256") for j in (job, jobs[0]))
+            why = "; it was exported from other weights" if ours and theirs and ours != theirs else ""
+            raise CheckFailed(
+                f"{job.name} differs from {jobs[0].contender.name} by {difference:.2e} (allowed {allowed:g}){why}; "
+                "nothing was timed; export it again, or allow for its precision with --tolerance"
+            )
+        yield job, difference, allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """A file and a way to open it."""
+
+    name: str  # "": the engine's
+    file: Path
+    variant: str = ""
+    precision: str = ""
+    asked: bool = True  # by name: if it cannot be had, that is an error
+
+
+def _wanted(options: Options) -> Iterator[_Wanted]:
+    if options.baseline is not None:
+        extra = _precisions(options.models) if options.precision is None else options.precision
+        for precision in ("", *(name for name in extra if name != "fp32")):  # "" is fp32, the reference
+            asked = options.precision is not None or not precision
+            for variant in ("", *options.baseline_variants()):
+                yield _Wanted(name="", file=options.baseline, variant=variant, precision=precision, asked=asked)
+        if options.diffusers:
+            yield _Wanted(name="", file=options.baseline, variant="diffusers")
+    same = [file.name for file in options.models]
+    for file in options.models:
+        name = file.name if same.count(file.name) == 1 else str(file)
+        for variant in ("", *(options.onnx_variants() if file.suffix == ".onnx" else ())):
+            yield _Wanted(name=f"{name} {variant}".rstrip(), file=file, variant=variant)
+
+
+def _precisions(models: tuple[Path, ...]) -> list[str]:
+    """Return what the exported files say that they compute in, each once, by the name of the option."""
+    from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, read_manifest
+
+    dtypes = {read_manifest(file).dtype for file in models if file.suffix in (".onnx", *ENGINE_SUFFIXES)}
+    return [name for name, dtype in PRECISIONS.items() if dtype in dtypes]
+
+
+def _runs(contender: Contender, steps: int, batch: int) -> bool:
+    """Whether it can: a sampler has one number of steps, a graph may have one batch size (padding is not timed)."""
+    model = contender.model
+    return (model.manifest.kind == "denoiser" or len(model.levels()) == steps) and model.engine.batch in (None, batch)
+
+
+def _levels(running: list[Contender], steps: int) -> tuple[float, ...]:
+    """Return the noise levels of a setting: those that its samplers were built with, else the model's own."""
+    built = {c.model.levels(): c for c in running if c.model.manifest.kind != "denoiser"}
+    if len(built) > 1:
+        files = " and ".join(str(c.file) for c in list(built.values())[:2])
+        raise CmfastError(f"{files} are samplers of {steps} step(s) at different noise levels; time them one by one")
+    if built:
+        return next(iter(built))
+    defaults = running[0].model.spec.sigmas
+    if steps not in defaults:
+        have = ",".join(str(k) for k in sorted(defaults))
+        raise CmfastError(f"{running[0].file} has no default noise levels for {steps} step(s); use --steps {have}")
+    return running[0].model.levels(steps)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""What cmfast-export says at the end: how far the file is from PyTorch, and what to type next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cmfast.spec import ModelSpec
+    from cmfast_export.auto import Choice
+    from cmfast_export.export import Exported
+    from cmfast_export.to_diffusers import Written as Folder
+    from cmfast_export.to_tensorrt import Built
+    from cmfast_export.to_triton import Written as Repository
+
+
+def onnx(exported: Exported, seconds: float, checkpoint: Path, told: str) -> None:
+    """Report an ONNX file; `told`: what was said of a foreign checkpoint."""
+    parity(exported, exported.path)
+    size = exported.path.stat().st_size / 2**20
+    manifest = exported.manifest
+    click.echo(
+        f"{exported.path}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and verified in {seconds:.1f} s"
+    )
+    if exported.data:
+        click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
+    click.echo("next:")
+    if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
+        click.echo(f"  cmfast-export {exported.path} --format engine")
+        return
+    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
+    if told:  # cmfast-bench does not take what was said of a foreign file
+        baseline = exported.path.with_suffix(".pt")
+        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
+        checkpoint = baseline
+    click.echo(f"  cmfast-bench {exported.path} --baseline {checkpoint}")
+
+
+def parity(exported: Exported, path: Path) -> None:
+    """Print the table of differences from PyTorch; `path` is what the user asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = [part for part in (exported.denoiser, exported.sampler) if part]
+    columns = ["compared at", "float32 PyTorch"]
+    if parts[0].same:
+        columns.append(f"{exported.manifest.dtype} PyTorch")
+    if parts[0].as_is:
+        columns.append("as this CPU runs it")
+    how = exported.manifest.made_by["verified"]
+    title = f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}"
+    table = Table(*columns, title=title)
+    for part in parts:
+        others = [each.rows for each in (part.same, part.as_is) if each]
+        for index, row in enumerate(part.parity.rows):
+            table.add_row(row.where, *(f"{rows[index].max_abs:.1e}" for rows in (part.parity.rows, *others)))
+        if part.parity.boundary is not None:
+            table.add_row("boundary: f(x, sigma_min) against x", f"{part.parity.boundary:.1e}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def choice(chosen: Choice) -> None:
+    """Say which precision auto took, and why."""
+    for each in chosen.tried:
+        time = "" if each.median_ms is None else f", {each.median_ms:.2f} ms an image"
+        far = each.why if each.max_abs is None else f"{each.max_abs:.1e} from float32 PyTorch"
+        click.echo(f"{each.precision}: {far}{time}")
+    why = "the fastest here" if chosen.timed else "not timed here; first by the rates of matrix units"
+    click.echo(f"precision {chosen.precision}: {why}")
+
+
+def engine(built: Built, source: Path) -> None:
+    """Report an engine file."""
+    about = built.manifest.engine
+    cards = ", ".join(about["compute_capability"]) or "all cards that it supports"
+    least, often, most = about["batch"]
+    made = "copied from the cache" if built.cached else "built"
+    size = built.path.stat().st_size / 2**20
+    batch = f"batch {least} to {most}, best at {often}" if least < most else f"batch {most}"
+    click.echo(
+        f"{built.path}: {built.manifest.kind}, {built.manifest.dtype}, {size:.1f} MiB, {batch}\n"
+        f"{made} in {built.seconds:.1f} s, by {about['library']} {about['version']} for {cards}"
+    )
+    if built.parity:
+        click.echo(f"run here, {built.parity.worst.max_abs:.1e} from its ONNX file")
+    else:
+        click.echo("not run: no card here that it is for; the ONNX file that it was built from is verified")
+    click.echo(f"sha256 {built.sha256}")
+    click.echo("An engine is native code: load only what you trust.")
+    click.echo("next:")
+    click.echo(f"  cmfast-info {built.path}")
+    click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
+    if source.suffix != ".onnx":
+        click.echo(f"  cmfast-bench {built.path} --baseline {source} --device cuda")
+
+
+def repository(written: Repository, client: str) -> None:
+    """Report a model repository of Triton."""
+    about = f"{written.name}, {written.backend}, at most {written.max_batch} images a request"
+    click.echo(f"{written.path}: a model repository with {about}")
+    if written.tensorrt:
+        cards = ", ".join(written.capabilities) or "any card"
+        click.echo(f"the server must have TensorRT {written.tensorrt}; its plans are for {cards}")
+    click.echo("next:")
+    click.echo(f"  tritonserver --model-repository {written.path}")
+    click.echo("and in Python:")
+    click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
+
+
+def folder(written: Folder, spec: ModelSpec) -> None:
+    """Report a folder of diffusers."""
+    click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
+    if not spec.grid:
+        click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
+    click.echo("next, in Python:")
+    click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
+    for steps, timesteps in written.timesteps.items():
+        levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
+        click.echo(f"  pipeline(timesteps={list(timesteps.indices)})    # {steps} step(s), at {levels}")

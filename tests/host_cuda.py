@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: MIT
+"""A GPU made of host memory, so that the engine for TensorRT can be exercised where there is none.
+
+It stands in for `cuda.bindings.runtime` and for TensorRT's runtime, strictly: work waits in the stream until somebody
+waits for it, a capture records instead of running and forbids what CUDA forbids, freed memory is poisoned, a kernel
+reads and writes the addresses that were bound. The kernels are ONNX Runtime's, on the file that a plan was built from.
+What it shows is that buffers, order and graphs are right; that CUDA and TensorRT behave so, only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+Work = Callable[[], None]
+OK, INVALID, CAPTURING = 0, 1, 900
+
+
+class HostCuda:
+    """What `cmfast.engines._cuda` uses of cuda.bindings.runtime."""
+
+    cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+    )
+
+    def __init__(self, capability: str = "8.9") -> None:
+        self.capability = capability
+        self.memory: dict[int, Any] = {}
+        self.queue: list[Work] = []
+        self.recording: list[Work] | None = None
+        self.graphs: dict[int, list[Work]] = {}
+        self.launches: list[int] = []
+        self.clock = itertools.count()
+        self.events: dict[int, float] = {}
+        self.handles = itertools.count(1)
+
+    def hand_over(self, work: Work) -> tuple[int]:
+        (self.queue if self.recording is None else self.recording).append(work)
+        return (OK,)
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return OK, 1
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        return (OK,)
+
+    def cudaDeviceGetAttribute(self, attr: str, device: int) -> tuple[int, int]:
+        return OK, int(self.capability.split(".")[attr == "minor"])
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
+        return OK, SimpleNamespace(name=b"A Card Of Host Memory")
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return OK, {INVALID: b"invalid argument", CAPTURING: b"operation not permitted when stream is capturing"}[error]
+
+    def cudaMalloc(self, size: int) -> tuple[int, int | None]:
+        if self.recording is not None:
+            return CAPTURING, None
+        block = (ctypes.c_byte * size).from_buffer(bytearray(b"\xa5" * size))
+        self.memory[ctypes.addressof(block)] = block
+        return OK, ctypes.addressof(block)
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int | None]:
+        return self.cudaMalloc(size)
+
+    def cudaFree(self, devPtr: int) -> tuple[int]:
+        block = self.memory.pop(devPtr)
+        ctypes.memset(block, 0xFF, ctypes.sizeof(block))
+        return (OK,)
+
+    def cudaFreeHost(self, ptr: int) -> tuple[int]:
+        return self.cudaFree(ptr)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        return OK, next(self.handles)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        if self.recording is not None:
+            return (CAPTURING,)
+        for work in self.queue:
+            work()
+        self.queue.clear()
+        return (OK,)
+
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: int, stream: int) -> tuple[int]:
+        if any(at not in self.memory or count > ctypes.sizeof(self.memory[at]) for at in (dst, src)):
+            return (INVALID,)
+
+        def copy() -> None:
+            ctypes.memmove(dst, src, count)
+
+        return self.hand_over(copy)
+
+    def cudaEventCreate(self) -> tuple[int, int]:
+        return OK, next(self.handles)
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
+        return self.hand_over(lambda: self.events.__setitem__(event, float(next(self.clock))))
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
+        return OK, self.events[end] - self.events[start]
+
+    def cudaEventDestroy(self, event: int) -> tuple[int]:
+        del self.events[event]
+        return (OK,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        assert not self.queue, "a capture of a busy stream: legal, but then its first run was not waited for"
+        self.recording = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
+        assert self.recording is not None
+        handle = next(self.handles)
+        self.graphs[handle], self.recording = self.recording, None
+        return OK, handle
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        handle = next(self.handles)
+        self.graphs[handle] = list(self.graphs[graph])
+        return OK, handle
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[int]:
+        del self.graphs[graph]
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, graphExec: int) -> tuple[int]:
+        del self.graphs[graphExec]
+        return (OK,)
+
+    def cudaGraphLaunch(self, graphExec: int, stream: int) -> tuple[int]:
+        self.launches.append(graphExec)
+        for work in self.graphs[graphExec]:
+            self.hand_over(work)
+        return (OK,)
+
+
+class HostTensorRt:
+    """What `cmfast.engines.tensorrt` uses of TensorRT's runtime; `onnx` is what the plans were built from."""
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR = "error", "internal error"
+
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def __init__(self, cuda: HostCuda, onnx: Path, version: str) -> None:
+        self.cuda, self.onnx, self.__version__ = cuda, onnx, version
+        self.contexts: list[HostContext] = []
+
+    @staticmethod
+    def nptype(dtype: npt.DTypeLike) -> Any:
+        return np.dtype(dtype).type
+
+    def Runtime(self, logger: Any) -> Any:
+        def deserialize(plan: bytes) -> HostEngine | None:
+            if b"unloadable" in plan:
+                logger.log("error", "Serialization  assertion\nfailed.")
+                return None
+            return HostEngine(self)
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
+
+
+class HostEngine:
+    def __init__(self, trt: HostTensorRt) -> None:
+        self.trt = trt
+        self.session = onnxruntime.InferenceSession(trt.onnx, providers=["CPUExecutionProvider"])
+        types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+        self.tensors = {
+            node.name: (mode, [-1 if isinstance(side, str) else side for side in node.shape], types[node.type])
+            for mode, nodes in (("input", self.session.get_inputs()), ("output", self.session.get_outputs()))
+            for node in nodes
+        }
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return str(self.tensors[name][0])
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return list(self.tensors[name][1])
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self.tensors[name][2]
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace()
+
+    def create_execution_context(self, config: Any = None) -> HostContext:
+        self.trt.contexts.append(HostContext(self, config))
+        return self.trt.contexts[-1]
+
+
+class HostContext:
+    def __init__(self, engine: HostEngine, config: Any) -> None:
+        self.engine, self.config = engine, config
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        built = self.engine.get_tensor_shape(name)
+        self.shapes[name] = shape
+        return len(built) == len(shape) and all(b in (-1, s) for b, s in zip(built, shape, strict=True))
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        batch = self.shapes["noise"][1] if "noise" in self.shapes else self.shapes["x"][0]
+        return [batch if side < 0 else side for side in self.engine.get_tensor_shape(name)]
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        addresses, shapes = dict(self.addresses), dict(self.shapes)
+        assert addresses.keys() == self.engine.tensors.keys()
+
+        def kernel() -> None:
+            inputs = {name: self._at(addresses[name], shape, name) for name, shape in shapes.items()}
+            (result,) = self.engine.session.run(None, inputs)
+            (output,) = addresses.keys() - shapes.keys()
+            self._at(addresses[output], result.shape, output)[...] = result
+
+        self.engine.trt.cuda.hand_over(kernel)
+        return True
+
+    def _at(self, address: int, shape: tuple[int, ...], name: str) -> npt.NDArray[Any]:
+        block = self.engine.trt.cuda.memory[address]  # a KeyError: it was freed
+        return np.frombuffer(block, self.engine.get_tensor_dtype(name)).reshape(shape)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""The roofline: a floor computed by hand, and a machine that is measured and not looked up."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from cmfast import _protobuf as pb
+from cmfast import roofline, timing
+from cmfast.errors import CmfastError
+from cmfast.roofline import Ceilings, Floor, cast_model, chain_model, floor_ms, measure_machine
+
+COST = {"flops": 3e9, "weight_bytes": 40e6, "activation_bytes": 10e6}  # of one image
+HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def ceilings(flops: float | None = 1e12, moved: float | None = 1e11) -> Ceilings:
+    return Ceilings(device="cpu", dtype="float32", flops_per_s=flops, bytes_per_s=moved, how="by hand")
+
+
+# The floor.
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "floor"),
+    [
+        (1, 1, Floor(ms=3, bound="compute", flops=3e9, bytes=50e6)),
+        (1, 2, Floor(ms=6, bound="compute", flops=6e9, bytes=100e6)),  # the weights are read again
+        (8, 1, Floor(ms=24, bound="compute", flops=24e9, bytes=120e6)),  # the weights are read once
+    ],
+)
+def test_the_floor_of_known_work_on_a_known_machine(batch: int, steps: int, floor: Floor) -> None:
+    assert floor_ms(COST, ceilings(), batch, steps) == floor
+
+
+def test_a_fast_device_waits_for_its_memory_and_larger_batches_share_the_weights() -> None:
+    assert floor_ms(COST, ceilings(1e14), 1) == Floor(ms=0.5, bound="memory", flops=3e9, bytes=50e6)
+    found = floor_ms(COST, ceilings(1e13), 1000)
+    assert found is not None
+    assert (found.bound, found.ms) == ("compute", 300)
+
+
+@pytest.mark.parametrize("known", [ceilings(flops=None), ceilings(moved=None)])
+def test_there_is_no_floor_without_a_ceiling_or_a_cost(known: Ceilings) -> None:
+    assert floor_ms(COST, known, 1) is None
+    assert floor_ms({}, ceilings(), 1) is None
+    assert floor_ms({"flops": 1}, ceilings(), 1) is None
+
+
+# The machine.
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure with little, which takes no time and gives no useful numbers."""
+    for name, value in {"SIDE": 64, "NUMBERS": 2**12}.items():
+        monkeypatch.setattr(roofline, name, {"cpu": value, "cuda": value})
+    monkeypatch.setattr(roofline, "CALLS", 3)
+    monkeypatch.setattr(roofline, "SECONDS", 0)
+
+
+def interleaved(monkeypatch: pytest.MonkeyPatch, milliseconds: Mapping[str, float]) -> list[str]:
+    """Make `interleave` call each once and claim these times, by the beginning of the name; return the names."""
+    names: list[str] = []
+
+    def interleave(contenders: Mapping[str, Any], **_: object) -> dict[str, list[float]]:
+        names.extend(contenders)
+        for call in contenders.values():
+            call()
+        found = {name: next(ms for start, ms in milliseconds.items() if name.startswith(start)) for name in contenders}
+        return {name: [0.9 * ms, ms, 5 * ms] for name, ms in found.items()}
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    return names
+
+
+@pytest.mark.usefixtures("small")
+def test_the_ceilings_are_the_best_medians_of_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = interleaved(
+        monkeypatch,
+        {"product of 64 x 64 float32 matrices by ONNX": 2.0, "product": 4.0, "sum": 3.0, "copy": 1.0},
+    )
+    found = measure_machine("cpu", "float32")
+    assert len(names) == 4
+    assert found.flops_per_s == pytest.approx(2 * 64**3 / 2e-3)  # ONNX Runtime's, which took half as long
+    assert found.bytes_per_s == pytest.approx(2 * 4 * 2**12 / 1e-3)  # numpy's: a copy reads and writes
+    assert (found.device, found.dtype) == ("cpu", "float32")
+    assert "4 way(s), 12 calls" in found.how
+    assert "product of 64 x 64 float32 matrices by ONNX Runtime cpu; copy of 0.015625 MiB by numpy" in found.how
+
+
+@pytest.mark.usefixtures("small")
+def test_a_sum_reads_two_arrays_and_writes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    interleaved(monkeypatch, {"product": 1.0, "sum": 1.0, "copy": 2.0})
+    assert measure_machine("cpu", "float32").bytes_per_s == pytest.approx(3 * 4 * 2**12 / 1e-3)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
+@pytest.mark.parametrize("threads", [None, 1])
+def test_this_machine_is_measured(dtype: str, threads: int | None) -> None:
+    found = measure_machine("cpu", dtype, threads)
+    assert (found.flops_per_s or 0) > 1e6
+    assert (found.bytes_per_s or 0) > 1e6
+    assert "not measured" not in found.how
+
+
+@pytest.mark.usefixtures("small")
+def test_with_a_number_of_threads_numpy_does_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = interleaved(monkeypatch, {"": 1.0})
+    measure_machine("cpu", "float32", threads=1)
+    assert [name for name in names if name.startswith("product")] == [
+        "product of 64 x 64 float32 matrices by ONNX Runtime cpu"
+    ]
+    assert names[-1].endswith("by numpy, 1 thread(s)")
+
+
+@pytest.mark.usefixtures("small")
+def test_without_onnx_runtime_numpy_measures_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = measure_machine("cpu", "float32", threads=1)
+    assert (found.flops_per_s or 0) > 1e6
+    assert "by numpy, all its threads" in found.how
+    assert "the rest was not measured: import of onnxruntime halted" in found.how
+    assert measure_machine("cpu", "float16").flops_per_s is None
+
+
+@pytest.mark.usefixtures("small")
+def test_what_a_cpu_cannot_multiply_has_no_rate() -> None:
+    found = measure_machine("cpu", "bfloat16")
+    assert found.flops_per_s is None
+    assert (found.bytes_per_s or 0) > 1e6
+    assert "not measured" in found.how
+    assert "MatMul" in found.how
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+def test_without_cuda_nothing_is_measured_and_the_reason_is_given() -> None:
+    found = measure_machine("cuda", "float16")
+    assert (found.flops_per_s, found.bytes_per_s) == (None, None)
+    assert found.how == f"not measured: the installed onnxruntime {ort.__version__} is a build without CUDA"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="this onnxruntime is a build without CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+def test_a_gpu_is_measured(dtype: str) -> None:
+    found = measure_machine("cuda", dtype)
+    assert (found.flops_per_s or 0) > 1e12
+    assert (found.bytes_per_s or 0) > 1e11
+    assert found.how.count("ONNX Runtime cuda") == 2
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("tpu", "float32"), ("cpu", "int8")])
+def test_another_device_or_type_is_an_error(device: str, dtype: str) -> None:
+    with pytest.raises(CmfastError, match=f"got '{device}' and '{dtype}'"):
+        measure_machine(device, dtype)
+
+
+# The graphs.
+
+
+def run(model: bytes, **inputs: Any) -> Any:
+    return ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_chain_of_products_and_of_sums_computes_what_it_says(dtype: type) -> None:
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, 5, 5)).astype(dtype)
+    element = {np.float32: 1, np.float16: 10}[dtype]
+    tolerance = 1e-6 if dtype is np.float32 else 1e-2  # three sums of five terms
+    np.testing.assert_allclose(run(chain_model("MatMul", 3, element), a=a, b=b), a @ b @ b @ b, atol=tolerance)
+    np.testing.assert_allclose(run(chain_model("Add", 2, element), a=a, b=b), a + b + b, atol=tolerance)
+    np.testing.assert_allclose(run(chain_model("Add", 1, element), a=a, b=b), a + b, atol=tolerance)
+
+
+def test_a_conversion_rounds_to_the_type_that_it_names() -> None:
+    a = np.linspace(-1, 1, 7, dtype=np.float32)
+    np.testing.assert_array_equal(run(cast_model(10), a=a), a.astype(np.float16))
+    assert onnx.load_from_string(cast_model(16)).graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    session = ort.InferenceSession(cast_model(16), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("a", a)
+    y = ort.OrtValue.ortvalue_from_shape_and_type([7], 16, "cpu", 0)
+    binding.bind_ortvalue_output("y", y)
+    session.run_with_iobinding(binding)
+    assert y.element_type() == onnx.TensorProto.BFLOAT16
+    bits = np.frombuffer(ctypes.string_at(y.data_ptr(), 14), np.int16)  # numpy has no bfloat16
+    np.testing.assert_array_equal(bits, torch.from_numpy(a).to(torch.bfloat16).view(torch.int16).numpy())
+
+
+def test_the_hand_encoded_model_is_read_by_onnx_and_by_our_own_reader(tmp_path: Path) -> None:
+    model = onnx.load_from_string(chain_model("MatMul", 130, 16))  # lengths of more than one byte
+    assert [node.op_type for node in model.graph.node] == ["MatMul"] * 130
+    assert [list(node.input) for node in model.graph.node][:2] == [["a", "b"], ["t1", "b"]]
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {16}
+    (tmp_path / "chain.onnx").write_bytes(chain_model("MatMul", 130, 16))
+    read = pb.read_onnx_model(tmp_path / "chain.onnx")
+    assert (read.ir, read.opset, read.graph) == (10, 18, True)
