@@ -26,7 +26,17 @@ from typing import Any
 import cmfast
 from cmfast.errors import CmfastError
 
-PACKAGES = ("numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "openvino", "onnx")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-bindings",
+    "openvino",
+    "onnx",
+)
 
 BURST_S = 0.05  # a burst ends after this time and at least BURST_CALLS counted calls
 BURST_CALLS = 3
@@ -122,16 +132,22 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return CPU model, usable cores, RAM (GiB), OS, Python, and GPU with driver; None for what is not known."""
-    gpu = _nvidia_smi()
+    """Return CPU model, usable cores, RAM (GiB), OS, Python, and GPU; None for what is not known.
+
+    Of the GPU name, driver, compute capability and memory (MiB). Of several all names, and the rest of the first.
+    """
+    gpu = _nvidia_smi("name", "driver_version")
+    more = _nvidia_smi("compute_cap", "memory.total")  # drivers from before 2021 do not know the first
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "ram_gib": _ram_gib(),
         "os": _system(),
         "python": platform.python_version(),
-        "gpu": gpu[0] if gpu else None,
-        "driver": gpu[1] if gpu else None,
+        "gpu": "; ".join(row[0] for row in gpu) if gpu else None,
+        "driver": gpu[0][1] if gpu else None,
+        "compute_capability": more[0][0] if more else None,
+        "gpu_memory_mib": float(more[0][1]) if more and more[0][1].isdecimal() else None,
     }
 
 
@@ -235,10 +251,11 @@ def _system() -> str:
         return kernel
 
 
-def _nvidia_smi() -> tuple[str, str] | None:
-    text = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    rows = [line.split(", ") for line in (text or "").splitlines() if line.count(", ") == 1]
-    return ("; ".join(row[0] for row in rows), rows[0][1]) if rows else None
+def _nvidia_smi(*properties: str) -> list[list[str]]:
+    """Return the properties of each GPU; nothing where there is none or nvidia-smi does not know them."""
+    text = _output("nvidia-smi", f"--query-gpu={','.join(properties)}", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in (text or "").splitlines()]
+    return [row for row in rows if len(row) == len(properties)]
 
 
 def _output(*command: str) -> str | None:

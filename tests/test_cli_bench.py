@@ -35,9 +35,11 @@ def content(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def scaled(handmade: Path, path: Path, factor: float) -> Path:
-    """Write a handmade denoiser that computes factor x instead of 0.01 x."""
+def scaled(handmade: Path, path: Path, factor: float, dtype: str = "float32") -> Path:
+    """Write a handmade denoiser that computes factor x instead of 0.01 x, and calls its type what is asked."""
     model = onnx.load(handmade)
+    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), dtype=dtype)
+    helper.set_model_props(model, {"cmfast": manifest.to_json()})
     model.graph.initializer[0].CopyFrom(helper.make_tensor("hundredth", onnx.TensorProto.FLOAT, [], [factor]))
     onnx.save(model, path)
     return path
@@ -84,8 +86,8 @@ def new_checkpoint(path: Path) -> str:
     return checkpoint.sha256()
 
 
-def handmade_denoiser(path: Path, source: dict[str, str]) -> None:
-    """Write c_skip(sigma) x, clipped, node by node."""
+def handmade_denoiser(path: Path, source: dict[str, str], **values: Any) -> None:
+    """Write c_skip(sigma) x, clipped, node by node; values are of its manifest."""
     node = helper.make_node
     nodes = [
         node("Sub", ["sigma", "sigma_min"], ["shifted"]),
@@ -95,12 +97,12 @@ def handmade_denoiser(path: Path, source: dict[str, str]) -> None:
         node("Reshape", ["c_skip", "per_image"], ["factor"]),
         node("Mul", ["x", "factor"], ["out"]),
     ]
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), source=source)
+    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), source=source, **values)
     save_graph(nodes, {"x": ["B", 1, 8, 8], "sigma": ["B"]}, {"sigma_min": 0.002, "quarter": 0.25}, manifest, path)
 
 
 def handmade_sampler(
-    path: Path, sigmas: tuple[float, float], batch: int | str = "B", source: dict[str, str] | None = None
+    path: Path, sigmas: tuple[float, float], batch: int | str = "B", source: dict[str, str] | None = None, **values: Any
 ) -> None:
     """Write two steps of the sampling of c_skip(sigma) x, node by node."""
     first, second = sigmas
@@ -120,7 +122,7 @@ def handmade_sampler(
         "second": c_skip(second),
     }
     spec = ModelSpec(image=(1, 8, 8), sigmas={2: sigmas})
-    manifest = Manifest(kind="sampler", spec=spec, source=source or {})
+    manifest = Manifest(kind="sampler", spec=spec, source=source or {}, **values)
     save_graph(nodes, {"noise": [2, batch, 1, 8, 8]}, constants, manifest, path)
 
 
@@ -159,6 +161,11 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
         assert row["images_per_s"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
         assert row["times_as_fast"] == pytest.approx(eager[row["steps"]] / row["median_ms"])
         assert row["max_abs_diff"] <= 1e-6  # one formula, rounded twice
+        assert (row["dtype"], row["tolerance"]) == ("float32", 1e-3)
+        assert row["variant"] == ("channels_last" if "channels_last" in row["contender"] else "")
+        assert row["reference_same_precision"] == "PyTorch cpu"
+        assert row["times_as_fast_same_precision"] == row["times_as_fast"]
+        assert {row[name] for name in ("device_times", "flops", "floor_ms", "of_roofline", "diagnosis")} == {None}
         assert row["contender"] != "PyTorch cpu" or (row["times_as_fast"], row["max_abs_diff"]) == (1, 0)
 
     # What each costs to start.
@@ -173,6 +180,7 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
         assert row["steps"] == (2 if file == sampler else 1)
         assert 0 < row["first_call_ms"] < 60_000
         assert 0 < row["load_s"] < 60
+        assert row["peak_gpu_mib"] is None
     if starts["model.onnx"]["peak_mib"] is not None:
         assert 10 < starts["model.onnx"]["peak_mib"] < starts["PyTorch cpu"]["peak_mib"], "one that has no torch in it"
 
@@ -185,7 +193,12 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
     assert {"commit", "load_average", "steal", "warning"} <= set(record)
     options = record["options"]
     assert (options["models"], options["baseline"]) == (["sampler.onnx", "model.onnx"], "model.pt")
-    assert (options["threads"], options["seconds"], options["tolerance"]) == (1, 0.05, 1e-3)
+    assert (options["threads"], options["seconds"], options["tolerance"]) == (1, 0.05, None)
+    assert (options["precision"], options["variants"], record["left_out"]) == (None, None, [])
+    assert record["included"]["median_ms"] == (
+        "host wall time from numpy noise to numpy images, transfers in and out included"
+    )
+    assert record["ceilings"] == [], "no file says what it costs, so nothing was measured for it"
     assert str(tmp_path) not in text, "where the files lie is nobody's affair"
 
     # What the user sees.
@@ -282,6 +295,100 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
     assert f"{rows[1]['max_abs_diff']:.1e}" in result.stdout
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("tf32", 1e-2), ("float16", None), ("int4", 1e-3)])
+def test_the_type_of_a_file_decides_what_difference_is_allowed(
+    dtype: str, allowed: float | None, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.01025, dtype)  # 0.02 off at 80
+    files, record = (handmade_onnx(8), other), tmp_path / "bench.json"
+    options = ("--steps", 1, "--batch", 2, *QUICK)
+    if allowed is not None:
+        words = rf"other\.onnx .* differs from side8\.onnx by 2\.\d\de-02 \(allowed {allowed:g}\)"
+        assert_stopped(call(main, *files, *options), words)
+        return
+    assert call(main, *files, *options, "--json", record).returncode == 0
+    assert [row["tolerance"] for row in json.loads(record.read_text())["rows"]] == [1e-3, 3e-2]
+    assert call(main, *reversed(files), *options).returncode == 0, "the reference may be the less precise one"
+    assert_stopped(call(main, *files, *options, "--tolerance", 0.01), r"allowed 0\.01")
+
+
+# Precisions and variants.
+
+
+def names(result: Any) -> list[str]:
+    """Return who would be timed, of a dry run at one setting."""
+    assert result.returncode == 0, result.stderr
+    return str(result.stdout).splitlines()[0].partition(": ")[2].split(", ")
+
+
+EAGER = ["PyTorch cpu", "PyTorch cpu channels_last"]
+HALF = ["PyTorch cpu fp16", "PyTorch cpu fp16 channels_last"]
+
+
+def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint, model = tmp_path / "model.pt", tmp_path / "half.onnx"
+    handmade_denoiser(model, {"sha256": new_checkpoint(checkpoint)}, dtype="float16")
+    options = ("--steps", 1, "--batch", 2, *QUICK, "--json", tmp_path / "bench.json")
+    result = call(main, model, "--baseline", checkpoint, *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert list(rows) == [*EAGER, *HALF, "half.onnx"]
+    for name, row in rows.items():
+        half = name not in EAGER
+        same = "PyTorch cpu fp16" if half else "PyTorch cpu"
+        assert (row["dtype"], row["tolerance"]) == (("float16", 3e-2) if half else ("float32", 1e-3))
+        assert (row["reference"], row["reference_same_precision"]) == ("PyTorch cpu", same)
+        assert row["times_as_fast"] == pytest.approx(rows["PyTorch cpu"]["median_ms"] / row["median_ms"])
+        assert row["times_as_fast_same_precision"] == pytest.approx(rows[same]["median_ms"] / row["median_ms"])
+        assert row["max_abs_diff"] <= 1e-6, "the images are those of float32"
+    assert [row["dtype"] for row in record["starts"]] == ["float32"] * 2 + ["float16"] * 3
+    assert "same precision" in result.stdout
+    assert f"{rows['half.onnx']['times_as_fast_same_precision']:.2f}x" in result.stdout
+
+
+def test_the_precisions_of_the_baseline_are_those_that_are_asked_for(
+    tiny_checkpoint: Factory, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    half = scaled(handmade_onnx(8), tmp_path / "half.onnx", 0.01, "float16")
+    options = ("--baseline", tiny_checkpoint(0), "--steps", 1, "--batch", 1, "--dry-run")
+    brain = ["PyTorch cpu bf16", "PyTorch cpu bf16 channels_last"]
+    assert names(call(main, *options)) == EAGER
+    assert names(call(main, half, *options)) == [*EAGER, *HALF, "half.onnx"]
+    assert names(call(main, half, *options, "--precision", "fp32")) == [*EAGER, "half.onnx"]
+    assert names(call(main, half, *options, "--precision", "bf16,fp16")) == [*EAGER, *brain, *HALF, "half.onnx"]
+
+
+def test_what_nobody_asked_for_by_name_is_left_out_and_that_is_said(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    checkpoint, model = tmp_path / "model.pt", tmp_path / "model.onnx"
+    handmade_denoiser(model, {"sha256": new_checkpoint(checkpoint)}, dtype="tf32")
+    options = ("--baseline", checkpoint, "--steps", 1, "--batch", 1, *QUICK)
+    result = call(main, model, *options, "--variants", "", "--json", tmp_path / "bench.json")
+    assert result.returncode == 0, result.stderr
+    why = "PyTorch tf32: precision tf32 is a GPU's way to multiply float32"
+    assert result.stderr.startswith(f"left out: {why}")
+    record = json.loads((tmp_path / "bench.json").read_text())
+    (left_out,) = record["left_out"]
+    assert left_out.startswith(why)
+    assert [row["contender"] for row in record["rows"]] == ["PyTorch cpu", "model.onnx"]
+    assert [row["times_as_fast_same_precision"] for row in record["rows"]] == [1, None]
+    refused(call(main, model, *options, "--precision", "tf32"), "precision tf32 is a GPU's way")
+
+
+# Condition for removal: importing torch's compiler does not use what torch itself calls deprecated (torch 2.12 does).
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
+    tiny_checkpoint: Factory, call: Callable[..., Any]
+) -> None:
+    options = ("--baseline", tiny_checkpoint(0), "--steps", 1, "--batch", 1, "--dry-run")
+    assert names(call(main, *options, "--variants", "")) == EAGER[:1]
+    assert names(call(main, *options, "--variants", "compiled")) == ["PyTorch cpu", "PyTorch cpu compiled"]
+    assert names(call(main, *options, "--variants", "compiled,channels_last")) == [*EAGER, "PyTorch cpu compiled"]
+    assert names(call(main, *options, "--variants", "channels_last", "--compile")) == [*EAGER, "PyTorch cpu compiled"]
+
+
 # What can be got wrong.
 
 
@@ -310,6 +417,19 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
         (["a.onnx", "--threads", "0"], "threads must be at least 1, got 0"),
         (["a.onnx", "--tolerance", "0"], "--tolerance must be greater than 0, got 0"),
         (["a.onnx", "--tolerance", "nan"], "--tolerance must be greater than 0, got nan"),
+        (["a.onnx", "--precision", "fp16"], "--precision is what PyTorch runs the --baseline in, and none was given"),
+        (["--baseline", "model.pt", "--precision", "int8"], "different names of fp32, tf32, fp16, bf16, got int8"),
+        (["--baseline", "model.pt", "--precision", "fp16,fp16"], "--precision takes different names"),
+        (["a.onnx", "--variants", "fast"], "names of channels_last, compiled, cuda_graph, tensorrt, got fast"),
+        (["a.onnx", "--variants", "diffusers"], "--variants takes different names"),
+        (["a.onnx", "--variants", "cuda_graph"], "--variants cuda_graph needs an NVIDIA GPU: add --device cuda"),
+        (["a.onnx", "--variants", "tensorrt"], "--variants tensorrt needs an NVIDIA GPU: add --device cuda"),
+        (["a.onnx", "--variants", "compiled"], "is a way to run the checkpoint of --baseline, and none was given"),
+        (["--baseline", "model.pt", "--device", "cuda", "--variants", "tensorrt"], "run an .onnx file, and none was given"),
+        (["model.pt", "--device", "cuda", "--variants", "cuda_graph"], "of --baseline or an .onnx file, and none"),
+        (["model.engine"], "model.engine: a TensorRT engine runs on an NVIDIA GPU only; add --device cuda"),
+        (["model.engine", "--device", "cuda"], "model.engine: not a TensorRT engine"),
+        (["--baseline", "model.engine", "--device", "cuda"], "--baseline takes a checkpoint that PyTorch runs"),
         (["a.onnx", "--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
         (["a.onnx", "--json", "bench.txt"], "bench.txt: need a name ending in .json"),
         (["a.onnx", "--plot", "bench.svg"], "bench.svg: need a name ending in .png"),
@@ -333,7 +453,7 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
     handmade_sampler(tmp_path / "two.onnx", (80.0, 0.8))
     handmade_sampler(tmp_path / "other.onnx", (80.0, 5.0))
     handmade_sampler(tmp_path / "three.onnx", (80.0, 0.8), batch=3)
-    for noise in ("noise.onnx", "model.tflite"):
+    for noise in ("noise.onnx", "model.tflite", "model.pt", "model.engine"):
         Path(noise).write_bytes(b"neither fish nor fowl")
     Path("empty.onnx").touch()
     Path("folder").mkdir()

@@ -6,12 +6,14 @@ pytest -m gpu        on a machine with an NVIDIA GPU and cmfast[gpu]
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,17 @@ import pytest
 import torch
 
 import cmfast
-from cmfast.engines import open_engine
-from cmfast.engines.onnxruntime import OnnxRuntimeEngine
-from cmfast.errors import EngineError
+from cmfast.engines import TimedEngine, open_engine
+from cmfast.engines.onnxruntime import KEPT, OnnxRuntimeEngine
+from cmfast.errors import CmfastError, EngineError
 from cmfast_export.export import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.torch_cuda import OnCuda
 
 Factory = Callable[..., Path]
 TOLERANCE = 1e-3  # two float32 libraries sum in other orders; cuDNN's transforms cost some digits more
+# Some twenty roundings in a row, each of up to 2^-11 (tf32, fp16) or 2^-9 (bf16) of features of about one.
+TOLERANCES = {"fp32": TOLERANCE, "tf32": 20 * 2.0**-11, "fp16": 20 * 2.0**-11, "bf16": 20 * 2.0**-9}
 TINY = ["batch=8", "checkpoint_images=32", "log_images=8", "grid=4", "tensorboard=false", "device=cuda"]
 
 
@@ -54,20 +59,44 @@ def outputs(model: cmfast.Model) -> list[npt.NDArray[np.float32]]:
     return [*denoised, model.sample_float(5, steps=2, seed=3)]
 
 
-def assert_close(one: cmfast.Model, two: cmfast.Model) -> None:
+def assert_close(one: cmfast.Model, two: cmfast.Model, tolerance: float = TOLERANCE) -> None:
     for ours, theirs in zip(outputs(one), outputs(two), strict=True):
         assert theirs.std() > 1e-3
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def drawn(model: cmfast.Model, batch: int, seed: int, steps: int = 2) -> npt.NDArray[np.float32]:
+    """Return images of a seed, [B, 1, 8, 8]."""
+    return model.sample_float(batch, steps=steps, seed=seed, batch=batch)
+
+
+def need(precision: str) -> None:
+    if precision in ("tf32", "bf16") and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip(f"this card has no {precision}")
 
 
 # Engines.
 
+ORDER = [
+    (1, 0),
+    (3, 1),
+    (1, 2),
+    (5, 3),
+    (3, 4),
+    (1, 5),
+    (3, 1),
+]  # batch size and seed: sizes in turns, noise that differs
+
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("onnx_cuda")
-def test_onnx_runtime_on_cuda_computes_what_it_computes_on_the_cpu(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+def test_onnx_runtime_on_cuda_computes_what_it_computes_on_the_cpu(
+    variant: str, tiny_checkpoint: Factory, tmp_path: Path
+) -> None:
     export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx")
-    assert_close(cmfast.load(tmp_path / "model.onnx", device="cuda"), cmfast.load(tmp_path / "model.onnx"))
+    there = cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant)
+    assert_close(there, cmfast.load(tmp_path / "model.onnx"))
 
 
 @pytest.mark.gpu
@@ -81,15 +110,192 @@ def test_onnx_runtime_gets_the_device_that_was_asked_for_without_tensorfloat(han
     assert session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"
 
 
+@pytest.fixture(scope="module")
+def sampler_file(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a factory of two-step sampler graphs of a precision, all of the same weights."""
+    folder = tmp_path_factory.mktemp("samplers")
+
+    @functools.cache
+    def make(precision: str) -> Path:
+        target = folder / f"{precision}.onnx"
+        export_onnx(tiny_checkpoint(10), target, kind="sampler", steps=2, precision=precision)
+        return target
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("onnx_cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_onnx_runtime_draws_the_right_images_whatever_the_order_of_batch_sizes(
+    precision: str, variant: str, sampler_file: Callable[[str], Path]
+) -> None:
+    need(precision)
+    here = cmfast.load(sampler_file("fp32"))
+    there = cmfast.load(sampler_file(precision), device="cuda", variant=variant)
+    kept = []
+    for batch, seed in ORDER:
+        got, want = drawn(there, batch, seed), drawn(here, batch, seed)
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCES[precision])
+        kept.append(got)
+    np.testing.assert_array_equal(kept[1], kept[-1])  # the same noise again, after other sizes in between
+    assert np.abs(kept[0] - kept[2]).max() > 0.1, "a replay read the noise of another call"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("onnx_cuda")
+def test_a_tensorfloat_file_is_run_so(sampler_file: Callable[[str], Path]) -> None:
+    need("tf32")
+    engine = open_engine(sampler_file("tf32"), "cuda")
+    assert isinstance(engine, OnnxRuntimeEngine)
+    assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "1"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("onnx_cuda")
+def test_a_batch_size_that_was_dropped_is_captured_anew(sampler_file: Callable[[str], Path]) -> None:
+    here = cmfast.load(sampler_file("fp32"))
+    there = cmfast.load(sampler_file("fp32"), device="cuda", variant="cuda_graph")
+    for batch in (*range(1, KEPT + 3), 1, 2):
+        np.testing.assert_allclose(drawn(there, batch, batch), drawn(here, batch, batch), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # TensorRT builds an engine at the first call
+@pytest.mark.usefixtures("onnx_cuda")
+def test_onnx_runtime_with_tensorrt_draws_the_right_images(sampler_file: Callable[[str], Path]) -> None:
+    try:
+        there = cmfast.load(sampler_file("fp16"), device="cuda", variant="tensorrt")
+    except EngineError as err:
+        if "cannot load its TensorRT provider" not in str(err):
+            raise
+        pytest.skip(str(err))
+    assert there.engine.name == "ONNX Runtime cuda tensorrt"
+    got, want = drawn(there, 3, 1), drawn(cmfast.load(sampler_file("fp32")), 3, 1)
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCES["fp16"])
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("variant", ["", "channels_last"])
-def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(variant: str, tiny_checkpoint: Factory) -> None:
-    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant)
-    assert engine.name.startswith("PyTorch cuda")
+@pytest.mark.parametrize("variant", ["", "channels_last", "cuda_graph"])
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(
+    precision: str, variant: str, tiny_checkpoint: Factory
+) -> None:
+    need(precision)
+    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
+    assert engine.name == f"PyTorch cuda {precision} {variant}".rstrip()
     before = torch.cuda.memory_allocated()
     assert before > 0, "the weights are elsewhere"
-    assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)))
+    assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # max-autotune tries every kernel
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pytorch_compiled_on_cuda_computes_what_it_computes_on_the_cpu(
+    precision: str, tiny_checkpoint: Factory
+) -> None:
+    engine = open_engine(tiny_checkpoint(10), "cuda", variant="compiled", precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # what the compiler says is its affair
+        assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_recorded_sampler_draws_what_the_loop_draws_whatever_the_order_of_batch_sizes(
+    precision: str, tiny_checkpoint: Factory
+) -> None:
+    loop = cmfast.load(tiny_checkpoint(10), device="cuda", precision=precision)
+    graph = cmfast.load(tiny_checkpoint(10), device="cuda", variant="cuda_graph", precision=precision)
+    kept = []
+    for batch, seed in ORDER:
+        for steps in (2, 1):
+            got, want = drawn(graph, batch, seed, steps), drawn(loop, batch, seed, steps)
+            # The same kernels on the same numbers, unless cuDNN's trials chose another convolution.
+            np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCES[precision])
+        kept.append(got)
+    np.testing.assert_array_equal(kept[1], kept[-1])  # the same noise again, after other sizes in between
+    assert np.abs(kept[0] - kept[2]).max() > 0.1, "a replay read the noise of another call"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_engines_with_and_without_tensorfloat_do_not_disturb_each_other(tiny_checkpoint: Factory) -> None:
+    need("tf32")
+    exact, fast = (cmfast.load(tiny_checkpoint(10), device="cuda", precision=each) for each in ("fp32", "tf32"))
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, convolution.fp32_precision
+    first = drawn(exact, 3, 1)
+    np.testing.assert_allclose(drawn(fast, 3, 1), first, rtol=0, atol=TOLERANCES["tf32"])
+    np.testing.assert_array_equal(drawn(exact, 3, 1), first)
+    assert (matmul.fp32_precision, convolution.fp32_precision) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("captures", [False, True])
+def test_tensorfloat_is_used_where_it_was_asked_for_and_nowhere_else(captures: bool) -> None:
+    need("tf32")
+    x = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
+    exact = x.astype(np.float64) @ x
+    errors = {}
+    for tf32 in (True, False):
+        device = OnCuda(captures=captures, tf32=tf32)
+        product = device("product", lambda tensors: tensors["x"] @ tensors["x"], {"x": x})
+        errors[tf32] = np.abs(product - exact).max()
+    # The sum of 512 products of about one: float32 rounds each by 2^-24 at most, TensorFloat-32 by 2^-11.
+    assert errors[False] < 512 * 2.0**-20
+    assert errors[True] > 10 * errors[False]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_a_class_that_does_not_exist_is_an_error_and_the_gpu_is_of_use_afterwards(tiny_checkpoint: Factory) -> None:
+    model = cmfast.load(tiny_checkpoint(10), device="cuda", variant="cuda_graph")
+    noise = np.stack([cmfast.gaussian(1, range(2), 0, model.spec.image)])
+    with pytest.raises(CmfastError, match="label 10 is out of range"):
+        model.from_noise(noise, (80.0,), np.array([0, 10]))
+    assert np.isfinite(model.from_noise(noise, (80.0,), np.array([0, 9]))).all()
+
+
+def assert_timed(model: cmfast.Model, calls: int) -> None:
+    """Assert that sampling three images is `calls` timed calls, each of which took some time of everything."""
+    drawn(model, 3, 0)
+    assert isinstance(model.engine, TimedEngine)
+    with model.engine.timed() as times:
+        drawn(model, 3, 1)
+    drawn(model, 3, 2)
+    assert len(times) == calls
+    for each in times:
+        parts = (each.copy_in_ms, each.compute_ms, each.copy_out_ms)
+        assert min(parts) > 0
+        assert 0 < each.enqueue_ms <= each.host_ms
+        assert sum(parts) <= 1.1 * each.host_ms + 0.1  # two clocks
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+def test_pytorch_says_what_a_loop_cost(variant: str, tiny_checkpoint: Factory) -> None:
+    assert_timed(cmfast.load(tiny_checkpoint(10), device="cuda", variant=variant), calls=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("onnx_cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+def test_onnx_runtime_says_what_a_call_cost(
+    variant: str, tiny_checkpoint: Factory, sampler_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert_timed(cmfast.load(sampler_file("fp32"), device="cuda", variant=variant), calls=1)
+    export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx")
+    assert_timed(cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant), calls=2)
 
 
 # Training. In processes of their own, because accelerate sets the precision once for a process.

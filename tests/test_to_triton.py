@@ -32,7 +32,7 @@ from cmfast.spec import ModelSpec
 from cmfast_export import to_triton
 from cmfast_export.compose import sampler_graph
 from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_triton import Written, client_example, server_graph, write_repository
+from cmfast_export.to_triton import ServeOptions, Written, client_example, server_graph, write_repository
 from cmfast_export.write import write_data, write_with_manifest
 from cmfast_train.checkpoint import load_checkpoint
 
@@ -198,12 +198,14 @@ def test_the_configuration_of_an_onnx_file_is_this_and_no_more(server_file: Make
         batch=None,
         tensorrt=None,
         capabilities=(),
+        arguments=(),
     )
 
 
 def test_what_is_asked_for_stands_in_the_configuration(server_file: Make, tmp_path: Path) -> None:
     model = server_file(classes=0)
-    write_repository(tmp_path / "repo", [model], name="a-b", max_batch=6, queue_delay_us=500, instances=3, device="cpu")
+    options = ServeOptions(name="a-b", max_batch=6, queue_delay_us=500, instances=3, device="cpu")
+    write_repository(tmp_path / "repo", [model], options)
     assert as_dict(tmp_path / "repo" / "a-b") == {
         "name": "a-b",
         "platform": "onnxruntime_onnx",
@@ -214,7 +216,7 @@ def test_what_is_asked_for_stands_in_the_configuration(server_file: Make, tmp_pa
         "dynamic_batching": {"max_queue_delay_microseconds": "500"},
         "model_warmup": warm_up([1, 6], noise=NOISE),
     }
-    write_repository(tmp_path / "single", [model], max_batch=1, device="auto")
+    write_repository(tmp_path / "single", [model], ServeOptions(max_batch=1, device="auto"))
     single = read_config(tmp_path / "single" / "two_steps")
     assert (single.max_batch_size, single.HasField("dynamic_batching"), len(single.model_warmup)) == (1, False, 1)
     assert single.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO
@@ -252,7 +254,7 @@ def test_a_fixed_batch_is_served_as_requests_of_just_that_size(server_file: Make
 def test_the_model_in_the_repository_draws_the_images_of_the_sampler_graph(
     classes: int, batch: int | None, data: bool, server_file: Make, samplers: Graphs, tmp_path: Path
 ) -> None:
-    write_repository(tmp_path / "repo", [server_file(classes, batch, data=data)], name="m")
+    write_repository(tmp_path / "repo", [server_file(classes, batch, data=data)], ServeOptions(name="m"))
     inputs = draw(classes, 3)
     (want,) = session(samplers(classes, batch)[0]).run(None, inputs)
     np.testing.assert_array_equal(Triton(tmp_path / "repo").infer("m", batch_first(inputs)), want)
@@ -312,7 +314,8 @@ def plan(path: Path, *, magic: bytes = b"ftrt", source: str = "1" * 64, kind: st
         "compute_capability": ["8.9"],
         "batch": [1, 4, 6],
         "platform": "linux x86_64",
-        "onnx": "two.onnx",
+        "version_compatible": False,
+        "hardware_compatible": "",
         "onnx_sha256": "2" * 64,
         "plan_sha256": UNSEALED,
     }
@@ -346,7 +349,7 @@ def test_the_configuration_of_a_plan_is_this_and_no_more(tmp_path: Path) -> None
     }
     assert (tmp_path / "repo" / "one" / "1" / "model.plan").read_bytes() == file.read_bytes()
     assert (written.backend, written.tensorrt, written.capabilities) == ("tensorrt", "10.13.3.9", ("8.9",))
-    write_repository(tmp_path / "less", [file], max_batch=2)
+    write_repository(tmp_path / "less", [file], ServeOptions(max_batch=2))
     assert read_config(tmp_path / "less" / "one").max_batch_size == 2
 
 
@@ -365,21 +368,38 @@ def test_a_plan_for_one_batch_size_is_served_as_requests_of_just_that_size(tmp_p
 
 def test_several_plans_are_chosen_by_compute_capability(tmp_path: Path) -> None:
     files = [
-        plan(tmp_path / "ada.engine"),
+        plan(tmp_path / "two_ada.engine"),
         plan(tmp_path / "hopper.engine", compute_capability=["9.0"], batch=[1, 8, 16]),
         plan(tmp_path / "both.engine", compute_capability=["10.0", "12.0"]),
     ]
     written = write_repository(tmp_path / "repo", files)
     places = {"8.9": "model_sm89.plan", "9.0": "model_sm90.plan"}
     places |= {"10.0": "model_sm100_sm120.plan", "12.0": "model_sm100_sm120.plan"}
-    folder = tmp_path / "repo" / "two"  # after the file that all were built from
+    folder = tmp_path / "repo" / "two_ada"
     config = read_config(folder)
     assert config.cc_model_filenames == places
     assert config.max_batch_size == 6  # which all of them take
     assert {path.name for path in (folder / "1").iterdir()} == set(places.values())
     for file, capability in zip(files, ("8.9", "9.0", "12.0"), strict=True):
         assert (folder / "1" / places[capability]).read_bytes() == file.read_bytes()
-    assert written.capabilities == ("8.9", "9.0", "10.0", "12.0")
+    assert (written.capabilities, written.arguments) == (("8.9", "9.0", "10.0", "12.0"), ())
+
+
+def test_a_plan_for_all_gpus_from_ampere_on_serves_those_without_a_plan_of_their_own(tmp_path: Path) -> None:
+    files = [
+        plan(tmp_path / "ada.engine"),
+        plan(tmp_path / "any.engine", hardware_compatible="ampere+", version_compatible=True),
+    ]
+    written = write_repository(tmp_path / "repo", files)
+    folder = tmp_path / "repo" / "ada"
+    assert read_config(folder).cc_model_filenames == {"8.9": "model_sm89.plan"}
+    assert (folder / "1" / "model.plan").read_bytes() == files[1].read_bytes()
+    assert written.capabilities == ("8.9", "8.0+")
+    assert written.arguments == ("--backend-config=tensorrt,version-compatible=true",)
+    with pytest.raises(
+        CmfastError, match=r"any\.engine and .*any\.engine are both for GPUs of compute capability 8\.0\+"
+    ):
+        write_repository(tmp_path / "twice", [files[1], files[1]])
 
 
 ENGINES: list[tuple[dict[str, Any], str]] = [
@@ -402,7 +422,7 @@ def test_plans_that_one_server_cannot_hold_are_refused(other: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        ({"magic": b"vtrt"}, CmfastError, r"built by tensorrt_rtx, and Triton loads plans of TensorRT.*two\.onnx"),
+        ({"magic": b"vtrt"}, CmfastError, r"built by tensorrt_rtx, and Triton loads .* tensorrt; .*\.onnx"),
         ({"batch": [2, 4, 8]}, CmfastError, "batches of 2 to 8, and Triton sends what there is, from 1"),
         ({"batch": [0, 4, 8]}, ArtifactError, "does not say"),
         ({"batch": "many"}, ArtifactError, "does not say"),
@@ -425,30 +445,28 @@ def test_a_plan_that_triton_cannot_serve_is_refused(
     [
         ({"name": "a.b"}, "a model's name"),
         ({"name": "../a"}, "a model's name"),
-        ({"name": ""}, "a model's name"),
-        ({"max_batch": 0}, "from 1, got 0"),
+        ({"max_batch": -1}, "at least 1, got -1"),
         ({"queue_delay_us": -1}, "at least 0 microseconds, got -1"),
         ({"instances": 0}, "at least 1, got 0"),
         ({"device": "tpu"}, "one of gpu, cpu, auto, got 'tpu'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(
-    options: dict[str, Any], words: str, server_file: Make, tmp_path: Path
-) -> None:
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(CmfastError, match=words):
-        write_repository(tmp_path / "repo", [server_file()], **options)
-    assert not (tmp_path / "repo").exists()
+        ServeOptions(**options)
 
 
 def test_options_that_a_file_cannot_follow_are_refused(server_file: Make, tmp_path: Path) -> None:
-    for options in ({"max_batch": 8}, {"queue_delay_us": 100}):
-        with pytest.raises(CmfastError, match="takes exactly 3 images"):
-            write_repository(tmp_path / "repo", [server_file(batch=3)], **options)
+    def refused(file: Path, words: str, **options: Any) -> None:
+        with pytest.raises(CmfastError, match=words):
+            write_repository(tmp_path / "repo", [file], ServeOptions(**options))
+        assert not (tmp_path / "repo").exists()
+
+    refused(server_file(batch=3), "takes exactly 3 images", max_batch=8)
+    refused(server_file(batch=3), "takes exactly 3 images", queue_delay_us=100)
     file = plan(tmp_path / "a.engine")
-    with pytest.raises(CmfastError, match="from 1 to 6, which the plan was built for, got 7"):
-        write_repository(tmp_path / "repo", [file], max_batch=7)
-    with pytest.raises(CmfastError, match="runs on a GPU, not on cpu"):
-        write_repository(tmp_path / "repo", [file], device="cpu")
+    refused(file, "at most 6, which the plan was built for, got 7", max_batch=7)
+    refused(file, "runs on a GPU, not on cpu", device="cpu")
 
 
 def test_files_that_are_no_servers_are_refused(
@@ -470,9 +488,23 @@ def test_a_folder_with_something_in_it_is_left_alone(server_file: Make, tmp_path
     precious = tmp_path / "repo" / "precious"
     precious.parent.mkdir()
     precious.write_text("precious")
-    with pytest.raises(CmfastError, match="not an empty folder"):
+    with pytest.raises(CmfastError, match="is no model repository: precious in it is no model"):
         write_repository(tmp_path / "repo", [server_file()])
     assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+
+
+def test_a_second_model_joins_the_first_and_a_third_of_the_same_name_is_refused(
+    server_file: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "repo"
+    write_repository(out, [server_file()], ServeOptions(name="one"))
+    before = (out / "one" / "config.pbtxt").read_bytes()
+    write_repository(out, [server_file()], ServeOptions(name="two"))
+    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
+    assert (out / "two" / "config.pbtxt").read_bytes() == before.replace(b'"one"', b'"two"')
+    with pytest.raises(CmfastError, match="exists and is not an empty folder"):
+        write_repository(out, [server_file()], ServeOptions(name="two"))
+    assert (out / "one" / "config.pbtxt").read_bytes() == before
 
 
 def test_a_failure_halfway_leaves_nothing(server_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

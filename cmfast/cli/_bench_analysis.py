@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cmfast.artifact import ENGINE_SUFFIXES
 from cmfast.engines import DeviceTimes, TimedEngine
 from cmfast.errors import EngineError
-from cmfast.roofline import BYTES, COST, Ceilings, Floor, measure_machine
+from cmfast.roofline import BYTES, COST, Ceilings, Floor, floor_ms, measure_machine
 
 if TYPE_CHECKING:
     from cmfast.artifact import Manifest
-    from cmfast.cli._bench_contenders import Contender
+    from cmfast.cli._bench_contenders import Contender, Job
 
 DEVICE_CALLS = 20  # with device times, after the timing
 LAUNCH = 0.8  # of the device's time: a host that needs more to hand over work does not keep the device busy (trtexec's)
@@ -61,6 +62,23 @@ def measure_ceilings(dtypes: set[str], device: str, threads: int | None) -> dict
         click.echo(f"measuring what {device} reaches in {dtype}", err=True)
         ceilings[dtype] = measure_machine(device, dtype, threads)
     return ceilings
+
+
+def explain(
+    job: Job, wall_ms: float, times: DeviceTimes | None, cost: Cost | None, ceilings: Ceilings | None
+) -> dict[str, Any]:
+    """Return what a row of the record says besides the times of its calls; None for what is not known."""
+    steps = len(job.sigmas)
+    floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
+    replayed = job.contender.variant == "cuda_graph" or job.contender.file.suffix in ENGINE_SUFFIXES
+    return {
+        "device_times": times and asdict(times) | {"calls": DEVICE_CALLS},
+        "flops": cost and steps * job.batch * cost["flops"],
+        "floor_ms": floor and floor.ms,
+        "floor_bound": floor and floor.bound,
+        "of_roofline": floor and floor.ms / wall_ms,
+        "diagnosis": diagnose(wall_ms, times, floor, ceilings, replayed=replayed) or None,
+    }
 
 
 def diagnose(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from cmfast.model import Floats, Model
 
 # Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype: what rounding costs, with room for
-# several steps, each of which begins with the last one's error. A float32 keeps 24 bits, and libraries differ in the
-# order of their sums; float16 and tf32 keep 11, but tf32 between a multiplication and the next one 24; bfloat16 keeps 8.
+# several steps, each of which begins with the last one's error. float32 keeps 24 bits, and libraries sum in different
+# orders; float16 keeps 11; tf32 as many, but only in what is multiplied; bfloat16 keeps 8.
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2, "bfloat16": 2e-1}
 
 

@@ -21,7 +21,9 @@ class Options:
 
     models: tuple[Path, ...]
     baseline: Path | None = None  # a checkpoint
-    precision: tuple[str, ...] | None = None  # that PyTorch runs the baseline in besides fp32; None: those of the models
+    precision: tuple[str, ...] | None = (
+        None  # that PyTorch runs the baseline in besides fp32; None: those of the models
+    )
     variants: tuple[str, ...] | None = None  # besides the plain way; None: the baseline's channels_last
     diffusers: bool = False  # also diffusers' own pipeline of the baseline
     steps: tuple[int, ...] = (1, 2)  # network calls an image

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +13,81 @@ from cmfast.errors import MissingDependency
 
 
 def show(record: dict[str, Any]) -> None:
-    """Print the record as two tables: sampling, starting."""
+    """Print the record as tables: sampling; where they are known, times on the GPU and reasons; starting."""
+    rows, starts = record["rows"], record["starts"]
+    references = " or ".join(dict.fromkeys(row["reference"] for row in rows))
+    columns: Columns = {
+        "median": lambda row: f"{row['median_ms']:,.2f}",
+        "p10": lambda row: f"{row['p10_ms']:,.2f}",
+        "p90": lambda row: f"{row['p90_ms']:,.2f}",
+        "images/s": lambda row: f"{row['images_per_s']:,.1f}",
+        "speed": lambda row: f"{row['times_as_fast']:.2f}x",
+        "same precision": lambda row: _or_dash(row["times_as_fast_same_precision"], "{:.2f}x"),
+        "of roofline": lambda row: _or_dash(row["of_roofline"], "{:.0%}"),
+        "difference": lambda row: f"{row['max_abs_diff']:.1e}",
+    }
+    if all(row["reference_same_precision"] in (None, row["reference"]) for row in rows):
+        del columns["same precision"]  # it would repeat the speed
+    if all(row["of_roofline"] is None for row in rows):
+        del columns["of roofline"]
+    _print(f"Sampling: times of a batch, ms; speed against {references}", _WHERE | columns, rows)
+
+    parts = ("host", "enqueue", "copy_in", "compute", "copy_out")
+    columns = {part.replace("_", " "): functools.partial(_device_time, f"{part}_ms") for part in parts}
+    _print("On the GPU: times of a batch, ms", _WHERE | columns, [row for row in rows if row["device_times"]])
+
+    columns = {"diagnosis": lambda row: row["diagnosis"]}
+    _print("What takes the time", _WHERE | columns, [row for row in rows if row["diagnosis"]])
+
+    columns = {
+        "contender": lambda row: row["contender"],
+        "engine": lambda row: row["engine"],
+        "weights": lambda row: row["dtype"],
+        "file, MiB": lambda row: f"{row['file_mib']:.1f}",
+        "load, s": lambda row: f"{row['load_s']:.2f}",
+        "first call": lambda row: f"{row['steps']} x batch {row['batch']}",
+        "ms": lambda row: f"{row['first_call_ms']:,.1f}",
+        "peak RAM, MiB": lambda row: _or_dash(row["peak_mib"], "{:.0f}"),
+        "GPU, MiB": lambda row: _or_dash(row["peak_gpu_mib"], "{:.0f}"),
+    }
+    if all(row["peak_gpu_mib"] is None for row in starts):
+        del columns["GPU, MiB"]
+    _print("Starting: each in a process of its own", columns, starts)
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+
+_WHERE: Columns = {
+    "steps": lambda row: str(row["steps"]),
+    "batch": lambda row: str(row["batch"]),
+    "contender": lambda row: str(row["contender"]),
+}
+_TEXTS = ("contender", "diagnosis", "engine", "weights")  # the others are numbers
+
+
+def _print(title: str, columns: Columns, rows: list[dict[str, Any]]) -> None:
+    """Print one table, unless it would be empty."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    references = " or ".join(dict.fromkeys(row["reference"] for row in record["rows"]))
-    table = Table(box=SIMPLE, title=f"Sampling: times of a batch, ms; speed against {escape(references)}")
-    for name in ("steps", "batch", "contender", "median", "p10", "p90", "images/s", "speed", "difference"):
-        table.add_column(name, justify="left" if name == "contender" else "right")
-    for row in record["rows"]:
-        numbers = [f"{row[name]:,.2f}" for name in ("median_ms", "p10_ms", "p90_ms")]
-        numbers += [f"{row['images_per_s']:,.1f}", f"{row['times_as_fast']:.2f}x", f"{row['max_abs_diff']:.1e}"]
-        table.add_row(str(row["steps"]), str(row["batch"]), escape(row["contender"]), *numbers)
-    console.print(table)
-    table = Table(box=SIMPLE, title="Starting: each in a process of its own")
-    for name in ("contender", "engine", "weights"):
-        table.add_column(name)
-    for name in ("file, MiB", "load, s", "first call", "ms", "peak RAM, MiB"):
-        table.add_column(name, justify="right")
-    for row in record["starts"]:
-        numbers = [f"{row['file_mib']:.1f}", f"{row['load_s']:.2f}", f"{row['steps']} x batch {row['batch']}"]
-        numbers += [f"{row['first_call_ms']:,.1f}", "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
-        table.add_row(escape(row["contender"]), row["engine"], row["dtype"], *numbers)
-    console.print(table)
+    if not rows:
+        return
+    table = Table(box=SIMPLE, title=escape(title))
+    for name in columns:
+        table.add_column(name, justify="left" if name in _TEXTS else "right")
+    for row in rows:
+        table.add_row(*(escape(text(row)) for text in columns.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _device_time(name: str, row: dict[str, Any]) -> str:
+    return f"{row['device_times'][name]:,.3f}"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -100,13 +100,14 @@ def engine(built: Built, source: Path) -> None:
 
 def repository(written: Repository, client: str) -> None:
     """Report a model repository of Triton."""
-    about = f"{written.name}, {written.backend}, at most {written.max_batch} images a request"
+    images = f"exactly {written.batch}" if written.batch else f"at most {written.max_batch}"
+    about = f"{written.name}, {written.backend}, {images} images a request"
     click.echo(f"{written.path}: a model repository with {about}")
     if written.tensorrt:
         cards = ", ".join(written.capabilities) or "any card"
         click.echo(f"the server must have TensorRT {written.tensorrt}; its plans are for {cards}")
     click.echo("next:")
-    click.echo(f"  tritonserver --model-repository {written.path}")
+    click.echo(" ".join([f"  tritonserver --model-repository {written.path}", *written.arguments]))
     click.echo("and in Python:")
     click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
 

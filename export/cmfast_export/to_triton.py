@@ -29,10 +29,38 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import atomic_folder, check_target_folder
 
 MAX_BATCH = 8  # of a file whose batch is dynamic, unless asked otherwise
+AMPERE = "8.0+"  # the compute capabilities of a plan that was built to run on all GPUs from Ampere on
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 _KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU", "auto": "KIND_AUTO"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # a folder and a part of URLs; after a dot Triton reads a backend
+_VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"  # without it Triton refuses such plans
 _MAKE = "cmfast-export model.pt --format triton --steps 2 -o repository"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How a model is served; `cmfast-export --format triton --serve NAME=VALUE` sets a field."""
+
+    name: str = ""  # of the model in requests; empty: after the first file
+    max_batch: int = 0  # images in one batch, at most; 0: what a plan was built for, else MAX_BATCH
+    queue_delay_us: int = 0  # how long a request may wait for others, microseconds; 0: only while the model is busy
+    instances: int = 1  # copies of the model on each GPU, or on the CPU
+    device: str = "gpu"  # gpu, cpu or auto (cpu where there is no GPU); plans run on gpu only
+
+    def __post_init__(self) -> None:
+        if self.name and not _NAME.fullmatch(self.name):
+            raise CmfastError(f"a model's name for Triton is letters, digits, _ and -, got {self.name!r}")
+        if self.max_batch < 0:
+            raise CmfastError(f"max_batch must be at least 1, got {self.max_batch}")
+        if self.queue_delay_us < 0:
+            raise CmfastError(f"queue_delay_us must be at least 0 microseconds, got {self.queue_delay_us}")
+        if self.instances < 1:
+            raise CmfastError(f"instances must be at least 1, got {self.instances}")
+        if self.device not in _KINDS:
+            raise CmfastError(f"device must be one of {', '.join(_KINDS)}, got {self.device!r}")
+
+
+DEFAULTS = ServeOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,59 +74,48 @@ class Written:
     max_batch: int  # images in one request, at most
     batch: int | None  # the only number of images a request may have, of a file with a fixed batch; Triton batches none
     tensorrt: str | None  # version of TensorRT that built the plans; the server must have the same
-    capabilities: tuple[str, ...]  # compute capabilities of the GPUs that it runs on; empty: any
+    capabilities: tuple[str, ...]  # compute capabilities of the GPUs that it runs on, AMPERE among them; empty: any
+    arguments: tuple[str, ...]  # what tritonserver must be told besides the repository
 
 
 def write_repository(
-    out: str | os.PathLike[str],
-    models: Sequence[str | os.PathLike[str]],
-    *,
-    name: str | None = None,
-    max_batch: int | None = None,
-    queue_delay_us: int = 0,
-    instances: int = 1,
-    device: str = "gpu",
+    out: str | os.PathLike[str], models: Sequence[str | os.PathLike[str]], options: ServeOptions = DEFAULTS
 ) -> Written:
-    """Write the folder `out`, which must be new or empty, and return what was written. The files are copied.
+    """Write a model into the repository `out`, a new one or one that has others, and return what was written.
 
-    models          files of kind "server": one .onnx, or TensorRT plans of it, each for other compute capabilities
-    name            of the model in requests; None: after the file
-    max_batch       images in one batch, at most; None: what the plan was built for, MAX_BATCH of a dynamic .onnx
-    queue_delay_us  how long a request may wait for others to share its batch, microseconds. 0: requests share a batch
-                    when they wait for a busy model anyway, which is how Triton's manual starts
-    instances       copies of the model on each GPU, or on the CPU
-    device          gpu, cpu or auto (cpu where there is no GPU); plans run on gpu only
+    The files are copied. A model of the same name is left alone: CmfastError.
+
+    models  files of kind "server": one .onnx, or TensorRT plans of it, each for other compute capabilities
     """
-    check_target_folder(out)
+    repository = _repository(Path(out))
     files = [check_file(path) for path in models]
     served = _plans(files) if _are_plans(files) else _onnx(files[0])
-    name = _name(name, files, served)
-    batching = _batching(served, max_batch, queue_delay_us)
-    if instances < 1:
-        raise CmfastError(f"the number of instances must be at least 1, got {instances}")
-    if device not in _KINDS:
-        raise CmfastError(f"device must be one of {', '.join(_KINDS)}, got {device!r}")
-    if served.backend == "tensorrt" and device != "gpu":
+    name = options.name or _name(files[0])
+    max_batch = _max_batch(served, options)
+    if served.backend == "tensorrt" and options.device != "gpu":
         raise CmfastError(
-            f"a TensorRT plan runs on a GPU, not on {device}; leave the device out, or serve a .onnx file"
+            f"a TensorRT plan runs on a GPU, not on {options.device}; leave the device out, or serve a .onnx file"
         )
 
-    with atomic_folder(out) as folder:
-        version = folder / name / "1"
+    is_new = not repository.exists() or not any(repository.iterdir())
+    check_target_folder(repository if is_new else repository / name)
+    with atomic_folder(repository if is_new else repository / name) as folder:
+        model = folder / name if is_new else folder
+        version = model / "1"
         for source, place in served.files:
             (version / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, version / place)
-        text = _config(name, served, batching, queue_delay_us, instances, device)
-        (folder / name / "config.pbtxt").write_text(text, encoding="utf-8")
+        (model / "config.pbtxt").write_text(_config(name, served, max_batch, options), encoding="utf-8")
     return Written(
         path=Path(out),
         name=name,
         manifest=served.manifest,
         backend=served.backend,
-        max_batch=batching,
+        max_batch=max_batch,
         batch=served.batch,
         tensorrt=served.tensorrt,
         capabilities=tuple(served.plans),
+        arguments=served.arguments,
     )
 
 
@@ -170,6 +187,19 @@ class _Served:
     max_batch: int | None  # that a plan was built for
     tensorrt: str | None = None
     plans: Mapping[str, str] = field(default_factory=dict)  # compute capability -> where its plan goes
+    arguments: tuple[str, ...] = ()
+
+
+def _repository(out: Path) -> Path:
+    """Return `out` if it is no folder yet, an empty one, or a model repository."""
+    if out.exists() and not out.is_dir():
+        raise CmfastError(f"{out} exists and is not a folder; name another")
+    strangers = (
+        [entry for entry in sorted(out.iterdir()) if not (entry / "config.pbtxt").is_file()] if out.exists() else []
+    )
+    if strangers:
+        raise CmfastError(f"{out} is no model repository: {strangers[0].name} in it is no model; name another folder")
+    return out
 
 
 def _are_plans(files: Sequence[Path]) -> bool:
@@ -213,7 +243,7 @@ class _Plan:
     file: Path
     manifest: Manifest
     version: str  # of TensorRT
-    capabilities: Sequence[str]  # of the GPUs it was built for
+    capabilities: Sequence[str]  # of the GPUs it was built for, or AMPERE alone
     batch: Sequence[int]  # least, optimal, largest
 
     @property
@@ -244,10 +274,13 @@ def _plans(files: Sequence[Path]) -> _Served:
         max_batch=min(plan.batch[2] for plan in plans),
         tensorrt=first.version,
         plans={capability: places[plan.file] for capability, plan in owners.items()},
+        arguments=(_VERSION_COMPATIBLE,) if any(p.manifest.engine.get("version_compatible") for p in plans) else (),
     )
 
 
 def _place(plan: _Plan) -> str:
+    if AMPERE in plan.capabilities:
+        return "model.plan"  # which Triton takes for GPUs that have no plan of their own
     return "_".join(["model", *(f"sm{capability.replace('.', '')}" for capability in plan.capabilities)]) + ".plan"
 
 
@@ -287,8 +320,8 @@ def _plan(file: Path) -> _Plan:
     engine = manifest.engine
     if engine.get("library") != "tensorrt":
         raise CmfastError(
-            f"{file} was built by {engine.get('library')}, and Triton loads plans of TensorRT; build it with that, or "
-            f"serve the file that it was built from ({engine.get('onnx')})"
+            f"{file} was built by {engine.get('library')}, and Triton loads plans of tensorrt; build it with that, or "
+            "serve the .onnx file that it was built from"
         )
     version, capabilities, batch = (engine.get(key) for key in ("version", "compute_capability", "batch"))
     if not (
@@ -304,6 +337,8 @@ def _plan(file: Path) -> _Plan:
             f"{file}: its manifest does not say which TensorRT built it, for which GPUs and batches "
             f"({version!r}, {capabilities!r}, {batch!r}); build it again: cmfast-export model.onnx --format engine"
         )
+    if engine.get("hardware_compatible") == "ampere+":
+        capabilities = [AMPERE]
     plan = _Plan(file=file, manifest=manifest, version=version, capabilities=capabilities, batch=batch)
     if batch[0] != 1 and plan.fixed is None:
         raise CmfastError(
@@ -333,36 +368,28 @@ def _shapes(values: Mapping[str, Sequence[int | None]]) -> str:
     return ", ".join(shapes) or "none"
 
 
-def _name(name: str | None, files: Sequence[Path], served: _Served) -> str:
-    """Return the model's name: the one that was asked for, or the file's, with what Triton allows."""
-    if name is None:
-        built_from = served.manifest.engine.get("onnx") if len(files) > 1 else None
-        stem = Path(built_from).stem if isinstance(built_from, str) else files[0].stem
-        return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "model"
-    if not _NAME.fullmatch(name):
-        raise CmfastError(f"a model's name in Triton is letters, digits, _ and - here, got {name!r}")
-    return name
+def _name(file: Path) -> str:
+    """Return the name of a file as far as Triton allows it."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", file.stem).strip("_") or "model"
 
 
-def _batching(served: _Served, max_batch: int | None, queue_delay_us: int) -> int:
+def _max_batch(served: _Served, options: ServeOptions) -> int:
     """Return the largest batch, after checking what was asked against what the file can do."""
-    if queue_delay_us < 0:
-        raise CmfastError(f"the queue delay must be at least 0 microseconds, got {queue_delay_us}")
     if served.batch is not None:
-        if max_batch not in (None, served.batch) or queue_delay_us:
+        if options.max_batch not in (0, served.batch) or options.queue_delay_us:
             raise CmfastError(
-                f"the file takes exactly {served.batch} images, so Triton cannot batch requests; leave the largest "
-                "batch and the queue delay out, or export it with a dynamic batch"
+                f"the file takes exactly {served.batch} images, so Triton cannot batch requests; leave max_batch and "
+                "queue_delay_us out, or export it with a dynamic batch"
             )
         return served.batch
-    limit = served.max_batch
-    if max_batch is not None and not 1 <= max_batch <= (limit or max_batch):
-        built = f" to {limit}, which the plan was built for" if limit else ""
-        raise CmfastError(f"the largest batch must be from 1{built}, got {max_batch}")
-    return max_batch or limit or MAX_BATCH
+    if served.max_batch and options.max_batch > served.max_batch:
+        raise CmfastError(
+            f"max_batch must be at most {served.max_batch}, which the plan was built for, got {options.max_batch}"
+        )
+    return options.max_batch or served.max_batch or MAX_BATCH
 
 
-def _config(name: str, served: _Served, max_batch: int, queue_delay_us: int, instances: int, device: str) -> str:
+def _config(name: str, served: _Served, max_batch: int, options: ServeOptions) -> str:
     """Return config.pbtxt."""
     spec = served.manifest.spec
     (levels,) = spec.sigmas.values()
@@ -373,7 +400,7 @@ def _config(name: str, served: _Served, max_batch: int, queue_delay_us: int, ins
     if spec.classes:
         inputs["label"] = ("TYPE_INT64", [*first, 1])
     outputs = {"images": ("TYPE_FP32", [*first, *spec.image])}
-    sizes = _sizes(served, max_batch, device)
+    sizes = _sizes(served, max_batch, options.device)
     sections = [
         f"# cmfast, noise levels {', '.join(f'{s:g}' for s in levels)}; noise: unit Gaussian; images: in [-1, 1]",
         f'name: "{name}"',
@@ -383,14 +410,15 @@ def _config(name: str, served: _Served, max_batch: int, queue_delay_us: int, ins
             _list(which, (f'name: "{key}" data_type: {kind} dims: {dims}' for key, (kind, dims) in tensors.items()))
             for which, tensors in (("input", inputs), ("output", outputs))
         ),
-        _list("instance_group", [f"kind: {_KINDS[device]} count: {instances}"]),
-        *_optimization(served, {key: dims for key, (_, dims) in inputs.items()}, sizes, device),
+        _list("instance_group", [f"kind: {_KINDS[options.device]} count: {options.instances}"]),
+        *_optimization(served, {key: dims for key, (_, dims) in inputs.items()}, sizes, options.device),
     ]
     if served.batch is None and max_batch > 1:
         # No preferred_batch_size: the manual keeps it for plans with several optimisation profiles; ours have one.
-        sections.append(f"dynamic_batching {{ max_queue_delay_microseconds: {queue_delay_us} }}")
-    if served.plans and len(served.files) > 1:
-        sections.append(_list("cc_model_filenames", (f'key: "{c}" value: "{at}"' for c, at in served.plans.items())))
+        sections.append(f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay_us} }}")
+    own = {capability: place for capability, place in served.plans.items() if place != "model.plan"}
+    if own:
+        sections.append(_list("cc_model_filenames", (f'key: "{c}" value: "{at}"' for c, at in own.items())))
     # Zeros: Triton's random_data are random bytes, of which one float in 256 is infinite or not a number.
     zeros = " ".join(
         f'inputs {{ key: "{key}" value {{ data_type: {kind} dims: {dims} zero_data: true }} }}'

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: MIT
+"""Why a contender of cmfast-bench takes its time: costs, the roofline, times on a GPU, and the words for them.
+
+The GPU here is an engine with made-up times: what is tested is what the command makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+import cmfast.engines
+from cmfast.artifact import Manifest
+from cmfast.cli import _bench_analysis as analysis
+from cmfast.cli import _probe, bench
+from cmfast.cli._bench_analysis import DEVICE_CALLS, costs, device_times, diagnose
+from cmfast.cli._bench_contenders import Contender
+from cmfast.engines import DeviceTimes, TimedEngine
+from cmfast.errors import EngineError
+from cmfast.model import Model
+from cmfast.roofline import Ceilings, Floor
+from cmfast.spec import ModelSpec
+
+Factory = Callable[..., Path]
+QUICK = ("--seconds", 0.05)
+COST = {"flops": 3_000_000, "weight_bytes": 40_000, "activation_bytes": 10_000}
+H100 = Ceilings(device="cuda", dtype="float16", flops_per_s=660e12, bytes_per_s=3e12, how="by hand")
+TIMES = DeviceTimes(host_ms=10, enqueue_ms=1, copy_in_ms=0.5, compute_ms=8, copy_out_ms=0.25)
+
+
+class FakeGpu:
+    """The denoiser 0.01 x, whose times were made up: the first runs are slow, and every third after them."""
+
+    def __init__(self, manifest: Manifest, name: str = "Fake cuda", times: DeviceTimes = TIMES) -> None:
+        self.manifest, self.name, self.batch = manifest, name, None
+        self._base, self._times, self._runs = times, None, 0
+
+    def run(self, inputs: Any) -> Any:
+        self._runs += 1
+        if self._times is not None:
+            slow = 100 if self._runs % 3 == 0 else 1
+            self._times.append(DeviceTimes(**{name: slow * ms for name, ms in asdict(self._base).items()}))
+        return np.float32(0.01) * inputs["x"]
+
+    @contextmanager
+    def timed(self) -> Iterator[list[DeviceTimes]]:
+        self._times = []
+        try:
+            yield self._times
+        finally:
+            self._times = None
+
+
+def manifest(kind: str = "denoiser", dtype: str = "float32", sha256: str = "", **values: Any) -> Manifest:
+    spec = ModelSpec(image=(1, 8, 8))
+    spec = spec if kind == "denoiser" else replace(spec, sigmas={2: (80.0, 0.8)})
+    return Manifest(kind=kind, spec=spec, dtype=dtype, source={"sha256": sha256} if sha256 else {}, **values)
+
+
+# Words.
+
+
+def floor(bound: str, flops: float = 0, moved: float = 0) -> Floor:
+    return Floor(ms=1, bound=bound, flops=flops, bytes=moved)
+
+
+@pytest.mark.parametrize(
+    ("times", "work", "words"),
+    [
+        (replace(TIMES, enqueue_ms=7.3), floor("compute", 1e12),
+         "launch-bound: the host needs 7.3 ms to hand over 8 ms of work; a CUDA graph would help"),
+        (replace(TIMES, enqueue_ms=6.4), floor("compute", 3.296e12),  # 0.8 of the work is allowed
+         "compute-bound: 62 % of the measured matrix rate (412 of 660 TFLOP/s)"),
+        (replace(TIMES, enqueue_ms=9, copy_in_ms=7, copy_out_ms=2), floor("compute", 1e12),
+         "transfer-bound: 9 ms of copies for 8 ms of work on the GPU"),
+        (TIMES, floor("memory", 1e9, 12e9), "memory-bound: 50 % of the measured bandwidth (1.5 of 3 TB/s)"),
+        (TIMES, floor("memory", 1e9, 36e9),
+         "memory-bound: 150 % of the measured bandwidth (4.5 of 3 TB/s); caches hold part of it"),
+        (TIMES, floor("compute", 6e12), "compute-bound: 114 % of the measured matrix rate (750 of 660 TFLOP/s); it "
+         "multiplies less often than a convolution's definition"),
+        (TIMES, floor("compute", 0.264e12), "kernel-bound: only 5 % of the measured matrix rate (33 of 660 TFLOP/s), "
+         "the nearer ceiling; small kernels and overhead take the time"),
+        (TIMES, None, "bound by the GPU, at work for 8 of 10 ms; no roofline is known"),
+        (None, None, ""),
+        (None, floor("compute", 4.12e12), "compute-bound: 62 % of the measured matrix rate (412 of 660 TFLOP/s)"),
+    ],
+)  # fmt: skip
+def test_the_diagnosis_names_what_takes_the_time_and_its_numbers(
+    times: DeviceTimes | None, work: Floor | None, words: str
+) -> None:
+    assert diagnose(10, times, work, H100) == words
+
+
+def test_a_graph_that_is_replayed_is_not_advised_to_become_one() -> None:
+    times = replace(TIMES, enqueue_ms=9)
+    found = diagnose(10, times, floor("compute", 3.296e12), H100, replayed=True)
+    assert found == "compute-bound: 62 % of the measured matrix rate (412 of 660 TFLOP/s)"
+
+
+def test_without_a_measured_ceiling_there_is_no_fraction() -> None:
+    unknown = replace(H100, flops_per_s=None)
+    assert diagnose(10, None, None, unknown) == ""
+    assert diagnose(10, TIMES, floor("compute", 1), unknown).endswith("no roofline is known")
+
+
+def test_small_machines_are_described_in_small_units() -> None:
+    slow = Ceilings(device="cpu", dtype="float32", flops_per_s=155e9, bytes_per_s=20e9, how="")
+    assert diagnose(100, None, floor("compute", 9.6e9), slow).endswith("62 % of the measured matrix rate (96 of 155 GFLOP/s)")  # fmt: skip # noqa: E501
+
+
+# Times on the device.
+
+
+def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -> None:
+    engine = FakeGpu(manifest())
+    assert isinstance(engine, TimedEngine)
+    x = np.ones((1, 1, 8, 8), np.float32)
+    calls = 0
+
+    def two_steps() -> None:
+        nonlocal calls
+        calls += 1
+        for _ in range(2):
+            engine.run({"x": x})
+
+    # Of three calls, two hold a run that is a hundred times slower: the median is 101 runs' time.
+    found = device_times(engine, two_steps)
+    assert calls == DEVICE_CALLS + 1 >= 21
+    assert asdict(found) == pytest.approx({name: 101 * value for name, value in asdict(TIMES).items()})
+    one = (
+        device_times(FakeGpu(manifest()), lambda: None) if False else device_times(engine, lambda: engine.run({"x": x}))
+    )
+    assert one == TIMES, "a rare slow run does not move the median"
+
+
+def test_an_engine_that_keeps_its_times_to_itself_is_an_error() -> None:
+    with pytest.raises(EngineError, match="promised the times of its calls and gave none"):
+        device_times(FakeGpu(manifest()), lambda: None)
+
+
+# Costs.
+
+
+def contenders(*manifests: Manifest) -> list[Contender]:
+    return [
+        Contender(name=str(i), file=Path(f"{i}.onnx"), variant="", precision="", model=Model(FakeGpu(each)))
+        for i, each in enumerate(manifests)
+    ]
+
+
+def test_a_file_without_a_cost_has_that_of_another_of_the_same_weights() -> None:
+    plain, other = manifest(sha256="a", cost=COST), manifest(sha256="b")
+    assert costs(contenders(manifest(sha256="a"), plain, other, manifest())) == [COST, COST, None, None]
+    assert costs(contenders(manifest(), manifest())) == [None, None], "files that do not say what they are made from"
+
+
+def test_bytes_go_by_the_size_of_the_type_and_operations_do_not() -> None:
+    halved = {"flops": 3_000_000, "weight_bytes": 20_000, "activation_bytes": 5_000}
+    single = manifest(sha256="a", cost=COST)
+    for dtype, want in {"float16": halved, "bfloat16": halved, "tf32": COST, "int4": None}.items():
+        assert costs(contenders(manifest(sha256="a", dtype=dtype), single)) == [want, COST]
+
+
+def test_a_cost_of_its_own_type_comes_before_one_that_is_converted() -> None:
+    own = {"flops": 1, "weight_bytes": 2, "activation_bytes": 3}
+    files = [manifest(sha256="a", dtype="float16"), manifest(sha256="a", cost=COST),
+             manifest(sha256="a", dtype="float16", cost=own)]  # fmt: skip
+    assert costs(contenders(*files)) == [own, COST, own]
+
+
+def test_a_sampler_costs_its_calls_and_a_denoiser_knows_more() -> None:
+    sampler = manifest("sampler", sha256="a", cost={name: 2 * value for name, value in COST.items()})
+    assert costs(contenders(sampler, manifest(sha256="a"))) == [COST, COST]
+    denoiser = manifest(sha256="a", cost={name: value + 2 for name, value in COST.items()})
+    assert costs(contenders(sampler, manifest(sha256="a"), denoiser)) == [COST, denoiser.cost, denoiser.cost]
+
+
+@pytest.mark.parametrize("cost", [{"flops": 1}, COST | {"flops": "many"}, COST | {"weight_bytes": None}])
+def test_a_cost_that_is_none_is_nobodys(cost: Any) -> None:
+    assert costs(contenders(manifest(cost=cost))) == [None]
+
+
+# The whole command.
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int | None]]:
+    """Make every machine one of 1 GFLOP/s and 1 GB/s; return what was asked for."""
+    asked: list[tuple[str, str, int | None]] = []
+
+    def measure(device: str, dtype: str, threads: int | None) -> Ceilings:
+        asked.append((device, dtype, threads))
+        return Ceilings(device=device, dtype=dtype, flops_per_s=1e9, bytes_per_s=1e9, how="by hand")
+
+    monkeypatch.setattr(analysis, "measure_machine", measure)
+    return asked
+
+
+def costly(handmade: Path, path: Path, **values: Any) -> Path:
+    """Write the denoiser 0.01 x with another manifest."""
+    model = onnx.load(handmade)
+    helper.set_model_props(model, {"cmfast": manifest(**values).to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def test_the_distance_from_the_roofline_is_recorded_and_shown(
+    measured: list[Any], handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = [
+        costly(handmade_onnx(8), tmp_path / "old.onnx", sha256="a"),
+        costly(handmade_onnx(8), tmp_path / "new.onnx", sha256="a", cost=COST),
+        costly(handmade_onnx(8), tmp_path / "half.onnx", sha256="a", dtype="float16"),
+        costly(handmade_onnx(8), tmp_path / "stranger.onnx", sha256="b"),
+    ]
+    options = ("--steps", 2, "--batch", 8, "--threads", 1, *QUICK, "--json", tmp_path / "bench.json")
+    result = call(bench.main, *files, *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert measured == [("cpu", "float16", 1), ("cpu", "float32", 1)]
+    assert "measuring what cpu reaches in float16\n" in result.stderr
+    assert [(each["dtype"], each["flops_per_s"], each["how"]) for each in record["ceilings"]] == [
+        ("float16", 1e9, "by hand"), ("float32", 1e9, "by hand")]  # fmt: skip
+    old, new, half, stranger = record["rows"]
+    for row in (old, new, half):
+        assert row["flops"] == 2 * 8 * 3_000_000
+        assert (row["floor_ms"], row["floor_bound"]) == (48, "compute")  # bytes: 2 (40,000 + 8 x 10,000)
+        assert row["of_roofline"] == pytest.approx(48 / row["median_ms"])
+        assert row["device_times"] is None
+        assert row["diagnosis"].startswith("compute-bound: ")
+        assert row["diagnosis"].split("%")[1] in result.stdout.replace("\n", " ")
+    assert {stranger[name] for name in ("flops", "floor_ms", "floor_bound", "of_roofline", "diagnosis")} == {None}
+    assert "of roofline" in result.stdout
+    assert "What takes the time" in result.stdout
+    assert "On the GPU" not in result.stdout
+
+
+def test_this_machine_itself_can_be_measured(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SIDE": 64, "NUMBERS": 2**12}.items():
+        monkeypatch.setattr(cmfast.roofline, name, {"cpu": value})
+    model = costly(handmade_onnx(8), tmp_path / "model.onnx", cost=COST)
+    options = ("--steps", 1, "--batch", 1, *QUICK, "--json", tmp_path / "bench.json")
+    assert call(bench.main, model, *options).returncode == 0
+    record = json.loads((tmp_path / "bench.json").read_text())
+    (ceilings,), (row,) = record["ceilings"], record["rows"]
+    assert "calls in turns" in ceilings["how"]
+    want = 1000 * max(3e6 / ceilings["flops_per_s"], 50_000 / ceilings["bytes_per_s"])
+    assert row["floor_ms"] == pytest.approx(want)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory) -> Callable[..., list[Any]]:
+    """Let a GPU be simulated: files of a folder are opened by engines with made-up times."""
+    opened: list[Any] = []
+
+    def install(engines: dict[str, FakeGpu]) -> list[Any]:
+        def open_engine(file: Path, device: str, threads: int | None, *, variant: str, precision: str) -> FakeGpu:
+            opened.append((file.name, device, threads, variant, precision))
+            return engines[f"{file.name} {variant}".rstrip()]
+
+        def start(job: Any, _: object) -> dict[str, Any]:
+            numbers = {"file_mib": 1.0, "load_s": 1.0, "first_call_ms": 1.0, "peak_mib": None, "peak_gpu_mib": 512.0}
+            names = {"contender": job.contender.name, "engine": "Fake cuda", "dtype": "float32"}
+            return names | numbers | {"steps": len(job.sigmas), "batch": job.batch}
+
+        monkeypatch.setattr(cmfast.engines, "open_engine", open_engine)
+        monkeypatch.setattr(bench, "_start", start)
+        monkeypatch.chdir(tmp_path)
+        shutil.copy(handmade_onnx(8), "model.onnx")
+        return opened
+
+    return install
+
+
+def test_the_times_of_a_gpu_are_recorded_shown_and_explained(
+    gpu: Callable[..., list[Any]], measured: list[Any], call: Callable[..., Any], tmp_path: Path
+) -> None:
+    busy = FakeGpu(manifest(cost=COST), times=replace(TIMES, enqueue_ms=7.5))
+    graph = FakeGpu(manifest(cost=COST), "Fake cuda cuda_graph", times=replace(TIMES, enqueue_ms=7.5))
+    opened = gpu({"model.onnx": busy, "model.onnx cuda_graph": graph})
+    options = ("--device", "cuda", "--variants", "cuda_graph", "--steps", 1, "--batch", 8, *QUICK)
+    result = call(bench.main, "model.onnx", *options, "--json", "bench.json")
+    assert result.returncode == 0, result.stderr
+    assert opened == [("model.onnx", "cuda", None, variant, "") for variant in ("", "cuda_graph")]
+    record = json.loads((tmp_path / "bench.json").read_text())
+    plain, replayed = record["rows"]
+    assert (plain["contender"], replayed["contender"]) == ("model.onnx", "model.onnx cuda_graph")
+    want = asdict(TIMES) | {"enqueue_ms": 7.5, "calls": DEVICE_CALLS}
+    assert plain["device_times"] == replayed["device_times"] == want
+    assert plain["diagnosis"].startswith("launch-bound: the host needs 7.5 ms to hand over 8 ms of work")
+    assert replayed["diagnosis"].startswith("compute-bound: 300 % of the measured matrix rate (3 of 1 GFLOP/s)")
+    assert plain["calls"] >= 20, "the timing itself is without them"
+    shown = " ".join(result.stdout.split())
+    assert "On the GPU: times of a batch, ms" in shown
+    assert "1 8 model.onnx cuda_graph 10.000 7.500 0.500 8.000 0.250" in shown
+    assert "launch-bound: the host needs 7.5 ms" in shown
+    assert "512" in shown
+    assert " --device cuda" in result.stdout.splitlines()[-1]
+
+
+def test_on_a_cpu_nobody_is_asked_for_times_of_a_gpu(
+    gpu: Callable[..., list[Any]], call: Callable[..., Any], tmp_path: Path
+) -> None:
+    gpu({"model.onnx": FakeGpu(manifest())})
+    options = ("--steps", 1, "--batch", 1, *QUICK, "--json", "bench.json")
+    assert call(bench.main, "model.onnx", *options).returncode == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert (row["device_times"], row["diagnosis"]) == (None, None)
+
+
+@pytest.mark.parametrize(("fast", "how"), [("", "--device cuda"), ("tensorrt", "--device cuda --variant tensorrt")])
+def test_the_next_command_runs_the_fastest_in_the_way_that_was_fastest(
+    fast: str, how: str, gpu: Callable[..., list[Any]], call: Callable[..., Any]
+) -> None:
+    class Slow(FakeGpu):
+        def run(self, inputs: Any) -> Any:
+            for _ in range(300):
+                np.ones(1000).sum()
+            return super().run(inputs)
+
+    engines = {variant: (FakeGpu if variant == fast else Slow)(manifest()) for variant in ("", "tensorrt")}
+    gpu({f"model.onnx {variant}".rstrip(): engine for variant, engine in engines.items()})
+    options = ("--device", "cuda", "--variants", "tensorrt", "--steps", 1, "--batch", 1, *QUICK)
+    last = call(bench.main, "model.onnx", *options).stdout.splitlines()[-1]
+    assert last == f"next: cmfast-sample model.onnx --steps 1 {how} -n 64 -o samples.png"
+
+
+# The process of its own.
+
+
+def test_the_probe_opens_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def open_engine(*arguments: Any, **names: Any) -> FakeGpu:
+        opened.append((arguments, names))
+        return FakeGpu(manifest())
+
+    monkeypatch.setattr(_probe, "open_engine", open_engine)
+    monkeypatch.setattr(_probe, "gpu_mib", lambda: 7.0)
+    for device, memory in (("cpu", None), ("cuda", 7.0)):
+        found = _probe.probe("model.pt", device, 2, "cuda_graph", "fp16", [80.0, 0.8], 3)
+        assert opened.pop() == (("model.pt", device, 2), {"variant": "cuda_graph", "precision": "fp16"})
+        assert list(found) == ["load_s", "first_call_ms", "peak_mib", "peak_gpu_mib"]
+        assert found["peak_gpu_mib"] == memory
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [([f"{os.getpid()}, 512"], 512.0), (["1, 9", f"{os.getpid()}, 500", f"{os.getpid()}, 12"], 512.0),
+     ([f"{os.getpid()}, [N/A]"], None), ([f"1{os.getpid()}, 3"], None), ([], None)],
+)  # fmt: skip
+def test_the_gpu_memory_is_that_of_this_process(
+    lines: list[str], found: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert _probe.gpu_mib() == found
+
+
+def test_without_nvidia_smi_the_gpu_memory_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _probe.gpu_mib() is None

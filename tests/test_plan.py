@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The manifest in a plan: read back from the bytes, and a file that is not whole, not ours or not as written refused.
+
+The plans are real ones, built by TensorRT-RTX; only TensorRT's own, which need its card, are made up by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmfast.artifact import Manifest, read_manifest
+from cmfast.cli import info
+from cmfast.errors import ArtifactError
+from cmfast.plan import DIGITS, NOT_RUN, UNSEALED, digest, read_header, read_plan, seal
+from cmfast.spec import ModelSpec
+from cmfast_export.to_tensorrt import BuildOptions, build_engine
+
+Factory = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def plan(handmade_onnx: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan of the smallest denoiser."""
+    path = tmp_path_factory.mktemp("plan") / "model.engine"
+    build_engine(handmade_onnx(8), path, BuildOptions(batch=(1, 4, 16)))
+    return path
+
+
+def made_up(library: str = "tensorrt", **engine: object) -> bytearray:
+    """Bytes that look like a plan of TensorRT on the outside: its first letters, a manifest, something behind it."""
+    about = {"library": library, "max_abs": NOT_RUN, "plan_sha256": UNSEALED, **engine}
+    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), engine=about)
+    return bytearray(b"ftrt" + bytes(96) + manifest.to_json().encode() + b"\x00\xff\xfe" * 500)
+
+
+def test_the_manifest_of_a_real_plan_is_read_back_from_its_bytes(plan: Path, handmade_onnx: Factory) -> None:
+    ours, onnx = read_plan(plan), read_manifest(handmade_onnx(8))
+    assert (ours.kind, ours.spec, ours.dtype, ours.source) == (onnx.kind, onnx.spec, onnx.dtype, onnx.source)
+    assert ours.engine["library"] == "tensorrt_rtx"
+    assert ours.engine["batch"] == [1, 4, 16]
+    assert ours.engine["max_abs"] == NOT_RUN
+    assert read_manifest(plan) == ours
+
+
+def test_its_header_says_its_size_and_its_version(plan: Path) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    header = read_header(plan.read_bytes()[:64], plan)
+    assert (header.library, header.size, header.version) == ("tensorrt_rtx", plan.stat().st_size, rtx.__version__)
+
+
+def test_the_digest_is_that_of_the_file_with_its_digits_zeroed(plan: Path) -> None:
+    import hashlib
+
+    digits = read_plan(plan).engine["plan_sha256"]
+    data = plan.read_bytes()
+    assert data.count(digits.encode()) == 1
+    assert hashlib.sha256(data.replace(digits.encode(), b"0" * DIGITS)).hexdigest() == digits
+
+
+@pytest.mark.parametrize("keep", [0.999999, 0.5, 0.01])
+def test_a_truncated_plan_is_refused(keep: float, plan: Path, tmp_path: Path) -> None:
+    whole = plan.read_bytes()
+    short = tmp_path / "short.engine"
+    short.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(ArtifactError, match=rf"header announces {len(whole)} bytes, the file has \d+; it is truncated"):
+        read_plan(short)
+
+
+def test_bytes_behind_a_plan_are_refused(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.engine").write_bytes(plan.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match="has something behind it"):
+        read_plan(tmp_path / "long.engine")
+
+
+def test_any_changed_byte_is_refused(plan: Path, tmp_path: Path) -> None:
+    whole = plan.read_bytes()
+    manifest = whole.index(b'{"schema"')
+    rng = np.random.default_rng(0)
+    places = [0, 3, 17, 30, manifest, manifest + 50, manifest + 400, *rng.integers(64, len(whole), 25), len(whole) - 1]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(0, 7))
+        (tmp_path / "changed.engine").write_bytes(changed)
+        with pytest.raises(ArtifactError):
+            read_plan(tmp_path / "changed.engine")
+    (tmp_path / "changed.engine").write_bytes(whole)
+    read_plan(tmp_path / "changed.engine")
+
+
+def test_a_plan_altered_and_sealed_again_reads_but_is_another_file(plan: Path, tmp_path: Path) -> None:
+    # A digest inside is no signature; the SHA-256 of the whole file, known from elsewhere, is what notices.
+    from cmfast.artifact import file_sha256
+
+    changed = bytearray(plan.read_bytes())
+    changed[-100] ^= 1
+    seal(changed)
+    (tmp_path / "changed.engine").write_bytes(changed)
+    read_plan(tmp_path / "changed.engine")
+    assert file_sha256(tmp_path / "changed.engine") != file_sha256(plan)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"\x00\x01\x02\x03" * 100, "not a TensorRT engine; make one: cmfast-export model.pt --format engine"),
+        (b"ftrt" + bytes(500), "without a cmfast manifest, so its conventions are unknown"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/1", ', "its manifest is damaged"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/1"' + b" " * 10_000 + b"}", "its manifest is damaged"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/2"}' + bytes(100), "has schema 'cmfast/2'"),
+        (b"ftrt" + bytes(100) + 2 * b'{"schema": "cmfast/1"}' + bytes(100), "it holds two manifests"),
+        (bytes(made_up()).replace(b'"plan_sha256"', b'"plan_sha257"'), "has no digest of the file"),
+        (bytes(made_up()), "its bytes do not hash to the digest"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plan_of_ours_is_refused_in_one_line(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.engine"
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=words) as caught:
+        read_plan(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_tensorrt_with_our_manifest_reads(tmp_path: Path) -> None:
+    plan = made_up()
+    seal(plan)
+    (tmp_path / "model.plan").write_bytes(plan)
+    assert read_manifest(tmp_path / "model.plan").engine["library"] == "tensorrt"
+
+
+def test_a_manifest_of_the_other_library_is_refused(tmp_path: Path) -> None:
+    plan = made_up("tensorrt_rtx")
+    seal(plan)
+    (tmp_path / "model.engine").write_bytes(plan)
+    with pytest.raises(ArtifactError, match="a plan of tensorrt whose manifest says 'tensorrt_rtx'"):
+        read_plan(tmp_path / "model.engine")
+
+
+def test_sealing_writes_what_was_measured_and_keeps_the_length(tmp_path: Path) -> None:
+    plan = made_up()
+    length = len(plan)
+    seal(plan)
+    seal(plan, 1.234e-4)
+    assert len(plan) == length
+    (tmp_path / "model.engine").write_bytes(plan)
+    assert read_plan(tmp_path / "model.engine").engine["max_abs"] == "1.23e-04"
+    for extreme in (0.0, 9.99e99):
+        seal(plan, extreme)
+        assert len(plan) == length
+
+
+@given(st.binary(max_size=400), st.booleans())
+def test_no_bytes_make_the_reader_fail_otherwise(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, plan: bool
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "fuzz.engine"
+    file.write_bytes(b"ftrt" + bytes(60) + b'{"schema": "cmfast/1", "x": ' + data if plan else data)
+    with pytest.raises(ArtifactError):
+        read_plan(file)
+
+
+def test_the_digest_of_a_memory_map_is_that_of_its_bytes(plan: Path) -> None:
+    data = bytearray(plan.read_bytes())
+    at = data.index(b'"plan_sha256": "') + len('"plan_sha256": "')
+    assert digest(data, at) == digest(bytes(data), at) == data[at : at + DIGITS].decode()
+
+
+def test_cmfast_info_reads_an_engine_without_gpu_and_without_tensorrt(plan: Path, call: Callable[..., object]) -> None:
+    result = call(info.main, plan)
+    for words in ("tensorrt_rtx", "every card that the library supports", "1 to 16, best at 4", "not run where it was"):
+        assert words in result.stdout  # type: ignore[attr-defined]
+    as_json = json.loads(call(info.main, plan, "--json").stdout)  # type: ignore[attr-defined]
+    assert as_json == json.loads(read_plan(plan).to_json())

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: MIT
+"""PyTorch as an engine: loops, precisions, refusals, and on the CPU as much of its way on a GPU as there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import nn
+
+import cmfast
+from cmfast import sampler
+from cmfast.engines import LoopEngine, TimedEngine, open_engine
+from cmfast.errors import CmfastError, EngineError
+from cmfast.model import Model
+from cmfast_train import torch_cuda
+from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.engine import TorchEngine, open_folder
+from cmfast_train.torch_cuda import OnCuda, arithmetic
+
+Factory = Callable[..., Path]
+LEVELS = {1: (80.0,), 2: (80.0, 0.8), 4: (80.0, 24.4, 5.84, 0.9)}
+
+# A trunk in half precision rounds some twenty tensors in a row, features of about one, by up to 2^-11 (fp16) or 2^-9
+# (bf16) of their size. The errors add up to less than twenty of the largest; c_out is 0.5 at most, so there is room.
+TOLERANCES = {"fp32": 1e-6, "fp16": 20 * 2.0**-11, "bf16": 20 * 2.0**-9}
+
+
+def noise_of(model: Model, steps: int, batch: int, seed: int = 1) -> npt.NDArray[np.float32]:
+    return np.stack([cmfast.gaussian(seed, range(batch), k, model.spec.image) for k in range(steps)])
+
+
+# The loop.
+
+
+@pytest.mark.parametrize("precision", ["", "fp16", "bf16"])
+@pytest.mark.parametrize("variant", ["", "channels_last"])
+@pytest.mark.parametrize("steps", LEVELS)
+def test_the_loop_on_tensors_draws_the_images_of_the_loop_on_arrays_to_the_bit(
+    steps: int, variant: str, precision: str, tiny_checkpoint: Factory
+) -> None:
+    model = Model(open_engine(tiny_checkpoint(10), variant=variant, precision=precision))
+    assert isinstance(model.engine, LoopEngine)
+    noise, label = noise_of(model, steps, 3), np.array([3, 1, 4])
+    got = model.from_noise(noise, LEVELS[steps], label)
+    want = sampler.sample(lambda x, sigma: model.denoise(x, sigma, label), noise, LEVELS[steps], model.spec)
+    # numpy and torch round the same float32 operations alike: x0 + std z, and the clip.
+    np.testing.assert_array_equal(got, want)
+    assert (np.abs(got) < 0.99).mean() > 0.5, "only what clipping makes equal"
+    assert got.dtype == np.float32
+
+
+def test_the_loop_checks_the_label_as_the_denoiser_does(tiny_checkpoint: Factory) -> None:
+    model = Model(TorchEngine(tiny_checkpoint(10)))
+    noise = noise_of(model, 1, 2)
+    with pytest.raises(CmfastError, match="class-conditional; give a label from 0 to 9"):
+        model.from_noise(noise, (80.0,))
+    with pytest.raises(CmfastError, match="label 10 is out of range"):
+        model.from_noise(noise, (80.0,), np.array([0, 10]))
+    with pytest.raises(CmfastError, match="one class or 2 of them"):
+        model.from_noise(noise, (80.0,), np.array([0, 1, 2]))
+    unconditional = Model(TorchEngine(tiny_checkpoint(0)))
+    assert unconditional.from_noise(noise, (80.0,)).shape == (2, 1, 8, 8)
+    with pytest.raises(CmfastError, match="the model is unconditional"):
+        unconditional.from_noise(noise, (80.0,), np.array([0, 1]))
+
+
+def test_an_engine_on_the_cpu_has_no_times_of_a_device(tiny_checkpoint: Factory) -> None:
+    assert not isinstance(TorchEngine(tiny_checkpoint(0)), TimedEngine)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_model_draws_the_images_of_the_eager_one(tiny_checkpoint: Factory) -> None:
+    compiled = Model(TorchEngine(tiny_checkpoint(10), variant="compiled"))
+    assert compiled.engine.name == "PyTorch cpu compiled"
+    got, want = (m.sample_float(2, steps=2, seed=3) for m in (compiled, Model(TorchEngine(tiny_checkpoint(10)))))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fused operations round less often
+
+
+# Precisions.
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_checkpoint: Factory) -> None:
+    exact = Model(TorchEngine(tiny_checkpoint(10)))
+    model = Model(TorchEngine(tiny_checkpoint(10), precision=precision))
+    label = np.arange(5) % 10
+    worst = 0.0
+    for sigma in (0.1, 1.0, 10.0, 80.0):
+        x = np.float32(sigma) * cmfast.gaussian(3, range(5), 0, exact.spec.image)
+        difference = np.abs(model.denoise(x, sigma, label) - exact.denoise(x, sigma, label)).max()
+        worst = max(worst, float(difference))
+    for steps, levels in LEVELS.items():
+        noise = noise_of(exact, steps, 5)
+        difference = np.abs(model.from_noise(noise, levels, label) - exact.from_noise(noise, levels, label)).max()
+        worst = max(worst, float(difference))
+    assert worst <= TOLERANCES[precision]
+    if precision != "fp32":
+        assert worst > TOLERANCES[precision] / 20, "less than one rounding: it was not computed in this precision"
+    at_minimum = np.float32(0.002) * cmfast.gaussian(3, range(5), 0, exact.spec.image)
+    np.testing.assert_array_equal(model.denoise(at_minimum, 0.002, label), at_minimum)  # outside the trunk: float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "trunk"),
+    [
+        ("", "float32", torch.float32),
+        ("fp32", "float32", torch.float32),
+        ("fp16", "float16", torch.float16),
+        ("bf16", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_the_manifest_and_the_name_say_the_precision(
+    precision: str, dtype: str, trunk: torch.dtype, tiny_checkpoint: Factory
+) -> None:
+    engine = TorchEngine(tiny_checkpoint(10), variant="channels_last", precision=precision)
+    assert engine.manifest.dtype == dtype
+    assert engine.name == " ".join(filter(None, ["PyTorch", "cpu", precision, "channels_last"]))
+    types = {type(m): m.weight.dtype for m in engine.denoiser.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert types == {nn.Conv2d: trunk, nn.Linear: torch.float32}
+
+
+def test_a_checkpoint_stays_float32_when_an_engine_of_it_is_not(tiny_checkpoint: Factory) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(10))
+    before = {name: weight.clone() for name, weight in checkpoint.weights.items()}
+    engine = TorchEngine(checkpoint, precision="fp16")
+    Model(engine).sample(1)
+    for name, weight in checkpoint.weights.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, before[name])
+    assert engine.manifest.source["sha256"] == TorchEngine(checkpoint).manifest.source["sha256"]
+
+
+# What is refused.
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(EngineError) as caught:
+        TorchEngine(path, **options)
+    return str(caught.value)
+
+
+def test_what_a_cpu_cannot_do_is_refused(tiny_checkpoint: Factory) -> None:
+    path = tiny_checkpoint(10)
+    assert refusal(path, precision="tf32") == (
+        "precision tf32 is a GPU's way to multiply float32; use --device cuda, or --precision fp32"
+    )
+    assert refusal(path, variant="cuda_graph") == (
+        "PyTorch on cpu has the variants '', 'channels_last', 'compiled', not 'cuda_graph'; "
+        "'cuda_graph' needs --device cuda"
+    )
+    assert refusal(path, variant="tensorrt") == (
+        "PyTorch on cpu has the variants '', 'channels_last', 'compiled', not 'tensorrt'"
+    )
+    assert refusal(path, precision="int8") == "precision must be one of fp32, tf32, fp16, bf16, got 'int8'"
+
+
+def test_a_precision_that_the_card_lacks_is_refused(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test 1")
+    for precision in ("tf32", "bf16"):
+        assert refusal(tiny_checkpoint(10), device="cuda", precision=precision) == (
+            f"the Test 1 has no {precision} (that begins with compute capability 8.0); use --precision fp16 or fp32"
+        )
+
+
+def test_diffusers_pipeline_is_run_in_float32_only(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        open_folder(tmp_path, "cpu", None, "diffusers", "fp16")
+    assert str(caught.value) == (
+        f"{tmp_path}: diffusers' pipeline is run in fp32 only, not in fp16; without the variant diffusers "
+        "our U-Net runs the folder in any"
+    )
+
+
+def test_too_large_a_batch_is_an_error_that_says_so(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(tiny_checkpoint(0))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+    monkeypatch.setattr(engine, "_execute", full)
+    with pytest.raises(EngineError) as caught:
+        Model(engine).sample(1)
+    assert str(caught.value) == (
+        "PyTorch cpu is short of memory; try a smaller batch: CUDA out of memory. Tried to allocate 20.00 MiB."
+    )
+
+
+# Flags, which are the whole process's.
+
+
+def flags() -> list[object]:
+    backends = torch.backends
+    return [
+        backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision, backends.cuda.matmul.fp32_precision,
+        backends.cudnn.benchmark,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def defaults() -> Iterator[None]:
+    """Begin and end with PyTorch's defaults, as its old interface sets them."""
+
+    def reset() -> None:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+        torch.backends.cudnn.benchmark = False
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("defaults")
+def test_tensorfloat_is_on_or_off_inside_only() -> None:
+    outside = flags()
+    assert outside[0] == "tf32"
+    for tf32 in (False, True, False):
+        with arithmetic(tf32=tf32):
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # torch.compile asks this
+            assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is tf32
+            assert torch.backends.cudnn.benchmark
+            with arithmetic(tf32=not tf32):
+                assert torch.backends.cudnn.allow_tf32 is not tf32
+            assert torch.backends.cudnn.allow_tf32 is tf32
+        assert flags()[0] == "tf32"
+        assert torch.backends.cudnn.allow_tf32  # can still be read
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("defaults")
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "none"])
+def test_flags_that_were_set_by_the_new_interface_are_as_they_were(precision: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    before = flags()
+    with arithmetic(tf32=True):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    with arithmetic(tf32=False):
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    with pytest.raises(ZeroDivisionError), arithmetic(tf32=True):
+        raise ZeroDivisionError
+    assert flags() == before
+
+
+@pytest.mark.usefixtures("defaults")
+def test_two_engines_in_one_process_do_not_change_each_others_flags() -> None:
+    before = flags()
+    seen: dict[str, list[object]] = {"on": [], "off": []}
+
+    def compute(name: str) -> torch_cuda.Compute:
+        def run(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+            seen[name].append(torch.backends.cudnn.allow_tf32)
+            return tensors["x"] + 1
+
+        return run
+
+    engines = {name: OnCuda(captures=False, tf32=name == "on", device="cpu") for name in seen}
+    for name in ("on", "off", "on", "off", "off", "on"):
+        engines[name]("run", compute(name), {"x": np.ones(2, np.float32)})
+        assert flags() == before
+    assert set(seen["on"]) == {True}
+    assert set(seen["off"]) == {False}
+
+
+# The way of the arrays on a GPU, with the CPU as the device.
+
+
+def double(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return 2 * tensors["x"] + tensors["label"][:, None]
+
+
+def inputs_of(batch: int, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {"x": rng.standard_normal((batch, 4), dtype=np.float32), "label": rng.integers(0, 9, batch)}
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the recording of CUDA graphs by one that repeats the computation; give what happened, in order."""
+    happened: list[str] = []
+
+    def capture(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        happened.append("captured")
+        output = compute()
+
+        def replay() -> torch.Tensor:
+            happened.append("replayed")
+            return output.copy_(compute())
+
+        return replay
+
+    monkeypatch.setattr(torch_cuda, "capture", capture)
+    return happened
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_fixed_buffers_give_the_right_results_whatever_the_order_of_batch_sizes(
+    captures: bool, recorded: list[str]
+) -> None:
+    device = OnCuda(captures=captures, tf32=False, device="cpu")
+    results = []
+    for seed, batch in enumerate([3, 1, 3, 5, 1, 5, 3]):
+        inputs = inputs_of(batch, seed)
+        want = 2 * inputs["x"] + inputs["label"][:, None].astype(np.float32)
+        results.append((device("double", double, inputs), want))
+    for got, want in results:  # a result is the caller's: later calls do not write into it
+        np.testing.assert_array_equal(got, want)
+    assert recorded.count("captured") == (3 if captures else 0)
+    assert recorded.count("replayed") == (3 + 7 if captures else 0)  # each once when it is made
+
+
+def test_computations_of_other_names_are_others_and_the_oldest_is_dropped(recorded: list[str]) -> None:
+    device = OnCuda(captures=True, tf32=False, device="cpu")
+    inputs = inputs_of(2)
+    for name in range(torch_cuda.KEPT):
+        device(name, double, inputs)
+    device(0, double, inputs)  # the last used is the last to go
+    device("new", double, inputs)
+    assert recorded.count("captured") == torch_cuda.KEPT + 1
+    assert len(device._programs) == torch_cuda.KEPT
+    device(0, double, inputs)
+    assert recorded.count("captured") == torch_cuda.KEPT + 1
+    device(1, double, inputs)
+    assert recorded.count("captured") == torch_cuda.KEPT + 2
+
+
+def test_an_array_of_another_type_is_not_converted_behind_the_caller() -> None:
+    device = OnCuda(captures=False, tf32=False, device="cpu")
+    device("double", double, inputs_of(2))
+    with pytest.raises(TypeError, match="float64"):
+        device("double", double, {**inputs_of(2), "x": np.ones((2, 4))})
+
+
+class HostEvent:
+    """`torch.cuda.Event` on a clock that ticks with every event."""
+
+    ticks = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        HostEvent.ticks += 1
+        self.at = HostEvent.ticks**2
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return float(end.at - self.at)
+
+
+def test_every_call_inside_timed_is_timed_and_none_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(HostEvent, "ticks", 0)
+    device = OnCuda(captures=False, tf32=False, device="cpu")
+    device("double", double, inputs_of(2))
+    assert HostEvent.ticks == 0
+    with device.timed() as times:
+        device("double", double, inputs_of(2))
+        device("double", double, inputs_of(3))
+    device("double", double, inputs_of(2))
+    assert HostEvent.ticks == 8
+    assert [(t.copy_in_ms, t.compute_ms, t.copy_out_ms) for t in times] == [(3, 5, 7), (11, 13, 15)]
+    for each in times:
+        assert 0 < each.enqueue_ms <= each.host_ms
+
+
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+@pytest.mark.parametrize("precision", ["", "bf16"])
+def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
+    variant: str, precision: str, tiny_checkpoint: Factory, recorded: list[str]
+) -> None:
+    engine = TorchEngine(tiny_checkpoint(10), precision=precision)
+    plain = Model(TorchEngine(tiny_checkpoint(10), precision=precision))
+    engine._execute = OnCuda(captures=variant == "cuda_graph", tf32=False, device="cpu")
+    model = Model(engine)
+    for seed, (steps, batch) in enumerate([(2, 3), (1, 3), (2, 1), (4, 3), (2, 3)]):
+        noise, label = noise_of(model, steps, batch, seed), np.arange(batch)
+        got, want = (m.from_noise(noise, LEVELS[steps], label) for m in (model, plain))
+        np.testing.assert_array_equal(got, want)
+        x = np.float32(10) * noise[0]
+        np.testing.assert_array_equal(model.denoise(x, 10.0, label), plain.denoise(x, 10.0, label))
+    assert recorded.count("captured") == (6 if variant else 0)  # four loops, two batch sizes of the denoiser
+
+
+def test_a_capture_that_cannot_be_is_an_error_in_one_line() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here it can")
+    with pytest.raises(
+        EngineError, match=r"^PyTorch could not capture this model as a CUDA graph; use another [^\n]+$"
+    ):
+        torch_cuda.capture(lambda: torch.zeros(1))
