@@ -104,7 +104,7 @@ class Model:
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
         if isinstance(self.engine, LoopEngine):
-            return self.engine.loop(noise, sigmas, label)
+            return self.engine.loop(noise, sigmas, self._label(label, noise.shape[1]).get("label"))
         if self.manifest.kind == "denoiser":
             return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
         if tuple(sigmas) != self.levels():

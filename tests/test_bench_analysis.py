@@ -89,8 +89,8 @@ def floor(bound: str, flops: float = 0, moved: float = 0) -> Floor:
          "memory-bound: 150 % of the measured bandwidth (4.5 of 3 TB/s); caches hold part of it"),
         (TIMES, floor("compute", 6e12), "compute-bound: 114 % of the measured matrix rate (750 of 660 TFLOP/s); it "
          "multiplies less often than a convolution's definition"),
-        (TIMES, floor("compute", 0.264e12), "kernel-bound: only 5 % of the measured matrix rate (33 of 660 TFLOP/s), "
-         "the nearer ceiling; small kernels and overhead take the time"),
+        (TIMES, floor("compute", 0.264e12), "far from the roofline: 5.0 % of the measured matrix rate (33 of 660 "
+         "TFLOP/s); small or slow kernels and overhead take the time"),
         (TIMES, None, "bound by the GPU, at work for 8 of 10 ms; no roofline is known"),
         (None, None, ""),
         (None, floor("compute", 4.12e12), "compute-bound: 62 % of the measured matrix rate (412 of 660 TFLOP/s)"),
@@ -116,7 +116,8 @@ def test_without_a_measured_ceiling_there_is_no_fraction() -> None:
 
 def test_small_machines_are_described_in_small_units() -> None:
     slow = Ceilings(device="cpu", dtype="float32", flops_per_s=155e9, bytes_per_s=20e9, how="")
-    assert diagnose(100, None, floor("compute", 9.6e9), slow).endswith("62 % of the measured matrix rate (96 of 155 GFLOP/s)")  # fmt: skip # noqa: E501
+    words = "compute-bound: 62 % of the measured matrix rate (96 of 155 GFLOP/s)"
+    assert diagnose(100, None, floor("compute", 9.6e9), slow) == words
 
 
 # Times on the device.
@@ -138,9 +139,7 @@ def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -
     found = device_times(engine, two_steps)
     assert calls == DEVICE_CALLS + 1 >= 21
     assert asdict(found) == pytest.approx({name: 101 * value for name, value in asdict(TIMES).items()})
-    one = (
-        device_times(FakeGpu(manifest()), lambda: None) if False else device_times(engine, lambda: engine.run({"x": x}))
-    )
+    one = device_times(engine, lambda: engine.run({"x": x}))
     assert one == TIMES, "a rare slow run does not move the median"
 
 
@@ -239,9 +238,9 @@ def test_the_distance_from_the_roofline_is_recorded_and_shown(
         assert row["of_roofline"] == pytest.approx(48 / row["median_ms"])
         assert row["device_times"] is None
         assert row["diagnosis"].startswith("compute-bound: ")
-        assert row["diagnosis"].split("%")[1] in result.stdout.replace("\n", " ")
+        assert " ".join(row["diagnosis"].split()[:5]) in result.stdout, "the line is broken further on"
     assert {stranger[name] for name in ("flops", "floor_ms", "floor_bound", "of_roofline", "diagnosis")} == {None}
-    assert "of roofline" in result.stdout
+    assert " roofline " in result.stdout
     assert "What takes the time" in result.stdout
     assert "On the GPU" not in result.stdout
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper
@@ -221,6 +222,38 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
         assert len(chart.convert("RGB").getcolors(1 << 24) or []) > 50, "an empty picture"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="needs CUDA in PyTorch and in onnxruntime",
+)
+def test_on_a_gpu_every_contender_says_what_its_time_goes_to(call: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint, model, sampler = (tmp_path / name for name in ("model.pt", "model.onnx", "sampler.onnx"))
+    known = {"source": {"sha256": new_checkpoint(checkpoint)}}
+    cost = {"flops": 1_000_000, "weight_bytes": 100_000, "activation_bytes": 10_000}  # made up
+    handmade_denoiser(model, **known, cost=cost)
+    handmade_sampler(sampler, (80.0, 0.8), **known)
+    result = call(
+        main, model, sampler, "--baseline", checkpoint, "--device", "cuda", "--variants", "channels_last,cuda_graph",
+        "--precision", "fp16", "--steps", 2, "--batch", 8, *QUICK, "--json", tmp_path / "bench.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    eager = ["PyTorch cuda", "PyTorch cuda channels_last", "PyTorch cuda cuda_graph"]
+    half = [name.replace("cuda", "cuda fp16", 1) for name in eager]
+    files = ["model.onnx", "model.onnx cuda_graph", "sampler.onnx", "sampler.onnx cuda_graph"]
+    assert [row["contender"] for row in record["rows"]] == [*eager, *half, *files]
+    for row in record["rows"]:
+        times = row["device_times"]
+        assert times["calls"] == 20
+        assert min(times["copy_in_ms"], times["compute_ms"], times["copy_out_ms"]) > 0
+        assert 0 < times["enqueue_ms"] <= times["host_ms"]
+        assert row["diagnosis"]
+        assert row["floor_ms"] > 0
+    assert [each["dtype"] for each in record["ceilings"]] == ["float16", "float32"]
+    assert record["machine"]["compute_capability"]
+
+
 def test_files_without_a_baseline_are_compared_with_the_first_and_nothing_else_is_written(
     handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +376,7 @@ def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callabl
         assert row["times_as_fast_same_precision"] == pytest.approx(rows[same]["median_ms"] / row["median_ms"])
         assert row["max_abs_diff"] <= 1e-6, "the images are those of float32"
     assert [row["dtype"] for row in record["starts"]] == ["float32"] * 2 + ["float16"] * 3
-    assert "same precision" in result.stdout
+    assert "same type" in result.stdout
     assert f"{rows['half.onnx']['times_as_fast_same_precision']:.2f}x" in result.stdout
 
 
@@ -425,7 +458,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "--variants", "cuda_graph"], "--variants cuda_graph needs an NVIDIA GPU: add --device cuda"),
         (["a.onnx", "--variants", "tensorrt"], "--variants tensorrt needs an NVIDIA GPU: add --device cuda"),
         (["a.onnx", "--variants", "compiled"], "is a way to run the checkpoint of --baseline, and none was given"),
-        (["--baseline", "model.pt", "--device", "cuda", "--variants", "tensorrt"], "run an .onnx file, and none was given"),
+        (["--baseline", "model.pt", "--device", "cuda", "--variants", "tensorrt"], "an .onnx file, and none was given"),
         (["model.pt", "--device", "cuda", "--variants", "cuda_graph"], "of --baseline or an .onnx file, and none"),
         (["model.engine"], "model.engine: a TensorRT engine runs on an NVIDIA GPU only; add --device cuda"),
         (["model.engine", "--device", "cuda"], "model.engine: not a TensorRT engine"),

@@ -241,7 +241,7 @@ def test_a_precision_that_the_card_lacks_is_refused(
         (
             "This session cannot use the graph capture feature as requested by the user as all nodes ...",
             EngineError,
-            "cannot run it as a CUDA graph; use it without that variant: This session",
+            "use it without that variant, or export it with a fixed --batch: This session",
         ),
         ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF", ArtifactError, "cannot open it: [ONNXRuntimeError] : 7"),
     ],

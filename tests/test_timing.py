@@ -199,7 +199,8 @@ def test_the_provenance_of_a_record_names_date_machine_versions_and_commit() -> 
     found = timing.provenance()
     assert list(found) == ["date", "machine", "versions", "commit"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
-    assert set(found["machine"]) == {"cpu", "cores", "ram_gib", "os", "python", "gpu", "driver"}
+    graphics = {"gpu", "driver", "compute_capability", "gpu_memory_mib"}
+    assert set(found["machine"]) == {"cpu", "cores", "ram_gib", "os", "python", *graphics}
     assert found["machine"]["cores"] == timing.usable_cores() >= 1
     assert found["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["versions"]["cmfast"] == cmfast.__version__
@@ -211,6 +212,40 @@ def test_the_provenance_of_a_record_names_date_machine_versions_and_commit() -> 
 def test_a_record_does_not_name_the_host() -> None:
     node = os.uname().nodename if hasattr(os, "uname") else ""
     assert not node or len(node) < 4 or node not in json.dumps(timing.machine())
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (
+            "case $1 in *name*) echo 'L4, 560.1'; echo 'T4, 560.1';; *) echo '8.9, 23034'; echo '7.5, 15360';; esac",
+            ["L4; T4", "560.1", "8.9", 23034.0],
+        ),
+        ("case $1 in *name*) echo 'H100, 580.2';; *) echo '9.0, 81559';; esac", ["H100", "580.2", "9.0", 81559.0]),
+        (
+            "case $1 in *name*) echo 'T4, 418.0';; *) echo 'no such field' >&2; exit 2;; esac",
+            ["T4", "418.0", None, None],
+        ),
+        ("case $1 in *name*) echo 'GB10, 580.2';; *) echo '12.1, [N/A]';; esac", ["GB10", "580.2", "12.1", None]),
+        ("echo 'No devices were found'", [None] * 4),
+        ("exit 9", [None] * 4),
+    ],
+)
+def test_the_gpu_is_what_nvidia_smi_says(
+    script: str, found: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    machine = timing.machine()
+    assert [machine[name] for name in ("gpu", "driver", "compute_capability", "gpu_memory_mib")] == found
+
+
+def test_a_machine_without_nvidia_smi_has_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine = timing.machine()
+    assert {machine[name] for name in ("gpu", "driver", "compute_capability", "gpu_memory_mib")} == {None}
 
 
 def test_the_commit_is_that_of_the_code_and_dirty_where_the_code_differs(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -390,6 +392,23 @@ def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
         x = np.float32(10) * noise[0]
         np.testing.assert_array_equal(model.denoise(x, 10.0, label), plain.denoise(x, 10.0, label))
     assert recorded.count("captured") == (6 if variant else 0)  # four loops, two batch sizes of the denoiser
+
+
+def test_an_engine_goes_with_its_last_reference_and_with_it_what_it_keeps(tiny_checkpoint: Factory) -> None:
+    engine = TorchEngine(tiny_checkpoint(10))
+    engine._execute = kept = OnCuda(captures=False, tf32=False, device="cpu")
+    model = Model(engine)
+    model.from_noise(noise_of(model, 1, 2), (80.0,), np.array([0, 1]))
+    model.denoise(noise_of(model, 1, 2)[0], 1.0, np.array([0, 1]))
+    assert len(kept._programs) == 2
+    gone, memory = weakref.ref(engine), weakref.ref(kept)
+    gc.disable()  # a cycle would wait for it, and GPU memory with it
+    try:
+        del model, engine, kept
+        assert gone() is None
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_a_capture_that_cannot_be_is_an_error_in_one_line() -> None:

@@ -111,9 +111,10 @@ def diagnose(
     else:
         what, rate, ceiling, unit = "bandwidth", floor.bytes / seconds, ceilings.bytes_per_s, "B/s"
         beyond = "; caches hold part of it"
-    numbers = f"{100 * rate / ceiling:.0f} % of the measured {what} ({_pair(rate, ceiling, unit)})"
+    percent = 100 * rate / ceiling
+    numbers = f"{percent:.{0 if percent >= 10 else 1}f} % of the measured {what} ({_pair(rate, ceiling, unit)})"
     if rate < BUSY * ceiling:
-        return f"kernel-bound: only {numbers}, the nearer ceiling; small kernels and overhead take the time"
+        return f"far from the roofline: {numbers}; small or slow kernels and overhead take the time"
     return f"{floor.bound}-bound: {numbers}{beyond if rate > ceiling else ''}"
 
 

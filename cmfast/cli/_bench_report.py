@@ -22,15 +22,18 @@ def show(record: dict[str, Any]) -> None:
         "p90": lambda row: f"{row['p90_ms']:,.2f}",
         "images/s": lambda row: f"{row['images_per_s']:,.1f}",
         "speed": lambda row: f"{row['times_as_fast']:.2f}x",
-        "same precision": lambda row: _or_dash(row["times_as_fast_same_precision"], "{:.2f}x"),
-        "of roofline": lambda row: _or_dash(row["of_roofline"], "{:.0%}"),
+        "same type": lambda row: _or_dash(row["times_as_fast_same_precision"], "{:.2f}x"),
+        "roofline": lambda row: _or_dash(row["of_roofline"], "{:.0%}"),
         "difference": lambda row: f"{row['max_abs_diff']:.1e}",
     }
     if all(row["reference_same_precision"] in (None, row["reference"]) for row in rows):
-        del columns["same precision"]  # it would repeat the speed
+        del columns["same type"]  # it would repeat the speed
     if all(row["of_roofline"] is None for row in rows):
-        del columns["of roofline"]
-    _print(f"Sampling: times of a batch, ms; speed against {references}", _WHERE | columns, rows)
+        del columns["roofline"]
+    title = f"Sampling: times of a batch, ms; speed against {references}"
+    if "same type" in columns:
+        title += ", and against eager PyTorch of the same type"
+    _print(title, _WHERE | columns, rows)
 
     parts = ("host", "enqueue", "copy_in", "compute", "copy_out")
     columns = {part.replace("_", " "): functools.partial(_device_time, f"{part}_ms") for part in parts}
@@ -76,7 +79,8 @@ def _print(title: str, columns: Columns, rows: list[dict[str, Any]]) -> None:
         return
     table = Table(box=SIMPLE, title=escape(title))
     for name in columns:
-        table.add_column(name, justify="left" if name in _TEXTS else "right")
+        left = name in _TEXTS
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for row in rows:
         table.add_row(*(escape(text(row)) for text in columns.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

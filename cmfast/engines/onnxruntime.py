@@ -40,9 +40,9 @@ class OnnxRuntimeEngine:
     variant  "": node by node. On CUDA also:
              "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
              call) and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser
-             in a Python loop is one launch a step and cannot be less: ONNX Runtime captures within one call of its
-             own, and a capture around several of them fails, because each call synchronises. So one launch an image
-             needs a sampler graph
+             in a Python loop is a launch a step and cannot be less: ONNX Runtime captures within one call of its own,
+             and does not allow a capture around several of them (CUDA error 900; its pull request 32081 would).
+             One launch for all steps needs a sampler graph
              "tensorrt": by ONNX Runtime's TensorRT provider, which builds its engine at the first call, again where a
              batch size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA
              takes what TensorRT does not
@@ -246,7 +246,8 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
             said = f": {why}" if why else " and fell back to another provider"
             return EngineError(f"device cuda was asked for, but {this} could not start it{said}; see nvidia-smi")
         if "graph capture" in why:
-            return EngineError(f"{path}: {this} cannot run it as a CUDA graph; use it without that variant: {why}")
+            fix = "use it without that variant, or export it with a fixed --batch"
+            return EngineError(f"{path}: {this} cannot run it as a CUDA graph; {fix}: {why}")
     if dtype == "bfloat16" and "NOT_IMPLEMENTED" in why:
         use = "use a GPU (--device cuda), or " if names == [CPU] else ""
         return EngineError(

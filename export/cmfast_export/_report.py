@@ -52,8 +52,8 @@ def parity(exported: Exported, path: Path) -> None:
     if parts[0].as_is:
         columns.append("as this CPU runs it")
     how = exported.manifest.made_by["verified"]
-    title = f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}"
-    table = Table(*columns, title=title)
+    click.echo(f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}")
+    table = Table(*columns)
     for part in parts:
         others = [each.rows for each in (part.same, part.as_is) if each]
         for index, row in enumerate(part.parity.rows):

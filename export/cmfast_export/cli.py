@@ -29,6 +29,7 @@ Examples:
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
   cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
+  cmfast-export l4.engine h100.engine --format triton -o repository                     an engine a kind of card
   cmfast-export cd_imagenet64_l2.pt                             OpenAI's, known by its name
   cmfast-export ema.pt --source openai --set image_size=64 --set head_channels=64 --set scaling=boundary
   cmfast-export diffusers-ct_imagenet64                         a diffusers folder
@@ -51,6 +52,7 @@ class Request:
     """What the command line asks for."""
 
     checkpoint: Path
+    others: tuple[Path, ...]  # engines for other cards
     out: Path
     form: str
     graph: dict[str, Any]  # arguments of export_onnx: kind, steps, sigmas, batch, opset, tolerance, device
@@ -70,6 +72,7 @@ class Request:
 
 @click.command("cmfast-export", epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("others", nargs=-1, metavar="[ENGINE]...", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="What to write; default: a name beside CHECKPOINT.")
 @click.option(
     "--format",
@@ -121,6 +124,7 @@ class Request:
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be written and stop.")
 def command(
     checkpoint: Path,
+    others: tuple[Path, ...],
     out: Path | None,
     form: str,
     kind: str | None,
@@ -142,9 +146,12 @@ def command(
     """Export CHECKPOINT and prove that what was written computes the same.
 
     CHECKPOINT is a cmfast model (.pt, .safetensors), OpenAI's, the first public implementation's or EDM's weights, or a
-    diffusers folder; for engines and Triton also a verified .onnx file. cmfast-info says what a file is.
+    diffusers folder; for engines and Triton also a verified .onnx file; for Triton also engines, one a kind of card.
+    cmfast-info says what a file is.
     """
     check_model(checkpoint)
+    if others and not (form == "triton" and checkpoint.suffix in ENGINE_SUFFIXES):
+        raise CmfastError(f"{others[0]}: one file at a time; several engines can be put into one --format triton")
     of_graph = (kind, steps, sigmas, opset, tolerance)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
     if form not in GRAPHS and graph_asked:
@@ -172,6 +179,7 @@ def command(
         raise CmfastError(f"--tolerance must be greater than 0, got {tolerance}")
     request = Request(
         checkpoint=checkpoint,
+        others=others,
         out=out,
         form=form,
         graph={
@@ -227,7 +235,7 @@ def _write_triton(request: Request) -> None:
 
     options = parse_options(ServeOptions, "--serve", request.serve)
     with _graph(request) as file:
-        written = write_repository(request.out, [file], options)
+        written = write_repository(request.out, [file, *request.others], options)
     _report.repository(written, client_example(written))
 
 

@@ -39,8 +39,9 @@ VARIANTS = {"cpu": ("", "channels_last", "compiled"), "cuda": ("", "channels_las
 
 
 class TorchEngine:
-    """A model of any format that is known, run by PyTorch. The contracts are `cmfast.engines.Engine` and `LoopEngine`,
-    on CUDA also `TimedEngine`.
+    """A model of any format that is known, run by PyTorch.
+
+    The contracts are `cmfast.engines.Engine` and `LoopEngine`, on CUDA also `TimedEngine`.
 
     variant    "": eager. "channels_last": eager, with that memory format. "compiled": by torch.compile, on CUDA with
                mode max-autotune. "cuda_graph", on CUDA: the whole few-step loop, and a single call of the denoiser,
@@ -78,19 +79,20 @@ class TorchEngine:
 
     def run(self, inputs: Inputs) -> Floats:
         """Return f(x, sigma, label), float32 [B, C, H, W]."""
-        return self._compute("run", lambda tensors: self._call(**tensors), inputs)
+        call = self._call  # not self, which would keep an engine alive that keeps what it computes
+        return self._compute("run", lambda tensors: call(**tensors), inputs)
 
     def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
         """Return what `cmfast.sampler.sample` returns, float32 [B, C, H, W]; it runs on tensors as it is."""
-        levels, spec = tuple(float(sigma) for sigma in sigmas), self.manifest.spec
+        levels, call, spec = tuple(float(sigma) for sigma in sigmas), self._call, self.manifest.spec
 
         def draw(tensors: dict[str, Tensor]) -> Tensor:
             noise, label = tensors["noise"], {k: v for k, v in tensors.items() if k == "label"}
 
             def denoise(x: Tensor, sigma: float) -> Tensor:
-                return self._call(x=x, sigma=x.new_full((len(x),), sigma), **label)
+                return call(x=x, sigma=x.new_full((len(x),), sigma), **label)
 
-            return sample(denoise, noise, levels, spec)  # type: ignore[no-any-return]
+            return sample(denoise, noise, levels, spec)
 
         return self._compute(levels, draw, {"noise": noise, **self._label(label, noise.shape[1])})
 
@@ -128,7 +130,8 @@ def open_folder(
         )
     from cmfast_train.diffusers_engine import DiffusersEngine  # diffusers takes seconds to import
 
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means that; the pipeline's own calls are not in a context of ours
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means that; around the pipeline's calls is no context of ours
     return DiffusersEngine(folder, device, threads)
 
 

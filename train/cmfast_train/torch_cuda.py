@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -83,8 +84,10 @@ class OnCuda:
         while len(self._programs) >= KEPT:
             del self._programs[next(iter(self._programs))]
 
+        tf32 = self._tf32  # not self: a cycle would keep the GPU's memory until it is found
+
         def in_context(tensors: dict[str, Tensor]) -> Tensor:  # entered per run; a replay has it recorded
-            with arithmetic(tf32=self._tf32):
+            with arithmetic(tf32=tf32):
                 return compute(tensors)
 
         program = _Program(in_context, inputs, self._device)
@@ -107,12 +110,13 @@ class _Program:
 
     def __init__(self, compute: Compute, inputs: Inputs, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
-        self._host, self._device = {}, {}
+        self._host: dict[str, Tensor] = {}
+        self._device: dict[str, Tensor] = {}
         for name, value in inputs.items():
             dtype = torch.from_numpy(np.empty(0, value.dtype)).dtype
             self._host[name] = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
             self._device[name] = torch.empty(value.shape, dtype=dtype, device=device)
-        self._launch = lambda: compute(self._device)
+        self._launch: Callable[[], Tensor] = partial(compute, self._device)
         self._output: Tensor | None = None
         self.fill(inputs)  # not what the memory held before: a label must be a class
 
