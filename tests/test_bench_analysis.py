@@ -87,8 +87,8 @@ def floor(bound: str, flops: float = 0, moved: float = 0) -> Floor:
         (TIMES, floor("memory", 1e9, 12e9), "memory-bound: 50 % of the measured bandwidth (1.5 of 3 TB/s)"),
         (TIMES, floor("memory", 1e9, 36e9),
          "memory-bound: 150 % of the measured bandwidth (4.5 of 3 TB/s); caches hold part of it"),
-        (TIMES, floor("compute", 6e12), "compute-bound: 114 % of the measured matrix rate (750 of 660 TFLOP/s); it "
-         "multiplies less often than a convolution's definition"),
+        (TIMES, floor("compute", 6e12), "compute-bound: 114 % of the measured matrix rate (750 of 660 TFLOP/s); so it "
+         "multiplies less often than counted, or in a faster type"),
         (TIMES, floor("compute", 0.264e12), "far from the roofline: 5.0 % of the measured matrix rate (33 of 660 "
          "TFLOP/s); small or slow kernels and overhead take the time"),
         (TIMES, None, "bound by the GPU, at work for 8 of 10 ms; no roofline is known"),

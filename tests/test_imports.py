@@ -25,7 +25,8 @@ COMMANDS = PROJECT["project"]["scripts"]
 
 STDLIB = sys.stdlib_module_names
 BASE = {"numpy", "click", "rich", "PIL"}  # the dependencies of `pip install cmfast`
-LAZY = {"onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "cuda", "openvino"}  # extras of the runtime: inside a function only
+# Extras of the runtime: inside a function only.
+LAZY = {"onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "cuda", "openvino"}
 TRAIN = {"torch", "torchvision", "accelerate", "sklearn", "safetensors", "torchmetrics", "tensorboard"}
 EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 

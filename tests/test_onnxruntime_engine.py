@@ -295,7 +295,7 @@ class HostBuffer:
         HostBuffer.alive.remove(self)
 
 
-class HostStream:
+class HostStream(_cuda.Stream):
     """`_cuda.Stream` that does at once what it is handed."""
 
     def __init__(self) -> None:

@@ -107,7 +107,7 @@ def diagnose(
     seconds = (times.compute_ms if times is not None else wall_ms) / 1000
     if floor.bound == "compute":
         what, rate, ceiling, unit = "matrix rate", floor.flops / seconds, ceilings.flops_per_s, "FLOP/s"
-        beyond = "; it multiplies less often than a convolution's definition"
+        beyond = "; so it multiplies less often than counted, or in a faster type"
     else:
         what, rate, ceiling, unit = "bandwidth", floor.bytes / seconds, ceilings.bytes_per_s, "B/s"
         beyond = "; caches hold part of it"

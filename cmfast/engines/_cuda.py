@@ -8,8 +8,9 @@ in one line.
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.engines import DeviceTimes, Inputs
 from cmfast.errors import EngineError, MissingDependency
 
 
@@ -68,6 +70,39 @@ class Stream:
     def __init__(self) -> None:
         self._cuda = runtime()
         self.handle = call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
+
+    def run(
+        self,
+        values: Inputs,
+        inputs: Mapping[str, Buffer],
+        output: Buffer,
+        work: Callable[[], object],
+        times: list[DeviceTimes] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Copy values into the device's inputs, hand over `work`, copy the output back; return it, waited for.
+
+        times  what it cost is appended here; None: no clock runs
+        """
+        begun = time.perf_counter()
+        for name, buffer in inputs.items():
+            np.copyto(buffer.host, values[name], casting="no")
+        mark = self.mark if times is not None else lambda: None
+        events = [mark()]
+        for buffer in inputs.values():
+            self.to_device(buffer)
+        events.append(mark())
+        work()
+        events.append(mark())
+        self.to_host(output)
+        events.append(mark())
+        enqueued = time.perf_counter()
+        self.wait()
+        result: npt.NDArray[np.float32] = output.host.copy()
+        if times is not None:
+            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
+            device = dict(zip(("copy_in_ms", "compute_ms", "copy_out_ms"), self.times_ms(events), strict=True))
+            times.append(DeviceTimes(host_ms=host_ms, enqueue_ms=enqueue_ms, **device))
+        return result
 
     def wait(self) -> None:
         """Block until everything that was handed over is done."""

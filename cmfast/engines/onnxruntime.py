@@ -13,7 +13,6 @@ import ctypes
 import io
 import itertools
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -125,29 +124,21 @@ class _Device:
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the output for these inputs, which are copied in and out."""
-        begun = time.perf_counter()
         if sorted(inputs) != sorted(self._names):
             raise EngineError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
         key = tuple(inputs[name].shape for name in self._names)
         new = key not in self._ready
         bound = self._bind(inputs) if new else self._ready.pop(key)
+
+        def work() -> None:
+            self._session.run_with_iobinding(bound.binding, bound.options)
+
         try:
-            events, enqueued = self._hand_over(bound, inputs)
-            self._stream.wait()
+            result = self._stream.run(inputs, bound.inputs, bound.output, work, self._times)
         except Exception as err:
             self._close(bound)
             raise EngineError(f"{self._failure(new)}: {_line(err)}") from None
         self._ready[key] = bound  # the last used last
-        result: npt.NDArray[np.float32] = bound.output.host.copy()
-        if self._times is not None:
-            copy_in, compute, copy_out = self._stream.times_ms(events)
-            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
-            self._times.append(
-                DeviceTimes(
-                    host_ms=host_ms, enqueue_ms=enqueue_ms, copy_in_ms=copy_in, compute_ms=compute,
-                    copy_out_ms=copy_out,
-                )
-            )  # fmt: skip
         return result
 
     @contextmanager
@@ -158,21 +149,6 @@ class _Device:
             yield self._times
         finally:
             self._times = None
-
-    def _hand_over(self, bound: _Bound, inputs: Inputs) -> tuple[list[Any], float]:
-        """Hand over the copies and the run; return four events, when timed, and the host's time of it."""
-        for name, buffer in bound.inputs.items():
-            np.copyto(buffer.host, inputs[name], casting="no")
-        mark = self._stream.mark if self._times is not None else lambda: None
-        events = [mark()]
-        for buffer in bound.inputs.values():
-            self._stream.to_device(buffer)
-        events.append(mark())
-        self._session.run_with_iobinding(bound.binding, bound.options)
-        events.append(mark())
-        self._stream.to_host(bound.output)
-        events.append(mark())
-        return events, time.perf_counter()
 
     def _bind(self, inputs: Inputs) -> _Bound:
         """Return buffers for inputs of these shapes, bound to the session."""

@@ -10,7 +10,6 @@ it was built for is compared with what is here. Building is `cmfast_export.to_te
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,29 +86,9 @@ class TensorRtEngine:
             self._times = None
 
     def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
-        begun = time.perf_counter()
         ready = self._ready.pop(batch, None) or self._prepare(batch)
         self._ready[batch] = ready  # the last used last
-        for name, value in inputs.items():
-            np.copyto(ready.inputs[name].host, value, casting="no")
-        mark = self._stream.mark if self._times is not None else lambda: None
-        events = [mark()]
-        for buffer in ready.inputs.values():
-            self._stream.to_device(buffer)
-        events.append(mark())
-        self._enqueue(ready)
-        events.append(mark())
-        self._stream.to_host(ready.output)
-        events.append(mark())
-        enqueued = time.perf_counter()
-        self._stream.wait()
-        result: npt.NDArray[np.float32] = ready.output.host.copy()
-        if self._times is not None:
-            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
-            copy_in, compute, copy_out = self._stream.times_ms(events)
-            times = {"copy_in_ms": copy_in, "compute_ms": compute, "copy_out_ms": copy_out}
-            self._times.append(DeviceTimes(host_ms=host_ms, enqueue_ms=enqueue_ms, **times))
-        return result
+        return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._times)
 
     def _enqueue(self, ready: _Ready) -> None:
         if ready.graph is not None:

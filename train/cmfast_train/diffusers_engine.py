@@ -20,6 +20,7 @@ from cmfast.errors import CmfastError, EngineError, MissingDependency
 from cmfast.schedule import karras_sigmas
 from cmfast_train.importers import identify
 from cmfast_train.importers.facts import Draft
+from cmfast_train.torch_cuda import arithmetic
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 Floats = npt.NDArray[np.float32]
@@ -59,7 +60,7 @@ class DiffusersEngine:
     def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
         """Return images [B, C, H, W] in [-1, 1] from unit noise [K, B, C, H, W], by one call of the pipeline."""
         steps = [torch.from_numpy(z).to(self._pipeline.device) for z in noise]
-        with _noise(steps[1:]):
+        with _noise(steps[1:]), arithmetic(tf32=False):
             (images,) = self._pipeline(
                 batch_size=len(steps[0]),
                 class_labels=None if label is None else label.tolist(),

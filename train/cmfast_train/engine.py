@@ -23,8 +23,7 @@ from torch import Tensor
 import cmfast
 from cmfast.artifact import PRECISIONS, Manifest
 from cmfast.engines import DeviceTimes, Inputs
-from cmfast.errors import CmfastError, EngineError
-from cmfast.model import Model
+from cmfast.errors import EngineError
 from cmfast.sampler import sample
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
@@ -94,7 +93,7 @@ class TorchEngine:
 
             return sample(denoise, noise, levels, spec)
 
-        return self._compute(levels, draw, {"noise": noise, **self._label(label, noise.shape[1])})
+        return self._compute(levels, draw, {"noise": noise} if label is None else {"noise": noise, "label": label})
 
     def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         try:
@@ -106,15 +105,6 @@ class TorchEngine:
                 raise
             # commonly: there is no C++ compiler
             raise EngineError(f"torch.compile could not compile or run the model: {_line(err)}") from None
-
-    def _label(self, label: npt.NDArray[np.int64] | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
-        """Return the label as an input; a class that the model does not have would end the use of the GPU."""
-        if label is None and self.manifest.spec.classes:
-            raise CmfastError(
-                f"this model is class-conditional; give a label from 0 to {self.manifest.spec.classes - 1}"
-            )
-        checked = None if label is None else Model(self).labels(n, label=label)  # type: ignore[arg-type]
-        return {} if checked is None else {"label": checked}
 
 
 def open_folder(
@@ -130,8 +120,6 @@ def open_folder(
         )
     from cmfast_train.diffusers_engine import DiffusersEngine  # diffusers takes seconds to import
 
-    if device == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means that; around the pipeline's calls is no context of ours
     return DiffusersEngine(folder, device, threads)
 
 
