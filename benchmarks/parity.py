@@ -27,10 +27,8 @@ from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import provenance
 from cmfast_export.verify import verify_denoiser
-from cmfast_train.checkpoint import Checkpoint, save_checkpoint
-from cmfast_train.loop import network_config
-from cmfast_train.networks.adm import AdmUnet, randomise
-from cmfast_train.presets import PRESETS
+from cmfast_train.checkpoint import save_checkpoint
+from networks import parameters, random_model
 
 
 @click.command("parity")
@@ -49,22 +47,17 @@ def command(batches: tuple[int, ...], out: Path | None) -> None:
 
 
 def _measure(preset: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    config = PRESETS[preset]
-    classes = 10 if config.conditional else 0
-    network = AdmUnet(network_config(config, classes))
-    randomise(network)
+    checkpoint = random_model(preset)
     with tempfile.TemporaryDirectory() as folder:
         model, denoiser, sampler = (Path(folder) / name for name in ("model.pt", "denoiser.onnx", "sampler.onnx"))
-        save_checkpoint(
-            Checkpoint(spec=config.spec(classes), network=network.config, weights=network.state_dict()), model
-        )
+        save_checkpoint(checkpoint, model)
         seconds = _export(model, "-o", denoiser)
         _export(model, "--kind", "sampler", "--steps", "2", "-o", sampler)
         reference, ours = open_engine(model), open_engine(denoiser)
         found = [verify_denoiser(ours, reference, (batch,)) for batch in batches]
         return {
             "network": preset,
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "parameters": parameters(checkpoint),
             "max_abs": {str(b): parity.worst.max_abs for b, parity in zip(batches, found, strict=True)},
             "boundary": max(parity.boundary for parity in found if parity.boundary is not None),
             "export_and_verify_s": round(seconds, 1),

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""The networks that benchmarks measure, every weight random at trained scale: what is measured does not depend on them.
+
+A new U-Net ends in zeros and computes c_skip x, whatever is wrong with the rest.
+"""
+
+from __future__ import annotations
+
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers.openai import HEAD_CHANNELS, NETWORKS
+from cmfast_train.loop import network_config
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from cmfast_train.presets import PRESETS
+
+NAMES = ("digits", "mnist", "cifar10", "imagenet64")  # 0.8M, 7.7M, 43M and OpenAI's 296M
+
+
+def random_model(name: str) -> Checkpoint:
+    """Return a class-conditional model of a preset's shape, or of OpenAI's ImageNet-64."""
+    if name == "imagenet64":
+        config = AdmConfig(image_size=64, attention=(32, 16, 8), head_channels=HEAD_CHANNELS, **NETWORKS[64])
+        spec = ModelSpec(image=(3, 64, 64), classes=config.classes)
+    else:
+        config, spec = network_config(PRESETS[name], 10), PRESETS[name].spec(10)
+    network = AdmUnet(config)
+    randomise(network)
+    return Checkpoint(spec=spec, network=config, weights=network.state_dict())
+
+
+def parameters(model: Checkpoint) -> int:
+    """Return the number of weights."""
+    return sum(weight.numel() for weight in model.weights.values())
