@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -182,13 +182,16 @@ class Model:
         levels = self.levels(steps, sigmas)
         every = self.labels(n, seed=seed, label=label, first=first)
         batch = self.engine.batch or batch
+        parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
+
+        def noise(part: slice) -> Floats:
+            indices = np.arange(first + part.start, first + part.stop)
+            return np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(len(levels))])
+
         with progress_bar("sampling", n, "images", show=progress) as advance:
-            for start in range(0, n, batch):
-                part = slice(start, min(start + batch, n))
-                indices = np.arange(first + part.start, first + part.stop)
-                z = np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(len(levels))])
+            for part, z in _ahead(noise, parts):
                 yield part, self.from_noise(z, levels, None if every is None else every[part])
-                advance(len(indices), "")
+                advance(part.stop - part.start, "")
 
     def _label(self, label: npt.ArrayLike | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
         if self.spec.classes and label is None:
@@ -207,6 +210,20 @@ class Model:
             axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
             inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
         return self.engine.run(inputs)[:n]
+
+
+def _ahead(make: Callable[[slice], Floats], parts: Sequence[slice]) -> Iterator[tuple[slice, Floats]]:
+    """Yield each part with make(part), which a thread makes while the part before is used."""
+    if len(parts) == 1:
+        yield parts[0], make(parts[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and one batch does without
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, parts[0])
+        for part, following in zip(parts, (*parts[1:], None), strict=True):
+            ready, coming = coming, thread.submit(make, following) if following else coming
+            yield part, ready.result()
 
 
 def _whole(name: str, value: int, least: int) -> int:

@@ -199,7 +199,19 @@ class HostEngine:
         return self.tensors[name][2]
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace()
+        def set_cache(cache: Any) -> bool:
+            config.cache = cache
+            return True
+
+        def cache() -> Any:
+            held = SimpleNamespace(content=b"")
+            held.serialize = lambda: held.content + b"compiled;"
+            held.deserialize = lambda content: setattr(held, "content", content)
+            return held
+
+        config = SimpleNamespace()
+        config.create_runtime_cache, config.set_runtime_cache = cache, set_cache
+        return config
 
     def create_execution_context(self, config: Any = None) -> HostContext:
         self.trt.contexts.append(HostContext(self, config))

@@ -328,19 +328,19 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
     assert f"{rows[1]['max_abs_diff']:.1e}" in result.stdout
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("tf32", 1e-2), ("float16", None), ("int4", 1e-3)])
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("tf32", 4e-2), ("float16", None), ("int4", 1e-3)])
 def test_the_type_of_a_file_decides_what_difference_is_allowed(
     dtype: str, allowed: float | None, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
 ) -> None:
-    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.01025, dtype)  # 0.02 off at 80
+    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.01045, dtype)  # 0.045 off at 80
     files, record = (handmade_onnx(8), other), tmp_path / "bench.json"
     options = ("--steps", 1, "--batch", 2, *QUICK)
     if allowed is not None:
-        words = rf"other\.onnx .* differs from side8\.onnx by 2\.\d\de-02 \(allowed {allowed:g}\)"
+        words = rf"other\.onnx .* differs from side8\.onnx by 4\.\d\de-02 \(allowed {allowed:g}\)"
         assert_stopped(call(main, *files, *options), words)
         return
     assert call(main, *files, *options, "--json", record).returncode == 0
-    assert [row["tolerance"] for row in json.loads(record.read_text())["rows"]] == [1e-3, 3e-2]
+    assert [row["tolerance"] for row in json.loads(record.read_text())["rows"]] == [1e-3, 5e-2]
     assert call(main, *reversed(files), *options).returncode == 0, "the reference may be the less precise one"
     assert_stopped(call(main, *files, *options, "--tolerance", 0.01), r"allowed 0\.01")
 
@@ -370,7 +370,7 @@ def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callabl
     for name, row in rows.items():
         half = name not in EAGER
         same = "PyTorch cpu fp16" if half else "PyTorch cpu"
-        assert (row["dtype"], row["tolerance"]) == (("float16", 3e-2) if half else ("float32", 1e-3))
+        assert (row["dtype"], row["tolerance"]) == (("float16", 5e-2) if half else ("float32", 1e-3))
         assert (row["reference"], row["reference_same_precision"]) == ("PyTorch cpu", same)
         assert row["times_as_fast"] == pytest.approx(rows["PyTorch cpu"]["median_ms"] / row["median_ms"])
         assert row["times_as_fast_same_precision"] == pytest.approx(rows[same]["median_ms"] / row["median_ms"])

@@ -18,14 +18,13 @@ import torch
 from onnx import TensorProto
 
 import cmfast
-from cmfast.artifact import PRECISIONS, read_manifest
+from cmfast.artifact import PRECISIONS, ROUNDING, read_manifest
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast_export import auto, cli
 from cmfast_export import export as exporting
 from cmfast_export.auto import export_fastest
 from cmfast_export.export import Exported, export_onnx
 from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.verify import TOLERANCES
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.networks.adm import randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -60,7 +59,7 @@ def test_a_file_of_every_precision_is_verified_and_says_how(precision: str, expo
     assert manifest.made_by["verified"] == f"onnxruntime cpu, {dtype} emulated"
     assert made.sampler
     for agreement in (made.denoiser, made.sampler):
-        assert 1e-5 < agreement.parity.worst.max_abs < TOLERANCES[dtype] / 2  # a rounding is there, and half the room
+        assert 1e-5 < agreement.parity.worst.max_abs < ROUNDING[dtype] / 2  # a rounding is there, and half the room
         assert (agreement.same is not None) == (precision in HALF)
         assert (agreement.as_is is not None) == (precision != "bf16")
     assert made.denoiser.parity.boundary == 0
@@ -151,7 +150,7 @@ def test_every_network_has_a_half_precision_trunk(name: str, precision: str, tmp
     made = export_onnx(checkpoint, tmp_path / "model.onnx", precision=precision, tolerance=1.0)
     # Without c_in the first implementation's network sees numbers of the size of sigma, and rounds them.
     room = 80 if name == "seed" else 1
-    assert 1e-5 < made.denoiser.parity.worst.max_abs < room * TOLERANCES[PRECISIONS[precision]]
+    assert 1e-5 < made.denoiser.parity.worst.max_abs < room * ROUNDING[PRECISIONS[precision]]
     weights = {value.data_type for value in onnx.load(made.path).graph.initializer if len(value.dims) == 4}
     assert weights >= {HALF[precision]}
 
@@ -256,7 +255,7 @@ def test_the_command_names_half_files_after_their_precision_and_shows_both_refer
     result = call(cli.main, model, "--precision", "fp16")
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "model_fp16.onnx"]
-    for words in ("float32 PyTorch", "float16 PyTorch", "as this CPU runs it", "float16 emulated", "2e-02 allowed"):
+    for words in ("float32 PyTorch", "float16 PyTorch", "as this CPU runs it", "float16 emulated", "5e-02 allowed"):
         assert words in result.stdout
     assert json.loads(read_manifest(tmp_path / "model_fp16.onnx").to_json())["dtype"] == "float16"
 

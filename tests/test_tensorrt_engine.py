@@ -106,10 +106,25 @@ def test_tensorrt_rtx_captures_by_itself_with_kernels_compiled_for_the_shape(on_
     model.sample(4)
     assert cuda.launches == []
     (context,) = trt.contexts
-    assert vars(context.config) == {
-        "cuda_graph_strategy": "whole",
-        "dynamic_shapes_kernel_specialization_strategy": "eager",
-    }
+    assert context.config.cuda_graph_strategy == "whole"
+    assert context.config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert not hasattr(context.config, "cache")  # nothing is kept unless a folder is said
+
+
+def test_kernels_that_tensorrt_rtx_compiled_are_kept_where_it_was_said_for_the_next_process(
+    on_host: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMFAST_CACHE", str(tmp_path / "cache"))
+    model, _, trt = on_host("denoiser", "tensorrt_rtx")
+    model.sample(4)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.read_bytes() == b"compiled;"
+    again, _, trt = on_host("denoiser", "tensorrt_rtx")
+    again.sample(4)
+    again.sample(3)
+    assert [context.config.cache.content for context in trt.contexts] == [b"compiled;"] * 2
+    on_host("denoiser", "tensorrt")[0].sample(4)
+    assert list((tmp_path / "cache").iterdir()) == [file]
 
 
 def test_only_the_batch_sizes_used_last_keep_their_memory(on_host: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +187,9 @@ def test_the_host_memory_tensorrt_has_the_names_of_the_real_one() -> None:
     assert all(hasattr(real.ICudaEngine, name) for name in used.split())
     used = "set_input_shape get_tensor_shape set_tensor_address execute_async_v3"
     assert all(hasattr(real.IExecutionContext, name) for name in used.split())
-    assert hasattr(real.IRuntimeConfig, "cuda_graph_strategy")
-    assert hasattr(real.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+    used = "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy create_runtime_cache set_runtime_cache"
+    assert all(hasattr(real.IRuntimeConfig, name) for name in used.split())
+    assert all(hasattr(real.IRuntimeCache, name) for name in ("serialize", "deserialize"))
 
 
 # What is refused.

@@ -10,6 +10,8 @@ it was built for is compared with what is here. Building is `cmfast_export.to_te
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
 from cmfast.errors import EngineError
+from cmfast.files import atomic_file
 from cmfast.plan import read_plan
 
 KEPT = 4  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
@@ -32,8 +35,8 @@ class TensorRtEngine:
     """A plan, run by the library that built it. The contract is `cmfast.engines.Engine`.
 
     A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
-    TensorRT-RTX also the compilation of kernels for this card. Larger batches than the engine was built for are run in
-    parts.
+    TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
+    set, for the next process. Larger batches than the engine was built for are run in parts.
     """
 
     def __init__(self, path: Path, device: str = "cuda", threads: int | None = None, variant: str = "") -> None:
@@ -47,7 +50,8 @@ class TensorRtEngine:
         library = str(built["library"])
         self._trt = import_library(library, f"running {path.name}")
         check_version(path, self.manifest, str(self._trt.__version__))
-        check_gpu(path, self.manifest, cuda.open_gpu())
+        gpu = cuda.open_gpu()
+        check_gpu(path, self.manifest, gpu)
         self.name = f"{LIBRARIES[library]} cuda"
         least, _, most = (int(size) for size in built["batch"])
         self._least, self._most = least, most
@@ -62,6 +66,8 @@ class TensorRtEngine:
         self._stream = cuda.Stream()
         self._ready: dict[int, _Ready] = {}
         self._times: list[DeviceTimes] | None = None
+        self._kernels = _kernel_file(self.manifest, gpu)
+        self._compiled: Any = None  # TensorRT-RTX's cache of kernels, kept in that file
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
@@ -124,6 +130,9 @@ class TensorRtEngine:
         self._stream.wait()
         if not self._captures_itself():
             ready.graph = self._stream.capture(lambda: self._enqueue(ready))
+        elif self._kernels is not None:
+            with atomic_file(self._kernels) as file:
+                file.write_bytes(bytes(self._compiled.serialize()))
         return ready
 
     def _context(self) -> Any:
@@ -135,6 +144,12 @@ class TensorRtEngine:
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
+        if self._kernels is not None:
+            if self._compiled is None:
+                self._compiled = config.create_runtime_cache()
+                if self._kernels.exists():  # what does not suit this card or version it compiles again
+                    self._compiled.deserialize(self._kernels.read_bytes())
+            config.set_runtime_cache(self._compiled)
         return self._engine.create_execution_context(config)
 
     def _captures_itself(self) -> bool:
@@ -190,6 +205,16 @@ def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
 def rebuild() -> str:
     """Return the command that makes an engine for this machine."""
     return "build it here: cmfast-export model.onnx --format engine"
+
+
+def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
+    """Return where TensorRT-RTX's compiled kernels are kept between processes: in $CMFAST_CACHE, if it is set."""
+    folder = os.environ.get("CMFAST_CACHE")
+    if not folder or manifest.engine["library"] != "tensorrt_rtx":
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    card = hashlib.sha256(f"{gpu.name} {gpu.compute_capability}".encode()).hexdigest()[:8]
+    return Path(folder) / f"{manifest.engine['plan_sha256']}.{card}.kernels"
 
 
 def _number(capability: str) -> tuple[int, ...]:

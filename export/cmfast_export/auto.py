@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cmfast.artifact import ROUNDING
 from cmfast.engines import open_engine
 from cmfast.errors import CheckFailed
 from cmfast.files import atomic_file, check_target
@@ -27,7 +28,7 @@ from cmfast_export.export import Exported, export_onnx
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 
-TOLERANCE = 2e-2  # data units, unless another is asked for: fp16's
+TOLERANCE = ROUNDING["float16"]  # data units, unless another is asked for
 BY_RATE = ("fp16", "bf16", "tf32", "fp32")
 ON_CPU = ("fp32", "fp16")  # what ONNX Runtime runs on a CPU
 SECONDS = 1.0  # of timing, each

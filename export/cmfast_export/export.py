@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmfast.artifact import PRECISIONS, Manifest, read_onnx
+from cmfast.artifact import PRECISIONS, ROUNDING, Manifest, read_onnx
 from cmfast.engines import Engine, open_engine
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
@@ -23,7 +23,7 @@ from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.to_triton import server_graph
-from cmfast_export.verify import TOLERANCES, Parity, verify
+from cmfast_export.verify import Parity, verify
 from cmfast_export.write import data_files, remove_unused, replace_manifest, weight_bytes, write_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
@@ -73,7 +73,7 @@ def export_onnx(
     precision  fp32, tf32, fp16 or bf16: what the network's trunk computes in (`Denoiser.to_precision`)
     device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
     tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
-               file. None: what rounding to this precision may cost (`verify.TOLERANCES`)
+               file. None: what rounding to this precision may cost (`cmfast.artifact.ROUNDING`)
     """
     target = check_target(out)
     if precision not in PRECISIONS:
@@ -83,7 +83,7 @@ def export_onnx(
     if precision in ("fp16", "bf16"):
         references.append(TorchEngine(loaded, precision=precision))
     dtype = PRECISIONS[precision]
-    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    tolerance = ROUNDING[dtype] if tolerance is None else tolerance
     spec = references[0].manifest.spec
     if kind == "denoiser" and (steps is not None or sigmas is not None):
         raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
-from cmfast.artifact import Manifest, file_sha256, read_onnx
+from cmfast.artifact import ROUNDING, Manifest, file_sha256, read_onnx
 from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
 from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
@@ -32,7 +32,7 @@ from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, check_target
 from cmfast.plan import NOT_RUN, UNSEALED, read_plan, seal
 from cmfast_export.emulate import emulate_file
-from cmfast_export.verify import TOLERANCES, Parity, verify
+from cmfast_export.verify import Parity, verify
 
 HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
@@ -143,7 +143,7 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
         exact = manifest.dtype == "float32"
         reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, Path(folder) / "emulated.onnx"))
         (parity,) = verify(open_engine(file, "cuda"), [reference])
-    if failure := parity.failure(TOLERANCES[manifest.dtype] if tolerance is None else tolerance, of="its ONNX file"):
+    if failure := parity.failure(ROUNDING[manifest.dtype] if tolerance is None else tolerance, of="its ONNX file"):
         raise CheckFailed(f"the engine {failure}; no file was written")
     return parity
 

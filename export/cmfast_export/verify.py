@@ -22,9 +22,6 @@ Floats = npt.NDArray[np.float32]
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
 LARGE = 128 * 128  # pixels of an image; five images of more take gigabytes
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
-# Largest difference from float32 PyTorch that is allowed by default, data units, by the manifest's dtype: what rounding
-# costs, times ten. Random networks of trained scale differ by 2e-6, 1e-3, 2e-3 and 1.5e-2.
-TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 2e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
