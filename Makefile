@@ -1,12 +1,14 @@
 # `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
+# `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.
 PYTHON ?= python3
 PIP_FLAGS ?=
+GPU_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(INSTALLED)
 	@mkdir -p demo
@@ -25,6 +27,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: PY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	PYTHONPATH=.:train:export:$$($(PY) benchmarks/offline.py) $(PY) benchmarks/gpu.py --json benchmarks/results/gpu.json $(GPU_FLAGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""Let a checkout be used without installing it, on a machine without a network: `make gpu` does.
+
+    PYTHONPATH=.:train:export:$(python benchmarks/offline.py) python benchmarks/gpu.py ...
+
+An installation also says which engine runs which file (entry points); this writes just that, from pyproject.toml, into
+build/offline, and prints the folder.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_metadata(folder: Path) -> Path:
+    """Write the metadata of an installed cmfast into `folder`, for PYTHONPATH; return it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    lines = [
+        line for name, entries in groups.items() for line in (f"[{name}]", *(f"{k} = {v}" for k, v in entries.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(head, encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    print(write_metadata(ROOT / "build" / "offline"))
