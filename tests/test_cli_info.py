@@ -92,7 +92,7 @@ def test_json_is_the_manifest_and_nothing_else(
         ("bare.onnx", "an ONNX file without a cmfast manifest, so its conventions are unknown; make one that has it: "),
         ("bare.pt", "bare.pt: "),
         ("future.onnx", "schema 'cmfast/2', this version reads 'cmfast/1'; update cmfast or export the model again"),
-        ("model.engine", "model.engine: no engine runs files ending in .engine; there are some for .onnx, "),
+        ("model.trt", "model.trt: no engine runs files ending in .trt; there are some for .onnx, .engine, .plan, "),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -124,10 +124,10 @@ def test_safetensors_without_a_description_are_foreign_too(tmp_path: Path) -> No
         (("--source", "keras"), "--source keras: unknown; there are cmfast, openai"),
         (("--set", "scaling"), "--set scaling: expected NAME=VALUE"),
         (("--set", "shade=3"), "no such field"),
-        (("--format", "cmfast", "--kind", "sampler"), "are for --format onnx, not for cmfast"),
+        (("--format", "cmfast", "--kind", "sampler"), "are for graphs, not for cmfast"),
         (("--format", "cmfast", "-o", "x.onnx"), "for --format cmfast the name must end in .pt or .safetensors"),
         (("--format", "diffusers", "-o", "x.onnx"), "writes a folder; give it a name without .onnx"),
-        (("--format", "diffusers", "--tolerance", "5"), "--tolerance are for --format onnx"),
+        (("--format", "diffusers", "--tolerance", "5"), "--tolerance are for graphs, not for diffusers"),
         (("--source", "edm:cifar"), "--source edm:cifar: unknown"),
     ],
 )

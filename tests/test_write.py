@@ -103,7 +103,7 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
         raise CheckFailed("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(export, "_need", fails)
+        failing.setattr(export, "verify", fails)
         with pytest.raises(CheckFailed):
             export_onnx(tiny_checkpoint(classes=0), target)
     assert set(tmp_path.iterdir()) == {target, old, bystander}

@@ -41,7 +41,7 @@ HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILI
 class BuildOptions:
     """How an engine is built; `cmfast-export --build NAME=VALUE` sets a field."""
 
-    library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it is installed, else tensorrt_rtx
+    library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it and a card for it are, else tensorrt_rtx
     batch: tuple[int, ...] = (1, 8, 64)  # smallest, most frequent and largest batch; one number: only that
     workspace_mib: int = 0  # scratch memory that kernels may use at most, MiB; 0: the library's default
     level: int = -1  # 0 to 5, how long the builder tries; -1: the library's default
@@ -101,7 +101,7 @@ def build_engine(
     """
     target, begun = check_target(out), time.perf_counter()
     manifest, _ = read_onnx(onnx)
-    library = options.library or _installed()
+    library = options.library or _library(options)
     trt = import_library(library, f"building {target.name}")
     _check_options(options, library)
     engine = _description(onnx, options, library, str(trt.__version__))
@@ -230,10 +230,14 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
     return cache
 
 
-def _installed() -> str:
+def _library(options: BuildOptions) -> str:
+    """Return the library that can build here: TensorRT needs a card, TensorRT-RTX does not, and only it has targets."""
     from importlib.util import find_spec
 
-    return next((name for name in LIBRARIES if find_spec(name)), "tensorrt")
+    there = [name for name in LIBRARIES if find_spec(name)] or ["tensorrt"]
+    if "tensorrt" in there and not options.target and (len(there) == 1 or card_is_here(options)):
+        return "tensorrt"
+    return "tensorrt_rtx"
 
 
 def _check_options(options: BuildOptions, library: str) -> None:
