@@ -4,7 +4,11 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 Needs no network: what this machine does not have is listed with the reason, and left out. The record is written after
-each part, and the same command again goes on where it stopped. Weights are random (`networks`).
+each part, and the same command again goes on where it stopped; what failed is tried again, and other options add to the
+record. Weights are random (`networks`).
+
+A cell is a network at a batch size: all engines in one run of `cmfast-bench --keep-going`, which names what fails. Files
+that nobody could time beside all others (a GPU's memory is one) run once more, with eager PyTorch alone.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ from typing import Any
 
 import click
 
+from cmfast.artifact import PRECISIONS
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.engines._tensorrt_library import LIBRARIES
-from cmfast.errors import CmfastError
+from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.files import check_target, write_text
 from cmfast.timing import provenance
 from cmfast_train.checkpoint import save_checkpoint
@@ -35,6 +40,9 @@ BARS = {1: 4.0, 64: 1.5}  # batch: how many times as fast as eager in the same p
 # What cmfast-bench is asked for, by the words of a report: a variant of PyTorch's, of ONNX Runtime's, or a library.
 PYTORCH = {"PyTorch": "", "torch.compile": "compiled", "PyTorch, CUDA graph": "cuda_graph"}
 ONNX = {"ONNX Runtime": "", "ONNX Runtime, CUDA graph": "cuda_graph", "ONNX Runtime, TensorRT": "tensorrt"}
+DISPENSABLE = ("compiled", "cuda_graph", *LIBRARIES)
+LEFT_OUT = "not wanted: --without"
+KEPT = ("options", "warning", "included", "ceilings", "left_out", "rows", "starts")  # of a record of cmfast-bench
 
 
 @click.command("gpu")
@@ -42,6 +50,7 @@ ONNX = {"ONNX Runtime": "", "ONNX Runtime, CUDA graph": "cuda_graph", "ONNX Runt
 @click.option("--batch", type=INTS, default="1,8,64,256", show_default=True, help="Images at a time.")
 @click.option("--steps", type=INTS, default="1,2", show_default=True, help="Network calls an image.")
 @click.option("--precision", default="fp32,fp16", show_default=True, help="Of eager PyTorch and the exported files.")
+@click.option("--without", default="", metavar="NAME,..", help=f"Leave out, of {', '.join(DISPENSABLE)}.")
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="Counted time of each at each setting.")
 @click.option(
     "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a rehearsal."
@@ -54,6 +63,7 @@ def command(
     batch: tuple[int, ...],
     steps: tuple[int, ...],
     precision: str,
+    without: str,
     seconds: float,
     device: str,
     tests: bool,
@@ -62,70 +72,103 @@ def command(
 ) -> None:
     """Test and time all engines of this machine."""
     check_target(out)
-    names, precisions = networks.split(","), precision.split(",")
-    if unknown := [name for name in names if name not in NAMES]:
-        raise CmfastError(f"--networks {unknown[0]}: there are {', '.join(NAMES)}")
+    names = _list("networks", networks, NAMES)
+    asked = {
+        "steps": list(steps),
+        "precision": _list("precision", precision, tuple(PRECISIONS)),
+        "without": _list("without", without, DISPENSABLE) if without else [],
+        "seconds": seconds,
+        "engine_batch": [1, min(8, max(batch)), max(batch)],  # least, best, most
+    }
     record = _begin(out, device)
-    record["missing"] = missing = _missing(device)
+
+    def save() -> None:
+        write_text(out, json.dumps(record, indent=1) + "\n")
+
+    record["missing"] = missing = _missing(device, asked["without"])
     for name, why in missing.items():
         click.echo(f"left out: {name}: {why}")
-    write_text(out, json.dumps(record, indent=1) + "\n")
-    if tests and record["tests"] is None:
+    save()
+    if tests and not (record["tests"] and record["tests"]["passed"]):
         record["tests"] = _tests()
-        write_text(out, json.dumps(record, indent=1) + "\n")
+        save()
     for name in names:
-        wanted = [n for n in batch if not any((r["network"], r["batch"]) == (name, n) for r in record["runs"])]
+        wanted = [n for n in batch if not any(_is(run, name, n, asked) and _rows(run) for run in record["runs"])]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = (keep or Path(temporary)) / name
             folder.mkdir(parents=True, exist_ok=True)
-            files = _prepare(name, folder, steps, precisions, device, missing, max(batch))
+            files = _prepare(name, folder, asked, device, missing)
             for n in wanted:
-                run = _bench(files, folder, n, steps, precisions, seconds, device, missing)
-                record["runs"].append({"network": name, "batch": n, "parameters": files["parameters"], **run})
-                write_text(out, json.dumps(record, indent=1) + "\n")
+                passes = _bench(files, folder, n, asked, device, missing)
+                about = {"network": name, "batch": n, "parameters": files["parameters"], "asked": asked}
+                others = [run for run in record["runs"] if not _is(run, name, n, asked)]
+                record["runs"] = [*others, {**about, "failed": files["failed"], "passes": passes}]
+                save()
     record["summary"] = summary = list(_summary(record["runs"]))
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    save()
     for row in summary:
         click.echo(row["words"])
+    wrong = list(_wrong(record))
+    for line in wrong:
+        click.echo(line)
     click.echo(f"the record is in {out}")
+    if wrong:
+        raise CheckFailed(f"{len(wrong)} thing(s) failed, listed above; the same command tries again what has no times")
+
+
+def _list(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in allowed]:
+        raise CmfastError(f"--{option} {unknown[0]}: there are {', '.join(allowed)}")
+    return names
 
 
 def _begin(out: Path, device: str) -> dict[str, Any]:
-    """Return the record of an interrupted run of the same code on the same machine, or a new one."""
+    """Return the record of an earlier run of the same code on the same machine, or a new one."""
     new = {"what": "gpu", **provenance(), "device": device, "missing": {}, "tests": None, "runs": []}
     try:
         old: dict[str, Any] = json.loads(out.read_text())
     except (OSError, ValueError):
         return new
-    same = all(old.get(key) == new[key] for key in ("what", "machine", "versions", "commit", "device"))
-    return old if same and old["commit"] and not old["commit"]["dirty"] else new
+    differs = [key for key in ("what", "machine", "versions", "commit", "device") if old.get(key) != new[key]]
+    if not differs and old["commit"] and not old["commit"]["dirty"]:
+        return old
+    why = f"its {differs[0]} is another" if differs else "its code is in no commit"
+    click.echo(f"{out} is begun anew: {why}", err=True)
+    return new
 
 
-def _missing(device: str) -> dict[str, str]:
+def _is(run: dict[str, Any], network: str, batch: int, asked: dict[str, Any]) -> bool:
+    """Whether a run of the record is of this cell, with these options."""
+    return (run["network"], run["batch"], run["asked"]) == (network, batch, asked)
+
+
+def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for each in run["passes"] for row in each.get("rows", ())]
+
+
+def _missing(device: str, without: list[str]) -> dict[str, str]:
     """Return which engines this machine does not have, with the reason, by trying each on a small model."""
+    found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_checkpoint(random_model("digits"), folder / "model.pt")
-        _run(
-            "cmfast_export.cli",
-            folder / "model.pt",
-            "--kind",
-            "sampler",
-            "--precision",
-            "fp16",
-            "-o",
-            folder / "m.onnx",
-        )
-        found = {}
+        export = ("--kind", "sampler", "--precision", "fp16", "-o", folder / "m.onnx")
+        if why := _run("cmfast_export.cli", folder / "model.pt", *export):
+            raise EngineError(f"not even a small model can be exported here: {why}")
         for name, variant in {**PYTORCH, **ONNX}.items():
-            file = folder / ("m.onnx" if name in ONNX else "model.pt")
-            found[name] = _probe(file, device, variant, "" if name in ONNX else "fp16")
+            file, precision = (folder / "m.onnx", "") if name in ONNX else (folder / "model.pt", "fp16")
+            found[name] = LEFT_OUT if variant in without else _probe(file, device, variant, precision)
         for library, name in LIBRARIES.items():
             engine = folder / f"{library}.engine"
             build = ("--format", "engine", "--build", f"library={library}", "-o", engine)
-            found[name] = _run("cmfast_export.cli", folder / "m.onnx", *build) or _probe(engine, device, "", "")
+            found[name] = (
+                LEFT_OUT
+                if library in without
+                else (_run("cmfast_export.cli", folder / "m.onnx", *build) or _probe(engine, device, "", ""))
+            )
     return {name: why for name, why in found.items() if why}
 
 
@@ -145,22 +188,50 @@ def _tests() -> dict[str, Any]:
         program = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}", "--timeout=1200"]
         subprocess.run(program, cwd=ROOT)
         if not report.exists():
-            return {
-                "passed": 0,
-                "failed": {"all": "pytest did not start; run it by hand: pytest -m gpu"},
-                "skipped": {},
-            }
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+            why = "pytest did not start; run it by hand: pytest -m gpu"
+            return {"passed": 0, "failed": {"all": why}, "skipped": {}}
+        return _read_report(report)
+
+
+def _read_report(report: Path) -> dict[str, Any]:
+    """Return what a JUnit file says."""
     found: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
-    for case in cases:
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         other = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         if other is None:
             found["passed"] += 1
         else:
             kind = "skipped" if other.tag == "skipped" else "failed"
-            found[kind][name] = " ".join((other.get("message") or "").split())[:300]
+            found[kind][name] = one_line(other.get("message") or "")
     return found
+
+
+def _prepare(name: str, folder: Path, asked: dict[str, Any], device: str, missing: dict[str, str]) -> dict[str, Any]:
+    """Return the files of one network: the checkpoint, and for each precision and number of steps graph and engines."""
+    model = random_model(name)
+    save_checkpoint(model, folder / "model.pt")
+    models: list[Path] = []
+    failed: dict[str, str] = {}
+    verify_on = "cuda" if device == "cuda" and "ONNX Runtime" not in missing else "cpu"
+    for precision in asked["precision"]:
+        for k in asked["steps"]:
+            onnx = folder / f"{precision}_{k}.onnx"
+            export = ("--kind", "sampler", "--steps", k, "--precision", precision, "--device", verify_on, "-o", onnx)
+            if why := _run("cmfast_export.cli", folder / "model.pt", *export):
+                failed[onnx.name] = why
+                continue
+            if "ONNX Runtime" not in missing:
+                models.append(onnx)
+            for library in (library for library, words in LIBRARIES.items() if words not in missing):
+                engine = folder / f"{precision}_{k}_{library}.engine"
+                batch = ",".join(map(str, asked["engine_batch"]))
+                build = ("--build", f"library={library}", "--build", f"batch={batch}", "-o", engine)
+                if why := _run("cmfast_export.cli", onnx, "--format", "engine", *build):
+                    failed[engine.name] = why
+                    continue
+                models.append(engine)
+    return {"baseline": folder / "model.pt", "models": models, "parameters": parameters(model), "failed": failed}
 
 
 def _prepare(
@@ -204,62 +275,74 @@ def _prepare(
 
 
 def _bench(
-    files: dict[str, Any], folder: Path, batch: int, steps: tuple[int, ...], precisions: list[str], seconds: float,
-    device: str, missing: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
-    """Return what cmfast-bench says of all engines at one batch size; what fails is left out, by name."""
-    record = folder / f"bench_{batch}.json"
-    onnx = [name for name in ONNX if name not in missing]
-    variants = [v for name, v in PYTORCH.items() if v and name not in missing]
+    files: dict[str, Any], folder: Path, batch: int, asked: dict[str, Any], device: str, missing: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return what cmfast-bench says of all engines at one batch size, and of those once more that then had no row."""
     # The TensorRT provider of ONNX Runtime multiplies float32 in TF32 and is refused for it; its engines are here.
-    variants += [v for name, v in ONNX.items() if v == "cuda_graph" and name in onnx and v not in variants]
-    failed = dict(files["failed"])
-    models = list(files["models"])
-    while True:
-        arguments = [
-            *models, "--baseline", files["baseline"], "--device", device, "--batch", batch, "--precision",
-            ",".join(precisions), "--variants", ",".join(variants), "--steps", ",".join(map(str, steps)),
-            "--seconds", seconds, "--json", record,
-        ]  # fmt: skip
-        why = _run("cmfast.cli.bench", *arguments)
-        if not why:
-            content = json.loads(record.read_text())
-            kept = ("options", "warning", "included", "ceilings", "left_out", "rows", "starts")
-            return {**{key: content[key] for key in kept}, "failed": failed}
-        guilty = next((model for model in models if model.name in why), None)
-        variant = next((v for v in variants if v in why), None)
-        if guilty is None and variant is None:
-            return {"failed": {**failed, "all": why}, "rows": []}
-        if guilty is not None:
-            models.remove(guilty)
-            failed[guilty.name] = why
-        elif variant is not None:
-            variants.remove(variant)
-            failed[variant] = why
+    have = [variant for name, variant in {**PYTORCH, **ONNX}.items() if name not in missing and variant != "tensorrt"]
+    variants = [variant for variant in dict.fromkeys(have) if variant]
+    common = [
+        "--baseline", files["baseline"], "--device", device, "--batch", batch, "--precision",
+        ",".join(asked["precision"]), "--steps", ",".join(map(str, asked["steps"])), "--seconds", asked["seconds"],
+        "--keep-going",
+    ]  # fmt: skip
+    first = _pass(folder / f"bench_{batch}.json", *files["models"], *common, "--variants", ",".join(variants))
+    untimed = _untimed(files["models"], first)
+    if not untimed:
+        return [first]
+    return [first, _pass(folder / f"again_{batch}.json", *untimed, *common, "--variants", "")]
+
+
+def _pass(record: Path, *arguments: object) -> dict[str, Any]:
+    """Return what matters of a record of cmfast-bench, or why there is none."""
+    if why := _run("cmfast.cli.bench", *arguments, "--json", record):
+        return {"failed": why}
+    content = json.loads(record.read_text())
+    return {key: content[key] for key in KEPT}
+
+
+def _untimed(models: list[Path], done: dict[str, Any]) -> list[Path]:
+    """Return the files without a row, in any variant; a wrong answer is one, and not asked for again."""
+    timed = {row["contender"].split()[0] for row in done.get("rows", ())}
+    wrong = {left["contender"] for left in done.get("left_out", ()) if left["what"] == "images"}
+    return [model for model in models if model.name not in timed | wrong]
 
 
 def _summary(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield, for each network, batch, number of steps and precision, the best engine against eager PyTorch."""
+    cells: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
     for run in runs:
-        for steps in dict.fromkeys(row["steps"] for row in run["rows"]):
-            for dtype in dict.fromkeys(row["dtype"] for row in run["rows"]):
-                rows = [
-                    row
-                    for row in run["rows"]
-                    if (row["steps"], row["dtype"]) == (steps, dtype) and row["times_as_fast_same_precision"]
-                ]
-                if not rows:
-                    continue
-                best = max(rows, key=lambda row: row["times_as_fast_same_precision"])
-                times, bar = best["times_as_fast_same_precision"], BARS.get(run["batch"])
-                words = (
-                    f"{run['network']}, batch {run['batch']}, {steps} step(s), {dtype}: {best['contender']} "
-                    f"{best['median_ms']:.2f} ms, {times:.2f}x eager"
-                )
-                if bar:
-                    words += f" ({'reaches' if times >= bar else 'short of'} {bar:g}x)"
-                where = {"network": run["network"], "batch": run["batch"], "steps": steps, "dtype": dtype}
-                yield {**where, "best": best["contender"], "times_as_fast": times, "bar": bar, "words": words}
+        for row in _rows(run):
+            cells.setdefault((run["network"], run["batch"], row["steps"], row["dtype"]), []).append(row)
+    for (network, batch, steps, dtype), rows in cells.items():
+        compared = [row for row in rows if row["times_as_fast_same_precision"]]
+        if compared:
+            best = max(compared, key=lambda row: row["times_as_fast_same_precision"])
+        else:
+            best = min(rows, key=lambda row: row["median_ms"])
+        times, bar = best["times_as_fast_same_precision"], BARS.get(batch)
+        words = f"{network}, batch {batch}, {steps} step(s), {dtype}: {best['contender']} {best['median_ms']:.2f} ms, "
+        words += f"{times:.2f}x eager" if times else "and eager PyTorch did not run"
+        if times and bar:
+            words += f" ({'reaches' if times >= bar else 'short of'} {bar:g}x)"
+        where = {"network": network, "batch": batch, "steps": steps, "dtype": dtype}
+        yield {**where, "best": best["contender"], "times_as_fast": times, "bar": bar, "words": words}
+
+
+def _wrong(record: dict[str, Any]) -> Iterator[str]:
+    """Yield, one line each, what failed: tests, cells, files, contenders. What a machine does not have is no failure."""
+    for name, why in (record["tests"] or {"failed": {}})["failed"].items():
+        yield f"failed: {name}: {why}"
+    for run in record["runs"]:
+        where = f"failed: {run['network']}, batch {run['batch']}"
+        for name, why in run["failed"].items():
+            yield f"{where}: {name}: {why}"
+        for each in run["passes"]:
+            if "failed" in each:
+                yield f"{where}: cmfast-bench: {each['failed']}"
+            for left in each.get("left_out", ()):
+                at = f" at {left['steps']} step(s)" if left["steps"] else ""
+                yield f"{where}: {left['contender']}{at}: {left['what']}: {left['why']}"
 
 
 def _run(module: str, *arguments: object) -> str:

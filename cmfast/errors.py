@@ -36,3 +36,8 @@ class MissingDependency(CmfastError):
 
 class CmfastWarning(UserWarning):
     """A request is fulfilled, and there is something that the user should know. The commands print one line."""
+
+
+def one_line(err: BaseException | str, limit: int = 300) -> str:
+    """Return what another library says as one line of at most so many characters."""
+    return " ".join(str(err).split())[:limit]

@@ -31,10 +31,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then."""
+def atomic_folder(path: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then.
+
+    within  another place for the temporary folder, on the file system of `path`: where somebody watches what is beside
+    """
     target = check_target_folder(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    folder = target.parent if within is None else within
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=folder))
     try:
         yield temporary
         mask = _umask()

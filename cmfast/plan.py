@@ -14,8 +14,8 @@ import hashlib
 import json
 import mmap
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cmfast.artifact import MAX_CHARACTERS, Manifest, check_file
 from cmfast.errors import ArtifactError
@@ -23,60 +23,58 @@ from cmfast.errors import ArtifactError
 DIGITS = 64
 UNSEALED = "0" * DIGITS  # what `seal` replaces by the digest
 NOT_RUN = "not run "  # "max_abs" of an engine that was built where it could not be run, as long as 1.23e-04
+LIBRARY_OF_MAGIC = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}  # the first four bytes
 _START = b'{"schema": "cmfast/'  # how Manifest.to_json begins
 _FIELD = '"plan_sha256": "'
 _MAX_ABS = '"max_abs": "'  # the engine's; that of the parity is a number
-_MAGIC = re.compile(rb"[a-z]trt")  # ftrt: TensorRT, vtrt: TensorRT-RTX
 _LEAST = 64  # bytes of a header
 _AGAIN = "build it again: cmfast-export model.onnx --format engine"
 
-
-@dataclass(frozen=True, kw_only=True)
-class PlanHeader:
-    """What the first bytes of a plan say of it; None where this kind of plan is not known to say it."""
-
-    library: str  # tensorrt or tensorrt_rtx
-    size: int | None  # bytes of the whole file
-    version: str | None  # of the library that built it
+Plan = bytes | bytearray | mmap.mmap
 
 
 def read_plan(path: str | Path) -> Manifest:
     """Return the manifest of an engine file that is whole and as it was written, else raise ArtifactError."""
     file = check_file(path)
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = read_header(data[:_LEAST], file)
-        if header.size is not None and header.size != len(data):
-            raise ArtifactError(
-                f"{file}: its header announces {header.size} bytes, the file has {len(data)}; it is truncated or has "
-                f"something behind it: copy it again, or {_AGAIN}"
-            )
-        start, text = _find(data, file)
-        manifest = Manifest.from_json(text, str(file))
-        at = start + text.find(_FIELD) + len(_FIELD)
-        digits = manifest.engine.get("plan_sha256")
-        if not isinstance(digits, str) or len(digits) != DIGITS or data[at : at + DIGITS] != digits.encode("latin-1"):
-            raise ArtifactError(f"{file}: its manifest has no digest of the file; {_AGAIN}")
-        if digest(data, at) != digits:
-            raise ArtifactError(
-                f"{file}: the file was altered or damaged since it was written (its bytes do not hash to the digest in "
-                f"its manifest); copy it again, or {_AGAIN}"
-            )
-    if manifest.engine.get("library") != header.library:
+        return parse_plan(data, file)
+
+
+def parse_plan(data: Plan, file: Path) -> Manifest:
+    """Return the manifest in the bytes of an engine file, as `read_plan` does; `file` is named in errors."""
+    library = LIBRARY_OF_MAGIC.get(bytes(data[:4]))
+    if len(data) < _LEAST or library is None:
+        raise ArtifactError(f"{file}: not a TensorRT engine; make one: cmfast-export model.pt --format engine")
+    start, text = _find(data, file)
+    manifest = Manifest.from_json(text, str(file))
+    at = start + text.find(_FIELD) + len(_FIELD)
+    digits = manifest.engine.get("plan_sha256")
+    if not isinstance(digits, str) or len(digits) != DIGITS or data[at : at + DIGITS] != digits.encode("latin-1"):
+        raise ArtifactError(f"{file}: its manifest has no digest of the file; {_AGAIN}")
+    if digest(data, at) != digits:
+        raise ArtifactError(f"{file}: {_what_happened(data, library)}; copy it again, or {_AGAIN}")
+    if manifest.engine.get("library") != library:
         raise ArtifactError(
-            f"{file}: a plan of {header.library} whose manifest says {manifest.engine.get('library')!r}; {_AGAIN}"
+            f"{file}: a plan of {library} whose manifest says {manifest.engine.get('library')!r}; {_AGAIN}"
         )
+    check_engine(manifest, str(file))
     return manifest
 
 
-def read_header(first: bytes, file: Path) -> PlanHeader:
-    """Return what the first 64 bytes of an engine file say, or raise ArtifactError where they are not a plan's."""
-    if len(first) < _LEAST or not _MAGIC.match(first):
-        raise ArtifactError(f"{file}: not a TensorRT engine; make one: cmfast-export model.pt --format engine")
-    if first[:4] != b"vtrt":
-        return PlanHeader(library="tensorrt", size=None, version=None)
-    # TensorRT-RTX 1.7: magic, u32, u64, u64 size, four bytes of version. Seen in its files, documented nowhere.
-    size = int.from_bytes(first[16:24], "little")
-    return PlanHeader(library="tensorrt_rtx", size=size, version=".".join(str(part) for part in first[24:28]))
+def check_engine(manifest: Manifest, where: str) -> None:
+    """Raise ArtifactError unless the manifest's "engine" has what a reader relies on; `where` is named in the error."""
+    about = manifest.engine
+    batch: Any = about.get("batch")
+    cards: Any = about.get("compute_capability")
+    wrong = [name for name in ("library", "platform", "onnx_sha256", "max_abs") if not isinstance(about.get(name), str)]
+    if not re.fullmatch(r"\d+(\.\d+)*", str(about.get("version"))):
+        wrong.append("version")
+    if not _are(batch, int, 3) or not 0 < batch[0] <= batch[1] <= batch[2]:
+        wrong.append("batch")
+    if not _are(cards, str) or not all(re.fullmatch(r"\d+\.\d", card) for card in cards):
+        wrong.append("compute_capability")
+    if wrong:
+        raise ArtifactError(f"{where}: its manifest says {wrong[0]} of the engine wrongly; {_AGAIN}")
 
 
 def seal(plan: bytearray, max_abs: float | None = None) -> None:
@@ -92,7 +90,7 @@ def seal(plan: bytearray, max_abs: float | None = None) -> None:
     plan[at : at + DIGITS] = digest(plan, at).encode()
 
 
-def digest(data: bytes | bytearray | mmap.mmap, at: int) -> str:
+def digest(data: Plan, at: int) -> str:
     """Return the SHA-256 of a plan, the 64 digits at `at` counted as zeros."""
     sha256 = hashlib.sha256()
     with memoryview(data) as view:
@@ -102,7 +100,7 @@ def digest(data: bytes | bytearray | mmap.mmap, at: int) -> str:
     return sha256.hexdigest()
 
 
-def _find(data: bytearray | mmap.mmap, file: Path) -> tuple[int, str]:
+def _find(data: Plan, file: Path) -> tuple[int, str]:
     """Return where the manifest stands in a plan, and its text."""
     start = data.find(_START)
     if start < 0:
@@ -116,5 +114,23 @@ def _find(data: bytearray | mmap.mmap, file: Path) -> tuple[int, str]:
     try:
         _, end = json.JSONDecoder().raw_decode(window)
     except (ValueError, RecursionError):
-        raise ArtifactError(f"{file}: its manifest is damaged; {_AGAIN}") from None
+        raise ArtifactError(f"{file}: its manifest is damaged or cut off; {_AGAIN}") from None
     return start, window[:end]
+
+
+def _what_happened(data: Plan, library: str) -> str:
+    """Return in words why a digest does not fit."""
+    if library == "tensorrt_rtx":
+        # TensorRT-RTX 1.7 writes the size of the file at byte 16. Documented nowhere, so it only chooses the words.
+        size = int.from_bytes(data[16:24], "little")
+        if len(data) < size < 2**40:
+            return f"it is truncated: {len(data)} of {size} bytes"
+    return "it was altered or damaged since it was written (its bytes do not hash to the digest in its manifest)"
+
+
+def _are(values: Any, kind: type, count: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and (count is None or len(values) == count)
+        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    )

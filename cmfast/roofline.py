@@ -6,32 +6,35 @@
 
 Nothing is taken from a data sheet: ceilings are what well-known libraries reach here and now. Operations and bytes are
 counted at export (`cmfast_export.cost`). The model: Williams, Waterman, Patterson, "Roofline", 2009.
+
+A ceiling is what can be reached, so the fastest call counts and not the median: what else the machine does slows calls
+down and never speeds them up. Matrices of several sizes multiply, and no convolution: one by Winograd's method does
+fewer operations than are counted, and its rate would be none.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cmfast import timing
-from cmfast.errors import CmfastError
+from cmfast.errors import CmfastError, one_line
 
 COST = ("flops", "weight_bytes", "activation_bytes")  # the keys of a manifest's cost
 # By a manifest's dtype: bytes of a number, and its type in ONNX. tf32 is float32 in memory.
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
 _ELEMENT = {"float32": 1, "tf32": 1, "float16": 10, "bfloat16": 16}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-CALLS, SECONDS = 10, 0.3  # counted, of each way to measure, at least
+CALLS, SECONDS = 6, 0.3  # counted, of each way to measure, at least; six are two turns
 # By device. Large enough that starting does not count and that no cache holds it; on a GPU a call is several of them
 # in a row, because starting one takes as long there as a tenth of it.
-SIDE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the matrices
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # rows and columns of the matrices
 NUMBERS = {"cpu": 2**25, "cuda": 2**27}  # float32, of each array that is moved
 PRODUCTS = {"cpu": 1, "cuda": 4}
 SUMS = {"cpu": 1, "cuda": 8}
@@ -39,7 +42,10 @@ SUMS = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What a device reaches at most in a type: medians of this machine, this minute. None: could not be measured."""
+    """What a device reaches at most in a type: the fastest calls of this machine, this minute.
+
+    None: could not be measured.
+    """
 
     device: str
     dtype: str  # a manifest's
@@ -59,22 +65,25 @@ class Floor:
 
 
 def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> Ceilings:
-    """Measure matrix product and memory of a device: seconds of work, the ways to do it interleaved, the best counts.
+    """Measure matrix product and memory of a device: seconds of work, the ways to do it interleaved.
+
+    What counts is the fastest call of the fastest way.
 
     dtype    a manifest's: float32, tf32, float16, bfloat16
     threads  of the CPU; None: as many as each library takes by itself
 
-    On a GPU, ONNX Runtime does it; where it has no CUDA, the ceilings are None and `how` says why.
+    On a GPU, ONNX Runtime does it; where it has no CUDA, the ceilings are None and `how` says why, whatever PyTorch or
+    TensorRT could do there.
     """
-    if device not in SIDE or dtype not in BYTES:
+    if device not in SIDES or dtype not in BYTES:
         raise CmfastError(
-            f"need a device of {', '.join(SIDE)} and a dtype of {', '.join(BYTES)}, got {device!r} and {dtype!r}"
+            f"need a device of {', '.join(SIDES)} and a dtype of {', '.join(BYTES)}, got {device!r} and {dtype!r}"
         )
     ways, missing = _ways(device, dtype, threads)
     if not ways:
         return Ceilings(device=device, dtype=dtype, flops_per_s=None, bytes_per_s=None, how=f"not measured: {missing}")
     times = timing.interleave({way.name: way.call for way in ways}, seconds=SECONDS, calls=CALLS)
-    rates = {way: 1000 * way.amount / statistics.median(times[way.name]) for way in ways}
+    rates = {way: 1000 * way.amount / min(times[way.name]) for way in ways}
     product, copy = (
         max((way for way in ways if way.unit == unit), key=rates.__getitem__, default=None)
         for unit in ("flops", "bytes")
@@ -86,7 +95,7 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
         dtype=dtype,
         flops_per_s=rates[product] if product else None,
         bytes_per_s=rates[copy] if copy else None,
-        how=f"best medians of {len(ways)} way(s), {calls} calls in turns: {'; '.join(how)}",
+        how=f"the fastest of {calls} calls of {len(ways)} way(s) in turns: {'; '.join(how)}",
     )
 
 
@@ -121,26 +130,30 @@ class _Way:
 
 
 def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[_Way], str]:
-    """Return all ways to measure, and why some are missing, in words."""
+    """Return all ways to measure, each tried once, and why some are missing, in words."""
     ways: list[_Way] = []
     reasons: list[str] = []
-    makers: list[Callable[[], _Way]] = [lambda: _product(device, dtype, threads), lambda: _sum(device, threads)]
+    makers: list[Callable[[], _Way]] = [partial(_product, side, device, dtype, threads) for side in SIDES[device]]
+    makers.append(partial(_sum, device, threads))
     for make in makers:
         try:
             _need_provider(device)
-            ways.append(make())
+            way = make()
+            way.call()  # memory can be short only now
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            reasons.append(" ".join(str(err).split())[:300])
+            reasons.append(one_line(err))
+        else:
+            ways.append(way)
     if device == "cpu":
         # numpy cannot be told how many threads to multiply with, so where that is asked for it is the last resort.
         if dtype in ("float32", "tf32") and (threads is None or reasons):
-            ways.append(_numpy_product())
+            ways += [_numpy_product(side) for side in SIDES["cpu"]]
         ways.append(_numpy_copy(threads))
     return ways, "; ".join(dict.fromkeys(reasons))
 
 
-def _product(device: str, dtype: str, threads: int | None) -> _Way:
-    side, count = SIDE[device], PRODUCTS[device]
+def _product(side: int, device: str, dtype: str, threads: int | None) -> _Way:
+    count = PRODUCTS[device]
     call = _graph_call("MatMul", count, _matrix(side), device, dtype, threads)
     name = f"product of {side} x {side} {dtype} matrices by ONNX Runtime {device}"
     return _Way(name=name, unit="flops", amount=2 * count * side**3, call=call)
@@ -153,13 +166,11 @@ def _sum(device: str, threads: int | None) -> _Way:
     return _Way(name=name, unit="bytes", amount=3 * SUMS[device] * array.nbytes, call=call)  # two read, one written
 
 
-def _numpy_product() -> _Way:
-    matrix = _matrix(SIDE["cpu"])
+def _numpy_product(side: int) -> _Way:
+    matrix = _matrix(side)
     product = np.empty_like(matrix)
-    name = f"product of {len(matrix)} x {len(matrix)} float32 matrices by numpy, all its threads"
-    return _Way(
-        name=name, unit="flops", amount=2 * len(matrix) ** 3, call=lambda: np.matmul(matrix, matrix, out=product)
-    )
+    name = f"product of {side} x {side} float32 matrices by numpy, all its threads"
+    return _Way(name=name, unit="flops", amount=2 * side**3, call=lambda: np.matmul(matrix, matrix, out=product))
 
 
 def _numpy_copy(threads: int | None) -> _Way:
@@ -178,9 +189,9 @@ def _matrix(side: int) -> npt.NDArray[np.float32]:
 
 def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: int | None) -> Callable[[], object]:
     """Return a call that runs y = op(... op(b, b) ..., b) in ONNX Runtime, everything on the device, and waits."""
-    import onnxruntime as ort
+    from cmfast.engines.onnxruntime import CPU, CUDA, _import, _missing_library, _quiet
 
-    element = _ELEMENT[dtype]
+    ort, element, provider = _import(device, ""), _ELEMENT[dtype], {"cpu": CPU, "cuda": CUDA}[device]
     options = ort.SessionOptions()
     options.log_severity_level = 4
     # What a graph of one operator on one array could be simplified to is not what is to be measured.
@@ -190,9 +201,11 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
     settings = {"use_tf32": str(int(dtype == "tf32"))} if device == "cuda" else {}
 
     def bind(model: bytes, inputs: dict[str, Any]) -> tuple[Callable[[], object], Any]:
-        session = ort.InferenceSession(model, options, providers=[(_PROVIDERS[device], settings)])
-        if session.get_providers()[0] != _PROVIDERS[device]:
-            raise CmfastError(f"onnxruntime {ort.__version__} could not start {device} and fell back to the CPU")
+        with _quiet(ort):
+            session = ort.InferenceSession(model, options, providers=[(provider, settings)], enable_fallback=0)
+        if session.get_providers()[0] != provider:
+            why = _missing_library(ort, "CUDA") or "it does not say why"
+            raise CmfastError(f"onnxruntime {ort.__version__} could not start {device}: {why}")
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -216,12 +229,14 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
 
 def _need_provider(device: str) -> None:
     """Raise, before arrays are made, where ONNX Runtime is missing or has no kernels for the device."""
-    import onnxruntime as ort
+    from cmfast.engines.onnxruntime import CUDA, _has, _import
 
-    if device == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds the CUDA libraries that pip installed
-    if _PROVIDERS[device] not in ort.get_available_providers():
-        raise CmfastError(f"the installed onnxruntime {ort.__version__} is a build without CUDA")
+    ort = _import(device, "")
+    if device == "cuda" and not _has(ort, CUDA):
+        raise CmfastError(
+            "the ceilings of a GPU are measured by ONNX Runtime, also for PyTorch and TensorRT, and the installed "
+            f"onnxruntime {ort.__version__} is a build without CUDA"
+        )
 
 
 # ONNX without onnx: the field numbers are those of onnx.proto, as in cmfast._protobuf, which reads what this writes.

@@ -44,6 +44,7 @@ class HostCuda:
         self.clock = itertools.count()
         self.events: dict[int, float] = {}
         self.handles = itertools.count(1)
+        self.streams: set[int] = set()
 
     def hand_over(self, work: Work) -> tuple[int]:
         (self.queue if self.recording is None else self.recording).append(work)
@@ -83,7 +84,12 @@ class HostCuda:
         return self.cudaFree(ptr)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        return OK, next(self.handles)
+        self.streams.add(handle := next(self.handles))
+        return OK, handle
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
+        self.streams.remove(stream)
+        return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         if self.recording is not None:
@@ -103,10 +109,15 @@ class HostCuda:
         return self.hand_over(copy)
 
     def cudaEventCreate(self) -> tuple[int, int]:
-        return OK, next(self.handles)
+        self.events[handle := next(self.handles)] = float("nan")
+        return OK, handle
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
-        return self.hand_over(lambda: self.events.__setitem__(event, float(next(self.clock))))
+        def happen() -> None:
+            if event in self.events:
+                self.events[event] = float(next(self.clock))
+
+        return self.hand_over(happen)
 
     def cudaEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
         return OK, self.events[end] - self.events[start]
@@ -233,8 +244,9 @@ class HostContext:
         batch = self.shapes["noise"][1] if "noise" in self.shapes else self.shapes["x"][0]
         return [batch if side < 0 else side for side in self.engine.get_tensor_shape(name)]
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
         addresses, shapes = dict(self.addresses), dict(self.shapes)

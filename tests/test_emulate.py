@@ -22,6 +22,8 @@ from onnx import TensorProto, helper
 from cmfast.artifact import read_manifest
 from cmfast_export.emulate import eleven_bits, emulate_file, emulated
 from cmfast_export.export import export_onnx
+from cmfast_export.to_onnx import denoiser_graph
+from cmfast_train.checkpoint import load_checkpoint
 
 HALVES = {"float16": (TensorProto.FLOAT16, np.float16), "bfloat16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 
@@ -61,6 +63,31 @@ def test_every_result_is_rounded_once_and_as_the_type_rounds(dtype: str) -> None
     got = run(emulated(chain(half, kind), dtype), x)
     np.testing.assert_array_equal(got, want)
     assert np.abs(got - (x * np.float32(4 / 3) + np.float32(4 / 3))).max() > 0.01  # rounding is visible
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_half_precision_value_of_an_exported_graph_is_rounded(
+    dtype: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    precision = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    graph = denoiser_graph(load_checkpoint(tiny_checkpoint(10)).denoiser().to_precision(precision))
+    half = ir.DataType[dtype.upper()]
+    values = [output for node in graph.graph for output in node.outputs]
+    assert all(value.dtype is not None for value in values)
+    rounded = [v for v in values if v.dtype == half]
+    assert len(rounded) > 100
+    casts = [node.attributes["to"].as_int() for node in emulated(graph, dtype).graph if node.op_type == "Cast"]
+    assert casts.count(half.value) == len(rounded)
+
+
+def test_a_value_of_unknown_type_gets_its_type_and_is_rounded() -> None:
+    model = chain(*HALVES["float16"])
+    for node in model.graph:
+        node.outputs[0].type = None if node.outputs[0].name in ("m", "a") else node.outputs[0].type
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    np.testing.assert_array_equal(
+        run(emulated(model, "float16"), x), run(emulated(chain(*HALVES["float16"]), "float16"), x)
+    )
 
 
 def test_the_graph_that_is_emulated_is_left_as_it_is() -> None:

@@ -73,6 +73,16 @@ def test_the_new_folder_appears_whole(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["empty", "new"]
 
 
+def test_the_temporary_folder_stands_where_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "watched").mkdir()
+    with atomic_folder(tmp_path / "watched" / "new", within=tmp_path) as temporary:
+        (temporary / "a").write_text("a")
+        assert temporary.parent == tmp_path
+        assert os.listdir(tmp_path / "watched") == []
+    assert os.listdir(tmp_path) == ["watched"]
+    assert (tmp_path / "watched" / "new" / "a").read_text() == "a"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_leaves_the_old_file_and_no_other(error: type[BaseException], tmp_path: Path) -> None:
     target = tmp_path / "model.bin"

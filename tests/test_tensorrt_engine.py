@@ -21,11 +21,12 @@ import cmfast
 from cmfast.artifact import file_sha256, read_manifest
 from cmfast.engines import _cuda, open_engine, tensorrt
 from cmfast.engines.tensorrt import KEPT, check_gpu, check_host, check_version
-from cmfast.errors import ArtifactError, CmfastError, EngineError
+from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.noise import gaussian
 from cmfast_export.export import export_onnx
 from cmfast_export.to_tensorrt import BuildOptions, build_engine
 
+pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
 
 
@@ -55,7 +56,8 @@ def on_host(monkeypatch: pytest.MonkeyPatch, plans: dict[str, Path]) -> Open:
         monkeypatch.setattr(tensorrt, "import_library", lambda name, what: trt)
         built = read_manifest(plan)
         manifest = replace(built, engine={**built.engine, "library": library})
-        monkeypatch.setattr(tensorrt, "read_plan", lambda path: manifest)
+        monkeypatch.setattr(tensorrt, "parse_plan", lambda data, path: manifest)
+        monkeypatch.setattr(tensorrt, "cuda_major", lambda name: manifest.engine["cuda"])
         return cmfast.load(plan), cuda, trt
 
     return open_it
@@ -146,6 +148,27 @@ def test_everything_is_freed_with_the_engine(on_host: Open) -> None:
     model.engine = None  # type: ignore[assignment]
     assert cuda.memory == {}
     assert cuda.graphs == {}
+    assert cuda.streams == set()
+
+
+def test_a_buffer_whose_second_half_is_not_to_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HostCuda()
+    monkeypatch.setattr(_cuda, "runtime", lambda: gpu)
+    monkeypatch.setattr(gpu, "cudaHostAlloc", lambda size, flags: (1, None))
+    gpu.cudaHostAlloc.__name__ = "cudaHostAlloc"
+    with pytest.raises(EngineError, match="CUDA failed in cudaHostAlloc: invalid argument"):
+        _cuda.Buffer((4,), np.float32)
+    assert gpu.memory == {}
+
+
+def test_a_run_that_fails_leaves_no_events(on_host: Open) -> None:
+    model, gpu, trt = on_host("denoiser", "tensorrt_rtx")
+    model.sample(4)
+    trt.contexts[0].execute_async_v3 = lambda stream: False  # type: ignore[method-assign]
+    with model.engine.timed(), pytest.raises(EngineError, match="TensorRT-RTX cuda failed"):  # type: ignore[attr-defined]
+        model.sample(4)
+    gpu.cudaStreamSynchronize(0)
+    assert gpu.events == {}
 
 
 def test_device_times_come_between_events_in_order(on_host: Open) -> None:
@@ -199,7 +222,7 @@ def test_a_plan_that_the_library_cannot_load_is_refused_with_its_words(
     on_host: Open, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_host("denoiser")
-    monkeypatch.setattr(Path, "read_bytes", lambda self: b"unloadable")
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"unloadable")  # parse_plan is patched
     with pytest.raises(
         EngineError, match=r"TensorRT cannot load it: Serialization assertion failed\.; build it here: "
     ):
@@ -256,15 +279,25 @@ def test_an_engine_for_another_system_is_refused(plans: dict[str, Path]) -> None
 
 def test_an_engine_of_another_version_is_refused(plans: dict[str, Path]) -> None:
     with pytest.raises(EngineError) as caught:
-        check_version(HERE, manifest(plans, version="10.13.3.9"), "11.4.0.106")
+        check_version(HERE, manifest(plans, version="10.13.3.9"), "11.4.0.106", "13")
     assert str(caught.value) == (
         f"model.engine: built by TensorRT 10.13.3.9, here is TensorRT 11.4.0.106; install that one, or {REBUILD}"
     )
-    check_version(HERE, manifest(plans, version="11.4.0.106"), "11.4.0.106")
+    check_version(HERE, manifest(plans, version="11.4.0.106"), "11.4.0.106", "13")
     compatible = manifest(plans, version="10.13.3.9", version_compatible=True)
-    check_version(HERE, compatible, "11.4.0.106")
-    with pytest.raises(EngineError, match=r"built by TensorRT 10\.13\.3\.9, here is TensorRT 9"):
-        check_version(HERE, compatible, "9.3.0.1")
+    check_version(HERE, compatible, "11.4.0.106", "13")
+    check_version(HERE, compatible, "10.14.0.1", "13")
+    for older in ("9.3.0.1", "10.12.0.36"):  # later versions only
+        with pytest.raises(EngineError, match=rf"built by TensorRT 10\.13\.3\.9, here is TensorRT {older}"):
+            check_version(HERE, compatible, older, "13")
+
+
+def test_an_engine_for_another_cuda_is_refused(plans: dict[str, Path]) -> None:
+    built = manifest(plans, version="11.4.0.106", cuda="12")
+    with pytest.raises(EngineError, match="built for CUDA 12, the TensorRT here is for CUDA 13; build it here"):
+        check_version(HERE, built, "11.4.0.106", "13")
+    check_version(HERE, built, "11.4.0.106", "12")
+    check_version(HERE, built, "11.4.0.106", "")  # not known
 
 
 def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
@@ -276,8 +309,9 @@ def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
         f"model.engine: built for compute capability 9.0, the NVIDIA L4 here has 8.9; {REBUILD}"
     )
     check_gpu(HERE, manifest(plans, **for_hopper, hardware_compatible="ampere+"), gpu)
-    check_gpu(HERE, manifest(plans, compute_capability=[]), gpu)
     check_gpu(HERE, manifest(plans, compute_capability=["8.6", "8.9"]), gpu)
+    with pytest.warns(CmfastWarning, match="was tuned on the NVIDIA L40S; here is the NVIDIA L4"):
+        check_gpu(HERE, manifest(plans, compute_capability=["8.9"], gpu="NVIDIA L40S"), gpu)
     old = _cuda.Gpu(name="NVIDIA T4", compute_capability="7.5")
     with pytest.raises(EngineError, match=r"the NVIDIA T4 here has 7\.5"):
         check_gpu(HERE, manifest(plans, **for_hopper, hardware_compatible="ampere+"), old)

@@ -16,7 +16,7 @@ import pytest
 
 from cmfast.artifact import PRECISIONS, file_sha256
 from cmfast.engines import _tensorrt_library as library
-from cmfast.errors import ArtifactError, CmfastError, EngineError
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
 from cmfast.plan import read_plan
 from cmfast_export import cli, to_tensorrt
@@ -76,13 +76,15 @@ def test_the_digits_network_becomes_an_engine_with_a_dynamic_batch_that_describe
     about = manifest.engine
     assert about["library"] == "tensorrt_rtx"
     assert about["version"] == rtx.__version__
-    assert about["compute_capability"] == []
+    assert about["compute_capability"][:4] == ["8.0", "8.6", "8.9", "12.0"]  # its documentation: from Ampere on
+    assert about["cuda"] == "13"
     assert about["batch"] == [1, 8, 64]
     assert about["onnx_sha256"] == file_sha256(onnx)
     assert about["max_abs"].strip() == "not run"
     assert built.sha256 == file_sha256(built.path)
     assert not built.cached
     assert built.parity is None
+    assert "no NVIDIA GPU can be used here" in built.not_run
     assert os.listdir(tmp_path) == ["model.engine"]
 
 
@@ -178,7 +180,6 @@ def test_options_reach_the_builder(handmade_onnx: Factory, tmp_path: Path, monke
     ("options", "words"),
     [
         ({"target": ("9.0",)}, r"target 9.0: this version builds for 7.5, 8.0, 8.6, 8.9, 12.0"),
-        ({"target": ("yes",)}, "target yes: this version builds for"),
         ({"timing_cache": "cache"}, "TensorRT-RTX has no timing_cache"),
         ({"hardware_compatible": "ampere+"}, "TensorRT-RTX has no hardware_compatible"),
         ({"version_compatible": True}, "TensorRT-RTX has no version_compatible"),
@@ -202,6 +203,9 @@ def test_what_the_library_cannot_do_is_refused_and_nothing_is_written(
         ({"library": "openvino"}, "library must be one of tensorrt, tensorrt_rtx"),
         ({"hardware_compatible": "hopper"}, "hardware_compatible must be ampere"),
         ({"workspace_mib": -1}, "workspace_mib"),
+        ({"target": ("89",)}, "target takes different compute capabilities such as 8.9,12.0, got 89"),
+        ({"target": ("8.9", "8.9")}, "got 8.9,8.9"),
+        ({"target": ("08.9",)}, "got 08.9"),
     ],
 )
 def test_a_wrong_option_names_itself(values: dict[str, Any], words: str) -> None:
@@ -218,7 +222,7 @@ def test_options_are_said_as_texts() -> None:
         ("level", "--build level: expected NAME=VALUE, NAME one of library, batch"),
         ("levels=1", "expected NAME=VALUE"),
         ("level=fast", "'fast' is no value for level"),
-        ("version_compatible=yes", "'yes' is no value for version_compatible"),
+        ("version_compatible=yes", r"'yes' is no value for version_compatible \(true or false\)"),
     ):
         with pytest.raises(CmfastError, match=words):
             parse_options(BuildOptions, "--build", [wrong])
@@ -234,6 +238,23 @@ def test_a_fixed_batch_is_the_file_s_own(onnx_file: Factory, tiny_checkpoint: Fa
     assert built.manifest.engine["batch"] == [3, 3, 3]
     with pytest.raises(CmfastError, match="the ONNX file takes batches of 3 only"):
         build_engine(tmp_path / "model.onnx", tmp_path / "other.engine", BuildOptions(batch=(1, 2, 4)))
+
+
+def test_a_file_that_changes_while_it_is_built_gives_no_engine(
+    handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(handmade_onnx(8), tmp_path / "model.onnx")
+    real = to_tensorrt._build
+
+    def build(*arguments: Any) -> Any:
+        plan = real(*arguments)
+        shutil.copyfile(handmade_onnx(16), tmp_path / "model.onnx")
+        return plan
+
+    monkeypatch.setattr(to_tensorrt, "_build", build)
+    with pytest.raises(CheckFailed, match="changed while its engine was built; no file was written"):
+        build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", BuildOptions())
+    assert os.listdir(tmp_path) == ["model.onnx"]
 
 
 # The cache.
@@ -260,15 +281,37 @@ def test_the_same_engine_is_built_once_and_found_by_content_not_by_name(handmade
     assert len(os.listdir(cache)) == 1 + len(others)
 
 
-def test_another_version_or_card_is_another_engine(
-    handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (rtx, "__version__", "1.7.1.999"),
+        (to_tensorrt, "this_platform", lambda: "windows_amd64"),
+        (to_tensorrt, "cuda_major", lambda name: "14"),
+        (to_tensorrt, "_default_targets", lambda trt: ["8.9"]),
+        (to_tensorrt, "BUILDER", to_tensorrt.BUILDER + 1),
+    ],
+)
+def test_another_version_system_card_or_builder_is_another_engine(
+    where: Any, name: str, value: Any, handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     build_engine(handmade_onnx(8), tmp_path / "a.engine", BuildOptions(), cache=cache)
-    real = to_tensorrt._description
-    for values in ({"version": "9.9"}, {"compute_capability": ["8.9"]}, {"platform": "windows_amd64"}):
-        monkeypatch.setattr(to_tensorrt, "_description", lambda *a, changed=values: real(*a) | changed)
+    with monkeypatch.context() as changed:
+        changed.setattr(where, name, value)
         assert not build_engine(handmade_onnx(8), tmp_path / "b.engine", BuildOptions(), cache=cache).cached
+    assert build_engine(handmade_onnx(8), tmp_path / "b.engine", BuildOptions(), cache=cache).cached
+
+
+def test_an_engine_of_another_description_under_a_name_of_the_cache_is_built_again(
+    handmade_onnx: Factory, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    build_engine(handmade_onnx(8), tmp_path / "a.engine", BuildOptions(), cache=cache)
+    (kept,) = cache.iterdir()
+    build_engine(handmade_onnx(16), kept, BuildOptions())
+    again = build_engine(handmade_onnx(8), tmp_path / "b.engine", BuildOptions(), cache=cache)
+    assert not again.cached
+    assert read_plan(kept).spec.image == (1, 8, 8)
 
 
 def test_a_damaged_engine_in_the_cache_is_built_again(handmade_onnx: Factory, tmp_path: Path) -> None:
@@ -353,6 +396,7 @@ def test_the_command_keeps_engines_where_it_is_told_to(
         (["--format", "engine", "--precision", "fp16"], "exported already, so its kind and precision are in it"),
         (["--format", "onnx"], "exported already; --format engine or --format triton takes it further"),
         (["--format", "engine", "--build", "batch=3,2,1"], "batch must be the smallest"),
+        (["--format", "engine", "--build", "bogus=1", "-n"], "expected NAME=VALUE, NAME one of library, batch"),
         (["--format", "engine", "--serve", "instances=1"], "--serve is for --format triton"),
         (["--format", "triton", "--target", "8.9"], "--build, --target and --cache are for --format engine"),
     ],

@@ -8,6 +8,8 @@ plans are none that TensorRT could load: only their manifests are read.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +23,21 @@ import onnxruntime
 import pytest
 import tritonclient.grpc
 from google.protobuf import json_format, text_format
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
 from cmfast import gaussian, save_images
 from cmfast.artifact import Manifest, read_manifest
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.model import load
-from cmfast.plan import UNSEALED, seal
+from cmfast.plan import NOT_RUN, UNSEALED, seal
 from cmfast.spec import ModelSpec
-from cmfast_export import to_triton
 from cmfast_export.compose import sampler_graph
 from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_triton import ServeOptions, Written, client_example, server_graph, write_repository
+from cmfast_export.to_server import server_graph
+from cmfast_export.to_triton import Written, check_repository, client_example, model_name, write_repository
+from cmfast_export.triton_config import MAX_BATCH, ServeOptions, check_name
 from cmfast_export.write import write_data, write_with_manifest
 from cmfast_train.checkpoint import load_checkpoint
 
@@ -181,7 +186,7 @@ def test_the_configuration_of_an_onnx_file_is_this_and_no_more(server_file: Make
     assert as_dict(tmp_path / "repo" / "two_steps") == {
         "name": "two_steps",
         "platform": "onnxruntime_onnx",
-        "max_batch_size": to_triton.MAX_BATCH,
+        "max_batch_size": MAX_BATCH,
         "input": [{"name": "noise", **NOISE}, {"name": "label", **LABEL}],
         "output": [IMAGES],
         "instance_group": [{"kind": "KIND_GPU", "count": 1}],
@@ -317,6 +322,7 @@ def plan(path: Path, *, magic: bytes = b"ftrt", source: str = "1" * 64, kind: st
         "version_compatible": False,
         "hardware_compatible": "",
         "onnx_sha256": "2" * 64,
+        "max_abs": NOT_RUN,
         "plan_sha256": UNSEALED,
     }
     spec = ModelSpec(image=(1, 8, 8), classes=10, sigmas={2: (80.0, 0.8)})
@@ -419,17 +425,22 @@ def test_plans_that_one_server_cannot_hold_are_refused(other: dict[str, Any], wo
     assert not (tmp_path / "repo").exists()
 
 
+MAKE_PLAN = "cmfast-export model.pt --kind server --steps 2 --format engine"
+
+
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        ({"magic": b"vtrt"}, CmfastError, r"built by tensorrt_rtx, and Triton loads .* tensorrt; .*\.onnx"),
-        ({"batch": [2, 4, 8]}, CmfastError, "batches of 2 to 8, and Triton sends what there is, from 1"),
-        ({"batch": [0, 4, 8]}, ArtifactError, "does not say"),
-        ({"batch": "many"}, ArtifactError, "does not say"),
-        ({"compute_capability": ["../9.0"]}, ArtifactError, "does not say"),
-        ({"compute_capability": []}, ArtifactError, "does not say"),
-        ({"version": None}, ArtifactError, "does not say"),
-        ({"kind": "sampler"}, CmfastError, "is of kind sampler; .*--format triton"),
+        ({"magic": b"vtrt"}, CmfastError, f"built by tensorrt_rtx, .*: {MAKE_PLAN} --build library=tensorrt; .*onnx"),
+        (
+            {"batch": [2, 4, 8]},
+            CmfastError,
+            f"2 to 8, and Triton sends .* from 1; .*: {MAKE_PLAN} --build batch=1,4,8$",
+        ),
+        ({"batch": [0, 4, 8]}, ArtifactError, "its manifest says batch of the engine wrongly"),
+        ({"compute_capability": ["../9.0"]}, ArtifactError, "says compute_capability of the engine wrongly"),
+        ({"compute_capability": []}, ArtifactError, f"does not say for which GPUs it is; .*: {MAKE_PLAN}$"),
+        ({"kind": "sampler"}, CmfastError, f"is of kind sampler; .*: {MAKE_PLAN}$"),
     ],
 )
 def test_a_plan_that_triton_cannot_serve_is_refused(
@@ -502,23 +513,148 @@ def test_a_second_model_joins_the_first_and_a_third_of_the_same_name_is_refused(
     write_repository(out, [server_file()], ServeOptions(name="two"))
     assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
     assert (out / "two" / "config.pbtxt").read_bytes() == before.replace(b'"one"', b'"two"')
-    with pytest.raises(CmfastError, match="exists and is not an empty folder"):
+    with pytest.raises(CmfastError, match=r"has two already; give this model another name, --serve name=NAME, or"):
         write_repository(out, [server_file()], ServeOptions(name="two"))
     assert (out / "one" / "config.pbtxt").read_bytes() == before
 
 
-def test_a_failure_halfway_leaves_nothing(server_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = server_file(data=True)
-    copied: list[Path] = []
+@pytest.mark.parametrize(
+    ("stem", "asked", "name"),
+    [
+        ("two.steps", "", "two_steps"),
+        ("cd imagenet64-l2", "", "cd_imagenet64_l2"),
+        ("..", "", "model"),
+        ("模型", "", "model"),
+        ("two.steps", "a-b", "a-b"),
+    ],
+)
+def test_a_model_is_called_as_asked_or_like_its_file_as_far_as_triton_allows(stem: str, asked: str, name: str) -> None:
+    assert model_name(stem, ServeOptions(name=asked)) == name
 
-    def full(source: Path, target: Path) -> None:
-        copied.append(target)
-        target.write_bytes(source.read_bytes()[:100])
-        if len(copied) == 2:
-            raise OSError("no space left on device")
 
-    monkeypatch.setattr(to_triton.shutil, "copyfile", full)
-    with pytest.raises(OSError, match="no space"):
-        write_repository(tmp_path / "repo", [model])
+@given(st.text())
+def test_every_file_gives_a_name_that_the_check_takes(stem: str) -> None:
+    check_name(model_name(stem))
+
+
+def test_a_model_that_cannot_be_written_is_refused_before_its_files_are_there(
+    server_file: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "repo"
+    check_repository(out, "two_steps")
+    assert not out.exists()
+    write_repository(out, [server_file()])
+    check_repository(out, "another")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "notes").touch()
+    (tmp_path / "file").touch()
+    for where, name, words in (
+        ("repo", "two_steps", f"repo has two_steps already; .*, or remove {out}/two_steps"),
+        ("repo", ".hidden", "a model's name for Triton is letters"),
+        ("precious", "a", "is no model repository: notes in it is no model"),
+        ("file", "a", "exists and is not a folder"),
+        ("no/where", "a", "does not exist; make it first"),
+    ):
+        with pytest.raises(CmfastError, match=words):
+            check_repository(tmp_path / where, name)
+
+
+def test_a_repository_that_nothing_can_be_moved_into_is_refused(
+    server_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "repo"
+    write_repository(out, [server_file()])
+    for module, name, value, words in (
+        (os, "access", lambda path, mode: Path(path) != tmp_path, f"{tmp_path} is not writable"),  # to root all is
+        (os.path, "ismount", lambda path: Path(path) == out, f"{out} is a file system of its own"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, value)
+            with pytest.raises(CmfastError, match=f"but {words}; .*: -o new, then mv new/b {out}$"):
+                check_repository(out, "b")
+    check_repository(out, "b")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+    """Return a function that lets the n-th copy of a file stop halfway; it gives the list of where copies went."""
+
+    def stop(number: int, error: type[BaseException], then: Callable[[], None] = lambda: None) -> list[Path]:
+        copied: list[Path] = []
+
+        def half(source: Path, target: Path) -> None:
+            copied.append(target)
+            target.write_bytes(source.read_bytes()[:100])
+            if len(copied) == number:
+                then()
+                raise error("no space left on device")
+
+        monkeypatch.setattr(shutil, "copyfile", half)
+        return copied
+
+    return stop
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_halfway_leaves_nothing(
+    error: type[BaseException], server_file: Make, copies: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    copied = copies(2, error)
+    with pytest.raises(error, match="no space"):
+        write_repository(tmp_path / "repo", [server_file(data=True)])
     assert len(copied) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_server_that_watches_the_repository_never_sees_half_a_model(
+    inside: bool,
+    server_file: Make,
+    copies: Callable[..., list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "repo"
+    write_repository(out, [server_file()])
+    if inside:
+        monkeypatch.chdir(out)
+    seen: list[set[str]] = []
+    copied = copies(1, KeyboardInterrupt, lambda: seen.append({path.name for path in out.rglob("*")}))
+    with pytest.raises(KeyboardInterrupt):
+        write_repository("." if inside else out, [server_file()], ServeOptions(name="second"))
+    assert seen == [{"two_steps", "config.pbtxt", "1", "model.onnx"}]  # nothing of the second, hidden or not
+    assert copied[0].is_relative_to(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["repo"]
+    assert [path.name for path in out.iterdir()] == ["two_steps"]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_what_a_killed_run_left_hidden_in_a_repository_is_not_in_the_way(
+    others: bool, server_file: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "repo"
+    if others:
+        write_repository(out, [server_file()])
+    left = out / ".second.abc.tmp" / "1" / "model.onnx"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    write_repository(out, [server_file()], ServeOptions(name="second"))
+    assert read_config(out / "second").name == "second"
+    assert left.read_bytes() == b"half"
+    assert {path.name for path in out.iterdir()} == {".second.abc.tmp", "second", *(["two_steps"] if others else [])}
+
+
+def test_an_empty_folder_becomes_a_repository_and_stays_the_same_folder(
+    server_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, out in (("here", "."), ("link", "link")):
+        folder = tmp_path / f"of_{name}"
+        folder.mkdir()
+        monkeypatch.chdir(folder if out == "." else tmp_path)
+        if out == "link":
+            Path("link").symlink_to(folder)
+        before = folder.stat().st_ino
+        write_repository(out, [server_file()])
+        assert folder.stat().st_ino == before  # a shell that stands in it still does
+        assert [path.name for path in folder.iterdir()] == ["two_steps"]

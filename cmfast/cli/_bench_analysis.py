@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from cmfast.cli._bench_contenders import Contender, Job
 
 DEVICE_CALLS = 20  # with device times, after the timing
-LAUNCH = 0.8  # of the device's time: a host that needs more to hand over work does not keep the device busy (trtexec's)
+# Of the device's time: a host that needs more to hand over work does not keep the device busy. trtexec warns from here.
+LAUNCH = 0.8
+REPLAYED = ("cuda_graph", "compiled")  # variants; mode max-autotune of torch.compile records CUDA graphs itself
 BUSY = 0.25  # of a ceiling: below, neither arithmetic nor memory is what the time goes to
 
 Cost = Mapping[str, float]
@@ -61,6 +63,8 @@ def measure_ceilings(dtypes: set[str], device: str, threads: int | None) -> dict
     for dtype in sorted(dtypes & BYTES.keys()):
         click.echo(f"measuring what {device} reaches in {dtype}", err=True)
         ceilings[dtype] = measure_machine(device, dtype, threads)
+        if ceilings[dtype].flops_per_s is None or ceilings[dtype].bytes_per_s is None:
+            click.echo(f"no roofline in {dtype}: {ceilings[dtype].how}", err=True)
     return ceilings
 
 
@@ -70,7 +74,7 @@ def explain(
     """Return what a row of the record says besides the times of its calls; None for what is not known."""
     steps = len(job.sigmas)
     floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
-    replayed = job.contender.variant == "cuda_graph" or job.contender.file.suffix in ENGINE_SUFFIXES
+    replayed = job.contender.variant in REPLAYED or job.contender.file.suffix in ENGINE_SUFFIXES
     return {
         "device_times": times and asdict(times) | {"calls": DEVICE_CALLS},
         "flops": cost and steps * job.batch * cost["flops"],
@@ -89,7 +93,10 @@ def diagnose(
     wall_ms   median of the whole call
     times     of the call on a GPU; None: on a CPU, or the engine does not tell
     floor     of the call, by `ceilings`
-    replayed  the work is a CUDA graph already: handing it over is one launch, whatever the host's clock says of waiting
+    replayed  the work is CUDA graphs already: handing one over is one launch, whatever the host's clock says of waiting
+
+    Launch-bound goes by enqueue_ms, which begins when the arrays are in page-locked memory: filling that takes the host
+    longer the larger the batch, and no graph would make it shorter.
     """
     if times is not None:
         copies_ms = times.copy_in_ms + times.copy_out_ms
@@ -107,15 +114,17 @@ def diagnose(
     seconds = (times.compute_ms if times is not None else wall_ms) / 1000
     if floor.bound == "compute":
         what, rate, ceiling, unit = "matrix rate", floor.flops / seconds, ceilings.flops_per_s, "FLOP/s"
-        beyond = "; so it multiplies less often than counted, or in a faster type"
+        above = "it multiplies less often than counted (Winograd), or the ceiling was measured on a busy machine"
     else:
         what, rate, ceiling, unit = "bandwidth", floor.bytes / seconds, ceilings.bytes_per_s, "B/s"
-        beyond = "; caches hold part of it"
+        above = "caches hold part of it"
+    if rate > ceiling:
+        return f"{floor.bound}-bound: above the measured {what} ({_pair(rate, ceiling, unit)}): {above}"
     percent = 100 * rate / ceiling
     numbers = f"{percent:.{0 if percent >= 10 else 1}f} % of the measured {what} ({_pair(rate, ceiling, unit)})"
     if rate < BUSY * ceiling:
         return f"far from the roofline: {numbers}; small or slow kernels and overhead take the time"
-    return f"{floor.bound}-bound: {numbers}{beyond if rate > ceiling else ''}"
+    return f"{floor.bound}-bound: {numbers}"
 
 
 _TIMES = tuple(field.name for field in fields(DeviceTimes))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Who takes part in cmfast-bench: files opened in each way that was asked for, their jobs, and whether they agree."""
+"""Who takes part in cmfast-bench: files opened in each way that was asked for, their jobs, and whether they agree.
+
+What becomes of a contender that fails is decided in `_bench_failures`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from cmfast.artifact import ROUNDING
+from cmfast.artifact import ROUNDING, WINOGRAD
+from cmfast.cli._bench_failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
 from cmfast.cli._bench_options import Options
-from cmfast.errors import CheckFailed, CmfastError, EngineError
+from cmfast.errors import CmfastError, EngineError
 
 if TYPE_CHECKING:
     from cmfast.model import Floats, Model
 
 # Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype. In float32 more than an export is
 # allowed: convolutions by Winograd's method, which libraries choose by themselves, cost some digits.
-TOLERANCES = {**ROUNDING, "float32": 1e-3}
+TOLERANCES = {**ROUNDING, "float32": WINOGRAD}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,25 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A contender at one setting. `call` samples a batch: numpy noise in, numpy images [B, C, H, W] out."""
+    """A contender at one setting."""
 
     contender: Contender
     sigmas: tuple[float, ...]
     batch: int
-    call: Callable[[], Floats]
+    draw: Callable[[], Floats]
+    keep_going: bool = False  # a failure that nobody foresaw is the contender's too; else it keeps its traceback
+
+    def call(self) -> Floats:
+        """Sample a batch: numpy noise in, numpy images [B, C, H, W] out. What fails is a ContenderFailed."""
+        try:
+            return self.draw()
+        except CmfastError as err:
+            raise ContenderFailed(self, str(err)) from None
+        except Exception as err:
+            if not self.keep_going:
+                err.add_note(f"cmfast-bench was running {self.name}")
+                raise
+            raise ContenderFailed(self, reason(err)) from None
 
     @property
     def where(self) -> str:
@@ -57,26 +72,24 @@ class Job:
         return f"{self.contender.name} at {self.where}"
 
 
-def open_contenders(options: Options) -> tuple[list[Contender], list[str]]:
+def open_contenders(options: Options, failures: Failures) -> list[Contender]:
     """Open every file in every way; the first contender is the reference. All must draw the same kind of image.
 
-    Also returned: what was left out, because it was not asked for by name and cannot be had, with the reason.
+    What was not asked for by name and cannot be had is left out, and said to `failures`.
     """
     from cmfast.engines import open_engine
     from cmfast.model import Model
 
     contenders: list[Contender] = []
-    left_out: list[str] = []
     for wanted in _wanted(options):
         try:
             engine = open_engine(
                 wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
             )
-        except EngineError as err:
-            if wanted.asked:
+        except Exception as err:
+            if not (options.keep_going or (isinstance(err, EngineError) and not wanted.asked)):
                 raise
-            left_out.append(f"{' '.join(filter(None, ('PyTorch', wanted.precision, wanted.variant)))}: {err}")
-            click.echo(f"left out: {left_out[-1]}", err=True)
+            failures.note(LeftOut(contender=wanted.name, what="opening", why=reason(err)))
             continue
         model = Model(engine)
         first = contenders[0] if contenders else None
@@ -87,7 +100,7 @@ def open_contenders(options: Options) -> tuple[list[Contender], list[str]]:
             )
         contenders.append(
             Contender(
-                name=wanted.name or engine.name,
+                name=wanted.name,
                 file=wanted.file,
                 variant=wanted.variant,
                 precision=wanted.precision,
@@ -96,10 +109,10 @@ def open_contenders(options: Options) -> tuple[list[Contender], list[str]]:
             )
         )
     # a denoiser runs at every setting
-    return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser"), left_out
+    return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
 
 
-def plan(contenders: list[Contender], steps: int, batch: int) -> list[Job]:
+def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:
     """Return the jobs of one setting, the reference first: the same noise, labels and noise levels for all."""
     import numpy as np
 
@@ -115,7 +128,9 @@ def plan(contenders: list[Contender], steps: int, batch: int) -> list[Job]:
     def sampling(model: Model) -> Callable[[], Floats]:
         return lambda: model.from_noise(noise, sigmas, label)
 
-    return [Job(contender=c, sigmas=sigmas, batch=batch, call=sampling(c.model)) for c in running]
+    return [
+        Job(contender=c, sigmas=sigmas, batch=batch, draw=sampling(c.model), keep_going=keep_going) for c in running
+    ]
 
 
 def check_all_run(contenders: list[Contender], settings: list[list[Job]], options: Options) -> None:
@@ -129,34 +144,52 @@ def check_all_run(contenders: list[Contender], settings: list[list[Job]], option
         raise CmfastError(f"{contender.file} runs at none of these settings; it needs --steps {steps} --batch {batch}")
 
 
-def compare(jobs: list[Job], tolerance: float | None) -> Iterator[tuple[Job, float, float]]:
-    """Yield each job with the largest difference of its images from the first job's, and what is allowed.
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """A job whose images are those of the reference."""
 
-    More than that is a CheckFailed. tolerance  None: by the less precise type of the two
+    job: Job
+    difference: float  # the largest of a pixel in [-1, 1]
+    allowed: float
+
+
+def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> list[Agreed]:
+    """Return the jobs of one setting whose images agree with the first one's; what fails or differs `failures` gets.
+
+    tolerance  None: by the less precise type of the two
+
+    Where the first one fails and that does not stop the command, the next is what the others are compared with.
     """
     import numpy as np
 
-    reference = jobs[0].call()
+    agreed: list[Agreed] = []
+    reference: tuple[Job, Floats] | None = None
     for job in jobs:
-        images = reference if job is jobs[0] else job.call()
-        difference = float(np.abs(images - reference).max())
-        # A type that is not in the table is held to float32's.
-        allowed = tolerance or max(TOLERANCES.get(j.contender.dtype, TOLERANCES["float32"]) for j in (job, jobs[0]))
-        if not difference <= allowed:  # also when it is not a number
-            ours, theirs = (j.contender.model.manifest.source.get("sha256") for j in (job, jobs[0]))
-            why = "; it was exported from other weights" if ours and theirs and ours != theirs else ""
-            raise CheckFailed(
-                f"{job.name} differs from {jobs[0].contender.name} by {difference:.2e} (allowed {allowed:g}){why}; "
-                "nothing was timed; export it again, or allow for its precision with --tolerance"
-            )
-        yield job, difference, allowed
+        try:
+            images = job.call()
+            first, wanted = reference or (job, images)
+            difference = float(np.abs(images - wanted).max())
+            # A type that is not in the table is held to float32's.
+            allowed = tolerance or max(TOLERANCES.get(j.contender.dtype, TOLERANCES["float32"]) for j in (job, first))
+            if not difference <= allowed:  # also when it is not a number
+                ours, theirs = (j.contender.model.manifest.source.get("sha256") for j in (job, first))
+                why = "; it was exported from other weights" if ours and theirs and ours != theirs else ""
+                raise ContenderDiffers(
+                    job, f"differs from {first.contender.name} by {difference:.2e} (allowed {allowed:g}){why}"
+                )
+        except (ContenderFailed, ContenderDiffers) as failure:
+            failures.met(failure)
+            continue
+        reference = first, wanted
+        agreed.append(Agreed(job=job, difference=difference, allowed=allowed))
+    return agreed
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
     """A file and a way to open it."""
 
-    name: str  # "": the engine's
+    name: str
     file: Path
     variant: str = ""
     precision: str = ""
@@ -169,9 +202,10 @@ def _wanted(options: Options) -> Iterator[_Wanted]:
         for precision in ("", *(name for name in extra if name != "fp32")):  # "" is fp32, the reference
             asked = options.precision is not None or not precision
             for variant in ("", *options.baseline_variants()):
-                yield _Wanted(name="", file=options.baseline, variant=variant, precision=precision, asked=asked)
+                name = " ".join(filter(None, ("PyTorch", options.device, precision, variant)))  # as the engine's
+                yield _Wanted(name=name, file=options.baseline, variant=variant, precision=precision, asked=asked)
         if options.diffusers:
-            yield _Wanted(name="", file=options.baseline, variant="diffusers")
+            yield _Wanted(name=f"diffusers {options.device}", file=options.baseline, variant="diffusers")
     same = [file.name for file in options.models]
     for file in options.models:
         name = file.name if same.count(file.name) == 1 else str(file)

@@ -21,9 +21,7 @@ class Options:
 
     models: tuple[Path, ...]
     baseline: Path | None = None  # a checkpoint
-    precision: tuple[str, ...] | None = (
-        None  # that PyTorch runs the baseline in besides fp32; None: those of the models
-    )
+    precision: tuple[str, ...] | None = None  # of the baseline, besides fp32; None: those of the models
     variants: tuple[str, ...] | None = None  # besides the plain way; None: the baseline's channels_last
     diffusers: bool = False  # also diffusers' own pipeline of the baseline
     steps: tuple[int, ...] = (1, 2)  # network calls an image
@@ -33,6 +31,7 @@ class Options:
     threads: int | None = None  # of the CPU; None: the engine's choice
     device: str = "cpu"
     tolerance: float | None = None  # largest difference from the reference, images in [-1, 1]; None: by the type
+    keep_going: bool = False  # leave out a contender that fails or differs, and say so; else stop
 
     def __post_init__(self) -> None:
         files = [*([self.baseline] if self.baseline else []), *self.models]

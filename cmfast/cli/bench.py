@@ -3,7 +3,8 @@
 
 Everything is checked and opened first, then outputs are compared, then times are taken (`cmfast.timing`): a wrong
 answer is not timed. After the timing, and not in it, a GPU's own times and the machine's ceilings (`cmfast.roofline`)
-say what the time goes to. The method is described in benchmarks/README.md.
+say what the time goes to. A contender that fails is named with its setting (`cmfast.cli._bench_failures`). The method
+is described in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmfast.cli._bench_contenders import Contender, Job, check_all_run, compare, open_contenders, plan
+from cmfast.cli._bench_contenders import Agreed, Contender, Job, check_all_run, compare, open_contenders, plan
+from cmfast.cli._bench_failures import ContenderFailed, Failures, LeftOut
 from cmfast.cli._bench_options import Options
 from cmfast.cli._bench_report import draw, need_matplotlib, show
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.errors import CmfastError, EngineError
+
+if TYPE_CHECKING:
+    from cmfast.engines import DeviceTimes
 
 EPILOG = """\b
 Examples:
@@ -74,6 +80,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--tolerance", type=float, help="Largest difference, pixels in [-1, 1]; default: 0.001, more below float32."
 )
+@click.option("--keep-going", is_flag=True, help="Leave out, and name in the record, what fails or differs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians to NAME.png.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be timed, and stop.")
@@ -90,6 +97,7 @@ def command(
     threads: int | None,
     device: str,
     tolerance: float | None,
+    keep_going: bool,
     json_file: Path | None,
     plot: Path | None,
     dry_run: bool,
@@ -112,17 +120,21 @@ def command(
         threads=threads,
         device=device,
         tolerance=tolerance,
+        keep_going=keep_going,
     )
     _check_outputs(json_file, plot)
-    contenders, left_out = open_contenders(options)
-    settings = [jobs for n in options.steps for b in options.batch if (jobs := plan(contenders, n, b))]
+    failures = Failures(keep_going=keep_going)
+    contenders = open_contenders(options, failures)
+    planned = (plan(contenders, n, b, keep_going=keep_going) for n in options.steps for b in options.batch)
+    settings = [jobs for jobs in planned if jobs]
     check_all_run(contenders, settings, options)
+    failures.check_some_are_left(settings)
     if dry_run:
         for jobs in settings:
             click.echo(f"{jobs[0].where}: {', '.join(job.contender.name for job in jobs)}")
         click.echo(f"at least {seconds * sum(map(len, settings)):,.0f} s of timing")
         return
-    record = measure(contenders, settings, options) | {"left_out": left_out}
+    record = measure(contenders, settings, options, failures)
     show(record)
     if json_file is not None:
         from cmfast.files import write_text
@@ -137,65 +149,42 @@ def command(
     click.echo(f"next: {_next_command(record, contenders, options)}")
 
 
-def measure(contenders: list[Contender], settings: list[list[Job]], options: Options) -> dict[str, Any]:
+def measure(
+    contenders: list[Contender], settings: list[list[Job]], options: Options, failures: Failures
+) -> dict[str, Any]:
     """Compare, probe, time, ask the devices; return the record."""
     from cmfast import timing
     from cmfast.cli import _bench_analysis as analysis
-    from cmfast.engines import TimedEngine
 
     # A live progress bar would redraw on the core that is being timed, so there are lines instead.
     click.echo("comparing the images", err=True)
-    different = {job.name: pair for jobs in settings for job, *pair in compare(jobs, options.tolerance)}
-    starts = []
-    for contender in contenders:
-        click.echo(f"starting {contender.name} in a process of its own", err=True)
-        job = next(job for jobs in settings for job in jobs if job.contender is contender)
-        starts.append(_start(job, options))
+    agreed = [setting for jobs in settings if (setting := compare(jobs, options.tolerance, failures))]
+    # In place: nobody is to hold the memory of those that run nowhere.
+    settings[:] = [[each.job for each in setting] for setting in agreed]
+    contenders[:] = [c for c in contenders if any(job.contender is c for jobs in settings for job in jobs)]
+    failures.check_some_are_left(settings)
+    starts = _starts(contenders, settings, options, failures)
     before = timing.cpu_ticks()
     times: dict[str, list[float]] = {}
-    for jobs in settings:
-        click.echo(f"timing {jobs[0].where}: {len(jobs)} contender(s)", err=True)
-        calls = {job.name: job.call for job in jobs}
-        times |= timing.interleave(calls, seconds=options.seconds, calls=MIN_CALLS)
+    timed = [left for setting in agreed if (left := _time(setting, options, failures, times))]
     load, steal = timing.load_average(), timing.steal_share(before, timing.cpu_ticks())
+    failures.check_some_are_left(timed)
     on_device = {
-        job.name: analysis.device_times(engine, job.call)
-        for jobs in settings
-        for job in jobs
-        if isinstance(engine := job.contender.model.engine, TimedEngine) and options.device == "cuda"
+        each.job.name: found
+        for setting in timed
+        for each in setting
+        if options.device == "cuda" and (found := _device_times(each.job, failures))
     }
     costs = {c.name: cost for c, cost in zip(contenders, analysis.costs(contenders), strict=True)}
     ceilings = analysis.measure_ceilings(
         {c.dtype for c in contenders if costs[c.name]}, options.device, options.threads
     )
     rows = []
-    for jobs in settings:
-        summaries = {job.name: timing.summarise(times[job.name]) for job in jobs}
-        eager = {job.contender.dtype: job for job in jobs if job.contender.eager}
-        for job in jobs:
-            dtype, summary, cost = job.contender.dtype, summaries[job.name], costs[job.contender.name]
-            same = eager.get(dtype)
-            difference, allowed = different[job.name]
-            rows.append(
-                {
-                    "contender": job.contender.name,
-                    "engine": job.contender.model.engine.name,
-                    "variant": job.contender.variant,
-                    "dtype": dtype,
-                    "steps": len(job.sigmas),
-                    "sigmas": list(job.sigmas),
-                    "batch": job.batch,
-                    **asdict(summary),
-                    "images_per_s": 1000 * job.batch / summary.median_ms,
-                    "reference": jobs[0].contender.name,
-                    "times_as_fast": summaries[jobs[0].name].median_ms / summary.median_ms,
-                    "reference_same_precision": same and same.contender.name,
-                    "times_as_fast_same_precision": same and summaries[same.name].median_ms / summary.median_ms,
-                    "max_abs_diff": difference,
-                    "tolerance": allowed,
-                    **analysis.explain(job, summary.median_ms, on_device.get(job.name), cost, ceilings.get(dtype)),
-                }
-            )
+    for setting in timed:
+        for each, row in zip(setting, _rows(setting, times), strict=True):
+            name, contender = each.job.name, each.job.contender
+            cost, ceiling = costs[contender.name], ceilings.get(contender.dtype)
+            rows.append(row | analysis.explain(each.job, row["median_ms"], on_device.get(name), cost, ceiling))
     values = asdict(options) | {
         "models": [file.name for file in options.models],
         "baseline": options.baseline.name if options.baseline else None,
@@ -210,7 +199,92 @@ def measure(contenders: list[Contender], settings: list[list[Job]], options: Opt
         "ceilings": [asdict(each) for each in ceilings.values()],
         "rows": rows,
         "starts": starts,
+        "left_out": [asdict(each) for each in failures.left_out],
     }
+
+
+def _starts(
+    contenders: list[Contender], settings: list[list[Job]], options: Options, failures: Failures
+) -> list[dict[str, Any]]:
+    """Return what each contender costs to start.
+
+    With keep_going one that does not start there is timed all the same: a GPU's memory may be short in a second process
+    because of what all contenders hold in this one.
+    """
+    starts = []
+    for contender in contenders:
+        click.echo(f"starting {contender.name} in a process of its own", err=True)
+        job = next(job for jobs in settings for job in jobs if job.contender is contender)
+        try:
+            starts.append(_start(job, options))
+        except EngineError as err:
+            if not options.keep_going:
+                raise
+            failures.note(LeftOut(contender=contender.name, what="start", why=str(err)))
+    return starts
+
+
+def _time(agreed: list[Agreed], options: Options, failures: Failures, times: dict[str, list[float]]) -> list[Agreed]:
+    """Time the jobs of one setting; return those that came to the end, the times of their calls, ms, in `times`."""
+    from cmfast import timing
+
+    while agreed:
+        click.echo(f"timing {agreed[0].job.where}: {len(agreed)} contender(s)", err=True)
+        calls = {each.job.name: each.job.call for each in agreed}
+        try:
+            times |= timing.interleave(calls, seconds=options.seconds, calls=MIN_CALLS)
+        except ContenderFailed as failure:
+            failures.met(failure)
+            others = [each.job for each in agreed if each.job is not failure.job]
+            agreed = compare(others, options.tolerance, failures)  # anew: it may have been the reference
+        else:
+            break
+    return agreed
+
+
+def _device_times(job: Job, failures: Failures) -> DeviceTimes | None:
+    """Return the times of a job on the device; None where its engine does not tell, or fails when it is asked."""
+    from cmfast.cli import _bench_analysis as analysis
+    from cmfast.engines import TimedEngine
+
+    engine = job.contender.model.engine
+    if not isinstance(engine, TimedEngine):
+        return None
+    try:
+        return analysis.device_times(engine, job.call)
+    except EngineError as err:
+        failure = err if isinstance(err, ContenderFailed) else ContenderFailed(job, str(err))
+        failures.met(failure, what="device_times")
+        return None
+
+
+def _rows(setting: list[Agreed], times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one setting, as far as they are about its times."""
+    from cmfast import timing
+
+    jobs = [each.job for each in setting]
+    medians = {job.name: timing.summarise(times[job.name]).median_ms for job in jobs}
+    eager = {job.contender.dtype: job for job in jobs if job.contender.eager}
+    for each in setting:
+        job, dtype = each.job, each.job.contender.dtype
+        median, same = medians[job.name], eager.get(dtype)
+        yield {
+            "contender": job.contender.name,
+            "engine": job.contender.model.engine.name,
+            "variant": job.contender.variant,
+            "dtype": dtype,
+            "steps": len(job.sigmas),
+            "sigmas": list(job.sigmas),
+            "batch": job.batch,
+            **asdict(timing.summarise(times[job.name])),
+            "images_per_s": 1000 * job.batch / median,
+            "reference": jobs[0].contender.name,
+            "times_as_fast": medians[jobs[0].name] / median,
+            "reference_same_precision": same and same.contender.name,
+            "times_as_fast_same_precision": same and medians[same.name] / median,
+            "max_abs_diff": each.difference,
+            "tolerance": each.allowed,
+        }
 
 
 def _start(job: Job, options: Options) -> dict[str, Any]:
@@ -232,7 +306,9 @@ def _start(job: Job, options: Options) -> dict[str, Any]:
     done = subprocess.run(program, capture_output=True, text=True, env=cold)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise EngineError(f"{contender.name} runs in this process, but not in one of its own: {reason}")
+        raise EngineError(
+            f"{contender.name} runs in this process, but not in one of its own: {reason}; --keep-going does without it"
+        )
     return {
         "contender": contender.name,
         "file": contender.file.name,

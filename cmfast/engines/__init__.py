@@ -63,7 +63,7 @@ class DeviceTimes:
     """One call on a GPU, ms. Device times are between CUDA events on the engine's stream."""
 
     host_ms: float  # wall clock of the whole call: arrays in host memory to arrays in host memory
-    enqueue_ms: float  # of it, host time until all work was handed over, before waiting for it
+    enqueue_ms: float  # of it, host time of handing over all work: after the inputs are in page-locked memory
     copy_in_ms: float  # device time: host to device
     compute_ms: float  # device time from the first kernel to the last, gaps included
     copy_out_ms: float  # device time: device to host
@@ -97,7 +97,7 @@ def open_engine(
     sha256     what the file must hash to, hex digits; anything else is refused before the file is opened
     """
     file = check_model(path)
-    if sha256 is not None:
+    if sha256 is not None and file.suffix not in ENGINE_SUFFIXES:  # of an engine: below, with the bytes that are loaded
         check_sha256(file, sha256)
     if device is None:
         device = "cuda" if file.suffix in ENGINE_SUFFIXES else "cpu"
@@ -121,7 +121,7 @@ def open_engine(
     if file.suffix in ENGINE_SUFFIXES:
         from cmfast.engines.tensorrt import TensorRtEngine
 
-        return TensorRtEngine(file, device, threads, variant)
+        return TensorRtEngine(file, device, threads, variant, sha256)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")

@@ -70,6 +70,7 @@ class Stream:
     def __init__(self) -> None:
         self._cuda = runtime()
         self.handle = call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
+        self.close = _freed_with(self, self._cuda.cudaStreamDestroy, self.handle)
 
     def run(
         self,
@@ -86,20 +87,25 @@ class Stream:
         begun = time.perf_counter()
         for name, buffer in inputs.items():
             np.copyto(buffer.host, values[name], casting="no")
-        mark = self.mark if times is not None else lambda: None
-        events = [mark()]
-        for buffer in inputs.values():
-            self.to_device(buffer)
-        events.append(mark())
-        work()
-        events.append(mark())
-        self.to_host(output)
-        events.append(mark())
-        enqueued = time.perf_counter()
-        self.wait()
+        handing = time.perf_counter()
+        events: list[Any] = []
+        try:
+            events += self._mark(times)
+            for buffer in inputs.values():
+                self.to_device(buffer)
+            events += self._mark(times)
+            work()
+            events += self._mark(times)
+            self.to_host(output)
+            events += self._mark(times)
+            enqueued = time.perf_counter()
+            self.wait()
+        except BaseException:
+            self._forget(events)
+            raise
         result: npt.NDArray[np.float32] = output.host.copy()
         if times is not None:
-            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
+            host_ms, enqueue_ms = 1000 * (time.perf_counter() - begun), 1000 * (enqueued - handing)
             device = dict(zip(("copy_in_ms", "compute_ms", "copy_out_ms"), self.times_ms(events), strict=True))
             times.append(DeviceTimes(host_ms=host_ms, enqueue_ms=enqueue_ms, **device))
         return result
@@ -124,10 +130,10 @@ class Stream:
 
     def times_ms(self, events: list[Any]) -> list[float]:
         """Return the device time between each event and the next, ms, and destroy them. The last one has happened."""
-        times = [float(call(self._cuda.cudaEventElapsedTime, start, end)) for start, end in pairwise(events)]
-        for event in events:
-            call(self._cuda.cudaEventDestroy, event)
-        return times
+        try:
+            return [float(call(self._cuda.cudaEventElapsedTime, start, end)) for start, end in pairwise(events)]
+        finally:
+            self._forget(events)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record what `work` hands over, without running it, as a graph."""
@@ -149,6 +155,13 @@ class Stream:
         """Hand over a graph."""
         call(self._cuda.cudaGraphLaunch, graph.handle, self.handle)
 
+    def _mark(self, times: list[DeviceTimes] | None) -> list[Any]:
+        return [] if times is None else [self.mark()]
+
+    def _forget(self, events: list[Any]) -> None:
+        for event in events:
+            self._cuda.cudaEventDestroy(event)
+
     def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         call(self._cuda.cudaMemcpyAsync, to, source, size, kind, self.handle)
 
@@ -158,7 +171,7 @@ class Graph:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        self.close = _freed_with(self, (runtime().cudaGraphExecDestroy, handle))
+        self.close = _freed_with(self, runtime().cudaGraphExecDestroy, handle)
 
 
 class Buffer:
@@ -171,20 +184,25 @@ class Buffer:
         cuda = runtime()
         self.size = prod(shape) * np.dtype(dtype).itemsize
         self.device = int(call(cuda.cudaMalloc, self.size))
+        free_device = _freed_with(self, cuda.cudaFree, self.device)
         self.pinned = int(call(cuda.cudaHostAlloc, self.size, cuda.cudaHostAllocDefault))
+        free_pinned = _freed_with(self, cuda.cudaFreeHost, self.pinned)
+        self._frees = (free_device, free_pinned)
         raw = memoryview((ctypes.c_byte * self.size).from_address(self.pinned))
         self.host: npt.NDArray[Any] = np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
-        self.close = _freed_with(self, (cuda.cudaFree, self.device), (cuda.cudaFreeHost, self.pinned))
+
+    def close(self) -> None:
+        """Free both sides."""
+        for free in self._frees:
+            free()
 
 
-def _freed_with(owner: object, *calls: tuple[Callable[[Any], Any], Any]) -> Callable[[], object]:
-    """Free CUDA's side of an object when it goes; not when the process ends, which does it anyway."""
+def _freed_with(owner: object, function: Callable[[Any], Any], handle: Any) -> Callable[[], object]:
+    """Free CUDA's side of an object when it goes; not when the process ends, which does it anyway.
 
-    def free() -> None:
-        for function, handle in calls:
-            function(handle)  # its error, of work long past, has nobody to go to
-
-    finalizer = weakref.finalize(owner, free)
+    An error of it, of work long past, has nobody to go to.
+    """
+    finalizer = weakref.finalize(owner, function, handle)
     finalizer.atexit = False
     return finalizer
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import platform
+import re
 from typing import Any
 
-from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
 
 LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -23,10 +24,10 @@ def import_library(name: str, what: str) -> Any:
             import tensorrt_rtx as trt
     except ModuleNotFoundError as err:
         if (err.name or "").split(".")[0] != name:  # the package is there, what it loads is not
-            raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
+            raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
         raise MissingDependency(what, name.replace("_", "-"), EXTRAS[name]) from None
     except (ImportError, OSError, RuntimeError) as err:
-        raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {_line(err)}") from None
+        raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
     return trt
 
 
@@ -46,14 +47,21 @@ def make_logger(trt: Any) -> Any:
 
 
 def reason(log: Any) -> str:
-    """Return what the library said went wrong, one line."""
-    return "; ".join(dict.fromkeys(log.errors))[:400] or "it does not say why"
+    """Return what the library said went wrong since the last time, one line."""
+    said = "; ".join(dict.fromkeys(log.errors))[:400]
+    log.errors.clear()
+    return said or "it does not say why"
+
+
+def cuda_major(name: str) -> str:
+    """Return the major version of CUDA that an installed library is built for: its plans need the same; "" unknown."""
+    from importlib.metadata import distributions
+
+    pattern = re.compile(rf"{name}[_-]cu(\d\d)([_-].*)?", re.IGNORECASE)
+    found = (pattern.fullmatch(each.metadata["Name"] or "") for each in distributions())
+    return next((match[1] for match in found if match), "")
 
 
 def this_platform() -> str:
     """Return the operating system and processor as plans are tied to them: linux_x86_64."""
     return f"{platform.system()}_{platform.machine()}".lower()
-
-
-def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:300]

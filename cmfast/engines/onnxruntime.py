@@ -26,7 +26,8 @@ import numpy.typing as npt
 from cmfast.artifact import Manifest, read_onnx
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
-from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency
+from cmfast.engines._clock import Clock
+from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency, one_line
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
@@ -86,7 +87,7 @@ class OnnxRuntimeEngine:
         except CmfastError:
             raise
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {_line(err)}") from None
+            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {one_line(err)}") from None
         result: npt.NDArray[np.float32] = output
         return result
 
@@ -120,7 +121,8 @@ class _Device:
         self._ids = itertools.count(1) if captures else None
         self._names = [node.name for node in session.get_inputs()]
         self._ready: dict[tuple[tuple[int, ...], ...], _Bound] = {}
-        self._times: list[DeviceTimes] | None = None
+        self._clock = Clock()
+        self.timed = self._clock.timed
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the output for these inputs, which are copied in and out."""
@@ -134,21 +136,12 @@ class _Device:
             self._session.run_with_iobinding(bound.binding, bound.options)
 
         try:
-            result = self._stream.run(inputs, bound.inputs, bound.output, work, self._times)
+            result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
         except Exception as err:
             self._close(bound)
-            raise EngineError(f"{self._failure(new)}: {_line(err)}") from None
+            raise EngineError(f"{self._failure(new)}: {one_line(err)}") from None
         self._ready[key] = bound  # the last used last
         return result
-
-    @contextmanager
-    def timed(self) -> Iterator[list[DeviceTimes]]:
-        """Give a list to which every run appends what it cost; the contract is `cmfast.engines.TimedEngine`."""
-        self._times = []
-        try:
-            yield self._times
-        finally:
-            self._times = None
 
     def _bind(self, inputs: Inputs) -> _Bound:
         """Return buffers for inputs of these shapes, bound to the session."""
@@ -202,7 +195,7 @@ def _open(ort: Any, path: Path, options: Any, dtype: str, wanted: list[tuple[str
         # Without enable_fallback=0 it prints what is wrong and goes on with other providers.
         session = ort.InferenceSession(os.fspath(path), options, providers=wanted, enable_fallback=0)
     except Exception as err:
-        raise _refusal(ort, path, dtype, names, _line(err)) from None
+        raise _refusal(ort, path, dtype, names, one_line(err)) from None
     if list(session.get_providers())[: len(names)] != names:  # it falls back without a word, which would be a lie
         raise _refusal(ort, path, dtype, names, "")
     return session
@@ -291,7 +284,7 @@ def _missing_library(ort: Any, provider: str) -> str | None:
     try:
         ctypes.CDLL(str(folder / (f"{name}.dll" if os.name == "nt" else f"lib{name}.so")))
     except OSError as err:
-        return _line(err)
+        return one_line(err)
     return None
 
 
@@ -324,7 +317,3 @@ def _import(device: str, variant: str) -> Any:
 def _batch_axis(kind: str) -> int:
     """Return the axis of the batch in the first input."""
     return 1 if kind == "sampler" else 0
-
-
-def _line(err: Exception) -> str:
-    return " ".join(str(err).split())[:300]

@@ -11,61 +11,81 @@ it was built for is compared with what is here. Building is `cmfast_export.to_te
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest
-from cmfast.engines import DeviceTimes, Inputs
+from cmfast.artifact import Manifest, check_file, compare_sha256
+from cmfast.engines import Inputs
 from cmfast.engines import _cuda as cuda
-from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
-from cmfast.errors import EngineError
+from cmfast.engines._clock import Clock
+from cmfast.engines._tensorrt_library import (
+    LIBRARIES,
+    cuda_major,
+    import_library,
+    make_logger,
+    reason,
+    this_platform,
+)
+from cmfast.errors import CmfastWarning, EngineError
 from cmfast.files import atomic_file
-from cmfast.plan import read_plan
+from cmfast.plan import parse_plan
 
-KEPT = 4  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
+KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
 
 
 class TensorRtEngine:
-    """A plan, run by the library that built it. The contract is `cmfast.engines.Engine`.
+    """A plan, run by the library that built it. The contracts are `cmfast.engines.Engine` and `TimedEngine`.
 
     A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
     TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
-    set, for the next process. Larger batches than the engine was built for are run in parts.
+    set, for the next process. Larger batches than the engine was built for are run in parts. One thread at a time.
+
+    sha256  what the file must hash to; the bytes that were hashed are those that are loaded
     """
 
-    def __init__(self, path: Path, device: str = "cuda", threads: int | None = None, variant: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cuda",
+        threads: int | None = None,
+        variant: str = "",
+        sha256: str | None = None,
+    ) -> None:
         if device != "cuda":
             raise EngineError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
         if variant:
             raise EngineError(f"{path}: a TensorRT engine runs one way only, not {variant}")
-        self.manifest = read_plan(path)
+        plan = check_file(path).read_bytes()
+        if sha256 is not None:
+            compare_sha256(path, hashlib.sha256(plan).hexdigest(), sha256)
+        self.manifest = parse_plan(plan, path)
         built = self.manifest.engine
         check_host(path, self.manifest)
         library = str(built["library"])
         self._trt = import_library(library, f"running {path.name}")
-        check_version(path, self.manifest, str(self._trt.__version__))
+        check_version(path, self.manifest, str(self._trt.__version__), cuda_major(library))
         gpu = cuda.open_gpu()
         check_gpu(path, self.manifest, gpu)
         self.name = f"{LIBRARIES[library]} cuda"
-        least, _, most = (int(size) for size in built["batch"])
-        self._least, self._most = least, most
-        self.batch = most if least == most else None
+        self._least, _, self._most = built["batch"]
+        self.batch = self._most if self._least == self._most else None
         self._log = make_logger(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         if built.get("version_compatible"):
             self._runtime.engine_host_code_allowed = True  # the runtime of the older version travels in the plan
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {rebuild()}")
+            raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
         self._stream = cuda.Stream()
         self._ready: dict[int, _Ready] = {}
-        self._times: list[DeviceTimes] | None = None
+        self._clock = Clock()
+        self.timed = self._clock.timed
         self._kernels = _kernel_file(self.manifest, gpu)
         self._compiled: Any = None  # TensorRT-RTX's cache of kernels, kept in that file
 
@@ -82,19 +102,10 @@ class TensorRtEngine:
             parts.append(self._run(part, wanted)[:size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    @contextmanager
-    def timed(self) -> Iterator[list[DeviceTimes]]:
-        """Give a list to which every run appends what it cost; the contract is `cmfast.engines.TimedEngine`."""
-        self._times = []
-        try:
-            yield self._times
-        finally:
-            self._times = None
-
     def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
         ready = self._ready.pop(batch, None) or self._prepare(batch)
         self._ready[batch] = ready  # the last used last
-        return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._times)
+        return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._clock.times)
 
     def _enqueue(self, ready: _Ready) -> None:
         if ready.graph is not None:
@@ -116,12 +127,13 @@ class TensorRtEngine:
         for name in inputs:
             shape = tuple(batch if side < 0 else side for side in self._engine.get_tensor_shape(name))
             if not context.set_input_shape(name, shape):
-                raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {rebuild()}")
+                raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
             buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
         (output,) = (name for name in names if name not in inputs)
         buffers[output] = cuda.Buffer(tuple(context.get_tensor_shape(output)), np.float32)
         for name, buffer in buffers.items():
-            context.set_tensor_address(name, buffer.device)
+            if not context.set_tensor_address(name, buffer.device):
+                raise EngineError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")
         ready = _Ready(context=context, inputs={name: buffers[name] for name in inputs}, output=buffers[output])
         for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
             buffer.host[...] = 0
@@ -147,9 +159,10 @@ class TensorRtEngine:
         if self._kernels is not None:
             if self._compiled is None:
                 self._compiled = config.create_runtime_cache()
-                if self._kernels.exists():  # what does not suit this card or version it compiles again
+                if self._kernels.exists():  # what does not suit this card or driver it refuses, and compiles again
                     self._compiled.deserialize(self._kernels.read_bytes())
-            config.set_runtime_cache(self._compiled)
+            if not config.set_runtime_cache(self._compiled):
+                raise EngineError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
         return self._engine.create_execution_context(config)
 
     def _captures_itself(self) -> bool:
@@ -171,40 +184,45 @@ class _Ready:
             buffer.close()
 
 
+REBUILD = "build it here: cmfast-export model.onnx --format engine"
+
+
 def check_host(path: Path, manifest: Manifest) -> None:
     """Raise EngineError unless the plan was built for this operating system and processor."""
-    built = manifest.engine.get("platform")
-    portable = manifest.engine.get("library") == "tensorrt_rtx"  # its plans run on Linux and Windows alike
+    built = manifest.engine["platform"]
+    portable = manifest.engine["library"] == "tensorrt_rtx"  # its plans run on Linux and Windows alike
     if not portable and built != this_platform():
-        raise EngineError(f"{path}: built for {built}, this is {this_platform()}; {rebuild()}")
+        raise EngineError(f"{path}: built for {built}, this is {this_platform()}; {REBUILD}")
 
 
-def check_version(path: Path, manifest: Manifest, here: str) -> None:
-    """Raise EngineError unless this version of the library can load the plan."""
-    built, library = str(manifest.engine.get("version")), LIBRARIES[str(manifest.engine["library"])]
-    if built == here:
+def check_version(path: Path, manifest: Manifest, here: str, cuda_here: str) -> None:
+    """Raise EngineError unless this version of the library, for this major version of CUDA, can load the plan."""
+    built, library = str(manifest.engine["version"]), LIBRARIES[str(manifest.engine["library"])]
+    cuda_built = manifest.engine.get("cuda")
+    if cuda_built and cuda_here and cuda_built != cuda_here:
+        raise EngineError(f"{path}: built for CUDA {cuda_built}, the {library} here is for CUDA {cuda_here}; {REBUILD}")
+    if built == here or (manifest.engine.get("version_compatible") and _number(built) <= _number(here)):
         return
-    if manifest.engine.get("version_compatible") and int(built.split(".")[0]) <= int(here.split(".")[0]):
-        return
-    raise EngineError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {rebuild()}")
+    raise EngineError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {REBUILD}")
 
 
 def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
-    """Raise EngineError unless the plan was built for a card like this one."""
-    built = [str(capability) for capability in manifest.engine.get("compute_capability", ())]
-    if not built or gpu.compute_capability in built:
-        return  # TensorRT-RTX without targets: all that the library supports
-    if manifest.engine.get("hardware_compatible") == "ampere+" and _number(gpu.compute_capability) >= (8, 0):
-        return
-    raise EngineError(
-        f"{path}: built for compute capability {', '.join(built)}, the {gpu.name} here has {gpu.compute_capability}; "
-        f"{rebuild()}"
-    )
+    """Raise EngineError unless the plan was built for a card like this one; warn if it was tuned on another model."""
+    if why := other_card(manifest.engine, gpu):
+        raise EngineError(f"{path}: {why}; {REBUILD}")
+    tuned_on = manifest.engine.get("gpu")
+    if tuned_on and tuned_on != gpu.name:
+        warnings.warn(f"{path} was tuned on the {tuned_on}; here is the {gpu.name}", CmfastWarning, stacklevel=2)
 
 
-def rebuild() -> str:
-    """Return the command that makes an engine for this machine."""
-    return "build it here: cmfast-export model.onnx --format engine"
+def other_card(built: Any, gpu: cuda.Gpu) -> str:
+    """Return why a plan with this "engine" in its manifest is not for the card, or an empty string."""
+    if gpu.compute_capability in built["compute_capability"]:
+        return ""
+    if built.get("hardware_compatible") == "ampere+" and _number(gpu.compute_capability) >= (8, 0):
+        return ""
+    cards = ", ".join(built["compute_capability"])
+    return f"built for compute capability {cards}, the {gpu.name} here has {gpu.compute_capability}"
 
 
 def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
@@ -213,12 +231,14 @@ def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
     if not folder or manifest.engine["library"] != "tensorrt_rtx":
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
-    card = hashlib.sha256(f"{gpu.name} {gpu.compute_capability}".encode()).hexdigest()[:8]
-    return Path(folder) / f"{manifest.engine['plan_sha256']}.{card}.kernels"
+    # Not the plan's digest: it changes when the plan is sealed again with what was measured.
+    of_file = {k: v for k, v in manifest.engine.items() if k not in ("plan_sha256", "max_abs")}
+    key = json.dumps([of_file, gpu.name, gpu.compute_capability], sort_keys=True)
+    return Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
 
 
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def _part(values: npt.NDArray[Any], axis: int, start: int, size: int, wanted: int) -> npt.NDArray[Any]:

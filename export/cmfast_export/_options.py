@@ -25,7 +25,8 @@ def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) ->
         try:
             values[name] = CONVERT[types[name]](value.strip())
         except (ValueError, KeyError):
-            raise CmfastError(f"{flag} {text}: {value!r} is no value for {name}") from None
+            kind = {"bool": " (true or false)", "int": " (a whole number)"}.get(types[name], "")
+            raise CmfastError(f"{flag} {text}: {value!r} is no value for {name}{kind}") from None
     return kind(**values)
 
 

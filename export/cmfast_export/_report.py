@@ -69,7 +69,7 @@ def choice(chosen: Choice) -> None:
         time = "" if each.median_ms is None else f", {each.median_ms:.2f} ms an image"
         far = each.why if each.max_abs is None else f"{each.max_abs:.1e} from float32 PyTorch"
         click.echo(f"{each.precision}: {far}{time}")
-    why = "the fastest here" if chosen.timed else "not timed here; first by the rates of matrix units"
+    why = f"the fastest, by {chosen.timed}" if chosen.timed else "not timed here; first by the rates of matrix units"
     click.echo(f"precision {chosen.precision}: {why}")
 
 
@@ -86,9 +86,12 @@ def engine(built: Built, source: Path) -> None:
         f"{made} in {built.seconds:.1f} s, by {about['library']} {about['version']} for {cards}"
     )
     if built.parity:
-        click.echo(f"run here, {built.parity.worst.max_abs:.1e} from its ONNX file")
+        worst = built.parity.worst
+        click.echo(f"run here, at most {worst.max_abs:.1e} from its ONNX file, at {worst.where}")
+    elif about["max_abs"][:1].isdigit():
+        click.echo(f"not run here: {built.not_run}; where it was, it was {about['max_abs']} from its ONNX file")
     else:
-        click.echo("not run: no card here that it is for; the ONNX file that it was built from is verified")
+        click.echo(f"not run: {built.not_run}; the ONNX file that it was built from is verified")
     click.echo(f"sha256 {built.sha256}")
     click.echo("An engine is native code: load only what you trust.")
     click.echo("next:")

@@ -152,9 +152,9 @@ def command(
     check_model(checkpoint)
     if others and not (form == "triton" and checkpoint.suffix in ENGINE_SUFFIXES):
         raise CmfastError(f"{others[0]}: one file at a time; several engines can be put into one --format triton")
-    of_graph = (kind, steps, sigmas, opset, tolerance)
+    of_graph = (kind, steps, sigmas, opset)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
-    if form not in GRAPHS and graph_asked:
+    if form not in GRAPHS and (graph_asked or tolerance is not None):
         raise CmfastError(
             f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
         )
@@ -193,6 +193,7 @@ def command(
         source=source,
         assignments=assignments,
     )  # fmt: skip
+    _check_options(request)
     if dry_run:
         what = f"{kind}, {precision}, batch {batch}" if form in GRAPHS and not ready else form
         click.echo(f"would write {out}: {what}")
@@ -222,11 +223,12 @@ def _write_onnx(request: Request) -> None:
 
 
 def _write_engine(request: Request) -> None:
-    from cmfast_export.to_tensorrt import BuildOptions, build_engine, card_is_here
+    from cmfast_export.to_tensorrt import BuildOptions, build_engine
 
     options = parse_options(BuildOptions, "--build", request.build)
     with _graph(request) as onnx:
-        built = build_engine(onnx, request.out, options, cache=request.cache, run=card_is_here(options))
+        tolerance = request.graph["tolerance"]
+        built = build_engine(onnx, request.out, options, cache=request.cache, tolerance=tolerance)
     _report.engine(built, request.checkpoint)
 
 
@@ -237,6 +239,20 @@ def _write_triton(request: Request) -> None:
     with _graph(request) as file:
         written = write_repository(request.out, [file, *request.others], options)
     _report.repository(written, client_example(written))
+
+
+def _check_options(request: Request) -> None:
+    """Refuse what engines and repositories do not take, before the work of exporting."""
+    with needs("cmfast-export", "export,cpu"):
+        if request.form == "engine":
+            from cmfast_export.to_tensorrt import BuildOptions
+
+            parse_options(BuildOptions, "--build", request.build)
+        elif request.form == "triton":
+            from cmfast_export.to_triton import ServeOptions, check_repository, model_name
+
+            options = parse_options(ServeOptions, "--serve", request.serve)
+            check_repository(request.out, model_name(_name(request.checkpoint), options))
 
 
 WRITERS = {
@@ -255,7 +271,7 @@ def _graph(request: Request) -> Iterator[Path]:
         yield request.checkpoint
         return
     with tempfile.TemporaryDirectory() as folder:
-        onnx = Path(folder) / f"{request.out.stem}.onnx"
+        onnx = Path(folder) / f"{_name(request.checkpoint)}.onnx"  # a repository's model is called so
         exported = _export(request, onnx, timed=False)
         _report.parity(exported, request.out)
         yield onnx
@@ -285,7 +301,7 @@ def _default_out(checkpoint: Path, form: str, kind: str, precision: str) -> Path
     checkpoint = checkpoint if checkpoint.name else checkpoint.resolve()  # "." has no name
     if not checkpoint.name:
         raise CmfastError(f"{checkpoint} has no name to call the file after; say it: -o NAME")
-    name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
+    name = _name(checkpoint)
     if form in ("diffusers", "triton"):
         return checkpoint.with_name(f"{name}_{form}")
     if form == "cmfast":
@@ -293,6 +309,10 @@ def _default_out(checkpoint: Path, form: str, kind: str, precision: str) -> Path
     name += "" if kind == "denoiser" else f"_{kind}"
     name += "" if precision in ("fp32", "auto") else f"_{precision}"
     return checkpoint.with_name(f"{name}.{form}")
+
+
+def _name(checkpoint: Path) -> str:
+    return checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
 
 
 def _check_out(out: Path, checkpoint: Path, form: str) -> None:

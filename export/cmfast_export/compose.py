@@ -149,8 +149,9 @@ def _values_of_sigma(
     outputs = [value for node in model.graph if node in nodes for value in node.outputs]
     frontier = [value for value in outputs if any(user not in nodes for user, _ in value.uses())]
     part = ir.Model(ir.convenience.extract(model.graph, inputs=[sigma], outputs=frontier), ir_version=model.ir_version)
-    if any(value.dtype in HALVES for value in outputs):
-        part = emulated(part, "half")
+    half = next((value.dtype for value in outputs if value.dtype in HALVES), None)
+    if half is not None:
+        part = emulated(part, half.name.lower())
     serialized = ir.to_proto(part).SerializeToString()
     session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     assert sigma.shape is not None

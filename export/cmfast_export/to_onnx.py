@@ -62,12 +62,14 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     assert exported is not None
     model = exported.model
     tidy(model)
+    if denoiser.trunk == torch.bfloat16:
+        _some_in_float32(model.graph)
     model.graph.name = "denoiser"
     return model
 
 
 def tidy(model: ir.Model) -> None:
-    """Fold constants and drop what is not used, in place; a fraction of the time of the full rewriter."""
+    """Fold constants, drop what is not used, and give every value its type and shape, in place."""
     passes.InlinePass()(model)
     fold_constants(model)
     for step in (
@@ -79,8 +81,39 @@ def tidy(model: ir.Model) -> None:
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),  # stack traces name the files of whoever exported
+        passes.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True),
     ):
         step(model)
+
+
+# Operators without a bfloat16 kernel in ONNX Runtime on CUDA (its docs/OperatorKernels.md, November 2026), to be taken
+# off the list as it gets them. Resize moves numbers and the ConvTranspose is a filter of four taps.
+NO_BF16 = ("Resize", "ConvTranspose")
+
+
+def _some_in_float32(graph: ir.Graph) -> None:
+    """Put casts around what cannot be bfloat16 everywhere: sums are float32 anyway, and the result is rounded."""
+    for node in list(graph):
+        if node.op_type not in NO_BF16:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                wide = _cast(value, ir.DataType.FLOAT, f"{node.name}.wide.{index}")
+                graph.insert_before(node, wide)
+                node.replace_input_with(index, wide.outputs[0])
+        y = node.outputs[0]
+        narrow = _cast(y, ir.DataType.BFLOAT16, f"{node.name}.narrow")
+        y.replace_all_uses_with(narrow.outputs[0])
+        narrow.replace_input_with(0, y)  # the line above turned this one round too
+        y.type = ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_after(node, narrow)
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": to}, name=name)
+    result = node.outputs[0]
+    result.name, result.shape, result.type = f"{name}.value", value.shape, ir.TensorType(to)
+    return node
 
 
 def _group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:

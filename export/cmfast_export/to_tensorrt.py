@@ -6,8 +6,7 @@
 The precision is in the graph, so nothing here decides about types. The manifest travels as the network's name, and the
 file is the plan itself, sealed with its digest (`cmfast.plan`). TensorRT measures kernels on the card that it builds
 for; TensorRT-RTX builds on any machine, for all cards that it supports or for `target`. Running is
-`cmfast.engines.tensorrt`. torch is not needed, so an engine can be built on
-the machine that it is for.
+`cmfast.engines.tensorrt`. torch is not needed: an engine can be built on the machine that it is for.
 """
 
 from __future__ import annotations
@@ -15,25 +14,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
-from cmfast.artifact import ROUNDING, Manifest, file_sha256, read_onnx
+from cmfast.artifact import Manifest, file_sha256, read_onnx, rounding
 from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
-from cmfast.engines._tensorrt_library import LIBRARIES, import_library, make_logger, reason, this_platform
+from cmfast.engines._tensorrt_library import (
+    LIBRARIES,
+    cuda_major,
+    import_library,
+    make_logger,
+    reason,
+    this_platform,
+)
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
+from cmfast.engines.tensorrt import other_card
 from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, check_target
 from cmfast.plan import NOT_RUN, UNSEALED, read_plan, seal
 from cmfast_export.emulate import emulate_file
-from cmfast_export.verify import Parity, verify
+from cmfast_export.verify import Parity, compare_batches, verify
 
+BUILDER = 1  # changes when this module builds other engines from the same options
+MODERATE = 8  # images that the CPU computes to compare with
 HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -42,7 +52,7 @@ class BuildOptions:
     """How an engine is built; `cmfast-export --build NAME=VALUE` sets a field."""
 
     library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it and a card for it are, else tensorrt_rtx
-    batch: tuple[int, ...] = (1, 8, 64)  # smallest, most frequent and largest batch; one number: only that
+    batch: tuple[int, ...] = ()  # smallest, most frequent and largest batch; one number: only that; empty: 1,8,64
     workspace_mib: int = 0  # scratch memory that kernels may use at most, MiB; 0: the library's default
     level: int = -1  # 0 to 5, how long the builder tries; -1: the library's default
     timing_cache: str = ""  # file with measurements of kernels, read and written; TensorRT only
@@ -53,7 +63,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.library not in ("", *LIBRARIES):
             raise CmfastError(f"library must be one of {', '.join(LIBRARIES)}, got {self.library!r}")
-        if len(self.batch) not in (1, 3) or self.batch[0] < 1 or list(self.batch) != sorted(self.batch):
+        if self.batch and (
+            len(self.batch) not in (1, 3) or list(self.batch) != sorted(self.batch) or self.batch[0] < 1
+        ):
             raise CmfastError(
                 f"batch must be the smallest, the most frequent and the largest number of images, or one number, got "
                 f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
@@ -61,14 +73,22 @@ class BuildOptions:
         if self.level not in range(-1, 6):
             raise CmfastError(f"level must be from 0 to 5, got {self.level}")
         if self.workspace_mib < 0:
-            raise CmfastError(f"workspace_mib must be at least 1, got {self.workspace_mib}")
+            raise CmfastError(
+                f"workspace_mib must be at least 0, which leaves it to the library, got {self.workspace_mib}"
+            )
         if self.hardware_compatible not in HARDWARE:
             raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
+        for capability in self.target:
+            if not re.fullmatch(r"[1-9]\d*\.\d", capability) or self.target.count(capability) > 1:
+                raise CmfastError(
+                    f"target takes different compute capabilities such as 8.9,12.0, got {','.join(self.target)}"
+                )
 
     @property
     def profile(self) -> tuple[int, int, int]:
         """Smallest, most frequent and largest batch."""
-        return (self.batch[0], self.batch[len(self.batch) // 2], self.batch[-1])
+        batch = self.batch or (1, 8, 64)
+        return (batch[0], batch[len(batch) // 2], batch[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,83 +98,110 @@ class Built:
     path: Path
     manifest: Manifest
     parity: Parity | None  # how far it is from the ONNX file; None: it was not run
+    not_run: str  # why
     sha256: str  # of the file, for cmfast.load(..., sha256=...)
     seconds: float
     cached: bool  # the same engine had been built before, and was copied
 
 
 def build_engine(
-    onnx: Path,
-    out: Path,
-    options: BuildOptions,
-    *,
-    cache: Path | None = None,
-    run: bool = False,
-    tolerance: float | None = None,
+    onnx: Path, out: Path, options: BuildOptions, *, cache: Path | None = None, tolerance: float | None = None
 ) -> Built:
     """Build the engine of a verified ONNX file, of any kind; write it to `out`; return what was made.
 
+    Where there is a card that it is for, the engine is run and compared with the ONNX file.
+
     cache      folder of engines built before, found by the content of the ONNX file, the options, the versions and the
                card, never by a name; None: none
-    run        run the engine, which needs a card that it is for, and compare it with the ONNX file
-    tolerance  of that comparison, data units; beyond it CheckFailed, and no file. None: as for the ONNX file
+    tolerance  of that comparison, data units; beyond it CheckFailed, and no file. None: what rounding explains
     """
     target, begun = check_target(out), time.perf_counter()
     manifest, _ = read_onnx(onnx)
     library = options.library or _library(options)
     trt = import_library(library, f"building {target.name}")
     _check_options(options, library)
-    engine = _description(onnx, options, library, str(trt.__version__))
-    key = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
-    kept = cache / f"{key}.engine" if cache else None
-    cached = kept is not None and _whole(kept)
-    parity = None
+    engine = _description(trt, onnx, options, library)
+    kept = cache / f"{_key(engine)}.engine" if cache else None
+    made_by = {**manifest.made_by, library: str(trt.__version__)}
+    manifest = replace(manifest, engine=engine, made_by=made_by)
+    not_run = _no_card(engine)
     with atomic_file(target) as file:
-        if cached and kept is not None:
-            shutil.copyfile(kept, file)
-        else:
-            made = {**manifest.made_by, library: str(trt.__version__)}
-            plan = bytearray(_build(trt, onnx, replace(manifest, engine=engine, made_by=made), options))
-            seal(plan)
+        plan = _cached(kept, engine)
+        for cached in (True, False) if plan else (False,):
+            if not cached:
+                plan = bytearray(_build(trt, onnx, manifest, options))
+                seal(plan)
+            assert plan is not None
             file.write_bytes(plan)
-        if run:
-            parity = _verify(file, onnx, tolerance)
-            plan = bytearray(file.read_bytes())
+            try:
+                parity = None if not_run else _verify(file, onnx, tolerance)
+                break
+            except CmfastError:
+                if not cached:
+                    raise
+        if parity is not None:
             seal(plan, parity.worst.max_abs)
             file.write_bytes(plan)
+        if onnx_sha256(onnx) != engine["onnx_sha256"]:
+            raise CheckFailed(f"{onnx} changed while its engine was built; no file was written")
+        done = read_plan(file)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(kept) as copy:
-                shutil.copyfile(file, copy)
+                copy.write_bytes(plan)
     return Built(
         path=target,
-        manifest=read_plan(target),
+        manifest=done,
         parity=parity,
+        not_run=not_run,
         sha256=file_sha256(target),
         seconds=time.perf_counter() - begun,
         cached=cached,
     )
 
 
+def _no_card(engine: Mapping[str, Any]) -> str:
+    """Return why an engine of this description cannot be run here, or an empty string."""
+    try:
+        return other_card(engine, cuda.open_gpu())
+    except CmfastError as err:
+        return str(err)
+
+
 def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
-    """Return how far the engine is from its ONNX file, run by ONNX Runtime on the CPU, roundings emulated."""
+    """Return how far the engine is from its ONNX file, run by ONNX Runtime on the CPU, roundings emulated.
+
+    At its smallest and a moderate batch; at its largest, which other kernels run, it is compared with itself.
+    """
     manifest = read_plan(file)
+    allowed = rounding(manifest.dtype, "cuda") if tolerance is None else tolerance
+    engine = open_engine(file, "cuda")
+    least, often, most = manifest.engine["batch"]
     with tempfile.TemporaryDirectory() as folder:
         exact = manifest.dtype == "float32"
         reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, Path(folder) / "emulated.onnx"))
-        (parity,) = verify(open_engine(file, "cuda"), [reference])
-    if failure := parity.failure(ROUNDING[manifest.dtype] if tolerance is None else tolerance, of="its ONNX file"):
+        batches = sorted({least, max(least, min(often, MODERATE))})
+        (parity,) = verify(engine, [reference], batches)
+    rows = [*parity.rows, compare_batches(engine, max(least, min(often, MODERATE)), most)]
+    parity = replace(parity, rows=tuple(rows))
+    if failure := parity.failure(allowed, of="its ONNX file"):
         raise CheckFailed(f"the engine {failure}; no file was written")
     return parity
 
 
-def card_is_here(options: BuildOptions) -> bool:
-    """Whether there is a card that an engine of these options is for."""
+def _key(engine: Mapping[str, Any]) -> str:
+    """Return the name of an engine in the cache: what decides about its content, and which cmfast built it."""
+    return hashlib.sha256(json.dumps([BUILDER, dict(engine)], sort_keys=True).encode()).hexdigest()
+
+
+def _cached(kept: Path | None, engine: Mapping[str, Any]) -> bytearray | None:
+    """Return the engine in the cache, if it is whole and of this description; one that is not is built again."""
     try:
-        gpu = cuda.open_gpu()
+        found = read_plan(kept).engine if kept else {}
     except CmfastError:
-        return False
-    return not options.target or gpu.compute_capability in options.target
+        return None
+    same = all(found.get(name) == value for name, value in engine.items() if name != "batch")
+    return bytearray(kept.read_bytes()) if kept and found and same else None
 
 
 def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> Any:
@@ -197,10 +244,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> N
     if options.target:
         config.num_compute_capabilities = len(options.target)
         for index, capability in enumerate(options.target):
-            value = trt.ComputeCapability.__members__.get(f"SM{capability.replace('.', '')}")
+            value = _targets(trt).get(capability)
             if value is None or not config.set_compute_capability(value, index):
-                known = [name[2:-1] + "." + name[-1] for name in trt.ComputeCapability.__members__ if name[:2] == "SM"]
-                raise CmfastError(f"target {capability}: this version builds for {', '.join(known)}")
+                raise CmfastError(f"target {capability}: this version builds for {', '.join(_targets(trt))}")
 
 
 def _add_profile(builder: Any, network: Any, config: Any, kind: str, options: BuildOptions) -> tuple[int, int, int]:
@@ -208,14 +254,15 @@ def _add_profile(builder: Any, network: Any, config: Any, kind: str, options: Bu
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     fixed = tuple(inputs[0].shape)[1 if kind == "sampler" else 0]
     if fixed >= 0:
-        if options.batch not in (BuildOptions().batch, (fixed,)):
+        if options.batch not in ((), (fixed,)):
             raise CmfastError(f"the ONNX file takes batches of {fixed} only; leave batch out, or export it as dynamic")
         return (fixed, fixed, fixed)
     profile = builder.create_optimization_profile()
     for tensor in inputs:
         shapes = [tuple(n if side < 0 else side for side in tuple(tensor.shape)) for n in options.profile]
         profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"the library does not take the batches {', '.join(map(str, options.profile))}")
     return options.profile
 
 
@@ -235,9 +282,15 @@ def _library(options: BuildOptions) -> str:
     from importlib.util import find_spec
 
     there = [name for name in LIBRARIES if find_spec(name)] or ["tensorrt"]
-    if "tensorrt" in there and not options.target and (len(there) == 1 or card_is_here(options)):
+    if options.target or "tensorrt" not in there:
+        return "tensorrt_rtx"
+    if len(there) == 1:
         return "tensorrt"
-    return "tensorrt_rtx"
+    try:
+        cuda.open_gpu()
+    except CmfastError:
+        return "tensorrt_rtx"
+    return "tensorrt"
 
 
 def _check_options(options: BuildOptions, library: str) -> None:
@@ -249,16 +302,17 @@ def _check_options(options: BuildOptions, library: str) -> None:
             raise CmfastError(f"{LIBRARIES[library]} has no {name}; leave it out, or set library")
 
 
-def _description(onnx: Path, options: BuildOptions, library: str, version: str) -> dict[str, Any]:
-    """Return the manifest's "engine": what built the plan, from what, for what."""
+def _description(trt: Any, onnx: Path, options: BuildOptions, library: str) -> dict[str, Any]:
+    """Return the manifest's "engine": what builds the plan, from what, for what."""
     if library == "tensorrt":  # it measures on the card, and the plan is for that card
         gpu = cuda.open_gpu()
         card: dict[str, Any] = {"compute_capability": [gpu.compute_capability], "gpu": gpu.name}
     else:
-        card = {"compute_capability": list(options.target)}
+        card = {"compute_capability": list(options.target or _default_targets(trt))}
     return {
         "library": library,
-        "version": version,
+        "version": str(trt.__version__),
+        "cuda": cuda_major(library),
         **card,
         "platform": this_platform(),
         "batch": list(options.profile),
@@ -270,17 +324,19 @@ def _description(onnx: Path, options: BuildOptions, library: str, version: str) 
     }
 
 
+def _targets(trt: Any) -> dict[str, Any]:
+    """Return the compute capabilities that this TensorRT-RTX can build for, by their usual names."""
+    members = trt.ComputeCapability.__members__.items()
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
+
+
+def _default_targets(trt: Any) -> list[str]:
+    """Return those that an engine without a target is for: from Ampere on, says its documentation, not Turing."""
+    return [name for name in _targets(trt) if tuple(map(int, name.split("."))) >= (8, 0)]
+
+
 def onnx_sha256(onnx: Path) -> str:
     """Return the SHA-256 of an ONNX file; of one with weights beside it, that of both digests."""
     digests = [file_sha256(onnx)]
     digests += [file_sha256(onnx.parent / name) for name in sorted(set(pb.read_onnx_model(onnx).external))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _whole(path: Path) -> bool:
-    """Whether a cached engine is there and as it was written; one that is not is built again."""
-    try:
-        read_plan(path)
-    except CmfastError:
-        return False
-    return True

@@ -106,6 +106,21 @@ def verify(file: Engine, references: Sequence[Engine], batches: Sequence[int] | 
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
 
 
+def compare_batches(file: Engine, few: int, most: int) -> Row:
+    """Compare an engine's images at a large batch with its own at a small one, the same noise: the first and the last.
+
+    Another batch size is other kernels, and a machine that can compute many images for comparison is not always there.
+    """
+    model, sigmas = Model(file), Model(file).levels()
+    noise = np.stack([gaussian(2, range(most), k, model.spec.image) for k in range(len(sigmas))])
+    label = model.labels(most, seed=2)
+    every = model.from_noise(noise, sigmas, label)
+    parts = [slice(0, few), slice(most - few, most)]
+    some = [model.from_noise(noise[:, part], sigmas, None if label is None else label[part]) for part in parts]
+    got = np.concatenate([every[part] for part in parts])
+    return _row(f"batch {most} against batch {few}", got, np.concatenate(some))
+
+
 def _batches(file: Engine, batches: Sequence[int] | None) -> Sequence[int]:
     _, height, width = file.manifest.spec.image
     return (file.batch,) if file.batch else batches or ((1, 5) if height * width <= LARGE else (1, 2))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cmfast.engines import DeviceTimes, Inputs
+from cmfast.engines._clock import Clock
 from cmfast.errors import EngineError
 
 Floats = npt.NDArray[np.float32]
@@ -42,7 +43,8 @@ class OnCuda:
         self._captures, self._tf32 = captures, tf32
         self._device = torch.device(device)
         self._programs: dict[Hashable, _Program] = {}
-        self._times: list[DeviceTimes] | None = None
+        self._clock = Clock()
+        self.timed = self._clock.timed
 
     def __call__(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         """Return compute(inputs as tensors on the device).
@@ -54,30 +56,22 @@ class OnCuda:
         with torch.inference_mode():
             program = self._programs.pop(key, None) or self._prepare(compute, inputs)
             program.fill(inputs)
-            events = program.hand_over(timed=self._times is not None)
+            handing = time.perf_counter()
+            events = program.hand_over(timed=self._clock.times is not None)
             enqueued = time.perf_counter()
             self._wait()
             result = program.result()
         self._programs[key] = program  # the last used last
-        if self._times is not None:
-            host_ms, enqueue_ms = (1000 * (end - begun) for end in (time.perf_counter(), enqueued))
+        if self._clock.times is not None:
+            host_ms, enqueue_ms = 1000 * (time.perf_counter() - begun), 1000 * (enqueued - handing)
             copy_in, compute_ms, copy_out = (start.elapsed_time(end) for start, end in pairwise(events))
-            self._times.append(
+            self._clock.times.append(
                 DeviceTimes(
                     host_ms=host_ms, enqueue_ms=enqueue_ms, copy_in_ms=copy_in, compute_ms=compute_ms,
                     copy_out_ms=copy_out,
                 )
             )  # fmt: skip
         return result
-
-    @contextmanager
-    def timed(self) -> Iterator[list[DeviceTimes]]:
-        """Give a list to which every call appends what it cost; the contract is `cmfast.engines.TimedEngine`."""
-        self._times = []
-        try:
-            yield self._times
-        finally:
-            self._times = None
 
     def _prepare(self, compute: Compute, inputs: Inputs) -> _Program:
         """Return a computation that has run once, so that what happens only then is over: trying, compiling."""
