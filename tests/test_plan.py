@@ -40,7 +40,8 @@ def made_up(library: str = "tensorrt", **engine: object) -> bytearray:
     """Bytes that look like a plan of TensorRT on the outside: its first letters, a manifest, something behind it."""
     about = {
         "library": library, "version": "11.4.0.106", "cuda": "13", "compute_capability": ["8.9"],
-        "platform": "linux_x86_64", "batch": [1, 2, 4], "onnx_sha256": "0" * 64, "max_abs": NOT_RUN, "plan_sha256": UNSEALED, **engine,
+        "platform": "linux_x86_64", "batch": [1, 2, 4], "onnx_sha256": "0" * 64, "max_abs": NOT_RUN,
+        "plan_sha256": UNSEALED, **engine,
     }  # fmt: skip
     manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), engine=about)
     return bytearray(b"ftrt" + bytes(96) + manifest.to_json().encode() + b"\x00\xff\xfe" * 500)
