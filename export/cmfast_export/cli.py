@@ -233,7 +233,8 @@ def _write_engine(request: Request) -> None:
 
 
 def _write_triton(request: Request) -> None:
-    from cmfast_export.to_triton import ServeOptions, client_example, write_repository
+    from cmfast_export.to_triton import client_example, write_repository
+    from cmfast_export.triton_config import ServeOptions
 
     options = parse_options(ServeOptions, "--serve", request.serve)
     with _graph(request) as file:
@@ -249,7 +250,8 @@ def _check_options(request: Request) -> None:
 
             parse_options(BuildOptions, "--build", request.build)
         elif request.form == "triton":
-            from cmfast_export.to_triton import ServeOptions, check_repository, model_name
+            from cmfast_export.to_triton import check_repository, model_name
+            from cmfast_export.triton_config import ServeOptions
 
             options = parse_options(ServeOptions, "--serve", request.serve)
             check_repository(request.out, model_name(_name(request.checkpoint), options))

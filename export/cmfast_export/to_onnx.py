@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
@@ -64,6 +65,8 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     tidy(model)
     if denoiser.trunk == torch.bfloat16:
         _some_in_float32(model.graph)
+    if opset >= LATE_OPSET:
+        _norm_layers(model.graph)
     model.graph.name = "denoiser"
     return model
 
@@ -84,6 +87,36 @@ def tidy(model: ir.Model) -> None:
         passes.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True),
     ):
         step(model)
+
+
+# From here on ONNX Runtime 1.31 finds its CUDA kernel of InstanceNormalization no more (it is registered for version 6
+# of the operator) and takes the CPU's, with copies both ways. LayerNormalization's is found. To be removed when it is.
+LATE_OPSET = 22
+
+
+def _norm_layers(graph: ir.Graph) -> None:
+    """Turn each normalisation over the last axis of [B, groups, D] into the other operator that computes it."""
+    for node in list(graph):
+        if node.op_type != "InstanceNormalization":
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None
+        assert x.shape is not None
+        size = x.shape[2]
+        assert isinstance(size, int)
+        name = f"norm.ones.{size}"
+        if name not in graph.initializers:
+            tensor = ir.tensor(np.ones(size, np.float32), name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([size]), const_value=tensor)
+            graph.register_initializer(value)
+        attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float()}
+        layer = ir.node("LayerNormalization", [x, graph.initializers[name]], attributes, name=node.name)
+        result = layer.outputs[0]
+        result.shape, result.type = y.shape, y.type
+        y.replace_all_uses_with(result)
+        result.name = y.name
+        graph.insert_before(node, layer)
+        graph.remove(node, safe=True)
 
 
 # Operators without a bfloat16 kernel in ONNX Runtime on CUDA (its docs/OperatorKernels.md, November 2026), to be taken

@@ -20,7 +20,6 @@ from pathlib import Path
 from cmfast.artifact import Manifest, check_file
 from cmfast.errors import CmfastError
 from cmfast.files import atomic_folder, check_target_folder
-from cmfast_export.to_server import server_graph  # noqa: F401, BRIDGE
 from cmfast_export.triton_config import DEFAULTS, ServeOptions, check_name, config_text, largest_batch
 from cmfast_export.triton_files import read_served
 
@@ -57,7 +56,7 @@ def write_repository(
 
     repository = Path(out).resolve()  # of "." and of a link, what stands beside it
     is_new = not repository.exists()
-    # Beside the repository: a server that watches it would load half a model, and go on to try what a killed run left.
+    # Beside the repository: Triton takes every folder in it for a model, hidden ones and what a killed run left too.
     with atomic_folder(repository if is_new else repository / name, within=repository.parent) as folder:
         model = folder / name if is_new else folder
         version = model / "1"
