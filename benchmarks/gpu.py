@@ -7,8 +7,8 @@ Needs no network: what this machine does not have is listed with the reason, and
 each part, and the same command again goes on where it stopped; what failed is tried again, and other options add to the
 record. Weights are random (`networks`).
 
-A cell is a network at a batch size: all engines in one run of `cmfast-bench --keep-going`, which names what fails. Files
-that nobody could time beside all others (a GPU's memory is one) run once more, with eager PyTorch alone.
+A cell is a network at a batch size: all engines in one run of `cmfast-bench --keep-going`, which names what fails. A
+file that could not be timed beside all others, who share the GPU's memory, runs once more with eager PyTorch alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ BARS = {1: 4.0, 64: 1.5}  # batch: how many times as fast as eager in the same p
 PYTORCH = {"PyTorch": "", "torch.compile": "compiled", "PyTorch, CUDA graph": "cuda_graph"}
 ONNX = {"ONNX Runtime": "", "ONNX Runtime, CUDA graph": "cuda_graph", "ONNX Runtime, TensorRT": "tensorrt"}
 DISPENSABLE = ("compiled", "cuda_graph", *LIBRARIES)
-LEFT_OUT = "not wanted: --without"
 KEPT = ("options", "warning", "included", "ceilings", "left_out", "rows", "starts")  # of a record of cmfast-bench
 
 
@@ -76,7 +75,7 @@ def command(
     asked = {
         "steps": list(steps),
         "precision": _list("precision", precision, tuple(PRECISIONS)),
-        "without": _list("without", without, DISPENSABLE) if without else [],
+        "without": sorted(_list("without", without, DISPENSABLE)) if without else [],
         "seconds": seconds,
         "engine_batch": [1, min(8, max(batch)), max(batch)],  # least, best, most
     }
@@ -85,9 +84,11 @@ def command(
     def save() -> None:
         write_text(out, json.dumps(record, indent=1) + "\n")
 
-    record["missing"] = missing = _missing(device, asked["without"])
-    for name, why in missing.items():
+    have, record["missing"] = _engines(device, asked["without"])
+    for name, why in record["missing"].items():
         click.echo(f"left out: {name}: {why}")
+    if not have:
+        raise EngineError(f"nothing on this machine runs on {device}, for the reasons above; nothing was measured")
     save()
     if tests and not (record["tests"] and record["tests"]["passed"]):
         record["tests"] = _tests()
@@ -99,9 +100,9 @@ def command(
         with tempfile.TemporaryDirectory() as temporary:
             folder = (keep or Path(temporary)) / name
             folder.mkdir(parents=True, exist_ok=True)
-            files = _prepare(name, folder, asked, device, missing)
+            files = _prepare(name, folder, asked, device, have)
             for n in wanted:
-                passes = _bench(files, folder, n, asked, device, missing)
+                passes = _bench(files, folder, n, asked, device, have)
                 about = {"network": name, "batch": n, "parameters": files["parameters"], "asked": asked}
                 others = [run for run in record["runs"] if not _is(run, name, n, asked)]
                 record["runs"] = [*others, {**about, "failed": files["failed"], "passes": passes}]
@@ -110,12 +111,14 @@ def command(
     save()
     for row in summary:
         click.echo(row["words"])
-    wrong = list(_wrong(record))
-    for line in wrong:
-        click.echo(line)
+    for words in _left_out(record["runs"]):
+        click.echo(f"left out: {words}")
+    failed = list(_failed(record))
+    for words in failed:
+        click.echo(f"failed: {words}")
     click.echo(f"the record is in {out}")
-    if wrong:
-        raise CheckFailed(f"{len(wrong)} thing(s) failed, listed above; the same command tries again what has no times")
+    if failed:
+        raise CheckFailed(f"{len(failed)} failed, listed above; the same command tries again what has no times")
 
 
 def _list(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
@@ -149,8 +152,8 @@ def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for each in run["passes"] for row in each.get("rows", ())]
 
 
-def _missing(device: str, without: list[str]) -> dict[str, str]:
-    """Return which engines this machine does not have, with the reason, by trying each on a small model."""
+def _engines(device: str, without: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the engines of this machine that are wanted, and why it lacks others, by trying each on a small model."""
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -159,17 +162,15 @@ def _missing(device: str, without: list[str]) -> dict[str, str]:
         if why := _run("cmfast_export.cli", folder / "model.pt", *export):
             raise EngineError(f"not even a small model can be exported here: {why}")
         for name, variant in {**PYTORCH, **ONNX}.items():
-            file, precision = (folder / "m.onnx", "") if name in ONNX else (folder / "model.pt", "fp16")
-            found[name] = LEFT_OUT if variant in without else _probe(file, device, variant, precision)
+            if variant not in without:
+                file, precision = (folder / "m.onnx", "") if name in ONNX else (folder / "model.pt", "fp16")
+                found[name] = _probe(file, device, variant, precision)
         for library, name in LIBRARIES.items():
-            engine = folder / f"{library}.engine"
-            build = ("--format", "engine", "--build", f"library={library}", "-o", engine)
-            found[name] = (
-                LEFT_OUT
-                if library in without
-                else (_run("cmfast_export.cli", folder / "m.onnx", *build) or _probe(engine, device, "", ""))
-            )
-    return {name: why for name, why in found.items() if why}
+            if library not in without:
+                engine = folder / f"{library}.engine"
+                build = ("--format", "engine", "--build", f"library={library}", "-o", engine)
+                found[name] = _run("cmfast_export.cli", folder / "m.onnx", *build) or _probe(engine, device, "", "")
+    return [name for name, why in found.items() if not why], {name: why for name, why in found.items() if why}
 
 
 def _probe(file: Path, device: str, variant: str, precision: str) -> str:
@@ -207,13 +208,13 @@ def _read_report(report: Path) -> dict[str, Any]:
     return found
 
 
-def _prepare(name: str, folder: Path, asked: dict[str, Any], device: str, missing: dict[str, str]) -> dict[str, Any]:
+def _prepare(name: str, folder: Path, asked: dict[str, Any], device: str, have: list[str]) -> dict[str, Any]:
     """Return the files of one network: the checkpoint, and for each precision and number of steps graph and engines."""
     model = random_model(name)
     save_checkpoint(model, folder / "model.pt")
     models: list[Path] = []
     failed: dict[str, str] = {}
-    verify_on = "cuda" if device == "cuda" and "ONNX Runtime" not in missing else "cpu"
+    verify_on = "cuda" if device == "cuda" and "ONNX Runtime" in have else "cpu"
     for precision in asked["precision"]:
         for k in asked["steps"]:
             onnx = folder / f"{precision}_{k}.onnx"
@@ -221,9 +222,9 @@ def _prepare(name: str, folder: Path, asked: dict[str, Any], device: str, missin
             if why := _run("cmfast_export.cli", folder / "model.pt", *export):
                 failed[onnx.name] = why
                 continue
-            if "ONNX Runtime" not in missing:
+            if "ONNX Runtime" in have:
                 models.append(onnx)
-            for library in (library for library, words in LIBRARIES.items() if words not in missing):
+            for library in (library for library, words in LIBRARIES.items() if words in have):
                 engine = folder / f"{precision}_{k}_{library}.engine"
                 batch = ",".join(map(str, asked["engine_batch"]))
                 build = ("--build", f"library={library}", "--build", f"batch={batch}", "-o", engine)
@@ -234,53 +235,14 @@ def _prepare(name: str, folder: Path, asked: dict[str, Any], device: str, missin
     return {"baseline": folder / "model.pt", "models": models, "parameters": parameters(model), "failed": failed}
 
 
-def _prepare(
-    name: str,
-    folder: Path,
-    steps: tuple[int, ...],
-    precisions: list[str],
-    device: str,
-    missing: dict[str, str],
-    most: int,
-) -> dict[str, Any]:
-    """Return the files of one network: the checkpoint, and for each precision and number of steps graph and engines."""
-    model = random_model(name)
-    save_checkpoint(model, folder / "model.pt")
-    files: dict[str, Any] = {
-        "baseline": folder / "model.pt",
-        "models": [],
-        "parameters": parameters(model),
-        "failed": {},
-    }
-    verify_on = "cuda" if device == "cuda" and "ONNX Runtime" not in missing else "cpu"
-    for precision in precisions:
-        for k in steps:
-            onnx = folder / f"{precision}_{k}.onnx"
-            export = ("--kind", "sampler", "--steps", k, "--precision", precision, "--device", verify_on, "-o", onnx)
-            if why := _run("cmfast_export.cli", folder / "model.pt", *export):
-                files["failed"][onnx.name] = why
-                continue
-            if "ONNX Runtime" not in missing:
-                files["models"].append(onnx)
-            for library, words in LIBRARIES.items():
-                engine = folder / f"{precision}_{k}_{library}.engine"
-                if words in missing:
-                    continue
-                build = ("--build", f"library={library}", "--build", f"batch=1,{min(8, most)},{most}", "-o", engine)
-                if why := _run("cmfast_export.cli", onnx, "--format", "engine", *build):
-                    files["failed"][engine.name] = why
-                    continue
-                files["models"].append(engine)
-    return files
-
-
 def _bench(
-    files: dict[str, Any], folder: Path, batch: int, asked: dict[str, Any], device: str, missing: dict[str, str]
+    files: dict[str, Any], folder: Path, batch: int, asked: dict[str, Any], device: str, have: list[str]
 ) -> list[dict[str, Any]]:
     """Return what cmfast-bench says of all engines at one batch size, and of those once more that then had no row."""
     # The TensorRT provider of ONNX Runtime multiplies float32 in TF32 and is refused for it; its engines are here.
-    have = [variant for name, variant in {**PYTORCH, **ONNX}.items() if name not in missing and variant != "tensorrt"]
-    variants = [variant for variant in dict.fromkeys(have) if variant]
+    variants = dict.fromkeys(
+        variant for name, variant in {**PYTORCH, **ONNX}.items() if name in have and variant not in ("", "tensorrt")
+    )
     common = [
         "--baseline", files["baseline"], "--device", device, "--batch", batch, "--precision",
         ",".join(asked["precision"]), "--steps", ",".join(map(str, asked["steps"])), "--seconds", asked["seconds"],
@@ -288,7 +250,7 @@ def _bench(
     ]  # fmt: skip
     first = _pass(folder / f"bench_{batch}.json", *files["models"], *common, "--variants", ",".join(variants))
     untimed = _untimed(files["models"], first)
-    if not untimed:
+    if not untimed and "failed" not in first:
         return [first]
     return [first, _pass(folder / f"again_{batch}.json", *untimed, *common, "--variants", "")]
 
@@ -329,30 +291,47 @@ def _summary(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {**where, "best": best["contender"], "times_as_fast": times, "bar": bar, "words": words}
 
 
-def _wrong(record: dict[str, Any]) -> Iterator[str]:
-    """Yield, one line each, what failed: tests, cells, files, contenders. What a machine does not have is no failure."""
-    for name, why in (record["tests"] or {"failed": {}})["failed"].items():
-        yield f"failed: {name}: {why}"
-    for run in record["runs"]:
-        where = f"failed: {run['network']}, batch {run['batch']}"
+def _left_out(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what could not be made or run, where it may be that this machine cannot do it."""
+    for run in runs:
+        where = f"{run['network']}, batch {run['batch']}"
         for name, why in run["failed"].items():
             yield f"{where}: {name}: {why}"
         for each in run["passes"]:
             if "failed" in each:
                 yield f"{where}: cmfast-bench: {each['failed']}"
             for left in each.get("left_out", ()):
-                at = f" at {left['steps']} step(s)" if left["steps"] else ""
-                yield f"{where}: {left['contender']}{at}: {left['what']}: {left['why']}"
+                if left["what"] != "images":
+                    yield f"{where}: {_words(left)}"
+
+
+def _failed(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what nothing excuses: tests that fail, wrong images, a cell without any time."""
+    if record["tests"]:
+        yield from (f"{name}: {why}" for name, why in record["tests"]["failed"].items())
+    for run in record["runs"]:
+        where = f"{run['network']}, batch {run['batch']}"
+        if not _rows(run):
+            yield f"{where}: nothing could be timed"
+        for each in run["passes"]:
+            yield from (f"{where}: {_words(left)}" for left in each.get("left_out", ()) if left["what"] == "images")
+
+
+def _words(left: dict[str, Any]) -> str:
+    steps = f" at {left['steps']} step(s)" if left["steps"] else ""
+    return f"{left['contender']}{steps} ({left['what']}): {left['why']}"
 
 
 def _run(module: str, *arguments: object) -> str:
-    """Run a command of cmfast; return its last line on stderr where it failed, else an empty string."""
+    """Run a command of cmfast; return why it failed, its last line on stderr, or an empty string."""
     program = [sys.executable, "-P", "-m", module, *map(str, arguments)]
     click.echo(f"running {module} {' '.join(map(str, arguments))}"[:160], err=True)
     done = subprocess.run(program, capture_output=True, text=True)
     if not done.returncode:
         return ""
     why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if done.returncode < 0:
+        why = f"died of signal {-done.returncode} after: {why}"
     why = re.sub(r"^(cmfast[\w.-]*|[\w.]*Error): ", "", why)
     return re.sub(r"\S*/(?=[^/\s]+\.(onnx|engine|pt)\b)", "", why)  # files of a temporary folder
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""As much protobuf as it takes to look into an ONNX file: no dependency, no copy, every length checked.
+"""As much protobuf as it takes to look into an ONNX file, and to write one: no dependency, no copy, lengths checked.
 
 Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto).
 """
@@ -78,6 +78,20 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return result, position
         shift += 7
+
+
+def encode_varint(value: int) -> bytes:
+    """Return a whole number from 0 as protobuf writes it."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def encode_head(number: int, length: int) -> bytes:
+    """Return the tag of a length-delimited field and the length of what follows."""
+    return encode_varint(number << 3 | 2) + encode_varint(length)
 
 
 def _model(data: memoryview, model: OnnxModel) -> None:

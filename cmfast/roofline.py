@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast import timing
+from cmfast._protobuf import encode_head, encode_varint
 from cmfast.errors import CmfastError, one_line
 
 COST = ("flops", "weight_bytes", "activation_bytes")  # the keys of a manifest's cost
@@ -274,14 +275,6 @@ def _value(name: str, element: int) -> bytes:
 
 def _field(number: int, value: int | str | bytes) -> bytes:
     if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
+        return encode_varint(number << 3) + encode_varint(value)
     content = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
+    return encode_head(number, len(content)) + content

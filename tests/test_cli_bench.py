@@ -345,6 +345,107 @@ def test_the_type_of_a_file_decides_what_difference_is_allowed(
     assert_stopped(call(main, *files, *options, "--tolerance", 0.01), r"allowed 0\.01")
 
 
+# What fails is named, and with --keep-going left out.
+
+
+def only_in_pairs(handmade: Path, path: Path) -> Path:
+    """Write the handmade denoiser so that it cannot run a batch of 3, whatever it says."""
+    model = onnx.load(handmade)
+    pair = helper.make_tensor("hundredth", onnx.TensorProto.FLOAT, [2, 1, 1, 1], [0.01, 0.01])
+    model.graph.initializer[0].CopyFrom(pair)
+    onnx.save(model, path)
+    return path
+
+
+def left_out(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    names = ("contender", "steps", "batch", "what")
+    return [tuple(each[name] for name in names) for each in record["left_out"]]
+
+
+def test_a_contender_that_fails_is_named_with_its_setting(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    pairs, record = only_in_pairs(handmade_onnx(8), tmp_path / "pairs.onnx"), tmp_path / "bench.json"
+    result = call(main, handmade_onnx(8), pairs, "--steps", 2, "--batch", "2,3", *QUICK, "--json", record)
+    assert (result.returncode, result.stdout, record.exists()) == (2, "", False)
+    words = "cmfast-bench: pairs.onnx at 2 step(s), batch 3: ONNX Runtime cpu failed; if memory is short"
+    assert result.stderr.splitlines()[-1].startswith(words)
+
+
+def test_a_contender_that_fails_at_one_setting_can_be_left_out_there(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    pairs, file = only_in_pairs(handmade_onnx(8), tmp_path / "pairs.onnx"), tmp_path / "bench.json"
+    options = ("--steps", 2, "--batch", "2,3", "--keep-going", *QUICK, "--json", file)
+    result = call(main, handmade_onnx(8), pairs, *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(file.read_text())
+    have = [(row["batch"], row["contender"]) for row in record["rows"]]
+    assert have == [(2, "side8.onnx"), (2, "pairs.onnx"), (3, "side8.onnx")]
+    assert [row["contender"] for row in record["starts"]] == ["side8.onnx", "pairs.onnx"]
+    assert left_out(record) == [("pairs.onnx", 2, 3, "run")]
+    why = record["left_out"][0]["why"]
+    assert why.startswith("ONNX Runtime cpu failed")
+    assert f"left out: pairs.onnx at 2 step(s), batch 3: {why}\n" in result.stderr
+    assert record["options"]["keep_going"] is True
+
+
+def test_a_wrong_answer_is_left_out_by_name_and_never_timed(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    wrong, file = scaled(handmade_onnx(8), tmp_path / "wrong.onnx", 0.0101), tmp_path / "bench.json"
+    options = ("--steps", 1, "--batch", 2, "--keep-going", *QUICK, "--json", file)
+    assert call(main, handmade_onnx(8), wrong, *options).returncode == 0
+    record = json.loads(file.read_text())
+    assert [row["contender"] for row in record["rows"]] == ["side8.onnx"]
+    assert [row["contender"] for row in record["starts"]] == ["side8.onnx"]
+    assert left_out(record) == [("wrong.onnx", 1, 2, "images")]
+    assert re.fullmatch(r"differs from side8\.onnx by \S+ \(allowed 0\.001\)", record["left_out"][0]["why"])
+
+
+@pytest.mark.parametrize("first", ["wrong number", "fails"])
+def test_without_the_reference_the_next_is_what_the_others_are_compared_with(
+    first: str, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    lost, wrong, file = tmp_path / "lost.onnx", tmp_path / "wrong.onnx", tmp_path / "bench.json"
+    only_in_pairs(handmade_onnx(8), lost) if first == "fails" else scaled(handmade_onnx(8), lost, float("nan"))
+    scaled(handmade_onnx(8), wrong, 0.0101)
+    options = ("--steps", 1, "--batch", 3, "--keep-going", *QUICK, "--json", file)
+    assert call(main, lost, handmade_onnx(8), wrong, *options).returncode == 0
+    record = json.loads(file.read_text())
+    (row,) = record["rows"]
+    assert (row["contender"], row["reference"], row["max_abs_diff"]) == ("side8.onnx", "side8.onnx", 0)
+    assert left_out(record) == [
+        ("lost.onnx", 1, 3, "run" if first == "fails" else "images"), ("wrong.onnx", 1, 3, "images")]  # fmt: skip
+
+
+def test_a_file_that_does_not_open_is_left_out_and_its_place_is_not_recorded(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    noise, file = tmp_path / "noise.onnx", tmp_path / "bench.json"
+    noise.write_bytes(b"neither fish nor fowl")
+    options = ("--steps", 1, "--batch", 1, *QUICK, "--json", file)
+    refused(call(main, noise, handmade_onnx(8), *options), "noise.onnx: not a whole ONNX file")
+    assert call(main, noise, handmade_onnx(8), "--keep-going", *options).returncode == 0
+    record = json.loads(file.read_text())
+    assert left_out(record) == [("noise.onnx", None, None, "opening")]
+    assert record["left_out"][0]["why"].startswith("noise.onnx: not a whole ONNX file")
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_when_nothing_is_left_the_first_reason_is_given(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    noise, pairs = tmp_path / "noise.onnx", only_in_pairs(handmade_onnx(8), tmp_path / "pairs.onnx")
+    noise.write_bytes(b"neither fish nor fowl")
+    for file, words in ((noise, "noise.onnx: noise.onnx: not a whole"), (pairs, "pairs.onnx at 1 step(s), batch 3: ")):
+        result = call(main, file, "--steps", 1, "--batch", 3, "--keep-going", *QUICK, "--json", tmp_path / "b.json")
+        assert (result.returncode, result.stdout) == (2, "")
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith(f"cmfast-bench: no contender is left to time; the first that failed: {words}")
+    assert content(tmp_path) == ["noise.onnx", "pairs.onnx"]
+
+
 # Precisions and variants.
 
 
@@ -400,11 +501,12 @@ def test_what_nobody_asked_for_by_name_is_left_out_and_that_is_said(
     options = ("--baseline", checkpoint, "--steps", 1, "--batch", 1, *QUICK)
     result = call(main, model, *options, "--variants", "", "--json", tmp_path / "bench.json")
     assert result.returncode == 0, result.stderr
-    why = "PyTorch tf32: precision tf32 is a GPU's way to multiply float32"
-    assert result.stderr.startswith(f"left out: {why}")
+    why = "precision tf32 is a GPU's way to multiply float32"
+    assert result.stderr.startswith(f"left out: PyTorch cpu tf32: {why}")
     record = json.loads((tmp_path / "bench.json").read_text())
     (left_out,) = record["left_out"]
-    assert left_out.startswith(why)
+    assert left_out.pop("why").startswith(why)
+    assert left_out == {"contender": "PyTorch cpu tf32", "what": "opening", "steps": None, "batch": None}
     assert [row["contender"] for row in record["rows"]] == ["PyTorch cpu", "model.onnx"]
     assert [row["times_as_fast_same_precision"] for row in record["rows"]] == [1, None]
     refused(call(main, model, *options, "--precision", "tf32"), "precision tf32 is a GPU's way")

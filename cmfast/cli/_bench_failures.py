@@ -7,7 +7,7 @@ The message begins with the contender and its setting, because engines cannot kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +16,7 @@ from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 
 if TYPE_CHECKING:
     from cmfast.cli._bench_contenders import Job
+    from cmfast.cli._bench_options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,9 @@ class ContenderDiffers(CheckFailed):
 class Failures:
     """What to do about failures, and those that did not stop the command, in the order of their happening."""
 
-    def __init__(self, *, keep_going: bool) -> None:
-        self._keep_going = keep_going
+    def __init__(self, options: Options) -> None:
+        self._keep_going = options.keep_going
+        self._files = [*options.models, *([options.baseline] if options.baseline else [])]
         self.left_out: list[LeftOut] = []
 
     def met(self, failure: ContenderFailed | ContenderDiffers, what: str = "") -> None:
@@ -78,9 +80,12 @@ class Failures:
         )
 
     def note(self, left: LeftOut) -> None:
-        """Keep, and tell the user, what is left out."""
-        self.left_out.append(left)
-        click.echo(f"left out: {' '.join(str(left).split())}", err=True)
+        """Keep, and tell the user, what is left out; where the files lie is not for a record."""
+        why = left.why
+        for file in self._files:
+            why = why.replace(str(file), file.name)
+        self.left_out.append(replace(left, why=one_line(why, 500)))
+        click.echo(f"left out: {self.left_out[-1]}", err=True)
 
     def check_some_are_left(self, settings: Sequence[object]) -> None:
         """Raise where there is nothing to time any more."""

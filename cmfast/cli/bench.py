@@ -44,7 +44,7 @@ MIN_CALLS = 20  # counted, of each contender at each setting
 INCLUDED = {  # what the numbers of a record stand for
     "median_ms": "host wall time from numpy noise to numpy images, transfers in and out included",
     "device_times": "medians over calls after the timing, each call the sum of the engine's runs in it; host_ms and "
-    "enqueue_ms by the host's clock, the rest between CUDA events",
+    "enqueue_ms, which begins with the arrays in page-locked memory, by the host's clock, the rest between CUDA events",
     "flops": "operations of the call: convolutions and matrix products, of all steps and images",
     "floor_ms": "the larger of operations over the measured matrix rate and bytes over the measured bandwidth",
     "of_roofline": "floor_ms / median_ms",
@@ -123,7 +123,7 @@ def command(
         keep_going=keep_going,
     )
     _check_outputs(json_file, plot)
-    failures = Failures(keep_going=keep_going)
+    failures = Failures(options)
     contenders = open_contenders(options, failures)
     planned = (plan(contenders, n, b, keep_going=keep_going) for n in options.steps for b in options.batch)
     settings = [jobs for jobs in planned if jobs]

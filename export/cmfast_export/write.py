@@ -70,7 +70,7 @@ def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> in
     size = len(nodes) + sum(len(head) + inside for head, inside in heads)
     with file.open("wb") as opened:
         opened.write(proto.SerializeToString(deterministic=True))
-        opened.write(_field(_GRAPH, size) + nodes)
+        opened.write(pb.encode_head(_GRAPH, size) + nodes)
         for (_, tensor), (head, inside) in zip(_initializers(model), heads, strict=True):
             opened.write(head)
             if inside:
@@ -124,9 +124,9 @@ def _head(name: str, tensor: ir.TensorProtocol, data: DataFile | None) -> tuple[
         entries = {"location": data.path.name, "offset": str(place[0]), "length": str(place[1])}
         proto.external_data.extend(onnx.StringStringEntryProto(key=k, value=v) for k, v in entries.items())
         content = proto.SerializeToString(deterministic=True)
-        return _field(_INITIALIZER, len(content)) + content, 0
-    content = proto.SerializeToString(deterministic=True) + _field(_RAW_DATA, tensor.nbytes)
-    return _field(_INITIALIZER, len(content) + tensor.nbytes) + content, tensor.nbytes
+        return pb.encode_head(_INITIALIZER, len(content)) + content, 0
+    content = proto.SerializeToString(deterministic=True) + pb.encode_head(_RAW_DATA, tensor.nbytes)
+    return pb.encode_head(_INITIALIZER, len(content) + tensor.nbytes) + content, tensor.nbytes
 
 
 def _initializers(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
@@ -134,16 +134,3 @@ def _initializers(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     for name, value in model.graph.initializers.items():
         assert value.const_value is not None
         yield name, value.const_value
-
-
-def _field(number: int, length: int) -> bytes:
-    """Return the tag of a field and the length of what follows."""
-    return _varint(number << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
