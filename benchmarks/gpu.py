@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 Needs no network: what this machine does not have is listed with the reason, and left out. The record is written after
-each part, and the same command again goes on where it stopped; what failed is tried again, and other options add to the
-record. Weights are random (`networks`).
+each part, and the same command again goes on where it stopped; what has no times is tried again, and other options add
+to the record. Weights are random (`networks`).
 
 A cell is a network at a batch size: all engines in one run of `cmfast-bench --keep-going`, which names what fails. A
 file that could not be timed beside all others, who share the GPU's memory, runs once more with eager PyTorch alone.
@@ -90,7 +90,7 @@ def command(
     if not have:
         raise EngineError(f"nothing on this machine runs on {device}, for the reasons above; nothing was measured")
     save()
-    if tests and not (record["tests"] and record["tests"]["passed"]):
+    if tests and not (record["tests"] and record["tests"]["passed"] and not record["tests"]["failed"]):
         record["tests"] = _tests()
         save()
     for name in names:

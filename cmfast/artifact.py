@@ -114,12 +114,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
     """Return the manifest of an ONNX file and {"ir": ..., "opset": ...}, after checking that it is whole and closed."""
     file = check_file(path)
-    try:
-        model = pb.read_onnx_model(file)
-    except pb.ProtobufError as err:
-        raise ArtifactError(
-            f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export"
-        ) from None
+    model = read_onnx_file(file)
     for location in model.external:
         _check_external(file, location)
     text = model.metadata.get("cmfast")
@@ -129,6 +124,16 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
             "make one that has it: cmfast-export model.pt"
         )
     return Manifest.from_json(text, str(file)), {"ir": model.ir, "opset": model.opset}
+
+
+def read_onnx_file(file: Path) -> pb.OnnxModel:
+    """Return what the reader keeps of an ONNX file, or raise ArtifactError where it is not whole."""
+    try:
+        return pb.read_onnx_model(file)
+    except pb.ProtobufError as err:
+        raise ArtifactError(
+            f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export"
+        ) from None
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
@@ -150,9 +155,11 @@ def rounding(dtype: str, device: str) -> float:
 
 def check_sha256(file: Path, sha256: str) -> None:
     """Raise ArtifactError unless a file hashes to these 64 hex digits."""
-    if file.is_dir() or (file.suffix == ".onnx" and pb.read_onnx_model(file).external):
-        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model's weights are in another")
+    if file.is_dir():
+        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model is a folder")
     compare_sha256(file, file_sha256(check_file(file)), sha256)
+    if file.suffix == ".onnx" and read_onnx_file(file).external:
+        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model's weights are in another")
 
 
 def compare_sha256(file: Path, found: str, wanted: str) -> None:

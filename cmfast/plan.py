@@ -49,7 +49,7 @@ def parse_plan(data: Plan, file: Path) -> Manifest:
     manifest = Manifest.from_json(text, str(file))
     at = start + text.find(_FIELD) + len(_FIELD)
     digits = manifest.engine.get("plan_sha256")
-    if not isinstance(digits, str) or len(digits) != DIGITS or data[at : at + DIGITS] != digits.encode("latin-1"):
+    if not re.fullmatch(rf"[0-9a-f]{{{DIGITS}}}", str(digits)) or data[at : at + DIGITS] != str(digits).encode():
         raise ArtifactError(f"{file}: its manifest has no digest of the file; {_AGAIN}")
     if digest(data, at) != digits:
         raise ArtifactError(f"{file}: {_what_happened(data, library)}; copy it again, or {_AGAIN}")

@@ -415,3 +415,23 @@ def test_a_manifest_of_wrong_values_is_read_or_refused(values: dict[str, Any]) -
         assert str(err).startswith("here: ")  # noqa: PT017, the other outcome is as good
         return
     assert isinstance(manifest.spec, ModelSpec)
+
+
+# The SHA-256 of a file, said by whoever opens it.
+
+
+def test_a_damaged_file_is_not_opened_where_its_sha256_was_said(
+    handmade_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    import cmfast
+    from cmfast.artifact import file_sha256
+
+    whole, short = handmade_onnx(8), tmp_path / "short.onnx"
+    short.write_bytes(whole.read_bytes()[:-20])
+    cmfast.load(whole, sha256=file_sha256(whole))
+    with pytest.raises(ArtifactError, match=r"short\.onnx: its SHA-256 is [0-9a-f]{64}, not .* as asked; not opened"):
+        cmfast.load(short, sha256=file_sha256(whole))
+    with pytest.raises(ArtifactError, match="not a whole ONNX file"):
+        cmfast.load(short, sha256=file_sha256(short))
+    with pytest.raises(CmfastError, match="this model is a folder"):
+        cmfast.load(tmp_path, sha256="0" * 64)

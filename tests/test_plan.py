@@ -143,6 +143,7 @@ def test_a_plan_altered_and_sealed_again_reads_but_is_another_file(plan: Path, t
         (b"ftrt" + bytes(100) + 2 * b'{"schema": "cmfast/1"}' + bytes(100), "it holds two manifests"),
         (bytes(made_up()).replace(b'"plan_sha256"', b'"plan_sha257"'), "has no digest of the file"),
         (bytes(made_up()), "its bytes do not hash to the digest"),
+        (bytes(made_up(plan_sha256=chr(0x4E00) * 64)), "has no digest of the file"),
     ],
 )  # fmt: skip
 def test_what_is_no_plan_of_ours_is_refused_in_one_line(content: bytes, words: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 import cmfast
 from cmfast.artifact import PRECISIONS, ROUNDING, read_manifest
-from cmfast.errors import CheckFailed, CmfastError
+from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast_export import auto, cli
 from cmfast_export import export as exporting
 from cmfast_export.auto import export_fastest
@@ -282,6 +282,24 @@ def test_auto_without_any_precision_inside_says_by_how_much_and_writes_nothing(
     with pytest.raises(CheckFailed, match=r"no precision is to be had inside the tolerance: .*differs .*; .*differs "):
         export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", tolerance=1e-12, **options())
     assert os.listdir(tmp_path) == []
+
+
+def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
+    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fails() -> None:
+        raise EngineError("device cuda was asked for, but there is none")
+
+    monkeypatch.setattr(auto, "check_cuda", fails)
+    monkeypatch.setattr(auto, "export_onnx", None)
+    options = ("-o", tmp_path / "model.onnx", "--precision", "auto", "--device", "cuda")
+    refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was asked for, but there is none")
+
+
+def test_opset_0_is_no_opset(tiny_checkpoint: Factory) -> None:
+    with pytest.raises(CmfastError, match="opset must be from 18 to 23, got 0"):
+        denoiser_graph(load_checkpoint(tiny_checkpoint(0)).denoiser(), opset=0)
 
 
 def test_the_command_says_what_auto_found(tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path) -> None:

@@ -378,6 +378,24 @@ def test_the_command_takes_a_checkpoint_to_an_engine_and_says_what_it_did(
     assert os.listdir(tmp_path) == ["two.engine"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--build", "timing_cache=cache"), "TensorRT-RTX has no timing_cache"),
+        (("--cache", "file/folder"), "the cache file/folder cannot be a folder: "),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_export(
+    arguments: tuple[str, ...], words: str, tiny_checkpoint: Factory, call: Callable[..., Any],
+    refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.setattr(cli, "_export", None)
+    refused(call(cli.main, tiny_checkpoint(0), "--format", "engine", "-o", "model.engine", *arguments), words)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_the_command_keeps_engines_where_it_is_told_to(
     handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

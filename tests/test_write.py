@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from cmfast import _protobuf as pb
 from cmfast.artifact import model_bytes
-from cmfast.errors import ArtifactError, CheckFailed
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.model import load
 from cmfast_export import export, write
 from cmfast_export.export import export_onnx
@@ -136,3 +136,10 @@ def test_a_file_that_was_replaced_cannot_name_what_is_deleted(location: str, tmp
     (folder / "model.onnx").write_bytes(onnx.ModelProto(ir_version=8, graph=graph).SerializeToString())
     assert pb.read_onnx_model(folder / "model.onnx").external == [location]  # that is what the file says
     assert write.data_files(folder / "model.onnx") == set()
+
+
+def test_a_sha256_is_not_taken_for_a_model_in_two_files(two_files: tuple[Path, Path]) -> None:
+    from cmfast.artifact import file_sha256
+
+    with pytest.raises(CmfastError, match="a SHA-256 is of one file, and this model's weights are in another"):
+        load(two_files[0], sha256=file_sha256(two_files[0]))

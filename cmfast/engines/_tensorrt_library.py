@@ -10,7 +10,7 @@ from typing import Any
 from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
 
 LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}  # [rtx] brings it on x86-64 only: there are no other wheels
 
 
 def import_library(name: str, what: str) -> Any:

@@ -66,6 +66,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # warnings are not for the user of a command; errors are raised
         if threads is not None:
             options.intra_op_num_threads = threads
+        self._session: Any = None  # before the device, so that it goes before the stream that it runs on
         self._device: _Device | None = None
         if device == "cpu":
             self._session = _open(ort, path, options, self.manifest.dtype, [(CPU, {})])
@@ -106,6 +107,11 @@ class OnnxRuntimeEngine:
         if image != list(spec.image):
             raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")
         return batch if isinstance(batch, int) else None
+
+
+def check_cuda() -> None:
+    """Raise EngineError unless this ONNX Runtime, card and driver can run files on CUDA."""
+    _check_gpu(_import("cuda", ""), Path(), "", "float32")
 
 
 class _Device:

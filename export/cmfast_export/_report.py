@@ -33,11 +33,7 @@ def onnx(exported: Exported, seconds: float, checkpoint: Path, told: str) -> Non
         click.echo(f"  cmfast-export {exported.path} --format engine")
         return
     click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
-    if told:  # cmfast-bench does not take what was said of a foreign file
-        baseline = exported.path.with_suffix(".pt")
-        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
-        checkpoint = baseline
-    click.echo(f"  cmfast-bench {exported.path} --baseline {checkpoint}")
+    _bench(exported.path, checkpoint, told)
 
 
 def parity(exported: Exported, path: Path) -> None:
@@ -73,8 +69,8 @@ def choice(chosen: Choice) -> None:
     click.echo(f"precision {chosen.precision}: {why}")
 
 
-def engine(built: Built, source: Path) -> None:
-    """Report an engine file."""
+def engine(built: Built, source: Path, told: str) -> None:
+    """Report an engine file, made of `source`; `told`: what was said of a foreign checkpoint."""
     about = built.manifest.engine
     cards = ", ".join(about["compute_capability"]) or "all cards that it supports"
     least, often, most = about["batch"]
@@ -98,7 +94,15 @@ def engine(built: Built, source: Path) -> None:
     click.echo(f"  cmfast-info {built.path}")
     click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
     if source.suffix != ".onnx":
-        click.echo(f"  cmfast-bench {built.path} --baseline {source} --device cuda")
+        _bench(built.path, source, told, " --device cuda")
+
+
+def _bench(path: Path, checkpoint: Path, told: str, more: str = "") -> None:
+    if told:  # cmfast-bench does not take what was said of a foreign file
+        baseline = path.with_suffix(".pt")
+        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
+        checkpoint = baseline
+    click.echo(f"  cmfast-bench {path} --baseline {checkpoint}{more}")
 
 
 def repository(written: Repository, client: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from cmfast.artifact import PRECISIONS, ROUNDING, rounding
 from cmfast.engines import open_engine
+from cmfast.engines.onnxruntime import check_cuda
 from cmfast.errors import CheckFailed, EngineError
 from cmfast.files import atomic_file, check_target
 from cmfast.model import Model
@@ -74,6 +75,8 @@ def export_fastest(
     candidates = ON_CPU if timed and device == "cpu" else BY_RATE
     passed: dict[str, Exported] = {}
     failed: list[Tried] = []
+    if device == "cuda":  # once, and not by a whole export of each
+        check_cuda()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
         for precision in candidates:
             file = Path(folder) / precision / target.name
@@ -89,7 +92,8 @@ def export_fastest(
             if passed and not timed:
                 break
         if not passed:
-            raise CheckFailed("no precision is to be had inside the tolerance: " + "; ".join(t.why for t in failed))
+            reasons = "; ".join(dict.fromkeys(each.why for each in failed))
+            raise CheckFailed(f"no precision is to be had inside the tolerance: {reasons}")
         times = _times({name: exported.path for name, exported in passed.items()}, device) if timed else {}
         best = min(passed, key=lambda name: times.get(name, 0.0))
         exported = _move(passed[best], target)
@@ -116,8 +120,12 @@ def _move(exported: Exported, target: Path) -> Exported:
     data = exported.data and target.with_name(exported.data.name)
     if exported.data and data:
         os.replace(exported.data, data)
-    with atomic_file(target) as file:
-        shutil.copyfile(exported.path, file)
+    try:
+        with atomic_file(target) as file:
+            shutil.copyfile(exported.path, file)
+    except BaseException:
+        remove_unused({data} if data else set(), target.parent)
+        raise
     remove_unused(before, target.parent)
     return replace(exported, path=target, data=data)
 

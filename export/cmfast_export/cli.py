@@ -98,7 +98,9 @@ class Request:
     show_default=True,
     help="Of the network's trunk; auto: the fastest inside --tolerance.",
 )
-@click.option("--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision.")
+@click.option(
+    "--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision and device."
+)
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -229,7 +231,7 @@ def _write_engine(request: Request) -> None:
     with _graph(request) as onnx:
         tolerance = request.graph["tolerance"]
         built = build_engine(onnx, request.out, options, cache=request.cache, tolerance=tolerance)
-    _report.engine(built, request.checkpoint)
+    _report.engine(built, request.checkpoint, request.told)
 
 
 def _write_triton(request: Request) -> None:
@@ -246,9 +248,9 @@ def _check_options(request: Request) -> None:
     """Refuse what engines and repositories do not take, before the work of exporting."""
     with needs("cmfast-export", "export,cpu"):
         if request.form == "engine":
-            from cmfast_export.to_tensorrt import BuildOptions
+            from cmfast_export.to_tensorrt import BuildOptions, check_build
 
-            parse_options(BuildOptions, "--build", request.build)
+            check_build(parse_options(BuildOptions, "--build", request.build), request.out, request.cache)
         elif request.form == "triton":
             from cmfast_export.to_triton import check_repository, model_name
             from cmfast_export.triton_config import ServeOptions

@@ -57,6 +57,7 @@ def emulated(model: ir.Model, dtype: str) -> ir.Model:
 
 def _round_results(graph: ir.Graph) -> None:
     """Turn every half-precision tensor into float32 that passes through its old type once."""
+    halves = {value for node in graph for value in (*node.inputs, *node.outputs) if value and value.dtype in HALVES}
     for value in graph.initializers.values():
         if value.dtype in HALVES:
             assert value.const_value is not None
@@ -65,19 +66,19 @@ def _round_results(graph: ir.Graph) -> None:
         if node.op_type == "Cast":
             to = ir.DataType(node.attributes["to"].as_int())
             if to in HALVES:  # float32 to half: the rounding itself
-                _round(graph, node, to, replaces=True)
-            elif to == ir.DataType.FLOAT:  # half to float32: nothing is left to do
+                _round(graph, node, to)
+            elif to == ir.DataType.FLOAT and node.inputs[0] in halves:  # nothing is left to do
                 node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
             continue
         for output in node.outputs:
             if output.dtype in HALVES:
-                _round(graph, node, output.dtype, replaces=False)
+                _round(graph, node, output.dtype, output=output)
 
 
-def _round(graph: ir.Graph, node: ir.Node, to: ir.DataType, *, replaces: bool) -> None:
-    """Put Cast to half and back behind a node, or in the place of a Cast to half."""
-    source = node.inputs[0] if replaces else node.outputs[0]
-    result = node.outputs[0]
+def _round(graph: ir.Graph, node: ir.Node, to: ir.DataType, output: ir.Value | None = None) -> None:
+    """Put Cast to half and back behind an output of a node, or, without one, in the place of a Cast to half."""
+    source = output or node.inputs[0]
+    result = output or node.outputs[0]
     assert source is not None
     narrow = ir.node("Cast", [source], {"to": to})
     wide = ir.node("Cast", [narrow.outputs[0]], {"to": ir.DataType.FLOAT})
@@ -86,7 +87,7 @@ def _round(graph: ir.Graph, node: ir.Node, to: ir.DataType, *, replaces: bool) -
     narrow.name, wide.name = f"{node.name}.narrow", f"{node.name}.rounded"
     wide.outputs[0].type, wide.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), result.shape
     result.replace_all_uses_with(wide.outputs[0], replace_graph_outputs=True)
-    if not replaces:
+    if output:
         narrow.replace_input_with(0, source)  # the line above turned this one round too
         result.type = ir.TensorType(ir.DataType.FLOAT)
     graph.insert_after(node, [narrow, wide])

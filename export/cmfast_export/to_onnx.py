@@ -35,7 +35,7 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     opset  None: the oldest that the trunk's type can be written in
     """
     least = BF16_OPSET if denoiser.trunk == torch.bfloat16 else OPSETS.start
-    opset = opset or max(least, DEFAULT_OPSET)
+    opset = max(least, DEFAULT_OPSET) if opset is None else opset
     if opset in OPSETS and opset < least:
         raise CmfastError(f"bfloat16 convolutions exist from opset {least}, got {opset}; leave --opset out")
     if opset not in OPSETS:
@@ -67,6 +67,7 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
         _some_in_float32(model.graph)
     if opset >= LATE_OPSET:
         _norm_layers(model.graph)
+        passes.RemoveUnusedNodesPass()(model)
     model.graph.name = "denoiser"
     return model
 

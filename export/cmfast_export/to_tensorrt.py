@@ -117,9 +117,7 @@ def build_engine(
     """
     target, begun = check_target(out), time.perf_counter()
     manifest, _ = read_onnx(onnx)
-    library = options.library or _library(options)
-    trt = import_library(library, f"building {target.name}")
-    _check_options(options, library)
+    library, trt = check_build(options, target, cache)
     engine = _description(trt, onnx, options, library)
     kept = cache / f"{_key(engine)}.engine" if cache else None
     made_by = {**manifest.made_by, library: str(trt.__version__)}
@@ -145,10 +143,10 @@ def build_engine(
         if onnx_sha256(onnx) != engine["onnx_sha256"]:
             raise CheckFailed(f"{onnx} changed while its engine was built; no file was written")
         done = read_plan(file)
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(kept) as copy:
-                copy.write_bytes(plan)
+    if kept is not None:  # after the engine stands, whatever the cache's disk does
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(kept) as copy:
+            copy.write_bytes(plan)
     return Built(
         path=target,
         manifest=done,
@@ -158,6 +156,18 @@ def build_engine(
         seconds=time.perf_counter() - begun,
         cached=cached,
     )
+
+
+def check_build(options: BuildOptions, out: Path, cache: Path | None) -> tuple[str, Any]:
+    """Return the library that builds, by name and as a module, or raise: before the work, not after it."""
+    library = options.library or _library(options)
+    trt = import_library(library, f"building {out.name}")
+    _check_options(options, library)
+    if cache is not None:
+        there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise CmfastError(f"the cache {cache} cannot be a folder: {there} is a file; name another")
+    return library, trt
 
 
 def _no_card(engine: Mapping[str, Any]) -> str:
@@ -182,8 +192,8 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
         reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, Path(folder) / "emulated.onnx"))
         batches = sorted({least, max(least, min(often, MODERATE))})
         (parity,) = verify(engine, [reference], batches)
-    rows = [*parity.rows, compare_batches(engine, max(least, min(often, MODERATE)), most)]
-    parity = replace(parity, rows=tuple(rows))
+    if most > (few := max(batches)):
+        parity = replace(parity, rows=(*parity.rows, compare_batches(engine, few, most)))
     if failure := parity.failure(allowed, of="its ONNX file"):
         raise CheckFailed(f"the engine {failure}; no file was written")
     return parity
