@@ -90,7 +90,7 @@ def engine(built: Built, source: Path, told: str) -> None:
         click.echo(f"not run: {built.not_run}; the ONNX file that it was built from is verified")
     click.echo(f"sha256 {built.sha256}")
     click.echo("An engine is native code: load only what you trust.")
-    click.echo("next:")
+    click.echo("next, where there is such a card:" if built.not_run else "next:")
     click.echo(f"  cmfast-info {built.path}")
     click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
     if source.suffix != ".onnx":
