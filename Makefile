@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/cmfast-export demo/model.pt
 	$(BIN)/cmfast-export demo/model.pt --kind sampler --steps 2 -o demo/sampler.onnx
 	$(BIN)/cmfast-sample demo/model.onnx -n 64 --steps 2 --seed 0 -o demo/samples.png
-	$(BIN)/python benchmarks/frechet.py demo/model.onnx --data-set digits --steps 1,2,4 --train-log demo --json demo/frechet.json
+	$(BIN)/cmfast-eval demo/model.onnx --data-set digits --steps 1,2,4 --train-log demo --json demo/quality.json --plot demo/quality.png
 	$(BIN)/cmfast-bench demo/model.onnx demo/sampler.onnx --baseline demo/model.pt --steps 1,2 --batch 1,8 --seconds 1 --json demo/latency.json --plot demo/latency.png
 	@echo "demo/samples.png holds 64 digits drawn in two steps each"
 

@@ -109,7 +109,7 @@ def random_model(path: Path) -> Path:
     """Write a checkpoint of the mnist preset with random weights, in a process of its own, and return its path."""
     code = (
         "import sys; from cmfast_train.checkpoint import Checkpoint, save_checkpoint\n"
-        "from cmfast_train.loop import network_config; from cmfast_train.networks.adm import AdmUnet, randomise\n"
+        "from cmfast_train.start import network_config; from cmfast_train.networks.adm import AdmUnet, randomise\n"
         "from cmfast_train.presets import PRESETS\n"
         "config = PRESETS['mnist']; shape = network_config(config, 10); network = AdmUnet(shape); randomise(network)\n"
         "made = Checkpoint(spec=config.spec(10), network=shape, weights=network.state_dict())\n"

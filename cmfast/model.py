@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from cmfast import noise as portable
 from cmfast import sampler
 from cmfast.engines import Engine, LoopEngine, open_engine
 from cmfast.errors import CmfastError
+from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
+from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
 
 
 def load(
@@ -71,10 +75,8 @@ class Model:
         first     index of the first image, to go on where another call stopped
         progress  show a bar on stderr
         """
-        images = np.empty((_whole("n", n, 1), *self.spec.image[1:], self.spec.image[0]), np.uint8)
-        for part, x0 in self._batches(n, steps, sigmas, seed, label, batch, first, progress):
-            images[part] = sampler.to_uint8(x0)  # batch by batch: a quarter of the memory
-        return images
+        drawing = self._few_steps(self.levels(steps, sigmas))
+        return self._pixels(n, self._batches(n, drawing, seed, label, batch, first, progress))
 
     def sample_float(
         self,
@@ -89,12 +91,45 @@ class Model:
         progress: bool = False,
     ) -> Floats:
         """Draw n images as `sample` does; return float32 [n, C, H, W] in [-1, 1]."""
-        images = np.empty((_whole("n", n, 1), *self.spec.image), np.float32)
-        for part, x0 in self._batches(n, steps, sigmas, seed, label, batch, first, progress):
-            images[part] = x0
-        return images
+        drawing = self._few_steps(self.levels(steps, sigmas))
+        return self._floats(n, self._batches(n, drawing, seed, label, batch, first, progress))
 
-    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None = None) -> Floats:
+    def sample_heun(
+        self,
+        n: int,
+        *,
+        steps: int = 18,
+        churn: float | Churn = 0.0,
+        seed: int = 0,
+        label: int | Sequence[int] | None = None,
+        batch: int = 64,
+        first: int = 0,
+        progress: bool = False,
+    ) -> npt.NDArray[np.uint8]:
+        """Draw n images with a diffusion model, a teacher, in many steps (`cmfast.heun`); return uint8 [n, H, W, C].
+
+        steps  Heun steps, 2 steps - 1 network calls an image, from sigma_max down the Karras grid to sigma_min and 0
+        churn  the paper's S_churn, or all four of its numbers; 0: deterministic
+        The rest is as in `sample`. The start of image i of a seed is the one that `sample` takes too.
+        """
+        return self._pixels(n, self._batches(n, self._heun_steps(steps, churn), seed, label, batch, first, progress))
+
+    def sample_heun_float(
+        self,
+        n: int,
+        *,
+        steps: int = 18,
+        churn: float | Churn = 0.0,
+        seed: int = 0,
+        label: int | Sequence[int] | None = None,
+        batch: int = 64,
+        first: int = 0,
+        progress: bool = False,
+    ) -> Floats:
+        """Draw n images as `sample_heun` does; return float32 [n, C, H, W], data units, not clipped."""
+        return self._floats(n, self._batches(n, self._heun_steps(steps, churn), seed, label, batch, first, progress))
+
+    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: Labels | None = None) -> Floats:
         """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels."""
         if noise.ndim != 5 or (len(noise), *noise.shape[2:]) != (len(sigmas), *self.spec.image):
             need = ", ".join(map(str, self.spec.image))
@@ -121,10 +156,7 @@ class Model:
         sigma  noise level, data units: a number, or one an image [B]
         label  a class, or one an image [B]; needed exactly when the model has classes
         """
-        if self.manifest.kind != "denoiser":
-            raise CmfastError(
-                "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
-            )
+        self._check_denoiser()
         if x.ndim != 4 or x.shape[1:] != tuple(self.spec.image) or x.dtype != np.float32:
             raise CmfastError(
                 f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}"
@@ -149,7 +181,7 @@ class Model:
 
     def labels(
         self, n: int, *, seed: int = 0, label: int | Sequence[int] | None = None, first: int = 0
-    ) -> npt.NDArray[np.int64] | None:
+    ) -> Labels | None:
         """Return the class of each of n images, int64 [n], that `sample` uses; None for an unconditional model."""
         classes = self.spec.classes
         if not classes:
@@ -166,11 +198,36 @@ class Model:
             raise CmfastError(f"label {wrong} is out of range; this model has the classes 0 to {classes - 1}")
         return np.array(np.broadcast_to(given.astype(np.int64), (n,)))
 
+    def _few_steps(self, levels: tuple[float, ...]) -> _Drawing:
+        return _Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label))
+
+    def _heun_steps(self, steps: int, churn: float | Churn) -> _Drawing:
+        self._check_denoiser()
+        heun_calls(steps)
+        levels = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
+        full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
+
+        def draw(noise: Floats, label: Labels | None) -> Floats:
+            return np.asarray(heun(lambda x, sigma: self.denoise(x, sigma, label), noise, levels, churn=full))
+
+        return _Drawing(noise_slices(steps, full), draw)
+
+    def _pixels(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> npt.NDArray[np.uint8]:
+        images = np.empty((_whole("n", n, 1), *self.spec.image[1:], self.spec.image[0]), np.uint8)
+        for part, x0 in batches:
+            images[part] = sampler.to_uint8(x0)  # batch by batch: a quarter of the memory
+        return images
+
+    def _floats(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> Floats:
+        images = np.empty((_whole("n", n, 1), *self.spec.image), np.float32)
+        for part, x0 in batches:
+            images[part] = x0
+        return images
+
     def _batches(
         self,
         n: int,
-        steps: int | None,
-        sigmas: Sequence[float] | None,
+        drawing: _Drawing,
         seed: int,
         label: int | Sequence[int] | None,
         batch: int,
@@ -179,19 +236,24 @@ class Model:
     ) -> Iterator[tuple[slice, Floats]]:
         """Yield (which of the n images, x0 [b, C, H, W]) batch by batch."""
         batch, first = _whole("batch", batch, 1), _whole("first", first, 0)
-        levels = self.levels(steps, sigmas)
         every = self.labels(n, seed=seed, label=label, first=first)
         batch = self.engine.batch or batch
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
 
         def noise(part: slice) -> Floats:
             indices = np.arange(first + part.start, first + part.stop)
-            return np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(len(levels))])
+            return np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(drawing.slices)])
 
         with progress_bar("sampling", n, "images", show=progress) as advance:
             for part, z in _ahead(noise, parts):
-                yield part, self.from_noise(z, levels, None if every is None else every[part])
+                yield part, drawing.draw(z, None if every is None else every[part])
                 advance(part.stop - part.start, "")
+
+    def _check_denoiser(self) -> None:
+        if self.manifest.kind != "denoiser":
+            raise CmfastError(
+                "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
+            )
 
     def _label(self, label: npt.ArrayLike | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
         if self.spec.classes and label is None:
@@ -210,6 +272,14 @@ class Model:
             axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
             inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
         return self.engine.run(inputs)[:n]
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A way to draw a batch: slices of unit noise [slices, b, C, H, W] and labels [b] in, x0 [b, C, H, W] out."""
+
+    slices: int
+    draw: Callable[[Floats, Labels | None], Floats]
 
 
 def _ahead(make: Callable[[slice], Floats], parts: Sequence[slice]) -> Iterator[tuple[slice, Floats]]:

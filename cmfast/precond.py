@@ -23,6 +23,8 @@ def scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
         return boundary_scalings(sigma, spec.sigma_data, spec.sigma_min)
     if spec.scaling == "seed":
         return seed_scalings(sigma, spec.sigma_min)
+    if spec.scaling == "flow":
+        return flow_scalings(sigma)
     # TrigFlow written for x = x0 + sigma z instead of the rotated x_t is EDM with the sign of c_out turned.
     c_skip, c_out, c_in = edm_scalings(sigma, spec.sigma_data)
     return (c_skip, -c_out, c_in) if spec.scaling == "trigflow" else (c_skip, c_out, c_in)
@@ -53,6 +55,20 @@ def seed_scalings(sigma: Array, sigma_min: float) -> tuple[Array, Array, Array]:
     return 0.25 / (above**2 + 0.25), 0.25 * above / (sigma**2 + 0.25) ** 0.5, sigma * 0 + 1.0
 
 
+def flow_scalings(sigma: Array) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) of a flow: f = z_t - t u(z_t), where the network u is a velocity, mean or not.
+
+    MeanFlow (arXiv:2505.13447), Algorithm 2, from any t to r = 0: z_t = (1 - t) x0 + t z, which for x = x0 + sigma z is
+    x / (1 + sigma). At sigma = 0 the model is the identity. sigma_data plays no part.
+    """
+    return 1 / (1 + sigma), -flow_time(sigma), 1 / (1 + sigma)
+
+
+def flow_time(sigma: Array) -> Array:
+    """Return the time t of a flow, 0 to 1, at which noise and data have the ratio sigma: t / (1 - t) = sigma."""
+    return sigma / (1 + sigma)
+
+
 def noise_condition(sigma: Array, spec: ModelSpec, xp: Any) -> Array:
     """Return c_noise(sigma), what the network's noise embedding is fed.
 
@@ -67,4 +83,6 @@ def noise_condition(sigma: Array, spec: ModelSpec, xp: Any) -> Array:
         return xp.log(sigma) / 4
     if spec.c_noise == "trig":  # sCM (arXiv:2410.11081): t = atan(sigma / sigma_data)
         return xp.atan(sigma / spec.sigma_data)
+    if spec.c_noise == "flow":
+        return flow_time(sigma)
     return sigma

@@ -12,6 +12,7 @@ The exporter writes the same loop as one ONNX graph (`cmfast_export.compose`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,22 @@ def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelS
     """Draw images from noise in K = len(sigmas) network calls; return x0 [B, C, H, W] in data units.
 
     denoise  callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller
-    noise    [K, B, C, H, W] unit Gaussian, one slice a step
+    noise    [K, B, C, H, W] unit Gaussian, one slice a step; "ddim" uses the first only
     sigmas   K noise levels, data units, strictly decreasing (`ModelSpec.levels` checks them)
     spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
     """
     x = sigmas[0] * noise[0]
     x0 = _clip(denoise(x, sigmas[0]), spec)
-    for sigma, z in zip(sigmas[1:], noise[1:], strict=True):
-        x = x0 + renoise_std(sigma, spec) * z
+    for (before, sigma), z in zip(pairwise(sigmas), noise[1:], strict=True):
+        # "ddim" takes no fresh noise but less of the same: DDIM, as progressive distillation has it (arXiv:2202.00512).
+        x = x0 + (sigma / before * (x - x0) if spec.renoise == "ddim" else renoise_std(sigma, spec) * z)
         x0 = _clip(denoise(x, sigma), spec)
     return x0
 
 
 def renoise_std(sigma: float, spec: ModelSpec) -> float:
-    """Return how much noise lifts x0 to noise level sigma: x0 already carries sigma_min, unless "plain"."""
+    """Return how much fresh noise lifts x0 to noise level sigma: x0 already carries sigma_min, unless "plain"."""
+    assert spec.renoise != "ddim", "it takes no fresh noise"
     return float((sigma**2 - spec.sigma_min**2) ** 0.5) if spec.renoise == "sqrt" else sigma
 
 

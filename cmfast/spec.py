@@ -16,9 +16,9 @@ from typing import Any
 from cmfast.errors import CmfastError
 from cmfast.schedule import check_sigmas, karras_sigmas, sigmas_of_indices
 
-SCALINGS = ("boundary", "edm", "trigflow", "seed")  # formulas: cmfast.precond
-C_NOISES = ("250ln", "ln/4", "raw", "trig")
-RENOISES = ("sqrt", "plain")
+SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.precond
+C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
+RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ModelSpec:
     sigma_data: float = 0.5  # standard deviation of the data, data units
     scaling: str = "boundary"  # one of SCALINGS
     c_noise: str = "250ln"  # one of C_NOISES
-    renoise: str = "sqrt"  # x0 + sqrt(sigma^2 - sigma_min^2) z, or "plain": x0 + sigma z
+    renoise: str = "sqrt"  # one of RENOISES
     clip: bool = True  # clip x0 to [-1, 1] after every call while sampling
     grid: int = 0  # levels of the Karras grid that it was trained on; 0: none, any level was trained
     sigmas: Mapping[int, tuple[float, ...]] = field(  # default noise levels for 1, 2, ... steps

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast_train.loop import network_config
+from cmfast_train.start import network_config
 from cmfast_train.networks.adm import (
     AdmConfig,
     AdmUnet,

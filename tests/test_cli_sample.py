@@ -14,6 +14,8 @@ from PIL import Image
 
 import cmfast
 from cmfast.cli.sample import main
+from cmfast.heun import Churn
+from cmfast_export.export import export_onnx
 
 Factory = Callable[..., Path]
 
@@ -107,6 +109,26 @@ def test_the_first_image_and_the_labels_can_be_chosen(
 
 
 @pytest.mark.parametrize(
+    ("options", "churn"),
+    [([], Churn()), (["--churn", "2"], Churn(s_churn=2)),
+     (["--churn", "40,0.05,50,1.003"], Churn(s_churn=40, s_tmin=0.05, s_tmax=50, s_noise=1.003))],
+    ids=str,
+)  # fmt: skip
+def test_heun_steps_draw_the_images_that_the_library_draws(
+    options: list[str], churn: Churn, tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "images.npz"
+    result = call(main, tiny_checkpoint(10), "-n", 3, "--heun", 4, *options, "--seed", 7, "--first", 2, "-o", out)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{out}: 3 image(s), 4 Heun step(s), 7 network call(s) an image, PyTorch cpu\n"
+    model = cmfast.load(tiny_checkpoint(10))
+    with np.load(out) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], model.sample_heun(3, steps=4, churn=churn, seed=7, first=2))
+        np.testing.assert_array_equal(arrays["arr_1"], model.labels(3, seed=7, first=2))
+        assert arrays["arr_0"].std() > 10
+
+
+@pytest.mark.parametrize(
     ("classes", "options", "words"),
     [
         (10, ["--label", "10"], "label 10 is out of range; this model has the classes 0 to 9"),
@@ -131,6 +153,15 @@ def test_the_first_image_and_the_labels_can_be_chosen(
         (10, ["--first", str(2**64)], "must be a whole number from 0"),
         (10, ["--seed", "-1"], "the seed must be a whole number from 0 to 2**64 - 1, got -1"),
         (10, ["--seed", str(2**64)], "the seed must be a whole number"),
+        (10, ["--heun", "0"], "the number of Heun steps must be at least 1, got 0"),
+        (10, ["--heun", "18", "--steps", "2"], "--heun has noise levels of its own; leave out --steps, --sigmas"),
+        (10, ["--heun", "18", "--sigmas", "80,0.8"], "--heun has noise levels of its own"),
+        (10, ["--heun", "18", "--indices", "22,0"], "--heun has noise levels of its own"),
+        (10, ["--churn", "40"], "--churn is of Heun's steps; say how many: --heun 18"),
+        (10, ["--heun", "18", "--churn", "-1"], "s_churn must be a number from 0"),
+        (10, ["--heun", "18", "--churn", "1,2,3,4,5"], "at most four numbers, got 5"),
+        (10, ["--heun", "18", "--churn", "much"], "'much' is not a list of numbers"),
+        (10, ["--heun", "2", "--label", "10"], "label 10 is out of range"),
         (10, ["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
         (10, ["--quality", "9"], "No such option"),
     ],
@@ -142,6 +173,15 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
 ) -> None:  # fmt: skip
     refused(call(main, tiny_checkpoint(classes), "-o", tmp_path / "grid.png", *options), words)
     assert content(tmp_path) == []
+
+
+def test_heun_steps_of_a_sampler_file_are_refused_in_one_line(
+    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    export_onnx(tiny_checkpoint(0), tmp_path / "sampler.onnx", kind="sampler", steps=2)
+    result = call(main, tmp_path / "sampler.onnx", "--heun", "18", "-o", tmp_path / "grid.png")
+    refused(result, "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser")
+    assert content(tmp_path) == ["sampler.onnx"]
 
 
 def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(

@@ -8,14 +8,16 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
 from cmfast_train.config import DATA, FREE_FIELDS, METHODS, Phase, TrainConfig, from_dict, override, to_dict
-from cmfast_train.loop import network_config
+from cmfast_train.networks.build import build_network
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import PRESETS, phase
+from cmfast_train.presets import ABOUT, PRESETS, phase
+from cmfast_train.start import network_config
 
 DIGITS = PRESETS["digits"]
 
@@ -23,11 +25,27 @@ DIGITS = PRESETS["digits"]
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_a_run_whose_network_can_be_built(name: str) -> None:
     config = PRESETS[name]
-    assert config.data == name
+    assert config.data == ("folder" if name == "flowers32" else name)
     assert network_config(config, 10).image_size == config.image_size
     assert config.images >= sum(phase.images for phase in config.phases) > 0
     assert [phase.method for phase in config.phases] == ["edm", "ect"]
     assert config.sigmas[0] == (config.sigma_max,)
+
+
+def test_every_data_set_has_a_preset_and_every_preset_a_line_of_help() -> None:
+    assert {config.data for config in PRESETS.values()} == set(DATA)
+    assert list(ABOUT) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_presets_line_of_help_says_its_size(name: str) -> None:
+    config = PRESETS[name]
+    classes = {"flowers32": 5, "imagenet9": 9, "imagenet64": 1000}.get(name, 10)
+    with torch.device("meta"):
+        network = build_network(network_config(config, classes))
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    assert ABOUT[name].startswith(f"{millions:.{0 if millions > 10 else 1}f}M parameters, ")
+    assert config.conditional
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -122,7 +140,10 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("data=imagenet", "data must be one of digits, mnist, cifar10, folder, got 'imagenet'"),
+        (
+            "data=imagenet",
+            "one of digits, mnist, fashion-mnist, cifar10, folder, imagenet9, imagenet64, got 'imagenet'",
+        ),
         ("channels=2", "channels must be 1 or 3, got 2"),
         ("precision=int8", "precision must be auto, fp32, bf16 or fp16, got 'int8'"),
         ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),

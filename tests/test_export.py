@@ -28,9 +28,9 @@ from cmfast_export.export import export_onnx
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.verify import Parity, Row, verify_denoiser
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.loop import network_config
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.presets import PRESETS
+from cmfast_train.start import network_config
 
 Factory = Callable[..., Path]
 
@@ -77,6 +77,36 @@ def test_the_sampler_graph_draws_what_the_python_loop_draws(classes: int, export
     np.testing.assert_allclose(sampler.from_noise(noise, (80.0, 0.8), label), looped, rtol=0, atol=1e-5)
     assert np.abs(looped).max() <= 1.0  # it clips
     assert looped.std() > 0.1
+
+
+def flow_model() -> Checkpoint:
+    """A flow whose sampler takes no fresh noise: the conventions of MeanFlow and of progressive distillation."""
+    config = AdmConfig(
+        image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(), head_channels=32
+    )
+    network = AdmUnet(config)
+    randomise(network)
+    spec = cmfast.ModelSpec(image=(1, 8, 8), scaling="flow", c_noise="flow", renoise="ddim")
+    return Checkpoint(spec=spec, network=config, weights=network.state_dict())
+
+
+def test_a_sampler_without_fresh_noise_keeps_its_inputs_and_draws_what_the_python_loop_draws(tmp_path: Path) -> None:
+    sigmas = (80.0, 5.0, 0.8)
+    for kind in ("denoiser", "sampler", "server"):
+        levels = None if kind == "denoiser" else sigmas
+        export_onnx(flow_model(), tmp_path / f"{kind}.onnx", kind=kind, sigmas=levels)  # verifies
+        onnx.checker.check_model(onnx.load(tmp_path / f"{kind}.onnx"), full_check=True)
+    denoiser, sampler, server = (cmfast.load(tmp_path / f"{kind}.onnx") for kind in ("denoiser", "sampler", "server"))
+    noise = np.stack([gaussian(5, range(4), k, (1, 8, 8)) for k in range(3)])
+    looped = denoiser.from_noise(noise, sigmas)
+    assert looped.std() > 0.1
+    np.testing.assert_allclose(sampler.from_noise(noise, sigmas), looped, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(server.from_noise(noise, sigmas), looped, rtol=0, atol=1e-5)
+    other = np.concatenate([noise[:1], -noise[1:]])
+    np.testing.assert_array_equal(sampler.from_noise(other, sigmas), sampler.from_noise(noise, sigmas))
+    assert not np.array_equal(sampler.from_noise(-noise, sigmas), looped)
+    (entered,) = onnx.load(tmp_path / "sampler.onnx").graph.input
+    assert [size.dim_value for size in entered.type.tensor_type.shape.dim] == [3, 0, 1, 8, 8]
 
 
 def test_a_sampler_of_the_mnist_network_is_hardly_larger_than_its_denoiser() -> None:

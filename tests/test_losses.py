@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.losses import ct_loss, ect_loss, edm_loss, same_dropout
+from cmfast_train.losses import (
+    consistency_loss,
+    edm_loss,
+    l1,
+    l2,
+    meanflow_target,
+    noised,
+    ode_step,
+    progressive_loss,
+    pseudo_huber,
+    same_dropout,
+    scm_target,
+    weighted_by_itself,
+)
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.schedules import ct_pair
+from cmfast_train.parallel import jvp
+from cmfast_train.schedules import ct_pair, pd_steps
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 SHAPE = (2, 3, 3)
@@ -76,48 +91,57 @@ def test_the_edm_denoiser_sees_the_image_with_noise_of_its_level_and_the_label()
     assert edm_loss(denoise, x0, sigma, noise, label, SIGMA_DATA).shape == (3,)
 
 
-# ECT.
+# Consistency.
 
 
-def ect(denoise: Any, teach: Any, x0: Tensor, t: Tensor, r: Tensor, c: float = 0.0, seed: int = 1) -> Tensor:
-    return ect_loss(denoise, teach, x0, t, r, some(len(x0), *x0.shape[1:], seed=seed), None, c, SIGMA_MIN)
+def pair_loss(
+    denoise: Any, target: Any, x0: Tensor, t: Tensor, r: Tensor, distance: Any = l2, z: Tensor | None = None
+) -> Tensor:
+    """Return the loss of the two points of one noising path."""
+    z = some(len(x0), *x0.shape[1:], seed=1) if z is None else z
+    below = torch.where(r > SIGMA_MIN, r, 0)
+    return consistency_loss(
+        denoise, target, distance, noised(x0, t, z), t, noised(x0, below, z), below, None, SIGMA_MIN
+    )
 
 
 def test_without_a_second_level_the_target_is_the_image() -> None:
     x0, t = some(3), levels(0.5, 5, 80)
 
-    def teach(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def target(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         assert (sigma >= SIGMA_MIN).all()  # below it the logarithm of the noise embedding has no meaning
         return torch.full_like(x, 1e6)
 
     for r in (levels(0, 0, 0), levels(0.001, 0, SIGMA_MIN)):
-        assert ect(lambda x, sigma, label: x0, teach, x0, t, r).tolist() == [0, 0, 0]
-    assert (ect(lambda x, sigma, label: x0, teach, x0, t, levels(0.003, 0.1, 1)) > 1e4).all()
+        assert pair_loss(lambda x, sigma, label: x0, target, x0, t, r).tolist() == [0, 0, 0]
+    assert (pair_loss(lambda x, sigma, label: x0, target, x0, t, levels(0.003, 0.1, 1)) > 1e4).all()
 
 
-@pytest.mark.parametrize("c", [0.0, 0.03, 5.0])
-def test_the_ect_loss_is_its_formula(c: float) -> None:
-    student, teacher = Scaled(0.9), Scaled(0.7)
+DISTANCES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "l1": (l1, lambda d: np.abs(d).sum()),
+    "l2": (l2, lambda d: (d**2).sum()),
+    "the norm": (pseudo_huber(0.0), lambda d: np.sqrt((d**2).sum())),
+    "huber": (pseudo_huber(0.03), lambda d: np.sqrt((d**2).sum() + 0.03**2) - 0.03),
+    "a wide huber": (pseudo_huber(5.0), lambda d: np.sqrt((d**2).sum() + 25) - 5),
+}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_consistency_loss_is_its_formula(name: str) -> None:
+    distance, formula = DISTANCES[name]
     x0, z, t, r = some(4), some(4, seed=1), levels(0.5, 1, 10, 80), levels(0, 0.2, 8, 79.7)
-    loss = ect(student, teacher, x0, t, r, c)
+    loss = pair_loss(Scaled(0.9), Scaled(0.7), x0, t, r, distance, z)
     for i in range(4):
         x, n, ti, ri = x0[i].numpy(), z[i].numpy(), t[i].item(), r[i].item()
         target = 0.7 * (x + ri * n) / (1 + ri) if ri else x
-        distance = np.sqrt(((0.9 * (x + ti * n) / (1 + ti) - target) ** 2).sum() + c**2) - c
-        assert loss[i].item() == pytest.approx(distance / (ti - ri), rel=1e-12)
+        assert loss[i].item() == pytest.approx(formula(0.9 * (x + ti * n) / (1 + ti) - target), rel=1e-12)
 
 
 def test_a_huber_constant_turns_small_differences_into_squares() -> None:
     x0, off = some(1), 1e-4
     for c, power in ((0.0, 1), (1.0, 2)):
-        near, far = (
-            ect(lambda x, s, label, by=by: x0 + by, lambda x, s, label: x0, x0, levels(1), levels(0), c).item()
-            for by in (off, 2 * off)
-        )
+        near, far = (pseudo_huber(c)(x0 + by, x0).item() for by in (off, 2 * off))
         assert far / near == pytest.approx(2**power, rel=1e-3)
-
-
-# CT.
 
 
 def test_consistency_training_is_algorithm_3_with_a_fixed_grid() -> None:
@@ -125,7 +149,8 @@ def test_consistency_training_is_algorithm_3_with_a_fixed_grid() -> None:
     uniform = torch.rand(b, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x0, z = some(b), some(b, seed=1)
     t, r = ct_pair(n, uniform, SIGMA_MIN, SIGMA_MAX)
-    loss = ct_loss(Scaled(0.9), Scaled(0.8), x0, t, r, z, None)
+    x_t, x_r = noised(x0, t, z), noised(x0, r, z)
+    loss = consistency_loss(Scaled(0.9), Scaled(0.8), l2, x_t, t, x_r, r, None, SIGMA_MIN)
 
     rho = 7  # from here on the paper, in numpy
     for image in range(b):
@@ -136,42 +161,140 @@ def test_consistency_training_is_algorithm_3_with_a_fixed_grid() -> None:
         )
         x, noise = x0[image].numpy(), z[image].numpy()
         online, target = 0.9 * (x + t_next * noise) / (1 + t_next), 0.8 * (x + t_here * noise) / (1 + t_here)
+        if i == 1:
+            target = x + t_here * noise  # the boundary condition, which a model keeps and Scaled does not
         assert loss[image].item() == pytest.approx(((online - target) ** 2).sum(), rel=1e-9)
 
 
 def test_a_model_that_is_constant_along_a_path_has_no_loss_at_any_pair() -> None:
     grid = levels(*karras_sigmas(40)[::-1])
-    x0, z = some(39), some(39, seed=1)
+    x0, z = some(38), some(38, seed=1)
 
     def exact(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         return x - sigma[:, None, None, None] * z  # knows the noise: both ends of every path map to x0
 
-    np.testing.assert_allclose(ct_loss(exact, exact, x0, grid[1:], grid[:-1], z, None), np.zeros(39), atol=1e-24)
-    # The constant map is consistent as well; what forbids it is the boundary condition, not the loss.
-    assert ct_loss(lambda x, s, _: x * 0, lambda x, s, _: x * 0, x0, grid[1:], grid[:-1], z, None).tolist() == [0] * 39
+    def zero(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+        return x * 0  # the constant map is consistent as well; what forbids it is the boundary condition
+
+    for model in (exact, zero):
+        loss = pair_loss(model, model, x0, grid[2:], grid[1:-1], z=z)
+        np.testing.assert_allclose(loss, np.zeros(38), atol=1e-24)
+
+
+# The probability-flow ODE, and progressive distillation.
+
+
+def gaussian(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    """The exact denoiser of Gaussian data of standard deviation 1/2 around 0."""
+    return 0.25 * x / (0.25 + sigma[:, None, None, None] ** 2)
+
+
+@pytest.mark.parametrize(("second_order", "order"), [(False, 1), (True, 2)])
+def test_steps_along_the_ode_have_their_order_of_accuracy(second_order: bool, order: int) -> None:
+    start = some(1) * 80
+
+    def error(n: int) -> float:
+        x, grid = start, karras_sigmas(n)
+        for t, r in itertools.pairwise(grid):
+            x = ode_step(gaussian, x, levels(t), levels(r), None, second_order)
+        exact = start * ((0.25 + grid[-1] ** 2) / (0.25 + grid[0] ** 2)) ** 0.5
+        return float((x - exact).norm())
+
+    assert error(80) / error(160) == pytest.approx(2**order, rel=0.1)
+
+
+def test_one_step_towards_the_target_arrives_where_the_teachers_two_steps_do() -> None:
+    uniform = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    t, middle, r = pd_steps(8, uniform, SIGMA_MIN, SIGMA_MAX)
+    x = noised(some(8), t, some(8, seed=1))
+    seen: list[Tensor] = []
+
+    def student(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+        seen.append(x)
+        return target
+
+    two = ode_step(gaussian, ode_step(gaussian, x, t, middle, None), middle, r, None)
+    ratio = (r / t)[:, None, None, None]
+    target = (two - ratio * x) / (1 - ratio)  # arXiv:2202.00512, Algorithm 2, with alpha = 1
+    np.testing.assert_allclose(progressive_loss(student, gaussian, x, t, middle, r, None), np.zeros(8), atol=1e-12)
+    np.testing.assert_allclose(ode_step(student, seen[0], t, r, None), two, atol=1e-12)
+    off = progressive_loss(lambda x, s, _: target + 0.1, gaussian, x, t, middle, r, None)
+    np.testing.assert_allclose(off, np.maximum(1 / t.numpy() ** 2, 1) * 0.01 * target[0].numel(), rtol=1e-6)
+
+
+# Continuous time.
+
+
+def test_the_tangent_of_the_exact_consistency_function_is_zero() -> None:
+    # Gaussian data again. F of TrigFlow: f = cos(t) x_t - sin(t) sigma_data F, and f = x / sqrt(1 + 4 sigma^2).
+    sigma = levels(0.01, 0.3, 1, 5, 80)
+    x = noised(0.5 * some(5), sigma, some(5, seed=1))
+
+    def f_output(x: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma[:, None, None, None]
+        t = torch.atan(s / SIGMA_DATA)
+        return (t.cos() ** 2 * x - x * SIGMA_DATA / (SIGMA_DATA**2 + s**2) ** 0.5) / (t.sin() * SIGMA_DATA)
+
+    image = gaussian(x, sigma, None)
+    noise = (x - image) / sigma[:, None, None, None]
+    said, tangent = jvp(f_output, (x, sigma), (sigma[:, None, None, None] * noise, sigma))
+    target = scm_target(said, tangent, x, sigma, image, noise, SIGMA_DATA)
+    np.testing.assert_allclose(target, said, atol=1e-9)
+    # Along any other path it is not constant.
+    assert (scm_target(said, tangent, x, sigma, image + 0.1, noise, SIGMA_DATA) - said).abs().min() > 1e-6
+
+
+def test_the_tangent_is_the_papers_and_normalised() -> None:
+    sigma, x0, z = levels(0.3, 2), some(2), some(2, seed=1)
+    x, said, tangent = noised(x0, sigma, z), some(2, seed=2), some(2, seed=3)
+    for warm in (0.0, 0.5, 1.0):
+        moved = (scm_target(said, tangent, x, sigma, x0, z, SIGMA_DATA, warm) - said).numpy()
+        for i in range(2):  # arXiv:2410.11081, Algorithm 1
+            t = np.arctan(sigma[i].item() / 0.5)
+            x_t = np.cos(t) * x0[i].numpy() + np.sin(t) * 0.5 * z[i].numpy()
+            dx_dt = np.cos(t) * 0.5 * z[i].numpy() - np.sin(t) * x0[i].numpy()
+            d_dt = tangent[i].numpy() / (np.cos(t) * np.sin(t))
+            g = -(np.cos(t) ** 2) * (0.5 * said[i].numpy() - dx_dt)
+            g -= warm * np.cos(t) * np.sin(t) * (x_t + 0.5 * d_dt)
+            np.testing.assert_allclose(moved[i], g / (np.sqrt((g**2).mean()) + 0.1), rtol=1e-9)
+
+
+def test_meanflows_target_is_the_average_velocity_of_an_exact_flow() -> None:
+    # One image and one noise: the velocity is constant, so its average is the same, and nothing changes along the path.
+    t, r = levels(0.9, 0.5, 0.3), levels(0.1, 0.5, 0)
+    x0, z = some(3), some(3, seed=1)
+    np.testing.assert_array_equal(meanflow_target(torch.zeros_like(x0), t, r, x0, z), z - x0)
+    # u = (z_t - z_r) / (t - r) solves u = v - (t - r) du/dt whatever v(t) is, here v = 2 t a.
+    a = some(3, seed=2)
+    u, du = a * (t + r)[:, None, None, None], a
+    moving = meanflow_target(du, t, r, torch.zeros_like(a), 2 * t[:, None, None, None] * a)
+    np.testing.assert_allclose(moving, u, rtol=1e-12)
+
+
+def test_a_loss_weighted_by_itself_has_the_gradient_of_its_power() -> None:
+    error = levels(0.1, 1, 100).requires_grad_()
+    weighted_by_itself(error, 0.75, c=0.0).sum().backward()
+    np.testing.assert_allclose(error.grad, error.detach() ** -0.75, rtol=1e-12)
 
 
 # What gradients and dropout may touch.
 
 
-@pytest.mark.parametrize("method", ["ect", "ct"])
-def test_no_gradient_flows_through_the_target(method: str) -> None:
+def test_no_gradient_flows_through_the_target() -> None:
     student, teacher = Scaled(0.9), Scaled(0.9)
     x0, t, r = some(2), levels(5, 10), levels(4, 8)
-    loss = (
-        ect(student, teacher, x0, t, r)
-        if method == "ect"
-        else ct_loss(student, teacher, x0, t, r, some(2, seed=1), None)
-    )
-    loss.sum().backward()
+    pair_loss(student, teacher, x0, t, r).sum().backward()
     assert teacher.a.grad is None
     assert student.a.grad is not None
 
-    # With one and the same model on both ends, the gradient is that of the first end alone.
-    both = Scaled(0.9)
-    again = ect(both, both, x0, t, r) if method == "ect" else ct_loss(both, both, x0, t, r, some(2, seed=1), None)
-    again.sum().backward()
+    both = Scaled(0.9)  # with one and the same model on both ends, the gradient is that of the first end alone
+    pair_loss(both, both, x0, t, r).sum().backward()
     assert both.a.grad == student.a.grad
+
+    middle, teacher, pupil = levels(4.5, 9), Scaled(0.8), Scaled(0.9)
+    progressive_loss(pupil, teacher, x0, t, middle, r, None).sum().backward()
+    assert teacher.a.grad is None
+    assert pupil.a.grad is not None
 
 
 @pytest.fixture
@@ -202,11 +325,12 @@ def test_the_two_ends_of_a_pair_see_the_same_dropout_masks(dropped: Callable[...
 
 
 def test_a_pair_at_one_level_has_no_loss_under_dropout(dropped: Callable[..., Tensor]) -> None:
-    x0, noise = some(2, 1, 8, 8).float(), some(2, 1, 8, 8, seed=1).float()
-    t = torch.tensor([1.0, 2.0])
+    x, t = some(2, 1, 8, 8).float(), torch.tensor([1.0, 2.0])
     torch.manual_seed(3)
-    assert ct_loss(dropped, same_dropout(dropped, []), x0, t, t, noise, None).tolist() == [0, 0]
-    assert (ct_loss(dropped, dropped, x0, t, t, noise, None) > 0).all()  # what other masks would cost
+    same = same_dropout(dropped, [])
+    assert consistency_loss(dropped, same, l2, x, t, x, t, None, SIGMA_MIN).tolist() == [0, 0]
+    # What other masks would cost.
+    assert (consistency_loss(dropped, dropped, l2, x, t, x, t, None, SIGMA_MIN) > 0).all()
 
 
 def test_the_next_step_draws_other_masks(dropped: Callable[..., Tensor]) -> None:

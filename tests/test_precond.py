@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmfast.precond import boundary_scalings, edm_scalings, noise_condition, scalings, seed_scalings
+from cmfast.precond import boundary_scalings, edm_scalings, flow_scalings, noise_condition, scalings, seed_scalings
 from cmfast.spec import C_NOISES, SCALINGS, ModelSpec
 
 # sigma, EDM c_skip, c_out, c_in, boundary c_skip, c_out, 250 ln sigma; sigma_data 0.5, sigma_min 0.002.
@@ -93,6 +93,41 @@ def test_trigflow_is_its_rotated_formula(sigma: float, x: float, out: float, sig
     assert c_in * x == pytest.approx(rotated / sigma_data, rel=1e-9, abs=1e-12)
 
 
+def test_a_flow_has_its_golden_values() -> None:
+    sigma = np.array([0.0, 0.25, 1.0, 3.0, 80.0])
+    c_skip, c_out, c_in = flow_scalings(sigma)
+    np.testing.assert_allclose(c_skip, [1, 0.8, 0.5, 0.25, 1 / 81], rtol=1e-15)
+    np.testing.assert_allclose(c_out, [0, -0.2, -0.5, -0.75, -80 / 81], rtol=1e-15)
+    np.testing.assert_array_equal(c_in, c_skip)
+    np.testing.assert_array_equal(noise_condition(sigma, spec(c_noise="flow"), np), -c_out)
+
+
+@given(sigma=st.floats(1e-3, 1e3), x0=st.floats(-1, 1), z=st.floats(-4, 4), sigma_data=st.floats(0.1, 2))
+def test_the_exact_velocity_of_one_data_point_gives_that_point_in_every_parametrisation(
+    sigma: float, x0: float, z: float, sigma_data: float
+) -> None:
+    t = math.atan(sigma / sigma_data)
+    velocities = {
+        "flow": z - x0,  # d/dt of (1 - t) x0 + t z
+        "trigflow": math.cos(t) * z - math.sin(t) * x0 / sigma_data,  # d/dt of cos t x0 / sigma_data + sin t z
+    }
+    for scaling, velocity in velocities.items():
+        c_skip, c_out, _ = scalings(sigma, spec(scaling=scaling, sigma_data=sigma_data))
+        # c_skip x and c_out F, of the size of z each, cancel: a few roundings of 1e-16
+        assert c_skip * (x0 + sigma * z) + c_out * velocity == pytest.approx(x0, abs=1e-14)
+
+
+@given(sigma=st.floats(1e-3, 1e3), x=st.floats(-3, 3), out=st.floats(-3, 3))
+def test_a_flow_is_its_formula_at_the_time_that_its_network_is_told(sigma: float, x: float, out: float) -> None:
+    model = spec(scaling="flow", c_noise="flow", sigma_data=2.0)
+    c_skip, c_out, c_in = scalings(sigma, model)
+    t = noise_condition(sigma, model, np)
+    assert t / (1 - t) == pytest.approx(sigma, rel=1e-12)  # 1 - t has lost three digits at sigma 1000
+    z_t = (1 - t) * x
+    assert c_in * x == pytest.approx(z_t, rel=1e-12)
+    assert c_skip * x + c_out * out == pytest.approx(z_t - t * out, rel=1e-12, abs=1e-12)
+
+
 def test_the_seed_has_half_of_c_out_and_no_c_in() -> None:
     right_skip, right_out, _ = boundary_scalings(LEVELS, 0.5, 0.002)
     c_skip, c_out, c_in = seed_scalings(LEVELS, 0.002)
@@ -128,8 +163,11 @@ def test_float32_is_enough(scaling: str) -> None:
 
 @pytest.mark.parametrize(
     ("c_noise", "at_one", "at_eighty"),
-    [("250ln", 0, 1095.50666), ("ln/4", 0, 1.09550666), ("raw", 1, 80), ("trig", math.atan(2), 1.564546)],
-)
+    [
+        ("250ln", 0, 1095.50666), ("ln/4", 0, 1.09550666), ("raw", 1, 80), ("trig", math.atan(2), 1.564546),
+        ("flow", 0.5, 0.987654321),
+    ],
+)  # fmt: skip
 def test_each_noise_condition_is_what_its_name_says(c_noise: str, at_one: float, at_eighty: float) -> None:
     got = noise_condition(np.array([1.0, 80.0]), spec(c_noise=c_noise), np)
     np.testing.assert_allclose(got, [at_one, at_eighty], rtol=1e-6)

@@ -25,12 +25,13 @@ from cmfast.cli.sample import command as sample
 from cmfast_export.cli import command as export
 from cmfast_train.cli import command as train
 from cmfast_train.config import override
+from cmfast_train.eval_cli import command as evaluate
 from cmfast_train.importers.facts import Told
 from cmfast_train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
-COMMANDS = {str(command.name): command for command in (train, export, sample, info, bench)}
+COMMANDS = {str(command.name): command for command in (train, export, sample, info, bench, evaluate)}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the repository")
 
@@ -115,7 +116,7 @@ def test_a_command_line_of_the_documentation_is_understood(where: str, line: str
         "cmfast-train imagenet --out runs/imagenet",
         "cmfast-export",
         "cmfast-info a.onnx b.onnx",
-        "python benchmarks/frechet.py model.onnx --data-set faces",
+        "cmfast-eval model.onnx --data-set faces",
     ],
 )
 def test_the_check_above_can_fail(line: str) -> None:
@@ -154,7 +155,7 @@ def test_settings_that_the_readme_names_are_fields_of_the_configuration() -> Non
 def test_presets_of_the_table_are_those_that_there_are() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     table = page[page.index("| preset |") :].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(PRESETS)
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == list(PRESETS)
 
 
 def test_targets_of_make_exist() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmfast.sampler import renoise_std, sample, to_uint8
-from cmfast.spec import ModelSpec
+from cmfast.spec import RENOISES, ModelSpec
 from cmfast_train.data import to_unit_range
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -92,7 +92,46 @@ def test_renoising_plainly_makes_the_variance_too_large() -> None:
     assert exact < plain  # the test above can fail
 
 
-@pytest.mark.parametrize("renoise", ["sqrt", "plain"])
+@pytest.mark.parametrize(("clip", "second", "image"), [(False, 1.2 + 0.1 * 78.8, 0.1362), (True, 1 + 0.1 * 79, 0.1335)])
+def test_ddim_scales_down_the_noise_that_is_there_around_the_clipped_image(
+    clip: bool, second: float, image: float
+) -> None:
+    inputs = []
+
+    def denoise(x: Floats, sigma: float) -> Floats:
+        inputs.append(x.item())
+        return 0.015 * x
+
+    x0 = sample(denoise, np.ones([2, 1, 1, 1, 1]), (80.0, 8.0), spec(renoise="ddim", clip=clip))
+    assert inputs == pytest.approx([80, second], rel=1e-12)
+    assert x0.item() == pytest.approx(image, rel=1e-12)
+
+
+@pytest.mark.parametrize("renoise", RENOISES)
+def test_ddim_alone_reads_the_first_slice_of_noise_only(renoise: str) -> None:
+    model, noise = spec(renoise=renoise), unit_noise(3, 2, 3, 4, 4)
+    other = np.concatenate([noise[:1], -noise[1:]])
+    first, second = (sample(lambda x, sigma: np.tanh(x), z, (80.0, 5.0, 0.8), model) for z in (noise, other))
+    assert np.array_equal(first, second) == (renoise == "ddim")
+
+
+@given(sigma=st.floats(0.01, 80), ratio=st.floats(0.01, 1), x0=st.floats(-1, 1), z=st.floats(-4, 4))
+def test_a_ddim_step_is_an_euler_step_of_the_flow(sigma: float, ratio: float, x0: float, z: float) -> None:
+    after, inputs = sigma * ratio, []
+    x = x0 + sigma * z
+
+    def denoise(given: Floats, level: float) -> Floats:
+        inputs.append(given.item())
+        return np.full_like(given, x0)
+
+    sample(denoise, np.full([2, 1, 1, 1, 1], x / sigma), (sigma, after), spec(renoise="ddim", clip=False))
+    t, s = sigma / (1 + sigma), after / (1 + after)
+    velocity = z - x0
+    z_s = (1 - t) * x - (t - s) * velocity
+    assert inputs[1] == pytest.approx(z_s * (1 + after), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("renoise", RENOISES)
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("sigmas", SCHEDULES)
 def test_numpy_and_torch_give_the_same_to_the_bit(sigmas: tuple[float, ...], clip: bool, renoise: str) -> None:

@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.schedules import ct_ema, ct_pair, ct_scales, ect_r, lognormal, pseudo_huber_c
+from cmfast_train.schedules import (
+    ct_ema,
+    ct_pair,
+    ct_scales,
+    ect_r,
+    flow_time,
+    ict_pair,
+    ict_scales,
+    lognormal,
+    meanflow_pair,
+    pd_levels,
+    pd_steps,
+    pseudo_huber_c,
+)
 
 # s0, s1, mu0, K: {k: (N(k), mu(k) as in OpenAI's code, which divides by N - 1)}
 CT = {
@@ -142,3 +155,79 @@ def test_noise_levels_are_lognormal_within_the_range() -> None:
 )
 def test_the_pseudo_huber_constant_has_its_golden_values(pixels: int, c: float) -> None:
     assert pseudo_huber_c(pixels) == pytest.approx(c, rel=1e-5)
+
+
+# iCT.
+
+
+def test_icts_levels_double_at_even_intervals() -> None:
+    total = 400_000
+    at = [ict_scales(k, total, 10, 1280) for k in range(0, total, 50_000)]
+    assert at == [11, 21, 41, 81, 161, 321, 641, 1281]
+    assert ict_scales(49_999, total, 10, 1280) == 11
+    assert ict_scales(total - 1, total, 10, 1280) == 1281
+
+
+@given(
+    total=st.integers(1, 3000), part=st.floats(0, 1, exclude_max=True), s0=st.integers(2, 20), more=st.integers(0, 99)
+)
+def test_icts_levels_stay_between_their_ends(total: int, part: float, s0: int, more: int) -> None:
+    k, s1 = int(part * total), s0 + more
+    n, after = ict_scales(k, total, s0, s1), ict_scales(min(k + 1, total - 1), total, s0, s1)
+    assert s0 + 1 <= n <= after <= s1 + 1
+    assert ict_scales(0, total, s0, s1) == s0 + 1
+
+
+def test_icts_law_of_levels_has_its_golden_values() -> None:
+    golden = [0.062633, 0.181737, 0.245501, 0.213494, 0.142446, 0.080605, 0.041080, 0.019580, 0.008944, 0.003980]
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t, r = ict_pair(11, uniform, -1.1, 2.0, 0.002, 80.0)
+    levels, counts = torch.unique(r, return_counts=True)
+    np.testing.assert_allclose(levels, karras_sigmas(11)[:0:-1], rtol=1e-12)
+    np.testing.assert_allclose(
+        counts / 100_000, golden, atol=1.5e-5
+    )  # one part in a hundred thousand, and their digits
+    np.testing.assert_allclose(t.unique(), karras_sigmas(11)[-2::-1], rtol=1e-12)
+    assert (t > r).all()
+
+
+def test_icts_pairs_never_leave_the_grid() -> None:
+    for uniform in (0.0, 0.99999994, 1.0):
+        t, r = ict_pair(1281, torch.tensor([uniform]), -1.1, 2.0, 0.002, 80.0)
+        assert 0.002 <= r < t <= 80
+
+
+# Progressive distillation, MeanFlow.
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_a_student_of_n_steps_is_called_at_every_other_level_of_its_teacher(n: int) -> None:
+    student, teacher = pd_levels(n, 0.002, 80.0), pd_levels(2 * n, 0.002, 80.0)
+    assert len(student) == n
+    assert student[0] == 80
+    np.testing.assert_allclose(teacher[::2], student, rtol=1e-12)
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    t, middle, r = pd_steps(n, uniform, 0.002, 80.0)
+    np.testing.assert_allclose(t, student, rtol=1e-12)
+    np.testing.assert_allclose(middle, teacher[1::2], rtol=1e-12)
+    np.testing.assert_allclose(r, [*student[1:], 0.002], rtol=1e-12)
+
+
+def test_two_steps_of_progressive_distillation_have_their_golden_level() -> None:
+    # Karras grid of 3: the middle of the seventh roots.
+    assert pd_levels(2, 0.002, 80.0)[1] == pytest.approx(2.515219, rel=1e-6)
+
+
+def test_meanflows_times_are_logit_normal_and_most_pairs_are_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 40_000, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(40_000, generator=generator, dtype=torch.float64)
+    t, r = meanflow_pair(z[0], z[1], uniform, 0.25, -0.4, 1.0, 80.0)
+    assert (t >= r).all()
+    assert float((t > r).double().mean()) == pytest.approx(0.25, abs=0.01)  # 40,000 draws: 0.002 of deviation
+    both = torch.cat([t[t > r], r[t > r]])  # the larger and the smaller of two draws are two draws
+    logit = torch.logit(flow_time(both))
+    assert float(logit.mean()) == pytest.approx(-0.4, abs=0.03)
+    assert float(logit.std()) == pytest.approx(1.0, abs=0.03)
+    equal, _ = meanflow_pair(z[0], z[1], uniform, 0.0, -0.4, 1.0, 80.0)
+    np.testing.assert_allclose(equal, np.exp(-0.4 + z.max(0).values.numpy()).clip(max=80), rtol=1e-12)

@@ -19,6 +19,7 @@ Examples:
   cmfast-sample model.onnx -n 50000 --batch 256 -o samples.npz     arr_0 images, arr_1 labels
   cmfast-sample cd_imagenet64_l2.onnx --indices 22,0 -o two_steps.png
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
+  cmfast-sample teacher.onnx --heun 18 -o grid.png                 a diffusion model: EDM's sampler, 35 calls
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
 """
@@ -40,6 +41,8 @@ Examples:
 @click.option(
     "--indices", type=INTS, help="Noise levels as indices into the model's grid (OpenAI's ts, diffusers' timesteps)."
 )
+@click.option("--heun", type=int, metavar="N", help="Heun steps, for a diffusion model: 2N - 1 network calls an image.")
+@click.option("--churn", type=FLOATS, metavar="S", help="Of --heun: S_churn, or S_churn,S_tmin,S_tmax,S_noise.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i of a seed is always the same image.")
 @click.option("--label", type=INTS, help="Class, or one for each image; default: drawn from the seed.")
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
@@ -56,6 +59,8 @@ def command(
     steps: int | None,
     sigmas: tuple[float, ...] | None,
     indices: tuple[int, ...] | None,
+    heun: int | None,
+    churn: tuple[float, ...] | None,
     seed: int,
     label: tuple[int, ...] | None,
     first: int,
@@ -71,25 +76,38 @@ def command(
     MODEL is an exported file, .onnx or .engine; where PyTorch is installed also a checkpoint of any kind.
     """
     import cmfast
+    from cmfast.heun import Churn, heun_calls
     from cmfast.images import check_output
 
     check_output(out)
     if number < 1:
         raise CmfastError(f"-n: the number of images must be at least 1, got {number}")
+    if heun is not None and (steps, sigmas, indices) != (None, None, None):
+        raise CmfastError("--heun has noise levels of its own; leave out --steps, --sigmas and --indices, or --heun")
+    if churn is not None and heun is None:
+        raise CmfastError("--churn is of Heun's steps; say how many: --heun 18")
+    if churn is not None and len(churn) > 4:
+        raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
+    stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
     loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
     classes = label[0] if label is not None and len(label) == 1 else label
     if indices is not None:
         if steps is not None or sigmas is not None:
             raise CmfastError("--indices, --steps and --sigmas say the same thing; give one of them")
         sigmas = loaded.spec.levels_at(indices)
-    levels = loaded.levels(steps, sigmas)
-    images = loaded.sample(
-        number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=number > batch
-    )
+    bar = number > batch
+    if heun is not None:
+        how = f"{heun} Heun step(s), {heun_calls(heun)} network call(s) an image"
+        images = loaded.sample_heun(
+            number, steps=heun, churn=stochastic, seed=seed, label=classes, batch=batch, first=first, progress=bar
+        )
+    else:
+        levels = loaded.levels(steps, sigmas)
+        how = f"{len(levels)} step(s) at {', '.join(f'{sigma:g}' for sigma in levels)}"
+        images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=bar)
     labels = loaded.labels(number, seed=seed, label=classes, first=first)
     cmfast.save_images(out, images, labels)
-    at = ", ".join(f"{sigma:g}" for sigma in levels)
-    click.echo(f"{out}: {number} image(s), {len(levels)} step(s) at {at}, {loaded.engine.name}")
+    click.echo(f"{out}: {number} image(s), {how}, {loaded.engine.name}")
 
 
 def main() -> None:

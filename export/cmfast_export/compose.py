@@ -31,11 +31,15 @@ def sampler_graph(denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec) 
     constant = _nodes_of_sigma(source)
     levels = _values_of_sigma(denoiser, constant, sigmas)
 
+    x: ir.Value | None = None
     x0: ir.Value | None = None
     for step, sigma in enumerate(sigmas):
-        index = builder.constant(f"sampler.step.{step}", np.array(step, np.int64))
-        z = builder.node("Gather", [noise, index], {"axis": 0})
-        std = renoise_std(sigma, spec) if step else sigma
+        if x0 is not None and spec.renoise == "ddim":  # of the noise only slice 0 is read; the input keeps its shape
+            z, std = builder.node("Sub", [x, x0]), sigma / sigmas[step - 1]
+        else:
+            index = builder.constant(f"sampler.step.{step}", np.array(step, np.int64))
+            z = builder.node("Gather", [noise, index], {"axis": 0})
+            std = renoise_std(sigma, spec) if step else sigma
         x = builder.node("Mul", [z, builder.constant(f"sampler.std.{step}", np.float32(std))])
         if x0 is not None:
             x = builder.node("Add", [x0, x])

@@ -15,13 +15,15 @@ from cmfast_train.presets import ABOUT, PRESETS
 
 EPILOG = (
     "\b\nPresets:\n"
-    + "".join(f"  {name:<8} {about}\n" for name, about in ABOUT.items())
+    + "".join(f"  {name:<13} {about}\n" for name, about in ABOUT.items())
     + """
 \b
 Examples:
   cmfast-train digits --out runs/digits
   cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
   cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
+  cmfast-train digits --out runs/cd --set phases=edm:40000,cd:100000
+  cmfast-train cifar10 --data DIR --out runs/ect --init edm-cifar10-32x32-uncond-vp.pkl --set phases=ect:25600000
   accelerate launch --num_processes 8 -m cmfast_train.cli cifar10 --data DIR --out runs/cifar10
 """
 )
@@ -48,10 +50,33 @@ Examples:
     metavar="NAME=VALUE",
     help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.",
 )
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="Start from this model, of any format that cmfast-export reads: its network, its conventions, its weights.",
+)
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="Distil this model; default: the one that a phase starts from.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
-def command(preset: str, out: Path, data: Path | None, assignments: tuple[str, ...], dry_run: bool) -> None:
-    """Train a consistency model. The same command again continues a run that was stopped or killed."""
-    config = override(PRESETS[preset], assignments)
+def command(
+    preset: str,
+    out: Path,
+    data: Path | None,
+    assignments: tuple[str, ...],
+    init: Path | None,
+    teacher: Path | None,
+    dry_run: bool,
+) -> None:
+    """Train a consistency model. The same command again continues a run that was stopped or killed.
+
+    A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
+    from scratch or any model ct, ict, ect, sct, mf.
+    """
+    models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
+    config = override(PRESETS[preset], [*(f"{name}={file}" for name, file in models.items()), *assignments])
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))
         return

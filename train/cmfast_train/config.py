@@ -13,8 +13,10 @@ from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.networks.shape import check_network, check_seed_network
 
-METHODS = ("edm", "ect", "ct")
-DATA = ("digits", "mnist", "cifar10", "folder")
+METHODS = ("edm", "ct", "cd", "ict", "ect", "pd", "sct", "scd", "mf")  # cmfast_train.methods
+DISTILL = ("cd", "pd", "scd")  # of them, those with a teacher
+CONTINUOUS = ("sct", "scd")  # of them, those that differentiate along the path
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
 NETWORKS = ("adm", "seed")  # cmfast_train.networks
 
 
@@ -22,45 +24,86 @@ NETWORKS = ("adm", "seed")  # cmfast_train.networks
 class Phase:
     """One stretch of training with one method. The network of a phase starts from the previous phase's EMA."""
 
-    method: str  # edm (diffusion), ect (consistency tuning), ct (consistency training): cmfast_train.losses
+    method: str  # one of METHODS
     images: int  # length, counted in images
     lr: float = 1e-3  # learning rate of RAdam
+    lr_warmup: float = 0.0  # opening fraction of the phase over which lr rises linearly from 0
     lr_decay: float = 0.0  # closing fraction of the phase over which lr falls linearly to 0
     ema: float = 0.999  # decay of the EMA weights, per optimiser step
-    p_mean: float = -1.2  # mean of ln(sigma), edm and ect
-    p_std: float = 1.2  # standard deviation of ln(sigma), edm and ect
+    clip_norm: float = 0.0  # the gradient is scaled down to this norm; 0: never
+    # noise levels
+    p_mean: float = -1.2  # edm, ict, ect, sct, scd, mf: mean of ln(sigma)
+    p_std: float = 1.2  # edm, ict, ect, sct, scd, mf: standard deviation of ln(sigma)
+    s0: int = 2  # ct, cd, ict: noise levels at the start
+    s1: int = 150  # ct, cd, ict: noise levels at the end; of ct and cd, s0 = s1 keeps their number
     q: float = 2.0  # ect: each stage divides the gap t - r by this
     k: float = 8.0  # ect: how much wider the gap is at small t
     b: float = 1.0  # ect: how fast that fades with t
     stages: tuple[int, int] = (0, 7)  # ect: first and last stage, passed through evenly
-    huber: float = 0.00054  # ect: Pseudo-Huber constant over sqrt(values of an image), data units; 0 is the l2 norm
-    s0: int = 2  # ct: noise levels at the start
-    s1: int = 150  # ct: noise levels at the end
-    mu0: float = 0.9  # ct: decay of the target network at the start
+    steps: int = 1  # pd: steps of the student; its teacher takes two for each
+    ratio: float = 0.25  # mf: fraction of images whose two times differ
+    # losses and targets
+    loss: str = "huber"  # ct, cd, ict, ect: l1, l2 (squared), huber or lpips
+    huber: float = 0.00054  # Pseudo-Huber constant over sqrt(values of an image), data units; 0 is the l2 norm
+    mu: str = "adaptive"  # ct, cd: the target's decay is mu(k) of the paper, or fixed
+    mu0: float = 0.9  # ct, cd: decay of the target at the start, or throughout; 0: the target is the model itself
+    solver: str = "heun"  # cd: the teacher's step, heun or euler
+    warmup: float = 0.25  # sct, scd: opening fraction of the phase over which the unstable term of the tangent grows
+    tangent_c: float = 0.1  # sct, scd: tangents are divided by their root mean square + this
+    adaptive: bool = True  # sct, scd: learn a weight for each noise level
+    derivative: str = "jvp"  # sct, scd, mf: forward-mode, or finite (central differences)
+    power: float = 1.0  # mf: the loss is divided by its own value to this power
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CmfastError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        _positive(self, "images", "lr", "p_std", "q", "s0", "s1")
-        if not self.huber >= 0:
-            raise CmfastError(f"{self.method}.huber must be at least 0, got {self.huber}")
-        if not 0 <= self.ema < 1:
-            raise CmfastError(f"{self.method}.ema must be at least 0 and below 1, got {self.ema}")
-        if not 0 <= self.lr_decay <= 1:
-            raise CmfastError(f"{self.method}.lr_decay is a fraction from 0 to 1, got {self.lr_decay}")
+        _positive(self, "images", "lr", "p_std", "q", "s0", "s1", "tangent_c")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise CmfastError(f"{self.method}.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("huber", "clip_norm", "power"):
+            if not getattr(self, name) >= 0:
+                raise CmfastError(f"{self.method}.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("ema", "mu0"):
+            if not 0 <= getattr(self, name) < 1:
+                raise CmfastError(f"{self.method}.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("lr_warmup", "lr_decay", "warmup", "ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CmfastError(f"{self.method}.{name} is a fraction from 0 to 1, got {getattr(self, name)}")
         if len(self.stages) != 2 or not 0 <= self.stages[0] <= self.stages[1]:
             raise CmfastError(f"{self.method}.stages must be first,last with 0 <= first <= last, got {self.stages}")
         if not 2 <= self.s0 <= self.s1:
             raise CmfastError(f"need 2 <= s0 <= s1, got s0={self.s0}, s1={self.s1}")
-        if not 0 < self.mu0 < 1:
-            raise CmfastError(f"{self.method}.mu0 must lie between 0 and 1, got {self.mu0}")
+        if self.mu0 == 0 and self.mu == "adaptive":
+            raise CmfastError(f"{self.method}.mu0=0 has no adaptive schedule; add --set {self.method}.mu=fixed")
+        if self.steps < 1:
+            raise CmfastError(f"{self.method}.steps must be at least 1, got {self.steps}")
 
+    @property
+    def name(self) -> str:
+        """The phase as --set phases writes it, without its length: ect, pd/4."""
+        return f"pd/{self.steps}" if self.method == "pd" else self.method
+
+
+_CHOICES = {
+    "loss": ("l1", "l2", "huber", "lpips"),
+    "mu": ("adaptive", "fixed"),
+    "solver": ("heun", "euler"),
+    "derivative": ("jvp", "finite"),
+}
 
 PHASE_DEFAULTS: dict[str, dict[str, Any]] = {  # what `--set phases=METHOD:IMAGES` starts from
     "edm": {"p_mean": -1.2, "p_std": 1.2},  # EDM, Table 1
+    "ct": {"lr": 4e-4, "ema": 0.9999, "loss": "l2"},  # arXiv:2303.01469, CIFAR-10
+    "cd": {"lr": 4e-4, "ema": 0.9999, "loss": "l2", "s0": 18, "s1": 18, "mu": "fixed", "mu0": 0.0},  # the same
+    "ict": {"p_mean": -1.1, "p_std": 2.0, "lr": 1e-4, "ema": 0.9999, "s0": 10, "s1": 1280},  # arXiv:2310.14189
     "ect": {"p_mean": -1.1, "p_std": 2.0, "lr": 1e-4},  # ECT, CIFAR-10
-    "ct": {"lr": 4e-4, "ema": 0.9999},  # arXiv:2303.01469, CIFAR-10
+    "pd": {"lr": 2e-4, "lr_decay": 1.0},  # arXiv:2202.00512
+    "sct": {"p_mean": -1.0, "p_std": 1.4, "lr": 1e-4},  # arXiv:2410.11081, CIFAR-10
+    "scd": {"p_mean": -1.0, "p_std": 1.4, "lr": 1e-4},
+    "mf": {"p_mean": -0.4, "p_std": 1.0, "lr": 6e-4, "ema": 0.9999, "power": 0.75},  # arXiv:2505.13447, CIFAR-10
 }
+PD_STEPS = (8, 4, 2, 1)  # the phases that `phases=pd:IMAGES` stands for, of equal length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +111,15 @@ class TrainConfig:
     """A run. Saved as config.json beside its checkpoints. Lengths are in images, noise levels in data units."""
 
     # data
-    data: str  # digits, mnist, cifar10 or folder
+    data: str  # one of DATA: cmfast_train.data
     image_size: int  # pixels, square; images are padded (mnist) or resized and cropped (folder) to it
     channels: int  # 1 or 3
     conditional: bool = True  # class-conditional where the data have classes
     flip: bool = False  # mirror images at random
-    download: bool = False  # let torchvision fetch mnist or cifar10 into --data
+    download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
     # network
+    init: str = ""  # a model to start from, which brings its network and its conventions; cmfast-train --init
+    teacher: str = ""  # a model to distil, instead of the one that a phase starts from; cmfast-train --teacher
     network: str = "adm"  # adm or seed: the first public implementation's, unconditional
     model_channels: int = 128  # width of the first level; of seed, all there is to choose (its D)
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
@@ -86,8 +131,8 @@ class TrainConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
-    scaling: str = "boundary"
-    c_noise: str = "250ln"
+    scaling: str = "auto"  # auto: trigflow for sct and scd, flow for mf, else boundary
+    c_noise: str = "auto"  # auto: trig for sct and scd, flow for mf, else 250ln
     sigmas: tuple[tuple[float, ...], ...] = ((80.0,), (80.0, 0.8), (80.0, 5.0, 0.8, 0.2))  # defaults for 1, 2, .. steps
     # optimisation
     phases: tuple[Phase, ...] = ()
@@ -95,16 +140,27 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches per optimiser step and process
     precision: str = "auto"  # fp32, bf16, fp16; auto is bf16 on CUDA and fp32 on a CPU
     channels_last: bool = True  # memory layout of the convolutions
+    compile: bool = False  # torch.compile the network
+    recompute: bool = False  # keep few activations, compute them again in the backward pass: less memory, more time
+    shard: bool = False  # spread weights, averages and optimiser over the processes (FSDP)
+    emas: tuple[float, ...] = ()  # decays of more averages, kept in DIR/ema
+    ema_stds: tuple[
+        float, ...
+    ] = ()  # widths of power-function averages, whose snapshots in DIR/ema cmfast-ema combines
+    lpips: str = ""  # NET:FILE, torchvision's weights of vgg, alex or squeeze, for loss=lpips
     device: str = "auto"  # cpu or cuda; auto is CUDA where there is one
     seed: int = 0
     # records
     checkpoint_images: int = 1_000_000  # between checkpoints
     log_images: int = 10_000  # between lines of log.jsonl
     grid: int = 64  # images in the sample grid of a checkpoint
-    workers: int = 0  # processes that read images
+    workers: int = 0  # processes that read images; 0: a thread
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        for name, value in zip(("scaling", "c_noise"), self._conventions(), strict=True):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, value)
         if self.data not in DATA:
             raise CmfastError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
         if self.channels not in (1, 3):
@@ -118,7 +174,14 @@ class TrainConfig:
         _positive(self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
+        if not all(0 <= decay < 1 for decay in self.emas):
+            raise CmfastError(f"emas are decays from 0 and below 1, got {self.emas}")
+        if not all(0 < std <= 0.288 for std in self.ema_stds):
+            raise CmfastError(f"ema_stds are fractions of a phase above 0 and up to 0.288, got {self.ema_stds}")
+        if len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
+            raise CmfastError(f"ema_stds must differ by 0.001 at least, got {self.ema_stds}")
         self._check_network()
+        self._check_methods()
         if self.batch % self.accumulation:
             raise CmfastError(f"batch={self.batch} does not divide into accumulation={self.accumulation} micro-batches")
         if any(s[0] != self.sigma_max for s in self.sigmas if s):
@@ -126,7 +189,7 @@ class TrainConfig:
         self.spec(0)  # checks the noise levels
 
     def spec(self, classes: int) -> ModelSpec:
-        """Return the spec of the model that this run trains, on data of that many classes."""
+        """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
         return ModelSpec(
             image=(self.channels, self.image_size, self.image_size),
             classes=classes if self.conditional else 0,
@@ -143,7 +206,32 @@ class TrainConfig:
         if self.network == "seed":
             return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
         names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
-        return {name: getattr(self, name) for name in (*names, "dropout")}
+        two_times = any(phase.method == "mf" for phase in self.phases)
+        return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
+
+    def _conventions(self) -> tuple[str, str]:
+        """Return the usual scaling and c_noise of the phases' methods."""
+        methods = {phase.method for phase in self.phases}
+        if methods & set(CONTINUOUS):
+            return "trigflow", "trig"
+        return ("flow", "flow") if "mf" in methods else ("boundary", "250ln")
+
+    def _check_methods(self) -> None:
+        """Raise unless the phases' methods fit the conventions and have the teachers that they need."""
+        methods = [phase.method for phase in self.phases]
+        if methods[0] in DISTILL and not (self.init or self.teacher):
+            raise CmfastError(
+                f"{methods[0]} distils a teacher: let a phase edm come before it (--set phases=edm:50000,"
+                f"{methods[0]}:100000), or start from a model, --init FILE"
+            )
+        if "mf" in methods and self.network != "adm":
+            raise CmfastError(f"mf needs a network that takes two times; network={self.network} takes one")
+        if self.init:
+            return  # its conventions are the file's
+        if set(methods) & set(CONTINUOUS) and self.scaling not in ("trigflow", "edm"):
+            raise CmfastError(f"sct and scd need scaling trigflow or edm, got {self.scaling}")
+        if "mf" in methods and (self.scaling, self.c_noise) != ("flow", "flow"):
+            raise CmfastError(f"mf needs scaling=flow and c_noise=flow, got {self.scaling} and {self.c_noise}")
 
     def _check_network(self) -> None:
         if self.network not in NETWORKS:
@@ -175,7 +263,8 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     """Return `config` changed by NAME=VALUE strings; METHOD.NAME=VALUE changes every phase of that method.
 
     Lists are written with commas (channel_mult=1,2,2), the default noise levels with colons between the lists
-    (sigmas=80:80,0.8), phases as METHOD:IMAGES (phases=edm:50000,ect:100000).
+    (sigmas=80:80,0.8), phases as METHOD:IMAGES (phases=edm:50000,ect:100000). pd/4:IMAGES is progressive distillation
+    to 4 steps, pd:IMAGES to 8, 4, 2 and 1, one phase each.
     """
     changes: dict[str, Any] = {}
     of_phases: dict[str, dict[str, Any]] = {}
@@ -191,6 +280,8 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
             of_phases.setdefault(method, {})[field] = parse_field(text, Phase, field, value)
         else:
             changes[name] = parse_field(text, TrainConfig, name, value)
+    if "phases" in changes:  # other methods have other conventions, unless they are said
+        changes = {"scaling": "auto", "c_noise": "auto", **changes}
     # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
     phases = changes.get("phases", config.phases)
     changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
@@ -247,12 +338,20 @@ def _ints(value: str) -> tuple[int, ...]:
 
 
 def _phases(value: str) -> tuple[Phase, ...]:
-    phases = []
+    phases: list[Phase] = []
     for part in value.split(","):
-        method, colon, images = part.partition(":")
-        if not colon or method not in METHODS:
+        name, colon, images = part.partition(":")
+        method, slash, steps = name.partition("/")
+        if not colon or method not in METHODS or (slash and method != "pd"):
             raise ValueError(part)
-        phases.append(Phase(**{"method": method, "images": int(images), **PHASE_DEFAULTS[method]}))
+        values = {"method": method, "images": int(images), **PHASE_DEFAULTS[method]}
+        if method != "pd":
+            phases.append(Phase(**values))
+        elif slash:
+            phases.append(Phase(**values | {"steps": int(steps)}))
+        else:
+            each = values["images"] // len(PD_STEPS)
+            phases += [Phase(**values | {"steps": n, "images": each}) for n in PD_STEPS]
     return tuple(phases)
 
 

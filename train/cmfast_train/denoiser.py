@@ -35,8 +35,23 @@ class Denoiser(nn.Module):
         return self
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        c_skip, c_out, c_in = scalings(sigma[:, None, None, None], self.spec)
-        c_noise = noise_condition(sigma, self.spec, torch)
-        scaled = cast(c_in * x, self.trunk)
-        network = self.network(scaled, c_noise, label) if self.spec.classes else self.network(scaled, c_noise)
-        return c_skip * x + c_out * network
+        return denoised(self.output(x, sigma, label), x, sigma, self.spec)
+
+    def output(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        """Return F(c_in x, c_noise(sigma), label), what the network says, [B, C, H, W] float32.
+
+        second  noise levels [B] from 0, data units, of a network with two times: MeanFlow's r
+        """
+        _, _, c_in = scalings(sigma[:, None, None, None], self.spec)
+        inputs = [cast(c_in * x, self.trunk), noise_condition(sigma, self.spec, torch)]
+        if self.spec.classes or second is not None:
+            inputs.append(label if self.spec.classes else None)
+        if second is not None:
+            inputs.append(noise_condition(second, self.spec, torch))
+        return self.network(*inputs)
+
+
+def denoised(output: Tensor, x: Tensor, sigma: Tensor, spec: ModelSpec) -> Tensor:
+    """Return f = c_skip x + c_out F, [B, C, H, W], from what the network said."""
+    c_skip, c_out, _ = scalings(sigma[:, None, None, None], spec)
+    return c_skip * x + c_out * output

@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cmfast.files import write_text
 from cmfast_train.config import TrainConfig
+
+LOOK_EVERY = 32  # steps
 
 
 class TrainLog:
@@ -19,7 +23,8 @@ class TrainLog:
     def __init__(self, out: Path, images: int, config: TrainConfig, active: bool) -> None:
         self.path, self.config, self.active = out / "log.jsonl", config, active
         self.recent = math.nan  # mean loss since the last line
-        self._sum, self._count, self._since = 0.0, 0, time.perf_counter()
+        self._sum: Tensor | float = 0.0
+        self._count, self._since = 0, time.perf_counter()
         self._board: Any = None
         if not active:
             return
@@ -38,13 +43,18 @@ class TrainLog:
         if self._board:
             self._board.close()
 
-    def add(self, loss: float, images: int, where: dict[str, Any]) -> None:
-        """Count one step's mean loss, after `images` images in all; write a line when one is due."""
-        self._sum += loss
+    def add(self, loss: Tensor, images: int, where: dict[str, Any]) -> None:
+        """Count one step's mean loss, after `images` images in all; write a line when one is due.
+
+        The loss of a GPU is looked at now and then only: a look waits for everything that it has been handed.
+        """
+        self._sum = self._sum + loss.double()
         self._count += 1
-        self.recent = self._sum / self._count
         interval, batch = self.config.log_images, self.config.batch
-        if images // interval > (images - batch) // interval:
+        due = images // interval > (images - batch) // interval
+        if due or loss.device.type == "cpu" or self._count % LOOK_EVERY == 0:
+            self.recent = float(self._sum) / self._count
+        if due:
             now = time.perf_counter()
             speed = self._count * batch / (now - self._since)
             self._write({"images": images, **where, "loss": self.recent, "images_per_s": round(speed, 2)})

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The training objectives: free functions of a denoiser, two points of a noising path, and nothing hidden.
+"""The training objectives: free functions of denoisers, points of noising paths, and nothing hidden.
 
-Each returns one value per image, [B]. x0 and noise are [B, C, H, W]; noise levels are [B], data units.
-The schedules that choose the noise levels are in `cmfast_train.schedules`; the loop is `cmfast_train.loop`.
+Each returns one value per image, [B]. x0, noise and x are [B, C, H, W], x = x0 + sigma noise; noise levels are [B],
+data units. The schedules that choose the noise levels are in `cmfast_train.schedules`; `cmfast_train.methods` puts the
+two together, one short function a method.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, sigma, label) -> x0
+Distance = Callable[[Tensor, Tensor], Tensor]  # two [B, C, H, W] -> [B]
 
 
 def edm_loss(
@@ -20,46 +22,116 @@ def edm_loss(
 ) -> Tensor:
     """Weighted squared error of a diffusion denoiser: EDM (arXiv:2206.00364), eq. 2 and 8. Mean over pixels."""
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (denoise(_noised(x0, sigma, noise), sigma, label) - x0).square().mean(dim=(1, 2, 3))
+    return weight * (denoise(noised(x0, sigma, noise), sigma, label) - x0).square().mean(dim=(1, 2, 3))
 
 
-def ect_loss(
+def consistency_loss(
     denoise: Denoise,
-    teach: Denoise,
-    x0: Tensor,
+    target: Denoise,
+    distance: Distance,
+    x_t: Tensor,
     t: Tensor,
+    x_r: Tensor,
     r: Tensor,
-    noise: Tensor,
     label: Tensor | None,
-    c: float,
     sigma_min: float,
 ) -> Tensor:
-    """Consistency between noise levels t > r of one path: "Consistency Models Made Easy" (arXiv:2406.14548).
+    """Distance between what is said at two points of one path, noise levels t > r: arXiv:2303.01469, eq. 7 and 10.
 
-    denoise  the model, with gradient
-    teach    the same weights without gradient and with the same dropout masks (see `same_dropout`)
-    c        Pseudo-Huber constant, data units; 0 gives the l2 norm
+    denoise   the model, with gradient
+    target    what it is to agree with, no gradient: an average of the weights, or the same weights and dropout masks
+    x_t, x_r  the two points: one image with the same noise, or x_r an `ode_step` of a teacher from x_t
 
-    Pseudo-Huber distance over the whole image, weight 1 / (t - r). Below sigma_min the target is the image.
+    Up to sigma_min the model is the identity by definition, so there the target is x_r itself.
     """
     with torch.no_grad():
-        taught = teach(_noised(x0, r.clamp(min=sigma_min), noise), r.clamp(min=sigma_min), label)
-        target = torch.where((r > sigma_min)[:, None, None, None], taught, x0)
-    error = (denoise(_noised(x0, t, noise), t, label) - target).square().sum(dim=(1, 2, 3))
-    return ((error + c**2).sqrt() - c) / (t - r)
+        taught = torch.where(_image(r > sigma_min), target(x_r, r.clamp(min=sigma_min), label), x_r)
+    return distance(denoise(x_t, t, label), taught)
 
 
-def ct_loss(
-    denoise: Denoise, target: Denoise, x0: Tensor, t: Tensor, r: Tensor, noise: Tensor, label: Tensor | None
+def progressive_loss(
+    denoise: Denoise, teacher: Denoise, x_t: Tensor, t: Tensor, middle: Tensor, r: Tensor, label: Tensor | None
 ) -> Tensor:
-    """Consistency training: "Consistency Models" (arXiv:2303.01469), Algorithm 3, with d = squared l2, lambda = 1.
+    """Squared error of one deterministic step t -> r against the teacher's two: arXiv:2202.00512, Algorithm 2.
 
-    t, r    adjacent noise levels t_{n+1} and t_n of the current grid
-    target  the EMA model theta^-
+    The target is the image that a single step would have to see to arrive where two arrive. Weight: truncated SNR,
+    max(1 / t^2, 1). Sum over pixels.
     """
     with torch.no_grad():
-        taught = target(_noised(x0, r, noise), r, label)
-    return (denoise(_noised(x0, t, noise), t, label) - taught).square().sum(dim=(1, 2, 3))
+        x_r = ode_step(teacher, ode_step(teacher, x_t, t, middle, label), middle, r, label)
+        target = x_t - _image(t) * (x_r - x_t) / _image(r - t)
+    return (1 / t**2).clamp(min=1) * (denoise(x_t, t, label) - target).square().sum(dim=(1, 2, 3))
+
+
+def scm_target(
+    output: Tensor,
+    tangent: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    image: Tensor,
+    noise: Tensor,
+    sigma_data: float,
+    warm: float = 1.0,
+    c: float = 0.1,
+) -> Tensor:
+    """Return what the network's output is to become, F- + g, [B, C, H, W]: sCM (arXiv:2410.11081), Algorithm 1.
+
+    output        F-(x_t / sigma_data, t) of TrigFlow, at t = atan(sigma / sigma_data), x_t = cos(t) x
+    tangent       sigma dF-/dsigma along the path, which is cos(t) sin(t) dF-/dt
+    image, noise  the path's direction: the training image and its unit noise, or a teacher's x0 and (x - x0) / sigma
+    warm          from 0 to 1: how much of the tangent's second, unstable term counts
+    c             g is divided by its root mean square + c
+    """
+    t = torch.atan(_image(sigma) / sigma_data)
+    cos, sin = t.cos(), t.sin()
+    velocity = cos * sigma_data * noise - sin * image  # dx_t / dt
+    g = -(cos**2) * (sigma_data * output - velocity) - warm * (cos * sin * cos * x + sigma_data * tangent)
+    size = g.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return output + g / (size + c)
+
+
+def meanflow_target(tangent: Tensor, t: Tensor, r: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """Return what the average velocity u(z, r, t) is to become, [B, C, H, W]: MeanFlow (arXiv:2505.13447), eq. 10.
+
+    tangent  du/dt along the path z = (1 - t) x0 + t noise
+    t, r     flow times, t >= r
+    """
+    return noise - x0 - _image(t - r) * tangent
+
+
+def weighted_by_itself(error: Tensor, power: float, c: float = 1e-3) -> Tensor:
+    """Return error / (error + c)^power, the weight without gradient: arXiv:2505.13447, eq. 22. error: squared, [B]."""
+    return error / (error.detach() + c) ** power
+
+
+def ode_step(
+    denoise: Denoise, x: Tensor, t: Tensor, r: Tensor, label: Tensor | None, second_order: bool = False
+) -> Tensor:
+    """Follow the probability-flow ODE from noise level t to r > 0: Euler's step, which is DDIM's, or Heun's.
+
+    EDM (arXiv:2206.00364), Algorithm 1, with s(t) = 1 and sigma(t) = t.
+    """
+    slope = (x - denoise(x, t, label)) / _image(t)
+    there = x + _image(r - t) * slope
+    if second_order:
+        slope = (slope + (there - denoise(there, r, label)) / _image(r)) / 2
+        there = x + _image(r - t) * slope
+    return there
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of absolute differences, [B]."""
+    return (a - b).abs().sum(dim=(1, 2, 3))
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of squared differences, [B]: what arXiv:2303.01469 calls l2."""
+    return (a - b).square().sum(dim=(1, 2, 3))
+
+
+def pseudo_huber(c: float) -> Distance:
+    """Return sqrt(|a - b|^2 + c^2) - c over the whole image: iCT (arXiv:2310.14189), eq. 9. c = 0 is the l2 norm."""
+    return lambda a, b: (l2(a, b) + c**2).sqrt() - c
 
 
 def same_dropout(denoise: Denoise, devices: list[int]) -> Denoise:
@@ -76,5 +148,10 @@ def same_dropout(denoise: Denoise, devices: list[int]) -> Denoise:
     return run
 
 
-def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    return x0 + sigma[:, None, None, None] * noise
+def noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Return x0 + sigma noise, [B, C, H, W]."""
+    return x0 + _image(sigma) * noise
+
+
+def _image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

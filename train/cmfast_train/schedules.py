@@ -16,7 +16,12 @@ from cmfast.schedule import karras_sigmas
 
 
 def ct_scales(k: int, total: int, s0: int, s1: int) -> int:
-    """Return N(k), the number of noise levels at step k of `total`: arXiv:2303.01469, Appendix C, as printed."""
+    """Return N(k), the number of noise levels at step k of `total`: arXiv:2303.01469, Appendix C, as printed.
+
+    s0 = s1 keeps it at s0.
+    """
+    if s0 == s1:
+        return s0
     return math.ceil(math.sqrt(k / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
 
 
@@ -33,6 +38,62 @@ def ct_pair(n: int, uniform: Tensor, sigma_min: float, sigma_max: float, rho: fl
     ascending = uniform.new_tensor(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1])
     i = (uniform * (n - 1)).long().clamp(max=n - 2)
     return ascending[i + 1], ascending[i]
+
+
+def ict_scales(k: int, total: int, s0: int, s1: int) -> int:
+    """Return N(k), the number of noise levels at step k of `total`: iCT (arXiv:2310.14189), Section 3.4.
+
+    s0 + 1 at first, doubling (s0 = 10: 11, 21, 41, ..) at even intervals up to s1 + 1.
+    """
+    period = max(1, int(total / (math.log2(s1 // s0) + 1)))
+    return min(s0 * 2 ** (k // period), s1) + 1
+
+
+def ict_pair(
+    n: int, uniform: Tensor, p_mean: float, p_std: float, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> tuple[Tensor, Tensor]:
+    """Return adjacent levels (t_{i+1}, t_i) of the n-level Karras grid, i by iCT's discretised log-normal law.
+
+    uniform [B] in [0, 1); p(i) is proportional to the normal law's mass between ln t_i and ln t_{i+1}: Section 3.5.
+    """
+    ascending = torch.tensor(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1], dtype=torch.float64)
+    mass = torch.special.ndtr((ascending.log() - p_mean) / p_std).diff()
+    edges = (mass.cumsum(0) / mass.sum()).to(uniform)
+    i = torch.searchsorted(edges, uniform.contiguous(), right=True).clamp(max=n - 2)
+    levels = ascending.to(uniform)
+    return levels[i + 1], levels[i]
+
+
+def pd_levels(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[float, ...]:
+    """Return the noise levels at which a model of progressive distillation with n steps is called, descending.
+
+    The first n of the Karras grid of n + 1: every other one of them is a level of n / 2 steps.
+    """
+    return karras_sigmas(n + 1, sigma_min, sigma_max, rho)[:n]
+
+
+def pd_steps(n: int, uniform: Tensor, sigma_min: float, sigma_max: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return levels (t, middle, r) [B]: a random step of n, and the level between that the teacher of 2 n steps has."""
+    grid = uniform.new_tensor(karras_sigmas(2 * n + 1, sigma_min, sigma_max))
+    i = 2 * (uniform * n).long().clamp(max=n - 1)
+    return grid[i], grid[i + 1], grid[i + 2]
+
+
+def flow_time(sigma: Tensor) -> Tensor:
+    """Return t = sigma / (1 + sigma), the time of the straight path (1 - t) x0 + t noise."""
+    return sigma / (1 + sigma)
+
+
+def meanflow_pair(
+    normal: Tensor, normal_too: Tensor, uniform: Tensor, ratio: float, p_mean: float, p_std: float, sigma_max: float
+) -> tuple[Tensor, Tensor]:
+    """Return noise levels (t, r) [B] with t >= r, and r = t but for a fraction `ratio`: arXiv:2505.13447, Section 4.3.
+
+    Flow times are logit-normal there; the noise level t / (1 - t) of such a time is log-normal.
+    """
+    one, other = ((p_mean + p_std * z).exp().clamp(max=sigma_max) for z in (normal, normal_too))
+    t = torch.maximum(one, other)
+    return t, torch.where(uniform < ratio, torch.minimum(one, other), t)
 
 
 def lognormal(normal: Tensor, p_mean: float, p_std: float, sigma_min: float, sigma_max: float) -> Tensor:

@@ -36,6 +36,7 @@ class AdmConfig:
     scale_shift: bool = True  # noise level enters as scale and shift of a norm, else as a sum
     resblock_updown: bool = True  # resample inside residual blocks, else by strided convolution
     dropout: float = 0.0  # probability
+    two_times: bool = False  # takes a second noise level, MeanFlow's r; sampling never gives one, which means 0
 
     def __post_init__(self) -> None:
         check_network(vars(self))
@@ -44,13 +45,18 @@ class AdmConfig:
 
 
 class AdmUnet(nn.Module):
-    """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32."""
+    """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32.
+
+    With two_times also F(x, c_noise, label, c_second), c_second [B]; without it, c_second = 0.
+    """
 
     def __init__(self, config: AdmConfig) -> None:
         super().__init__()
         self.config = config
         mc, emb = config.model_channels, 4 * config.model_channels
         self.time_embed = nn.Sequential(nn.Linear(mc, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if config.two_times:
+            self.second_embed = nn.Sequential(nn.Linear(mc, emb), nn.SiLU(), nn.Linear(emb, emb))
         if config.classes:
             self.label_emb = nn.Embedding(config.classes, emb)
 
@@ -93,10 +99,16 @@ class AdmUnet(nn.Module):
                 self.output_blocks.append(Stage(layers))
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, config.channels)))
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_second: Tensor | None = None
+    ) -> Tensor:
         # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
         with full_precision(x):
-            emb = self.time_embed(timestep_embedding(cast(c_noise, torch.float32), self.config.model_channels))
+            wide = self.time_embed[0].weight.dtype  # float32, or float64 where all of the network is
+            emb = self.time_embed(timestep_embedding(cast(c_noise, wide), self.config.model_channels))
+            if self.config.two_times:
+                second = torch.zeros_like(c_noise) if c_second is None else c_second
+                emb = emb + self.second_embed(timestep_embedding(second, self.config.model_channels))
             if self.config.classes:
                 emb = emb + self.label_emb(label)
         skips = []
@@ -107,7 +119,7 @@ class AdmUnet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return cast(self.out(h), torch.float32)
+        return cast(self.out(h), wide)
 
 
 class Stage(nn.Sequential):
@@ -180,7 +192,7 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(GROUPS, channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:  # casts to the same type slow down every trace
+        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:  # casts to the same type slow down every trace
             return super().forward(x)
         return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
@@ -208,9 +220,9 @@ class Upsample(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Return [cos, sin] of t [B] at dim / 2 frequencies from 1 down to almost 1/10000, float32 [B, dim]."""
+    """Return [cos, sin] of t [B] at dim / 2 frequencies from 1 down to almost 1/10000, [B, dim]."""
     half = dim // 2
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    freqs = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10000) / half))
     args = t[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
 

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: MIT
+"""Every method on Gaussian data, whose denoiser (the exact teacher) and consistency function are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmfast.spec import ModelSpec
+from cmfast_train.config import CONTINUOUS, PHASE_DEFAULTS, Phase
+from cmfast_train.config import METHODS as NAMES
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.ema import update_ema
+from cmfast_train.methods import METHODS, Step, distance_of, target_decay
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from cmfast_train.student import Asked, Student
+
+MEAN, STD = 0.3, 0.5  # of the data, one pixel
+SIGMAS = (0.02, 0.1, 0.5, 1.0, 3.0, 10.0, 80.0)  # where the model is compared with the solution
+BATCH = 256
+
+
+class Affine(nn.Module):
+    """F(x, c) = a(c) x + b(c): of Gaussian data, every denoiser and every consistency function is of this form."""
+
+    def __init__(self, two_times: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(2 if two_times else 1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2)
+        )
+
+    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        two = self.body[0].in_features == 2
+        times = torch.stack([c, torch.zeros_like(c) if second is None else second], 1) if two else c[:, None]
+        a, b = self.body(times)[..., None, None].unbind(1)
+        return a[..., None] * x + b[..., None]
+
+
+class Exact(nn.Module):
+    """The denoiser E[x0 | x] of the Gaussian data."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        variance = sigma[:, None, None, None] ** 2
+        return (STD**2 * x + variance * MEAN) / (STD**2 + variance)
+
+
+def solution(x: Tensor, sigma: float, sigma_min: float) -> Tensor:
+    """Return where the probability-flow ODE leads from (x, sigma)."""
+    return MEAN + (x - MEAN) * math.sqrt((STD**2 + sigma_min**2) / (STD**2 + sigma**2))
+
+
+def spec_of(method: str) -> ModelSpec:
+    scaling, c_noise = {"sct": ("trigflow", "trig"), "scd": ("trigflow", "trig"), "mf": ("flow", "flow")}.get(
+        method, ("edm" if method == "pd" else "boundary", "ln/4")
+    )
+    return ModelSpec(image=(1, 1, 1), scaling=scaling, c_noise=c_noise)
+
+
+def new_student(method: str) -> Student:
+    torch.manual_seed(0)
+    spec = spec_of(method)
+    return Student(Denoiser(Affine(method == "mf"), spec), adaptive=method in CONTINUOUS)
+
+
+def copy_of(denoiser: Denoiser) -> Denoiser:
+    copied = Denoiser(Affine(denoiser.network.body[0].in_features == 2), denoiser.spec)
+    copied.load_state_dict(denoiser.state_dict())
+    return copied
+
+
+def train(phase: Phase, steps: int, student: Student, teacher: Any, lr: float, seed: int = 0) -> Denoiser:
+    """Train the student by the phase's method with a falling learning rate; return the averaged model."""
+    generator = torch.Generator().manual_seed(seed)
+    average = copy_of(student.denoiser)
+    target = copy_of(student.denoiser) if target_decay(phase, 0, steps) is not None else None
+    networks = Asked(student, student, target, teacher, phase.derivative == "finite", [])
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    for done in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - done / steps)
+        x0 = MEAN + STD * torch.randn(BATCH, 1, 1, 1, generator=generator)
+        step = Step(
+            phase=phase,
+            spec=student.denoiser.spec,
+            networks=networks,
+            distance=distance_of(phase, 1, None),
+            done=done,
+            steps=steps,
+            x0=x0,
+            noise=torch.randn(x0.shape, generator=generator),
+            uniform=torch.rand(BATCH, 4, generator=generator),
+            label=None,
+        )
+        loss, sigma = METHODS[phase.method](step)
+        assert loss.shape == sigma.shape == (BATCH,)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(average.parameters(), student.denoiser.parameters(), min(0.99, done / (done + 10)))
+        if target is not None:
+            update_ema(target.parameters(), student.denoiser.parameters(), target_decay(phase, done, steps) or 0.0)
+    return average.eval().requires_grad_(False)
+
+
+def worst_error(denoiser: Any, truth: Any, sigmas: tuple[float, ...] = SIGMAS) -> float:
+    """Return the largest root mean square error against truth(x, sigma), over noise levels."""
+    generator, worst = torch.Generator().manual_seed(99), 0.0
+    for sigma in sigmas:
+        x = MEAN + STD * torch.randn(4096, 1, 1, 1, generator=generator)
+        x = x + sigma * torch.randn(x.shape, generator=generator)
+        error = denoiser(x, torch.full([len(x)], sigma), None) - truth(x, sigma)
+        worst = max(worst, float(error.square().mean().sqrt()))
+    return worst
+
+
+def phase_of(method: str, **values: Any) -> Phase:
+    return Phase(**{"method": method, "images": 1, **PHASE_DEFAULTS[method], **values})
+
+
+def exact_of(spec: ModelSpec) -> Any:
+    exact = Exact(spec)
+    return lambda x, sigma: exact(x, torch.full([len(x)], sigma))
+
+
+def test_every_method_of_the_configuration_is_there_and_no_other() -> None:
+    assert tuple(METHODS) == NAMES == tuple(PHASE_DEFAULTS)
+    assert all(METHODS[name].__doc__ for name in NAMES)
+
+
+# What each converges to. Steps and rates are what the error of 0.02 needs, not a recipe.
+
+CONVERGENT: dict[str, tuple[int, float, dict[str, Any]]] = {
+    "cd": (3000, 1e-2, {"s0": 40, "s1": 40, "mu0": 0.5}),
+    "ict": (3000, 1e-2, {"s1": 320}),
+    "ect": (3000, 1e-2, {}),
+    "sct": (1500, 5e-3, {}),
+    "scd": (1000, 5e-3, {}),
+    "mf": (1500, 5e-3, {"p_std": 2.0, "ratio": 0.75, "power": 0.0}),
+}
+
+
+@pytest.mark.parametrize("method", CONVERGENT)
+def test_it_converges_to_the_consistency_function(method: str) -> None:
+    steps, lr, values = CONVERGENT[method]
+    student = new_student(method)
+    spec = student.denoiser.spec
+
+    def truth(x: Tensor, sigma: float) -> Tensor:
+        return solution(x, sigma, spec.sigma_min)
+
+    assert worst_error(copy_of(student.denoiser).requires_grad_(False), truth) > 0.1  # it is not there at the start
+    model = train(phase_of(method, **values), steps, student, Exact(spec), lr)
+    assert worst_error(model, truth) <= 0.02
+
+
+def test_diffusion_converges_to_the_denoiser_and_not_to_the_consistency_function() -> None:
+    student = new_student("edm")
+    model = train(phase_of("edm", p_mean=0.0, p_std=2.0), 2000, student, None, 1e-2)
+    assert worst_error(model, exact_of(model.spec), SIGMAS[:-1]) <= 0.04
+    assert worst_error(model, lambda x, sigma: solution(x, sigma, 0.002)) > 0.2
+
+
+def test_progressive_distillation_halves_to_the_consistency_function() -> None:
+    # From 128 of the teacher's steps, because Euler's error is of first order, to one.
+    student = new_student("pd")
+    spec, teacher = student.denoiser.spec, Exact(student.denoiser.spec)
+    student.denoiser.load_state_dict(train(phase_of("edm"), 2000, student, None, 5e-3).state_dict())
+    for n in (64, 32, 16, 8, 4, 2, 1):
+        model = train(phase_of("pd", steps=n), 500, student, teacher, 5e-3)
+        student.denoiser.load_state_dict(model.state_dict())
+        teacher = copy_of(model).requires_grad_(False)
+    assert worst_error(model, lambda x, sigma: solution(x, sigma, spec.sigma_min), (spec.sigma_max,)) <= 0.02
+
+
+# Against a reference.
+
+
+@pytest.mark.parametrize("n", [18, 2])  # of 2 levels, every target is the image without noise, at sigma_min
+def test_consistency_training_with_a_fixed_grid_is_ten_lines_of_reference(n: int) -> None:
+    steps, lr, mu = 30, 1e-2, 0.9
+    ours = new_student("ct")
+    reference, target = copy_of(ours.denoiser), copy_of(ours.denoiser)
+    train(phase_of("ct", s0=n, s1=n, mu="fixed", mu0=mu), steps, ours, None, lr)
+
+    grid = ((0.002 ** (1 / 7) + torch.arange(n) / (n - 1) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7).clamp(min=0.002)
+    draw, adam = torch.Generator().manual_seed(0), torch.optim.Adam(reference.parameters(), lr=lr)
+    for k in range(steps):
+        adam.param_groups[0]["lr"] = lr * (1 - k / steps)
+        x0 = MEAN + STD * torch.randn(BATCH, 1, 1, 1, generator=draw)
+        z, i = torch.randn(x0.shape, generator=draw), (torch.rand(BATCH, 4, generator=draw)[:, 0] * (n - 1)).long()
+        t, r = grid[i + 1], grid[i]
+        goal = target(x0 + r.view(-1, 1, 1, 1) * z, r).detach()
+        (reference(x0 + t.view(-1, 1, 1, 1) * z, t) - goal).square().mean().backward()
+        adam.step(), adam.zero_grad()
+        for weight, other in zip(target.parameters(), reference.parameters(), strict=True):
+            weight.data = mu * weight.data + (1 - mu) * other.data
+
+    for (name, mine), other in zip(ours.denoiser.named_parameters(), reference.parameters(), strict=True):
+        # Levels and averages are rounded otherwise, and Adam divides by small gradients.
+        np.testing.assert_allclose(mine.detach(), other.detach(), rtol=0, atol=2e-4, err_msg=name)
+
+
+# Derivatives along a path.
+
+
+def adm(dropout: float = 0.0, two_times: bool = False) -> AdmUnet:
+    network = AdmUnet(
+        AdmConfig(
+            image_size=8, channels=1, classes=3, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,),
+            head_channels=32, dropout=dropout, two_times=two_times,
+        )
+    )  # fmt: skip
+    randomise(network)
+    return network
+
+
+@pytest.mark.parametrize(("scaling", "c_noise"), [("trigflow", "trig"), ("edm", "ln/4"), ("flow", "flow")])
+def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str, c_noise: str) -> None:
+    spec = ModelSpec(image=(1, 8, 8), classes=3, scaling=scaling, c_noise=c_noise)
+    two_times = scaling == "flow"
+    student = Student(Denoiser(adm(two_times=two_times), spec), adaptive=False).double()
+    student.denoiser.trunk = torch.float64
+    networks = Asked(student, student, None, None, False, [])
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.tensor([0.05, 0.4, 2.0, 40.0], dtype=torch.float64)
+    x, dx = (torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    label, second = torch.tensor([0, 1, 2, 0]), 0.5 * sigma if two_times else None
+    x, dx = (1 + sigma)[:, None, None, None] * x, sigma[:, None, None, None] * dx
+    said, tangent = networks.output_along(x, sigma, label, second, dx, sigma)
+    np.testing.assert_array_equal(said, student(x, sigma, label, second)[0].detach())
+
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (student(x + s * h * dx, sigma + s * h * sigma, label, second)[0] for s in (1, -1))
+    difference = (ahead - behind) / (2 * h)
+    assert difference.abs().max() > 0.1
+    np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)  # h^2 and rounding over h

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""How a network is trained that is too large or too slow for one device as it is: what `loop` asks for by name.
+
+shard, whole, fill, fill_optimizer   the weights cut up over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
+recompute                            activations computed again in the backward pass instead of kept
+jvp                                  the derivative along a direction, forward mode
+
+None of them changes what is computed, beyond rounding, or the names of the parameters. Sharding is PyTorch's own and
+not Accelerate's: on a CPU, Accelerate trains by DDP whatever it was asked; on a GPU it would round the weights of the
+noise embedding to half precision. It keeps the processes, the optimiser and the precision.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint
+
+from cmfast_train.networks import adm, edm
+from cmfast_train.networks.seed import SeedUnet
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a network is a sequence of: nearly all of its weights and of its arithmetic."""
+    kinds = (nn.Sequential,) if isinstance(network, SeedUnet) else (adm.ResBlock, adm.Attention, edm.Block)
+    return [module for module in network.modules() if isinstance(module, kinds)]
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the weights up over the processes of a mesh, in place: each keeps its part, and sees a block's while it runs.
+
+    mesh  torch.distributed.device_mesh.init_device_mesh(device type, (processes,))
+
+    From here on the parameters are DTensors, so the optimiser and averages come after. Every process must hold the
+    same weights before, contiguous ones; a network on the CPU moves to the mesh's device block by block. Call the
+    module, not its forward; copy it before, not after. For mixed precision, run it in torch.autocast, whose cache is
+    off in this process from here on.
+    """
+    for module in [*blocks(network), network]:
+        # Also the outermost: an average is only ever run forwards, and would go on with the weights of its first run.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # Autocast would keep the half-precision weights of a pass without gradients, and the next, with them, get none.
+    torch.set_autocast_cache_enabled(False)
+
+
+def whole(tree: Any, keep: bool = True) -> Any:
+    """Return nested dicts, lists and tuples with every sharded tensor put together on the CPU; every process calls it.
+
+    keep  whether this process wants them: the others help and get None in their place
+    """
+    if isinstance(tree, Mapping):
+        return {name: whole(value, keep) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(whole(value, keep) for value in tree)
+    if not isinstance(tree, Tensor):
+        return tree
+    tensor = tree.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+        return tensor.cpu() if keep else None
+    return tensor if keep else None
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole values into tensors of the same names, sharded or not; every process passes the same values."""
+    for name, tensor in tensors.items():
+        tensor.copy_(_part(values[name], tensor))
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load `whole(optimizer.state_dict())`, of however many processes, into an optimiser of these."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    parts = {
+        i: {
+            name: _part(value, weights[i]) if isinstance(value, Tensor) and value.shape == weights[i].shape else value
+            for name, value in of_weight.items()
+        }
+        for i, of_weight in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": parts})
+
+
+def recompute(network: nn.Module) -> None:
+    """Let the blocks of a network keep only their inputs for the backward pass, and run again in it, in place.
+
+    About a third more time for a fraction of the memory. Dropout draws the same masks again. Without gradients the
+    blocks run as they are.
+    """
+    for block in blocks(network):
+        block.forward = functools.partial(_recomputed, block.forward)
+
+
+def jvp(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return function(*primals) and its derivative along the tangents, both without gradient. Dropout: as it is drawn.
+
+    Our networks run in it uncompiled, in any precision and memory layout.
+    """
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward derivative
+        register_module_forward_pre_hook(_contiguous_norm),  # type: ignore[arg-type]
+        warnings.catch_warnings(),
+    ):
+        # Until PyTorch's own formulas for forward mode, loaded at its first use, do without torch.jit.script.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        with forward_ad.dual_level():  # torch.func.jvp wraps whatever is made in it, also FSDP's buffers
+            duals = map(forward_ad.make_dual, primals, tangents)
+            output, tangent = forward_ad.unpack_dual(function(*duals))  # type: ignore[no-untyped-call]
+    return output, torch.zeros_like(output) if tangent is None else tangent
+
+
+def _contiguous_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """PyTorch's forward derivative of a group norm is a view of its input, which channels_last does not allow."""
+    return tuple(x.contiguous() for x in inputs) if isinstance(module, nn.GroupNorm) else None
+
+
+def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    output: Tensor = checkpoint(forward, *inputs, use_reentrant=False)
+    return output
+
+
+def _part(value: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a whole value, cut as another tensor is, without asking the other processes."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

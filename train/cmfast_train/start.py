@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""What a run starts from: a new network, or a model of any format with its conventions; and the teacher it distils."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from cmfast.errors import CmfastError, CmfastWarning
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.config import CONTINUOUS, Phase, TrainConfig
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.importers import load_model
+from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
+from cmfast_train.schedules import pd_levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Conventions and network of the model in training, the weights it begins with, and the teacher of a file."""
+
+    spec: ModelSpec
+    network: NetworkConfig
+    weights: Mapping[str, Tensor] | None  # None: new ones
+    teacher: Denoiser | None
+    sha256: tuple[str, str]  # of the weights of --init and --teacher: a continuation must find the same
+
+    def build(self) -> nn.Module:
+        """Return the network, with its first weights."""
+        network = build_network(self.network)
+        if self.weights is not None:
+            network.load_state_dict(dict(self.weights))
+        return network
+
+
+def start_of(config: TrainConfig, classes: int) -> Start:
+    """Return what the run starts from, on data of that many classes."""
+    spec = config.spec(classes)
+    teacher = _load(config.teacher, "--teacher", spec) if config.teacher else None
+    teaches = teacher.denoiser() if teacher else None
+    digests = ("", teacher.sha256() if teacher else "")
+    if not config.init:
+        return Start(
+            spec=spec, network=network_config(config, spec.classes), weights=None, teacher=teaches, sha256=digests
+        )
+    model = _load(config.init, "--init", spec)
+    if config.conditional and model.spec.classes != spec.classes:
+        raise CmfastError(
+            f"--init {config.init}: a model of {model.spec.classes} classes, the data have {spec.classes}; "
+            "--set conditional=false trains without them"
+        )
+    network = model.network
+    if "dropout" in {field.name for field in dataclasses.fields(network)}:
+        network = dataclasses.replace(network, dropout=config.dropout)
+    elif config.dropout:
+        raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
+    return Start(
+        spec=_student_spec(model.spec, config),
+        network=network,
+        weights=model.weights,
+        teacher=teaches,
+        sha256=(model.sha256(), digests[1]),
+    )
+
+
+def network_config(config: TrainConfig, classes: int) -> NetworkConfig:
+    """Return the shape of the new network of a run, on data of that many classes."""
+    return network_from_dict({"type": config.network, "classes": classes, **config.network_fields()})
+
+
+def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
+    """Return the spec of the model that a phase leaves: after progressive distillation, sampling is deterministic."""
+    if phase.method != "pd":
+        return spec
+    levels = pd_levels(phase.steps, spec.sigma_min, spec.sigma_max)
+    return dataclasses.replace(spec, renoise="ddim", sigmas={phase.steps: levels})
+
+
+def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CmfastWarning)  # that a diffusion model is a teacher
+        model = load_model(path)
+    if model.spec.image != spec.image:
+        raise CmfastError(
+            f"{option} {path}: a model of images {list(model.spec.image)}, the run has {list(spec.image)}: "
+            "--set image_size, channels"
+        )
+    if model.spec.classes not in (0, spec.classes):
+        raise CmfastError(
+            f"{option} {path}: a model of {model.spec.classes} classes, the run has {spec.classes}; "
+            "a label of the one means nothing to the other"
+        )
+    return model
+
+
+def _student_spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    """Return the conventions of a student that starts from a model of `spec`.
+
+    Consistency models hold the boundary condition; a diffusion model's scaling, which continuous-time methods and
+    progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
+    """
+    methods = {phase.method for phase in config.phases}
+    scaling = spec.scaling
+    if methods & set(CONTINUOUS):
+        if scaling not in ("trigflow", "edm", "boundary"):
+            raise CmfastError(f"sct and scd need a model with scaling trigflow, edm or boundary, not {scaling}")
+        scaling = "edm" if scaling == "boundary" else scaling
+    elif "mf" in methods and (scaling, spec.c_noise) != ("flow", "flow"):
+        raise CmfastError(f"mf continues models of mf only; this one has scaling {scaling}")
+    elif methods & {"ct", "cd", "ict", "ect"}:
+        scaling = "boundary" if scaling == "edm" else scaling
+    known = all(levels[0] == spec.sigma_max for levels in config.sigmas)
+    sigmas: dict[int, Any] = {len(s): s for s in config.sigmas} if known else {1: (spec.sigma_max,)}
+    return dataclasses.replace(spec, scaling=scaling, sigmas=sigmas, renoise=_consistent(spec.renoise), grid=0)
+
+
+def _consistent(renoise: str) -> str:
+    return "sqrt" if renoise == "ddim" else renoise
