@@ -256,7 +256,9 @@ class TrainConfig:
 
 
 # Fields that may change between a run and its continuation: they do not decide what is computed.
-FREE_FIELDS = frozenset({"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download"})
+FREE_FIELDS = frozenset(
+    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute"}
+)
 
 
 def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:

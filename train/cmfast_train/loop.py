@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,7 @@ def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -
             accelerator.backward(loss.sum() / len(x0))
         losses.append(loss.detach())
         levels.append(sigma)
+    run.exchange_gradients()
     if run.phase.clip_norm:
         accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
     run.optimizer.step()
@@ -155,6 +157,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise CmfastError("the launcher asks for Accelerate's FSDP; leave that out and say --set shard=true")
+    if config.shard and config.precision == "fp16":
+        raise CmfastError("shard=true needs precision bf16 or fp32, not fp16")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and cpu:

@@ -7,8 +7,8 @@ Files: see `loop`. A model file is written before the state that goes on from it
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.files import atomic_file
@@ -26,6 +27,8 @@ from cmfast_train.denoiser import Denoiser
 from cmfast_train.ema import Averages, update_ema
 from cmfast_train.grid import save_grid
 from cmfast_train.methods import distance_of, target_decay
+from cmfast_train.networks.build import build_network
+from cmfast_train.parallel import fill, fill_optimizer, recompute, shard, whole
 from cmfast_train.start import phase_spec, start_of
 from cmfast_train.student import Asked, Student
 
@@ -46,14 +49,14 @@ class Run:
             "precision": accelerator.mixed_precision,
             "models": list(start.sha256),
         }
-        self.denoiser = Denoiser(start.build(), self.spec).to(accelerator.device)
-        if config.channels_last:
-            self.denoiser.to(memory_format=torch.channels_last)
-        self.weights = dict(self.denoiser.network.named_parameters())
-        self.target: Denoiser | None = None
-        self.teacher: Denoiser | None = None
+        self._mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if self.sharded else None
         self.phase_index, self.step = 0, 0  # step of the phase
-        self._begin_phase()
+        self._begin_phase(start.build().state_dict())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.config.shard and self.accelerator.num_processes > 1
 
     @property
     def phase(self) -> Phase:
@@ -81,16 +84,14 @@ class Run:
 
     def next_phase(self) -> None:
         """Leave the finished phase's model in DIR/phases and begin the next from its averaged weights."""
+        finished = self._checkpoint(whole(self.ema))
         if self.accelerator.is_main_process:
             folder = self.out / "phases"
             folder.mkdir(exist_ok=True)
             name = f"{self.phase_index + 1}_{self.phase.name.replace('/', '')}.pt"
-            save_checkpoint(self._checkpoint(self.ema), folder / name)
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(self.ema[name])
+            save_checkpoint(finished, folder / name)
         self.phase_index, self.step = self.phase_index + 1, 0
-        self._begin_phase()
+        self._begin_phase(finished.weights)
 
     def set_lr(self) -> None:
         """Set the learning rate of the coming step."""
@@ -107,7 +108,13 @@ class Run:
         if self.target is not None:
             decay = target_decay(self.phase, self.step, self.config.steps(self.phase))
             assert decay is not None
-            update_ema(self.target.parameters(), self.denoiser.parameters(), decay)
+            update_ema(self.target.network.parameters(), self.weights.values(), decay)
+
+    def exchange_gradients(self) -> None:
+        """Average over the processes what sharding leaves alone: the gradient of the learned log-variance."""
+        if self.sharded and self.student.log_variance is not None:
+            for parameter in self.student.log_variance.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context of a micro-batch: processes exchange gradients in the last one of a step."""
@@ -130,13 +137,15 @@ class Run:
             )
         try:
             self.phase_index, self.step = state["phase"], state["step"]
-            self._begin_phase()
-            self.student.load_state_dict(state["student"])
+            self._begin_phase(self._buffers | state["weights"])
             for module, name in ((self.target, "target"), (self._own_teacher(), "teacher")):
                 if module is not None:
-                    module.load_state_dict(state[name])
-            self.averages.load(state["averages"])
-            self.optimizer.load_state_dict(state["optimizer"])
+                    fill(dict(module.network.named_parameters()), state[name])
+            if self.student.log_variance is not None:
+                self.student.log_variance.load_state_dict(state["log_variance"])
+            for name, average in self.averages.state().items():
+                fill(average, state["averages"][name])
+            fill_optimizer(self.optimizer, state["optimizer"])
             if scaler := self.accelerator.scaler:
                 scaler.load_state_dict(state["scaler"])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as err:
@@ -150,72 +159,100 @@ class Run:
                 f"the last checkpoint is untouched; {self.advice()}"
             )
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
+        main, log_variance = self.accelerator.is_main_process, self.student.log_variance
+        state = {  # every process takes part in putting it together
+            "format": STATE_FORMAT,
+            "made_for": self._made_for,
+            "phase": self.phase_index,
+            "step": self.step,
+            "weights": whole(self.weights, main),
+            "averages": whole(self.averages.state(), main),
+            "target": whole(_parameters(self.target), main),
+            "teacher": whole(_parameters(self._own_teacher()), main),
+            "log_variance": log_variance.state_dict() if log_variance is not None else {},
+            "optimizer": whole(self.optimizer.state_dict(), main),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+        }
+        if not main:
             return
-        checkpoint = self._checkpoint(self.ema)
+        checkpoint = self._checkpoint(state["averages"][str(self.phase.ema)])
         save_checkpoint(checkpoint, self.out / "model.pt")
         # A denoiser of its own: the one in training runs in mixed precision and with dropout.
         denoiser = checkpoint.denoiser().to(self.accelerator.device)
         grid = self.out / "samples" / f"{self.images:012d}.png"
         save_grid(denoiser, checkpoint.spec, grid, self.config.grid, self.accelerator.device)
-        self._save_averages()
-        teacher = self._own_teacher()
-        state = {
-            "format": STATE_FORMAT,
-            "made_for": self._made_for,
-            "phase": self.phase_index,
-            "step": self.step,
-            "student": self.student.state_dict(),
-            "averages": self.averages.state(),
-            "target": self.target.state_dict() if self.target else {},
-            "teacher": teacher.state_dict() if teacher else {},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-        }
+        self._save_averages(state["averages"])
         with atomic_file(self.out / "state.pt") as temporary:
             torch.save(state, temporary)
 
-    def _save_averages(self) -> None:
+    def _save_averages(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write the averages that are not the model: of constant decay the newest, of power functions a snapshot."""
         folder = self.out / "ema"
+        if self.config.emas or self.config.ema_stds:
+            folder.mkdir(exist_ok=True)
         for rate in map(str, self.config.emas):
-            folder.mkdir(exist_ok=True)
-            save_checkpoint(self._checkpoint(self.averages[rate]), folder / f"{rate}.pt")
+            save_checkpoint(self._checkpoint(averages[rate]), folder / f"{rate}.pt")
         for std in self.config.ema_stds:
-            folder.mkdir(exist_ok=True)
             source = {"format": "cmfast", "ema_std": std, "ema_step": self.step, "ema_phase": self.phase_index}
-            snapshot = replace(self._checkpoint(self.averages[f"std{std}"]), source=source)
+            snapshot = replace(self._checkpoint(averages[f"std{std}"]), source=source)
             save_checkpoint(snapshot, folder / f"std{std:.3f}-{self.images:012d}.pt")
 
-    def _checkpoint(self, weights: dict[str, Tensor]) -> Checkpoint:
-        return Checkpoint(spec=phase_spec(self.spec, self.phase), network=self.network_config, weights=weights)
+    def _checkpoint(self, weights: Mapping[str, Tensor]) -> Checkpoint:
+        """Return the model with these whole weights."""
+        spec = phase_spec(self.spec, self.phase)
+        return Checkpoint(spec=spec, network=self.network_config, weights={**self._buffers, **weights})
 
     def _own_teacher(self) -> Denoiser | None:
         """Return the teacher that is part of the state: of a phase that distils what it started from."""
         return self.teacher if self.teacher is not self._teacher_file else None
 
-    def _begin_phase(self) -> None:
-        """Set up what the phase needs; weights are there already."""
-        phase, device = self.phase, self.accelerator.device
-        self.target = self.teacher = None
-        rates = tuple(dict.fromkeys((phase.ema, *self.config.emas)))
-        self.averages = Averages(self.weights, rates=rates, stds=self.config.ema_stds)
-        if phase.method in DISTILL:
-            self.teacher = self._teacher_file.to(device) if self._teacher_file else self._frozen().eval()
-        if target_decay(phase, 0, self.config.steps(phase)) is not None:
-            self.target = self._frozen().train()
-        self.model: Any
-        self.student = Student(self.denoiser.train(), adaptive=phase.adaptive and phase.method in CONTINUOUS).to(device)
-        optimizer = torch.optim.RAdam(self.student.parameters(), lr=phase.lr, foreach=True)
+    def _begin_phase(self, weights: Mapping[str, Tensor]) -> None:
+        """Set up what the phase needs, from whole weights of the network."""
+        phase, device, config = self.phase, self.accelerator.device, self.config
         self.accelerator.free_memory()
-        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        self.target = self.teacher = None
+        if phase.method in DISTILL:
+            self.teacher = self._teacher_file.to(device) if self._teacher_file else self._new(weights).eval()
+        if target_decay(phase, 0, config.steps(phase)) is not None:
+            self.target = self._new(weights).train()
+        for frozen in (self.teacher, self.target):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        self.denoiser = self._new(weights).train()
+        self.weights = _parameters(self.denoiser)
+        self._buffers = {name: value for name, value in weights.items() if name not in self.weights}
+        self.averages = Averages(
+            self.weights, rates=tuple(dict.fromkeys((phase.ema, *config.emas))), stds=config.ema_stds
+        )
+        self.student = Student(self.denoiser, adaptive=phase.adaptive and phase.method in CONTINUOUS).to(device)
+        optimizer = torch.optim.RAdam(self.student.parameters(), lr=phase.lr, foreach=True)
+        self.model: Any = self.student
+        self.optimizer: Any
+        if self.sharded:  # which exchanges gradients itself
+            self.optimizer = self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         devices = [device.index or 0] if device.type == "cuda" else []
         finite = phase.derivative == "finite"
         self.networks = Asked(self.model, self.student, self.target, self.teacher, finite, devices)
         self.distance = distance_of(phase, math.prod(self.spec.image), self._lpips())
 
-    def _frozen(self) -> Denoiser:
-        return copy.deepcopy(self.denoiser).requires_grad_(False)
+    def _new(self, weights: Mapping[str, Tensor]) -> Denoiser:
+        """Return a denoiser with these weights, laid out and placed as the run has it."""
+        network = build_network(self.network_config)
+        network.load_state_dict(dict(weights))
+        if self.config.recompute:
+            recompute(network)
+        if self.config.compile:
+            # A sharded network is a graph a block, of which there are more than PyTorch expects.
+            torch._dynamo.config.recompile_limit = 256
+            network.compile(dynamic=False)
+        denoiser = Denoiser(network, self.spec)
+        if self._mesh is not None:
+            shard(network, self._mesh)
+        elif self.config.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
+        return denoiser.to(self.accelerator.device)
 
     def _lpips(self) -> Any:
         if self.phase.loss != "lpips" or not self.config.lpips:
@@ -224,3 +261,7 @@ class Run:
 
         network, _, file = self.config.lpips.partition(":")
         return load_lpips(network, Path(file))
+
+
+def _parameters(denoiser: Denoiser | None) -> dict[str, Tensor]:
+    return dict(denoiser.network.named_parameters()) if denoiser is not None else {}
