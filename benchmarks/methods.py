@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Every method of training on the digits: one network, four minutes on two cores each, and what comes of it.
 
-    python benchmarks/methods.py --out runs/methods --json benchmarks/results/methods_digits.json --plot docs/methods.png
+    python benchmarks/methods.py --out runs/methods --json benchmarks/results/methods_digits.json
 
-One teacher is trained first. Distillation and tuning start from it, the others from nothing. Each run is one
+One teacher is trained first. Distillation and tuning start from it, the others from nothing; progressive distillation
+to one step goes on from its two-step model, and both together count. Each run is one
 `cmfast-train` as a user types it; its model is exported by `cmfast-export`, and the ONNX file is what is measured, by
 `cmfast-eval`: Frechet distance in pixel space at 1, 2 and 4 calls. The lengths were chosen so that a run takes four
 minutes; the record has the seconds that it took. The command again goes on where it stopped.
@@ -42,14 +43,31 @@ class Recipe:
     heun: tuple[int, ...] = ()
 
 
-# Whatever has a teacher has its conventions, TrigFlow's; the rest have their method's own.
+def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
+    """Return a run of one method, with averages of some 500 steps and a learning rate that falls at the end."""
+    usual = [f"{method}.ema=0.998", *([] if method == "pd" else [f"{method}.lr_decay=0.5"])]
+    return Recipe(phases=f"{method}:{images}", settings=(*usual, *settings), **fields)
+
+
+# What starts from the teacher has its conventions, TrigFlow's; the rest have their method's own. Few hyperparameters
+# were tried of each, on fewer images; the usual ones (cmfast_train.config) are those of networks a hundred times larger.
 RECIPES: dict[str, Recipe] = {
-    TEACHER: Recipe(
-        phases="edm:90000",
-        settings=("edm.ema=0.998", "edm.lr_decay=0.3", "scaling=trigflow", "c_noise=trig"),
-        steps=(),
-        heun=(8, 18),
+    TEACHER: recipe("edm", 75_000, "scaling=trigflow", "c_noise=trig", steps=(), heun=(8, 18)),
+    "cd": recipe("cd", 60_000, "cd.lr=5e-4", from_teacher=True),
+    "ect, tuned": recipe("ect", 70_000, "ect.lr=5e-4", "ect.stages=1,6", from_teacher=True),
+    "scd": recipe("scd", 45_000, "scd.lr=3e-4", from_teacher=True),
+    "pd, 2 steps": Recipe(
+        phases="pd/8:16000,pd/4:16000,pd/2:16000",
+        settings=("pd.ema=0.998", "pd.lr=5e-4"),
+        from_teacher=True,
+        steps=(2,),
     ),
+    "pd, 1 step": Recipe(phases="pd/1:16000", settings=("pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)),
+    "ct": recipe("ct", 80_000, "ct.lr=1e-3", "ct.s1=40"),
+    "ict": recipe("ict", 70_000, "ict.lr=1e-3", "ict.s1=160"),
+    "ect": recipe("ect", 70_000, "ect.lr=1e-3", "ect.stages=0,6"),
+    "sct": recipe("sct", 50_000, "sct.lr=1e-3"),
+    "mf": recipe("mf", 55_000, "mf.lr=1e-3", "mf.p_std=1.6"),
 }
 
 
@@ -80,13 +98,13 @@ def command(out: Path, only: tuple[str, ...], json_file: Path | None, plot: Path
     if plot is not None:
         draw(rows, plot)
         click.echo(f"the chart is in {plot}")
-    if late := [row["name"] for row in rows if row["train_s"] > LIMIT_S]:
+    if late := [row["name"] for row in rows if row["total_s"] > LIMIT_S]:
         raise CheckFailed(f"these took longer than {LIMIT_S:.0f} s: {', '.join(late)}")
 
 
 def row_of(name: str, out: Path) -> dict[str, Any]:
     """Train, export and measure by one recipe; what is finished is not done again."""
-    recipe, folder = RECIPES[name], out / name
+    recipe, folder = RECIPES[name], out / folder_of(name)
     done = folder / "row.json"
     if done.exists():
         row: dict[str, Any] = json.loads(done.read_text())
@@ -94,11 +112,12 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
             return row
         raise CmfastError(f"{folder} holds a run of other settings; name another --out")
     if folder.exists():
-        raise CmfastError(f"{folder} holds a run that was cut, whose time is not known; remove it")
+        raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
+    before = row_of(recipe.after, out)["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", f"phases={recipe.phases}", "--set", "checkpoint_images=10_000_000"]
     words += [word for setting in recipe.settings for word in ("--set", setting)]
-    words += ["--init", str(out / start / "model.pt")] if start else []
+    words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
     run("cmfast_train.cli", "digits", *words)
     seconds = time.perf_counter() - began
@@ -107,7 +126,14 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     heun = [] if not recipe.heun else ["--heun", ",".join(map(str, recipe.heun))]
     record = folder / "evaluation.json"
     run(
-        "cmfast_train.eval_cli", str(folder / "model.onnx"), "--data-set", "digits", *steps, *heun, "--json", str(record)
+        "cmfast_train.eval_cli",
+        str(folder / "model.onnx"),
+        "--data-set",
+        "digits",
+        *steps,
+        *heun,
+        "--json",
+        str(record),
     )
     measured = json.loads(record.read_text())
     row = {
@@ -115,7 +141,8 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
         "phases": recipe.phases,
         "settings": list(recipe.settings),
         "start": start,
-        "train_s": round(seconds, 1),
+        "train_s": round(seconds, 1),  # the command as a whole, imports included
+        "total_s": round(seconds + before, 1),  # with what it goes on from, but for the teacher
         "source": measured["model"]["source"],
         "rows": measured["rows"],
         "halves": measured["halves"],
@@ -123,6 +150,11 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     write_text(done, json.dumps(row, indent=1) + "\n")
     click.echo(table_line(row))
     return row
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a recipe: its name without spaces and commas."""
+    return name.replace(",", "").replace(" ", "_")
 
 
 def run(module: str, *words: str) -> None:
@@ -151,7 +183,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog(calls, distances, marker="o", linestyle="--" if row["name"] == TEACHER else "-", label=row["name"])
         axes.annotate(row["name"], (calls[-1], distances[-1]), xytext=(5, 0), textcoords="offset points", va="center")
     axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="network calls an image", ylabel="Fréchet distance in pixel space", title="digits, four minutes each")
+    axes.set(
+        xlabel="network calls an image", ylabel="Fréchet distance in pixel space", title="digits, four minutes each"
+    )
     axes.set_xticks([1, 2, 4, 15, 35], ["1", "2", "4", "15", "35"], minor=False)
     axes.minorticks_off()
     figure.savefig(path, dpi=120)

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
-from cmfast_train.config import DATA, FREE_FIELDS, METHODS, Phase, TrainConfig, from_dict, override, to_dict
+from cmfast_train.config import (
+    DATA,
+    DISTILL,
+    FREE_FIELDS,
+    METHODS,
+    PHASE_DEFAULTS,
+    Phase,
+    TrainConfig,
+    from_dict,
+    override,
+    to_dict,
+)
 from cmfast_train.networks.build import build_network
 from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.presets import ABOUT, PRESETS, phase
@@ -75,6 +86,8 @@ def test_fields_that_may_change_while_a_run_continues_exist() -> None:
         ("sigmas=80:80,0.8", "sigmas", ((80.0,), (80.0, 0.8))),
         ("phases=edm:500", "phases", (phase("edm", 500),)),
         ("phases=edm:500,ct:1000", "phases", (phase("edm", 500), phase("ct", 1000))),
+        ("phases=edm:500,pd/4:1000", "phases", (phase("edm", 500), phase("pd", 1000, steps=4))),
+        ("emas=0.9,0.99", "emas", (0.9, 0.99)),
     ],
 )
 def test_a_text_becomes_a_value_of_its_fields_type(text: str, field: str, value: Any) -> None:
@@ -118,7 +131,7 @@ def test_fields_that_only_fit_together_can_be_changed_together(texts: tuple[str,
         ("", "expected NAME=VALUE"),
         ("bacth=3", "--set bacth=3: no such field; there are accumulation, attention, batch, "),
         ("=3", "no such field"),
-        ("edm.speed=3", "--set edm.speed=3: no such field; there are b, ema, huber, "),
+        ("edm.speed=3", "--set edm.speed=3: no such field; there are adaptive, b, clip_norm, "),
         ("ct.lr=1", "--set ct.lr=1: this run has no phase 'ct'; its phases: edm, ect"),
         ("batch=many", "--set batch=many: 'many' does not convert to int"),
         ("batch=1.5", "'1.5' does not convert to int"),
@@ -129,6 +142,8 @@ def test_fields_that_only_fit_together_can_be_changed_together(texts: tuple[str,
         ("phases=edm", "'edm' does not convert to"),
         ("phases=sgd:100", "'sgd:100' does not convert to"),
         ("phases=edm:x", "'edm:x' does not convert to"),
+        ("phases=ect/4:100", "'ect/4:100' does not convert to"),
+        ("phases=pd/x:100", "'pd/x:100' does not convert to"),
         ("edm.stages=1,x", "'1,x' does not convert to"),
     ],
 )
@@ -160,7 +175,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("network=unet", "network must be one of adm, seed, got 'unet'"),
         ("network=seed", "network=seed takes no label; add --set conditional=false"),
         ("phases=edm:0", "images must be greater than 0, got 0"),
-        ("edm.method=sgd", "method must be one of edm, ect, ct, got 'sgd'"),
+        ("edm.method=sgd", "method must be one of edm, ct, cd, ict, ect, pd, sct, scd, mf, got 'sgd'"),
         ("edm.lr=0", "lr must be greater than 0"),
         ("edm.lr=nan", "lr must be greater than 0, got nan"),
         ("edm.ema=1", "edm.ema must be at least 0 and below 1, got 1"),
@@ -170,7 +185,19 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("ect.stages=", "ect.stages must be first,last"),
         ("ect.stages=1,2,3", "ect.stages must be first,last"),
         ("edm.s0=1", "need 2 <= s0 <= s1, got s0=1"),
-        ("edm.mu0=1", "edm.mu0 must lie between 0 and 1"),
+        ("edm.mu0=1", "edm.mu0 must be at least 0 and below 1, got 1"),
+        ("edm.mu0=0", "edm.mu0=0 has no adaptive schedule; add --set edm.mu=fixed"),
+        ("edm.lr_warmup=-1", "edm.lr_warmup is a fraction from 0 to 1, got -1"),
+        ("edm.clip_norm=-1", "edm.clip_norm must be at least 0, got -1"),
+        ("edm.clip_norm=nan", "edm.clip_norm must be at least 0, got nan"),
+        ("ect.loss=l3", "ect.loss must be l1 or l2 or huber or lpips, got 'l3'"),
+        ("ect.mu=none", "ect.mu must be adaptive or fixed, got 'none'"),
+        ("ect.solver=rk4", "ect.solver must be heun or euler, got 'rk4'"),
+        ("ect.derivative=backward", "ect.derivative must be jvp or finite, got 'backward'"),
+        ("ect.steps=0", "ect.steps must be at least 1, got 0"),
+        ("emas=0.9,1", "emas are decays from 0 and below 1, got "),
+        ("ema_stds=0.3", "ema_stds are fractions of a phase above 0 and up to 0.288, got "),
+        ("ema_stds=0.1,0.1004", "ema_stds must differ by 0.001 at least, got "),
         ("grid=0", "grid must be greater than 0, got 0"),
         ("workers=-1", "workers .*got -1"),
     ],
@@ -178,6 +205,82 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
 def test_a_value_that_cannot_be_is_named_with_what_can(text: str, words: str) -> None:
     with pytest.raises(CmfastError, match=words):
         override(DIGITS, [text])
+
+
+# Phases, and what they need of the rest.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_usual_values_and_runs_after_a_teacher(method: str) -> None:
+    config = override(DIGITS, ["init=model.pt", f"phases={method}:800"])
+    assert {phase.method for phase in config.phases} == {method}
+    assert all(getattr(config.phases[0], name) == value for name, value in PHASE_DEFAULTS[method].items())
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_progressive_distillation_is_a_phase_for_each_number_of_steps() -> None:
+    phases = override(DIGITS, ["phases=edm:100,pd:1000", "pd.lr=0.5"]).phases
+    assert [(phase.name, phase.images) for phase in phases] == [
+        ("edm", 100), ("pd/8", 250), ("pd/4", 250), ("pd/2", 250), ("pd/1", 250),
+    ]  # fmt: skip
+    assert [phase.lr for phase in phases] == [1e-3, 0.5, 0.5, 0.5, 0.5]
+    assert [phase.name for phase in override(DIGITS, ["phases=edm:100,pd/4:200"]).phases] == ["edm", "pd/4"]
+
+
+@pytest.mark.parametrize(
+    ("phases", "conventions"),
+    [
+        ("edm:8", ("boundary", "250ln")),
+        ("ct:8", ("boundary", "250ln")),
+        ("edm:8,cd:8", ("boundary", "250ln")),
+        ("edm:8,pd:8", ("boundary", "250ln")),
+        ("ict:8", ("boundary", "250ln")),
+        ("sct:8", ("trigflow", "trig")),
+        ("edm:8,ect:8,scd:8", ("trigflow", "trig")),
+        ("mf:8", ("flow", "flow")),
+        ("edm:8,mf:8", ("flow", "flow")),
+    ],
+)
+def test_the_conventions_are_those_of_the_methods_unless_said(phases: str, conventions: tuple[str, str]) -> None:
+    config = override(DIGITS, [f"phases={phases}"])
+    assert (config.scaling, config.c_noise) == conventions
+    assert (config.spec(10).scaling, config.spec(10).c_noise) == conventions
+    again = override(config, ["batch=32"])  # of the same phases
+    assert (again.scaling, again.c_noise) == conventions
+    back = override(config, ["phases=edm:8"])
+    assert (back.scaling, back.c_noise) == ("boundary", "250ln")
+    assert override(DIGITS, ["c_noise=ln/4", "phases=edm:8"]).c_noise == "ln/4"
+
+
+def test_only_meanflow_has_a_network_of_two_times() -> None:
+    assert network_config(override(DIGITS, ["phases=mf:8"]), 10) == dataclasses.replace(
+        network_config(DIGITS, 10), two_times=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["phases=cd:800"], r"cd distils a teacher: let a phase edm come .*edm:50000,cd:100000.* --init FILE"),
+        (["phases=scd:800,edm:800"], "scd distils a teacher"),
+        (["phases=pd:800"], "pd distils a teacher"),
+        (["phases=sct:800", "scaling=boundary"], "sct and scd need scaling trigflow or edm, got boundary"),
+        (["phases=edm:800,scd:800", "scaling=flow"], "sct and scd need scaling trigflow or edm, got flow"),
+        (["phases=mf:800", "scaling=boundary"], "mf needs scaling=flow and c_noise=flow, got boundary and flow"),
+        (["phases=mf:800", "c_noise=raw"], "mf needs scaling=flow and c_noise=flow, got flow and raw"),
+        (["phases=mf:800,sct:800"], "mf needs scaling=flow and c_noise=flow, got trigflow and trig"),
+        (["phases=mf:800", "network=seed", "conditional=false"], "needs a network that takes two times; network=seed"),
+    ],
+)
+def test_phases_that_cannot_be_trained_are_refused_before_anything_is_read(texts: list[str], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        override(DIGITS, texts)
+
+
+@pytest.mark.parametrize("method", DISTILL)
+def test_a_teacher_is_a_phase_before_it_or_a_file(method: str) -> None:
+    for texts in (["phases=edm:8,M:8"], ["phases=M:8", "init=model.pt"], ["phases=M:8", "teacher=model.pt"]):
+        assert override(DIGITS, [text.replace("M", method) for text in texts]).phases[-1].method == method
 
 
 SEED = ["network=seed", "conditional=false"]

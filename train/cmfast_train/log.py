@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from cmfast.files import write_text
@@ -18,15 +19,16 @@ LOOK_EVERY = 32  # steps
 
 
 class TrainLog:
-    """The curves of a run. `active`: only one process of several writes."""
+    """The curves of a run, of all its processes. One of them writes."""
 
-    def __init__(self, out: Path, images: int, config: TrainConfig, active: bool) -> None:
-        self.path, self.config, self.active = out / "log.jsonl", config, active
+    def __init__(self, out: Path, images: int, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.path, self.config, self.active = out / "log.jsonl", config, accelerator.is_main_process
+        self._accelerator = accelerator
         self.recent = math.nan  # mean loss since the last line
         self._sum: Tensor | float = 0.0
         self._count, self._since = 0, time.perf_counter()
         self._board: Any = None
-        if not active:
+        if not self.active:
             return
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _images_of(line) <= images]
@@ -44,7 +46,7 @@ class TrainLog:
             self._board.close()
 
     def add(self, loss: Tensor, images: int, where: dict[str, Any]) -> None:
-        """Count one step's mean loss, after `images` images in all; write a line when one is due.
+        """Count the mean loss of one step's images here, after `images` in all; write a line when one is due.
 
         The loss of a GPU is looked at now and then only: a look waits for everything that it has been handed.
         """
@@ -52,6 +54,8 @@ class TrainLog:
         self._count += 1
         interval, batch = self.config.log_images, self.config.batch
         due = images // interval > (images - batch) // interval
+        if due:
+            self._sum = self._accelerator.reduce(self._sum, "mean")
         if due or loss.device.type == "cpu" or self._count % LOOK_EVERY == 0:
             self.recent = float(self._sum) / self._count
         if due:

@@ -53,7 +53,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
             leftover.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     run.resume()
-    with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator.is_main_process) as log:
+    with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator) as log:
         bar = progress_bar("training", config.images, "images", run.images, accelerator.is_main_process)
         with bar as advance:
             for loss_per_image in steps(run, data):

@@ -51,7 +51,7 @@ class Run:
         }
         self._mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if self.sharded else None
         self.phase_index, self.step = 0, 0  # step of the phase
-        self._begin_phase(start.build().state_dict())
+        self._begin_phase(start.first_weights())
 
     @property
     def sharded(self) -> bool:
@@ -239,8 +239,9 @@ class Run:
 
     def _new(self, weights: Mapping[str, Tensor]) -> Denoiser:
         """Return a denoiser with these weights, laid out and placed as the run has it."""
-        network = build_network(self.network_config)
-        network.load_state_dict(dict(weights))
+        with torch.device("meta"):
+            network = build_network(self.network_config)
+        network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
         if self.config.recompute:
             recompute(network)
         if self.config.compile:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.spec import ModelSpec
@@ -31,12 +31,9 @@ class Start:
     teacher: Denoiser | None
     sha256: tuple[str, str]  # of the weights of --init and --teacher: a continuation must find the same
 
-    def build(self) -> nn.Module:
-        """Return the network, with its first weights."""
-        network = build_network(self.network)
-        if self.weights is not None:
-            network.load_state_dict(dict(self.weights))
-        return network
+    def first_weights(self) -> Mapping[str, Tensor]:
+        """Return the weights of the model that the run starts from, or newly drawn ones."""
+        return build_network(self.network).state_dict() if self.weights is None else self.weights
 
 
 def start_of(config: TrainConfig, classes: int) -> Start:
