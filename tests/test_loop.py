@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import cmfast
-from cmfast.errors import CheckFailed, CmfastError
+from cmfast.errors import CmfastError
 from cmfast.images import grid_image
 from cmfast_export.export import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
@@ -39,10 +39,7 @@ TINY = [
     "tensorboard=false", "device=cpu",
 ]  # fmt: skip
 SEED = ["network=seed", "conditional=false"]  # the first public implementation's
-RUNS = {
-    "edm and ect": [*TINY, "dropout=0.2", "phases=edm:160,ect:160", "edm.lr_decay=0.5", "ect.stages=0,3"],
-    "ct": [*TINY, "dropout=0.2", "phases=ct:320", "ct.s1=20"],
-}
+KILLED = [*TINY, "dropout=0.2", "phases=edm:160,ect:160", "edm.lr_decay=0.5", "ect.stages=0,3"]
 
 
 def command(out: Path, settings: list[str]) -> list[str]:
@@ -101,17 +98,16 @@ def run_here(out: Path, *settings: str) -> Path:
 # Killed and stopped.
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_at_any_step_and_begun_again_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_step_and_begun_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     plain, killed = tmp_path / "plain", tmp_path / "killed"
     lines = random.randrange(10, 37)  # of the 45 that a whole run writes; the first checkpoint is the ninth
-    victim = start(killed, RUNS[name])
+    victim = start(killed, KILLED)
     wait_for_lines(killed, lines, victim)
     victim.send_signal(signal.SIGKILL)
     assert finish(victim)[0] == -signal.SIGKILL, f"it had ended before line {lines}"
     at_kill = log_of(killed)[:-1]
-    again = start(killed, RUNS[name])
-    train(override(PRESETS["digits"], RUNS[name]), plain, None)
+    again = start(killed, KILLED)
+    train(override(PRESETS["digits"], KILLED), plain, None)
     assert finish(again)[::2] == (0, ""), f"killed after line {lines}"
 
     states = [torch.load(out / "state.pt", weights_only=True) for out in (plain, killed)]
@@ -244,8 +240,30 @@ def test_a_state_that_cannot_be_read_is_refused_and_not_begun_over(damage: str, 
         run_here(out, "phases=edm:16")
 
 
-# Cut into micro-batches and spread over processes. Five steps a phase: RAdam does not divide by the gradient's size
-# before its sixth, so rounding stays rounding.
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "cmfast-state/1"}, "not a training state of this version; begin in another --out folder"),
+        ({"weights": {}}, "not the training state of this run: "),
+        ({"averages": {}}, "not the training state of this run: '0.999'"),
+        ({"phase": 3}, "not the training state of this run: "),
+        ({"made_for": {}}, r"holds a run with another data, device, precision, models \(.*continue it where and with"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_run_or_version_is_refused_in_one_line(
+    change: dict[str, Any], words: str, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    torch.save(torch.load(finished / "state.pt", weights_only=True) | change, out / "state.pt")
+    with pytest.raises(CmfastError, match=words) as raised:
+        run_here(out, "phases=edm:16")
+    assert "\n" not in str(raised.value)
+
+
+# Cut into micro-batches. Five steps a phase: RAdam does not divide by the gradient's size before its sixth, so rounding
+# stays rounding.
 
 FEW_STEPS = ["phases=edm:40,ect:40", "edm.lr=1e-2", "ect.lr=1e-3", "edm.ema=0.5", "ect.ema=0.5"]
 
@@ -271,16 +289,7 @@ def test_micro_batches_give_the_same_weights(accumulation: int, plain: dict[str,
     assert_equal_up_to_rounding(weights_of(model), plain)
 
 
-def test_two_processes_give_the_same_weights(plain: dict[str, Tensor], run: Callable[..., Any], tmp_path: Path) -> None:
-    launch = ["--standalone", "--nproc-per-node", "2", "-m", "cmfast_train.cli"]
-    result = run("torch.distributed.run", *launch, *arguments(tmp_path / "run", [*TINY, *FEW_STEPS]))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("next: cmfast-export") == 1
-    assert_equal_up_to_rounding(weights_of(tmp_path / "run" / "model.pt"), plain)
-    assert len(losses_of(tmp_path / "run")) == 10
-
-
-def test_the_three_runs_above_have_learned_something(plain: dict[str, Tensor], tmp_path: Path) -> None:
+def test_the_runs_above_have_learned_something(plain: dict[str, Tensor], tmp_path: Path) -> None:
     other = weights_of(run_here(tmp_path / "run", *FEW_STEPS, "seed=1"))
     assert (plain["out.2.weight"] - other["out.2.weight"]).abs().max() > 1e-3
     with pytest.raises(AssertionError):
@@ -324,25 +333,6 @@ def test_the_grid_of_a_checkpoint_is_what_its_model_draws(tmp_path: Path) -> Non
     assert want[2:50, 2:50].std() > 10
 
 
-@pytest.mark.parametrize("method", ["edm", "ect", "ct"])
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_noise_levels(method: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed) as raised:
-        run_here(tmp_path / "run", f"phases={method}:800", f"{method}.lr=1e30", "checkpoint_images=800")
-    message = str(raised.value)
-    assert f"the loss is not finite at step 1 of {method} (8 images), " in message
-    levels = message.split("noise levels ")[1].split(";")[0].split(", ")
-    assert all(0.002 <= float(level) <= 80 for level in levels)
-    assert f"--set {method}.lr=3e+29" in message
-    assert not (tmp_path / "run" / "model.pt").exists()
-
-
-def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="the last checkpoint is untouched"):
-        run_here(tmp_path / "run", "phases=edm:80", "edm.lr=1e38", "checkpoint_images=8")
-    if (tmp_path / "run" / "model.pt").exists():
-        assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "run" / "model.pt").values())
-
-
 def test_a_network_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for setting in ("head_channels=48", "model_channels=40", "channel_mult=1,2,2,2,2"):
         with pytest.raises(CmfastError):
@@ -368,7 +358,7 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["imagenet", "--out", "x"], "'imagenet' is not one of 'cifar10', 'digits', 'folder', 'mnist'"),
+        (["imagenet", "--out", "x"], "'imagenet' is not one of 'cifar10', 'digits', "),
         (["digits"], "Missing option '--out'"),
         (["digits", "--out", "x", "--set", "bacth=3"], "no such field"),
         (["digits", "--out", "x", "--fast"], "No such option"),

@@ -158,7 +158,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in zip(("scaling", "c_noise"), self._conventions(), strict=True):
+        for name, value in zip(("scaling", "c_noise"), self.conventions(), strict=True):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         if self.data not in DATA:
@@ -209,7 +209,7 @@ class TrainConfig:
         two_times = any(phase.method == "mf" for phase in self.phases)
         return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
 
-    def _conventions(self) -> tuple[str, str]:
+    def conventions(self) -> tuple[str, str]:
         """Return the usual scaling and c_noise of the phases' methods."""
         methods = {phase.method for phase in self.phases}
         if methods & set(CONTINUOUS):
@@ -230,8 +230,11 @@ class TrainConfig:
             return  # its conventions are the file's
         if set(methods) & set(CONTINUOUS) and self.scaling not in ("trigflow", "edm"):
             raise CmfastError(f"sct and scd need scaling trigflow or edm, got {self.scaling}")
-        if "mf" in methods and (self.scaling, self.c_noise) != ("flow", "flow"):
-            raise CmfastError(f"mf needs scaling=flow and c_noise=flow, got {self.scaling} and {self.c_noise}")
+        if "mf" in methods and (self.scaling != "flow" or self.c_noise not in ("flow", "trig", "raw")):
+            raise CmfastError(
+                f"mf needs scaling flow and a c_noise that is finite at 0 (flow, trig, raw), got {self.scaling} and "
+                f"{self.c_noise}"
+            )
 
     def _check_network(self) -> None:
         if self.network not in NETWORKS:
@@ -282,8 +285,9 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
             of_phases.setdefault(method, {})[field] = parse_field(text, Phase, field, value)
         else:
             changes[name] = parse_field(text, TrainConfig, name, value)
-    if "phases" in changes:  # other methods have other conventions, unless they are said
-        changes = {"scaling": "auto", "c_noise": "auto", **changes}
+    if "phases" in changes:  # other methods have other conventions, unless some were said
+        usual = dict(zip(("scaling", "c_noise"), config.conventions(), strict=True))
+        changes = {name: "auto" for name, value in usual.items() if getattr(config, name) == value} | changes
     # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
     phases = changes.get("phases", config.phases)
     changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)

@@ -129,7 +129,6 @@ def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -
             accelerator.backward(loss.sum() / len(x0))
         losses.append(loss.detach())
         levels.append(sigma)
-    run.exchange_gradients()
     if run.phase.clip_norm:
         accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
     run.optimizer.step()

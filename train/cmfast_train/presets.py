@@ -22,6 +22,7 @@ PRESETS: dict[str, TrainConfig] = {
         res_blocks=1,
         channel_mult=(1, 2),
         attention=(),
+        c_noise="trig",  # smooth: a short run learns little of 250 ln(sigma), which turns hundreds of times
         batch=64,
         phases=(
             phase("edm", 40_000, ema=0.998),

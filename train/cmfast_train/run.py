@@ -110,12 +110,6 @@ class Run:
             assert decay is not None
             update_ema(self.target.network.parameters(), self.weights.values(), decay)
 
-    def exchange_gradients(self) -> None:
-        """Average over the processes what sharding leaves alone: the gradient of the learned log-variance."""
-        if self.sharded and self.student.log_variance is not None:
-            for parameter in self.student.log_variance.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-
     def gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context of a micro-batch: processes exchange gradients in the last one of a step."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
@@ -141,15 +135,15 @@ class Run:
             for module, name in ((self.target, "target"), (self._own_teacher(), "teacher")):
                 if module is not None:
                     fill(dict(module.network.named_parameters()), state[name])
-            if self.student.log_variance is not None:
-                self.student.log_variance.load_state_dict(state["log_variance"])
+            fill(self._log_variance(), state["log_variance"])
             for name, average in self.averages.state().items():
                 fill(average, state["averages"][name])
             fill_optimizer(self.optimizer, state["optimizer"])
             if scaler := self.accelerator.scaler:
                 scaler.load_state_dict(state["scaler"])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as err:
-            raise ArtifactError(f"{file}: not the training state of this run: {err}") from None
+            why = " ".join(str(err).split())[:300]
+            raise ArtifactError(f"{file}: not the training state of this run: {why}") from None
 
     def save(self) -> None:
         """Write the model, a sample grid and, last, the state that a resumed run continues from."""
@@ -159,7 +153,7 @@ class Run:
                 f"the last checkpoint is untouched; {self.advice()}"
             )
         self.accelerator.wait_for_everyone()
-        main, log_variance = self.accelerator.is_main_process, self.student.log_variance
+        main = self.accelerator.is_main_process
         state = {  # every process takes part in putting it together
             "format": STATE_FORMAT,
             "made_for": self._made_for,
@@ -169,7 +163,7 @@ class Run:
             "averages": whole(self.averages.state(), main),
             "target": whole(_parameters(self.target), main),
             "teacher": whole(_parameters(self._own_teacher()), main),
-            "log_variance": log_variance.state_dict() if log_variance is not None else {},
+            "log_variance": whole(self._log_variance(), main),
             "optimizer": whole(self.optimizer.state_dict(), main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
@@ -206,6 +200,10 @@ class Run:
         """Return the teacher that is part of the state: of a phase that distils what it started from."""
         return self.teacher if self.teacher is not self._teacher_file else None
 
+    def _log_variance(self) -> dict[str, Tensor]:
+        log_variance = self.student.log_variance
+        return dict(log_variance.named_parameters()) if log_variance is not None else {}
+
     def _begin_phase(self, weights: Mapping[str, Tensor]) -> None:
         """Set up what the phase needs, from whole weights of the network."""
         phase, device, config = self.phase, self.accelerator.device, self.config
@@ -225,6 +223,8 @@ class Run:
             self.weights, rates=tuple(dict.fromkeys((phase.ema, *config.emas))), stds=config.ema_stds
         )
         self.student = Student(self.denoiser, adaptive=phase.adaptive and phase.method in CONTINUOUS).to(device)
+        if self._mesh is not None and self.student.log_variance is not None:
+            shard(self.student.log_variance, self._mesh)
         optimizer = torch.optim.RAdam(self.student.parameters(), lr=phase.lr, foreach=True)
         self.model: Any = self.student
         self.optimizer: Any
@@ -241,7 +241,8 @@ class Run:
         """Return a denoiser with these weights, laid out and placed as the run has it."""
         with torch.device("meta"):
             network = build_network(self.network_config)
-        network.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+        plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+        network.load_state_dict(plain, assign=True)
         if self.config.recompute:
             recompute(network)
         if self.config.compile:

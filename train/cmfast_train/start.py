@@ -108,7 +108,7 @@ def _student_spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
         if scaling not in ("trigflow", "edm", "boundary"):
             raise CmfastError(f"sct and scd need a model with scaling trigflow, edm or boundary, not {scaling}")
         scaling = "edm" if scaling == "boundary" else scaling
-    elif "mf" in methods and (scaling, spec.c_noise) != ("flow", "flow"):
+    elif "mf" in methods and scaling != "flow":
         raise CmfastError(f"mf continues models of mf only; this one has scaling {scaling}")
     elif methods & {"ct", "cd", "ict", "ect"}:
         scaling = "boundary" if scaling == "edm" else scaling

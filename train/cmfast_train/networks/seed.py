@@ -6,12 +6,12 @@ are its 70, so the files that it wrote load without renaming. Here is F alone: i
 noise level as it is, are `ModelSpec(scaling="seed", c_noise="raw")`; with other conventions the same network trains
 as the papers say.
 
-It is the same function of the same weights, with 0.43 of the original's multiplications:
+The function is the original's, and the weights are; the multiplications are half of its. Nothing but rounding differs:
 
-* pixels that a halving drops are not computed: the convolution before it has stride 2;
-* norms and SiLU see each pixel once: they come before the doubling, with which they commute;
-* between the last two convolutions stands nothing, so the weights are multiplied with each other, and of the 2D
-  channels between them the 9 sums are computed that the last one takes of them (`_last_two`).
+* the pixels that a halving drops are not computed: the convolution before it has stride 2;
+* norms and SiLU come before the doubling of pixels, with which they commute, and see a quarter of them;
+* nothing stands between the last two convolutions, so weights are multiplied with weights first, and of the 2D
+  channels between the two only the sums are computed that the last one takes of them (`_last_two`).
 """
 
 from __future__ import annotations
@@ -110,36 +110,35 @@ class _DoublingBlock(_Block):
 def _last_two(before: nn.Conv2d, last: nn.Conv2d, h: Tensor, x: Tensor) -> Tensor:
     """Return last([before(h doubled), x]), channels side by side: h [B, 2D, H/2, W/2], x [B, C, H, W] -> [B, C, H, W].
 
-    A pixel of the answer is a sum over 3x3 pixels between; what each of them gives to each image channel is a
-    convolution of h with a product of weights, float32. Those 9 C sums then move to where they belong, and what would
-    come from outside of the image is left out, as padding between the two leaves it out.
+    For each channel of the answer, `last` takes nine sums over the 2D channels between the two, one at each pixel of
+    3x3. A sum is a convolution of h, by a product of weights, float32. Then each moves to the pixel that it is for,
+    and those at pixels beyond the edge, which are padding, count nothing.
     """
-    n, d = last.out_channels, before.out_channels
+    c, between = last.out_channels, before.out_channels
     with full_precision(h):
         last_weight = cast(last.weight, torch.float32)
-        sums = last_weight[:, :d].movedim(1, 3).flatten(0, 2)  # [9 C, 2D]
-        weight = (sums @ cast(before.weight, torch.float32).flatten(1)).unflatten(1, (d, 3, 3))
-        bias = sums @ cast(before.bias, torch.float32)
-        move = torch.eye(len(sums), device=h.device).unflatten(1, (n, 3, 3)).transpose(0, 1)
-        move = torch.cat([move, last_weight[:, d:]], dim=1)  # [C, 9 C + C, 3, 3]
-        weight = _of_doubled(weight)
-        bias=bias.repeat_interleave(4)
-    trunk = before.weight.dtype
-    y = F.pixel_shuffle(F.conv2d(h, cast(weight, trunk), cast(bias, trunk), padding=1), 2)
-    return F.conv2d(torch.cat([y, x], dim=1), cast(move, trunk), last.bias, padding=1)
+        sums = last_weight[:, :between].movedim(1, 3).flatten(0, 2)  # [9 C, 2D]
+        weight = sums @ cast(before.weight, torch.float32).flatten(1)
+        weight = _of_doubled(weight.unflatten(1, (before.in_channels, 3, 3)))
+        bias = (sums @ cast(before.bias, torch.float32)).repeat_interleave(4)
+        move = torch.eye(len(sums), device=h.device).unflatten(1, (c, 3, 3)).transpose(0, 1)  # [C, 9 C, 3, 3]
+        move = torch.cat([move, last_weight[:, between:]], dim=1)
+    trunk = last.weight.dtype
+    h = F.pixel_shuffle(F.conv2d(h, cast(weight, trunk), cast(bias, trunk), padding=1), 2)  # [B, 9 C, H, W]
+    return F.conv2d(torch.cat([h, x], dim=1), cast(move, trunk), last.bias, padding=1)
 
 
 def _of_doubled(weight: Tensor) -> Tensor:
-    """Return the kernel [4 O, I, 3, 3] that convolves an image as `weight` [O, I, 3, 3] does the image of double size.
+    """Return the kernel [4 O, I, 3, 3] whose convolution is that of `weight` [O, I, 3, 3] with doubled pixels.
 
-    Its four answers are those of the four pixels that each pixel becomes, in the order of `pixel_shuffle`.
+    Its four answers are for the four pixels that each pixel becomes, in the order of `pixel_shuffle`: two of three
+    neighbouring pixels were one, whose weights add up.
     """
-    for dim in (2, 4):
+    for dim in (2, 4):  # rows; columns, behind the new dimension of the rows
         first, middle, last = weight.unbind(dim)
         none = torch.zeros_like(first)
-        upper = torch.stack([first, middle + last, none], dim)
-        lower = torch.stack([none, first + middle, last], dim)
-        weight = torch.stack([upper, lower], dim // 2)
+        one, other = torch.stack([first, middle + last, none], dim), torch.stack([none, first + middle, last], dim)
+        weight = torch.stack([one, other], dim // 2)
     return weight.flatten(0, 2)
 
 
