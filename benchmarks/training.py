@@ -13,6 +13,9 @@ number does not change what a step costs), each with its optimiser: AdamW there,
 Each contender is a process, as a user starts it, and they take turns step by step, the order rotating; who has no turn
 sleeps. Before its first step, each of ours gets the loss and the gradient of some images, and their code those of the
 same images, noise, levels and weights. Where they differ by more than rounding, nothing is timed.
+
+Most of the difference in float32 is arithmetic that `cmfast_train.networks.seed` does not do: the record has the
+multiplications that an image costs in each network.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cmfast import timing
 from cmfast.cli._run import run_command
@@ -45,6 +49,7 @@ from cmfast_train.config import TrainConfig, override
 from cmfast_train.data import batches, load_data, to_unit_range
 from cmfast_train.loop import _accelerator, steps
 from cmfast_train.methods import METHODS, Step
+from cmfast_train.networks.build import build_network
 from cmfast_train.presets import PRESETS
 from cmfast_train.run import Run
 from cmfast_train.torchvision_cpu import torchvision_datasets
@@ -61,7 +66,7 @@ OURS: dict[str, tuple[str, ...]] = {
 UNCOMPILED = ("fp32", "bf16")  # compiling takes minutes on a CPU
 # Relative: of the loss, and of the norm of the gradient's difference. fp32: other orders of summation. bf16: 17
 # convolutions, each of which rounds at 2^-9, and the gradient through all of them.
-ROOM = {"fp32": (1e-5, 1e-3), "bf16": (0.02, 0.1)}
+ROOM = {"fp32": (1e-5, 1e-4), "bf16": (0.01, 0.05)}
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
@@ -77,10 +82,8 @@ class Options:
 
 
 @click.command("training.py")
-@click.option(
-    "--reference", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Clone."
-)
-@click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Has MNIST.")
+@click.option("--reference", type=click.Path(path_type=Path), required=True, help="Clone.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Has MNIST.")
 @click.option("--only", multiple=True, type=click.Choice(tuple(OURS)), help="Of ours, these; default: not compiled.")
 @click.option("--rounds", type=int, default=4, show_default=True, help="Counted steps of each.")
 @click.option("--width", type=int, default=256, show_default=True, help="Of the network; theirs is 256.")
@@ -198,6 +201,8 @@ def _guarded(work: Callable[..., None], link: Connection, *arguments: Any) -> No
         work(link, *arguments)
     except CmfastError as err:
         link.send(err)
+    except EOFError:
+        return  # the parent has failed, and says so
 
 
 def train_theirs(link: Connection, options: Options) -> None:
@@ -217,12 +222,10 @@ def train_theirs(link: Connection, options: Options) -> None:
 
         os.chdir(options.reference)
     original = theirs.ConsistencyModel
-    count = sum(weight.numel() for weight in original(1, D=options.width).parameters())
+    about = about_network(original(1, D=options.width), torch.ones(COMPARED, 1))
     theirs.ConsistencyModel = lambda channels, D: original(channels, D=options.width)  # 256 stands in its text
-    about = {"settings": [], "parameters": count, "threads": torch.get_num_threads()}
-    theirs.train(
-        n_epoch=100, device=options.device, dataloader=Handed(link, about, ready, options.device), n_channels=1
-    )
+    loader = Handed(link, {"settings": [], **about}, ready, options.device)
+    theirs.train(n_epoch=100, device=options.device, dataloader=loader, n_channels=1)
 
 
 class Handed:
@@ -254,8 +257,7 @@ def train_ours(link: Connection, options: Options, name: str) -> None:
     link.send(
         {
             "settings": list(OURS[name]),
-            "parameters": sum(weight.numel() for weight in run.weights.values()),
-            "threads": torch.get_num_threads(),
+            **about_network(build_network(run.network_config), torch.ones(COMPARED)),
             "difference": compare(run, images.to(run.accelerator.device), options, name),
         }
     )
@@ -265,6 +267,17 @@ def train_ours(link: Connection, options: Options, name: str) -> None:
         next(stream)
         _finish(options.device)
         link.send(time.perf_counter() - began)
+
+
+def about_network(network: torch.nn.Module, sigma: Tensor) -> dict[str, int]:
+    """Return its size, the multiplications of one image in one evaluation, and the threads that it runs with."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(COMPARED, 1, 32, 32), sigma)
+    return {
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+        "multiplications": counter.get_total_flops() // 2 // COMPARED,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def config_of(options: Options, *settings: str) -> TrainConfig:

@@ -177,7 +177,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("phases=edm:0", "images must be greater than 0, got 0"),
         ("edm.method=sgd", "method must be one of edm, ct, cd, ict, ect, pd, sct, scd, mf, got 'sgd'"),
         ("edm.lr=0", "lr must be greater than 0"),
-        ("edm.lr=nan", "lr must be greater than 0, got nan"),
+        ("edm.lr=nan", "edm.lr must be a finite number, got nan"),
         ("edm.ema=1", "edm.ema must be at least 0 and below 1, got 1"),
         ("ect.lr_decay=2", "ect.lr_decay is a fraction from 0 to 1, got 2"),
         ("ect.stages=3,1", "ect.stages must be first,last with 0 <= first <= last"),
@@ -189,7 +189,10 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("edm.mu0=0", "edm.mu0=0 has no adaptive schedule; add --set edm.mu=fixed"),
         ("edm.lr_warmup=-1", "edm.lr_warmup is a fraction from 0 to 1, got -1"),
         ("edm.clip_norm=-1", "edm.clip_norm must be at least 0, got -1"),
-        ("edm.clip_norm=nan", "edm.clip_norm must be at least 0, got nan"),
+        ("edm.clip_norm=nan", "edm.clip_norm must be a finite number, got nan"),
+        ("ect.q=1", r"ect.q must be above 1, and q\^\(last stage \+ 1\), .* at most 2\^17; got q=1 and last stage 6"),
+        ("ect.stages=0,17", "at most 2.17; got q=2 and last stage 17"),
+        ("ect.loss=lpips", r"loss=lpips needs weights: --set lpips=vgg:FILE \(or alex, squeeze\), got ''"),
         ("ect.loss=l3", "ect.loss must be l1 or l2 or huber or lpips, got 'l3'"),
         ("ect.mu=none", "ect.mu must be adaptive or fixed, got 'none'"),
         ("ect.solver=rk4", "ect.solver must be heun or euler, got 'rk4'"),
@@ -236,20 +239,21 @@ def test_progressive_distillation_is_a_phase_for_each_number_of_steps() -> None:
         ("edm:8,pd:8", ("boundary", "250ln")),
         ("ict:8", ("boundary", "250ln")),
         ("sct:8", ("trigflow", "trig")),
-        ("edm:8,ect:8,scd:8", ("trigflow", "trig")),
+        ("ect:8,edm:8,scd:8", ("trigflow", "trig")),
         ("mf:8", ("flow", "flow")),
         ("edm:8,mf:8", ("flow", "flow")),
     ],
 )
 def test_the_conventions_are_those_of_the_methods_unless_said(phases: str, conventions: tuple[str, str]) -> None:
-    config = override(DIGITS, [f"phases={phases}"])
+    config = override(PRESETS["mnist"], [f"phases={phases}"])
     assert (config.scaling, config.c_noise) == conventions
     assert (config.spec(10).scaling, config.spec(10).c_noise) == conventions
     again = override(config, ["batch=32"])  # of the same phases
     assert (again.scaling, again.c_noise) == conventions
     back = override(config, ["phases=edm:8"])
     assert (back.scaling, back.c_noise) == ("boundary", "250ln")
-    assert override(DIGITS, ["c_noise=ln/4", "phases=edm:8"]).c_noise == "ln/4"
+    said = override(override(PRESETS["mnist"], ["c_noise=raw"]), [f"phases={phases}"])
+    assert (said.scaling, said.c_noise) == (conventions[0], "raw")
 
 
 def test_only_meanflow_has_a_network_of_two_times() -> None:
@@ -261,14 +265,22 @@ def test_only_meanflow_has_a_network_of_two_times() -> None:
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["phases=cd:800"], r"cd distils a teacher: let a phase edm come .*edm:50000,cd:100000.* --init FILE"),
-        (["phases=scd:800,edm:800"], "scd distils a teacher"),
-        (["phases=pd:800"], "pd distils a teacher"),
+        (["phases=cd:800"], r"cd distils a diffusion model: let a phase edm come .*edm:50000,cd:100000.* --init FILE"),
+        (["phases=scd:800,edm:800"], "scd distils a diffusion model"),
+        (["phases=pd:800"], "pd/8 distils a diffusion model"),
+        (["phases=edm:800,ect:800,cd:800"], "cd distils a diffusion model"),
+        (["phases=edm:800,pd/8:800,pd/2:800"], "pd/2 halves the steps of pd/4, not of pd/8"),
+        (["teacher=model.pt"], "--teacher: none of these phases distils; cd, pd, scd do"),
+        (["init=model.pt", "res_blocks=3"], "--set res_blocks: the model of --init says it; leave it out"),
+        (["phases=sct:800", "compile=true", "dropout=0.1"], "compile=true draws other dropout masks .* dropout=0"),
         (["phases=sct:800", "scaling=boundary"], "sct and scd need scaling trigflow or edm, got boundary"),
         (["phases=edm:800,scd:800", "scaling=flow"], "sct and scd need scaling trigflow or edm, got flow"),
-        (["phases=mf:800", "scaling=boundary"], "mf needs scaling=flow and c_noise=flow, got boundary and flow"),
-        (["phases=mf:800", "c_noise=raw"], "mf needs scaling=flow and c_noise=flow, got flow and raw"),
-        (["phases=mf:800,sct:800"], "mf needs scaling=flow and c_noise=flow, got trigflow and trig"),
+        (
+            ["phases=mf:800", "scaling=boundary"],
+            "mf needs scaling flow and a c_noise that is finite at 0 .flow, trig, raw., got boundary and",
+        ),
+        (["phases=mf:800", "c_noise=ln/4"], "a c_noise that is finite at 0 .*, got flow and ln/4"),
+        (["phases=mf:800,sct:800"], "mf needs scaling flow .*, got trigflow and trig"),
         (["phases=mf:800", "network=seed", "conditional=false"], "needs a network that takes two times; network=seed"),
     ],
 )
@@ -287,7 +299,7 @@ SEED = ["network=seed", "conditional=false"]
 
 
 def test_the_first_implementations_network_is_trained_at_any_width_with_any_scaling() -> None:
-    config = override(DIGITS, [*SEED, "model_channels=64"])
+    config = override(DIGITS, [*SEED, "model_channels=64", "c_noise=250ln"])
     assert network_config(config, config.spec(10).classes) == SeedConfig(image_size=8, channels=1, width=64)
     assert (config.spec(10).scaling, config.spec(10).c_noise) == ("boundary", "250ln")
     as_it_was = override(config, ["scaling=seed", "c_noise=raw"]).spec(10)
@@ -311,9 +323,9 @@ def test_what_the_first_implementations_network_cannot_be_is_named(text: str, wo
 
 
 def test_a_configuration_saved_before_there_was_a_choice_of_network_is_read_as_what_it_did() -> None:
-    values = to_dict(DIGITS)
+    values = to_dict(PRESETS["mnist"])
     del values["network"], values["c_noise"]
-    assert from_dict(values) == DIGITS
+    assert from_dict(values) == PRESETS["mnist"]
 
 
 def test_a_run_without_phases_is_told_how_to_name_them() -> None:

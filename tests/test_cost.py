@@ -22,10 +22,10 @@ from cmfast_export.cost import graph_cost
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.start import network_config
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.presets import PRESETS
+from cmfast_train.start import network_config
 
 node = helper.make_node
 Shape = list[int | str]

@@ -120,18 +120,6 @@ def test_a_run_killed_at_any_step_and_begun_again_leaves_the_same_bits(
     assert lines_of(out) == LINES
 
 
-def test_phases_begin_where_the_one_before_ended(plain: Callable[[str], Path]) -> None:
-    out = plain("edm, pd")
-    assert [file.name for file in sorted((out / "phases").iterdir())] == ["1_edm.pt", "2_pd4.pt", "3_pd2.pt"]
-    specs = [load_checkpoint(file).spec for file in sorted((out / "phases").iterdir())]
-    specs.append(load_checkpoint(out / "model.pt").spec)
-    assert [spec.renoise for spec in specs] == ["sqrt", "ddim", "ddim", "ddim"]
-    assert [tuple(spec.sigmas) for spec in specs] == [(1, 2, 4), (4,), (2,), (1,)]
-    assert specs[1].sigmas[4][::2] == pytest.approx(specs[2].sigmas[2])  # every other level of the teacher
-    assert specs[3].sigmas[1] == (80.0,)
-    assert "phases" not in [file.name for file in plain("sct").iterdir()]
-
-
 @pytest.mark.parametrize("name", ["edm, scd", "mf"])
 def test_recomputation_changes_no_bit_of_a_run(name: str, plain: Callable[[str], Path], tmp_path: Path) -> None:
     run_here(tmp_path / "run", *RUNS[name], "recompute=true")

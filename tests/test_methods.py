@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from cmfast.spec import ModelSpec
 from cmfast_train.config import CONTINUOUS, PHASE_DEFAULTS, Phase
 from cmfast_train.config import METHODS as NAMES
-from cmfast_train.denoiser import Denoiser
+from cmfast_train.denoiser import Denoiser, denoised
 from cmfast_train.ema import update_ema
 from cmfast_train.methods import METHODS, Step, distance_of, target_decay
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.student import Asked, Student
 
 MEAN, STD = 0.3, 0.5  # of the data, one pixel
@@ -243,3 +244,51 @@ def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str,
     difference = (ahead - behind) / (2 * h)
     assert difference.abs().max() > 0.1
     np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)  # h^2 and rounding over h
+
+
+NETWORKS = {
+    "adm": lambda: adm(dropout=0.3),
+    "song": lambda: SongUnet(
+        SongConfig(
+            image_size=8, channels=1, classes=3, model_channels=32, channel_mult=(1, 2), attention=(4,), dropout=0.3
+        )
+    ),
+    "dhariwal": lambda: DhariwalUnet(
+        DhariwalConfig(
+            image_size=8, channels=1, classes=3, model_channels=64, channel_mult=(1, 2), attention=(4,), dropout=0.3
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("finite", [False, True], ids=["jvp", "finite"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_evaluations_of_a_step_draw_the_same_dropout_masks(name: str, channels_last: bool, finite: bool) -> None:
+    network = NETWORKS[name]()
+    randomise(network)
+    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), adaptive=False).train()
+    if channels_last:
+        student.to(memory_format=torch.channels_last)
+    networks = Asked(student, student, None, None, finite, [])
+    x, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 1, 2])
+    torch.manual_seed(3)
+    along, _ = networks.output_along(x, sigma, label, None, x, sigma)
+    itself = networks.itself(x, sigma, label)
+    output = networks.output(x, sigma, label)[0].detach()
+    again = networks.output(x, sigma, label)[0].detach()
+    np.testing.assert_allclose(along, output, atol=1e-4)  # another kernel of attention; masks move it by tenths
+    np.testing.assert_allclose(itself, denoised(output, x, sigma, student.denoiser.spec), atol=1e-4)
+    assert (again - output).abs().max() > 0.1
+
+
+def test_finite_differences_are_float32_whatever_the_run_computes_in() -> None:
+    student = Student(Denoiser(adm(), ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), adaptive=False)
+    x, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 1, 2])
+    tangents = []
+    for finite in (False, True):
+        networks = Asked(student, student, None, None, finite, [])
+        with torch.autocast("cpu", torch.bfloat16, enabled=finite):
+            tangents.append(networks.output_along(x, sigma, label, None, x, sigma)[1])
+    exact, found = tangents
+    assert (found - exact).norm() < 0.01 * exact.norm()  # in bfloat16 the difference is ten times the derivative

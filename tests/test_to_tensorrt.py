@@ -27,9 +27,9 @@ from cmfast_export.to_tensorrt import BuildOptions, build_engine
 from cmfast_export.write import write_with_manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import checkpoint_manifest
-from cmfast_train.start import network_config
 from cmfast_train.networks.adm import AdmUnet, randomise
 from cmfast_train.presets import PRESETS
+from cmfast_train.start import network_config
 
 rtx = pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]

@@ -23,7 +23,7 @@ Examples:
   cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
   cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
   cmfast-train digits --out runs/cd --set phases=edm:40000,cd:100000
-  cmfast-train cifar10 --data DIR --out runs/ect --init edm-cifar10-32x32-uncond-vp.pkl --set phases=ect:25600000
+  cmfast-train cifar10 --data DIR --out runs/ect --init edm.pkl --set conditional=false --set phases=ect:25600000
   accelerate launch --num_processes 8 -m cmfast_train.cli cifar10 --data DIR --out runs/cifar10
 """
 )
@@ -73,7 +73,7 @@ def command(
     """Train a consistency model. The same command again continues a run that was stopped or killed.
 
     A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
-    from scratch or any model ct, ict, ect, sct, mf.
+    from nothing or any model ct, ict, ect, sct; from nothing mf.
     """
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
     config = override(PRESETS[preset], [*(f"{name}={file}" for name, file in models.items()), *assignments])

@@ -12,98 +12,10 @@ from typing import Any
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.networks.shape import check_network, check_seed_network
+from cmfast_train.phase import CONTINUOUS, DISTILL, METHODS, PD_STEPS, PHASE_DEFAULTS, Phase, check_positive
 
-METHODS = ("edm", "ct", "cd", "ict", "ect", "pd", "sct", "scd", "mf")  # cmfast_train.methods
-DISTILL = ("cd", "pd", "scd")  # of them, those with a teacher
-CONTINUOUS = ("sct", "scd")  # of them, those that differentiate along the path
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
 NETWORKS = ("adm", "seed")  # cmfast_train.networks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One stretch of training with one method. The network of a phase starts from the previous phase's EMA."""
-
-    method: str  # one of METHODS
-    images: int  # length, counted in images
-    lr: float = 1e-3  # learning rate of RAdam
-    lr_warmup: float = 0.0  # opening fraction of the phase over which lr rises linearly from 0
-    lr_decay: float = 0.0  # closing fraction of the phase over which lr falls linearly to 0
-    ema: float = 0.999  # decay of the EMA weights, per optimiser step
-    clip_norm: float = 0.0  # the gradient is scaled down to this norm; 0: never
-    # noise levels
-    p_mean: float = -1.2  # edm, ict, ect, sct, scd, mf: mean of ln(sigma)
-    p_std: float = 1.2  # edm, ict, ect, sct, scd, mf: standard deviation of ln(sigma)
-    s0: int = 2  # ct, cd, ict: noise levels at the start
-    s1: int = 150  # ct, cd, ict: noise levels at the end; of ct and cd, s0 = s1 keeps their number
-    q: float = 2.0  # ect: each stage divides the gap t - r by this
-    k: float = 8.0  # ect: how much wider the gap is at small t
-    b: float = 1.0  # ect: how fast that fades with t
-    stages: tuple[int, int] = (0, 7)  # ect: first and last stage, passed through evenly
-    steps: int = 1  # pd: steps of the student; its teacher takes two for each
-    ratio: float = 0.25  # mf: fraction of images whose two times differ
-    # losses and targets
-    loss: str = "huber"  # ct, cd, ict, ect: l1, l2 (squared), huber or lpips
-    huber: float = 0.00054  # Pseudo-Huber constant over sqrt(values of an image), data units; 0 is the l2 norm
-    mu: str = "adaptive"  # ct, cd: the target's decay is mu(k) of the paper, or fixed
-    mu0: float = 0.9  # ct, cd: decay of the target at the start, or throughout; 0: the target is the model itself
-    solver: str = "heun"  # cd: the teacher's step, heun or euler
-    warmup: float = 0.25  # sct, scd: opening fraction of the phase over which the unstable term of the tangent grows
-    tangent_c: float = 0.1  # sct, scd: tangents are divided by their root mean square + this
-    adaptive: bool = True  # sct, scd: learn a weight for each noise level
-    derivative: str = "jvp"  # sct, scd, mf: forward-mode, or finite (central differences)
-    power: float = 1.0  # mf: the loss is divided by its own value to this power
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise CmfastError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        _positive(self, "images", "lr", "p_std", "q", "s0", "s1", "tangent_c")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise CmfastError(f"{self.method}.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("huber", "clip_norm", "power"):
-            if not getattr(self, name) >= 0:
-                raise CmfastError(f"{self.method}.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("ema", "mu0"):
-            if not 0 <= getattr(self, name) < 1:
-                raise CmfastError(f"{self.method}.{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("lr_warmup", "lr_decay", "warmup", "ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CmfastError(f"{self.method}.{name} is a fraction from 0 to 1, got {getattr(self, name)}")
-        if len(self.stages) != 2 or not 0 <= self.stages[0] <= self.stages[1]:
-            raise CmfastError(f"{self.method}.stages must be first,last with 0 <= first <= last, got {self.stages}")
-        if not 2 <= self.s0 <= self.s1:
-            raise CmfastError(f"need 2 <= s0 <= s1, got s0={self.s0}, s1={self.s1}")
-        if self.mu0 == 0 and self.mu == "adaptive":
-            raise CmfastError(f"{self.method}.mu0=0 has no adaptive schedule; add --set {self.method}.mu=fixed")
-        if self.steps < 1:
-            raise CmfastError(f"{self.method}.steps must be at least 1, got {self.steps}")
-
-    @property
-    def name(self) -> str:
-        """The phase as --set phases writes it, without its length: ect, pd/4."""
-        return f"pd/{self.steps}" if self.method == "pd" else self.method
-
-
-_CHOICES = {
-    "loss": ("l1", "l2", "huber", "lpips"),
-    "mu": ("adaptive", "fixed"),
-    "solver": ("heun", "euler"),
-    "derivative": ("jvp", "finite"),
-}
-
-PHASE_DEFAULTS: dict[str, dict[str, Any]] = {  # what `--set phases=METHOD:IMAGES` starts from
-    "edm": {"p_mean": -1.2, "p_std": 1.2},  # EDM, Table 1
-    "ct": {"lr": 4e-4, "ema": 0.9999, "loss": "l2"},  # arXiv:2303.01469, CIFAR-10
-    "cd": {"lr": 4e-4, "ema": 0.9999, "loss": "l2", "s0": 18, "s1": 18, "mu": "fixed", "mu0": 0.0},  # the same
-    "ict": {"p_mean": -1.1, "p_std": 2.0, "lr": 1e-4, "ema": 0.9999, "s0": 10, "s1": 1280},  # arXiv:2310.14189
-    "ect": {"p_mean": -1.1, "p_std": 2.0, "lr": 1e-4},  # ECT, CIFAR-10
-    "pd": {"lr": 2e-4, "lr_decay": 1.0},  # arXiv:2202.00512
-    "sct": {"p_mean": -1.0, "p_std": 1.4, "lr": 1e-4},  # arXiv:2410.11081, CIFAR-10
-    "scd": {"p_mean": -1.0, "p_std": 1.4, "lr": 1e-4},
-    "mf": {"p_mean": -0.4, "p_std": 1.0, "lr": 6e-4, "ema": 0.9999, "power": 0.75},  # arXiv:2505.13447, CIFAR-10
-}
-PD_STEPS = (8, 4, 2, 1)  # the phases that `phases=pd:IMAGES` stands for, of equal length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +83,9 @@ class TrainConfig:
             raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
-        _positive(self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
+        check_positive(
+            self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max"
+        )
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
         if not all(0 <= decay < 1 for decay in self.emas):
@@ -219,11 +133,15 @@ class TrainConfig:
     def _check_methods(self) -> None:
         """Raise unless the phases' methods fit the conventions and have the teachers that they need."""
         methods = [phase.method for phase in self.phases]
-        if methods[0] in DISTILL and not (self.init or self.teacher):
-            raise CmfastError(
-                f"{methods[0]} distils a teacher: let a phase edm come before it (--set phases=edm:50000,"
-                f"{methods[0]}:100000), or start from a model, --init FILE"
-            )
+        self._check_teachers()
+        if any(phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect") for phase in self.phases):
+            network, colon, file = self.lpips.partition(":")
+            if network not in ("vgg", "alex", "squeeze") or not (colon and file):
+                raise CmfastError(
+                    f"loss=lpips needs weights: --set lpips=vgg:FILE (or alex, squeeze), got {self.lpips!r}"
+                )
+        if self.compile and self.dropout and set(methods) & {*CONTINUOUS, "mf"}:
+            raise CmfastError("compile=true draws other dropout masks than derivatives do; add --set dropout=0")
         if "mf" in methods and self.network != "adm":
             raise CmfastError(f"mf needs a network that takes two times; network={self.network} takes one")
         if self.init:
@@ -248,6 +166,22 @@ class TrainConfig:
             raise CmfastError(f"network=seed has no dropout, got dropout={self.dropout}; add --set dropout=0")
         check_seed_network(self.network_fields())
 
+    def _check_teachers(self) -> None:
+        """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
+        if self.teacher and not any(phase.method in DISTILL for phase in self.phases):
+            raise CmfastError(f"--teacher: none of these phases distils; {', '.join(DISTILL)} do")
+        for before, phase in zip((None, *self.phases), self.phases, strict=False):
+            if phase.method not in DISTILL:
+                continue
+            if before is not None and before.method == phase.method == "pd" and before.steps != 2 * phase.steps:
+                raise CmfastError(f"pd/{phase.steps} halves the steps of pd/{2 * phase.steps}, not of {before.name}")
+            taught = before.method in ("edm", phase.method if phase.method == "pd" else "edm") if before else self.init
+            if not (taught or self.teacher):
+                raise CmfastError(
+                    f"{phase.name} distils a diffusion model: let a phase edm come before it (--set phases=edm:50000,"
+                    f"{phase.name}:100000), or say a model, --init FILE or --teacher FILE"
+                )
+
     @property
     def images(self) -> int:
         """Length of the run, in images."""
@@ -257,6 +191,11 @@ class TrainConfig:
         """Return the optimiser steps of a phase: its images over the batch, rounded up."""
         return -(-phase.images // self.batch)
 
+
+# Fields that a model of --init brings with it.
+OF_THE_MODEL = frozenset(
+    {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
+)
 
 # Fields that may change between a run and its continuation: they do not decide what is computed.
 FREE_FIELDS = frozenset(
@@ -273,15 +212,14 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     """
     changes: dict[str, Any] = {}
     of_phases: dict[str, dict[str, Any]] = {}
+    said_of: dict[str, str] = {}  # a method and the first text about it
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
             raise CmfastError(f"--set {text}: expected NAME=VALUE")
         method, dot, field = name.partition(".")
         if dot:
-            have = [phase.method for phase in changes.get("phases", config.phases)]
-            if method not in have:
-                raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
+            said_of.setdefault(method, text)
             of_phases.setdefault(method, {})[field] = parse_field(text, Phase, field, value)
         else:
             changes[name] = parse_field(text, TrainConfig, name, value)
@@ -290,6 +228,12 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
         changes = {name: "auto" for name, value in usual.items() if getattr(config, name) == value} | changes
     # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
     phases = changes.get("phases", config.phases)
+    have = [phase.method for phase in phases]
+    for method, text in said_of.items():
+        if method not in have:
+            raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
+    if changes.get("init", config.init) and (said := sorted(changes.keys() & OF_THE_MODEL)):
+        raise CmfastError(f"--set {said[0]}: the model of --init says it; leave it out")
     changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
     return dataclasses.replace(config, **changes)
 
@@ -370,11 +314,5 @@ _READERS: dict[str, Any] = {
     "tuple[int, int]": _ints,
     "tuple[float, ...]": _floats,
     "tuple[tuple[float, ...], ...]": lambda value: tuple(_floats(part) for part in value.split(":")),
-    "tuple[cmfast_train.config.Phase, ...]": _phases,
+    "tuple[cmfast_train.phase.Phase, ...]": _phases,
 }
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(owner, name) > 0:
-            raise CmfastError(f"{name} must be greater than 0, got {getattr(owner, name)}")

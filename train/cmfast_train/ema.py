@@ -70,21 +70,6 @@ class Averages:
         """Return {average: {weight: tensor}}: the tensors themselves, to be saved before the next update."""
         return {name: dict(average) for name, average in self.averages.items()}
 
-    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from what `state` returned, in place."""
-        if state.keys() != self.averages.keys():
-            raise CmfastError(
-                f"the state holds the averages {', '.join(state) or 'none'}; this run keeps "
-                f"{', '.join(self.averages) or 'none'}"
-            )
-        for name, average in self.averages.items():
-            _copy(average, state[name])
-
-    def restart(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin a phase: every average is these weights, in place."""
-        for average in self.averages.values():
-            _copy(average, weights)
-
 
 @torch.no_grad()
 def update_ema(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
@@ -216,12 +201,3 @@ def _combine(used: Sequence[tuple[float, Mapping[str, Tensor]]], name: str) -> T
     for factor, weights in used:
         total.add_(weights[name].to(total), alpha=factor)
     return total.to(torch.float32)
-
-
-@torch.no_grad()
-def _copy(average: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    if weights.keys() != average.keys():
-        odd = sorted(weights.keys() ^ average.keys())
-        raise CmfastError(f"these are not the weights that are averaged: {odd[0]} is on one side only")
-    for name, tensor in average.items():
-        tensor.copy_(weights[name])

@@ -16,6 +16,7 @@ import torch
 import cmfast
 from cmfast.errors import CmfastError
 from cmfast.files import write_text
+from cmfast.heun import heun_calls
 from cmfast.model import Model
 from cmfast.timing import provenance
 from cmfast_train.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ from cmfast_train.evaluate import (
     training_of,
 )
 from cmfast_train.features import default_features, features_record, load_features
+from cmfast_train.metrics import check_numbers
 from cmfast_train.search import bounds, exported_with_others, own_checkpoint, search_level, write_levels
 
 
@@ -68,6 +70,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "training": training,
     }
     number = len(subject.samples) if subject.samples is not None else config.number or min(MOST, len(images))
+    check_numbers(reference.metrics, len(images), number)
     by = record["features"]["name"]
     of = f"{number:,} samples against {len(images):,} images of {config.data_set}, features: {by}"
     if subject.checkpoint is not None:
@@ -122,6 +125,12 @@ def _model(config: EvalConfig) -> _Subject:
     steps = config.steps
     if steps is None:
         steps = () if config.heun or checkpoint is not None else tuple(sorted(model.spec.sigmas))
+    if config.heun and model.manifest.kind != "denoiser":
+        raise CmfastError(
+            f"{config.model}: a {model.manifest.kind} has its noise levels inside; --heun needs a denoiser"
+        )
+    for count in config.heun:
+        heun_calls(count)  # at least one step
     weights = dict(model.manifest.source)
     return _Subject(
         image=model.spec.image,

@@ -75,7 +75,7 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
     share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
     done, total = run.images // config.batch, config.images // config.batch
     pin = accelerator.device.type == "cuda"
-    unchecked: list[tuple[int, Tensor, Tensor]] = []
+    unchecked: list[tuple[int, int, Tensor, Tensor]] = []
     with contextlib.closing(
         batches(data, config.batch, config.seed, done, total, share, config.workers, pin)
     ) as stream:
@@ -89,7 +89,7 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                     f"the GPU has too little memory for batch={config.batch}; smaller pieces compute the same: "
                     f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
                 ) from None
-            unchecked.append((run.step, loss, sigma))
+            unchecked.append((run.step, run.images, loss, sigma))
             if not pin or len(unchecked) == CHECK_EVERY or run.step + 1 == config.steps(run.phase):
                 _check_finite(run, unchecked)  # on a GPU this waits for it
                 unchecked.clear()
@@ -110,7 +110,9 @@ def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -
     run.set_lr()
     losses, levels = [], []
     torch.manual_seed(_step_seed(config.seed, step) + 1 + accelerator.process_index)  # dropout
-    for i, part in enumerate(torch.arange(len(x0), device=device).chunk(config.accumulation)):
+    size = len(x0) // config.accumulation
+    for i in range(config.accumulation):
+        part = slice(i * size, (i + 1) * size)
         with run.gradients(last=i == config.accumulation - 1), accelerator.autocast():
             loss, sigma = METHODS[run.phase.method](
                 Step(
@@ -137,17 +139,17 @@ def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -
     return torch.cat(losses), torch.cat(levels)
 
 
-def _check_finite(run: Run, losses: list[tuple[int, Tensor, Tensor]]) -> None:
-    """Raise unless all losses of some steps are finite; losses: step of the phase, loss and noise level of each image.
+def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> None:
+    """Raise unless all losses of some steps are finite: (step of the phase, images before, loss and level of each).
 
     The step with the first bad one is past, its checkpoint is not: weights that are not finite are not saved.
     """
-    if bool(torch.stack([loss.isfinite().all() for _, loss, _ in losses]).all()):
+    if bool(torch.stack([loss.isfinite().all() for _, _, loss, _ in losses]).all()):
         return
-    step, loss, sigma = next(entry for entry in losses if not bool(entry[1].isfinite().all()))
+    step, images, loss, sigma = next(entry for entry in losses if not bool(entry[2].isfinite().all()))
     levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
     raise CheckFailed(
-        f"the loss is not finite at step {step} of {run.phase.method} ({run.images:,} images), "
+        f"the loss is not finite at step {step} of {run.phase.method} ({images:,} images), "
         f"noise levels {levels}; the last checkpoint is untouched; {run.advice()}"
     )
 

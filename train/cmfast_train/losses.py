@@ -9,6 +9,7 @@ two together, one short function a method.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,16 +135,16 @@ def pseudo_huber(c: float) -> Distance:
     return lambda a, b: (l2(a, b) + c**2).sqrt() - c
 
 
-def same_dropout(denoise: Denoise, devices: list[int]) -> Denoise:
+def same_dropout(denoise: Callable[..., Any], devices: list[int]) -> Callable[..., Any]:
     """Return `denoise` run from the current random state and leaving it untouched.
 
     A call of `denoise` right afterwards draws the same dropout masks: the two ends of a pair must see one network.
     devices  CUDA device indices whose random state counts; [] on a CPU
     """
 
-    def run(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def run(*inputs: Any) -> Any:
         with torch.random.fork_rng(devices=devices):
-            return denoise(x, sigma, label)
+            return denoise(*inputs)
 
     return run
 

@@ -3,7 +3,7 @@
 
 A method is a function of a `Step`. It chooses noise levels, asks the networks, and returns the loss of each image with
 its (larger) noise level, both [B]. Distances and targets are in `losses`, formulas of noise levels in `schedules`; what
-a method's hyperparameters mean, and their usual values, in `config`; the loop that calls them in `loop`.
+a method's hyperparameters mean, and their usual values, in `phase`; the loop that calls them in `loop`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.config import Phase
 from cmfast_train.losses import (
     Denoise,
     Distance,
@@ -34,6 +33,7 @@ from cmfast_train.losses import (
     scm_target,
     weighted_by_itself,
 )
+from cmfast_train.phase import Phase
 from cmfast_train.schedules import (
     ct_ema,
     ct_pair,
@@ -89,7 +89,7 @@ class Step:
     steps: int  # of the phase
     x0: Tensor  # images [B, C, H, W]
     noise: Tensor  # unit Gaussian [B, C, H, W]
-    uniform: Tensor  # [B, 3] in [0, 1)
+    uniform: Tensor  # [B, 3 or more] in [0, 1)
     label: Tensor | None  # [B]
 
     @property

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from cmfast_train.networks import adm, edm
@@ -113,7 +113,7 @@ def jvp(
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward derivative
-        register_module_forward_pre_hook(_contiguous_norm),  # type: ignore[arg-type]
+        _PlainNorms(),
         warnings.catch_warnings(),
     ):
         # Until PyTorch's own formulas for forward mode, loaded at its first use, do without torch.jit.script.
@@ -124,9 +124,17 @@ def jvp(
     return output, torch.zeros_like(output) if tangent is None else tangent
 
 
-def _contiguous_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """PyTorch's forward derivative of a group norm is a view of its input, which channels_last does not allow."""
-    return tuple(x.contiguous() for x in inputs) if isinstance(module, nn.GroupNorm) else None
+class _PlainNorms(TorchFunctionMode):
+    """PyTorch's forward derivative of a group norm is a view of its input, which channels_last does not allow.
+
+    What comes out has the layout that went in: dropout draws its masks in the order of memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.group_norm or args[0].is_contiguous():
+            return func(*args, **(kwargs or {}))
+        output = func(args[0].contiguous(), *args[1:], **(kwargs or {}))
+        return output.contiguous(memory_format=torch.channels_last)
 
 
 def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

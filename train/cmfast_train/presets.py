@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmfast_train.config import PHASE_DEFAULTS, Phase, TrainConfig
+from cmfast_train.config import TrainConfig
+from cmfast_train.phase import PHASE_DEFAULTS, Phase
 
 
 def phase(method: str, images: int, **values: Any) -> Phase:

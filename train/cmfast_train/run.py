@@ -21,14 +21,17 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.files import atomic_file
+from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
-from cmfast_train.config import CONTINUOUS, DISTILL, Phase, TrainConfig
+from cmfast_train.config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.ema import Averages, update_ema
 from cmfast_train.grid import save_grid
 from cmfast_train.methods import distance_of, target_decay
-from cmfast_train.networks.build import build_network
+from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.parallel import fill, fill_optimizer, recompute, shard, whole
+from cmfast_train.phase import CONTINUOUS, DISTILL, Phase
 from cmfast_train.start import phase_spec, start_of
 from cmfast_train.student import Asked, Student
 
@@ -38,11 +41,21 @@ STATE_FORMAT = "cmfast-state/2"
 class Run:
     """A run in folder `out`, on data of so many images and classes, at the beginning until `resume` says otherwise."""
 
+    target: Denoiser | None
+    teacher: Denoiser | None
+    model: Any  # the student, as Accelerate wrapped it
+    student: Any
+    denoiser: Any
+    networks: Any
+    optimizer: Any
+    averages: Any
+    weights: dict[str, Tensor]  # of the network in training, by name
+
     def __init__(self, config: TrainConfig, out: Path, accelerator: Accelerator, images: int, classes: int) -> None:
         self.config, self.out, self.accelerator = config, out, accelerator
         torch.manual_seed(config.seed)
-        start = start_of(config, classes)
-        self.spec, self.network_config, self._teacher_file = start.spec, start.network, start.teacher
+        self._start = start = start_of(config, classes)
+        self.spec, self.network_config = start.spec, start.network
         self._made_for = {
             "data": [images, classes],
             "device": accelerator.device.type,
@@ -50,6 +63,7 @@ class Run:
             "models": list(start.sha256),
         }
         self._mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if self.sharded else None
+        self._lpips = _load_lpips(config)  # now, for a phase that needs it may be days away
         self.phase_index, self.step = 0, 0  # step of the phase
         self._begin_phase(start.first_weights())
 
@@ -198,7 +212,15 @@ class Run:
 
     def _own_teacher(self) -> Denoiser | None:
         """Return the teacher that is part of the state: of a phase that distils what it started from."""
-        return self.teacher if self.teacher is not self._teacher_file else None
+        return None if self._teaches_from_file else self.teacher
+
+    @property
+    def _teaches_from_file(self) -> bool:
+        """Whether --teacher's model is the phase's; pd halves the steps of what it has made itself."""
+        halves = (
+            self.phase.method == "pd" and self.phase_index and self.config.phases[self.phase_index - 1].method == "pd"
+        )
+        return self._start.teacher is not None and not halves
 
     def _log_variance(self) -> dict[str, Tensor]:
         log_variance = self.student.log_variance
@@ -207,10 +229,11 @@ class Run:
     def _begin_phase(self, weights: Mapping[str, Tensor]) -> None:
         """Set up what the phase needs, from whole weights of the network."""
         phase, device, config = self.phase, self.accelerator.device, self.config
+        self.model = self.optimizer = self.student = self.denoiser = self.networks = None  # their memory is needed now
+        self.weights, self.averages, self.target, self.teacher = {}, None, None, None
         self.accelerator.free_memory()
-        self.target = self.teacher = None
         if phase.method in DISTILL:
-            self.teacher = self._teacher_file.to(device) if self._teacher_file else self._new(weights).eval()
+            self.teacher = self._teacher_of_phase(weights)
         if target_decay(phase, 0, config.steps(phase)) is not None:
             self.target = self._new(weights).train()
         for frozen in (self.teacher, self.target):
@@ -225,9 +248,9 @@ class Run:
         self.student = Student(self.denoiser, adaptive=phase.adaptive and phase.method in CONTINUOUS).to(device)
         if self._mesh is not None and self.student.log_variance is not None:
             shard(self.student.log_variance, self._mesh)
-        optimizer = torch.optim.RAdam(self.student.parameters(), lr=phase.lr, foreach=True)
-        self.model: Any = self.student
-        self.optimizer: Any
+        trained = [weight for weight in self.student.parameters() if weight.requires_grad]
+        optimizer = torch.optim.RAdam(trained, lr=phase.lr, foreach=True)
+        self.model = self.student
         if self.sharded:  # which exchanges gradients itself
             self.optimizer = self.accelerator.prepare(optimizer)
         else:
@@ -235,34 +258,48 @@ class Run:
         devices = [device.index or 0] if device.type == "cuda" else []
         finite = phase.derivative == "finite"
         self.networks = Asked(self.model, self.student, self.target, self.teacher, finite, devices)
-        self.distance = distance_of(phase, math.prod(self.spec.image), self._lpips())
+        self.distance = distance_of(phase, math.prod(self.spec.image), self._lpips)
 
-    def _new(self, weights: Mapping[str, Tensor]) -> Denoiser:
+    def _teacher_of_phase(self, weights: Mapping[str, Tensor]) -> Denoiser:
+        """Return the teacher: the file's, or the model that the phase starts from."""
+        model, before = self._start.teacher, self.config.phases[: self.phase_index]
+        if self._teaches_from_file:
+            assert model is not None
+            return self._new(model.weights, model.network, model.spec).eval()
+        first = self._start.model_spec if not before else None  # what --init was trained as, not what it becomes
+        return self._new(weights, spec=first).eval()
+
+    def _new(
+        self, weights: Mapping[str, Tensor], config: NetworkConfig | None = None, spec: ModelSpec | None = None
+    ) -> Denoiser:
         """Return a denoiser with these weights, laid out and placed as the run has it."""
         with torch.device("meta"):
-            network = build_network(self.network_config)
+            network = build_network(config or self.network_config)
         plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
         network.load_state_dict(plain, assign=True)
+        if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
+            network.map_augment.requires_grad_(False)  # of EDM's augmentation, which is not done here
         if self.config.recompute:
             recompute(network)
         if self.config.compile:
             # A sharded network is a graph a block, of which there are more than PyTorch expects.
             torch._dynamo.config.recompile_limit = 256
             network.compile(dynamic=False)
-        denoiser = Denoiser(network, self.spec)
+        denoiser = Denoiser(network, spec or self.spec)
         if self._mesh is not None:
             shard(network, self._mesh)
         elif self.config.channels_last:
             denoiser.to(memory_format=torch.channels_last)
         return denoiser.to(self.accelerator.device)
 
-    def _lpips(self) -> Any:
-        if self.phase.loss != "lpips" or not self.config.lpips:
-            return None
-        from cmfast_train.perceptual import load_lpips
 
-        network, _, file = self.config.lpips.partition(":")
-        return load_lpips(network, Path(file))
+def _load_lpips(config: TrainConfig) -> Any:
+    if all(phase.loss != "lpips" for phase in config.phases):
+        return None
+    from cmfast_train.perceptual import load_lpips
+
+    network, _, file = config.lpips.partition(":")
+    return load_lpips(network, Path(file))
 
 
 def _parameters(denoiser: Denoiser | None) -> dict[str, Tensor]:

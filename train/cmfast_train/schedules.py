@@ -7,7 +7,9 @@ levels use operators, floats included, where they can.
 
 from __future__ import annotations
 
+import functools
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def ct_ema(k: int, total: int, s0: int, s1: int, mu0: float) -> float:
 
 def ct_pair(n: int, uniform: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[Tensor, Tensor]:
     """Return adjacent levels (t_{i+1}, t_i) of the n-level Karras grid, i uniform; uniform [B] in [0, 1)."""
-    ascending = uniform.new_tensor(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1])
+    ascending = _levels(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1], uniform.dtype, uniform.device)
     i = (uniform * (n - 1)).long().clamp(max=n - 2)
     return ascending[i + 1], ascending[i]
 
@@ -56,11 +58,13 @@ def ict_pair(
 
     uniform [B] in [0, 1); p(i) is proportional to the normal law's mass between ln t_i and ln t_{i+1}: Section 3.5.
     """
-    ascending = torch.tensor(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1], dtype=torch.float64)
-    mass = torch.special.ndtr((ascending.log() - p_mean) / p_std).diff()
-    edges = (mass.cumsum(0) / mass.sum()).to(uniform)
-    i = torch.searchsorted(edges, uniform.contiguous(), right=True).clamp(max=n - 2)
-    levels = ascending.to(uniform)
+    ascending = karras_sigmas(n, sigma_min, sigma_max, rho)[::-1]
+    law = NormalDist(p_mean, p_std)
+    below = [law.cdf(math.log(level)) for level in ascending]
+    edges = tuple((mass - below[0]) / (below[-1] - below[0]) for mass in below[1:])
+    i = torch.searchsorted(_levels(edges, uniform.dtype, uniform.device), uniform.contiguous(), right=True)
+    levels = _levels(ascending, uniform.dtype, uniform.device)
+    i = i.clamp(max=n - 2)
     return levels[i + 1], levels[i]
 
 
@@ -74,7 +78,7 @@ def pd_levels(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> t
 
 def pd_steps(n: int, uniform: Tensor, sigma_min: float, sigma_max: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return levels (t, middle, r) [B]: a random step of n, and the level between that the teacher of 2 n steps has."""
-    grid = uniform.new_tensor(karras_sigmas(2 * n + 1, sigma_min, sigma_max))
+    grid = _levels(karras_sigmas(2 * n + 1, sigma_min, sigma_max), uniform.dtype, uniform.device)
     i = 2 * (uniform * n).long().clamp(max=n - 1)
     return grid[i], grid[i + 1], grid[i + 2]
 
@@ -112,3 +116,9 @@ def ect_r(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Te
 def pseudo_huber_c(values: int, factor: float = 0.00054) -> float:
     """Return the Pseudo-Huber constant factor * sqrt(d) of images of d values: iCT (arXiv:2310.14189), Section 3.3."""
     return factor * math.sqrt(values)
+
+
+@functools.lru_cache(maxsize=16)
+def _levels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a grid as a tensor. Grids change rarely, and a copy to a GPU waits for all that it has been handed."""
+    return torch.tensor(values, dtype=dtype, device=device)

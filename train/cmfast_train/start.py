@@ -7,28 +7,28 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
-from cmfast_train.config import CONTINUOUS, Phase, TrainConfig
-from cmfast_train.denoiser import Denoiser
+from cmfast_train.config import TrainConfig
 from cmfast_train.importers import load_model
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
+from cmfast_train.phase import CONTINUOUS, Phase
 from cmfast_train.schedules import pd_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Conventions and network of the model in training, the weights it begins with, and the teacher of a file."""
+    """Conventions and network of the model in training, the weights it begins with, and the teacher of --teacher."""
 
     spec: ModelSpec
     network: NetworkConfig
     weights: Mapping[str, Tensor] | None  # None: new ones
-    teacher: Denoiser | None
+    model_spec: ModelSpec | None  # of --init, as it was trained; `spec` is what its student becomes
+    teacher: Checkpoint | None
     sha256: tuple[str, str]  # of the weights of --init and --teacher: a continuation must find the same
 
     def first_weights(self) -> Mapping[str, Tensor]:
@@ -40,11 +40,15 @@ def start_of(config: TrainConfig, classes: int) -> Start:
     """Return what the run starts from, on data of that many classes."""
     spec = config.spec(classes)
     teacher = _load(config.teacher, "--teacher", spec) if config.teacher else None
-    teaches = teacher.denoiser() if teacher else None
     digests = ("", teacher.sha256() if teacher else "")
     if not config.init:
         return Start(
-            spec=spec, network=network_config(config, spec.classes), weights=None, teacher=teaches, sha256=digests
+            spec=_inside(teacher, spec, config),
+            network=network_config(config, spec.classes),
+            weights=None,
+            model_spec=None,
+            teacher=teacher,
+            sha256=digests,
         )
     model = _load(config.init, "--init", spec)
     if config.conditional and model.spec.classes != spec.classes:
@@ -53,15 +57,18 @@ def start_of(config: TrainConfig, classes: int) -> Start:
             "--set conditional=false trains without them"
         )
     network = model.network
+    if not getattr(network, "two_times", False) and any(phase.method == "mf" for phase in config.phases):
+        raise CmfastError(f"--init {config.init}: mf needs a network that takes two times; this one takes one")
     if "dropout" in {field.name for field in dataclasses.fields(network)}:
         network = dataclasses.replace(network, dropout=config.dropout)
     elif config.dropout:
         raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
     return Start(
-        spec=_student_spec(model.spec, config),
+        spec=_inside(teacher, _student_spec(model.spec, config), config),
         network=network,
         weights=model.weights,
-        teacher=teaches,
+        model_spec=model.spec,
+        teacher=teacher,
         sha256=(model.sha256(), digests[1]),
     )
 
@@ -81,7 +88,7 @@ def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
 
 def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CmfastWarning)  # that a diffusion model is a teacher
+        warnings.filterwarnings("ignore", ".*teacher", CmfastWarning)  # a diffusion model is one, and wanted
         model = load_model(path)
     if model.spec.image != spec.image:
         raise CmfastError(
@@ -112,9 +119,24 @@ def _student_spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
         raise CmfastError(f"mf continues models of mf only; this one has scaling {scaling}")
     elif methods & {"ct", "cd", "ict", "ect"}:
         scaling = "boundary" if scaling == "edm" else scaling
-    known = all(levels[0] == spec.sigma_max for levels in config.sigmas)
-    sigmas: dict[int, Any] = {len(s): s for s in config.sigmas} if known else {1: (spec.sigma_max,)}
+    if config.sigma_max != spec.sigma_max:
+        raise CmfastError(
+            f"--init {config.init}: its noise levels end at {spec.sigma_max:g}, the run's at {config.sigma_max:g}; add "
+            f"--set sigma_max={spec.sigma_max:g} --set sigmas={spec.sigma_max:g}:{spec.sigma_max:g},0.8"
+        )
+    sigmas = {len(s): s for s in config.sigmas}
     return dataclasses.replace(spec, scaling=scaling, sigmas=sigmas, renoise=_consistent(spec.renoise), grid=0)
+
+
+def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    """Return the student's spec, whose noise levels must be a teacher's as well."""
+    if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
+        raise CmfastError(
+            f"--teacher {config.teacher}: it knows noise levels from {teacher.spec.sigma_min:g} to "
+            f"{teacher.spec.sigma_max:g}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
+            "--set sigma_min, sigma_max"
+        )
+    return spec
 
 
 def _consistent(renoise: str) -> str:

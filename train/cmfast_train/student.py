@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cmfast_train.denoiser import Denoiser, denoised
+from cmfast_train.losses import same_dropout
 from cmfast_train.networks.adm import timestep_embedding
+from cmfast_train.networks.precision import full_precision
 from cmfast_train.parallel import jvp
 
 FEATURES = 64  # of the noise level, that its log-variance is linear in
@@ -38,8 +40,9 @@ class Student(nn.Module):
         output = self.denoiser.output(x, sigma, label, second)
         if self.log_variance is None:
             return output, torch.zeros_like(sigma)
-        t = torch.atan(sigma / self.denoiser.spec.sigma_data)
-        return output, self.log_variance(timestep_embedding(100 * t, FEATURES)).float()[:, 0]
+        with full_precision(sigma):
+            t = torch.atan(sigma / self.denoiser.spec.sigma_data)
+            return output, self.log_variance(timestep_embedding(100 * t, FEATURES))[:, 0]
 
 
 class Asked:
@@ -92,13 +95,22 @@ class Asked:
             return self._aside(self._student, x, sigma, label, second)[0]
 
         if self._finite:
-            return output(x, sigma), central_difference(output, x, sigma, dx, dsigma)
+            return output(x, sigma), central_difference(self._exactly(label, second), x, sigma, dx, dsigma)
         return jvp(output, (x, sigma), (dx, dsigma))
 
-    def _aside(self, module: nn.Module, *inputs: Any) -> Any:
-        """Evaluate without gradient, from the current random state and leaving it as it is."""
-        with torch.no_grad(), torch.random.fork_rng(devices=self._devices):
-            return module(*inputs)
+    def _exactly(self, label: Tensor | None, second: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return F as a function of (x, sigma) in float32, whatever the run computes in: differences are small."""
+
+        def output(x: Tensor, sigma: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+                return self._aside(self._student.denoiser.output, x, sigma, label, second)
+
+        return output
+
+    def _aside(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Evaluate without gradient, with the dropout masks that the next evaluation will draw."""
+        with torch.no_grad():
+            return same_dropout(function, self._devices)(*inputs)
 
 
 def central_difference(
