@@ -200,17 +200,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for row in rows:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, row in enumerate(sorted(rows, key=lambda row: -row["rows"][-1]["fd"])):  # the legend from top to bottom
         calls, distances = [r["calls"] for r in row["rows"]], [r["fd"] for r in row["rows"]]
-        axes.loglog(calls, distances, marker="o", linestyle="--" if row["name"] == TEACHER else "-", label=row["name"])
-        axes.annotate(row["name"], (calls[-1], distances[-1]), xytext=(5, 0), textcoords="offset points", va="center")
-    axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":")
+        line = "--" if row["name"] == TEACHER else "-"
+        axes.loglog(calls, distances, line, color=f"C{i % 10}", marker="os^Dv"[i % 5], label=row["name"])
+    axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")
     axes.set(
         xlabel="network calls an image", ylabel="Fréchet distance in pixel space", title="digits, four minutes each"
     )
     axes.set_xticks([1, 2, 4, 15, 35], ["1", "2", "4", "15", "35"], minor=False)
+    axes.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"], minor=False)
     axes.minorticks_off()
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
