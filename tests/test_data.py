@@ -464,7 +464,8 @@ def test_a_damaged_image_is_named_in_its_turn_and_no_thread_stays(folder: Path) 
 
 
 INTERRUPTED = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 from cmfast_train.data import Images, batches
 data = Images(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8), 0)
 stream = batches(data, 4, 0, 0, 10**9, slice(None), 0, False)

@@ -103,7 +103,8 @@ def test_a_command_line_of_the_documentation_is_understood(where: str, line: str
     assert words
     params = parse(words)
     if words[0] == "cmfast-train" and "NAME=VALUE" not in line:
-        assert override(PRESETS[params["preset"]], params["assignments"])
+        models = [f"{name}={params[name]}" for name in ("init", "teacher") if params[name]]
+        assert override(PRESETS[params["preset"]], [*models, *params["assignments"]])
     if words[0] in ("cmfast-export", "cmfast-info"):
         assert Told.parse(params["assignments"])
 
