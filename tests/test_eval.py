@@ -130,7 +130,7 @@ def test_samples_that_are_the_data_are_at_no_distance(call: Call, tmp_path: Path
     (row,) = record["rows"]
     assert row["fd"] == pytest.approx(0, abs=1e-6)
     assert (row["precision"], row["recall"]) == (1, 1)
-    # 0.3094 in a record of cmfast 0.1.0, benchmarks/results/frechet_digits.json
+    # 0.3094 in a record of cmfast 0.1.0, benchmarks/results/quality_digits.json
     assert record["halves"]["fd"] == pytest.approx(0.30939293, abs=1e-6)
     assert 0.8 < record["halves"]["precision"] < 1
 

@@ -89,7 +89,15 @@ def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
 def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*teacher", CmfastWarning)  # a diffusion model is one, and wanted
-        model = load_model(path)
+        try:
+            model = load_model(path)
+        except CmfastError as err:
+            if "--set" not in str(err) and "--source" not in str(err):
+                raise
+            raise CmfastError(
+                f"{option} {path}: the file does not say all that has to be known; make a checkpoint of it, "
+                f"cmfast-export {path} --format cmfast, which asks: {err}"
+            ) from None
     if model.spec.image != spec.image:
         raise CmfastError(
             f"{option} {path}: a model of images {list(model.spec.image)}, the run has {list(spec.image)}: "
