@@ -18,6 +18,7 @@ from cmfast.schedule import check_sigmas, karras_sigmas, sigmas_of_indices
 
 SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.precond
 C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
+MAX_NAME = 100  # characters of a class name
 RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampler
 
 
@@ -27,6 +28,7 @@ class ModelSpec:
 
     image: tuple[int, int, int]  # channels, height, width
     classes: int = 0  # 0: unconditional
+    class_names: tuple[str, ...] = ()  # of the classes 0, 1, ..; (): they have none
     sigma_min: float = 0.002  # noise level, data units; the model is the identity here
     sigma_max: float = 80.0  # noise level, data units; sampling starts here
     sigma_data: float = 0.5  # standard deviation of the data, data units
@@ -44,6 +46,7 @@ class ModelSpec:
             raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
         if not isinstance(self.classes, int) or not 0 <= self.classes < 2**31:
             raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
+        _check_names(self.class_names, self.classes)
         if not isinstance(self.grid, int) or not (self.grid == 0 or 2 <= self.grid <= 65536):
             raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {self.grid!r}")
         if not isinstance(self.clip, bool):
@@ -105,6 +108,10 @@ class ModelSpec:
         values["image"] = list(self.image)
         if not self.grid:
             del values["grid"]
+        if self.class_names:
+            values["class_names"] = list(self.class_names)
+        else:
+            del values["class_names"]
         values["sigmas"] = {str(k): list(v) for k, v in sorted(self.sigmas.items())}
         return values
 
@@ -113,11 +120,23 @@ class ModelSpec:
         """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
-        if missing := names - known.keys() - {"grid"}:  # most models have none
+        if missing := names - known.keys() - {"grid", "class_names"}:  # most models have none
             raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
         try:
             known["image"] = tuple(known["image"])
+            if isinstance(known.get("class_names"), list):
+                known["class_names"] = tuple(known["class_names"])
             known["sigmas"] = {int(k): tuple(float(s) for s in v) for k, v in known["sigmas"].items()}
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:
             raise CmfastError(f"the description of the model is malformed: {err}") from None
+
+
+def _check_names(names: Any, classes: int) -> None:
+    """Raise CmfastError unless these are the names of so many classes: different texts without control characters."""
+    if not isinstance(names, tuple) or not all(isinstance(n, str) and 0 < len(n) <= MAX_NAME for n in names):
+        raise CmfastError(f"class_names must be texts of 1 to {MAX_NAME} characters")
+    if names and len(names) != classes:
+        raise CmfastError(f"class_names has {len(names)} names for {classes} classes")
+    if len(set(names)) < len(names) or not all(name.isprintable() for name in names):
+        raise CmfastError("class_names must be different printable texts")
