@@ -1,85 +1,303 @@
 # SPDX-License-Identifier: MIT
-"""Writing files so that a run killed at any moment, or a full disk, leaves the old file or the new one."""
+"""Writing files so that a run killed at any moment, or a full disk, leaves the old file or the new one.
+
+`check_target` and its siblings refuse a target before the work; `atomic_file` and `atomic_folder` write it;
+`cmfast.locks` keeps two processes from writing one thing. A temporary file is locked as long as its writer lives, so
+that the next write in its folder can tell what a killed process left behind, and removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmfast.errors import CmfastError
+from cmfast.locks import lock_shared_with_children
+
+StrPath = str | os.PathLike[str]
+
+_OWN_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.cmfast-tmp(\.[^.]*)?", re.DOTALL)
+_LONGEST = 180  # bytes of a target's name in that of its temporary; file systems end at 255
+_NO_SPACE = {
+    errno.ENOSPC: "no space left in {folder}",
+    errno.EDQUOT: "the disk quota is used up in {folder}",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f) in {folder}",
+}
+_PROBE = 1 << 20  # bytes
+_KERNEL = ("/proc", "/sys", "/dev")  # no place for files, whatever the permissions say
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`."""
+def atomic_file(path: StrPath) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+
+    A link to a file stays, and the file behind it is replaced.
+
+    Raises:
+        CmfastError: `path` cannot be a file (`check_target`), or there is no space for it; the old file stays.
+    """
     target = check_target(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f".tmp{target.suffix}", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-        _flush(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    real = _behind_links(target)
+    remove_leftovers(real.parent)
+    with _no_space_in_one_line(target), _new_temporary(real, folder=False) as temporary:
+        try:
+            yield temporary
+            _flush(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, real)
+            _flush(real.parent)
+        except Exception as err:
+            raise _for_user(err, target, temporary) from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+def atomic_folder(path: StrPath, within: StrPath | None = None) -> Iterator[Path]:
     """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then.
 
     within  another place for the temporary folder, on the file system of `path`: where somebody watches what is beside
+
+    Raises:
+        CmfastError: `path` cannot be a new folder (`check_target_folder`), or there is no space for it.
     """
     target = check_target_folder(path)
-    folder = target.parent if within is None else within
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=folder))
-    try:
-        yield temporary
-        mask = _umask()
-        for entry in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
-            os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)  # some libraries write private files
-            _flush(entry)
-        os.chmod(temporary, 0o777 & ~mask)
-        _flush(temporary)
-        os.replace(temporary, target)  # over an empty folder this is allowed
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    real = _behind_links(target)
+    folder = real.parent if within is None else Path(within)
+    remove_leftovers(folder)
+    with _no_space_in_one_line(target), _new_temporary(folder / real.name, folder=True) as temporary:
+        try:
+            yield temporary
+            mask = _umask()
+            for entry in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
+                os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)  # some libraries write private files
+                _flush(entry)
+            os.chmod(temporary, 0o777 & ~mask)
+            _flush(temporary)
+            os.replace(temporary, real)  # over an empty folder this is allowed
+            _flush(real.parent)
+        except Exception as err:
+            raise _for_user(err, target, temporary) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a Path if a file can stand there, else raise CmfastError: before the work, not after it."""
+@contextmanager
+def temporary_folder(beside: StrPath) -> Iterator[Path]:
+    """Give an empty folder next to `beside`, on its file system, removed at the end of the block.
+
+    If the process is killed, the next write in that place removes it.
+    """
+    target = Path(os.path.abspath(beside))
+    remove_leftovers(target.parent)
+    with _no_space_in_one_line(target), _new_temporary(target, folder=True) as temporary:
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(path: StrPath, suffixes: Sequence[str] = (), inputs: Iterable[StrPath] = ()) -> Path:
+    """Return `path` as a Path if a file can be written there, else raise CmfastError: before the work, not after it.
+
+    suffixes  those that are allowed, in lower case; (): any
+    inputs    what the same command reads; none of it is replaced
+    """
     target = Path(path)
+    if suffixes and target.suffix.lower() not in suffixes:
+        raise CmfastError(f"{target}: the name must end in {' or '.join(suffixes)}")
     _need_folder(target.parent)
     if target.is_dir():
         raise CmfastError(f"{target} is a folder; name a file")
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        raise CmfastError(f"{target} is {_kind(target.stat().st_mode)}, not a regular file; name a file")
+    _refuse_inputs(target, inputs)
+    _need_folder(_behind_links(target).parent)
+    _need_writable(target.parent, target)
+    _need_writable(_behind_links(target).parent, target)
     return target
 
 
-def check_target_folder(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a Path if a new folder can stand there, else raise CmfastError."""
+def check_target_folder(path: StrPath, inputs: Iterable[StrPath] = ()) -> Path:
+    """Return `path` as a Path if a new folder can stand there, else raise CmfastError; `inputs`: see `check_target`."""
     target = Path(path)
-    _need_folder(target.parent)
+    real = _behind_links(target)
+    _need_folder(real.parent)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CmfastError(f"{target} exists and is not an empty folder; name another or remove it")
+    if real == Path.cwd() or target.name in ("", ".."):
+        raise CmfastError(f"{target} is a folder in use, which cannot be replaced; name a new folder in it")
+    if target.exists() and os.path.ismount(target):
+        raise CmfastError(
+            f"{target} is a mount point, which cannot be replaced; name a new folder in it: {target / 'NAME'}"
+        )
+    _refuse_inputs(target, inputs)
+    _need_writable(real.parent, target)
     return target
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def check_outputs(outputs: Mapping[str, StrPath | None], inputs: Iterable[StrPath] = ()) -> None:
+    """Raise CmfastError unless all files of a command can be written: {option: path or None}, no two the same.
+
+    inputs  what the command reads; none of it is replaced
+    """
+    read, seen = list(inputs), dict[Path, str]()
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        try:
+            real = _behind_links(check_target(path, inputs=read))
+        except CmfastError as err:
+            raise CmfastError(f"{option}: {err}") from None
+        if real in seen:
+            raise CmfastError(f"{seen[real]} and {option} name the same file, {path}; name two")
+        seen[real] = option
+
+
+def write_text(path: StrPath, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_leftovers(folder: StrPath) -> None:
+    """Delete what killed processes left in this folder: temporary files and folders of ours that nobody has locked."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if _OWN_TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
+                _remove_if_left(Path(entry.path))
+
+
+def _remove_if_left(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if not lock_shared_with_children(descriptor):
+                return
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _new_temporary(target: Path, *, folder: bool) -> Iterator[Path]:
+    """Give a new, empty, private file or folder beside `target`, locked until the block ends."""
+    name = os.fsdecode(os.fsencode(target.name)[:_LONGEST])
+    while True:
+        suffix = "" if folder or len(target.suffix) > 20 else target.suffix
+        path = target.with_name(f".{name}.{secrets.token_hex(4)}.cmfast-tmp{suffix}")
+        try:
+            if folder:
+                path.mkdir(mode=0o700)
+            else:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            continue
+        if os.name == "nt":  # what is open cannot be renamed there, and folders cannot be opened
+            yield path
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            lock_shared_with_children(descriptor)
+            if not os.path.lexists(path):  # taken for a leftover before it was locked
+                continue
+            yield path
+            return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _no_space_in_one_line(target: Path) -> Iterator[None]:
+    """Turn a disk that is full already when the temporary file is made into one line."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in _NO_SPACE:
+            raise
+        raise _no_space(err.errno, target) from None
+
+
+def _for_user(err: Exception, target: Path, temporary: Path) -> Exception:
+    """Return what to raise for an error while writing: one line if the disk is its reason, else the error itself.
+
+    Libraries hide it: torch.save raises RuntimeError, safetensors an error of its own. So the disk is asked again.
+    """
+    if isinstance(err, CmfastError):
+        return err
+    if isinstance(err, OSError):
+        if err.errno in _NO_SPACE:
+            return _no_space(err.errno, target)
+        if err.filename is not None and os.fspath(err.filename).startswith(os.fspath(temporary)):
+            return CmfastError(f"cannot write {target}: {err.strerror}")
+        return err
+    try:
+        _write_more(temporary)
+    except OSError as full:
+        if full.errno in _NO_SPACE:
+            return _no_space(full.errno, target)
+    return err
+
+
+def _write_more(temporary: Path) -> None:
+    """Append to the file, or to the largest file of the folder, so that a full disk shows itself."""
+    if temporary.is_dir():
+        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
+        temporary = max(files, key=lambda file: file.stat().st_size, default=temporary / "probe")
+    with temporary.open("ab") as file:
+        file.write(bytes(_PROBE))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _no_space(number: int, target: Path) -> CmfastError:
+    why = _NO_SPACE[number].format(folder=target.parent)
+    stays = "the file that was there stays" if target.is_file() else "nothing was written"
+    return CmfastError(f"cannot write {target}: {why}; {stays}")
+
+
+def _refuse_inputs(target: Path, inputs: Iterable[StrPath]) -> None:
+    for each in inputs:
+        if _behind_links(target) == _behind_links(Path(each)) or (
+            target.exists() and os.path.exists(each) and os.path.samefile(target, each)
+        ):
+            raise CmfastError(f"{target} is read by this command, so it is not overwritten; name another file")
+
+
 def _need_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CmfastError(f"the folder {folder} does not exist; make it first: mkdir -p {folder}")
+
+
+def _need_writable(folder: Path, target: Path) -> None:
+    real = os.path.realpath(folder)
+    kernel = any(real == place or real.startswith(f"{place}/") for place in _KERNEL)
+    if os.name == "posix" and kernel and not real.startswith("/dev/shm"):
+        raise CmfastError(f"{target}: {real} is no place for files; name another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CmfastError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "special")
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _flush(path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from cmfast.errors import CmfastError
-from cmfast.files import atomic_file, atomic_folder, write_text
+from cmfast.files import (
+    atomic_file,
+    atomic_folder,
+    check_outputs,
+    check_target,
+    check_target_folder,
+    temporary_folder,
+    write_text,
+)
 
 HALF_WRITTEN = """
 import sys, time
@@ -186,7 +195,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     result = subprocess.run(
         [*namespace, *inner, *cmfast_sample(handmade_onnx(32), out)], capture_output=True, text=True
     )
-    refused(result, "No space left on device")
+    refused(result, "no space left in")
     assert (tmp_path / "left").read_text() == ""
 
 
@@ -195,7 +204,7 @@ def test_a_limit_on_the_size_of_files_is_one_line_and_leaves_nothing(
     out: str, handmade_onnx: Callable[..., Path], refused: Callable[..., None], tmp_path: Path
 ) -> None:
     limited = ["sh", "-c", 'ulimit -f 2; exec "$@"', "sh", *cmfast_sample(handmade_onnx(32), out)]
-    refused(subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path), "File too large")
+    refused(subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path), "larger than this process may write")
     assert os.listdir(tmp_path) == []
 
 
@@ -203,3 +212,160 @@ def test_the_two_checks_above_can_fail(handmade_onnx: Callable[..., Path], tmp_p
     result = subprocess.run(cmfast_sample(handmade_onnx(32), "grid.png"), capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "grid.png").stat().st_size > 4096  # more than the disk and the limit have room for
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write_and_nothing_else_is(tmp_path: Path) -> None:
+    others = [".draft.tmp.md", ".plan.tmp", ".target.0123456789.cmfast-tmp", "target.01234567.cmfast-tmp"]
+    for name in others:
+        (tmp_path / name).write_text("x")
+    kill_while_writing("file", tmp_path / "target")
+    assert len(os.listdir(tmp_path)) == len(others) + 1
+    kill_while_writing("folder", tmp_path / "images")  # which removes the first one's
+    assert len(os.listdir(tmp_path)) == len(others) + 1
+    write_text(tmp_path / "another", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "another"])
+
+
+def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "slow") as slow, atomic_folder(tmp_path / "images") as images:
+        write_text(tmp_path / "another", "new")
+        (images / "a").touch()
+        slow.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == ["another", "images", "slow"]
+
+
+def test_a_scratch_folder_goes_with_its_block(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path / "model.onnx") as folder:
+        (folder / "a").mkdir()
+        assert folder.parent == tmp_path
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to_fifo").symlink_to(tmp_path / "fifo")
+    (tmp_path / "to_null").symlink_to("/dev/null")
+    (tmp_path / "to_proc").symlink_to(f"/proc/{os.getpid()}/comm")
+    for path, words in (
+        (tmp_path / "fifo", "is a FIFO, not a regular file"),
+        (tmp_path / "to_fifo", "is a FIFO"),
+        (Path("/dev/null"), "is a device"),
+        (tmp_path / "to_null", "is a device"),
+        (tmp_path / "to_proc", "is no place for files"),
+        (Path("/proc/new.json"), "is no place for files"),
+        (Path("/dev/stdout"), "name a"),
+    ):
+        with pytest.raises(CmfastError, match=words):
+            write_text(path, "text")
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_link_stays_and_the_file_behind_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "real.json").write_text("old")
+    (tmp_path / "latest.json").symlink_to(Path("there") / "real.json")
+    (tmp_path / "next.json").symlink_to(Path("there") / "new.json")  # which does not exist yet
+    for name in ("latest.json", "next.json"):
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_text() == "new"
+    assert sorted(os.listdir(tmp_path / "there")) == ["new.json", "real.json"]
+
+
+def test_what_a_command_reads_is_never_its_output(tmp_path: Path) -> None:
+    model = tmp_path / "m.pt"
+    model.touch()
+    (tmp_path / "link").symlink_to(model)
+    os.link(model, tmp_path / "hard")
+    for name in ("m.pt", "link", "hard", "./m.pt"):
+        with pytest.raises(CmfastError, match="is read by this command"):
+            check_target(tmp_path / name, inputs=[tmp_path / "other", model])
+    (tmp_path / "data").mkdir()
+    with pytest.raises(CmfastError, match="is read by this command"):
+        check_target_folder(tmp_path / "data", inputs=[tmp_path / "data"])
+    assert check_target(tmp_path / "new.pt", inputs=[model]) == tmp_path / "new.pt"
+
+
+def test_two_outputs_of_a_command_are_two_files(tmp_path: Path) -> None:
+    check_outputs({"--json": tmp_path / "a", "--plot": tmp_path / "b", "-o": None}, inputs=[tmp_path / "c"])
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(CmfastError, match="--json and --plot name the same file"):
+        check_outputs({"--json": tmp_path / "a", "--plot": tmp_path / "b"})
+    with pytest.raises(CmfastError, match=r"--json: .*is read by this command"):
+        check_outputs({"--json": tmp_path / "a"}, inputs=[tmp_path / "b"])
+
+
+def test_a_suffix_is_checked_in_any_case(tmp_path: Path) -> None:
+    assert check_target(tmp_path / "A.JSON", suffixes=(".json",)).name == "A.JSON"
+    with pytest.raises(CmfastError, match=r"the name must end in \.json or \.jsonl"):
+        check_target(tmp_path / "a.pt", suffixes=(".json", ".jsonl"))
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "here", tmp_path / "here" / "." / "" / ".." / "here"):
+        with pytest.raises(CmfastError, match="name a new folder in it"):
+            check_target_folder(path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(CmfastError, match=r"mounted is a mount point.*name a new folder in it"):
+        check_target_folder(tmp_path / "mounted")
+
+
+@pytest.mark.parametrize("check", [check_target, check_target_folder])
+def test_a_folder_without_permission_is_refused_before_the_work(
+    check: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Permissions do not stop root, who runs these tests in containers; what the system answers is what is checked.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(CmfastError, match="no permission to write in"):
+        check(tmp_path / "new")
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert os.listdir(tmp_path / "real") == ["a"]
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("é" * 125 + ".txt"), "new")
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left in"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EFBIG, "larger than this process may write"),
+    ],
+)
+def test_a_full_disk_behind_a_librarys_own_error_is_one_line(
+    number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model.pt"
+    target.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def write() -> None:
+        with atomic_file(target):
+            monkeypatch.setattr(os, "fsync", full)
+            raise RuntimeError("PytorchStreamWriter failed writing file")  # as torch.save has it
+
+    with pytest.raises(CmfastError, match=words) as refused:
+        write()
+    assert f"cannot write {target}" in str(refused.value)
+    assert target.read_text() == "old"
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="a bug"), atomic_file(target):  # with room on the disk it is something else
+        raise RuntimeError("a bug")
+    assert os.listdir(tmp_path) == ["model.pt"]
