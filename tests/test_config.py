@@ -163,7 +163,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("precision=int8", "precision must be auto, fp32, bf16 or fp16, got 'int8'"),
         ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),
         ("batch=0", "batch must be greater than 0, got 0"),
-        ("image_size=-8", "image_size must be greater than 0, got -8"),
+        ("image_size=-8", "image_size must be a whole number from 1 to 65536 .*, or HEIGHTxWIDTH, got -8"),
         ("log_images=0", "log_images must be greater than 0"),
         ("checkpoint_images=0", "checkpoint_images must be greater than 0"),
         ("accumulation=3", "batch=64 does not divide into accumulation=3 micro-batches"),

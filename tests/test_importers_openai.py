@@ -318,7 +318,7 @@ def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path:
         ("scaling=best", "scaling must be one of"),
         ("qkv=dh3", "qkv must be one of 3hd"),
         ("image_size=9", "image_size=9 cannot be halved"),
-        ("image_size=0", "image_size must be a whole number from 1"),
+        ("image_size=0", "image_size must be a whole number from 1 to 65536"),
         ("head_channels=0", "head_channels must be a whole number from 1"),
         ("heads=2", "heads and head_channels say the same thing"),
         ("sigmas=80:40", "two lists of the same length"),

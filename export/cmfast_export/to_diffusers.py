@@ -31,6 +31,7 @@ from cmfast_train.importers.diffusers_tensors import WEIGHTS, to_diffusers
 from cmfast_train.importers.facts import Facts, Told
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import network_type
+from cmfast_train.networks.shape import sides, size_text
 
 GRID = 40  # levels, where the model was trained without a grid: the default of diffusers' scheduler
 VERSION = "0.21.0"  # of diffusers: the first that knows every field written here
@@ -87,7 +88,7 @@ def nearest_timesteps(sigmas: Sequence[float], spec: ModelSpec, grid: int) -> Ti
 def unet_config(config: AdmConfig) -> dict[str, Any]:
     """Return unet/config.json: the fields of diffusers' UNet2DModel."""
     resnet, levels = config.resblock_updown, range(len(config.channel_mult))
-    attention = [config.image_size // 2**level in config.attention for level in levels]
+    attention = [sides(config.image_size)[0] // 2**level in config.attention for level in levels]
     down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     return {
         **_head("UNet2DModel"),
@@ -127,6 +128,11 @@ def _expressible(checkpoint: Checkpoint) -> tuple[AdmConfig, ModelSpec]:
         raise CmfastError(
             f"the network's type is {network_type(config)!r}; diffusers' UNet2DModel can only be 'adm': "
             "export it as ONNX"
+        )
+    if not isinstance(config.image_size, int):
+        raise CmfastError(
+            f"image_size is {size_text(config.image_size)}; diffusers' ConsistencyModelPipeline draws square images "
+            "only: export it as ONNX"
         )
     for name, needed in _COMPUTED.items():
         if getattr(spec, name) != needed:

@@ -133,7 +133,7 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
         source = dict(content.get("source", OWN))
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {err}") from None
-    if (network.channels, network.image_size, network.image_size) != spec.image or network.classes != spec.classes:
+    if network.image_shape != spec.image or network.classes != spec.classes:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.networks.shape import check_network, check_seed_network
+from cmfast_train.networks.shape import Size, check_image_size, check_network, check_seed_network, plain_size, sides
 from cmfast_train.phase import CONTINUOUS, DISTILL, METHODS, PD_STEPS, PHASE_DEFAULTS, Phase, check_positive
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
@@ -24,10 +26,12 @@ class TrainConfig:
 
     # data
     data: str  # one of DATA: cmfast_train.data
-    image_size: int  # pixels, square; images are padded (mnist) or resized and cropped (folder) to it
+    image_size: Size  # pixels: one number of square images, else (height, width), --set image_size=32x64; images are
+    # padded (mnist) or resized and cropped (folder) to it
     channels: int  # 1 or 3
     conditional: bool = True  # class-conditional where the data have classes
     flip: bool = False  # mirror images at random
+    class_names: tuple[str, ...] = ()  # of the data's classes, filled in by the run
     download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
     # network
     init: str = ""  # a model to start from, which brings its network and its conventions; cmfast-train --init
@@ -36,7 +40,7 @@ class TrainConfig:
     model_channels: int = 128  # width of the first level; of seed, all there is to choose (its D)
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    attention: tuple[int, ...] = (16,)  # sides of the feature maps with attention, pixels
+    attention: tuple[int, ...] = (16,)  # heights of the feature maps with attention, pixels
     head_channels: int = 64
     dropout: float = 0.0
     # noise levels (data units) and conventions: cmfast.spec
@@ -70,6 +74,8 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_image_size(self.image_size)
         for name, value in zip(("scaling", "c_noise"), self.conventions(), strict=True):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
@@ -83,9 +89,7 @@ class TrainConfig:
             raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
-        check_positive(
-            self, "image_size", "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max"
-        )
+        check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
         if not all(0 <= decay < 1 for decay in self.emas):
@@ -104,9 +108,11 @@ class TrainConfig:
 
     def spec(self, classes: int) -> ModelSpec:
         """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
+        classes = classes if self.conditional else 0
         return ModelSpec(
-            image=(self.channels, self.image_size, self.image_size),
-            classes=classes if self.conditional else 0,
+            image=(self.channels, *self.image_sides),
+            classes=classes,
+            class_names=self.class_names if classes else (),
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
             sigma_data=self.sigma_data,
@@ -183,6 +189,11 @@ class TrainConfig:
                 )
 
     @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        return sides(self.image_size)
+
+    @property
     def images(self) -> int:
         """Length of the run, in images."""
         return sum(self.steps(phase) for phase in self.phases) * self.batch
@@ -217,6 +228,10 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
         name, equals, value = text.partition("=")
         if not equals:
             raise CmfastError(f"--set {text}: expected NAME=VALUE")
+        if name == "class_names":
+            raise CmfastError(
+                f"--set {text}: the names of the classes are given by the data (their folders); remove it"
+            )
         method, dot, field = name.partition(".")
         if dot:
             said_of.setdefault(method, text)
@@ -267,7 +282,7 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
         raise CmfastError(f"--set {text}: no such field; there are {', '.join(sorted(kinds))}")
     kind = kinds[name]
     if type(None) in typing.get_args(kind):  # "int | None": what is written is an int
-        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        kind = functools.reduce(operator.or_, (k for k in typing.get_args(kind) if k is not type(None)))
     try:
         return _READERS[str(kind) if typing.get_origin(kind) else kind.__name__](value)
     except (ValueError, KeyError):
@@ -277,6 +292,11 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
 
 def _bool(value: str) -> bool:
     return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+
+
+def _size(value: str) -> Size:
+    height, x, width = value.lower().partition("x")
+    return plain_size((int(height), int(width))) if x else int(value.replace("_", ""))
 
 
 def _floats(value: str) -> tuple[float, ...]:
@@ -308,6 +328,7 @@ def _phases(value: str) -> tuple[Phase, ...]:
 _READERS: dict[str, Any] = {
     "int": lambda value: int(value.replace("_", "")),
     "float": float,
+    "int | tuple[int, int]": _size,
     "str": str,
     "bool": _bool,
     "tuple[int, ...]": _ints,

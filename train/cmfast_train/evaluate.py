@@ -147,9 +147,9 @@ def data_images(
     """Return the training images of a preset, which must have the shape [C, H, W] of what they are compared with."""
     config = PRESETS[data_set]
     if data_set == "folder":
-        config = dataclasses.replace(config, channels=image[0], image_size=image[1])
+        config = dataclasses.replace(config, channels=image[0], image_size=image[1:])
     images = load_data(config, root)
-    have = (config.channels, config.image_size, config.image_size)
+    have = (config.channels, *config.image_sides)
     if have != tuple(image):
         raise CmfastError(f"{what} are images {list(image)}, those of {data_set} are {list(have)}")
     return images

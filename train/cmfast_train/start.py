@@ -16,6 +16,7 @@ from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config import TrainConfig
 from cmfast_train.importers import load_model
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
+from cmfast_train.networks.shape import plain_size, size_text
 from cmfast_train.phase import CONTINUOUS, Phase
 from cmfast_train.schedules import pd_levels
 
@@ -101,7 +102,7 @@ def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
     if model.spec.image != spec.image:
         raise CmfastError(
             f"{option} {path}: a model of images {list(model.spec.image)}, the run has {list(spec.image)}: "
-            "--set image_size, channels"
+            f"--set image_size={size_text(plain_size(model.spec.image[1:]))} --set channels={model.spec.image[0]}"
         )
     if model.spec.classes not in (0, spec.classes):
         raise CmfastError(

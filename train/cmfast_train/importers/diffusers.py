@@ -232,9 +232,8 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
         values[name] = facts.fixed(name, _number(scheduler, name, file), SCHEDULER)
     values["clip"] = facts.fixed("clip", bool(scheduler["clip_denoised"]), SCHEDULER)
     grid = values["grid"] = facts.fixed("grid", _whole(scheduler, "num_train_timesteps", file), SCHEDULER)
-    image = (config.channels, config.image_size, config.image_size)
     try:
-        spec = ModelSpec(image=image, classes=config.classes, **values, sigmas={1: (values["sigma_max"],)})
+        spec = ModelSpec(image=config.image_shape, classes=config.classes, **values, sigmas={1: (values["sigma_max"],)})
     except CmfastError as err:
         raise ArtifactError(f"{file}: {err}") from None
 

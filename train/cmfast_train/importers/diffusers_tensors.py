@@ -20,6 +20,7 @@ from cmfast.errors import ArtifactError
 from cmfast_train.checkpoint import read_tensors
 from cmfast_train.importers.facts import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.shape import sides
 
 WEIGHTS = "diffusion_pytorch_model"  # and a suffix, in unet/
 MID_NORM = "mid_block.attentions.0.group_norm"
@@ -123,7 +124,7 @@ def _modules(config: AdmConfig) -> dict[str, str]:
 
 
 def _attends(config: AdmConfig, level: int) -> bool:
-    return config.image_size // 2**level in config.attention
+    return sides(config.image_size)[0] // 2**level in config.attention
 
 
 def weight_files(unet: Path) -> list[Path]:

@@ -152,8 +152,9 @@ def _draft(
     top, levels = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
     if system == "ect" and config.image_size in SECOND_LEVEL:
         levels[2] = (top, SECOND_LEVEL[config.image_size])
-    image = (config.channels, config.image_size, config.image_size)
-    spec = spec_of(facts, image, config.classes, usual, where, levels, fixed=fixed, fixed_where=fixed_where)
+    spec = spec_of(
+        facts, config.image_shape, config.classes, usual, where, levels, fixed=fixed, fixed_where=fixed_where
+    )
     warnings = []
     if system == "edm" and spec is not None and spec.scaling == "edm":
         warnings.append(

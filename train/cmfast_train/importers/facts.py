@@ -18,6 +18,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config import parse_field
 from cmfast_train.networks.build import NetworkConfig
+from cmfast_train.networks.shape import Size, check_image_size
 
 T = TypeVar("T")
 EXAMPLES: Mapping[str, Any] = {  # of what to say about what a file does not
@@ -52,7 +53,7 @@ class Told:
     """What a person says of a file (`--set NAME=VALUE`). None: not said. Noise levels are in data units."""
 
     weights: str | None = None  # which of several sets of weights in the file, for example ema
-    image_size: int | None = None  # pixels, square
+    image_size: Size | None = None  # pixels: one number of square images, else (height, width)
     head_channels: int | None = None  # width of an attention head
     heads: int | None = None  # number of heads of every attention, where their width is not the same everywhere
     qkv: str | None = None  # order of the rows of the attention's qkv layer, one of QKV_ORDERS
@@ -69,7 +70,9 @@ class Told:
     def __post_init__(self) -> None:
         if self.qkv is not None and self.qkv not in QKV_ORDERS:
             raise CmfastError(f"qkv must be one of {', '.join(QKV_ORDERS)}, got {self.qkv!r}")
-        for name in ("image_size", "head_channels", "heads"):
+        if self.image_size is not None:
+            check_image_size(self.image_size)
+        for name in ("head_channels", "heads"):
             if (value := getattr(self, name)) is not None and not 0 < value <= LARGEST:
                 raise CmfastError(f"{name} must be a whole number from 1 to {LARGEST}, got {value}")
         if self.heads is not None and self.head_channels is not None:

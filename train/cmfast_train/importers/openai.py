@@ -20,6 +20,7 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast_train.importers.facts import CONVENTIONS, EXAMPLES, Draft, Facts, shown, spec_of
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.shape import Size, sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     if dtypes != ["float32"]:
         facts.fixed("dtype", f"{' and '.join(dtypes)}, read as float32")
 
-    image = None if image_size is None else (config.channels, image_size, image_size)
+    image = None if image_size is None else config.image_shape
     levels, borrowed = (known.levels, known.borrowed) if known else ({}, False)
     spec = spec_of(
         facts,
@@ -138,7 +139,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
 def infer_config(
     weights: Mapping[str, Tensor],
     file: Path,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     head_channels: int | None = None,
     heads: int | None = None,
 ) -> AdmConfig:
@@ -177,7 +178,7 @@ def infer_config(
             res_blocks=per_level - 1,
             channel_mult=tuple(out // width for out in outs),
             attention=tuple(
-                image_size >> i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in weights
+                sides(image_size)[0] >> i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in weights
             ),
             head_channels=head_channels or width,
             heads=heads or 0,

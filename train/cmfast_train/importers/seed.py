@@ -55,8 +55,8 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
         size = facts.asked("image_size", IMAGE_SIZE)
     usual = CONVENTIONS | ({"scaling": "seed", "c_noise": "raw"} if source or named else {})
     by = f", by {'--source seed' if source else 'the name of the file'}" if source or named else ""
-    image = None if size is None else (channels, size, size)
     network = None if size is None else SeedConfig(image_size=size, channels=channels, width=width)
+    image = None if network is None else network.image_shape
     spec = spec_of(facts, image, 0, usual, f"the first public implementation{by}", LEVELS)
     by_source = {"scaling", "c_noise"}  # what --source seed says
     rest = [f"--set {name}={example}" for name, example in facts.missing.items() if name not in by_source]

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
 from cmfast_train.networks.precision import cast, full_precision
-from cmfast_train.networks.shape import GROUPS, check_network
+from cmfast_train.networks.shape import GROUPS, Size, check_network, plain_size, sides
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdmConfig:
     """The shape of one U-Net. Saved in the checkpoint under "network"."""
 
-    image_size: int  # pixels, square
+    image_size: Size  # pixels: one number of square images, else (height, width)
     channels: int = 3  # of the image, in and out
     classes: int = 0  # 0: unconditional
     model_channels: int = 128  # width of the first level, a multiple of 32
     res_blocks: int = 2  # per level
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each level over model_channels
-    attention: tuple[int, ...] = (16,)  # attention where the feature map has this many pixels a side
+    attention: tuple[int, ...] = (16,)  # attention where the feature map has this height, pixels
     head_channels: int = 64  # width of an attention head
     heads: int = 0  # of every attention, whatever its width, instead of head_channels; 0: by head_channels
     scale_shift: bool = True  # noise level enters as scale and shift of a norm, else as a sum
@@ -39,9 +39,15 @@ class AdmConfig:
     two_times: bool = False  # takes a second noise level, MeanFlow's r; sampling never gives one, which means 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_network(vars(self))
         if not isinstance(self.classes, int) or self.classes < 0:
             raise CmfastError(f"classes must be a whole number from 0, got {self.classes!r}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+        return (self.channels, *sides(self.image_size))
 
 
 class AdmUnet(nn.Module):
@@ -60,25 +66,25 @@ class AdmUnet(nn.Module):
         if config.classes:
             self.label_emb = nn.Embedding(config.classes, emb)
 
-        def block(c_in: int, c_out: int, side: int, resample: str = "") -> list[nn.Module]:
+        def block(c_in: int, c_out: int, height: int, resample: str = "") -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(c_in, c_out, emb, config, resample)]
-            if side in config.attention and not resample:
+            if height in config.attention and not resample:
                 layers.append(Attention(c_out, config.heads or c_out // config.head_channels))
             return layers
 
         width = config.channel_mult[0] * mc
-        skips, side = [width], config.image_size
+        skips, height = [width], sides(config.image_size)[0]
         self.input_blocks = nn.ModuleList([Stage([_conv(config.channels, width)])])
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.res_blocks):
-                self.input_blocks.append(Stage(block(width, mult * mc, side)))
+                self.input_blocks.append(Stage(block(width, mult * mc, height)))
                 width = mult * mc
                 skips.append(width)
             if level < len(config.channel_mult) - 1:
-                down = block(width, width, side, "down") if config.resblock_updown else [Downsample(width)]
+                down = block(width, width, height, "down") if config.resblock_updown else [Downsample(width)]
                 self.input_blocks.append(Stage(down))
                 skips.append(width)
-                side //= 2
+                height //= 2
 
         self.middle_block = Stage(
             [
@@ -91,11 +97,11 @@ class AdmUnet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for i in range(config.res_blocks + 1):
-                layers = block(width + skips.pop(), mult * mc, side)
+                layers = block(width + skips.pop(), mult * mc, height)
                 width = mult * mc
                 if level and i == config.res_blocks:
-                    side *= 2
-                    layers += block(width, width, side, "up") if config.resblock_updown else [Upsample(width)]
+                    height *= 2
+                    layers += block(width, width, height, "up") if config.resblock_updown else [Upsample(width)]
                 self.output_blocks.append(Stage(layers))
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, config.channels)))
 

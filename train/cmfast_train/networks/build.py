@@ -14,7 +14,7 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.seed import SeedConfig, SeedUnet
 
-# Every configuration has image_size, channels and classes; every network is called with (x, c_noise, label).
+# Every configuration has image_size, image_shape, channels and classes; networks are called with (x, c_noise, label).
 NetworkConfig = AdmConfig | SeedConfig | SongConfig | DhariwalConfig
 _TYPES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),

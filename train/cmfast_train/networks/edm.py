@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample
 from cmfast_train.networks.precision import cast, full_precision
-from cmfast_train.networks.shape import check_network
+from cmfast_train.networks.shape import Size, check_network, plain_size, sides
 
 EMBEDDINGS = ("positional", "fourier")
 ENCODERS = ("standard", "skip", "residual")
@@ -35,7 +35,7 @@ SQRT_HALF = math.sqrt(0.5)
 class SongConfig:
     """The shape of one DDPM++ (the defaults) or NCSN++. Saved in the checkpoint under "network"."""
 
-    image_size: int  # pixels, square
+    image_size: Size  # pixels: one number of square images, else (height, width)
     channels: int = 3  # of the image, in and out
     classes: int = 0  # 0: unconditional
     model_channels: int = 128  # width of the first convolution, a multiple of 32
@@ -43,7 +43,7 @@ class SongConfig:
     emb_mult: int = 4  # width of the embedding over model_channels
     noise_mult: int = 1  # width of the noise level's waves over model_channels; NCSN++: 2
     res_blocks: int = 4  # per level
-    attention: tuple[int, ...] = (16,)  # attention where the feature map has this many pixels a side
+    attention: tuple[int, ...] = (16,)  # attention where the feature map has this height, pixels
     dropout: float = 0.0  # probability
     augment: int = 0  # length of the augmentation label that it was trained with; its weights are kept, not used
     embedding: str = "positional"  # one of EMBEDDINGS; NCSN++: fourier
@@ -52,6 +52,7 @@ class SongConfig:
     resample: tuple[int, ...] = (1, 1)  # one of FILTERS; NCSN++: 1,3,3,1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_network(vars(self) | {"head_channels": 1})
         _check_counts(self)
         for name, allowed in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("decoder", DECODERS)):
@@ -62,25 +63,36 @@ class SongConfig:
         if self.resample not in FILTERS:
             raise CmfastError(f"resample must be 1,1 or 1,3,3,1, got {self.resample!r}")
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+        return (self.channels, *sides(self.image_size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DhariwalConfig:
     """The shape of one ADM as EDM has it; the defaults are its ImageNet-64 model's. Saved under "network"."""
 
-    image_size: int  # pixels, square
+    image_size: Size  # pixels: one number of square images, else (height, width)
     channels: int = 3  # of the image, in and out
     classes: int = 0  # 0: unconditional
     model_channels: int = 192  # width of the noise level's waves, a multiple of 32
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width of each level over model_channels
     emb_mult: int = 4  # width of the embedding over model_channels
     res_blocks: int = 3  # per level
-    attention: tuple[int, ...] = (32, 16, 8)  # attention where the feature map has this many pixels a side
+    attention: tuple[int, ...] = (32, 16, 8)  # attention where the feature map has this height, pixels
     dropout: float = 0.0  # probability
     augment: int = 0  # length of the augmentation label that it was trained with; its weights are kept, not used
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_network(vars(self) | {"head_channels": HEAD_CHANNELS})
         _check_counts(self)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+        return (self.channels, *sides(self.image_size))
 
 
 class SongUnet(nn.Module):
@@ -104,29 +116,28 @@ class SongUnet(nn.Module):
             )  # fmt: skip
 
         self.enc, self.dec = _trunk(config, first=mc, block=block, attend_going_up="last")
-        sides, taps, aux = _sides(config), config.resample, config.channels
-        for level in range(1, len(sides)):
-            at, width = f"{sides[level]}x{sides[level]}_", config.channel_mult[level - 1] * mc
+        places, taps, aux = _places(config), config.resample, config.channels
+        for level in range(1, len(places)):
+            at, width = places[level], config.channel_mult[level - 1] * mc
             if config.encoder == "skip":  # the image itself, smaller and smaller
                 self.enc[at + "aux_down"] = Resample("down", taps)
                 self.enc[at + "aux_skip"] = Conv(aux, width, 1)
             elif config.encoder == "residual":  # a second, thin path of features
                 self.enc[at + "aux_residual"] = ConvDown(aux, width, taps)
                 aux = width
-        for level in range(len(sides) if config.decoder == "skip" else 1):
-            at, width = f"{sides[level]}x{sides[level]}_", config.channel_mult[level] * mc
-            if level < len(sides) - 1 and config.decoder == "skip":
+        for level in range(len(places) if config.decoder == "skip" else 1):
+            at, width = places[level], config.channel_mult[level] * mc
+            if level < len(places) - 1 and config.decoder == "skip":
                 self.dec[at + "aux_up"] = Resample("up", taps)
             self.dec[at + "aux_norm"] = GroupNorm(width, eps=1e-6)
             self.dec[at + "aux_conv"] = _zero(Conv(width, config.channels, 3))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         emb = self._embedding(c_noise, label)
-        config, enc, dec, sides = self.config, self.enc, self.dec, _sides(self.config)
+        config, enc, dec, places = self.config, self.enc, self.dec, _places(self.config)
         skips = []
         h = aux = x
-        for level, side in enumerate(sides):
-            at = f"{side}x{side}_"
+        for level, at in enumerate(places):
             if level == 0:
                 h = enc[at + "conv"](h)
             else:
@@ -141,9 +152,8 @@ class SongUnet(nn.Module):
                 h = enc[f"{at}block{i}"](h, emb)
                 skips.append(h)
         out = None
-        for level, side in reversed(list(enumerate(sides))):
-            at = f"{side}x{side}_"
-            h = _decode(dec, at, level == len(sides) - 1, config.res_blocks, h, emb, skips)
+        for level, at in reversed(list(enumerate(places))):
+            h = _decode(dec, at, level == len(places) - 1, config.res_blocks, h, emb, skips)
             if config.decoder == "skip" or level == 0:
                 part = dec[at + "aux_conv"](F.silu(dec[at + "aux_norm"](h)))
                 out = part if out is None else part + dec[at + "aux_up"](out)
@@ -193,18 +203,17 @@ class DhariwalUnet(nn.Module):
             if self.map_label is not None:
                 emb = emb + F.embedding(label, self.map_label.weight.t())
             emb = F.silu(emb)
-        config, sides = self.config, _sides(self.config)
+        config, places = self.config, _places(self.config)
         skips = []
         h = x
-        for level, side in enumerate(sides):
-            at = f"{side}x{side}_"
+        for level, at in enumerate(places):
             h = self.enc[at + "down"](h, emb) if level else self.enc[at + "conv"](h)
             skips.append(h)
             for i in range(config.res_blocks):
                 h = self.enc[f"{at}block{i}"](h, emb)
                 skips.append(h)
-        for side in reversed(sides):
-            h = _decode(self.dec, f"{side}x{side}_", side == sides[-1], config.res_blocks, h, emb, skips)
+        for at in reversed(places):
+            h = _decode(self.dec, at, at == places[-1], config.res_blocks, h, emb, skips)
         return cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
 
 
@@ -267,30 +276,32 @@ def _trunk(
     first            width of the first convolution
     attend_going_up  which decoder blocks of a level attend, where it does: "all", or only the "last"
     """
+    height = sides(config.image_size)[0]
     levels = [
-        (side, mult * config.model_channels) for side, mult in zip(_sides(config), config.channel_mult, strict=True)
+        (at, height >> level in config.attention, mult * config.model_channels)
+        for level, (at, mult) in enumerate(zip(_places(config), config.channel_mult, strict=True))
     ]
     enc, dec = nn.ModuleDict(), nn.ModuleDict()
     width, skips = first, [first]
-    for level, (side, target) in enumerate(levels):
+    for level, (at, attended, target) in enumerate(levels):
         if level == 0:
-            enc[f"{side}x{side}_conv"] = Conv(config.channels, width, 3)
+            enc[at + "conv"] = Conv(config.channels, width, 3)
         else:
-            enc[f"{side}x{side}_down"] = block(width, width, False, "down")
+            enc[at + "down"] = block(width, width, False, "down")
             skips.append(width)
         for i in range(config.res_blocks):
-            enc[f"{side}x{side}_block{i}"] = block(width, target, side in config.attention, "")
+            enc[f"{at}block{i}"] = block(width, target, attended, "")
             width = target
             skips.append(width)
-    for level, (side, target) in reversed(list(enumerate(levels))):
+    for level, (at, attended, target) in reversed(list(enumerate(levels))):
         if level == len(levels) - 1:
-            dec[f"{side}x{side}_in0"] = block(width, width, True, "")
-            dec[f"{side}x{side}_in1"] = block(width, width, False, "")
+            dec[at + "in0"] = block(width, width, True, "")
+            dec[at + "in1"] = block(width, width, False, "")
         else:
-            dec[f"{side}x{side}_up"] = block(width, width, False, "up")
+            dec[at + "up"] = block(width, width, False, "up")
         for i in range(config.res_blocks + 1):
-            attends = side in config.attention and (attend_going_up == "all" or i == config.res_blocks)
-            dec[f"{side}x{side}_block{i}"] = block(width + skips.pop(), target, attends, "")
+            attends = attended and (attend_going_up == "all" or i == config.res_blocks)
+            dec[f"{at}block{i}"] = block(width + skips.pop(), target, attends, "")
             width = target
     return enc, dec
 
@@ -305,8 +316,10 @@ def _decode(
     return h
 
 
-def _sides(config: SongConfig | DhariwalConfig) -> list[int]:
-    return [config.image_size >> level for level in range(len(config.channel_mult))]
+def _places(config: SongConfig | DhariwalConfig) -> list[str]:
+    """Return what the names of each level's tensors begin with: 64x64_, 32x32_, .., height first."""
+    height, width = sides(config.image_size)
+    return [f"{height >> level}x{width >> level}_" for level in range(len(config.channel_mult))]
 
 
 def _emb(config: SongConfig | DhariwalConfig) -> int:

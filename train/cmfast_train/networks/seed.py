@@ -26,22 +26,30 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.networks.adm import GroupNorm32
 from cmfast_train.networks.precision import cast, full_precision
-from cmfast_train.networks.shape import check_seed_network
+from cmfast_train.networks.shape import Size, check_seed_network, plain_size, sides
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedConfig:
     """The shape of one network. Saved in the checkpoint under "network"."""
 
-    image_size: int  # pixels, square, a multiple of 4; no tensor depends on it
+    image_size: (
+        Size  # pixels, multiples of 4: one number of square images, else (height, width). No tensor depends on it
+    )
     channels: int = 3  # of the image, in and out
     classes: int = 0  # always: it takes no label
     width: int = 128  # channels at full and half size, twice that below; a multiple of 32; the original's D
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_seed_network(vars(self))
         if self.classes != 0:
             raise CmfastError(f"the first public implementation's network takes no label, got classes={self.classes}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+        return (self.channels, *sides(self.image_size))
 
 
 class SeedUnet(nn.Module):

@@ -9,34 +9,63 @@ from typing import Any
 from cmfast.errors import CmfastError
 
 GROUPS = 32  # of every GroupNorm
+LARGEST_SIDE = 65536  # pixels
+
+Size = int | tuple[int, int]  # of images, pixels: one number of square ones, else (height, width)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Return the (height, width) of an image size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def plain_size(size: Any) -> Any:
+    """Return (32, 32) as 32, the one form of a square's size; anything else as it is."""
+    return size[0] if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1] else size
+
+
+def size_text(size: Size) -> str:
+    """Return a size as --set image_size takes it: 32, or 32x64, height first."""
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+
+
+def check_image_size(size: Any) -> None:
+    """Raise CmfastError unless this is the size of an image."""
+    both = size if isinstance(size, tuple) else (size, size)
+    if len(both) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in both):
+        raise CmfastError(
+            f"image_size must be a whole number from 1 to {LARGEST_SIDE} (pixels), or HEIGHTxWIDTH, got {size!r}"
+        )
 
 
 def check_network(fields: Mapping[str, Any]) -> None:
     """Raise CmfastError unless a network can be built with these fields of `networks.adm.AdmConfig`."""
-    names = ("image_size", "channels", "model_channels", "res_blocks", "head_channels")
+    check_image_size(fields["image_size"])
+    names = ("channels", "model_channels", "res_blocks", "head_channels")
     mult, attention = fields["channel_mult"], fields["attention"]
     for name, value in [*((n, fields[n]) for n in names), *(("channel_mult", m) for m in mult)]:
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise CmfastError(f"{name} must be a whole number from 1, got {value!r}")
     if not mult:
         raise CmfastError("channel_mult must name at least one level, for example channel_mult=1,2,2")
-    side, width = fields["image_size"], fields["model_channels"]
+    size, width = fields["image_size"], fields["model_channels"]
+    height = sides(size)[0]
     heads = fields.get("heads", 0)
     if not isinstance(heads, int) or heads < 0:
         raise CmfastError(f"heads must be a whole number from 0 (by head_channels), got {heads!r}")
     name = "heads" if heads else "head_channels"
     divisor = heads or fields["head_channels"]
-    if side % 2 ** (len(mult) - 1):
+    if any(side % 2 ** (len(mult) - 1) for side in sides(size)):
         raise CmfastError(
-            f"image_size={side} cannot be halved {len(mult) - 1} times, which channel_mult={tuple(mult)} needs; "
-            f"it must be a multiple of {2 ** (len(mult) - 1)}"
+            f"image_size={size_text(size)} cannot be halved {len(mult) - 1} times, as channel_mult={tuple(mult)} "
+            f"needs; it must be a multiple of {2 ** (len(mult) - 1)}"
         )
     if width % GROUPS:
         raise CmfastError(f"model_channels must be a multiple of {GROUPS}, got {width}")
     for level, factor in enumerate(mult):
-        if side // 2**level in attention and factor * width % divisor:
+        if height // 2**level in attention and factor * width % divisor:
             raise CmfastError(
-                f"attention at {side // 2**level} px has {factor * width} channels, no multiple of {name}={divisor}"
+                f"attention at {height // 2**level} px has {factor * width} channels, no multiple of {name}={divisor}"
             )
     if mult[-1] * width % divisor:  # the middle block always attends
         raise CmfastError(f"the middle block has {mult[-1] * width} channels, no multiple of {name}={divisor}")
@@ -46,12 +75,14 @@ def check_network(fields: Mapping[str, Any]) -> None:
 
 def check_seed_network(fields: Mapping[str, Any]) -> None:
     """Raise CmfastError unless a network can be built with these fields of `networks.seed.SeedConfig`."""
-    for name in ("image_size", "channels", "width"):
+    size = fields["image_size"]
+    check_image_size(size)
+    for name in ("channels", "width"):
         if not isinstance(fields[name], int) or fields[name] < 1:
             raise CmfastError(f"{name} must be a whole number from 1, got {fields[name]!r}")
-    if fields["image_size"] % 4:
+    if any(side % 4 for side in sides(size)):
         raise CmfastError(
-            f"image_size={fields['image_size']} cannot be halved twice, which the first public implementation's "
+            f"image_size={size_text(size)} cannot be halved twice, which the first public implementation's "
             "network needs; it must be a multiple of 4"
         )
     if fields["width"] % GROUPS:
