@@ -233,7 +233,7 @@ def test_a_phase_distils_the_phase_before_it(write: Write, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        ("adm, 16 px", "a model of images [1, 16, 16], the run has [1, 8, 8]: --set image_size, channels"),
+        ("adm, 16 px", "a model of images [1, 16, 16], the run has [1, 8, 8]: --set image_size=16 --set channels=1"),
         ("adm, 3 classes", "a model of 3 classes, the run has 10; a label of the one means nothing to the other"),
     ],
 )
