@@ -7,17 +7,22 @@
     images = model.sample(16, steps=2, seed=0)        # uint8 [16, H, W, C]
     x0 = model.denoise(x, sigma)                      # float32, the raw contract
 
-The names below are the public interface. The algorithm is in `cmfast.sampler`.
+The names below are the public interface; each is imported when it is first used. The algorithm is in `cmfast.sampler`.
 """
 
-from cmfast.artifact import Manifest, read_manifest
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
-from cmfast.images import save_images
-from cmfast.model import Model, load
-from cmfast.noise import gaussian
-from cmfast.sampler import sample
-from cmfast.schedule import karras_sigmas
-from cmfast.spec import ModelSpec
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmfast.artifact import Manifest, read_manifest
+    from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
+    from cmfast.images import save_images
+    from cmfast.model import Model, load
+    from cmfast.noise import gaussian
+    from cmfast.sampler import sample
+    from cmfast.schedule import karras_sigmas
+    from cmfast.spec import ModelSpec
 
 __version__ = "0.1.0"
 
@@ -37,3 +42,16 @@ __all__ = [
     "sample",
     "save_images",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'cmfast' has no attribute {name!r}")
+    from cmfast import _api
+
+    value = globals()[name] = getattr(_api, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

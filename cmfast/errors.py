@@ -6,6 +6,8 @@ The commands print the message as one line; `exit_code` is what they exit with.
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class CmfastError(Exception):
     """A request that cannot be fulfilled; the message says what was got, what is needed, what to type."""
@@ -41,3 +43,12 @@ class CmfastWarning(UserWarning):
 def one_line(err: BaseException | str, limit: int = 300) -> str:
     """Return what another library says as one line of at most so many characters."""
     return " ".join(str(err).split())[:limit]
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: control characters, line ends, lone surrogates and the like as escapes."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

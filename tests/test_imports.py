@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+import cmfast
+from cmfast import _api
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMMANDS = PROJECT["project"]["scripts"]
@@ -129,12 +132,22 @@ def brings(module: str, wanted: str) -> bool:
     "heavy", ["torch", "onnxruntime", "onnx", "cmfast_train", "cmfast_export", "matplotlib", "PIL"]
 )
 def test_the_runtime_does_not_import(heavy: str) -> None:
-    assert not brings("cmfast", heavy)
+    assert not brings("cmfast._api", heavy)
 
 
 def test_the_check_above_can_fail() -> None:
     assert brings("json", "json")
-    assert brings("cmfast", "numpy")
+    assert brings("cmfast._api", "numpy")
+
+
+def test_every_public_name_is_there_and_importing_the_package_alone_brings_none() -> None:
+    assert not brings("cmfast", "numpy")
+    assert cmfast.__all__ == _api.__all__
+    for name in cmfast.__all__:
+        assert getattr(cmfast, name) is getattr(_api, name)
+    assert set(cmfast.__all__) <= set(dir(cmfast))
+    with pytest.raises(AttributeError, match="'cmfast' has no attribute 'nothing'"):
+        cmfast.nothing  # noqa: B018
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +161,8 @@ def test_importing_the_runtime_takes_a_tenth_of_a_second(compiled: dict[str, str
     # machine is one on which numpy alone is slow.
     clock = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
     numpy_s, cmfast_s = (
-        min(float(python(clock.format(module), **compiled).stdout) for _ in range(6)) for module in ("numpy", "cmfast")
+        min(float(python(clock.format(module), **compiled).stdout) for _ in range(6))
+        for module in ("numpy", "cmfast._api")
     )
     assert cmfast_s < max(0.15, 1.5 * numpy_s)
 

@@ -1,39 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""What all commands share: one line for what a user can mend, a traceback for a bug."""
+"""What all commands share: one line for what the user can fix, a traceback for a bug, exit codes, standard streams."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from cmfast.errors import CmfastError, CmfastWarning, MissingDependency
+from cmfast.errors import CmfastError, CmfastWarning, MissingDependency, one_line, printable
+
+READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
-def run_command(command: click.Command) -> None:
-    """Run a click command and exit: 0 done, 1 a check failed, 2 the request cannot be fulfilled, 130 interrupted."""
+def run_command(command: click.Command) -> NoReturn:
+    """Run a click command and exit.
+
+    0 done, 1 a check failed, 2 the request cannot be fulfilled, 130 interrupted, 141 the reader of the output has gone.
+    """
     name = command.name or "cmfast"
+    _open_closed_streams()
     _print_warnings_as_one_line(name)
     try:
-        code = command.main(prog_name=name, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except CmfastError as err:
-        _fail(name, str(err), err.exit_code)
-    except click.exceptions.Exit as err:
-        sys.exit(err.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail(name, "interrupted", 130)
-    except click.ClickException as err:
-        _fail(name, f"{err.format_message()} (see {name} --help)", 2)
+        code = _exit_code(command, name)
+        sys.stdout.flush()
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone, for example `| head`
-        sys.exit(141)
-    except OSError as err:  # disk full, no permission: the system's own words are the clearest
-        _fail(name, f"{err.filename}: {err.strerror}" if err.filename else str(err), 2)
+        _silence_streams()
+        code = READER_GONE
+    except OSError as err:  # of the flush: a full disk behind the standard output
+        _silence_streams()
+        code = _report(name, f"cannot write the output: {err.strerror}", 2)
+    sys.exit(code)
+
+
+def report_interrupt(name: str) -> int:
+    """Print that a command was interrupted; return its exit code. Another Ctrl-C does not get in the way."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return _report(name, "interrupted", 130)
 
 
 @contextmanager
@@ -48,18 +58,77 @@ def needs(what: str, extra: str) -> Iterator[None]:
         raise MissingDependency(what, package, extra) from None
 
 
+def _exit_code(command: click.Command, name: str) -> int:
+    """Run the command; return its exit code, after the one line of an error. A bug keeps its traceback."""
+    if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:  # a shell asks for completions
+        command.main(prog_name=name)
+    try:
+        # Not command.main, which turns a broken pipe into exit code 1: that means a failed check here.
+        with command.make_context(name, sys.argv[1:]) as context:
+            code = command.invoke(context)
+        return code if isinstance(code, int) else 0
+    except CmfastError as err:
+        return _report(name, str(err), err.exit_code)
+    except click.exceptions.Exit as err:
+        return err.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return report_interrupt(name)
+    except click.ClickException as err:
+        return _report(name, f"{err.format_message()} (see {name} --help)", 2)
+    except BrokenPipeError:
+        raise
+    except MemoryError as err:
+        said = f" ({one_line(err, 150)})" if str(err) else ""
+        return _report(name, f"out of memory{said}; try a smaller batch or fewer images", 2)
+    except OSError as err:  # no permission, a disk that fails: the system's own words are the clearest
+        return _report(
+            name, f"{os.fsdecode(err.filename)}: {err.strerror}" if err.filename else err.strerror or str(err), 2
+        )
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller has closed (`2>&-`), and let no character that a stream lacks be an error.
+
+    The next file that is opened would get the number of a closed stream, and libraries in C would write their
+    messages into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            opened = open(os.devnull, "r" if stream == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, stream, opened)
+    for output, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors=errors)
+
+
+def _silence_streams() -> None:
+    """Send what is left of the output to nowhere, so that the interpreter's last flush is no error."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(devnull, stream.fileno())
+
+
 def _print_warnings_as_one_line(name: str) -> None:
     usual = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, CmfastWarning):
-            click.echo(f"{name}: warning: {message}", err=True)
+            click.echo(f"{name}: warning: {printable(one_line(message, 2000))}", err=True)
         else:
             usual(message, category, *where, **more)
 
     warnings.showwarning = show
 
 
-def _fail(name: str, message: str, code: int) -> None:
-    click.echo(f"{name}: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+def _report(name: str, message: str, code: int) -> int:
+    click.echo(f"{name}: {printable(' '.join(message.split()))}", err=True)
+    return code

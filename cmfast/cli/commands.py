@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Where the commands of the runtime start. Each imports its module when it runs, so that this needs no time."""
+
+from __future__ import annotations
+
+from cmfast.cli._interrupt import interruptible
+
+
+def sample() -> None:
+    """Run cmfast-sample."""
+    with interruptible("cmfast-sample"):
+        from cmfast.cli.sample import main
+
+        main()
+
+
+def info() -> None:
+    """Run cmfast-info."""
+    with interruptible("cmfast-info"):
+        from cmfast.cli.info import main
+
+        main()
+
+
+def bench() -> None:
+    """Run cmfast-bench."""
+    with interruptible("cmfast-bench"):
+        from cmfast.cli.bench import main
+
+        main()
