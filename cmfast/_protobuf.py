@@ -31,11 +31,16 @@ class OnnxModel:
 
 def read_onnx_model(path: Path) -> OnnxModel:
     """Read the header, the metadata and the locations of external data of an ONNX file."""
-    model = OnnxModel()
     with open(path, "rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     # Not closed by hand: the frames of an exception still hold views of it.
-    _model(memoryview(mapped), model)
+    return parse_onnx_model(memoryview(mapped))
+
+
+def parse_onnx_model(data: memoryview) -> OnnxModel:
+    """Read the same from the bytes of a file."""
+    model = OnnxModel()
+    _model(data, model)
     if not model.graph:
         raise ProtobufError("it holds no graph")
     return model

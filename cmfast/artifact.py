@@ -114,16 +114,32 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
     """Return the manifest of an ONNX file and {"ir": ..., "opset": ...}, after checking that it is whole and closed."""
     file = check_file(path)
-    model = read_onnx_file(file)
+    manifest, model = check_onnx(read_onnx_file(file), file)
     for location in model.external:
-        _check_external(file, location)
+        external_file(file, location)
+    return manifest, {"ir": model.ir, "opset": model.opset}
+
+
+def parse_onnx(data: memoryview, file: Path) -> tuple[Manifest, pb.OnnxModel]:
+    """Return the manifest in the bytes of an ONNX file and what the reader keeps of it; `file` is named in errors.
+
+    Where its external data may be is for the caller to check: `external_file`.
+    """
+    try:
+        return check_onnx(pb.parse_onnx_model(data), file)
+    except pb.ProtobufError as err:
+        raise _not_whole(file, err) from None
+
+
+def check_onnx(model: pb.OnnxModel, file: Path) -> tuple[Manifest, pb.OnnxModel]:
+    """Return the manifest of what the reader kept of an ONNX file, and that; ArtifactError where there is none."""
     text = model.metadata.get("cmfast")
     if text is None:
         raise ArtifactError(
             f"{file}: an ONNX file without a cmfast manifest, so its conventions are unknown; "
             "make one that has it: cmfast-export model.pt"
         )
-    return Manifest.from_json(text, str(file)), {"ir": model.ir, "opset": model.opset}
+    return Manifest.from_json(text, str(file)), model
 
 
 def read_onnx_file(file: Path) -> pb.OnnxModel:
@@ -131,9 +147,11 @@ def read_onnx_file(file: Path) -> pb.OnnxModel:
     try:
         return pb.read_onnx_model(file)
     except pb.ProtobufError as err:
-        raise ArtifactError(
-            f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export"
-        ) from None
+        raise _not_whole(file, err) from None
+
+
+def _not_whole(file: Path, err: pb.ProtobufError) -> ArtifactError:
+    return ArtifactError(f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export")
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
@@ -186,22 +204,38 @@ def model_bytes(path: str | os.PathLike[str]) -> int:
     file = Path(path)
     if file.is_dir():
         return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
-    beside = pb.read_onnx_model(file).external if file.suffix == ".onnx" else []
-    return file.stat().st_size + sum((file.parent / name).stat().st_size for name in set(beside))
+    beside = read_onnx_file(file).external if file.suffix == ".onnx" else []
+    return file.stat().st_size + sum(external_file(file, name).stat().st_size for name in set(beside))
 
 
-def _check_external(file: Path, location: str) -> None:
-    """Allow weights in a plain file beside the model (needed above 2 GB) and nothing else."""
-    beside = file.parent / location
+def external_file(file: Path, location: str) -> Path:
+    """Return the file with the weights that an ONNX file says are at `location`; anything but beside it is refused.
+
+    Beside: a plain name, in the folder of the model once all links are followed. In a cache of Hugging Face's hub both
+    are links into one folder of blobs; a link to anywhere else would let a model read any file as its weights.
+    """
     plain = (
         bool(location)
         and location == os.path.basename(location)
         and location not in (".", "..")
-        and "\\" not in location
+        and not any(character in location for character in "\\\0")
     )
     if not plain:
         raise ArtifactError(f"{file}: its weights point to {location!r}, outside the model's folder; refused")
+    beside = file.parent / location
     if not os.path.lexists(beside):
         raise ArtifactError(f"{file}: its weights are in {location!r}, which is not beside it")
-    if beside.is_symlink() or not beside.is_file() or beside.stat().st_nlink != 1:
-        raise ArtifactError(f"{file}: its weights point to {location!r}, which is a link or not a file; refused")
+    target = Path(os.path.realpath(beside))
+    if not target.is_file():
+        raise ArtifactError(f"{file}: its weights point to {location!r}, which is not a file or a broken link; refused")
+    if target.parent != Path(os.path.realpath(file)).parent:
+        raise ArtifactError(
+            f"{file}: its weights point to {location!r}, a link to a file in another folder ({target}); refused; "
+            f"if that is right, copy both: cp -L {file} {beside} FOLDER"
+        )
+    if target.stat().st_nlink != 1:
+        raise ArtifactError(
+            f"{file}: its weights point to {location!r}, which has another name elsewhere (a hard link); refused; "
+            f"if that is right, copy both: cp -L {file} {beside} FOLDER"
+        )
+    return target

@@ -290,7 +290,7 @@ def test_a_tensor_outside_the_folder_is_found_wherever_it_is(
     "location",
     [
         "../w.bin", "/etc/passwd", "..", ".", "", None, "folder/w.bin", "./w.bin", "folder\\w.bin", "w.bin/", "folder",
-        "symlink", "hardlink", "missing.bin", "w.bin\0", "pipe",
+        "symlink", "broken", "hardlink", "missing.bin", "w.bin\0", "pipe",
     ],
 )  # fmt: skip
 def test_weights_anywhere_but_in_a_plain_file_beside_the_model_are_refused(
@@ -299,7 +299,8 @@ def test_weights_anywhere_but_in_a_plain_file_beside_the_model_are_refused(
     for folder in (tmp_path, tmp_path.parent, tmp_path / "folder"):
         folder.mkdir(exist_ok=True)
         (folder / "w.bin").write_bytes(bytes(4))
-    (tmp_path / "symlink").symlink_to(tmp_path / "w.bin")
+    (tmp_path / "symlink").symlink_to(tmp_path / "folder" / "w.bin")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing.bin")
     (tmp_path / "hardlink").hardlink_to(tmp_path / "folder" / "w.bin")
     os.mkfifo(tmp_path / "pipe")
     model = small_model()
@@ -313,6 +314,28 @@ def test_weights_in_a_plain_file_beside_the_model_are_allowed(write: Callable[..
     model = small_model()
     model.graph.initializer.append(external("w.bin"))
     assert read_onnx(write(model))[0] == MANIFEST
+
+
+def test_weights_behind_links_into_the_folder_that_the_model_is_in_are_allowed_as_in_a_hub_cache(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = small_model()
+    model.graph.initializer.append(external("w.bin"))
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    write(model).rename(blobs / "aa11")
+    (blobs / "bb22").write_bytes(bytes(4))
+    (snapshot / "model.onnx").symlink_to("../../blobs/aa11")
+    (snapshot / "w.bin").symlink_to("../../blobs/bb22")
+    assert read_onnx(snapshot / "model.onnx")[0] == MANIFEST
+    (tmp_path / "linked").symlink_to(snapshot)  # a link to the whole folder
+    assert read_onnx(tmp_path / "linked" / "model.onnx")[0] == MANIFEST
+    (tmp_path / "secret").write_bytes(bytes(4))
+    (snapshot / "w.bin").unlink()
+    (snapshot / "w.bin").symlink_to("../../secret")
+    with pytest.raises(ArtifactError, match=r"a link to a file in another folder .*copy both: cp -L "):
+        read_onnx(snapshot / "model.onnx")
 
 
 def test_the_last_of_two_locations_does_not_hide_the_first(write: Callable[..., Path], tmp_path: Path) -> None:
