@@ -7,6 +7,7 @@ Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, Attrib
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,7 @@ class OnnxModel:
 
 def read_onnx_model(path: Path) -> OnnxModel:
     """Read the header, the metadata and the locations of external data of an ONNX file."""
-    with open(path, "rb") as handle:
-        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    # Not closed by hand: the frames of an exception still hold views of it.
-    return parse_onnx_model(memoryview(mapped))
+    return parse_onnx_model(map_file(path))
 
 
 def parse_onnx_model(data: memoryview) -> OnnxModel:
@@ -44,6 +42,16 @@ def parse_onnx_model(data: memoryview) -> OnnxModel:
     if not model.graph:
         raise ProtobufError("it holds no graph")
     return model
+
+
+def map_file(path: Path) -> memoryview:
+    """Return the bytes of a file, mapped into memory: read when they are looked at."""
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size == 0:  # which cannot be mapped
+            return memoryview(b"")
+        # Not closed by hand: the frames of an exception still hold views of it.
+        return memoryview(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ))
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -112,7 +120,9 @@ def _model(data: memoryview, model: OnnxModel) -> None:
                 version = entry.get(2, 0)
                 model.opset = version if isinstance(version, int) else 0
         elif number == 14 and isinstance(value, memoryview):
-            key, text = _string_pair(value)
+            key, text = string_pair(value)
+            if key == "cmfast" and key in model.metadata:  # other readers may take the first, ONNX Runtime the last
+                raise ProtobufError("it holds two cmfast manifests")
             model.metadata[key] = text
         elif number == 20 and isinstance(value, memoryview):  # training information: two graphs
             for inner, part in fields(value):
@@ -170,7 +180,7 @@ def _tensor(data: memoryview, model: OnnxModel) -> None:
     for number, value in fields(data):
         if number == 13 and isinstance(value, memoryview):
             external = True
-            key, text = _string_pair(value)
+            key, text = string_pair(value)
             locations += [text] if key == "location" else []
         elif number == 14 and value == 1:
             external = True
@@ -178,7 +188,8 @@ def _tensor(data: memoryview, model: OnnxModel) -> None:
         model.external.extend(locations or [""])
 
 
-def _string_pair(data: memoryview) -> tuple[str, str]:
+def string_pair(data: memoryview) -> tuple[str, str]:
+    """Return key and value of a StringStringEntryProto."""
     entry = dict(fields(data))
     key, value = entry.get(1, memoryview(b"")), entry.get(2, memoryview(b""))
     if not isinstance(key, memoryview) or not isinstance(value, memoryview):

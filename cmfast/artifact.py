@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
-from cmfast.errors import ArtifactError, CmfastError
+from cmfast._content import content_sha256
+from cmfast._recognise import HEAD
+from cmfast._recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
+from cmfast.errors import ArtifactError, CmfastError, shown
 from cmfast.spec import ModelSpec
 
 SCHEMA = "cmfast/1"
@@ -50,6 +53,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)  # format and SHA-256 of the weights
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions of the programs that wrote the file
     parity: Mapping[str, float] = field(default_factory=dict)  # against PyTorch, worst over levels and batches
+    graph_sha256: str = ""  # of the graph and the weights that were verified: cmfast._content; "": not recorded
     cost: Mapping[str, float] = field(default_factory=dict)  # operations and bytes of one image: cmfast_export.cost
     engine: Mapping[str, Any] = field(default_factory=dict)  # of a built engine: what built it, for what: cmfast.plan
 
@@ -64,6 +68,7 @@ class Manifest:
         values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
+        values |= {"graph_sha256": self.graph_sha256} if self.graph_sha256 else {}
         values |= {name: dict(part) for name, part in (("cost", self.cost), ("engine", self.engine)) if part}
         text = json.dumps(values)
         if len(text) > MAX_CHARACTERS:
@@ -91,7 +96,12 @@ class Manifest:
             if not all(isinstance(part, dict) for part in parts.values()):
                 raise CmfastError(f"{', '.join(_OBJECTS)} must be objects")
             kind, dtype = values.get("kind"), values.get("dtype", "float32")
-            return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), **parts)
+            digest = values.get("graph_sha256", "")
+            if not isinstance(digest, str) or not re.fullmatch("([0-9a-f]{64})?", digest):
+                raise CmfastError(f"graph_sha256 must be 64 hex digits, got {shown(digest)}")
+            return cls(
+                kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), graph_sha256=digest, **parts
+            )
         except CmfastError as err:
             raise ArtifactError(f"{where}: {err}") from None
 
@@ -150,8 +160,34 @@ def read_onnx_file(file: Path) -> pb.OnnxModel:
         raise _not_whole(file, err) from None
 
 
+def graph_sha256(file: Path) -> str:
+    """Return the digest of what an ONNX file computes, its weights read: a second for a gigabyte."""
+
+    try:
+        return content_sha256(file, lambda location: external_file(file, location))
+    except pb.ProtobufError as err:
+        raise _not_whole(file, err) from None
+
+
+def as_verified(file: Path, manifest: Manifest) -> bool | None:
+    """Whether an ONNX file computes what was verified when it was exported; None: its manifest has no digest."""
+    return graph_sha256(file) == manifest.graph_sha256 if manifest.graph_sha256 else None
+
+
+def check_unchanged(file: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if an ONNX file was changed since it was verified. One without a digest passes."""
+    if as_verified(file, manifest) is False:
+        raise ArtifactError(
+            f"{file}: its graph or its weights were changed since they were verified, so its manifest describes "
+            "another file; export the model again with cmfast-export (--precision fp16 makes a verified half)"
+        )
+
+
 def _not_whole(file: Path, err: pb.ProtobufError) -> ArtifactError:
-    return ArtifactError(f"{file}: not a whole ONNX file ({err}); export the model again with cmfast-export")
+    with file.open("rb") as opened:
+        instead = what_it_is_instead(opened.read(HEAD))
+    what = f": it is {instead}" if instead else f" ({err}); export the model again with cmfast-export"
+    return ArtifactError(f"{file}: not a whole ONNX file{what}")
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

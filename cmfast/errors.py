@@ -52,3 +52,12 @@ def printable(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """Return a value from a file as Python writes it, in one line of about so many characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists a thousand deep
+        return f"a {type(value).__name__} too long to print"
+    return printable(text) if len(text) <= limit else f"{printable(text[:limit])}..."

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cmfast._recognise import HEAD, what_it_is_instead
 from cmfast.artifact import MAX_CHARACTERS, Manifest, check_file
 from cmfast.errors import ArtifactError
 
@@ -44,7 +45,11 @@ def parse_plan(data: Plan, file: Path) -> Manifest:
     """Return the manifest in the bytes of an engine file, as `read_plan` does; `file` is named in errors."""
     library = LIBRARY_OF_MAGIC.get(bytes(data[:4]))
     if len(data) < _LEAST or library is None:
-        raise ArtifactError(f"{file}: not a TensorRT engine; make one: cmfast-export model.pt --format engine")
+        instead = what_it_is_instead(bytes(data[:HEAD]))
+        raise ArtifactError(
+            f"{file}: not a TensorRT engine{f': it is {instead}' if instead and not library else ''}; "
+            "make one: cmfast-export model.pt --format engine"
+        )
     start, text = _find(data, file)
     manifest = Manifest.from_json(text, str(file))
     at = start + text.find(_FIELD) + len(_FIELD)

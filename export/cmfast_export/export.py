@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from cmfast.artifact import PRECISIONS, Manifest, read_onnx, rounding
+from cmfast.artifact import PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.engines import Engine, open_engine
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
@@ -109,7 +109,7 @@ def export_onnx(
                 size = write.write_with_manifest(looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
-            manifest = replace(manifest, parity=found)
+            manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             _seal(file, size, manifest)
     except BaseException:
         remove_unused({data.path} if data else set(), target.parent)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
-from cmfast.artifact import Manifest, file_sha256, read_onnx, rounding
+from cmfast.artifact import Manifest, check_unchanged, file_sha256, read_onnx, rounding
 from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
 from cmfast.engines._tensorrt_library import (
@@ -117,6 +117,7 @@ def build_engine(
     """
     target, begun = check_target(out), time.perf_counter()
     manifest, _ = read_onnx(onnx)
+    check_unchanged(onnx, manifest)
     library, trt = check_build(options, target, cache)
     engine = _description(trt, onnx, options, library)
     kept = cache / f"{_key(engine)}.engine" if cache else None
