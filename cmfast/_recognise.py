@@ -9,7 +9,10 @@ HEAD = 4096  # bytes of a file that are enough
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MAGIC = (  # first bytes, what the file is
-    (b"PK\x03\x04", "a zip archive, as PyTorch's checkpoints and numpy's .npz files are; unpack it if a model is in it"),
+    (
+        b"PK\x03\x04",
+        "a zip archive; unpack it if a model is in it",
+    ),
     (b"\x1f\x8b", "compressed by gzip; unpack it: gunzip or tar -xzf"),
     (b"BZh", "compressed by bzip2; unpack it: bunzip2 or tar -xjf"),
     (b"\xfd7zXZ\x00", "compressed by xz; unpack it: unxz or tar -xJf"),

@@ -99,9 +99,7 @@ class Manifest:
             digest = values.get("graph_sha256", "")
             if not isinstance(digest, str) or not re.fullmatch("([0-9a-f]{64})?", digest):
                 raise CmfastError(f"graph_sha256 must be 64 hex digits, got {shown(digest)}")
-            return cls(
-                kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), graph_sha256=digest, **parts
-            )
+            return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), graph_sha256=digest, **parts)
         except CmfastError as err:
             raise ArtifactError(f"{where}: {err}") from None
 
