@@ -30,7 +30,7 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict, network_to_dict
+from cmfast_train.networks.build import NetworkConfig, build_network, check_weights, network_from_dict, network_to_dict
 
 FORMAT = "cmfast/1"
 OWN = {"format": "cmfast"}  # the source of weights that were trained here
@@ -140,6 +140,10 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
             raise ArtifactError(f"{file}: its weights are not named tensors")
         if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             raise ArtifactError(f"{file}: the weight {name} is {tensor.dtype}; a checkpoint's weights are float32")
+    try:
+        check_weights(network, weights)
+    except CmfastError as err:
+        raise ArtifactError(f"{file}: {err}") from None
     return Checkpoint(spec=spec, network=network, weights=weights, source=source)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from cmfast.cli._run import needs, run_command
-from cmfast_train.config import override, to_dict
+from cmfast_train.config import override, said_once, to_dict
 from cmfast_train.presets import ABOUT, PRESETS
 
 EPILOG = (
@@ -76,7 +76,9 @@ def command(
     from nothing or any model ct, ict, ect, sct; from nothing mf.
     """
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
-    config = override(PRESETS[preset], [*(f"{name}={file}" for name, file in models.items()), *assignments])
+    assignments = (*(f"{name}={file}" for name, file in models.items()), *assignments)
+    said_once(assignments)
+    config = override(PRESETS[preset], assignments)
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))
         return

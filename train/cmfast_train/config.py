@@ -5,19 +5,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.networks.shape import Size, check_image_size, check_network, check_seed_network, plain_size, sides
+from cmfast_train.checks import check_types, shown
+from cmfast_train.networks.count import adm_sizes, check_values, seed_sizes
+from cmfast_train.networks.shape import (
+    Size,
+    check_image,
+    check_network,
+    check_seed_network,
+    plain_size,
+    sides,
+    size_text,
+)
 from cmfast_train.phase import CONTINUOUS, DISTILL, METHODS, PD_STEPS, PHASE_DEFAULTS, Phase, check_positive
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
 NETWORKS = ("adm", "seed")  # cmfast_train.networks
+LIMITS: dict[str, int] = {  # of numbers and of the lengths of lists; a larger one is a slip of the hand
+    "batch": 2**20,  # images
+    "grid": 4096,  # images
+    "workers": 256,  # processes
+    "phases": 100,
+    "emas": 32,  # copies of the weights
+    "ema_stds": 32,
+    "attention": 32,
+    "sigmas": 32,
+}
+MOST_VALUES = 2**31  # of the images of a batch or a grid: 8 GB in float32
+MOST_LEVELS = 256  # in a list of default noise levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +99,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
-        check_image_size(self.image_size)
+        check_types(self)
         for name, value in zip(("scaling", "c_noise"), self.conventions(), strict=True):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
@@ -90,6 +114,8 @@ class TrainConfig:
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
         check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
+        check_image(self.channels, self.image_size)
+        self._check_limits()
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
         if not all(0 <= decay < 1 for decay in self.emas):
@@ -105,6 +131,13 @@ class TrainConfig:
         if any(s[0] != self.sigma_max for s in self.sigmas if s):
             raise CmfastError(f"default noise levels must begin with sigma_max={self.sigma_max:g}, got {self.sigmas}")
         self.spec(0)  # checks the noise levels
+        for phase in self.phases:
+            law = NormalDist(phase.p_mean, phase.p_std)
+            if phase.method == "ict" and not law.cdf(math.log(self.sigma_max)) > law.cdf(math.log(self.sigma_min)):
+                raise CmfastError(
+                    f"ict.p_mean={phase.p_mean:g} with ict.p_std={phase.p_std:g} draws no noise level from "
+                    f"{self.sigma_min:g} to {self.sigma_max:g}; p_mean is the mean of ln(sigma), such as -1.1"
+                )
 
     def spec(self, classes: int) -> ModelSpec:
         """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
@@ -160,17 +193,42 @@ class TrainConfig:
                 f"{self.c_noise}"
             )
 
+    def _check_limits(self) -> None:
+        """Raise if a number is larger than any run needs and would fill memory, or never end."""
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            number = value if isinstance(value, int) else len(value)
+            if number > limit:
+                what = name if isinstance(value, int) else f"the number of {name}"
+                raise CmfastError(f"{what} must be at most {limit:,}, got {number:,}")
+        for name in ("batch", "grid"):
+            values = getattr(self, name) * self.channels * math.prod(self.image_sides)
+            if values > MOST_VALUES:
+                raise CmfastError(
+                    f"{name}={getattr(self, name)} images of {size_text(self.image_size)} px are {values:,} values, "
+                    f"more than {MOST_VALUES:,}; make {name} smaller"
+                )
+        lengths = [len(levels) for levels in self.sigmas]
+        if max(lengths, default=0) > MOST_LEVELS or len(set(lengths)) < len(lengths):
+            raise CmfastError(
+                f"sigmas must be lists of different lengths, for 1 to {MOST_LEVELS} steps; got lists of "
+                f"{', '.join(map(str, lengths))}"
+            )
+
     def _check_network(self) -> None:
         if self.network not in NETWORKS:
             raise CmfastError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         if self.network == "adm":
-            check_network(self.network_fields())
+            fields = self.network_fields()
+            check_network(fields)
+            check_values(adm_sizes({"classes": 0, "scale_shift": True, "resblock_updown": True, **fields}))
             return
         if self.conditional:
             raise CmfastError("network=seed takes no label; add --set conditional=false")
         if self.dropout != 0:
             raise CmfastError(f"network=seed has no dropout, got dropout={self.dropout}; add --set dropout=0")
         check_seed_network(self.network_fields())
+        check_values(seed_sizes(self.network_fields()))
 
     def _check_teachers(self) -> None:
         """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
@@ -212,6 +270,16 @@ OF_THE_MODEL = frozenset(
 FREE_FIELDS = frozenset(
     {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute"}
 )
+
+
+def said_once(assignments: Iterable[str]) -> None:
+    """Raise CmfastError if two NAME=VALUE strings are for the same field: one of them would count for nothing."""
+    seen: dict[str, str] = {}
+    for text in assignments:
+        name = text.partition("=")[0]
+        if name in seen:
+            raise CmfastError(f"--set {_cut(text)}: {name} is already set by {_cut(seen[name])}; remove one of the two")
+        seen[name] = text
 
 
 def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
@@ -259,14 +327,30 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Read what `to_dict` wrote."""
+    """Read what `to_dict` wrote; CmfastError unless it is the configuration of a run."""
 
-    def frozen(value: Any) -> Any:
-        return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+    fields = _fields(values, TrainConfig, "the configuration")
+    phases = fields.get("phases", ())
+    if not isinstance(phases, tuple) or len(phases) > LIMITS["phases"]:
+        raise CmfastError(f"phases must be a list of at most {LIMITS['phases']} phases, got {shown(phases)}")
+    fields["phases"] = tuple(Phase(**_fields(phase, Phase, "a phase of the configuration")) for phase in phases)
+    return TrainConfig(**fields)
 
-    fields = {name: frozen(value) for name, value in values.items() if name != "phases"}
-    phases = tuple(Phase(**{k: frozen(v) for k, v in phase.items()}) for phase in values["phases"])
-    return TrainConfig(**fields, phases=phases)
+
+def _fields(values: Any, owner: type, what: str) -> dict[str, Any]:
+    """Return the fields of a dataclass from plain containers; CmfastError unless they are such fields."""
+
+    def frozen(value: Any, depth: int = 2) -> Any:
+        return tuple(frozen(v, depth - 1) for v in value) if isinstance(value, (list, tuple)) and depth else value
+
+    if not isinstance(values, Mapping):
+        raise CmfastError(f"{what} must be names and values, got {shown(values)}")
+    needed = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(owner)}
+    if unknown := [name for name in values if name not in needed]:
+        raise CmfastError(f"{what} has no field {shown(unknown[0])}; is it of a newer cmfast?")
+    if missing := [name for name, must in needed.items() if must and name not in values]:
+        raise CmfastError(f"{what} lacks {missing[0]}")
+    return {name: frozen(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -279,7 +363,9 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
     """Return `value` as the type of the field `name` of a dataclass; `text` is what the error quotes."""
     kinds = typing.get_type_hints(owner)
     if name not in kinds:
-        raise CmfastError(f"--set {text}: no such field; there are {', '.join(sorted(kinds))}")
+        phases = owner is TrainConfig and name in typing.get_type_hints(Phase)
+        here = f" of the run, but of its phases: --set METHOD.{_cut(text)}" if phases else ""
+        raise CmfastError(f"--set {_cut(text)}: no such field{here}; there are {', '.join(sorted(kinds))}")
     kind = kinds[name]
     if type(None) in typing.get_args(kind):  # "int | None": what is written is an int
         kind = functools.reduce(operator.or_, (k for k in typing.get_args(kind) if k is not type(None)))
@@ -287,7 +373,12 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
         return _READERS[str(kind) if typing.get_origin(kind) else kind.__name__](value)
     except (ValueError, KeyError):
         readable = str(kind) if typing.get_origin(kind) else kind.__name__
-        raise CmfastError(f"--set {text}: {value!r} does not convert to {readable}") from None
+        example = f" ({_EXAMPLES[readable]})" if readable in _EXAMPLES else ""
+        raise CmfastError(f"--set {_cut(text)}: {_cut(value)!r} does not convert to {readable}{example}") from None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _bool(value: str) -> bool:
@@ -309,6 +400,8 @@ def _ints(value: str) -> tuple[int, ...]:
 
 def _phases(value: str) -> tuple[Phase, ...]:
     phases: list[Phase] = []
+    if value.count(",") >= LIMITS["phases"]:
+        raise CmfastError(f"--set phases: there are {value.count(',') + 1:,}, more than {LIMITS['phases']}")
     for part in value.split(","):
         name, colon, images = part.partition(":")
         method, slash, steps = name.partition("/")
@@ -324,6 +417,18 @@ def _phases(value: str) -> tuple[Phase, ...]:
             phases += [Phase(**values | {"steps": n, "images": each}) for n in PD_STEPS]
     return tuple(phases)
 
+
+_EXAMPLES = {  # what each reader reads
+    "int": "a whole number, such as 1000",
+    "float": "a number, such as 0.5 or 1e-4",
+    "bool": "true or false",
+    "int | tuple[int, int]": "pixels of square images, such as 32, or HEIGHTxWIDTH, such as 32x64",
+    "tuple[int, ...]": "whole numbers with commas between, such as 1,2,2",
+    "tuple[int, int]": "two whole numbers, such as 0,7",
+    "tuple[float, ...]": "numbers with commas between, such as 0.99,0.999",
+    "tuple[tuple[float, ...], ...]": "lists with colons between, such as 80:80,0.8",
+    "tuple[cmfast_train.phase.Phase, ...]": "METHOD:IMAGES, such as edm:50000,ect:100000",
+}
 
 _READERS: dict[str, Any] = {
     "int": lambda value: int(value.replace("_", "")),

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import check_types, shown
 
 METHODS = ("edm", "ct", "cd", "ict", "ect", "pd", "sct", "scd", "mf")  # cmfast_train.methods
 DISTILL = ("cd", "pd", "scd")  # of them, those with a teacher
 CONTINUOUS = ("sct", "scd")  # of them, those that differentiate along the path
+
+MOST_LEVELS = 65536  # noise levels of ct, cd, ict, and steps of pd: each optimiser step makes them all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +53,11 @@ class Phase:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise CmfastError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise CmfastError(f"{self.method}.{name} must be a finite number, got {value}")
+            raise CmfastError(f"method must be one of {', '.join(METHODS)}, got {shown(self.method)}")
+        check_types(self, f"{self.method}.")
+        for name in ("s0", "s1", "steps"):
+            if getattr(self, name) > MOST_LEVELS:
+                raise CmfastError(f"{self.method}.{name} must be at most {MOST_LEVELS:,}, got {getattr(self, name):,}")
         check_positive(self, "images", "lr", "p_std", "s0", "s1", "tangent_c")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:

@@ -14,6 +14,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from cmfast.errors import CmfastError
 from cmfast.schedule import karras_sigmas
 
 
@@ -61,6 +62,11 @@ def ict_pair(
     ascending = karras_sigmas(n, sigma_min, sigma_max, rho)[::-1]
     law = NormalDist(p_mean, p_std)
     below = [law.cdf(math.log(level)) for level in ascending]
+    if not below[-1] > below[0]:
+        raise CmfastError(
+            f"ict.p_mean={p_mean:g} with ict.p_std={p_std:g} draws no noise level from {sigma_min:g} to {sigma_max:g}; "
+            "p_mean is the mean of ln(sigma), such as -1.1"
+        )
     edges = tuple((mass - below[0]) / (below[-1] - below[0]) for mass in below[1:])
     i = torch.searchsorted(_levels(edges, uniform.dtype, uniform.device), uniform.contiguous(), right=True)
     levels = _levels(ascending, uniform.dtype, uniform.device)

@@ -28,7 +28,7 @@ class Student(nn.Module):
     def __init__(self, denoiser: Denoiser, adaptive: bool) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.log_variance = nn.Linear(FEATURES, 1) if adaptive else None
+        self.log_variance = nn.Linear(FEATURES, 1, dtype=torch.float32) if adaptive else None
         if self.log_variance is not None:
             nn.init.zeros_(self.log_variance.weight)
             nn.init.zeros_(self.log_variance.bias)

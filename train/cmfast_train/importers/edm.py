@@ -248,7 +248,7 @@ def _taps(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
     if any(f.shape not in [(1, 1, len(taps), len(taps)) for taps in FILTERS] for f in filters):
         raise ValueError
     for taps in FILTERS:
-        line = torch.tensor(taps) / sum(taps)
+        line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
         if all(f.shape[-1] == len(taps) and torch.allclose(f.float(), line[:, None] * line) for f in filters):
             return taps
     raise CmfastError("its layers resample with a filter that is neither 1,1 nor 1,3,3,1")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import check_types
+from cmfast_train.networks.count import adm_sizes, check_values
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import GROUPS, Size, check_network, plain_size, sides
 
@@ -40,9 +42,11 @@ class AdmConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_types(self)
         check_network(vars(self))
-        if not isinstance(self.classes, int) or self.classes < 0:
+        if self.classes < 0:
             raise CmfastError(f"classes must be a whole number from 0, got {self.classes!r}")
+        check_values(adm_sizes(vars(self)))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -241,7 +245,7 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator)
+            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if parameter.ndim > 1:
                 value *= parameter[0].numel() ** -0.5
             else:  # norms are around one, biases around zero

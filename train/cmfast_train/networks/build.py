@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from cmfast_train.networks.count import adm_sizes, edm_sizes, seed_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.precision import float32_weights
 from cmfast_train.networks.seed import SeedConfig, SeedUnet
 
 # Every configuration has image_size, image_shape, channels and classes; networks are called with (x, c_noise, label).
@@ -22,11 +25,29 @@ _TYPES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "song": (SongConfig, SongUnet),
     "dhariwal": (DhariwalConfig, DhariwalUnet),
 }
+_SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every tensor
+    "adm": adm_sizes,
+    "seed": seed_sizes,
+    "song": lambda fields: edm_sizes(fields, song=True),
+    "dhariwal": lambda fields: edm_sizes(fields, song=False),
+}
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
-    """Return a new network of this shape, on the current default device."""
-    return _TYPES[network_type(config)][1](config)
+    """Return a new network of this shape, on the current default device, float32."""
+    with float32_weights():
+        return _TYPES[network_type(config)][1](config)
+
+
+def check_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise CmfastError unless these are as many tensors and values as the network has: before it is built."""
+    have = [tensor.numel() for tensor in weights.values()]
+    need = list(_SIZES[network_type(config)](vars(config)))
+    if (len(have), sum(have)) != (len(need), sum(need)):
+        raise CmfastError(
+            f"the weights do not fit the network: they are {len(have):,} tensors of {sum(have):,} values, its "
+            f"configuration needs {len(need):,} of {sum(need):,}"
+        )
 
 
 def network_type(config: NetworkConfig) -> str:
@@ -41,10 +62,18 @@ def network_to_dict(config: NetworkConfig) -> dict[str, Any]:
 
 
 def network_from_dict(values: Mapping[str, Any]) -> NetworkConfig:
-    """Read what `network_to_dict` wrote."""
-    values = dict(values)
-    if (name := values.pop("type", None)) not in _TYPES:
-        raise CmfastError(f"unknown network type {name!r}; this version knows {', '.join(_TYPES)}")
+    """Read what `network_to_dict` wrote; CmfastError unless it is a network that can be built."""
+    if not isinstance(values, Mapping):
+        raise CmfastError(f"a network is described by names and values, got {shown(values)}")
+    name = values.get("type")
+    if not isinstance(name, str) or name not in _TYPES:
+        raise CmfastError(f"unknown network type {shown(name)}; this version knows {', '.join(_TYPES)}")
     kind = _TYPES[name][0]
-    config: NetworkConfig = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    given = {key: value for key, value in values.items() if key != "type"}
+    if unknown := [key for key in given if key not in fields]:
+        raise CmfastError(f"the network {name} has no field {shown(unknown[0])}; is the file of a newer cmfast?")
+    if missing := [key for key, needed in fields.items() if needed and key not in given]:
+        raise CmfastError(f"the description of the network {name} lacks {missing[0]}")
+    config: NetworkConfig = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
     return config

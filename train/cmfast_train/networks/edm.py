@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import check_types
+from cmfast_train.networks.count import check_values, edm_sizes
 from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import Size, check_network, plain_size, sides
@@ -53,15 +55,17 @@ class SongConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_types(self)
         check_network(vars(self) | {"head_channels": 1})
         _check_counts(self)
         for name, allowed in (("embedding", EMBEDDINGS), ("encoder", ENCODERS), ("decoder", DECODERS)):
             if getattr(self, name) not in allowed:
                 raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not isinstance(self.noise_mult, int) or self.noise_mult < 1:
+        if self.noise_mult < 1:
             raise CmfastError(f"noise_mult must be a whole number from 1, got {self.noise_mult!r}")
         if self.resample not in FILTERS:
             raise CmfastError(f"resample must be 1,1 or 1,3,3,1, got {self.resample!r}")
+        check_values(edm_sizes(vars(self), song=True))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -86,8 +90,10 @@ class DhariwalConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_types(self)
         check_network(vars(self) | {"head_channels": HEAD_CHANNELS})
         _check_counts(self)
+        check_values(edm_sizes(vars(self), song=False))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -329,7 +335,7 @@ def _emb(config: SongConfig | DhariwalConfig) -> int:
 def _check_counts(config: SongConfig | DhariwalConfig) -> None:
     for name, least in (("classes", 0), ("augment", 0), ("emb_mult", 1)):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
+        if value < least:
             raise CmfastError(f"{name} must be a whole number from {least}, got {value!r}")
 
 

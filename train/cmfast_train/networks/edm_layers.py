@@ -80,7 +80,7 @@ class FourierWaves(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 16 * torch.randn(width // 2))
+        self.register_buffer("freqs", 16 * torch.randn(width // 2, dtype=torch.float32))
 
     def forward(self, t: Tensor) -> Tensor:
         args = t[:, None] * (2 * math.pi * self.freqs.float())

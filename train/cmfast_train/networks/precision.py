@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import MethodType
 
 import torch
@@ -11,6 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TRUNKS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def float32_weights() -> Iterator[None]:
+    """New weights are float32 in this context, whatever torch.set_default_dtype says outside: so are checkpoints."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:

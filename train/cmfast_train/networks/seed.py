@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import check_types
 from cmfast_train.networks.adm import GroupNorm32
+from cmfast_train.networks.count import check_values, seed_sizes
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import Size, check_seed_network, plain_size, sides
 
@@ -42,9 +44,11 @@ class SeedConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_types(self)
         check_seed_network(vars(self))
         if self.classes != 0:
             raise CmfastError(f"the first public implementation's network takes no label, got classes={self.classes}")
+        check_values(seed_sizes(vars(self)))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -129,7 +133,9 @@ def _last_two(before: nn.Conv2d, last: nn.Conv2d, h: Tensor, x: Tensor) -> Tenso
         weight = sums @ cast(before.weight, torch.float32).flatten(1)
         weight = _of_doubled(weight.unflatten(1, (before.in_channels, 3, 3)))
         bias = (sums @ cast(before.bias, torch.float32)).repeat_interleave(4)
-        move = torch.eye(len(sums), device=h.device).unflatten(1, (c, 3, 3)).transpose(0, 1)  # [C, 9 C, 3, 3]
+        move = (
+            torch.eye(len(sums), dtype=torch.float32, device=h.device).unflatten(1, (c, 3, 3)).transpose(0, 1)
+        )  # [C, 9 C, 3, 3]
         move = torch.cat([move, last_weight[:, between:]], dim=1)
     trunk = last.weight.dtype
     h = F.pixel_shuffle(F.conv2d(h, cast(weight, trunk), cast(bias, trunk), padding=1), 2)  # [B, 9 C, H, W]

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cmfast.errors import CmfastError
+from cmfast_train.checks import shown
+from cmfast_train.networks.count import check_blocks
 
 GROUPS = 32  # of every GroupNorm
 LARGEST_SIDE = 65536  # pixels
+MOST_PIXELS = 2**28  # values of one image: 1 GB in float32
 
 Size = int | tuple[int, int]  # of images, pixels: one number of square ones, else (height, width)
 
@@ -34,25 +37,38 @@ def check_image_size(size: Any) -> None:
     both = size if isinstance(size, tuple) else (size, size)
     if len(both) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in both):
         raise CmfastError(
-            f"image_size must be a whole number from 1 to {LARGEST_SIDE} (pixels), or HEIGHTxWIDTH, got {size!r}"
+            f"image_size must be a whole number from 1 to {LARGEST_SIDE} (pixels), or HEIGHTxWIDTH, got {shown(size)}"
+        )
+
+
+def check_image(channels: Any, size: Any) -> None:
+    """Raise CmfastError unless an image of so many channels can have this size."""
+    check_image_size(size)
+    height, width = sides(size)
+    if type(channels) is not int or channels < 1:
+        raise CmfastError(f"channels must be a whole number from 1, got {shown(channels)}")
+    if channels * height * width > MOST_PIXELS:
+        raise CmfastError(
+            f"image_size={size_text(size)} with channels={channels}: an image has at most {MOST_PIXELS:,} values"
         )
 
 
 def check_network(fields: Mapping[str, Any]) -> None:
     """Raise CmfastError unless a network can be built with these fields of `networks.adm.AdmConfig`."""
-    check_image_size(fields["image_size"])
-    names = ("channels", "model_channels", "res_blocks", "head_channels")
+    check_image(fields["channels"], fields["image_size"])
+    names = ("model_channels", "res_blocks", "head_channels")
     mult, attention = fields["channel_mult"], fields["attention"]
     for name, value in [*((n, fields[n]) for n in names), *(("channel_mult", m) for m in mult)]:
         if type(value) is not int or value < 1:
-            raise CmfastError(f"{name} must be a whole number from 1, got {value!r}")
+            raise CmfastError(f"{name} must be a whole number from 1, got {shown(value)}")
     if not mult:
         raise CmfastError("channel_mult must name at least one level, for example channel_mult=1,2,2")
+    check_blocks(fields)
     size, width = fields["image_size"], fields["model_channels"]
     height = sides(size)[0]
     heads = fields.get("heads", 0)
-    if not isinstance(heads, int) or heads < 0:
-        raise CmfastError(f"heads must be a whole number from 0 (by head_channels), got {heads!r}")
+    if type(heads) is not int or heads < 0:
+        raise CmfastError(f"heads must be a whole number from 0 (by head_channels), got {shown(heads)}")
     name = "heads" if heads else "head_channels"
     divisor = heads or fields["head_channels"]
     if any(side % 2 ** (len(mult) - 1) for side in sides(size)):
@@ -76,10 +92,9 @@ def check_network(fields: Mapping[str, Any]) -> None:
 def check_seed_network(fields: Mapping[str, Any]) -> None:
     """Raise CmfastError unless a network can be built with these fields of `networks.seed.SeedConfig`."""
     size = fields["image_size"]
-    check_image_size(size)
-    for name in ("channels", "width"):
-        if not isinstance(fields[name], int) or fields[name] < 1:
-            raise CmfastError(f"{name} must be a whole number from 1, got {fields[name]!r}")
+    check_image(fields["channels"], size)
+    if type(fields["width"]) is not int or fields["width"] < 1:
+        raise CmfastError(f"width must be a whole number from 1, got {shown(fields['width'])}")
     if any(side % 4 for side in sides(size)):
         raise CmfastError(
             f"image_size={size_text(size)} cannot be halved twice, which the first public implementation's "

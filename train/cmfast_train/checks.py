@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""Whether the fields of a configuration have the types that they are annotated with, and sizes that make sense.
+
+A value comes from a command line, from JSON, from a checkpoint of somebody else's or from Python. True is no number,
+8.0 no whole number, NaN nothing: each is refused by name, before anything is computed with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import reprlib
+import types
+import typing
+from typing import Any
+
+from cmfast.errors import CmfastError
+
+LARGEST = 10**12  # of any whole number in a configuration; lengths in images are the largest
+MOST = 1000  # entries of any list in a configuration
+LONGEST = 4096  # characters of any text in a configuration: a path
+
+
+def check_types(owner: Any, prefix: str = "") -> None:
+    """Raise CmfastError unless every field of a dataclass is of its type; `prefix` stands before the field's name."""
+    for name, kind in _kinds(type(owner)).items():
+        value = getattr(owner, name)
+        if not _is(value, kind):
+            raise CmfastError(f"{prefix}{name} must be {in_words(kind)}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value of any kind and size as a short text of one line."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # repr of a stranger's value: a number of too many digits, a broken object
+        text = f"a value of type {type(value).__name__}"
+    return " ".join(text.split())[:200]
+
+
+def in_words(kind: Any) -> str:
+    """Return what values a field of this type takes."""
+    if kind in _WORDS:
+        return _WORDS[kind]
+    (inner, *_) = (*typing.get_args(kind), str)
+    return f"a list (a tuple in Python) of at most {MOST:,} entries, each {in_words(inner)}"
+
+
+@functools.cache
+def _kinds(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is int:
+        return type(value) is int and -LARGEST <= value <= LARGEST
+    if kind is float:
+        return (type(value) is float and math.isfinite(value)) or _is(value, int)
+    if kind is str:
+        return type(value) is str and len(value) <= LONGEST
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]  # of tuple[int, int], too: how many is for the owner to say
+        return type(value) is tuple and len(value) <= MOST and all(_is(entry, inner) for entry in value)
+    return type(value) is kind
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxtuple, _SHORT.maxlist, _SHORT.maxdict = 2, 6, 6, 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_WORDS: dict[Any, str] = {
+    int: f"a whole number, at most {LARGEST:,}",
+    float: "a finite number",
+    bool: "true or false",
+    str: f"a text of at most {LONGEST:,} characters",
+    int | tuple[int, int]: "a number of pixels, or HEIGHTxWIDTH",
+}
