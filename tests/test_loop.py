@@ -47,7 +47,8 @@ def command(out: Path, settings: list[str]) -> list[str]:
 
 
 def arguments(out: Path, settings: list[str]) -> list[str]:
-    return ["digits", "--out", str(out), *(word for setting in settings for word in ("--set", setting))]
+    last = {setting.partition("=")[0]: setting for setting in settings}  # the command takes each name once
+    return ["digits", "--out", str(out), *(word for setting in last.values() for word in ("--set", setting))]
 
 
 def start(out: Path, settings: list[str]) -> subprocess.Popen[str]:

@@ -131,26 +131,34 @@ def test_either_side_that_cannot_be_halved_is_named(size: str, network: list[str
         override(DIGITS, [*network, f"image_size={size}"])
 
 
-@pytest.mark.parametrize(
-    "network", [["channel_mult=1,2", "attention=4"], ["network=seed", "conditional=false"]], ids=str
-)
-def test_a_run_on_wide_images_is_trained_continued_exported_and_sampled(
-    network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def trained(out: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Path:
     pixels = torch.randint(0, 256, (20, 1, 8, 16), dtype=torch.uint8)
     monkeypatch.setattr(loop, "load_data", lambda *_: Images(pixels, torch.arange(20) % 2, 2))
-    settings = ["image_size=8x16", "head_channels=32", "batch=8", "grid=2", "phases=edm:8,ect:8", "device=cpu",
-                "tensorboard=false", *network]  # fmt: skip
-    config = override(DIGITS, settings)
-    model = loop.train(config, tmp_path / "run", None)
-    assert loop.train(config, tmp_path / "run", None) == model  # reads its configuration back
-    checkpoint = load_checkpoint(model)
-    assert checkpoint.spec.image == (1, 8, 16)
-    export_onnx(checkpoint, tmp_path / "model.onnx")
+    quick = ["batch=8", "grid=2", "device=cpu", "tensorboard=false"]
+    config = override(DIGITS, ["image_size=8x16", *quick, *settings])
+    model = loop.train(config, out, None)
+    assert loop.train(config, out, None) == model  # reads its configuration back
+    assert load_checkpoint(model).spec.image == (1, 8, 16)
+    return model
+
+
+def test_a_run_on_wide_images_is_trained_continued_exported_and_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["network=seed", "conditional=false", "phases=edm:8"]
+    model = trained(tmp_path / "run", monkeypatch, *settings)
+    export_onnx(load_checkpoint(model), tmp_path / "model.onnx")
     exported, eager = cmfast.load(tmp_path / "model.onnx"), cmfast.load(model)
     images = exported.sample(3, steps=2, seed=1)
     assert images.shape == (3, 8, 16, 1)
     assert np.abs(images.astype(int) - eager.sample(3, steps=2, seed=1).astype(int)).max() <= 1  # rounding to 8 bits
+
+
+def test_a_run_on_wide_images_with_attention_and_classes_is_trained_and_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(tmp_path / "run", monkeypatch, "attention=4", "head_channels=32", "phases=ect:8")
+    assert cmfast.load(model).sample(2, steps=1).shape == (2, 8, 16, 1)
 
 
 def wide_model(file: Path, config: NetworkConfig) -> Checkpoint:
@@ -170,9 +178,7 @@ def test_a_checkpoint_of_wide_images_survives_its_file(name: str, suffix: str, t
 
 def test_diffusers_draws_square_images_only_and_that_is_one_line(tmp_path: Path) -> None:
     checkpoint = wide_model(tmp_path / "model.pt", dataclasses.replace(WIDE["adm"], classes=0))
-    with pytest.raises(
-        CmfastError, match="image_size is 8x16; .*ConsistencyModelPipeline draws square images"
-    ):
+    with pytest.raises(CmfastError, match=r"image_size is 8x16; .*ConsistencyModelPipeline draws square images"):
         export_diffusers(checkpoint, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
@@ -192,7 +198,7 @@ def test_foreign_weights_are_read_as_models_of_wide_images_if_that_is_said(name:
 def test_a_file_of_a_known_size_is_not_read_as_another(tmp_path: Path) -> None:
     config = of_size(WIDE["song"], 8)
     torch.save({f"model.{key}": w for key, w in random_network(config).state_dict().items()}, tmp_path / "edm.pt")
-    with pytest.raises(CmfastError, match="--set image_size=.* contradicts the tensors: image_size is 8"):
+    with pytest.raises(CmfastError, match=r"--set image_size=.* contradicts the tensors: image_size is 8"):
         load_model(tmp_path / "edm.pt", "ect", Told.parse(["image_size=8x16"]))
 
 
