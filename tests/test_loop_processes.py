@@ -76,7 +76,8 @@ def one_process(folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     for name, settings in RUNS.items():
-        words = [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+        last = {setting.partition("=")[0]: setting for setting in (*QUICK, *settings)}  # the command takes each once
+        words = [word for setting in last.values() for word in ("--set", setting)]
         command.main(["digits", "--out", name, *words], standalone_mode=False)
     for phase, until in MIDDLE.items():
         begin(Path(f"sharded, then plain, {phase}"), [*SHARDED, "shard=true"], until)
