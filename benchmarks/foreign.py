@@ -21,12 +21,12 @@ from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 import torch
 
 from cmfast.artifact import read_manifest
 from cmfast.cli._run import run_command
 from cmfast.engines import open_engine
+from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, write_text
 from cmfast.model import Model
@@ -105,6 +105,7 @@ def _large_batch(checkpoint: Path, onnx: Path, batch: int) -> dict[str, Any]:
     theirs = reference.denoise(x[:COMPARED], levels[:COMPARED], None if label is None else label[:COMPARED])
     del reference
 
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = False  # it keeps what was freed, and the attention of 128 images takes 3 GB twice
     options.enable_mem_pattern = False

@@ -205,15 +205,6 @@ def rounding(dtype: str, device: str) -> float:
     return WINOGRAD if (dtype, device) == ("float32", "cuda") else ROUNDING[dtype]
 
 
-def check_sha256(file: Path, sha256: str) -> None:
-    """Raise ArtifactError unless a file hashes to these 64 hex digits."""
-    if file.is_dir():
-        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model is a folder")
-    compare_sha256(file, file_sha256(check_file(file)), sha256)
-    if file.suffix == ".onnx" and read_onnx_file(file).external:
-        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model's weights are in another")
-
-
 def compare_sha256(file: Path, found: str, wanted: str) -> None:
     """Raise ArtifactError unless what a file hashes to is what was asked for."""
     if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):

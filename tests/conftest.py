@@ -24,6 +24,7 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 # The networks are tiny: a second thread brings nothing, and on a busy machine the two wait for each other, spinning.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
 settings.register_profile("cmfast", deadline=None)  # a busy machine is not a failure
 settings.load_profile("cmfast")
 

@@ -12,15 +12,18 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model, check_sha256
+from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model
+from cmfast.engines._origin import Origin, files_of
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
+MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
 # Ways to run the same weights; which exist is the engine's affair.
 VARIANTS = {
     "": "the engine's plain way",
@@ -91,33 +94,35 @@ def open_engine(
 
     device     cpu or cuda; one that cannot be had is an error. None: cuda for a TensorRT engine, which runs nowhere
                else, and cpu for everything else
-    threads    CPU threads; None leaves the choice to the engine
+    threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
     variant    one of VARIANTS; which exist depends on the engine
     precision  one of cmfast.artifact.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its own
-    sha256     what the file must hash to, hex digits; anything else is refused before the file is opened
+    sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
+               were hashed is loaded
     """
-    file = check_model(path)
-    if sha256 is not None and file.suffix not in ENGINE_SUFFIXES:  # of an engine: below, with the bytes that are loaded
-        check_sha256(file, sha256)
+    file = _path(path)
     if device is None:
         device = "cuda" if file.suffix in ENGINE_SUFFIXES else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise CmfastError(f"device must be cpu or cuda, got {device!r}")
-    if threads is not None and threads < 1:
-        raise CmfastError(f"threads must be at least 1, got {threads}")
-    if variant not in VARIANTS:
-        raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
-    if precision not in ("", *PRECISIONS):
-        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check(device, threads, variant, precision, sha256)
     if file.suffix in (".onnx", *ENGINE_SUFFIXES) and precision:
         raise EngineError(
             f"{file}: an exported file runs in the precision that it was exported with; "
             f"make another: cmfast-export model.pt --precision {precision}"
         )
+    origin = Origin(
+        path=file.absolute(), device=device, threads=threads, variant=variant, precision=precision, sha256=sha256,
+        files=files_of(file),
+    )  # fmt: skip
+    engine = _open(file, device, threads, variant, precision, sha256)
+    engine.origin = origin  # type: ignore[attr-defined]  # not in the protocol: engines of others need not know of it
+    return engine
+
+
+def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Engine:
     if file.suffix == ".onnx":
         from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(file, device, threads, variant)
+        return OnnxRuntimeEngine(file, device, threads, variant, sha256)
     if file.suffix in ENGINE_SUFFIXES:
         from cmfast.engines.tensorrt import TensorRtEngine
 
@@ -131,8 +136,45 @@ def open_engine(
         except ModuleNotFoundError as err:
             what = "running a model folder" if file.is_dir() else f"running a {file.suffix} file"
             raise MissingDependency(what, (err.name or "?").split(".")[0], "train") from None
-        engine: Engine = engine_type(file, device, threads, variant, precision)
+        engine: Engine
+        if sha256 is None:
+            engine = engine_type(file, device, threads, variant, precision)
+            return engine
+        from cmfast.engines._pinned import pinned
+
+        with pinned(file, sha256) as same:
+            engine = engine_type(same, device, threads, variant, precision)
         return engine
     names = sorted("." + entry.name for entry in entry_points(group="cmfast.engines") if entry.name != "folder")
     have = ", ".join([".onnx", *ENGINE_SUFFIXES, *names])
     raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise CmfastError(f"a model is opened by its path, got {type(path).__name__}; pass a str or a Path")
+    try:
+        return check_model(path)
+    except ValueError as err:  # a null character
+        raise CmfastError(f"{os.fspath(path)!r} is no path: {err}") from None
+
+
+def _check(device: object, threads: object, variant: object, precision: object, sha256: object) -> None:
+    """Raise CmfastError for what no engine knows, whatever its type."""
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
+        raise CmfastError(f"device must be cpu or cuda, got {device!r}")
+    if threads is not None:
+        if not isinstance(threads, int) or isinstance(threads, bool):
+            raise CmfastError(f"threads must be a whole number, got {threads!r}")
+        if threads < 1:
+            raise CmfastError(f"threads must be at least 1, got {threads}")
+        if threads > MAX_THREADS:
+            raise CmfastError(
+                f"threads must be at most {MAX_THREADS}, got {threads}; this machine has {os.cpu_count()} processors"
+            )
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    if not isinstance(precision, str) or precision not in ("", *PRECISIONS):
+        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if sha256 is not None and not isinstance(sha256, str):
+        raise CmfastError(f"a SHA-256 is passed as 64 hex digits, got {type(sha256).__name__}")

@@ -8,6 +8,7 @@ in one line.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -53,6 +54,15 @@ def open_gpu() -> Gpu:
     minor = call(cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, 0)
     name = call(cuda.cudaGetDeviceProperties, 0).name
     return Gpu(name=name.decode() if isinstance(name, bytes) else str(name), compute_capability=f"{major}.{minor}")
+
+
+def check_process(opened: int, name: str) -> None:
+    """Raise EngineError in a child of fork, where CUDA does not work; `opened`: the process that opened the engine."""
+    if opened != os.getpid():
+        raise EngineError(
+            f"{name} was opened before this process was forked, and CUDA does not survive that; open the model here, "
+            'in a process started by "spawn" (multiprocessing.set_start_method)'
+        )
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,6 +14,7 @@ import io
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,15 +24,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest, read_onnx
+from cmfast.artifact import Manifest
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._clock import Clock
-from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency, one_line
+from cmfast.engines._onnx_file import OnnxFile
+from cmfast.engines._onnxruntime_library import cause, import_onnxruntime
+from cmfast.engines._origin import Origin, pickled
+from cmfast.errors import ArtifactError, CmfastError, EngineError, one_line
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
+MAX_BATCH = 65536  # of a graph with a fixed batch size: every call computes so many images
+_OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
 
 
 class OnnxRuntimeEngine:
@@ -56,57 +62,123 @@ class OnnxRuntimeEngine:
     """
 
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
+    origin: Origin | None = None
 
-    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None, variant: str = "") -> None:
-        self.manifest, _ = read_onnx(path)
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        variant: str = "",
+        sha256: str | None = None,
+    ) -> None:
+        file = OnnxFile(path, sha256)
+        try:
+            self._start(file, device, threads, variant)
+        finally:
+            file.close()
+        _OPENED.add(self)
+
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
+
+    def _start(self, file: OnnxFile, device: str, threads: int | None, variant: str) -> None:
+        path, self.manifest = file.path, file.manifest
+        self._process = os.getpid()
         _check_variant(path, device, variant, self.manifest.dtype)
         ort = _import(device, variant)
         self.name = f"ONNX Runtime {device} {variant}".rstrip()
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # warnings are not for the user of a command; errors are raised
+        options.log_severity_level = 4  # it also raises what it logs as errors, and then our line says it
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session: Any = None  # before the device, so that it goes before the stream that it runs on
         self._device: _Device | None = None
         if device == "cpu":
-            self._session = _open(ort, path, options, self.manifest.dtype, [(CPU, {})])
+            self._session = _open(ort, file, options, self.manifest.dtype, [(CPU, {})])
+            self.batch = self._check_graph(path)
         else:
             stream = _check_gpu(ort, path, variant, self.manifest.dtype)
             wanted = _providers(variant, self.manifest.dtype, int(stream.handle))
             with _quiet(ort):
-                self._session = _open(ort, path, options, self.manifest.dtype, wanted)
+                self._session = _open(ort, file, options, self.manifest.dtype, wanted)
+            self.batch = self._check_graph(path)
             self._device = _Device(ort, self._session, self.manifest, stream, captures=variant == "cuda_graph")
             self.timed = self._device.timed
-        self.batch = self._check_inputs(path)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
         try:
             if self._device is not None:
+                cuda.check_process(self._process, self.name)
                 return self._device.run(inputs)
             (output,) = self._session.run(None, dict(inputs))
         except CmfastError:
             raise
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {one_line(err)}") from None
+            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
+        first = inputs["noise" if "noise" in inputs else "x"]
+        want = (first.shape[_batch_axis(self.manifest.kind)], *self.manifest.spec.image)
+        if output.dtype != np.float32 or output.shape != want:
+            raise ArtifactError(
+                f"{self.name}: the graph returned {output.dtype} {list(output.shape)}, its manifest promises float32 "
+                f"{list(want)}; export the model again with cmfast-export"
+            )
         result: npt.NDArray[np.float32] = output
         return result
 
-    def _check_inputs(self, path: Path) -> int | None:
-        """Raise unless the graph takes what its manifest says; return its fixed batch size, if it has one."""
+    def _check_graph(self, path: Path) -> int | None:
+        """Raise unless the graph takes and gives what its manifest says; return its fixed batch size, if it has one."""
         spec, kind = self.manifest.spec, self.manifest.kind
-        have = {node.name: list(node.shape) for node in self._session.get_inputs()}
+        nodes = self._session.get_inputs()
+        have = {node.name: list(node.shape) for node in nodes}
         names = ["x", "sigma"] if kind == "denoiser" else ["noise"]
         names += ["label"] if spec.classes else []
         if list(have) != names:
             raise ArtifactError(
                 f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}"
             )
+        for node in nodes:
+            self._check_value(path, node, "int64" if node.name == "label" else "float")
         shape = have[names[0]]  # x [B, C, H, W], a sampler's noise [K, B, C, H, W], a server's [B, K, C, H, W]
-        batch, image = shape[_batch_axis(kind)], shape[1 if kind == "denoiser" else 2 :]
+        axis, before = _batch_axis(kind), 1 if kind == "denoiser" else 2
+        if len(shape) != before + len(spec.image):
+            raise ArtifactError(f"{path}: the graph's {names[0]} is {shape}, and needs {before + len(spec.image)} axes")
+        batch, image = shape[axis], shape[before:]
         if image != list(spec.image):
             raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")
+        outputs = self._session.get_outputs()
+        if len(outputs) != 1:
+            raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one, the images")
+        self._check_value(path, outputs[0], "float")
+        given = list(outputs[0].shape)  # empty: the file does not say; `run` looks at each
+        sides = given[1:] if len(given) == 1 + len(spec.image) else None
+        if given and (
+            sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, spec.image, strict=True))
+        ):
+            raise ArtifactError(f"{path}: the graph returns {given}, its manifest says images of {list(spec.image)}")
+        if isinstance(batch, int) and not 0 < batch <= MAX_BATCH:
+            raise ArtifactError(
+                f"{path}: the graph's batch size is fixed at {batch}; at most {MAX_BATCH:,} are run: export it again"
+            )
         return batch if isinstance(batch, int) else None
+
+    def _check_value(self, path: Path, node: Any, element: str) -> None:
+        if node.type != f"tensor({element})":
+            raise ArtifactError(f"{path}: the graph's {node.name} is {node.type}, and needs tensor({element})")
+
+
+def _keep_inherited() -> None:
+    """In a child of fork, never free a session: it would wait for threads that only the parent has, and crash.
+
+    It still runs there, on the thread that calls it.
+    """
+    for engine in _OPENED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def check_cuda() -> None:
@@ -145,7 +217,7 @@ class _Device:
             result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
         except Exception as err:
             self._close(bound)
-            raise EngineError(f"{self._failure(new)}: {one_line(err)}") from None
+            raise EngineError(f"{self._failure(new)}: {cause(err)}") from None
         self._ready[key] = bound  # the last used last
         return result
 
@@ -194,14 +266,17 @@ class _Bound:
     graph: int | None  # the captured graph's id
 
 
-def _open(ort: Any, path: Path, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+def _open(ort: Any, file: OnnxFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
     """Return a session on these providers, or raise with the reason why it is not to be had."""
+    path = file.path
     names = [name for name, _ in wanted]
     try:
         # Without enable_fallback=0 it prints what is wrong and goes on with other providers.
-        session = ort.InferenceSession(os.fspath(path), options, providers=wanted, enable_fallback=0)
+        session = file.session(ort, options, providers=wanted, enable_fallback=0)
+    except CmfastError:
+        raise
     except Exception as err:
-        raise _refusal(ort, path, dtype, names, one_line(err)) from None
+        raise _refusal(ort, path, dtype, names, cause(err)) from None
     if list(session.get_providers())[: len(names)] != names:  # it falls back without a word, which would be a lie
         raise _refusal(ort, path, dtype, names, "")
     return session
@@ -307,10 +382,7 @@ def _quiet(ort: Any) -> Iterator[None]:
 
 
 def _import(device: str, variant: str) -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise MissingDependency("running a .onnx file", "onnxruntime", "gpu" if device == "cuda" else "cpu") from None
+    onnxruntime = import_onnxruntime(extra="gpu" if device == "cuda" else "cpu")
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints of libraries that are missing
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed

@@ -24,6 +24,7 @@ from cmfast.artifact import Manifest, check_file, compare_sha256
 from cmfast.engines import Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._clock import Clock
+from cmfast.engines._origin import Origin, pickled
 from cmfast.engines._tensorrt_library import (
     LIBRARIES,
     cuda_major,
@@ -49,6 +50,8 @@ class TensorRtEngine:
     sha256  what the file must hash to; the bytes that were hashed are those that are loaded
     """
 
+    origin: Origin | None = None
+
     def __init__(
         self,
         path: Path,
@@ -61,6 +64,7 @@ class TensorRtEngine:
             raise EngineError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
         if variant:
             raise EngineError(f"{path}: a TensorRT engine runs one way only, not {variant}")
+        self._process = os.getpid()
         plan = check_file(path).read_bytes()
         if sha256 is not None:
             compare_sha256(path, hashlib.sha256(plan).hexdigest(), sha256)
@@ -89,8 +93,12 @@ class TensorRtEngine:
         self._kernels = _kernel_file(self.manifest, gpu)
         self._compiled: Any = None  # TensorRT-RTX's cache of kernels, kept in that file
 
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
+
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
+        cuda.check_process(self._process, self.name)
         axes = {name: 1 if name == "noise" and self.manifest.kind == "sampler" else 0 for name in inputs}
         name = next(iter(inputs))
         n = inputs[name].shape[axes[name]]
@@ -129,8 +137,13 @@ class TensorRtEngine:
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
             buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
-        (output,) = (name for name in names if name not in inputs)
-        buffers[output] = cuda.Buffer(tuple(context.get_tensor_shape(output)), np.float32)
+        outputs = [name for name in names if name not in inputs]
+        shapes = [tuple(context.get_tensor_shape(name)) for name in outputs]
+        if shapes != [(batch, *self.manifest.spec.image)]:
+            want = [batch, *self.manifest.spec.image]
+            raise EngineError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
+        (output,) = outputs
+        buffers[output] = cuda.Buffer(shapes[0], np.float32)
         for name, buffer in buffers.items():
             if not context.set_tensor_address(name, buffer.device):
                 raise EngineError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")

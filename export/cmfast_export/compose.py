@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.sampler import renoise_std
 from cmfast.spec import ModelSpec
 from cmfast_export.emulate import HALVES, emulated
@@ -147,8 +148,7 @@ def _values_of_sigma(
     Computed by ONNX Runtime: the same kernels that run the denoiser graph. Half precision is computed as a GPU would,
     because a CPU has no kernels for all of it.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime("exporting")
     sigma = model.graph.inputs[1]
     outputs = [value for node in model.graph if node in nodes for value in node.outputs]
     frontier = [value for value in outputs if any(user not in nodes for user, _ in value.uses())]

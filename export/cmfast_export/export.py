@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cmfast.artifact import PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.engines import Engine, open_engine
+from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
@@ -186,6 +187,4 @@ def _versions() -> dict[str, str]:
 
 
 def _onnxruntime() -> str:
-    import onnxruntime  # its package is called onnxruntime or onnxruntime-gpu
-
-    return str(onnxruntime.__version__)
+    return str(import_onnxruntime("exporting").__version__)  # its package is called onnxruntime or onnxruntime-gpu

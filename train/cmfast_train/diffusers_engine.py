@@ -16,8 +16,11 @@ import torch
 
 from cmfast.artifact import Manifest
 from cmfast.engines import Inputs
-from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.engines._cuda import check_process
+from cmfast.engines._origin import Origin, pickled
+from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
 from cmfast.schedule import karras_sigmas
+from cmfast_train.engine import out_of_memory, set_threads
 from cmfast_train.importers import identify
 from cmfast_train.importers.facts import Draft
 from cmfast_train.torch_cuda import arithmetic
@@ -30,6 +33,7 @@ class DiffusersEngine:
     """A diffusers folder run by diffusers; the contract is `cmfast.engines.LoopEngine`."""
 
     batch: int | None = None
+    origin: Origin | None = None
 
     def __init__(self, folder: os.PathLike[str] | str, device: str = "cpu", threads: int | None = None) -> None:
         torchvision_datasets()  # diffusers imports torchvision, which beside a CPU torch fails without this
@@ -46,12 +50,15 @@ class DiffusersEngine:
             raise EngineError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
-        if threads is not None:
-            torch.set_num_threads(threads)
+        set_threads(threads)
+        self._process = os.getpid()
         self.manifest = Manifest(kind="denoiser", spec=draft.spec, source=draft.source)
         self.name = f"diffusers {device}"
         self._pipeline = ConsistencyModelPipeline.from_pretrained(folder, local_files_only=True).to(device)
         self._pipeline.set_progress_bar_config(disable=True)
+
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
 
     def run(self, inputs: Inputs) -> Floats:
         """Refuse: the pipeline has no single call of the denoiser."""
@@ -59,17 +66,25 @@ class DiffusersEngine:
 
     def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
         """Return images [B, C, H, W] in [-1, 1] from unit noise [K, B, C, H, W], by one call of the pipeline."""
-        steps = [torch.from_numpy(z).to(self._pipeline.device) for z in noise]
-        with _noise(steps[1:]), arithmetic(tf32=False):
-            (images,) = self._pipeline(
-                batch_size=len(steps[0]),
-                class_labels=None if label is None else label.tolist(),
-                num_inference_steps=None,
-                timesteps=self._timesteps(sigmas),
-                latents=steps[0],
-                output_type="np",
-                return_dict=False,
-            )
+        if self._pipeline.device.type == "cuda":
+            check_process(self._process, self.name)
+        timesteps = self._timesteps(sigmas)
+        steps = [torch.from_numpy(np.require(z, requirements="CW")).to(self._pipeline.device) for z in noise]
+        try:
+            with _noise(steps[1:]), arithmetic(tf32=False):
+                (images,) = self._pipeline(
+                    batch_size=len(steps[0]),
+                    class_labels=None if label is None else label.tolist(),
+                    num_inference_steps=None,
+                    timesteps=timesteps,
+                    latents=steps[0],
+                    output_type="np",
+                    return_dict=False,
+                )
+        except (RuntimeError, MemoryError) as err:
+            if not out_of_memory(err):
+                raise
+            raise EngineError(f"{self.name} is short of memory; try a smaller batch: {one_line(err)}") from None
         return np.ascontiguousarray(np.moveaxis(images * 2 - 1, -1, 1), np.float32)
 
     def _timesteps(self, sigmas: Sequence[float]) -> list[int]:

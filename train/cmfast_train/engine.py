@@ -23,6 +23,8 @@ from torch import Tensor
 import cmfast
 from cmfast.artifact import PRECISIONS, Manifest
 from cmfast.engines import DeviceTimes, Inputs
+from cmfast.engines._cuda import check_process
+from cmfast.engines._origin import Origin, pickled
 from cmfast.errors import EngineError
 from cmfast.sampler import sample
 from cmfast_train.checkpoint import Checkpoint
@@ -50,6 +52,7 @@ class TorchEngine:
     """
 
     batch: int | None = None
+    origin: Origin | None = None
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
 
     def __init__(
@@ -61,8 +64,8 @@ class TorchEngine:
         precision: str = "",
     ) -> None:
         _check(model, device, variant, precision)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        set_threads(threads)
+        self._process = os.getpid()
         checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
         self.manifest = replace(checkpoint_manifest(checkpoint), dtype=PRECISIONS[precision or "fp32"])
         self.name = " ".join(filter(None, ("PyTorch", device, precision, variant)))
@@ -75,6 +78,9 @@ class TorchEngine:
         if device == "cuda":
             on_cuda = OnCuda(captures=variant == "cuda_graph", tf32=precision == "tf32")
             self._execute, self.timed = on_cuda, on_cuda.timed
+
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
 
     def run(self, inputs: Inputs) -> Floats:
         """Return f(x, sigma, label), float32 [B, C, H, W]."""
@@ -96,15 +102,50 @@ class TorchEngine:
         return self._compute(levels, draw, {"noise": noise} if label is None else {"noise": noise, "label": label})
 
     def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
+        if self._execute is not _on_cpu:
+            check_process(self._process, self.name)
         try:
             return self._execute(what, compute, inputs)
-        except torch.OutOfMemoryError as err:
-            raise EngineError(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
-        except RuntimeError as err:
+        except (RuntimeError, MemoryError) as err:
+            if out_of_memory(err):
+                raise EngineError(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
             if self._variant != "compiled":
                 raise
             # commonly: there is no C++ compiler
             raise EngineError(f"torch.compile could not compile or run the model: {_line(err)}") from None
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of PyTorch's threads on the CPU, of the whole process; None leaves it.
+
+    In a child of fork there is one only: the others stayed in the parent, and OpenMP would wait for them for ever.
+    """
+    if _forked and threads not in (None, 1):
+        raise EngineError(
+            f"{threads} threads were asked for in a process that was forked, where PyTorch hangs with more than one; "
+            'start it by "spawn" (multiprocessing.set_start_method), or leave the threads out'
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def out_of_memory(err: BaseException) -> bool:
+    """Whether PyTorch had no memory, on a GPU or the CPU, for which it has no exception of its own."""
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or any(word in str(err) for word in words)
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def open_folder(
@@ -168,7 +209,8 @@ def _callable(denoiser: torch.nn.Module, device: str, variant: str) -> Callable[
 def _on_cpu(what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
     """Return compute(inputs); the contract is `torch_cuda.OnCuda.__call__`."""
     with torch.inference_mode():
-        return compute({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}).numpy()
+        # writable, which PyTorch warns of otherwise: it has no tensors that are not
+        return compute({k: torch.from_numpy(np.require(v, requirements="CW")) for k, v in inputs.items()}).numpy()
 
 
 def _line(err: Exception) -> str:

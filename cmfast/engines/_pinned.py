@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""A file that must have a SHA-256, for a reader that opens it by path, perhaps several times."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmfast.artifact import check_file, compare_sha256
+from cmfast.errors import ArtifactError, CmfastError
+
+DESCRIPTORS = Path("/proc/self/fd")  # Linux: a path that stays this open file whatever is renamed
+
+
+@contextmanager
+def pinned(file: Path, sha256: str) -> Iterator[Path]:
+    """Give a path of the same name to the bytes that hash to `sha256`, or raise ArtifactError.
+
+    It is in a folder that only this user can write to: a link to the open file on Linux, else a copy. Errors and
+    warnings name the file.
+    """
+    if file.is_dir():
+        raise CmfastError(f"{file}: a SHA-256 is of one file, and this model is a folder")
+    with tempfile.TemporaryDirectory(prefix="cmfast-", ignore_cleanup_errors=True) as folder:
+        same = Path(folder) / file.name
+        with open(check_file(file), "rb") as opened, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            before = os.fstat(opened.fileno())
+            if DESCRIPTORS.is_dir():
+                same.symlink_to(DESCRIPTORS / str(opened.fileno()))
+            else:
+                with open(same, "wb") as copy:
+                    shutil.copyfileobj(opened, copy)
+            with open(same, "rb") as read:
+                compare_sha256(file, hashlib.file_digest(read, "sha256").hexdigest(), sha256)
+            try:
+                yield same
+            except CmfastError as err:
+                err.args = (str(err).replace(str(same), str(file)),)
+                raise
+            after = os.fstat(opened.fileno())
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise ArtifactError(f"{file}: it was written to while it was opened; open it again")
+    for each in said:
+        text = str(each.message).replace(str(same), str(file))
+        warnings.warn(text, each.category, stacklevel=5)
