@@ -35,7 +35,6 @@ def content_sha256(path: Path, beside: Callable[[str], Path]) -> str:
 
     beside  returns the data file of a location that the file names, or raises
     """
-    sha256 = hashlib.sha256()
     opened: dict[str, memoryview] = {}
 
     def outside(location: str) -> memoryview:
@@ -43,7 +42,13 @@ def content_sha256(path: Path, beside: Callable[[str], Path]) -> str:
             opened[location] = pb.map_file(beside(location))
         return opened[location]
 
-    parts = _by_number([pb.map_file(path)])
+    return content_digest(pb.map_file(path), outside)
+
+
+def content_digest(data: memoryview, outside: Callable[[str], memoryview]) -> str:
+    """Return the same of the bytes of a file; `outside` returns the bytes of the data file of a location."""
+    sha256 = hashlib.sha256()
+    parts = _by_number([data])
     graphs = [graph for graph in parts.pop(_GRAPH, []) if isinstance(graph, memoryview)]
     model: dict[int, Any] = {number: values for number, values in parts.items() if number not in _HEADER}
     for number in sorted([*model, _GRAPH]):

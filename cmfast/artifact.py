@@ -124,7 +124,7 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:
     file = check_file(path)
     manifest, model = check_onnx(read_onnx_file(file), file)
     for location in model.external:
-        external_file(file, location)
+        external_file(file, location, hard_links=bool(manifest.graph_sha256))
     return manifest, {"ir": model.ir, "opset": model.opset}
 
 
@@ -162,7 +162,7 @@ def graph_sha256(file: Path) -> str:
     """Return the digest of what an ONNX file computes, its weights read: a second for a gigabyte."""
 
     try:
-        return content_sha256(file, lambda location: external_file(file, location))
+        return content_sha256(file, lambda location: external_file(file, location, hard_links=True))
     except pb.ProtobufError as err:
         raise _not_whole(file, err) from None
 
@@ -175,10 +175,15 @@ def as_verified(file: Path, manifest: Manifest) -> bool | None:
 def check_unchanged(file: Path, manifest: Manifest) -> None:
     """Raise ArtifactError if an ONNX file was changed since it was verified. One without a digest passes."""
     if as_verified(file, manifest) is False:
-        raise ArtifactError(
-            f"{file}: its graph or its weights were changed since they were verified, so its manifest describes "
-            "another file; export the model again with cmfast-export (--precision fp16 makes a verified half)"
-        )
+        raise changed(file)
+
+
+def changed(file: Path) -> ArtifactError:
+    """Return the error for an ONNX file that was changed since it was verified."""
+    return ArtifactError(
+        f"{file}: its graph or its weights were changed since they were verified, so its manifest describes "
+        "another file; export the model again with cmfast-export (--precision fp16 makes a verified half)"
+    )
 
 
 def _not_whole(file: Path, err: pb.ProtobufError) -> ArtifactError:
@@ -230,14 +235,16 @@ def model_bytes(path: str | os.PathLike[str]) -> int:
     if file.is_dir():
         return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
     beside = read_onnx_file(file).external if file.suffix == ".onnx" else []
-    return file.stat().st_size + sum(external_file(file, name).stat().st_size for name in set(beside))
+    return file.stat().st_size + sum(external_file(file, name, hard_links=True).stat().st_size for name in set(beside))
 
 
-def external_file(file: Path, location: str) -> Path:
+def external_file(file: Path, location: str, *, hard_links: bool = False) -> Path:
     """Return the file with the weights that an ONNX file says are at `location`; anything but beside it is refused.
 
     Beside: a plain name, in the folder of the model once all links are followed. In a cache of Hugging Face's hub both
     are links into one folder of blobs; a link to anywhere else would let a model read any file as its weights.
+
+    hard_links  allow a file with another name elsewhere, as in backups: where its content is compared with a digest
     """
     plain = (
         bool(location)
@@ -258,7 +265,7 @@ def external_file(file: Path, location: str) -> Path:
             f"{file}: its weights point to {location!r}, a link to a file in another folder ({target}); refused; "
             f"if that is right, copy both: cp -L {file} {beside} FOLDER"
         )
-    if target.stat().st_nlink != 1:
+    if target.stat().st_nlink != 1 and not hard_links:
         raise ArtifactError(
             f"{file}: its weights point to {location!r}, which has another name elsewhere (a hard link); refused; "
             f"if that is right, copy both: cp -L {file} {beside} FOLDER"

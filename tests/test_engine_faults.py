@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.artifact import Manifest, file_sha256
+from cmfast.artifact import Manifest, file_sha256, graph_sha256, read_onnx
 from cmfast.engines import MAX_THREADS, _onnx_file, _pinned, onnxruntime, open_engine
 from cmfast.errors import ArtifactError, CmfastError, EngineError
 from cmfast.spec import ModelSpec
@@ -191,6 +192,44 @@ def test_a_model_in_a_hub_cache_is_sampled_and_one_with_weights_elsewhere_is_not
     (snapshot / "weights.bin").symlink_to("../../bb")
     with pytest.raises(ArtifactError, match="copy both: cp -L"):
         cmfast.load(snapshot / "model.onnx")
+
+
+def sealed(path: Path) -> Path:
+    """Give a file the digest of its graph and weights."""
+    model = onnx.load(path, load_external_data=False)
+    manifest = replace(read_onnx(path)[0], graph_sha256=graph_sha256(path))
+    helper.set_model_props(model, {"cmfast": manifest.to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def test_weights_beside_a_model_that_differ_from_its_digest_are_not_sampled(tmp_path: Path) -> None:
+    path = sealed(write(tmp_path / "model.onnx", 2.0, data="weights.bin"))
+    assert factor_of(cmfast.load(path)) == 2.0
+    assert factor_of(cmfast.load(path, sha256=file_sha256(path))) == 2.0, "the digest is in what was hashed"
+    weights = tmp_path / "weights.bin"
+    before = weights.read_bytes()
+    weights.write_bytes(np.full(64, 3.0, np.float32).tobytes())
+    with pytest.raises(ArtifactError, match="changed since they were verified"):
+        cmfast.load(path)
+    weights.write_bytes(before[:-4])
+    with pytest.raises(ArtifactError, match=r"model\.onnx: (its graph|its data file|.*changed)"):
+        cmfast.load(path)
+
+
+def test_weights_with_another_name_elsewhere_are_read_where_a_digest_shows_that_they_are_the_models(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "model.onnx", 2.0, data="weights.bin")
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    os.link(tmp_path / "weights.bin", backup / "weights.bin")
+    with pytest.raises(ArtifactError, match="a hard link"):
+        cmfast.load(path)
+    os.unlink(backup / "weights.bin")
+    sealed(path)
+    os.link(tmp_path / "weights.bin", backup / "weights.bin")
+    assert factor_of(cmfast.load(path)) == 2.0
 
 
 # Graphs that lie.

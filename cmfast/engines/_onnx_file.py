@@ -13,7 +13,9 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO
 
-from cmfast.artifact import check_file, compare_sha256, external_file, parse_onnx
+from cmfast._content import content_digest
+from cmfast._protobuf import ProtobufError
+from cmfast.artifact import changed, check_file, compare_sha256, external_file, parse_onnx
 from cmfast.errors import ArtifactError, CmfastError, EngineError
 
 # Where Linux shows the open files of a process: a path that stays that file whatever is renamed. ONNX Runtime then
@@ -39,17 +41,23 @@ class OnnxFile:
             if sha256 is not None:
                 compare_sha256(self.path, hashlib.sha256(data).hexdigest(), sha256)
             self.manifest, model = parse_onnx(data, self.path)
-            if sha256 is not None and model.external:
+            digest = self.manifest.graph_sha256
+            if sha256 is not None and model.external and not digest:
                 raise CmfastError(f"{self.path}: a SHA-256 is of one file, and this model's weights are in another")
-            self._beside = {}
+            self._beside: dict[str, memoryview] = {}
             for location in sorted(set(model.external)):
-                self._handles.append(_open(external_file(self.path, location)))
-                self._beside[location] = _mapped(self._handles[-1])
+                self._handles.append(_open(external_file(self.path, location, hard_links=bool(digest))))
+                self._beside[location] = memoryview(_mapped(self._handles[-1]))
+            # A file of its own is as easily changed as copied alone; of one file, cmfast-info says it.
+            if self._beside and digest and content_digest(data, self._beside.__getitem__) != digest:
+                raise changed(self.path)
             if self._beside and self._bytes is None:  # only the graph: small
                 self._bytes = bytes(data)
             self._before = self._state()
-        except BaseException:
+        except BaseException as err:
             self.close()
+            if isinstance(err, ProtobufError):  # of the digest: the weights are not where the graph says
+                raise ArtifactError(f"{self.path}: {err}; copy both files again") from None
             raise
 
     def session(self, ort: Any, options: Any, **more: Any) -> Any:
