@@ -138,8 +138,17 @@ def test_a_file_that_was_replaced_cannot_name_what_is_deleted(location: str, tmp
     assert write.data_files(folder / "model.onnx") == set()
 
 
-def test_a_sha256_is_not_taken_for_a_model_in_two_files(two_files: tuple[Path, Path]) -> None:
+def test_a_sha256_of_the_graph_holds_for_the_weights_beside_it_by_the_digest_in_it(
+    two_files: tuple[Path, Path], tmp_path: Path
+) -> None:
     from cmfast.artifact import file_sha256
 
-    with pytest.raises(CmfastError, match="a SHA-256 is of one file, and this model's weights are in another"):
-        load(two_files[0], sha256=file_sha256(two_files[0]))
+    file = Path(shutil.copy(two_files[0], tmp_path))
+    data = Path(shutil.copy(two_files[1], tmp_path))
+    assert load(file, sha256=file_sha256(file)).spec == load(file).spec
+    changed = bytearray(data.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    data.write_bytes(changed)
+    for sha256 in (file_sha256(file), None):
+        with pytest.raises(CmfastError, match="its graph or its weights were changed since they were verified"):
+            load(file, sha256=sha256)
