@@ -14,8 +14,9 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from cmfast import _protobuf as pb
 from cmfast._content import content_sha256
 from cmfast._recognise import HEAD
 from cmfast._recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
-from cmfast.errors import ArtifactError, CmfastError, shown
+from cmfast._values import check_parts, object_of
+from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, shown
 from cmfast.spec import ModelSpec
 
 SCHEMA = "cmfast/1"
@@ -59,27 +61,42 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {shown(self.kind)}")
         if self.kind != "denoiser" and len(self.spec.sigmas) != 1:
             raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
 
-    def to_json(self) -> str:
-        """Return the manifest as JSON, at most 4,000 characters."""
+    def to_json(self, limit: int = MAX_CHARACTERS) -> str:
+        """Return the manifest as JSON, at most 4,000 characters; 0: of any length, for a checkpoint's."""
         values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
         values |= {"graph_sha256": self.graph_sha256} if self.graph_sha256 else {}
         values |= {name: dict(part) for name, part in (("cost", self.cost), ("engine", self.engine)) if part}
+        check_parts({name: values[name] for name in _OBJECTS if name in values})
         text = json.dumps(values)
-        if len(text) > MAX_CHARACTERS:
-            raise CmfastError(f"the manifest has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
+        if limit and len(text) > limit:
+            raise CmfastError(f"the manifest has {len(text)} characters; at most {limit} are allowed")
         return text
+
+    def fitting(self, room: int = 0) -> Manifest:
+        """Return the manifest without its class names if they leave no `room` (characters) for more; then warn."""
+        if not self.spec.class_names or len(self.to_json(0)) + room <= MAX_CHARACTERS:
+            return self
+        warnings.warn(
+            f"the names of the {self.spec.classes} classes are left out of the file: its manifest holds "
+            f"{MAX_CHARACTERS} characters; labels are numbers there",
+            CmfastWarning,
+            stacklevel=3,
+        )
+        return replace(self, spec=replace(self.spec, class_names=()))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
         """Read a manifest; `where` names its file in errors. Unknown keys are ignored, an unknown schema is refused."""
         try:
-            values = json.loads(text) if len(text) <= 16 * MAX_CHARACTERS else None
+            values = json.loads(text, object_pairs_hook=object_of) if len(text) <= 16 * MAX_CHARACTERS else None
+        except CmfastError as err:
+            raise ArtifactError(f"{where}: {err}") from None
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
@@ -88,14 +105,17 @@ class Manifest:
             )
         if values.get("schema") != SCHEMA:
             raise ArtifactError(
-                f"{where}: the manifest has schema {values.get('schema')!r}, this version reads {SCHEMA!r}; "
+                f"{where}: the manifest has schema {shown(values.get('schema'))}, this version reads {SCHEMA!r}; "
                 "update cmfast or export the model again"
             )
         parts = {name: values.get(name, {}) for name in _OBJECTS}
         try:
-            if not all(isinstance(part, dict) for part in parts.values()):
-                raise CmfastError(f"{', '.join(_OBJECTS)} must be objects")
+            check_parts(parts)
             kind, dtype = values.get("kind"), values.get("dtype", "float32")
+            if not isinstance(kind, str):
+                raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")
+            if not isinstance(dtype, str) or dtype not in PRECISIONS.values():
+                raise CmfastError(f"dtype must be one of {', '.join(PRECISIONS.values())}, got {shown(dtype)}")
             digest = values.get("graph_sha256", "")
             if not isinstance(digest, str) or not re.fullmatch("([0-9a-f]{64})?", digest):
                 raise CmfastError(f"graph_sha256 must be 64 hex digits, got {shown(digest)}")
@@ -147,7 +167,10 @@ def check_onnx(model: pb.OnnxModel, file: Path) -> tuple[Manifest, pb.OnnxModel]
             f"{file}: an ONNX file without a cmfast manifest, so its conventions are unknown; "
             "make one that has it: cmfast-export model.pt"
         )
-    return Manifest.from_json(text, str(file)), model
+    manifest = Manifest.from_json(text, str(file))
+    if manifest.engine:
+        raise ArtifactError(f"{file}: an ONNX file with the manifest of a TensorRT engine; export the model again")
+    return manifest, model
 
 
 def read_onnx_file(file: Path) -> pb.OnnxModel:

@@ -72,12 +72,16 @@ def check_engine(manifest: Manifest, where: str) -> None:
     batch: Any = about.get("batch")
     cards: Any = about.get("compute_capability")
     wrong = [name for name in ("library", "platform", "onnx_sha256", "max_abs") if not isinstance(about.get(name), str)]
-    if not re.fullmatch(r"\d+(\.\d+)*", str(about.get("version"))):
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6}){0,5}", str(about.get("version"))):
         wrong.append("version")
-    if not _are(batch, int, 3) or not 0 < batch[0] <= batch[1] <= batch[2]:
+    if not _are(batch, int, 3) or not 0 < batch[0] <= batch[1] <= batch[2] < 2**31:
         wrong.append("batch")
-    if not _are(cards, str) or not all(re.fullmatch(r"\d+\.\d", card) for card in cards):
+    if not _are(cards, str) or not all(re.fullmatch(r"[0-9]{1,3}\.[0-9]", card) for card in cards):
         wrong.append("compute_capability")
+    if not re.fullmatch(r"not run *|[0-9]\.[0-9]{2}e[+-][0-9]{2,3}", str(about.get("max_abs"))):
+        wrong.append("max_abs")
+    if not re.fullmatch(r"[0-9a-f]{64}", str(about.get("onnx_sha256"))):
+        wrong.append("onnx_sha256")
     if wrong:
         raise ArtifactError(f"{where}: its manifest says {wrong[0]} of the engine wrongly; {_AGAIN}")
 

@@ -261,7 +261,7 @@ def _model(nodes: list[bytes], inputs: dict[str, int], output: int) -> bytes:
     graph += b"".join(_field(11, _value(name, element)) for name, element in inputs.items())
     graph += _field(12, _value("y", output))
     opset = _field(1, "") + _field(2, 18)  # OperatorSetIdProto: domain, version
-    return _field(1, 10) + _field(7, graph) + _field(8, opset)  # ModelProto: ir_version, graph, opset_import
+    return _field(1, 8) + _field(7, graph) + _field(8, opset)  # ModelProto: ir_version, graph, opset_import
 
 
 def _node(op: str, inputs: list[str], output: str) -> bytes:

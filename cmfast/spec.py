@@ -8,12 +8,12 @@ network's weights tells which of the field's conventions it was trained with.
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmfast.errors import CmfastError
+from cmfast.errors import CmfastError, one_line, shown
 from cmfast.schedule import check_sigmas, karras_sigmas, sigmas_of_indices
 
 SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.precond
@@ -42,23 +42,28 @@ class ModelSpec:
     )
 
     def __post_init__(self) -> None:
-        if len(self.image) != 3 or not all(isinstance(n, int) and 0 < n <= 65536 for n in self.image):
-            raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {self.image!r}")
-        if not isinstance(self.classes, int) or not 0 <= self.classes < 2**31:
-            raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {self.classes!r}")
+        if len(self.image) != 3 or not all(_is_whole(n, 1, 65536) for n in self.image):
+            raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {shown(self.image)}")
+        if not _is_whole(self.classes, 0, 2**31 - 1):
+            raise CmfastError(
+                f"classes must be 0 (unconditional) or a positive whole number, got {shown(self.classes)}"
+            )
         _check_names(self.class_names, self.classes)
-        if not isinstance(self.grid, int) or not (self.grid == 0 or 2 <= self.grid <= 65536):
-            raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {self.grid!r}")
+        if not _is_whole(self.grid, 0, 65536) or self.grid == 1:
+            raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {shown(self.grid)}")
         if not isinstance(self.clip, bool):
-            raise CmfastError(f"clip must be true or false, got {self.clip!r}")
+            raise CmfastError(f"clip must be true or false, got {shown(self.clip)}")
         levels = (self.sigma_min, self.sigma_max, self.sigma_data)
-        if not all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in levels):
-            raise CmfastError(f"sigma_min, sigma_max and sigma_data must be positive numbers, got {levels}")
+        # Squares of them are float32.
+        if not all(_is_real(s) and 1e-18 <= s <= 1e18 for s in levels):
+            raise CmfastError(
+                f"sigma_min, sigma_max and sigma_data must be positive numbers, 1e-18 to 1e18, got {shown(levels)}"
+            )
         if not self.sigma_min < self.sigma_max:
             raise CmfastError(f"need sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
         for name, allowed in (("scaling", SCALINGS), ("c_noise", C_NOISES), ("renoise", RENOISES)):
             if getattr(self, name) not in allowed:
-                raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.scaling == "seed" and self.sigma_data != 0.5:
             raise CmfastError(f"the scaling seed has sigma_data 0.5 built in, got {self.sigma_data:g}")
         for steps, sigmas in self.sigmas.items():
@@ -123,13 +128,38 @@ class ModelSpec:
         if missing := names - known.keys() - {"grid", "class_names"}:  # most models have none
             raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
         try:
+            for name in ("image", "sigmas"):
+                wanted = Mapping if name == "sigmas" else (list, tuple)
+                if not isinstance(known[name], wanted):
+                    raise TypeError(f"{name} is {shown(known[name])}")
             known["image"] = tuple(known["image"])
             if isinstance(known.get("class_names"), list):
                 known["class_names"] = tuple(known["class_names"])
-            known["sigmas"] = {int(k): tuple(float(s) for s in v) for k, v in known["sigmas"].items()}
+            known["sigmas"] = {_steps(k): _levels(v) for k, v in known["sigmas"].items()}
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:
-            raise CmfastError(f"the description of the model is malformed: {err}") from None
+            raise CmfastError(f"the description of the model is malformed: {one_line(err)}") from None
+
+
+def _steps(key: Any) -> int:
+    """Return the number of steps that a key of "sigmas" says: a whole number, or JSON's text of one."""
+    if isinstance(key, bool) or not re.fullmatch("[1-9][0-9]{0,4}", str(key) if isinstance(key, int) else key):
+        raise ValueError(f"sigmas has the key {shown(key)}, which is no number of steps")
+    return int(key)
+
+
+def _levels(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or not all(_is_real(value) for value in values):
+        raise ValueError(f"sigmas holds {shown(values)}, which is no list of noise levels")
+    return tuple(float(value) for value in values)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check_names(names: Any, classes: int) -> None:

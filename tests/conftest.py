@@ -71,7 +71,7 @@ def handmade_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
             [helper.make_tensor_value_info("denoised", float32, image)],
             [helper.make_tensor("hundredth", float32, [], [0.01])],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
         manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, side, side)))
         helper.set_model_props(model, {"cmfast": manifest.to_json()})
         path = folder / f"side{side}.onnx"

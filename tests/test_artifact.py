@@ -17,7 +17,7 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from cmfast._protobuf import read_onnx_model
 from cmfast.artifact import MAX_CHARACTERS, Manifest, check_file, read_manifest, read_onnx
-from cmfast.errors import ArtifactError, CmfastError
+from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.spec import ModelSpec
 
 SPEC = ModelSpec(image=(1, 2, 2), classes=10)
@@ -132,6 +132,85 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 def test_a_wrong_value_names_the_file_and_itself(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ArtifactError, match=f"^here: .*{words}"):
         Manifest.from_json(json.dumps({**json.loads(MANIFEST.to_json()), **values}), "here")
+
+
+NAMED = ModelSpec(image=(1, 2, 2), classes=3, class_names=("cat", "dog", "läßt"))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"parity": {"max_abs": "x"}}, "parity.max_abs must be a finite number, got 'x'"),
+        ({"parity": {"max_abs": True}}, "parity.max_abs must be a finite number"),
+        ({"parity": {"max_abs": float("inf")}}, "parity.max_abs must be a finite number, got inf"),
+        ({"cost": {"flops": None}}, "cost.flops must be a finite number, got None"),
+        ({"cost": {"flops": 10**400}}, r"cost.flops must be a finite number, got 1000*\.\.\."),
+        ({"cost": {"flops": -1}}, "cost.flops must be a finite number, got -1"),
+        ({"made_by": {"cmfast": 3}}, "made_by.cmfast must be a printable text, got 3"),
+        ({"made_by": {"cmfast": "1\x1b[31m"}}, r"made_by.cmfast must be a printable text, got '1\\x1b\[31m'"),
+        ({"made_by": {"a\nb": "1"}}, r"made_by must have printable keys, got 'a\\nb'"),
+        ({"source": {"format": "\ud800"}}, r"source.format must be printable texts.*got '\\ud800'"),
+        ({"source": {"format": "a\u202eb"}}, r"source.format .*got 'a\\u202eb'"),
+        ({"source": {"format": [[[[[1]]]]]}}, "source.format must be printable"),
+        ({"dtype": "weird"}, "dtype must be one of float32, tf32, float16, bfloat16, got 'weird'"),
+        ({"dtype": ["float32"]}, "dtype must be one of"),
+        ({"graph_sha256": "A" * 64}, "graph_sha256 must be 64 hex digits"),
+        ({"classes": True}, "classes must be .*got True"),
+        ({"image": [True, 2, 2]}, "image must be three positive whole numbers"),
+        ({"grid": True}, "grid must be"),
+        ({"sigma_min": True}, "must be positive numbers"),
+        ({"sigma_max": 1e200}, "must be positive numbers, 1e-18 to 1e18"),
+        ({"sigmas": {"1": "8"}}, "sigmas holds '8', which is no list of noise levels"),
+        ({"sigmas": {"1": [True]}}, "which is no list of noise levels"),
+        ({"sigmas": {"\u0661": [80.0]}}, "which is no number of steps"),
+        ({"kind": ["denoiser"]}, r"kind must be one of .*got \['denoiser'\]"),
+    ],
+    ids=str,
+)
+def test_every_value_is_checked_by_the_reader_and_quoted_harmlessly(values: dict[str, Any], words: str) -> None:
+    text = json.dumps({**json.loads(MANIFEST.to_json()), **values})
+    with pytest.raises(ArtifactError, match=f"^here: .*{words}") as caught:
+        Manifest.from_json(text, "here")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"^here: the manifest has the key 'kind' twice"):
+        Manifest.from_json(MANIFEST.to_json()[:-1] + ', "kind": "sampler"}', "here")
+
+
+def test_what_the_reader_would_refuse_is_not_written() -> None:
+    with pytest.raises(CmfastError, match=r"source\.name must be printable"):
+        Manifest(kind="denoiser", spec=SPEC, source={"name": "\x1b"}).to_json()
+
+
+def test_two_manifests_in_one_file_are_refused(write: Callable[..., Path]) -> None:
+    model = small_model()
+    model.metadata_props.add(key="cmfast", value=model.metadata_props[0].value)
+    with pytest.raises(ArtifactError, match="it holds two cmfast manifests"):
+        read_onnx(write(model))
+
+
+def test_an_onnx_file_with_the_manifest_of_an_engine_is_refused(write: Callable[..., Path]) -> None:
+    engine = {**json.loads(MANIFEST.to_json()), "engine": {"batch": 5}}
+    with pytest.raises(ArtifactError, match="an ONNX file with the manifest of a TensorRT engine"):
+        read_onnx(write(small_model(json.dumps(engine))))
+
+
+def test_names_of_the_classes_travel_where_they_fit_and_are_left_out_with_a_warning_where_not() -> None:
+    named = Manifest(kind="denoiser", spec=NAMED)
+    assert Manifest.from_json(named.to_json(), "here").spec.class_names == ("cat", "dog", "läßt")
+    assert named.fitting() is named
+    many = ModelSpec(image=(1, 2, 2), classes=1000, class_names=tuple(f"kind {i}" for i in range(1000)))
+    with pytest.warns(CmfastWarning, match="the names of the 1000 classes are left out"):
+        fits = Manifest(kind="denoiser", spec=many).fitting()
+    assert (fits.spec.classes, fits.spec.class_names) == (1000, ())
+    assert len(fits.to_json()) < MAX_CHARACTERS
+    room = MAX_CHARACTERS - len(named.to_json())
+    assert named.fitting(room) is named
+    with pytest.warns(CmfastWarning):
+        assert named.fitting(room + 1) != named
 
 
 def test_a_manifest_too_long_for_tensorrt_is_not_written() -> None:

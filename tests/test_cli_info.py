@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from onnx import helper
 
 import cmfast
-from cmfast.cli.info import main
+from cmfast.artifact import graph_sha256
+from cmfast.cli.info import _table, main
 
 Factory = Callable[..., Path]
 
@@ -39,7 +41,7 @@ def test_an_exported_file_says_what_it_is_and_what_it_needs(handmade_onnx: Facto
         "dtype": "float32",
         "source": "{}",
         "made by": "",
-        "onnx": "IR 10, opset 18",
+        "onnx": "IR 8, opset 18",
     }
 
 
@@ -54,6 +56,88 @@ def test_the_parity_stands_where_the_file_has_one(
     found = words_of(call(main, tmp_path / "model.onnx").stdout)
     assert found["parity"] == "max_abs 6.6e-07, psnr_db 140.3"
     assert found["classes"] == "10"
+
+
+def with_manifest(original: Path, path: Path, /, **values: Any) -> Path:
+    """Write a copy of a file with other values in its manifest."""
+    model = onnx.load(original)
+    manifest = json.loads(model.metadata_props[0].value) | values
+    helper.set_model_props(model, {"cmfast": json.dumps(manifest)})
+    onnx.save(model, path)
+    return path
+
+
+PARITY = {"max_abs": 6.6e-07, "psnr_db": 140.3}
+
+
+def test_a_file_changed_after_its_verification_is_named_and_its_parity_not_shown(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    digest = graph_sha256(handmade_onnx(8))
+    path = with_manifest(
+        handmade_onnx(8), tmp_path / "model.onnx", parity=PARITY, cost={"flops": 5}, graph_sha256=digest,
+        made_by={"cmfast": "0.1.0", "verified": "onnxruntime cpu"},
+    )  # fmt: skip
+    found = words_of(call(main, path).stdout)
+    assert (found["parity"], found["made by"]) == (
+        "max_abs 6.6e-07, psnr_db 140.3",
+        "cmfast 0.1.0, verified onnxruntime cpu",
+    )
+    assert not {"verified", "unchecked"} & set(found)
+
+    model = onnx.load(path)
+    model.graph.initializer[0].float_data[0] = 0.02
+    onnx.save(model, path)
+    result = call(main, path)
+    found = words_of(result.stdout)
+    assert result.returncode == 0
+    assert found["verified"].startswith("no: its graph or its weights were changed since they were verified")
+    assert (found["dtype"], found["made by"]) == ("float32 when it was exported", "cmfast 0.1.0")
+    assert not {"parity", "an image"} & set(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = call(main, path, "--json")
+    assert "changed since they were verified; its parity and cost are left out" in result.stderr
+    assert not {"cost"} & json.loads(result.stdout).keys()
+    assert json.loads(result.stdout)["parity"] == {}
+
+
+def test_a_parity_without_a_digest_is_marked_as_unchecked(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = words_of(call(main, with_manifest(handmade_onnx(8), tmp_path / "old.onnx", parity=PARITY)).stdout)
+    assert found["unchecked"].startswith("its manifest has no digest")
+    assert found["parity"].startswith("max_abs")
+
+
+def test_names_of_the_classes_are_shown_and_many_are_shortened(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    for names, words in (
+        (["cat", "läßt"], "2: cat, läßt"),
+        ([f"c{i}" for i in range(30)], f"30: {', '.join(f'c{i}' for i in range(19))}, ..., c29"),
+    ):
+        path = with_manifest(handmade_onnx(8), tmp_path / "named.onnx", classes=len(names), class_names=names)
+        assert words_of(call(main, path).stdout)["classes"] == words
+
+
+def test_no_file_writes_on_the_terminal(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "a\x1b[31m\nkind         sampler.onnx"
+    path.write_bytes(handmade_onnx(8).read_bytes())
+    result = call(main, path)
+    assert "\x1b" not in result.stdout
+    assert words_of(result.stdout)["kind"] == "denoiser"
+    assert r"a\x1b[31m\nkind" in words_of(result.stdout)["file"]
+    for values in ({"source": {"format": "\x1b[2J"}}, {"schema": "\x1b[2J"}, {"parity": {"max_abs": "x"}}):
+        result = call(main, with_manifest(handmade_onnx(8), tmp_path / "other.onnx", **values))
+        refused(result, "other.onnx: ")
+        assert "\x1b" not in result.stderr
+
+
+def test_facts_of_foreign_files_are_printed_escaped() -> None:
+    assert _table([("for\nmat", "x\ud800\x1b")]) == "for\\nmat     x\\ud800\\x1b"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

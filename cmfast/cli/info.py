@@ -4,14 +4,28 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from cmfast.artifact import ENGINE_SUFFIXES, Manifest, check_model, file_sha256, model_bytes, read_manifest, read_onnx
+from cmfast.artifact import (
+    ENGINE_SUFFIXES,
+    Manifest,
+    as_verified,
+    check_model,
+    file_sha256,
+    model_bytes,
+    read_manifest,
+    read_onnx,
+)
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import SET, SOURCE
-from cmfast.errors import CmfastError
+from cmfast.errors import CmfastError, CmfastWarning, printable
+
+NAMES = 20  # of classes that are shown
+CHANGED = "its graph or its weights were changed since they were verified"
 
 EPILOG = """\b
 Examples:
@@ -38,7 +52,11 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
         if source or assignments:
             raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
         manifest, versions = read_onnx(file) if file.suffix == ".onnx" else (read_manifest(file), {})
-        click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, versions)))
+        verified = as_verified(file, manifest) if file.suffix == ".onnx" else True
+        if as_json and verified is False:
+            warnings.warn(f"{file}: {CHANGED}; its parity and cost are left out", CmfastWarning, stacklevel=1)
+            manifest = replace(manifest, parity={}, cost={})
+        click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, versions, verified)))
         return
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
@@ -47,30 +65,33 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
         from cmfast.engines import open_engine
 
         manifest = open_engine(file).manifest
-        click.echo(manifest.to_json() if as_json else _table(_lines(file, manifest, {})))
+        click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, {})))
         return
     with needs(f"reading {'a model folder' if file.is_dir() else f'a {file.suffix} file'}", "train"):
         describe = next(iter(found)).load()
     own, lines = describe(file, source, assignments, as_json)
     if as_json:
-        click.echo(own.to_json())
+        click.echo(own.to_json(0))
     else:
         click.echo(_table(_lines(file, own, {}) if own else [("file", str(file)), *lines]))
 
 
 def _table(lines: list[tuple[str, str]]) -> str:
     width = max(12, *(len(name) for name, _ in lines))
-    return "\n".join(f"{name:<{width}} {value}" for name, value in lines)
+    return "\n".join(f"{printable(name):<{width}} {printable(value)}" for name, value in lines)
 
 
-def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tuple[str, str]]:
+def _lines(
+    file: Path, manifest: Manifest, versions: dict[str, int], verified: bool | None = True
+) -> list[tuple[str, str]]:
+    """Return lines (name, value); `verified`: the file computes what its manifest says, None: that is not recorded."""
     spec = manifest.spec
     steps = "; ".join(f"{k}: {', '.join(f'{s:g}' for s in v)}" for k, v in sorted(spec.sigmas.items()))
     lines = [
         ("file", f"{file}, {model_bytes(file) / 2**20:.1f} MiB"),
         ("kind", manifest.kind),
         ("image", " x ".join(map(str, spec.image)) + " (channels, height, width)"),
-        ("classes", str(spec.classes) if spec.classes else "unconditional"),
+        ("classes", _classes(manifest)),
         ("sigma", f"{spec.sigma_min:g} to {spec.sigma_max:g}, data {spec.sigma_data:g}"),
         ("steps", steps),
         (
@@ -78,17 +99,34 @@ def _lines(file: Path, manifest: Manifest, versions: dict[str, int]) -> list[tup
             f"scaling {spec.scaling}, c_noise {spec.c_noise}, renoise {spec.renoise}, clip {str(spec.clip).lower()}"
             + (f", grid of {spec.grid} levels" if spec.grid else ""),
         ),
-        ("dtype", manifest.dtype),
+        ("dtype", manifest.dtype + (" when it was exported" if verified is False else "")),
         ("source", json.dumps(dict(manifest.source))),
-        ("made by", ", ".join(f"{k} {v}" for k, v in manifest.made_by.items())),
+        (
+            "made by",
+            ", ".join(f"{k} {v}" for k, v in manifest.made_by.items() if verified is not False or k != "verified"),
+        ),
     ]
     if versions:
         lines.append(("onnx", f"IR {versions['ir']}, opset {versions['opset']}"))
+    if verified is False:
+        return [*lines, ("verified", f"no: {CHANGED}; export the model again")]
+    if manifest.parity and verified is None:
+        lines.append(("unchecked", "its manifest has no digest, so a change after its verification would not show"))
     if manifest.parity:
         lines.append(("parity", ", ".join(f"{k} {v:g}" for k, v in manifest.parity.items())))
     if manifest.cost:
         lines.append(("an image", ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
     return [*lines, *_engine_lines(file, manifest)] if manifest.engine else lines
+
+
+def _classes(manifest: Manifest) -> str:
+    spec = manifest.spec
+    if not spec.class_names:
+        return str(spec.classes) if spec.classes else "unconditional"
+    names = list(spec.class_names)
+    if len(names) > NAMES:
+        names[NAMES - 1 : -1] = ["..."]
+    return f"{spec.classes}: {', '.join(names)}"
 
 
 def _engine_lines(file: Path, manifest: Manifest) -> list[tuple[str, str]]:

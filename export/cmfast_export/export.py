@@ -12,23 +12,26 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from cmfast.artifact import PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
+from cmfast.artifact import KINDS, MAX_CHARACTERS, PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.engines import Engine, open_engine
 from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
+from cmfast.spec import ModelSpec
 from cmfast_export import write
-from cmfast_export.compose import sampler_graph
+from cmfast_export.compose import check_steps, sampler_graph
 from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export.to_onnx import denoiser_graph, plain_defaults
 from cmfast_export.to_server import server_graph
 from cmfast_export.verify import Parity, verify
 from cmfast_export.write import data_files, remove_unused, replace_manifest, weight_bytes, write_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
 from cmfast_train.importers import load_model
+
+ROOM = 300  # characters of a manifest for parity and cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,27 @@ def export_onnx(
     tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
                file. None: what rounding to this precision may cost (`cmfast.artifact.rounding`)
     """
+    with plain_defaults():
+        return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance)
+
+
+def _export(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    kind: str,
+    steps: int | None,
+    sigmas: Sequence[float] | None,
+    batch: int | None,
+    opset: int | None,
+    precision: str,
+    device: str,
+    tolerance: float | None,
+) -> Exported:
     target = check_target(out)
+    if kind not in KINDS:
+        raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind != "denoiser":  # before the work
+        check_steps(max(steps or 0, len(sigmas or ())))
     if precision not in PRECISIONS:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
@@ -89,11 +112,13 @@ def export_onnx(
     if kind == "denoiser" and (steps is not None or sigmas is not None):
         raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")
     levels = spec.levels(steps, sigmas) if kind != "denoiser" else ()
-
-    graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
     check = _Check(references=references, device=device, tolerance=tolerance)
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
-    manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by, cost=graph_cost(graph))
+    manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
+    manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
+
+    graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
+    manifest = replace(manifest, cost=graph_cost(graph))
     before = data_files(target)
     data = write_data(graph, target) if weight_bytes(graph) > write.MAX_BYTES else None
     sampled = None
@@ -105,7 +130,7 @@ def export_onnx(
             if kind != "denoiser":
                 looped = sampler_graph(graph, levels, spec)
                 looped = server_graph(looped) if kind == "server" else looped
-                one = replace(spec, sigmas={len(levels): levels})
+                one = replace(manifest.spec, sigmas={len(levels): levels})
                 manifest = replace(manifest, kind=kind, spec=one, cost=graph_cost(looped))
                 size = write.write_with_manifest(looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
@@ -120,6 +145,20 @@ def export_onnx(
         path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
         sampler=sampled,
     )  # fmt: skip
+
+
+def _fitting(manifest: Manifest, kind: str, levels: Sequence[float]) -> ModelSpec:
+    """Return the spec that the file's manifest can hold, checked before the work; names may be left out of it."""
+    room = len('"graph_sha256": "", ') + 64 + ROOM
+    spec = manifest.fitting(room).spec
+    last = replace(spec, sigmas={len(levels): tuple(levels)}) if kind != "denoiser" else spec
+    length = len(replace(manifest, kind=kind, spec=last).to_json(0)) + room
+    if length > MAX_CHARACTERS:
+        raise CmfastError(
+            f"the file's manifest would have about {length} characters, and at most {MAX_CHARACTERS} are allowed; "
+            "give fewer noise levels, or leave default levels out of the checkpoint"
+        )
+    return spec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from onnx import helper
+from onnx.helper import find_min_ir_version_for
 from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants
 
@@ -44,11 +46,14 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
         raise CmfastError(f"the batch must be at least 1 or dynamic, got {batch}")
     spec = denoiser.spec
     example = batch or 2  # a dynamic axis must not be 0 or 1 in the example: torch.export would make it a constant
-    inputs: dict[str, torch.Tensor] = {"x": torch.zeros(example, *spec.image), "sigma": torch.ones(example)}
+    inputs: dict[str, torch.Tensor] = {
+        "x": torch.zeros(example, *spec.image, dtype=torch.float32),
+        "sigma": torch.ones(example, dtype=torch.float32),
+    }
     if spec.classes:
         inputs["label"] = torch.zeros(example, dtype=torch.int64)
     dynamic = None if batch else {name: {0: torch.export.Dim("B", max=2**20)} for name in inputs}
-    with torch.inference_mode(False), _quiet():
+    with torch.inference_mode(False), _quiet(), plain_defaults():
         program = torch.export.export(denoiser, (), inputs, dynamic_shapes=dynamic)
         exported = torch.onnx.export(
             program,
@@ -69,6 +74,8 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
         _norm_layers(model.graph)
         passes.RemoveUnusedNodesPass()(model)
     model.graph.name = "denoiser"
+    # The lowest that the opset allows: older readers, such as ONNX Runtime 1.17, refuse later ones.
+    model.ir_version = find_min_ir_version_for([helper.make_opsetid("", opset)])
     return model
 
 
@@ -185,6 +192,17 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.group_norm.default: _group_norm,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Make float32 what torch makes tensors of in the block, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

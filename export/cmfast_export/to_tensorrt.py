@@ -229,7 +229,7 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     _configure(trt, config, options, tf32=manifest.dtype == "tf32")
     batch = _add_profile(builder, network, config, manifest.kind, options)
     engine = {**manifest.engine, "batch": list(batch), "max_abs": NOT_RUN, "plan_sha256": UNSEALED}
-    network.name = replace(manifest, engine=engine).to_json()
+    network.name = replace(manifest, engine=engine).fitting().to_json()
     cache = _timing_cache(config, options)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
