@@ -19,6 +19,7 @@ from PIL import Image
 
 import cmfast
 from cmfast.artifact import Manifest
+from cmfast.errors import CmfastError, CmfastWarning
 from cmfast_train import evaluate
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from cmfast_train.data import load_data
@@ -412,3 +413,80 @@ def test_images_that_are_no_images_of_the_data_set_are_far_from_it_in_its_classi
     with torch.inference_mode():
         one, other, ramps = features(noise[:200]), features(noise[200:]), features(ramp)
     assert 10 * frechet_distance(one, other) < frechet_distance(one, ramps)
+
+
+# Samples as others write them, and outputs that are inputs.
+
+
+def png_samples(folder: Path, n: int = 10, form: str = "png", sub: bool = False, **palette: bool) -> Path:
+    for i, image in enumerate(np.random.default_rng(0).integers(256, size=(n, 8, 8), dtype=np.uint8)):
+        place = folder / f"{i // 4:06d}" if sub else folder
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(image)
+        if palette:
+            picture = picture.convert("P")
+            picture.putpalette([value for i in range(256) for value in [255 - i] * 3])
+            picture = picture.point(lambda value: 255 - value)
+        picture.save(place / f"{i:06d}.{form}")
+    return folder
+
+
+def test_samples_in_sub_folders_and_palettes_have_the_numbers_of_plain_ones(call: Call, tmp_path: Path) -> None:
+    plain, sub = png_samples(tmp_path / "plain"), png_samples(tmp_path / "sub", sub=True)
+    indexed = png_samples(tmp_path / "indexed", palette=True)
+    rows = []
+    for folder in (plain, sub, indexed):
+        result = call(main, folder, "--data-set", "digits", "--json", tmp_path / "eval.json")
+        assert (result.returncode, result.stderr) == (0, "")
+        rows.append(measured(record_of(tmp_path / "eval.json")["rows"][0]))
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_jpeg_samples_are_read_with_a_warning(tmp_path: Path) -> None:
+    folder = png_samples(tmp_path / "jpeg", form="jpg", sub=True)
+    assert evaluate.is_samples(folder)
+    with pytest.warns(CmfastWarning, match="10 of 10 samples are JPEGs, which are lossy"):
+        assert evaluate.read_samples(folder, None).shape == (10, 8, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["grid.png", "000000/grid.png"])
+def test_a_grid_among_samples_is_named(name: str, tmp_path: Path) -> None:
+    folder = png_samples(tmp_path / "samples", sub=True)
+    Image.new("L", (40, 40)).save(folder / name)
+    with pytest.raises(CmfastError, match=rf"differ in size or colours: .*; {name} is \(40, 40, 1\), most are \(8, 8"):
+        evaluate.read_samples(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "m.pt"], "m.pt"),
+        (["--json", "link.json"], "link.json"),
+        (["--json", "eval.txt"], ".json"),
+        (["--plot", "m.pt"], "m.pt"),
+        (["--plot", "chart.json"], ".png"),
+        (["--json", "data/dataset.json", "--data", "data"], "dataset.json"),
+        (["--json", "run/config.json", "--train-log", "run"], "config.json"),
+    ],
+)
+def test_no_output_replaces_an_input(
+    options: list[str], words: str, tiny_checkpoint: Factory, call: Call, refused: Callable[..., None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    content = tiny_checkpoint(10).read_bytes()
+    Path("m.pt").write_bytes(content)
+    os.symlink("m.pt", "link.json")
+    for folder, name in (("data", "dataset.json"), ("run", "config.json")):
+        Path(folder).mkdir()
+        Path(folder, name).write_text("{}")
+    refused(call(main, "m.pt", "--data-set", "digits", *options), words)
+    assert Path("m.pt").read_bytes() == content
+    assert Path("data/dataset.json").read_text() == Path("run/config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": 1e999, "images_per_s": 1}\n', '{"images": "x"}\n', "\xff"])
+def test_a_log_that_is_made_to_be_trouble_is_one_line(text: str, run_folder: Path) -> None:
+    (run_folder / "log.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CmfastError, match=r"its config\.json or log\.jsonl is damaged"):
+        evaluate.training_of(run_folder, "digits")

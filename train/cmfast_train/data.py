@@ -3,33 +3,51 @@
 
 The order is a function of (seed, step), so a resumed run sees what an uninterrupted one would have seen,
 and any number of processes share one batch. Batches are made ahead of the step that needs them, in a thread or in
-other processes. Nothing is downloaded unless it is asked for.
+other processes. Nothing is downloaded unless it is asked for. What is in a folder or .zip is found by `image_folders`,
+in a .npy or .npz by `image_arrays`; `image_reader` reads the files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import struct
+import zipfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cmfast.errors import CmfastError, MissingDependency
+from cmfast.errors import CmfastError, MissingDependency, one_line
 from cmfast_train.config import TrainConfig
+from cmfast_train.image_arrays import read_arrays
+from cmfast_train.image_folders import find_images, find_zipped
+from cmfast_train.image_reader import MAX_FILE, Fit, check_shape, read_image, reading, to_rgb
+from cmfast_train.workers import from_workers
 
 Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
 
 AHEAD = 2  # batches that wait, at most, for the step that needs them
 
 SYNSETS = 1000  # classes of ImageNet-1k, a folder each
+
+NAMES = {  # of the classes
+    "digits": tuple("0123456789"),
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}  # fmt: skip
 
 # The nine classes of jqwenchen/explore-consistency-models, from ReBias: indices into the sorted synset folders. Not the
 # "ImageNet-9" of the Backgrounds Challenge. That project scaled them by the mean and deviation of CIFAR-10, where
@@ -50,8 +68,8 @@ IMAGENET9: dict[str, tuple[int, ...]] = {
 class Images(Dataset[Batch]):
     """Images in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], `classes` (0: the data have none)."""
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: int) -> None:
-        self.images, self.labels, self.classes = images, labels, classes
+    def __init__(self, images: Tensor, labels: Tensor, classes: int, class_names: Sequence[str] = ()) -> None:
+        self.images, self.labels, self.classes, self.class_names = images, labels, classes, tuple(class_names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,79 +80,115 @@ class Images(Dataset[Batch]):
 
 
 class FolderImages(Dataset[Batch | str]):
-    """Images read from disk, ROOT/folder/name.png: short side resized, centre cropped.
+    """Images read from a folder or .zip, see `image_folders`: resized to cover the size, centre cropped.
 
-    classes  the class of each folder that is read; by default every folder is one, in the order of their names
+    size     the side of the images, or (height, width)
+    classes  the class of each folder that is read; default: every folder is one
+    samples  (path, or name in the .zip; class) of each image
     """
 
-    def __init__(self, root: Path, size: int, channels: int, classes: Mapping[str, int] | None = None) -> None:
-        from cmfast_train.torchvision_cpu import torchvision_datasets
-
-        folder = torchvision_datasets().folder
-        from torchvision import transforms
-
-        grey = [transforms.Grayscale()] if channels == 1 else []
-        self.transform = transforms.Compose(
-            [transforms.Resize(size, antialias=True), transforms.CenterCrop(size), *grey]
-        )
-        self.load = folder.default_loader
-        try:
-            of_folder = dict(classes or folder.find_classes(str(root))[1])
-            self.samples = folder.make_dataset(str(root), of_folder, extensions=folder.IMG_EXTENSIONS)
-        except OSError as err:
-            raise CmfastError(f"{root} is no folder of images by class (ROOT/class/name.png): {err}") from None
-        self.classes = len(set(of_folder.values()))
+    def __init__(
+        self, root: Path, size: int | tuple[int, int], channels: int, classes: Mapping[str, int] | None = None
+    ) -> None:
+        height, width = (size, size) if isinstance(size, int) else size
+        self.fit = Fit(height, width, channels)
+        self.zip = _Zip(root) if _is(root, ".zip") else None
+        found = find_images(root, classes) if self.zip is None else self.zip.find()
+        inside = self.zip is not None
+        self.samples = [(name if inside else str(root / name), label) for name, label in found.files]
+        self.classes, self.class_names = found.classes, found.class_names
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, indices: list[int]) -> Batch | str:
+        """Return images and labels, or what is wrong with which file: an exception leaves a worker as a traceback."""
         try:
             images = np.stack([self._pixels(i) for i in indices])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-            return self._first_unreadable(indices) or str(err)
+        except CmfastError as err:
+            return str(err)
         channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         return torch.from_numpy(channels_first), torch.tensor([self.samples[i][1] for i in indices])
 
-    def _pixels(self, i: int) -> Any:
+    def _pixels(self, i: int) -> npt.NDArray[np.uint8]:
         """Return the pixels of an image, uint8 [H, W, C]."""
-        return np.atleast_3d(np.asarray(self.transform(self.load(self.samples[i][0]))))
-
-    def _first_unreadable(self, indices: list[int]) -> str | None:
-        """Return what is wrong with which file. A string, for an exception leaves a worker as a printed traceback."""
-        for i in indices:
-            try:
-                self._pixels(i)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-                return f"cannot read the image {self.samples[i][0]}: {err}"
-        return None
+        name = self.samples[i][0]
+        if self.zip is None:
+            return self.fit(read_image(Path(name)))
+        return self.fit(read_image(self.zip.read(name), f"{name} of {self.zip.file}"))
 
 
-def load_data(config: TrainConfig, root: Path | None) -> Images | FolderImages:
+class ArrayImages(Dataset[Batch | str]):
+    """Images of a .npy or .npz file, see `image_arrays`; of another size they are resized and cropped as files are."""
+
+    def __init__(self, file: Path, size: tuple[int, int], channels: int) -> None:
+        self.file, self.fit = file, Fit(*size, channels)
+        self._pixels, labels, self.classes = read_arrays(file)
+        self.class_names: tuple[str, ...] = ()
+        self.labels = torch.zeros(len(self._pixels), dtype=torch.int64) if labels is None else torch.tensor(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> Batch | str:
+        try:
+            with reading(self.file, "cannot read its images"):
+                images = np.stack([self._image(i) for i in indices])
+        except CmfastError as err:
+            return str(err)
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), self.labels[indices]
+
+    def __getstate__(self) -> dict[str, Any]:  # a mapped array would travel to a worker as a copy
+        return {**self.__dict__, "_pixels": None if isinstance(self._pixels, np.memmap) else self._pixels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._pixels is None:
+            self._pixels = read_arrays(self.file)[0]
+
+    def _image(self, i: int) -> npt.NDArray[np.uint8]:
+        pixels = np.asarray(self._pixels[i])
+        if pixels.shape == (self.fit.height, self.fit.width, self.fit.channels):
+            return pixels
+        return self.fit(to_rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)))
+
+
+Data = Images | FolderImages | ArrayImages
+
+
+def load_data(config: TrainConfig, root: Path | None) -> Data:
     """Return the training images of a run. root: where the files are, not needed for digits."""
     if config.data == "digits":
-        data: Images | FolderImages = _digits()
+        data: Data = _digits()
     elif root is None:
         raise CmfastError(f"the data set {config.data} is read from a folder: --data DIR, or CMFAST_DATA=DIR")
-    elif not root.is_dir() and not config.download:
-        raise CmfastError(f"the data folder {root} does not exist")
     elif config.data == "folder":
-        data = FolderImages(root, config.image_size, config.channels)
+        data = image_data(root, config.image_sides, config.channels)
+    elif not root.is_dir() and not config.download:
+        raise CmfastError(
+            f"the data folder {root} does not exist" if not root.exists() else f"--data {root}: not a folder"
+        )
     elif config.data in ("imagenet9", "imagenet64"):
         data = _imagenet(config, root)
     else:
         data = _torchvision(config, root)
-    side, channels = config.image_size, config.channels
-    have = tuple(_batch(data.__getitems__([0]))[0].shape[1:])
-    if have != (channels, side, side):
-        raise CmfastError(
-            f"the images are {list(have)}, the run says {[channels, side, side]}: --set image_size, channels"
-        )
+    check_shape(tuple(_batch(data.__getitems__([0]))[0].shape[1:]), (config.channels, *config.image_sides))
     return data
 
 
+def image_data(root: Path, size: tuple[int, int], channels: int) -> FolderImages | ArrayImages:
+    """Return a user's own images, of this (height, width): a folder, a .zip of one, or a .npy or .npz file."""
+    if not root.exists():
+        raise CmfastError(f"the data folder {root} does not exist")
+    if root.is_dir() or _is(root, ".zip"):
+        return FolderImages(root, size, channels)
+    if not _is(root, ".npy", ".npz"):
+        raise CmfastError(f"--data {root}: images are read from a folder, or a file .zip, .npy or .npz")
+    return ArrayImages(root, size, channels)
+
+
 def batches(
-    data: Images | FolderImages, batch: int, seed: int, start: int, stop: int, share: slice, workers: int, pin: bool
+    data: Data, batch: int, seed: int, start: int, stop: int, share: slice, workers: int, pin: bool
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of the batches of steps start .. stop - 1.
 
@@ -142,18 +196,13 @@ def batches(
     share    which of them this process takes
     workers  processes that make the batches; 0: a thread, which ends when the generator does
     pin      put them in pinned memory, from which a GPU copies while it computes
+
+    Raises:
+        CmfastError: An image cannot be read, or a worker process has died.
     """
     order = _StepIndices(len(data), batch, seed, start, stop, share)
     if workers:
-        loader = DataLoader(
-            data,
-            batch_sampler=order,  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            pin_memory=pin,
-            persistent_workers=True,
-        )
-        yield from map(_batch, loader)
+        yield from map(_batch, from_workers(data, order, workers, pin))
         return
 
     def make(step: int) -> Batch | str:
@@ -234,7 +283,7 @@ def _digits() -> Images:
         raise MissingDependency("the digits data set", "scikit-learn", "train") from None
     digits: Any = load_digits()
     images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)
-    return Images(images[:, None], torch.from_numpy(digits.target).long(), 10)
+    return Images(images[:, None], torch.from_numpy(digits.target).long(), 10, NAMES["digits"])
 
 
 def _torchvision(config: TrainConfig, root: Path) -> Images:
@@ -247,17 +296,39 @@ def _torchvision(config: TrainConfig, root: Path) -> Images:
         "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
     }[config.data]
     try:
+        if config.data != "cifar10" and (root / place).is_dir():
+            for name, sides in (("train-images-idx3-ubyte", 3), ("train-labels-idx1-ubyte", 1)):
+                _check_idx(root / place / name, sides)
+        # CIFAR-10's files are pickles; torchvision compares their MD5 with the published ones before it opens them.
         raw = kind(str(root), train=True, download=config.download)
-    except (RuntimeError, OSError, EOFError, AssertionError) as err:
+        labels = torch.as_tensor(raw.targets).long()
+        if config.data == "cifar10":
+            images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
+        else:
+            images = torch.nn.functional.pad(raw.data, (2, 2, 2, 2))[:, None]
+        if len(images) != len(labels) or not len(images) or not 0 <= labels.min() <= labels.max() <= 9:
+            raise ValueError(f"{len(images)} images with {len(labels)} labels that are not all 0 to 9")
+    except Exception as err:  # what damaged files make torchvision raise is not documented
         raise CmfastError(
-            f"{config.data} was not found in {root / place} ({err}); put the unpacked files there, "
-            "or let torchvision fetch them with --set download=true"
+            f"{config.data} was not found in {root / place} ({one_line(err, 200) or type(err).__name__}); put the "
+            "unpacked files there, or let torchvision fetch them with --set download=true"
         ) from None
-    if config.data == "cifar10":
-        images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
-    else:
-        images = torch.nn.functional.pad(raw.data, (2, 2, 2, 2))[:, None]
-    return Images(images, torch.as_tensor(raw.targets).long(), 10)
+    return Images(images, labels, 10, NAMES[config.data])
+
+
+def _check_idx(file: Path, sides: int) -> None:
+    """Raise CmfastError unless a file in the IDX format, if it is there, is as long as its head says."""
+    if not file.exists():
+        return
+    with file.open("rb") as opened:
+        head = opened.read(4 + 4 * sides)
+    size = file.stat().st_size
+    if len(head) < 4 + 4 * sides or head[:4] != bytes([0, 0, 8, sides]):
+        raise CmfastError(f"{file.name} is not an IDX file of {sides} dimension(s), unpacked")
+    shape = struct.unpack(f">{sides}I", head[4:])
+    need = len(head) + int(np.prod([int(n) for n in shape], dtype=object))
+    if size != need or (sides == 3 and shape[1:] != (28, 28)):
+        raise CmfastError(f"{file.name} announces {list(shape)}, {need:,} bytes, and has {size:,}")
 
 
 def _imagenet(config: TrainConfig, root: Path) -> FolderImages:
@@ -275,7 +346,9 @@ def _imagenet(config: TrainConfig, root: Path) -> FolderImages:
         classes = {synsets[i]: label for label, indices in enumerate(IMAGENET9.values()) for i in indices}
     else:
         classes = {synset: label for label, synset in enumerate(synsets)}
-    return FolderImages(folder, config.image_size, config.channels, classes)
+    data = FolderImages(folder, config.image_sides, config.channels, classes)
+    data.class_names = tuple(IMAGENET9) if config.data == "imagenet9" else tuple(synsets)
+    return data
 
 
 def _synsets(folder: Path) -> list[str]:
@@ -288,5 +361,34 @@ def _batch(batch: Batch | str) -> Batch:
     return batch
 
 
-def _as_it_is(batch: Batch | str) -> Batch | str:
-    return batch
+class _Zip:
+    """A .zip of images, opened again in every process: two that share an opened file would read each other's places."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._archive: zipfile.ZipFile | None = None
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file, "_archive": None, "_process": 0}
+
+    def find(self) -> Any:
+        with reading(self.file, "not a whole .zip file"):
+            return find_zipped(self.file, self._opened())
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file in the .zip."""
+        with reading(f"cannot read the image {name} of {self.file}", "damaged"):
+            entry = self._opened().getinfo(name)
+            if entry.file_size > MAX_FILE:
+                raise CmfastError(f"{name} of {self.file}: {entry.file_size:,} bytes, at most {MAX_FILE:,} are read")
+            return self._opened().read(entry)
+
+    def _opened(self) -> zipfile.ZipFile:
+        if self._archive is None or self._process != os.getpid():
+            self._archive, self._process = zipfile.ZipFile(self.file), os.getpid()
+        return self._archive
+
+
+def _is(path: Path, *suffixes: str) -> bool:
+    return path.suffix.lower() in suffixes and not path.is_dir()

@@ -48,7 +48,7 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @click.command("cmfast-eval", epilog=EPILOG)
 @click.argument("model", metavar="MODEL|SAMPLES", type=click.Path(path_type=Path))
 @click.option("--data-set", type=click.Choice(sorted(PRESETS)), required=True, help="What the samples are compared to.")
-@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Its folder. Also CMFAST_DATA.")
+@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Its folder, .zip, .npy or .npz.")
 @click.option("--features", metavar="NAME|FILE", help="What images are compared by, see below; default: by --data-set.")
 @click.option("--metrics", type=_Metrics(), help="Default: fd,kid,pr and, of a classifier's features, is.")
 @click.option("--steps", type=INTS, help="Network calls an image; default: those that the model has levels for.")
@@ -67,7 +67,7 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 def command(**options: Any) -> None:
     """Compare the samples of MODEL, or SAMPLES drawn before, with a data set.
 
-    MODEL is an exported file or a checkpoint; SAMPLES an .npz or a folder of PNGs as cmfast-sample writes them. Also
+    MODEL is an exported file or a checkpoint; SAMPLES an .npz or a folder of images as cmfast-sample writes them. Also
     measured: the time that an image takes, from noise to pixels, at each number of network calls.
     """
     config = EvalConfig(**options)

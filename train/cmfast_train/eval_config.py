@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cmfast.errors import CmfastError, MissingDependency
-from cmfast.files import check_target
+from cmfast.files import check_outputs, check_target
 
 METRICS = ("fd", "kid", "pr", "is")  # cmfast_train.metrics
 MOST = 10_000  # samples, unless more are asked for
@@ -38,8 +38,12 @@ class EvalConfig:
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        for target in filter(None, (self.json_file, self.plot)):
-            check_target(target)
+        for target, suffix in ((self.json_file, ".json"), (self.plot, ".png")):
+            if target is not None:
+                check_target(target, (suffix,))
+        inputs = [self.model, self.data, self.features, self.train_log]
+        inputs += [self.data and self.data / "dataset.json", self.train_log and self.train_log / "config.json"]
+        check_outputs({"--json": self.json_file, "--plot": self.plot}, [path for path in inputs if path])
         for name, value in (("-n", self.number), ("--batch", self.batch)):
             if value is not None and value < 1:
                 raise CmfastError(f"{name} must be at least 1, got {value}")

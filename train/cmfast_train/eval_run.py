@@ -35,6 +35,7 @@ from cmfast_train.evaluate import (
 )
 from cmfast_train.features import default_features, features_record, load_features
 from cmfast_train.metrics import check_numbers
+from cmfast_train.presets import PRESETS
 from cmfast_train.search import bounds, exported_with_others, own_checkpoint, search_level, write_levels
 
 
@@ -109,7 +110,8 @@ def _samples(config: EvalConfig) -> _Subject:
         raise CmfastError(
             f"{config.model}: these samples are drawn already; --steps, --heun, --search and --plot are for a model"
         )
-    samples = read_samples(config.model, config.number)
+    channels = None if config.data_set == "folder" else PRESETS[config.data_set].channels
+    samples = read_samples(config.model, config.number, channels)
     image = (samples.shape[3], samples.shape[1], samples.shape[2])
     source = {"samples": {"file": config.model.name, "images": len(samples)}}
     return _Subject(image=image, source=source, samples=samples)

@@ -11,28 +11,29 @@ they are written to files, so that a file of samples has the numbers of the mode
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cmfast.artifact import check_file
-from cmfast.errors import ArtifactError, CmfastError, one_line
+from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.heun import heun_calls
 from cmfast.model import Model
 from cmfast.progress import progress_bar
-from cmfast_train.data import FolderImages, Images, load_data
+from cmfast_train.data import Data, image_data, load_data
 from cmfast_train.features import Classifier, Inception, Pixels, extract
+from cmfast_train.image_arrays import read_npz_array
+from cmfast_train.image_folders import walk
+from cmfast_train.image_reader import read_sample, reading
 from cmfast_train.metrics import (
     add_fake,
     all_are_data,
@@ -59,7 +60,7 @@ class Reference:
     def __init__(
         self,
         features: Pixels | Classifier | Inception,
-        images: Images | FolderImages,
+        images: Data,
         metrics: Sequence[str],
         *,
         seed: int = 0,
@@ -141,13 +142,11 @@ def heun_steps(
     return {"heun": steps, "calls": heun_calls(steps), "n": n, "ms_per_image": ms, "images": images}
 
 
-def data_images(
-    data_set: str, root: Path | None, image: tuple[int, int, int], what: str = "the samples"
-) -> Images | FolderImages:
+def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], what: str = "the samples") -> Data:
     """Return the training images of a preset, which must have the shape [C, H, W] of what they are compared with."""
     config = PRESETS[data_set]
-    if data_set == "folder":
-        config = dataclasses.replace(config, channels=image[0], image_size=image[1:])
+    if data_set == "folder" and root is not None:
+        return image_data(root, image[1:], image[0])
     images = load_data(config, root)
     have = (config.channels, *config.image_sides)
     if have != tuple(image):
@@ -156,13 +155,21 @@ def data_images(
 
 
 def is_samples(path: Path) -> bool:
-    """Whether a path is a file or folder of samples, not of a model: .npz, or a folder with a PNG in it."""
-    return path.suffix == ".npz" or (path.is_dir() and next(path.glob("*.png"), None) is not None)
+    """Whether a path is a file or folder of samples, not of a model: .npz, or a folder with images in it."""
+    if not path.is_dir():
+        return path.suffix.lower() == ".npz"
+    return not (path / "model_index.json").exists() and bool(_images_in(path))
 
 
-def read_samples(path: Path, n: int | None) -> Bytes:
-    """Return the first n samples, or all, uint8 [N, H, W, C]: arr_0 of an .npz, or the PNGs of a folder by name."""
-    images = _read_folder(path, n) if path.is_dir() else _read_npz(path)
+def read_samples(path: Path, n: int | None, channels: int | None = None) -> Bytes:
+    """Return the first n samples, or all, uint8 [N, H, W, C]: arr_0 of an .npz, or a folder's images by name.
+
+    channels  what they are compared with, where that is known: a palette of greys is grey where that is 1
+    """
+    if path.is_dir():
+        images = _read_folder(path, n, channels)
+    else:
+        images = read_npz_array(path, "arr_0", "no arr_0 in it, where cmfast-sample -o NAME.npz puts images")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ArtifactError(
             f"{path}: samples are uint8 [N, H, W, 1 or 3] as cmfast-sample writes them, these are {images.dtype} "
@@ -175,16 +182,16 @@ def read_samples(path: Path, n: int | None) -> Bytes:
 
 def training_of(run: Path, data_set: str) -> dict[str, Any]:
     """Return from a run's config.json and log.jsonl what its training was: phases, images seen, seconds."""
-    try:
+    with reading(run, "its config.json or log.jsonl is damaged"):
         config = json.loads(check_file(run / "config.json").read_text())
         lines = [json.loads(line) for line in check_file(run / "log.jsonl").read_text().splitlines()]
         timed = [(line["images"], line["images_per_s"]) for line in lines if "images_per_s" in line]
+        if not all(type(line["images"]) is int for line in lines):
+            raise ValueError("a line's images are no whole number")
         before = [0, *(images for images, _ in timed)]
         seconds = sum((images - start) / speed for start, (images, speed) in zip(before, timed, strict=False))
         seen = max(line["images"] for line in lines)
         phases, batch, trained_on = config["phases"], config["batch"], config["data"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as err:
-        raise ArtifactError(f"{run}: its config.json or log.jsonl is damaged: {err}") from None
     if trained_on != PRESETS[data_set].data:
         raise CmfastError(f"{run} was trained on {trained_on}, not on {data_set}")
     return {"images": seen, "seconds": round(seconds, 1), "batch": batch, "phases": phases}
@@ -200,7 +207,7 @@ def _timed(draw: Callable[[int, int], Bytes], n: int, batch: int) -> tuple[Bytes
     return np.concatenate([*opening, rest]), ms
 
 
-def _image_batches(images: Images | FolderImages, indices: Tensor) -> Iterator[Tensor]:
+def _image_batches(images: Data, indices: Tensor) -> Iterator[Tensor]:
     """Yield the images of these indices, uint8 [<= READ, C, H, W]."""
     for part in indices.split(READ):
         got = images.__getitems__(part.tolist())
@@ -209,28 +216,32 @@ def _image_batches(images: Images | FolderImages, indices: Tensor) -> Iterator[T
         yield got[0]
 
 
-def _read_npz(path: Path) -> npt.NDArray[Any]:
-    try:
-        with check_file(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return np.asarray(arrays["arr_0"])
-    except KeyError:
-        raise ArtifactError(f"{path}: no arr_0 in it, where cmfast-sample -o NAME.npz puts images") from None
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as err:
-        raise ArtifactError(f"{path}: not a whole .npz file: {one_line(err, 150)}") from None
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images of a folder: its own, or where it has none those of its folders (`--subdirs`)."""
+    with reading(folder, "cannot list its images"):
+        return walk(folder)
 
 
-def _read_folder(path: Path, n: int | None) -> npt.NDArray[Any]:
-    def read(files: Iterable[Path]) -> Iterator[npt.NDArray[Any]]:
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    pixels = np.asarray(image)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-                raise CmfastError(f"cannot read the image {file}: {one_line(err, 150)}") from None
-            yield pixels[..., None] if pixels.ndim == 2 else pixels
-
-    images = list(read(sorted(path.glob("*.png"))[:n]))
-    shapes = {image.shape for image in images}
+def _read_folder(path: Path, n: int | None, channels: int | None) -> npt.NDArray[Any]:
+    files = _images_in(path)[:n]
+    images, lossy = [], 0
+    for file in files:
+        pixels, jpeg = read_sample(file, channels)
+        images.append(pixels)
+        lossy += jpeg
+    shapes = Counter(image.shape for image in images)
     if len(shapes) > 1:
-        raise CmfastError(f"{path}: its images differ in size or colours: {', '.join(map(str, sorted(shapes)[:3]))}")
+        usual = shapes.most_common(1)[0][0]
+        odd = next(i for i, image in enumerate(images) if image.shape != usual)
+        raise CmfastError(
+            f"{path}: its images differ in size or colours: {', '.join(map(str, sorted(shapes)[:3]))}; "
+            f"{files[odd].relative_to(path)} is {images[odd].shape}, most are {usual}"
+        )
+    if lossy:
+        warnings.warn(
+            f"{path}: {lossy:,} of {len(files):,} samples are JPEGs, which are lossy: their distance to the data is "
+            "not that of the images that were drawn; save PNGs",
+            CmfastWarning,
+            stacklevel=2,
+        )
     return np.stack(images)

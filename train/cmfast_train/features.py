@@ -28,6 +28,7 @@ from cmfast.errors import ArtifactError, CmfastError, MissingDependency, one_lin
 from cmfast.files import atomic_file
 from cmfast_train.checkpoint import safe_load
 from cmfast_train.data import to_unit_range
+from cmfast_train.image_reader import reading
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 FORMAT = "cmfast-features/1"
@@ -195,14 +196,15 @@ def save_classifier(model: Classifier, config: ClassifierConfig, path: Path) -> 
 
 def _classifier(file: Path, image: tuple[int, int, int]) -> Classifier:
     head, weights = _read(file)
-    try:
+    with reading(file, "a damaged classifier"):
         names = {field.name for field in dataclasses.fields(ClassifierConfig)}
         values = {key: tuple(value) if key == "image" else value for key, value in head.items() if key in names}
         config = ClassifierConfig(**values)
-        model = Classifier(config)
-        model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as err:
-        raise ArtifactError(f"{file}: a damaged classifier: {one_line(err, 200)}") from None
+        with torch.device("meta"):  # no memory for what the head announces: the weights bring theirs
+            model = Classifier(config)
+        model.load_state_dict(weights, assign=True)
+        if any(value.is_floating_point() and value.dtype != torch.float32 for value in weights.values()):
+            raise ValueError("its weights are not float32")
     if config.image != image:
         raise CmfastError(f"{file}: its features are of images {list(config.image)}, these are {list(image)}")
     return model
@@ -213,14 +215,11 @@ def _halve(c_in: int, c_out: int) -> list[nn.Module]:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            head = json.loads((opened.metadata() or {}).get("cmfast", "{}"))
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-    except (SafetensorError, ValueError) as err:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
+    with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        head = json.loads((opened.metadata() or {}).get("cmfast", "{}"))
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ArtifactError(f"{file}: not features; make them: python benchmarks/train_classifier.py mnist --data DIR")
     return head, weights

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Read one image file as 8-bit RGB, whatever its mode: for training, evaluation and everything else that reads images.
+
+    1, L, P, RGB, CMYK, YCbCr, HSV    Pillow's conversion, a palette by its colours
+    LA, PA, RGBA, or a transparent colour    composited on BACKGROUND, which is white
+    I;16, and I of a PNG or PGM       16-bit grey: 0 .. 65535 becomes 0 .. 255, rounded
+    I, F, LAB and others              refused: the file does not state their range, or Pillow cannot convert them
+
+The orientation in a photograph's EXIF data is applied. Files with several frames or pages are refused, except a
+camera's multi-picture JPEG, whose first picture is the photograph. `Fit` resizes and crops what was read.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from cmfast.errors import ArtifactError, CmfastError, one_line
+
+BACKGROUND = (255, 255, 255)  # under transparent pixels
+MAX_PIXELS = 89_478_485  # of a file, before and after resizing: 256 MiB of RGB, Pillow's own limit
+MAX_FILE = 1 << 30  # bytes
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # no format that starts another program
+LOSSY = ("JPEG", "MPO")
+
+_PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")
+_WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+# Pillow warns of images above MAX_PIXELS and refuses those of twice that; here both are refused.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def read_image(file: Path | bytes, name: object = None) -> Image.Image:
+    """Return an image as RGB.
+
+    Args:
+        file: Where it is, or its content.
+        name: What an error calls it; default: the path.
+
+    Raises:
+        CmfastError: It cannot be read, or has no certain meaning in 8 bits; one line with the name.
+    """
+    return _read(file, name)[0]
+
+
+def read_sample(file: Path, channels: int | None) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Return a sample uint8 [H, W, C] and whether its format is lossy; C is 1 for grey files and 3 for others.
+
+    channels  what the samples are compared with; a palette of greys is grey where that is 1
+    """
+    image, mode, form = _read(file, None)
+    pixels = np.asarray(image)
+    grey = mode in _GREY or (mode in ("P", "PA") and channels == 1 and bool((pixels == pixels[..., :1]).all()))
+    return pixels[..., :1] if grey else pixels, form in LOSSY
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a loaded image as 8-bit RGB, see the module; a mode without certain meaning is a CmfastError."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        return _from_16_bits(image)
+    if mode in ("I", "F"):
+        kind = "32-bit integers" if mode == "I" else "floating-point numbers"
+        raise CmfastError(f"its pixels are {kind} (mode {mode}), whose range is not stated; save it with 8 or 16 bits")
+    if mode not in _PLAIN + _WITH_ALPHA:
+        raise CmfastError(f"its mode {mode} is not read; save it as RGB or grey")
+    if mode in _PLAIN and "transparency" not in image.info:
+        return image.convert("RGB")
+    with_alpha = image.convert("RGBA")
+    below = Image.new("RGB", image.size, BACKGROUND)
+    below.paste(with_alpha.convert("RGB"), mask=with_alpha.getchannel("A"))
+    return below
+
+
+class Fit:
+    """Resize an RGB image until it covers height x width, crop the middle; uint8 [height, width, channels]."""
+
+    def __init__(self, height: int, width: int, channels: int) -> None:
+        from cmfast_train.torchvision_cpu import torchvision_datasets
+
+        torchvision_datasets()  # transforms import torchvision, which needs this beside a CPU build of torch
+        self.height, self.width, self.channels = height, width, channels
+
+    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        from torchvision.transforms import functional
+
+        size = self._covering(image.width, image.height)
+        image = functional.resize(image, size, antialias=True)
+        image = functional.center_crop(image, [self.height, self.width])
+        pixels: npt.NDArray[np.uint8] = np.atleast_3d(np.asarray(image.convert("L") if self.channels == 1 else image))
+        return pixels
+
+    def _covering(self, width: int, height: int) -> list[int]:
+        """Return height and width to resize to: one is the target's, the other as long or longer, rounded down."""
+        if height * self.width <= width * self.height:
+            size = [self.height, max(self.width, int(self.height * width / height))]
+        else:
+            size = [max(self.height, int(self.width * height / width)), self.width]
+        if size[0] * size[1] > MAX_PIXELS:
+            raise CmfastError(
+                f"{width} x {height} is too long and narrow: resized to cover {self.width} x {self.height} it would be "
+                f"{size[1]} x {size[0]}; crop it"
+            )
+        return size
+
+
+@contextmanager
+def reading(name: object, what: str) -> Iterator[None]:
+    """Turn whatever a reader raises in the block into one line: "NAME: what: why". The one border of each reader.
+
+    What damaged files make libraries raise is not documented and changes, so nothing is left out.
+    """
+    try:
+        yield
+    except CmfastError:
+        raise
+    except Exception as err:
+        why = "there is too little memory" if isinstance(err, MemoryError) else one_line(err, 150)
+        raise ArtifactError(f"{name}: {what}: {why or type(err).__name__}") from None
+
+
+def check_shape(have: tuple[int, ...], need: tuple[int, ...]) -> None:
+    """Raise CmfastError unless the data's images [C, H, W] are those of the run."""
+    if have != need:
+        raise CmfastError(f"the images are {list(have)}, the run says {list(need)}: --set image_size, channels")
+
+
+def _read(file: Path | bytes, name: object) -> tuple[Image.Image, str, str]:
+    """Return the image as RGB, the mode that its file has, and its format."""
+    name = file if name is None else name
+    try:
+        return _decode(_content(file))
+    except CmfastError as err:
+        raise CmfastError(f"cannot read the image {name}: {err}") from None
+    except Exception as err:  # see `reading`
+        why = one_line(err, 150).replace("<_io.BytesIO object at ", "<").split(" <")[0]
+        why = "there is too little memory" if isinstance(err, MemoryError) else why
+        raise CmfastError(f"cannot read the image {name}: {why or type(err).__name__}") from None
+
+
+def _content(file: Path | bytes) -> bytes:
+    if isinstance(file, bytes):
+        content = file
+    elif not file.is_file():
+        raise CmfastError("no such file" if not file.exists() else "not a regular file")
+    elif file.stat().st_size > MAX_FILE:
+        raise CmfastError(f"it has {file.stat().st_size:,} bytes, at most {MAX_FILE:,} are read")
+    else:
+        content = file.read_bytes()
+    if not content:
+        raise CmfastError("the file is empty")
+    return content
+
+
+def _decode(content: bytes) -> tuple[Image.Image, str, str]:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        form = str(image.format)
+        if image.width * image.height > MAX_PIXELS:
+            raise CmfastError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
+        if form != "MPO" and getattr(image, "n_frames", 1) > 1:
+            raise CmfastError(f"it has {image.n_frames} frames; save the one to use as a file of its own")
+        mode = image.mode
+        image.load()
+        rgb = to_rgb(image)
+        if image.getexif().get(0x0112, 1) != 1:  # orientation
+            rgb.info["exif"] = image.getexif().tobytes()
+            ImageOps.exif_transpose(rgb, in_place=True)
+        return rgb, mode, form
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise CmfastError("its 16-bit grey is outside 0 .. 65535")
+    pixels = ((values + 128) // 257).astype(np.uint8)[..., None].repeat(3, 2)
+    if isinstance(image.info.get("transparency"), int):
+        pixels[values == image.info["transparency"]] = BACKGROUND
+    return Image.fromarray(pixels)
