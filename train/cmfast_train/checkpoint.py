@@ -3,9 +3,9 @@
 
     {"format": "cmfast/1", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
-A model that was imported also has "source". Read with `weights_only=True`, so a pickle with code in it is refused
-before it runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state
-is another file (`loop`).
+A model that was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
+runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another
+file (`loop`).
 """
 
 from __future__ import annotations
@@ -13,31 +13,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from cmfast.artifact import check_file
-from cmfast.errors import ArtifactError, CmfastError
+from cmfast.errors import ArtifactError, CmfastError, one_line
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.build import NetworkConfig, build_network, check_weights, network_from_dict, network_to_dict
+from cmfast_train.safe_load import HoldsObjectsError, plain, printable, read_tensors, reading, safe_load
+
+__all__ = [
+    "Checkpoint", "HoldsObjectsError", "checkpoint_of", "is_own", "load_checkpoint", "read_tensors", "safe_load",
+    "save_checkpoint", "separate",
+]  # fmt: skip
 
 FORMAT = "cmfast/1"
 OWN = {"format": "cmfast"}  # the source of weights that were trained here
-
-
-class HoldsObjectsError(ArtifactError):
-    """A PyTorch file with more in it than tensors and plain containers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +49,13 @@ class Checkpoint:
 
     def denoiser(self) -> Denoiser:
         """Return the model, ready to evaluate on the CPU."""
-        with torch.device("meta"):
-            network = build_network(self.network)
+        check_count(self.network, len(self.weights))
         try:
+            with torch.device("meta"):
+                network = build_network(self.network)
             network.load_state_dict(dict(self.weights), strict=True, assign=True)
-        except RuntimeError as err:
-            raise ArtifactError(f"the weights do not fit the network: {' '.join(str(err).split())[:300]}") from None
+        except (RuntimeError, OverflowError, ZeroDivisionError, TypeError, ValueError) as err:
+            raise ArtifactError(f"the weights do not fit the network: {printable(one_line(err))}") from None
         return Denoiser(network, self.spec).eval().requires_grad_(False)
 
     def sha256(self) -> str:
@@ -101,21 +100,26 @@ def separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a cmfast checkpoint, .pt or .safetensors. Nothing in it is executed."""
-    file = check_file(path)
-    content = read_tensors(file)
-    if not is_own(content):
-        kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
-        raise ArtifactError(f"{file}: a {kind} file, but not a cmfast checkpoint; cmfast-train writes DIR/model.pt")
-    return checkpoint_of(content, file)
+def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None) -> Checkpoint:
+    """Read a cmfast checkpoint, .pt or .safetensors. Nothing in it is executed.
+
+    opened  the content where somebody has opened and checked it already; `path` is its name then
+    """
+    with reading(Path(path), "checkpoint"):
+        file = check_file(path)
+        content = read_tensors(file, opened)
+        if not is_own(content):
+            kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
+            raise ArtifactError(f"{file}: a {kind} file, but not a cmfast checkpoint; cmfast-train writes DIR/model.pt")
+        return checkpoint_of(content, file)
 
 
 def is_own(content: Any) -> bool:
     """Whether what a file holds is a cmfast checkpoint, of this version or another."""
     return (
         isinstance(content, dict)
-        and str(content.get("format")).startswith("cmfast/")
+        and isinstance(content.get("format"), str)
+        and content["format"].startswith("cmfast/")
         and isinstance(content.get("weights"), dict)
     )
 
@@ -124,22 +128,22 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
     """Return the checkpoint in what `read_tensors` returned, or ArtifactError; `file` is named in it."""
     if content["format"] != FORMAT:
         raise ArtifactError(
-            f"{file}: a checkpoint of format {content['format']!r}, this version reads {FORMAT!r}; update cmfast"
+            f"{file}: a checkpoint of format {content['format'][:40]!r}, this version reads {FORMAT!r}; update cmfast"
         )
     weights = content["weights"]
     try:
-        spec = ModelSpec.from_dict(content["spec"])
-        network = network_from_dict(content["network"])
-        source = dict(content.get("source", OWN))
-    except (CmfastError, TypeError, KeyError, ValueError, AttributeError) as err:
-        raise ArtifactError(f"{file}: the checkpoint's description is malformed: {err}") from None
+        parts = {name: plain(content.get(name), name) for name in ("spec", "network")}
+        source = plain(content.get("source", OWN), "source")
+        if not isinstance(source, dict):
+            raise CmfastError(f"source is a {type(source).__name__}, not a dictionary")
+        spec = ModelSpec.from_dict(parts["spec"])
+        network = network_from_dict(parts["network"])
+        check_count(network, len(weights))
+    except (CmfastError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as err:
+        raise ArtifactError(f"{file}: the checkpoint's description is malformed: {one_line(err)}") from None
     if network.image_shape != spec.image or network.classes != spec.classes:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ArtifactError(f"{file}: its weights are not named tensors")
-        if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
-            raise ArtifactError(f"{file}: the weight {name} is {tensor.dtype}; a checkpoint's weights are float32")
+    _check_weights(weights, file)
     try:
         check_weights(network, weights)
     except CmfastError as err:
@@ -147,66 +151,31 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
     return Checkpoint(spec=spec, network=network, weights=weights, source=source)
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """Return what a file of weights holds, plain containers and tensors on the CPU. Nothing in it is executed.
-
-    A cmfast checkpoint gives {"format", "spec", "network", "source", "weights"}, any other what its author put there.
-    """
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    content = safe_load(file)
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{file}: a PyTorch file, but it holds a {type(content).__name__}, no named weights")
-    return content
+def check_count(network: NetworkConfig, tensors: int) -> None:
+    """Raise ArtifactError if a network has more blocks than a file has tensors: before anything of its size is built."""
+    blocks = getattr(network, "res_blocks", 0) * len(getattr(network, "channel_mult", ()))
+    if blocks > tensors:
+        raise ArtifactError(f"{tensors} weights are too few for a network of {blocks} blocks")
 
 
-def safe_load(file: Path) -> Any:
-    """Return torch.load(file) restricted to tensors and plain containers, on the CPU; errors in one line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
-    except pickle.UnpicklingError as err:
-        text = str(err)
-        if (
-            "unsupported GLOBAL" in text
-            or "Unsupported global" in text
-            or "Unsupported class" in text
-            or "Unsupported operand" in text
-        ):
-            what = text.split("GLOBAL ")[-1].split()[0] if "GLOBAL " in text else "unknown objects"
-            raise HoldsObjectsError(
-                f"{file}: it holds code or objects ({what}), not only tensors; refused, nothing in it was run"
-            ) from None
-        raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
-            OverflowError, MemoryError, NotImplementedError, struct.error, zipfile.BadZipFile) as err:  # fmt: skip
-        raise ArtifactError(f"{file}: not a whole PyTorch file: {(str(err).splitlines() or ['?'])[0][:200]}") from None
-
-
-def _can_be_mapped(file: Path) -> bool:
-    """Whether torch can map the file instead of copying it: a model of 2 GB opens in a second.
-
-    It maps the bytes as they are, so a file that somebody has zipped again, compressed, would be read as nonsense.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
-        return False  # another format, or damaged: torch says so
-
-
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-    except SafetensorError as err:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
-    try:
-        head = json.loads(metadata.get("cmfast", "null"))
-    except (ValueError, RecursionError):
-        head = None
-    return {**head, "weights": weights} if isinstance(head, dict) else weights
+def _check_weights(weights: Mapping[Any, Any], file: Path) -> None:
+    """Raise ArtifactError unless these are named tensors of plain, finite float32 values."""
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ArtifactError(f"{file}: its weights are not named tensors")
+        what = ""
+        if tensor.layout != torch.strided or tensor.dtype != torch.float32:
+            what = f"{tensor.dtype}, {tensor.layout}"
+        elif tensor.device.type != "cpu":
+            what = f"on {tensor.device.type}, so it has no values"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            what = "larger than its memory"
+        if what:
+            raise ArtifactError(
+                f"{file}: the weight {name[:100]} is {what.replace(', torch.strided', '')}; "
+                "a checkpoint's weights are float32"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(
+                f"{file}: the weight {name[:100]} has values that are not finite; its training diverged"
+            )

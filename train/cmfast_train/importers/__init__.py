@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of
 from cmfast_train.importers import diffusers, edm, openai, pickles, seed
 from cmfast_train.importers.facts import Draft, Facts, Told, shown
 from cmfast_train.importers.sets import one_set
+from cmfast_train.safe_load import reading, refuse_others
 
 SOURCES = ("cmfast", "openai", "diffusers", "seed", "edm", "ect", "fastgen")
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights), draft(weights, facts, source, file)
@@ -33,28 +34,38 @@ _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights
 )
 
 
-def load_model(path: str | os.PathLike[str], source: str = "", told: Told | None = None) -> Checkpoint:
+def load_model(
+    path: str | os.PathLike[str], source: str = "", told: Told | None = None, opened: BinaryIO | None = None
+) -> Checkpoint:
     """Read a model of any format that is known.
 
     path    a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a diffusers folder
     source  what it is, where its name and tensors do not say: one of SOURCES, or openai:NAME; "": recognise it
     told    what else has to be known; a value that contradicts the file is an error
+    opened  the content of a file where somebody has opened and checked it already; `path` is its name then
     """
-    found = identify(path, source, told)
+    found = identify(path, source, told, opened)
     return found if isinstance(found, Checkpoint) else finish(found, path)
 
 
 def finish(draft: Draft, path: str | os.PathLike[str]) -> Checkpoint:
     """Return the model of a draft; its warnings are given. What is missing is an error."""
-    checkpoint = draft.checkpoint(os.fspath(path))
+    with reading(Path(path), "model"):
+        checkpoint = draft.checkpoint(os.fspath(path))
     for text in draft.warnings:
         warnings.warn(f"{path}: {text}", CmfastWarning, stacklevel=3)
     return checkpoint
 
 
-def identify(path: str | os.PathLike[str], source: str = "", told: Told | None = None) -> Checkpoint | Draft:
+def identify(
+    path: str | os.PathLike[str], source: str = "", told: Told | None = None, opened: BinaryIO | None = None
+) -> Checkpoint | Draft:
     """Return cmfast's own checkpoint, or what a foreign file is as far as that can be known."""
-    facts, file = Facts(told or Told()), Path(path)
+    with reading(Path(path), "model"):
+        return _identify(Path(path), source, Facts(told or Told()), opened)
+
+
+def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) -> Checkpoint | Draft:
     system, colon, _ = source.partition(":")
     if system not in ("", *SOURCES) or (colon and system != "openai"):
         raise CmfastError(f"--source {source}: unknown; there are {', '.join(SOURCES)} and openai:NAME")
@@ -66,8 +77,10 @@ def identify(path: str | os.PathLike[str], source: str = "", told: Told | None =
     if file.suffix == ".pkl":
         if system not in ("", "edm", "ect"):
             raise CmfastError(f"{file}: a .pkl is read as EDM or ECT wrote it; --source {source} is for others")
+        with open(file, "rb") as stream:
+            refuse_others(file, stream)
         return edm.draft_pickle(pickles.read_pickle(file), facts, source, file)
-    content = _content(file)
+    content = _content(file, opened)
     if is_own(content):
         if system not in ("", "cmfast") or facts.told != Told():
             raise CmfastError(
@@ -86,12 +99,12 @@ def identify(path: str | os.PathLike[str], source: str = "", told: Told | None =
     raise ArtifactError(_unknown(file, weights))
 
 
-def _content(file: Path) -> Any:
+def _content(file: Path, opened: BinaryIO | None) -> Any:
     """Return what a file holds. Objects beside the tensors, such as a trainer's state, are there by name only."""
     try:
-        return read_tensors(file)
+        return read_tensors(file, opened)
     except HoldsObjectsError:
-        content = pickles.read_torch(file)
+        content = pickles.read_torch(file, opened)
         if is_own(content):
             raise  # cmfast writes none
         return content

@@ -17,15 +17,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
-from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, read_weights, weight_files
+from cmfast_train.importers.diffusers_tensors import (
+    MID_NORM,
+    describe,
+    match_names,
+    read_json,
+    read_weights,
+    weight_files,
+)
 from cmfast_train.importers.facts import LARGEST, Draft, Facts, shown, told_sigmas
 from cmfast_train.importers.openai import NETWORKS, RELEASED
 from cmfast_train.networks.adm import AdmConfig
 
+MAX_CONFIG = 1 << 20  # bytes of a configuration; a real one has a few thousand
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
 
 _UNET: dict[str, Any] = {  # fields of UNet2DModel, and what a missing one means
@@ -127,10 +134,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
 
 def _json(file: Path, kind: str) -> dict[str, Any]:
     """Return a configuration file of this class."""
-    try:
-        values = json.loads(check_file(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise ArtifactError(f"{file}: not JSON: {err}") from None
+    values = read_json(file, MAX_CONFIG)
     found = values.get("_class_name") if isinstance(values, dict) else None
     if found != kind:
         raise ArtifactError(f"{file}: its _class_name is {json.dumps(found)[:200]}, and only {kind} is read")

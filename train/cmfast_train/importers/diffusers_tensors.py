@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from cmfast.artifact import check_file
-from cmfast.errors import ArtifactError
+from cmfast.errors import ArtifactError, one_line
 from cmfast_train.checkpoint import read_tensors
 from cmfast_train.importers.facts import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.shape import sides
+from cmfast_train.safe_load import reading, refuse_others
 
+MAX_INDEX, MAX_NAME = 16 << 20, 255  # bytes of an index of weights, characters of a file's name in it
 WEIGHTS = "diffusion_pytorch_model"  # and a suffix, in unet/
 MID_NORM = "mid_block.attentions.0.group_norm"
 _QKV = ("to_q", "to_k", "to_v")
@@ -140,22 +142,34 @@ def weight_files(unet: Path) -> list[Path]:
 
 def _parts(index: Path) -> list[Path]:
     """Return the files of a model whose weights were divided."""
+    values = read_json(index, MAX_INDEX)
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or any(not name or name != Path(name).name for name in names):
+        names = set(values["weight_map"].values())
+        if not names or any(not name or len(name) > MAX_NAME or name != Path(name).name for name in names):
             raise ValueError("it must name files beside it")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as err:
-        raise ArtifactError(f"{index}: not an index of weights: {err!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ArtifactError(f"{index}: not an index of weights: {one_line(repr(err), 200)}") from None
     return [index.with_name(name) for name in sorted(names)]
+
+
+def read_json(file: Path, limit: int) -> Any:
+    """Return what a JSON file of at most so many bytes holds, or raise ArtifactError."""
+    with reading(file, "JSON file"):
+        size = check_file(file).stat().st_size
+        if size > limit:
+            raise ArtifactError(f"{file}: it has {size} bytes; at most {limit} are read, and a real one has far fewer")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as err:
+            raise ArtifactError(f"{file}: not JSON: {one_line(err, 200)}") from None
 
 
 def describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return {tensor: (shape, dtype)}; of safetensors only the header is read."""
     from safetensors import SafetensorError, safe_open
 
-    with check_file(file).open("rb") as opened:
-        if opened.read(40).startswith(b"version https://git-lfs"):
-            raise ArtifactError(f"{file}: only a pointer to the weights; fetch them: git lfs pull")
+    with reading(file), check_file(file).open("rb") as opened:
+        refuse_others(file, opened)
     if file.suffix != ".safetensors":
         return _described(read_tensors(file), file)
     try:
@@ -171,7 +185,7 @@ def describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _described(tensors: Mapping[str, Any], file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ArtifactError(f"{file}: {name!r} in it is no tensor; a U-Net's weights are named tensors")
+            raise ArtifactError(f"{file}: {shown(str(name))} in it is no tensor; a U-Net's weights are named tensors")
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
 
 

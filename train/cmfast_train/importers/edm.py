@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast_train.checkpoint import check_count
 from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
 from cmfast_train.importers.pickles import Foreign, module_tensors
 from cmfast_train.networks.edm import HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
@@ -105,6 +106,7 @@ def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
         raise ArtifactError("not a network of EDM's: the shapes of its tensors do not fit together") from None
     except CmfastError as err:  # EDM's code has shapes that ours has not
         raise ArtifactError(f"a network of EDM's family of a shape that is not supported: {err}") from None
+    check_count(config, len(weights))
     with torch.device("meta"):
         network = SongUnet(config) if isinstance(config, SongConfig) else DhariwalUnet(config)
     need = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
+from cmfast_train.checkpoint import check_count
 from cmfast_train.importers.facts import CONVENTIONS, EXAMPLES, Draft, Facts, shown, spec_of
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.shape import Size, sides
@@ -187,6 +188,7 @@ def infer_config(
         )
     except (KeyError, IndexError, ZeroDivisionError) as err:
         raise ArtifactError(f"{file}: named as OpenAI's U-Net, but incomplete: {err}") from None
+    check_count(config, len(weights))
     with torch.device("meta"):
         need = {name: tuple(tensor.shape) for name, tensor in AdmUnet(config).state_dict().items()}
     have = {name: tuple(tensor.shape) for name, tensor in weights.items()}

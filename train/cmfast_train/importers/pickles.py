@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import lzma
 import math
 import mmap
 import pickletools
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -83,19 +85,23 @@ def read_pickle(file: Path) -> Any:
         return _interpret(data, _Limits(len(data)))
 
 
-def read_torch(file: Path) -> Any:
+def read_torch(file: Path, opened: BinaryIO | None = None) -> Any:
     """Return what torch.save wrote, with `Foreign` for what is neither plain container nor tensor, as `read_pickle`.
 
     The tensors share the memory of the mapped file where it is not compressed.
+
+    opened  the content where somebody has opened it already; `file` is its name then
     """
-    with _refusing(file, "PyTorch file"), open(file, "rb") as opened:
-        if not zipfile.is_zipfile(opened):
+    with contextlib.ExitStack() as stack, _refusing(file, "PyTorch file"):
+        stream = stack.enter_context(open(file, "rb")) if opened is None else opened
+        stream.seek(0)
+        if stream.read(4) != b"PK\3\4":
             raise ArtifactError(
                 f"{file}: no zip file, so not what torch.save writes since PyTorch 1.6; older files are read only "
                 "if they hold nothing but tensors"
             )
-        with zipfile.ZipFile(opened) as archive:
-            records = _Records(opened, archive)
+        with zipfile.ZipFile(stream) as archive:
+            records = _Records(stream, archive)
             return _interpret(io.BytesIO(records.read("data.pkl")), records.limits, records.storage)
 
 
@@ -131,10 +137,10 @@ class _Refused(Exception):
     """The pickle asks for something that no file of weights needs."""
 
 
-# pickletools raises ValueError for what is no pickle, zipfile and zlib have their own; the others are a file that
+# pickletools raises ValueError for what is no pickle, zipfile, zlib and lzma have their own; the others are a file that
 # contradicts itself. RuntimeError is torch's for numbers that it cannot work with, and zipfile's for encryption.
-_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError, RuntimeError,
-           EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError, EOFError,
+           NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -303,6 +309,10 @@ def _made(maker: Any, args: Any, limits: _Limits, outermost: bool) -> Any:
             _Storage(data), int(offset), tuple(size), tuple(stride), *_,
         ):  # fmt: skip
             return _tensor(data, offset, size, stride, limits)
+        case "torch._tensor._rebuild_from_type_v2", (Global(function), Global(), tuple(rest), _) if (
+            function != maker.name
+        ):  # a tensor or parameter with attributes, which do not matter
+            return _made(Global(function), rest, limits, outermost)
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state", (Tensor() as data, *_):
             return data
         case "_codecs.encode", (str(text), "latin1"):  # how protocol 2 writes bytes
@@ -324,9 +334,9 @@ def _made(maker: Any, args: Any, limits: _Limits, outermost: bool) -> Any:
 class _Records:
     """The files within a zip file of torch.save: data.pkl and the memory of each tensor, data/KEY."""
 
-    def __init__(self, opened: io.BufferedReader, archive: zipfile.ZipFile) -> None:
+    def __init__(self, opened: BinaryIO, archive: zipfile.ZipFile) -> None:
         # Private to the process, so that torch may have it as memory that can be written; closed with its last tensor.
-        self.mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.mapped = _mapped(opened)
         self.archive, self.limits = archive, _Limits(len(self.mapped))
         folders = [match[1] for name in archive.namelist() if (match := re.fullmatch(r"([^/]+/)data\.pkl", name))]
         if len(folders) != 1 or f"{folders[0]}constants.pkl" in archive.namelist():  # the latter is TorchScript's
@@ -372,6 +382,16 @@ class _Records:
         if plain and head[:4] == b"PK\3\4" and start % dtype.itemsize == 0 and count:
             return torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=start)
         return _from_bytes(self.read(f"data/{key}"), dtype)
+
+
+def _mapped(opened: BinaryIO) -> Any:
+    """Return a file's content as memory that can be written: mapped, or a copy where it is bytes already."""
+    try:
+        descriptor = opened.fileno()
+    except OSError:  # io.BytesIO
+        opened.seek(0)
+        return bytearray(opened.read())
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
 
 
 def _storage(content: bytes, limits: _Limits) -> _Storage:
