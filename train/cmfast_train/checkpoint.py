@@ -152,7 +152,7 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
 
 
 def check_count(network: NetworkConfig, tensors: int) -> None:
-    """Raise ArtifactError if a network has more blocks than a file has tensors: before anything of its size is built."""
+    """Raise ArtifactError if a network has more blocks than a file has tensors; call it before anything is built."""
     blocks = getattr(network, "res_blocks", 0) * len(getattr(network, "channel_mult", ()))
     if blocks > tensors:
         raise ArtifactError(f"{tensors} weights are too few for a network of {blocks} blocks")

@@ -72,7 +72,7 @@ def recognised(opened: BinaryIO, suffix: str) -> str:
 def _is_prose(head: bytes) -> bool:
     """Whether text is no pickle of protocol 0, which is text too: that has many short lines, and ends in a dot."""
     first = head.split(b"\n")[0]
-    return b" " in first.strip() and not first.startswith((b"(", b"c", b"]", b"}", b"I", b"V", b"S"))
+    return b" " in first.strip() and first[1:2].islower() and not first.startswith((b"V", b"c"))
 
 
 def _zip(opened: BinaryIO, suffix: str) -> str:
@@ -82,7 +82,7 @@ def _zip(opened: BinaryIO, suffix: str) -> str:
     except Exception:  # damaged: the reader says how
         return ""
     last = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in last and "data.pkl" in last or any("/code/" in name for name in names):
+    if {"constants.pkl", "data.pkl"} <= last or any("/code/" in name for name in names):
         return (
             "a TorchScript archive (torch.jit.save), which holds a program; save its weights: "
             "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"

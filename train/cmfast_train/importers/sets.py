@@ -94,7 +94,7 @@ def _chosen(
             facts.usual("weights", name, "--set" if told else "the only set in the file")
         return name
     example = next((name for name in sets if "ema" in name), list(sets)[-1])
-    names = ", ".join(shown(name) or TOP for name in list(sets)[:8])
+    names = ", ".join(shown(name) or "at the top" for name in list(sets)[:8])
     said = (
         f"--set weights={shown(told)} is {'several' if fitting else 'not one'} of them"
         if told
