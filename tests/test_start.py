@@ -289,7 +289,7 @@ def test_a_teacher_that_does_not_know_all_noise_levels_of_the_run_is_refused(
     ("content", "words"),
     [
         (None, "no such file"),
-        (b"no model", "no zip file, so not what torch.save writes"),
+        (b"no model", "a text that begins with 'no model'"),
         ("weights", "does not say its image_size"),
     ],
     ids=["missing", "text", "incomplete"],
