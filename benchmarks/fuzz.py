@@ -247,9 +247,8 @@ def command(
         counts = f"{result.inputs:,} inputs, {result.accepted:,} read, {result.refused:,} refused"
         click.echo(f"{reader.name}: {counts}, slowest {result.slowest_s:.3f} s, {len(result.findings)} finding(s)")
         for finding in result.findings:
-            click.echo(
-                f"  --reader {reader.name} --seed {seed} --number {finding['number']}, {finding['times']} times: {finding['what']}"
-            )
+            again = f"--reader {reader.name} --seed {seed} --number {finding['number']}"
+            click.echo(f"  {again}, {finding['times']} times: {finding['what']}")
     total = sum(row["inputs"] for row in rows)
     click.echo(f"{total:,} inputs")
     if json_file is not None:
