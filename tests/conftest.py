@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+import traced_once  # noqa: F401  before anything imports what it replaces
 from hypothesis import settings
 from onnx import helper
 

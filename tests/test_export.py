@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+import traced_once
 
 import cmfast
 from cmfast.engines import open_engine
@@ -392,3 +394,16 @@ def test_the_checkpoint_is_not_changed_by_an_export(tiny_checkpoint: Factory, ex
     before = cmfast.read_manifest(exported(0)).source["sha256"]
     assert load_checkpoint(tiny_checkpoint(0)).sha256() == before
     assert Model(open_engine(tiny_checkpoint(0))).manifest.source["sha256"] == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_that_was_traced_once_is_what_another_trace_gives(precision: str, tiny_checkpoint: Factory) -> None:
+    def bytes_of(graph: Any) -> bytes:
+        return ir.to_proto(graph).SerializeToString(deterministic=True)
+
+    checkpoint = load_checkpoint(tiny_checkpoint(10))
+    copies = [denoiser_graph(checkpoint.denoiser().to_precision(precision)) for _ in range(2)]
+    copies[0].graph.name = "changed"
+    fresh = traced_once.trace(checkpoint.denoiser().to_precision(precision))
+    assert bytes_of(copies[1]) == bytes_of(fresh)
+    assert bytes_of(copies[0]) != bytes_of(fresh)
