@@ -34,6 +34,7 @@ from fuzz_corpus import READERS, Reader
 
 MAX_LINE = 3000  # characters of an error
 MAX_S = 5.0  # of one call, CPU time
+EDGE = 4096  # bytes: of a file, its beginning and its end
 
 # Values that readers stumble over: as bytes anywhere, and as texts in the place of a number or of a word.
 BYTES = [b"", b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 8, b"\xff" * 9 + b"\x01", b"\x00" * 16, b"\x80" * 10]
@@ -148,7 +149,10 @@ def _where(err: BaseException) -> str:
 
 
 def _place(data: bytearray, rng: random.Random) -> int:
-    return rng.randrange(len(data) + 1)
+    """Return a place, three times in four near the beginning or the end, where files say what they are."""
+    near = min(len(data), EDGE)
+    which = rng.randrange(4)
+    return rng.randrange(len(data) + 1) if which == 0 else rng.randrange(near + 1) + (len(data) - near) * (which == 1)
 
 
 def _slice(data: bytearray, rng: random.Random) -> slice:
@@ -158,12 +162,12 @@ def _slice(data: bytearray, rng: random.Random) -> slice:
 
 def _flip(data: bytearray, rng: random.Random) -> None:
     if data:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        data[min(_place(data, rng), len(data) - 1)] ^= 1 << rng.randrange(8)
 
 
 def _set(data: bytearray, rng: random.Random) -> None:
     if data:
-        data[rng.randrange(len(data))] = rng.randrange(256)
+        data[min(_place(data, rng), len(data) - 1)] = rng.randrange(256)
 
 
 def _insert(data: bytearray, rng: random.Random) -> None:

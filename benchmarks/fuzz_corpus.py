@@ -129,7 +129,7 @@ def _plans(folder: Path) -> list[bytes]:
 
 @functools.cache
 def _checkpoint() -> Checkpoint:
-    """Return a model with few weights, all random."""
+    """Return a small model, all weights random."""
     config = AdmConfig(
         image_size=4, channels=1, classes=3, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(),
         head_channels=32,
@@ -137,14 +137,18 @@ def _checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     network = AdmUnet(config)
     randomise(network)
-    weights = {name: tensor for name, tensor in network.state_dict().items() if tensor.numel() < 2000}
-    return Checkpoint(spec=ModelSpec(image=(1, 4, 4), classes=3), network=config, weights=weights)
+    return Checkpoint(spec=ModelSpec(image=(1, 4, 4), classes=3), network=config, weights=network.state_dict())
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    """Return a few of its weights: what is no model of ours is not built."""
+    return {name: tensor for name, tensor in _checkpoint().weights.items() if tensor.numel() < 2000}
 
 
 def _torch_files(folder: Path) -> list[bytes]:
     """Return our checkpoint, bare weights, an average beside them, an object beside them, an old format."""
     save_checkpoint(_checkpoint(), folder / "corpus.pt")
-    weights = dict(_checkpoint().weights)
+    weights = _weights()
     found = [(folder / "corpus.pt").read_bytes()]
     contents: list[object] = [
         {"net." + name: tensor for name, tensor in weights.items()},
@@ -167,7 +171,7 @@ def _safetensors(folder: Path) -> list[bytes]:
     from safetensors.torch import save
 
     save_checkpoint(_checkpoint(), folder / "corpus.safetensors")
-    return [(folder / "corpus.safetensors").read_bytes(), save(dict(_checkpoint().weights))]
+    return [(folder / "corpus.safetensors").read_bytes(), save(_weights())]
 
 
 class _Module:
@@ -178,7 +182,7 @@ class _Module:
 
 
 def _pickles(folder: Path) -> list[bytes]:
-    weights = {name: torch.nn.Parameter(tensor) for name, tensor in list(_checkpoint().weights.items())[:3]}
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in list(_weights().items())[:3]}
     inner = _Module(_parameters=weights, _buffers={"b": torch.arange(3.0)}, _modules={})
     outer = _Module(_parameters={}, _buffers={}, _modules={"model": inner})
     tree = {"ema": outer, "augment_pipe": None, "training_set_kwargs": {"n": 1, "s": {1, 2}, "t": (1, 2.5, b"x")}}
