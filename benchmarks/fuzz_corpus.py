@@ -20,7 +20,7 @@ from onnx import helper
 from cmfast._protobuf import read_onnx_model
 from cmfast.artifact import Manifest, read_onnx, read_onnx_file
 from cmfast.cli.info import _lines
-from cmfast.plan import UNSEALED, parse_plan, seal
+from cmfast.plan import UNSEALED, check_engine, parse_plan, seal
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.importers import identify
@@ -81,6 +81,8 @@ def _read_manifest(data: bytes, folder: Path) -> object:
         file.write_bytes(_onnx_files(folder)[0])
     manifest = Manifest.from_json(data.decode("utf-8", "replace"), "input")
     manifest.to_json()
+    if manifest.engine:  # of a plan, whose reader checks more
+        check_engine(manifest, "input")
     return _lines(file, manifest, {"ir": 8, "opset": 18})
 
 
@@ -256,6 +258,91 @@ def _read_run(data: bytes, folder: Path) -> object:
     return training_of(folder, "digits")
 
 
+def _pictures(folder: Path) -> list[bytes]:
+    """Return an 8x8 picture in each format and mode that is read."""
+    from PIL import Image
+
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    rgb = Image.fromarray(colours[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    wanted: list[tuple[Image.Image, str, dict[str, object]]] = [
+        (Image.fromarray(grey), "PNG", {}),
+        (Image.fromarray(grey.astype(np.uint16) * 1000), "PNG", {}),
+        (Image.fromarray(colours), "PNG", {}),
+        (rgb.quantize(8), "PNG", {"transparency": 3}),
+        (rgb, "JPEG", {"exif": exif}),
+        (rgb, "BMP", {}),
+        (rgb, "WEBP", {"lossless": True}),
+        (rgb, "PPM", {}),
+        (Image.fromarray(grey), "TIFF", {}),  # not compressed: libtiff prints what it meets
+        (rgb, "GIF", {}),
+    ]
+    found = []
+    for image, form, options in wanted:
+        buffer = io.BytesIO()
+        image.save(buffer, form, **options)
+        found.append(buffer.getvalue())
+    return found
+
+
+def _read_picture(file: Path) -> object:
+    from cmfast_train.image_reader import read_image
+
+    return read_image(file)
+
+
+def _npy(folder: Path) -> list[bytes]:
+    found = []
+    for shape in ((4, 8, 8, 1), (3, 8, 8, 3), (2, 8, 8)):
+        buffer = io.BytesIO()
+        np.save(buffer, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        found.append(buffer.getvalue())
+    return found
+
+
+def _zips(folder: Path) -> list[bytes]:
+    """Return archives of images: by class, and with a dataset.json."""
+    picture = _pictures(folder)[0]
+    labels = {"labels": [["00000/a.png", 0], ["00000/b.png", 2], ["00001/c.png", 1]]}
+    by_class = {"cat/1.png": picture, "dog/1.png": picture, "dog/2.png": picture}
+    labelled = {"00000/a.png": picture, "00000/b.png": picture, "00001/c.png": picture}
+    found = []
+    for content in (by_class, {**labelled, "dataset.json": json.dumps(labels).encode()}):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+        found.append(buffer.getvalue())
+    return found
+
+
+def _read_data(file: Path) -> object:
+    """Open images as --data of a run, and read a batch."""
+    from cmfast.errors import CmfastError
+    from cmfast_train.data import image_data
+
+    data = image_data(file, (8, 8), 1)
+    batch = data.__getitems__(list(range(min(3, len(data)))))
+    if isinstance(batch, str):
+        raise CmfastError(batch)
+    return batch
+
+
+def _dataset_json(folder: Path) -> list[bytes]:
+    (folder / "images" / "00000").mkdir(parents=True, exist_ok=True)
+    for name in ("a", "b", "c"):
+        (folder / "images" / "00000" / f"{name}.png").write_bytes(_pictures(folder)[0])
+    labels = [[f"00000/{name}.png", label] for name, label in (("a", 0), ("b", 2), ("c", 1))]
+    return [json.dumps({"labels": labels}).encode(), json.dumps({"labels": None}).encode()]
+
+
+def _read_dataset_json(data: bytes, folder: Path) -> object:
+    (folder / "images" / "dataset.json").write_bytes(data)
+    return _read_data(folder / "images")
+
+
 READERS = {
     reader.name: reader
     for reader in (
@@ -267,6 +354,10 @@ READERS = {
         Reader(name="torch", read=_file(".pt", identify), corpus=_torch_files, share=1),
         Reader(name="safetensors", read=_file(".safetensors", identify), corpus=_safetensors, share=2),
         Reader(name="diffusers", read=_read_json_of_diffusers, corpus=_diffusers, share=1),
+        Reader(name="picture", read=_file(".png", _read_picture), corpus=_pictures, share=2),
+        Reader(name="npy", read=_file(".npy", _read_data), corpus=_npy, share=2),
+        Reader(name="zip", read=_file(".zip", _read_data), corpus=_zips, share=1),
+        Reader(name="dataset-json", read=_read_dataset_json, corpus=_dataset_json, share=1),
         Reader(name="npz", read=_file(".npz", _read_arrays), corpus=_arrays, share=2),
         Reader(name="run", read=_read_run, corpus=_lines_of_log, share=2),
     )

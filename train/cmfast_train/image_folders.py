@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmfast.errors import CmfastError, CmfastWarning
+from cmfast.errors import CmfastError, CmfastWarning, printable
 from cmfast.spec import MAX_NAME
 from cmfast_train.image_reader import MAX_FILE, reading
 
@@ -66,7 +66,7 @@ def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
     shown = {name: entry for name, entry in entries.items() if not any(map(is_hidden, name.split("/")))}
     for name, entry in shown.items():
         if entry.flag_bits & 1:
-            raise CmfastError(f"{file}: {name} in it is encrypted; make the .zip without a password")
+            raise CmfastError(f"{file}: {printable(name)} in it is encrypted; make the .zip without a password")
     prefix = _common_folder(list(shown))
     names = [name.removeprefix(prefix) for name in shown]
     images = sorted((name for name in names if is_image(name)), key=lambda name: (name.rpartition("/")[0], name))
@@ -131,7 +131,7 @@ def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], othe
     full = [name for name, files in folders.items() if files]
     if full and direct:
         warnings.warn(
-            f"{root}: {len(direct)} images lie beside the class folders and are not read; {direct[0]} is one",
+            f"{root}: {len(direct)} images lie beside the class folders and are not read; {printable(direct[0])} is one",
             CmfastWarning,
             stacklevel=2,
         )
@@ -256,11 +256,13 @@ def _labelled(files: list[str], text: bytes, what: object) -> Found:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int):
             raise CmfastError(f"{what}: {json.dumps(pair)[:80]} is not [name, label] with a whole number as the label")
         if labels.setdefault(pair[0], pair[1]) != pair[1]:
-            raise CmfastError(f"{what}: {pair[0]} has two labels, {labels[pair[0]]} and {pair[1]}")
+            raise CmfastError(f"{what}: {printable(pair[0])} has two labels, {labels[pair[0]]} and {pair[1]}")
     have = set(files)
     unlabelled, absent = [n for n in files if n not in labels], [n for n in labels if n not in have]
     if unlabelled:
-        raise CmfastError(f"{what}: {len(unlabelled)} of {len(files)} images have no label, {unlabelled[0]} is one")
+        raise CmfastError(
+            f"{what}: {len(unlabelled)} of {len(files)} images have no label, {printable(unlabelled[0])} is one"
+        )
     if absent:
-        raise CmfastError(f"{what}: {len(absent)} of its images are not there, {absent[0][:80]} is one")
+        raise CmfastError(f"{what}: {len(absent)} of its images are not there, {printable(absent[0][:80])} is one")
     return Found(files=tuple((n, labels[n]) for n in files), classes=check_labels(list(labels.values()), what))
