@@ -95,7 +95,7 @@ def test_snapshots_of_earlier_phases_are_left_out(run_folder: Path, call: Callab
     alone = call(main, run_folder, "--std", 0.12, "--dry-run").stdout
     for file in snapshots(run_folder):
         found = load_checkpoint(file)
-        earlier = {name: torch.full_like(tensor, torch.nan) for name, tensor in found.weights.items()}
+        earlier = {name: torch.full_like(tensor, 1e30) for name, tensor in found.weights.items()}
         save_checkpoint(
             dataclasses.replace(found, source={**found.source, "ema_phase": 1}),
             file.with_name(file.name.replace("-0", "-1")),
@@ -104,7 +104,7 @@ def test_snapshots_of_earlier_phases_are_left_out(run_folder: Path, call: Callab
     assert call(main, run_folder, "--std", 0.12, "--dry-run").stdout == alone
     assert call(main, run_folder, "--std", 0.12).returncode == 0
     written = load_checkpoint(run_folder / "model_std0.12.pt")
-    assert all(tensor.isfinite().all() for tensor in written.weights.values())
+    assert all(tensor.abs().max() < 1e6 for tensor in written.weights.values())
 
 
 def test_out_names_the_file_and_its_kind(run_folder: Path, tmp_path: Path, call: Callable[..., Any]) -> None:

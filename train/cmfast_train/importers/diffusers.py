@@ -195,8 +195,9 @@ def _network(unet: Mapping[str, Any], file: Path) -> AdmConfig:
             resblock_updown=resblock_updown,
             dropout=dropout,
         )
-    except CmfastError as err:
-        raise ArtifactError(f"{file}: {err}") from None
+    except CmfastError as err:  # in our words; the file has diffusers'
+        what = str(err).replace("res_blocks", "layers_per_block").replace("channel_mult", "block_out_channels")
+        raise ArtifactError(f"{file}: {what}") from None
 
 
 def _levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool], bool]:
