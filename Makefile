@@ -1,11 +1,10 @@
 # `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
-# `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour: FUZZ_FLAGS="--seed 7".
+# `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour.
 # `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.
 PYTHON ?= python3
 PIP_FLAGS ?=
 GPU_FLAGS ?=
-FUZZ_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -31,7 +30,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 fuzz: $(INSTALLED)
-	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json $(FUZZ_FLAGS)
+	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
 
 gpu: PY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
