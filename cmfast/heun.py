@@ -13,9 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
+from cmfast.checks import shown, whole_number
 from cmfast.errors import CmfastError
+from cmfast.schedule import MAX_STEPS, as_levels
 
 Array = Any  # numpy.ndarray or torch.Tensor
 Denoise = Callable[[Array, float], Array]
@@ -34,6 +37,10 @@ class Churn:
     s_noise: float = 1.0  # standard deviation of the fresh noise; slightly more than 1 makes up for lost detail
 
     def __post_init__(self) -> None:
+        for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or 1e300 < value < math.inf:
+                raise CmfastError(f"{name} must be a number, got {shown(value)}")
         if not (0 <= self.s_churn < math.inf and 0 < self.s_noise < math.inf):
             raise CmfastError(
                 f"s_churn must be a number from 0 and s_noise a positive one, got {self.s_churn:g} and {self.s_noise:g}"
@@ -62,10 +69,13 @@ def heun(
     sigmas        N noise levels, data units, strictly decreasing: `karras_sigmas(N, ...)`; the closing 0 is added here
     second_order  False: Euler's method, N network calls
     """
+    sigmas = as_levels(sigmas)
+    if not sigmas or sigmas[-1] <= 0 or any(after >= before for before, after in pairwise(sigmas)):
+        raise CmfastError(f"Heun's noise levels must strictly decrease and stay above 0, got {shown(sigmas)}")
     steps, need = len(sigmas), noise_slices(len(sigmas), churn)
     if len(noise) < need:
         raise CmfastError(f"{steps} steps need {need} slices of noise, got {len(noise)}")
-    levels = [*map(float, sigmas), 0.0]
+    levels = [*sigmas, 0.0]
     x = levels[0] * noise[0]
     for i, (sigma, after) in enumerate(pairwise(levels), start=1):
         raised = sigma * (1 + churn.gamma(sigma, steps))
@@ -81,9 +91,9 @@ def heun(
 
 def heun_calls(steps: int) -> int:
     """Return the network calls an image of so many Heun steps: two a step, and one in the last, which ends at 0."""
-    if steps < 1:
-        raise CmfastError(f"the number of Heun steps must be at least 1, got {steps}")
-    return 2 * steps - 1
+    if isinstance(steps, int) and steps < 1:
+        raise CmfastError(f"the number of Heun steps must be at least 1, got {shown(steps)}")
+    return 2 * whole_number("number of Heun steps", steps, 1, MAX_STEPS) - 1
 
 
 def noise_slices(steps: int, churn: Churn = NO_CHURN) -> int:

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Images out: a grid as one PNG, a folder of PNGs, or the .npz that FID evaluators read."""
+"""Images out: a grid as one PNG, a folder of PNGs, or the .npz that FID evaluators read.
+
+Which of them is said by the suffix, in upper or lower case. Names that end in another known type of file are refused;
+everything else is a folder, `run_0.8` too.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.checks import array_of_numbers, shown
 from cmfast.errors import CmfastError
 from cmfast.files import atomic_file, atomic_folder, check_target, check_target_folder
 
@@ -18,15 +25,35 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
+CHANNELS = (1, 3, 4)  # of a PNG: grey, RGB, RGBA
+GAP = 2  # pixels between the images of a grid
+MAX_GRID_PIXELS = 178_956_970  # larger pictures are not opened by Pillow, which takes them for an attack
+OTHER_FILES = {  # types of files that are not written here, so that a slip does not become a folder
+    ".jpg", ".jpeg", ".jxl", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm", ".svg",
+    ".pdf", ".mp4", ".avi", ".webm", ".npy", ".mat", ".h5", ".hdf5", ".pt", ".pth", ".ckpt", ".bin", ".pkl",
+    ".pickle", ".safetensors", ".onnx", ".data", ".engine", ".plan", ".trt", ".xml", ".tflite", ".json", ".jsonl",
+    ".yaml", ".yml", ".toml", ".csv", ".parquet", ".txt", ".md", ".log", ".html", ".py", ".zip", ".tar", ".gz",
+    ".tgz", ".xz", ".bz2", ".7z",
+}  # fmt: skip
+
 
 def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArray[np.int64] | None = None) -> None:
     """Write uint8 images [N, H, W, C] where `path` says: NAME.png a grid, NAME.npz arrays, else a folder of PNGs.
 
     The .npz has arr_0 (the images) and, of a class-conditional model, arr_1 (the labels, int64 [N]).
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+    images = array_of_numbers("images", images)
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise CmfastError(f"images must be uint8 [N, H, W, C] with N >= 1, got {images.dtype} {list(images.shape)}")
+    if labels is not None:
+        labels = array_of_numbers("labels", labels)
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+            raise CmfastError(
+                f"labels must be {len(images)} whole numbers, one an image, got {labels.dtype} {list(labels.shape)}"
+            )
     suffix = check_output(path)
+    n, height, width, channels = images.shape
+    check_images(path, n, (channels, height, width))
     if suffix == ".png":
         with atomic_file(path) as temporary:
             grid_image(images).save(temporary, format="PNG")
@@ -41,36 +68,76 @@ def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArra
                 _image(image).save(folder / f"{i:0{width}d}.png", format="PNG")
 
 
-def check_output(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of `path` if `save_images` can write there, else raise CmfastError, before any work is done."""
-    target = Path(path)
-    if target.suffix not in (".png", ".npz", ""):
-        raise CmfastError(
-            f"{target}: images are written to NAME.png (a grid), NAME.npz, or a folder; got {target.suffix}"
-        )
-    if target.suffix:
-        check_target(target)
+def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> str:
+    """Return what `save_images` writes to `path`, .png, .npz or "" for a folder, or raise CmfastError if it cannot.
+
+    inputs  what the same command reads; none of it is replaced
+    """
+    suffix = _suffix(path)
+    if suffix:
+        check_target(path, inputs=inputs)
     else:
-        check_target_folder(target)
-    return target.suffix
+        check_target_folder(path, inputs=inputs)
+    return suffix
+
+
+def check_images(path: str | os.PathLike[str], n: int, image: Sequence[int]) -> None:
+    """Raise CmfastError unless n images [C, H, W] can be written to `path`: before they are drawn."""
+    suffix, (channels, height, width) = _suffix(path), image
+    if suffix == ".npz":
+        return
+    if channels not in CHANNELS:
+        have = ", ".join(map(str, CHANNELS[:-1]))
+        raise CmfastError(
+            f"a PNG has {have} or {CHANNELS[-1]} channels and these images have {channels}; "
+            f"write arrays: {Path(path).with_suffix('.npz')}"
+        )
+    if suffix == ".png":
+        columns, scale = _columns(n), _scale(height, width)
+        wide, high = columns * (width * scale + GAP) + GAP, -(-n // columns) * (height * scale + GAP) + GAP
+        if wide * high > MAX_GRID_PIXELS:
+            raise CmfastError(
+                f"a grid of {shown(n)} images has {shown(wide)} x {shown(high)} pixels, and at most "
+                f"{MAX_GRID_PIXELS:,} are written, because programs refuse to open more; write arrays, "
+                f"{Path(path).with_suffix('.npz')}, or a folder"
+            )
 
 
 def grid_image(images: Pixels) -> Image:
     """Return uint8 images [N, H, W, C] as one picture, about as wide as high; small images are enlarged, unsmoothed."""
     n, height, width, channels = images.shape
-    columns = int(np.ceil(np.sqrt(n)))
+    columns, scale, gap = _columns(n), _scale(height, width), GAP
     rows = -(-n // columns)
-    scale = max(1, 48 // max(height, width)) if max(height, width) < 32 else 1
-    gap = 2
     sheet = np.full(
         (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 32, np.uint8
     )
-    for i, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
+    for i, image in enumerate(images):
         top, left = (
             k * (size * scale + gap) + gap for k, size in zip(divmod(i, columns), (height, width), strict=True)
         )
-        sheet[top : top + height * scale, left : left + width * scale] = image
+        sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, axis=0).repeat(
+            scale, axis=1
+        )
     return _image(sheet)
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or isinstance(os.fspath(path), bytes):
+        raise CmfastError(f"images are written to NAME.png (a grid), NAME.npz, or a folder; got {shown(path)}")
+    target = Path(path)
+    suffix = target.suffix.lower() or (target.name.lower() if target.name.lower() in (".png", ".npz") else "")
+    if suffix in OTHER_FILES or target.name.lower() == suffix != "" or "\0" in target.name:
+        name = shown(os.fspath(path))[1:-1]
+        raise CmfastError(f"{name}: images are written to NAME.png (a grid), NAME.npz, or a folder; got {suffix}")
+    return suffix if suffix in (".png", ".npz") else ""
+
+
+def _columns(n: int) -> int:
+    return math.isqrt(n - 1) + 1
+
+
+def _scale(height: int, width: int) -> int:
+    return max(1, 48 // max(height, width)) if max(height, width) < 32 else 1
 
 
 def _image(pixels: Pixels) -> Image:

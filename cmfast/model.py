@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,27 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast import sampler
+from cmfast.checks import (
+    NotFinite,
+    array_of_numbers,
+    check_range,
+    class_numbers,
+    need_memory,
+    shown,
+    whole_number,
+)
 from cmfast.engines import Engine, LoopEngine, open_engine
-from cmfast.errors import CmfastError
+from cmfast.errors import CmfastError, EngineError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
-from cmfast.schedule import karras_sigmas
+from cmfast.schedule import as_levels, karras_sigmas
 from cmfast.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Label = int | str | Sequence[int | str]  # a class or one an image, by number, or by name where the model has names
+# The highest noise level that `denoise` takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
+CHURNED = math.sqrt(2)
 
 
 def load(
@@ -60,7 +73,7 @@ class Model:
         steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         seed: int = 0,
-        label: int | Sequence[int] | None = None,
+        label: Label | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
@@ -70,9 +83,9 @@ class Model:
         steps     network calls an image (NFE), with the model's default noise levels; without both, the fewest
         sigmas    noise levels, data units, decreasing from sigma_max; instead of steps
         seed      image i of a seed is the same image whatever n, `batch`, the engine and the machine are
-        label     a class for all images, or n of them; None: drawn from the seed
+        label     a class for all images, or n of them, by number or by name; None: drawn from the seed
         batch     images at a time; changes memory and speed, not the images
-        first     index of the first image, to go on where another call stopped
+        first     index of the first image, to go on where another call stopped; first + n is at most 2**64
         progress  show a bar on stderr
         """
         drawing = self._few_steps(self.levels(steps, sigmas))
@@ -85,7 +98,7 @@ class Model:
         steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         seed: int = 0,
-        label: int | Sequence[int] | None = None,
+        label: Label | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
@@ -101,7 +114,7 @@ class Model:
         steps: int = 18,
         churn: float | Churn = 0.0,
         seed: int = 0,
-        label: int | Sequence[int] | None = None,
+        label: Label | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
@@ -121,7 +134,7 @@ class Model:
         steps: int = 18,
         churn: float | Churn = 0.0,
         seed: int = 0,
-        label: int | Sequence[int] | None = None,
+        label: Label | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
@@ -129,8 +142,15 @@ class Model:
         """Draw n images as `sample_heun` does; return float32 [n, C, H, W], data units, not clipped."""
         return self._floats(n, self._batches(n, self._heun_steps(steps, churn), seed, label, batch, first, progress))
 
-    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: Labels | None = None) -> Floats:
-        """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels."""
+    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: Label | Labels | None = None) -> Floats:
+        """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels.
+
+        Raises:
+            CmfastError: the levels do not strictly decrease above sigma_min, or the shapes do not fit.
+            CheckFailed: the model returned NaN or infinity.
+        """
+        noise = array_of_numbers("noise", noise)
+        sigmas = self.levels(sigmas=sigmas if sigmas is not None else ())
         if noise.ndim != 5 or (len(noise), *noise.shape[2:]) != (len(sigmas), *self.spec.image):
             need = ", ".join(map(str, self.spec.image))
             raise CmfastError(
@@ -139,38 +159,52 @@ class Model:
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
         if isinstance(self.engine, LoopEngine):
-            return self.engine.loop(noise, sigmas, self._label(label, noise.shape[1]).get("label"))
+            classes = self._label(label, noise.shape[1]).get("label")
+            if not noise.shape[1]:
+                return np.empty(noise.shape[1:], np.float32)
+            x0 = self._checked(self.engine.loop(noise, sigmas, classes), noise.shape[1:])
+            self._check_finite(x0, {"noise": noise}, sigmas)
+            return x0
         if self.manifest.kind == "denoiser":
             return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
-        if tuple(sigmas) != self.levels():
-            raise CmfastError(f"this sampler was built for the noise levels {self.levels()}, got {tuple(sigmas)}")
         inputs: dict[str, npt.NDArray[Any]] = {"noise": noise, **self._label(label, noise.shape[1])}
         if self.manifest.kind == "server":  # the batch is the first axis of everything
             inputs = {name: _batch_first(value) for name, value in inputs.items()}
-        return self._run(inputs, noise.shape[1])
+        return self._run(inputs, noise.shape[1], sigmas)
 
-    def denoise(self, x: Floats, sigma: float | Floats, label: npt.ArrayLike | None = None) -> Floats:
+    def denoise(self, x: Floats, sigma: float | Floats, label: Label | npt.ArrayLike | None = None) -> Floats:
         """Return f(x, sigma), float32 [B, C, H, W], not clipped: the raw contract, for algorithms of your own.
 
         x      [B, C, H, W] float32, data units plus noise
-        sigma  noise level, data units: a number, or one an image [B]
-        label  a class, or one an image [B]; needed exactly when the model has classes
+        sigma  noise level, data units: a number, or one an image [B]; above 0 and at most sqrt(2) sigma_max, where
+               Heun's churn goes
+        label  a class, or one an image [B], by number or by name; needed exactly when the model has classes
+
+        Raises:
+            CmfastError: a shape, a type, a noise level or a label is not one of these.
+            CheckFailed: the model returned NaN or infinity.
         """
         self._check_denoiser()
+        x = array_of_numbers("x", x)
         if x.ndim != 4 or x.shape[1:] != tuple(self.spec.image) or x.dtype != np.float32:
             raise CmfastError(
                 f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}"
             )
-        if np.shape(sigma) not in ((), (len(x),)):
-            raise CmfastError(f"sigma must be one noise level or {len(x)} of them, got shape {list(np.shape(sigma))}")
-        levels = np.array(np.broadcast_to(np.asarray(sigma, np.float32), (len(x),)))
-        return self._run({"x": np.ascontiguousarray(x), "sigma": levels, **self._label(label, len(x))}, len(x))
+        levels = self._noise_levels(sigma, len(x))
+        inputs: dict[str, npt.NDArray[Any]] = {
+            "x": np.ascontiguousarray(x),
+            "sigma": levels,
+            **self._label(label, len(x)),
+        }
+        return self._run(inputs, len(x), levels)
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
         if self.manifest.kind != "denoiser":
             (built,) = self.spec.sigmas.values()
-            asked = tuple(float(s) for s in sigmas) if sigmas is not None else built
+            asked = as_levels(sigmas) if sigmas is not None else built
+            if steps is not None:
+                steps = whole_number("number of steps", steps, 1)
             if asked != tuple(built) or steps not in (None, len(built)):
                 raise CmfastError(
                     f"this file is a sampler of {len(built)} step(s), at {', '.join(f'{s:g}' for s in built)}, "
@@ -179,10 +213,14 @@ class Model:
             return tuple(built)
         return self.spec.levels(steps, sigmas)
 
-    def labels(
-        self, n: int, *, seed: int = 0, label: int | Sequence[int] | None = None, first: int = 0
-    ) -> Labels | None:
-        """Return the class of each of n images, int64 [n], that `sample` uses; None for an unconditional model."""
+    def labels(self, n: int, *, seed: int = 0, label: Label | Labels | None = None, first: int = 0) -> Labels | None:
+        """Return the class of each of n images, int64 [n], that `sample` uses; None for an unconditional model.
+
+        label  as `sample` takes it. A text is looked up among the names of the classes and read as a number; "+7" is
+               always the number
+        """
+        n = whole_number("number of images", n, 0)
+        first, seed = check_range(first, n), portable.check_seed(seed)
         classes = self.spec.classes
         if not classes:
             if label is not None:
@@ -190,13 +228,8 @@ class Model:
             return None
         if label is None:
             return portable.labels(seed, range(first, first + n), classes)
-        given = np.asarray(label)
-        if given.dtype.kind not in "iu" or given.shape not in ((), (n,)):
-            raise CmfastError(f"label must be one class or {n} of them, got {label!r}")
-        if given.min() < 0 or given.max() >= classes:
-            wrong = int(given.max() if given.max() >= classes else given.min())
-            raise CmfastError(f"label {wrong} is out of range; this model has the classes 0 to {classes - 1}")
-        return np.array(np.broadcast_to(given.astype(np.int64), (n,)))
+        need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
+        return class_numbers(label, n, classes, self.spec.class_names)
 
     def _few_steps(self, levels: tuple[float, ...]) -> _Drawing:
         return _Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label))
@@ -206,6 +239,7 @@ class Model:
         heun_calls(steps)
         levels = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
         full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
+        steps = len(levels)
 
         def draw(noise: Floats, label: Labels | None) -> Floats:
             return np.asarray(heun(lambda x, sigma: self.denoise(x, sigma, label), noise, levels, churn=full))
@@ -213,13 +247,15 @@ class Model:
         return _Drawing(noise_slices(steps, full), draw)
 
     def _pixels(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> npt.NDArray[np.uint8]:
-        images = np.empty((_whole("n", n, 1), *self.spec.image[1:], self.spec.image[0]), np.uint8)
+        n = self._images(n, 1)
+        images = np.empty((n, *self.spec.image[1:], self.spec.image[0]), np.uint8)
         for part, x0 in batches:
             images[part] = sampler.to_uint8(x0)  # batch by batch: a quarter of the memory
         return images
 
     def _floats(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> Floats:
-        images = np.empty((_whole("n", n, 1), *self.spec.image), np.float32)
+        n = self._images(n, 4)
+        images = np.empty((n, *self.spec.image), np.float32)
         for part, x0 in batches:
             images[part] = x0
         return images
@@ -229,19 +265,32 @@ class Model:
         n: int,
         drawing: _Drawing,
         seed: int,
-        label: int | Sequence[int] | None,
+        label: Label | None,
         batch: int,
         first: int,
         progress: bool,
     ) -> Iterator[tuple[slice, Floats]]:
-        """Yield (which of the n images, x0 [b, C, H, W]) batch by batch."""
-        batch, first = _whole("batch", batch, 1), _whole("first", first, 0)
+        """Check the request; return an iterator of (which of the n images, x0 [b, C, H, W]), batch by batch."""
+        n, batch = self._images(n, 1), whole_number("batch", batch, 1)
+        first, seed = check_range(first, n), portable.check_seed(seed)
+        batch = min(self.engine.batch or batch, n)
+        # Two batches of noise at a time, one of them also in parts, and what it takes to draw one slice.
+        numbers = batch * math.prod(self.spec.image)
+        need_memory(
+            (3 * drawing.slices * 4 + portable.PEAK) * numbers,
+            f"{drawing.slices} slice(s) of noise for a batch of {batch}",
+            "use a smaller batch",
+        )
         every = self.labels(n, seed=seed, label=label, first=first)
-        batch = self.engine.batch or batch
+        return self._draw(n, drawing, seed, every, batch, first, progress)
+
+    def _draw(
+        self, n: int, drawing: _Drawing, seed: int, every: Labels | None, batch: int, first: int, progress: bool
+    ) -> Iterator[tuple[slice, Floats]]:
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
 
         def noise(part: slice) -> Floats:
-            indices = np.arange(first + part.start, first + part.stop)
+            indices = range(first + part.start, first + part.stop)
             return np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(drawing.slices)])
 
         with progress_bar("sampling", n, "images", show=progress) as advance:
@@ -255,23 +304,79 @@ class Model:
                 "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
             )
 
-    def _label(self, label: npt.ArrayLike | None, n: int) -> dict[str, npt.NDArray[np.int64]]:
+    def _noise_levels(self, sigma: Any, n: int) -> Floats:
+        """Return the noise levels of n images, float32 [n]."""
+        if isinstance(sigma, (str, bytes, bool)):
+            raise CmfastError(f"sigma must be a noise level or {n} of them, got {shown(sigma)}")
+        given = array_of_numbers("sigma", sigma)
+        if given.shape not in ((), (n,)):
+            raise CmfastError(f"sigma must be one noise level or {n} of them, got shape {list(given.shape)}")
+        most = CHURNED * self.spec.sigma_max
+        # A little more than it, for what rounding to float32 adds. What float32 rounds to 0 is refused as 0 is.
+        inside = (given >= np.finfo(np.float32).tiny) & (given <= most * (1 + 1e-6))
+        if not inside.all():
+            wrong = float(given[~inside].flat[0])
+            raise CmfastError(
+                f"noise level {wrong:g} cannot be denoised: this model was trained for {self.spec.sigma_min:g} to "
+                f"{self.spec.sigma_max:g}, and denoise takes 0 < sigma <= {most:.6g} (sqrt(2) times that, for churn)"
+            )
+        return np.array(np.broadcast_to(given.astype(np.float32), (n,)))
+
+    def _images(self, n: int, size: int) -> int:
+        """Return n, if that many images of numbers of `size` bytes fit into memory."""
+        n = whole_number("number of images", n, 1)
+        shape = ", ".join(map(str, self.spec.image))
+        need = n * (size * math.prod(self.spec.image) + 8)  # and a label
+        need_memory(need, f"{shown(n)} images [{shape}]", "draw fewer at a time: the next ones with `first`")
+        return n
+
+    def _label(self, label: Any, n: int) -> dict[str, npt.NDArray[np.int64]]:
         if self.spec.classes and label is None:
             raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
         if label is None:
             return {}
-        checked = self.labels(n, label=label)  # type: ignore[arg-type]
+        checked = self.labels(n, label=label)
         return {} if checked is None else {"label": checked}
 
-    def _run(self, inputs: dict[str, npt.NDArray[Any]], n: int) -> Floats:
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], n: int, sigmas: Floats | Sequence[float]) -> Floats:
         """Run the engine on n images; where it takes one batch size only, repeat the last image to fill it up."""
+        if n == 0:
+            return np.empty((0, *self.spec.image), np.float32)
         short = (self.engine.batch or n) - n
         if short < 0:
             raise CmfastError(f"this file takes batches of {self.engine.batch}, got {n}")
         if short:
+            whole = sum(value.nbytes for value in inputs.values()) // n * (n + short)
+            only = f"batches of {self.engine.batch} images, the only size that this file takes,"
+            need_memory(2 * whole, only, "export it with a smaller --batch")
             axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
             inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
-        return self.engine.run(inputs)[:n]
+        x0 = self._checked(self.engine.run(inputs), (n + short, *self.spec.image))[:n]
+        self._check_finite(x0, inputs, sigmas)
+        return x0
+
+    def _checked(self, x0: Any, shape: tuple[int, ...]) -> Floats:
+        if not isinstance(x0, np.ndarray) or x0.shape != tuple(shape) or x0.dtype != np.float32:
+            raise EngineError(
+                f"{self.engine.name} returned {shown(x0)}, and its manifest promises float32 {list(shape)}; "
+                "export the model again with cmfast-export"
+            )
+        return x0
+
+    def _check_finite(self, x0: Floats, inputs: dict[str, npt.NDArray[Any]], sigmas: Floats | Sequence[float]) -> None:
+        """Raise NotFinite, with the noise level, where an engine returned NaN or infinity."""
+        if np.isfinite(x0).all():
+            return
+        for name, value in inputs.items():
+            if not np.isfinite(value).all():
+                raise CmfastError(f"{name} has values that are not finite (NaN or infinity)")
+        if isinstance(sigmas, np.ndarray):  # one an image
+            sigmas = sorted(set(sigmas[~np.isfinite(x0).all(axis=(1, 2, 3))].tolist()), reverse=True)
+        some = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", .." if len(sigmas) > 8 else "")
+        raise NotFinite(
+            f"{self.engine.name} returned values that are not finite (NaN or infinity) at noise level {some}; "
+            "the weights are damaged, or the precision is too low: try it in fp32"
+        )
 
 
 @dataclass(frozen=True)
@@ -294,13 +399,6 @@ def _ahead(make: Callable[[slice], Floats], parts: Sequence[slice]) -> Iterator[
         for part, following in zip(parts, (*parts[1:], None), strict=True):
             ready, coming = coming, thread.submit(make, following) if following else coming
             yield part, ready.result()
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if not isinstance(value, (int, np.integer)) or value < least:
-        what = "number of images" if name == "n" else name
-        raise CmfastError(f"the {what} must be a whole number, at least {least}, got {value!r}")
-    return int(value)
 
 
 def _lengthen(values: npt.NDArray[Any], axis: int, by: int) -> npt.NDArray[Any]:

@@ -14,15 +14,20 @@ Quantile: Wichura, "Algorithm AS 241: the percentage points of the normal distri
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.checks import need_memory, shown, whole_number
 from cmfast.errors import CmfastError
 
 _LABEL_STEP = 0xFFFFFFFF  # the stream of the labels; no sampler has that many steps
 _WORD = np.uint64(0xFFFFFFFF)
+PEAK = 64  # bytes of memory for a number while it is drawn
 
 
 def gaussian(
@@ -36,15 +41,20 @@ def gaussian(
     shape   of one sample, for example (C, H, W); filled in C order
     """
     samples = _as_u64(sample, "sample")
-    size = int(np.prod(shape, dtype=np.int64))
-    bits = _bits(seed, samples, step, (size + 3) // 4).reshape(len(samples), -1)[:, :size]
+    sides = _as_shape(shape)
+    size = math.prod(sides)
+    need_memory(PEAK * size * len(samples), f"{len(samples)} samples of noise {list(sides)}", "draw fewer at a time")
+    bits = _bits(seed, samples, step, (size + 3) // 4).reshape(len(samples), 4 * ((size + 3) // 4))[:, :size]
     values = _normal_quantile(bits).astype(np.float32)
-    return values.reshape(*shape) if np.ndim(sample) == 0 else values.reshape(len(samples), *shape)
+    return values.reshape(sides if np.ndim(sample) == 0 else (len(samples), *sides))
 
 
 def labels(seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
     """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1."""
-    first = _bits(seed, _as_u64(samples, "sample"), _LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
+    classes = whole_number("number of classes", classes, 1, 2**32)
+    numbers = _as_u64(samples, "sample")
+    need_memory(4 * PEAK * len(numbers), f"{len(numbers)} labels", "draw fewer at a time")
+    first = _bits(seed, numbers, _LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
     return ((first * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
 
 
@@ -64,29 +74,63 @@ def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def _as_u64(sample: int | Sequence[int] | npt.NDArray[np.int64], name: str) -> npt.NDArray[np.uint64]:
-    values = np.atleast_1d(np.asarray(sample))
+def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a tuple of ints, or raise CmfastError; a block of four numbers has a counter of 32 bits."""
+    try:
+        sides = tuple(operator.index(side) for side in shape)
+    except (TypeError, ValueError):
+        sides = (-1,)
+    if any(side < 0 for side in sides) or isinstance(shape, bytes) or math.prod(sides) > 2**34:
+        raise CmfastError(
+            f"shape must be whole numbers from 0, for example (3, 32, 32), and at most 2**34 in all, got {shown(shape)}"
+        )
+    return sides
+
+
+def _as_u64(sample: Any, name: str) -> npt.NDArray[np.uint64]:
+    if isinstance(sample, range) and len(sample):  # numpy makes floats of one across 2**63
+        if min(sample[0], sample[-1]) < 0 or max(sample[0], sample[-1]) >= 2**64:
+            raise CmfastError(f"{name} must be a whole number from 0, or a list of them, got {shown(sample)}")
+        need_memory(24 * len(sample), f"{len(sample)} samples", "draw fewer at a time")
+        step = np.uint64(sample.step % 2**64)  # modulo 2**64, where a falling range is a rising one
+        return np.arange(len(sample), dtype=np.uint64) * step + np.uint64(sample.start)
+    try:
+        values = np.atleast_1d(np.asarray(sample))
+    except Exception:  # ragged lists; tensors that hold no value here
+        values = np.atleast_1d(np.asarray(None))
+    if values.size == 0 and values.ndim == 1:
+        return np.empty(0, np.uint64)
     if values.dtype.kind in "fO":  # numpy makes floats of a list across 2**63
         exact = np.atleast_1d(np.array(sample, dtype=object))
         if exact.ndim == 1 and exact.size and all(type(v) is int and 0 <= v < 2**64 for v in exact):
             values = exact.astype(np.uint64)
     if values.dtype.kind not in "iu" or values.ndim != 1 or (values.size and int(values.min()) < 0):
-        raise CmfastError(f"{name} must be a whole number from 0, or a list of them, got {sample!r}")
+        raise CmfastError(f"{name} must be a whole number from 0, or a list of them, got {shown(sample)}")
     return values.astype(np.uint64)
+
+
+def check_seed(seed: object) -> int:
+    """Return a seed as an int, 0 <= seed < 2**64, or raise CmfastError."""
+    return _number("seed", seed, 64)
+
+
+def _number(name: str, value: object, bits: int) -> int:
+    try:
+        return whole_number(name, value, 0, 2**bits - 1)
+    except CmfastError:
+        raise CmfastError(f"the {name} must be a whole number from 0 to 2**{bits} - 1, got {shown(value)}") from None
 
 
 def _bits(seed: int, samples: npt.NDArray[np.uint64], step: int, blocks: int) -> npt.NDArray[np.uint32]:
     """Return random words [B, blocks, 4]: counter = (block, step, sample low, sample high), key = seed."""
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise CmfastError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-    if not isinstance(step, (int, np.integer)) or not 0 <= step < 2**32:
-        raise CmfastError(f"the step must be a whole number from 0 to 2**32 - 1, got {step!r}")
+    seed = check_seed(seed)
+    step = _number("step", step, 32)
     counter = np.empty((len(samples), blocks, 4), np.uint32)
     counter[..., 0] = np.arange(blocks, dtype=np.uint32)
     counter[..., 1] = step
     counter[..., 2] = (samples & _WORD).astype(np.uint32)[:, None]
     counter[..., 3] = (samples >> np.uint64(32)).astype(np.uint32)[:, None]
-    return philox(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32))
+    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
 
 
 # AS 241, PPND16: numerator and denominator, lowest power first.

@@ -18,7 +18,7 @@ def progress_bar(what: str, total: int, unit: str, start: int = 0, show: bool = 
 
     total, start  items in all, and already done when a run is resumed
     """
-    if not show:
+    if not show or sys.stderr is None:  # a program without standard streams
         yield lambda count, text: None
     elif sys.stderr.isatty():
         with _bar(what, total, unit, start) as advance:

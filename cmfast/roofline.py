@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from cmfast import timing
 from cmfast._protobuf import encode_head, encode_varint
+from cmfast.checks import check_threads
 from cmfast.errors import CmfastError, one_line
 
 COST = ("flops", "weight_bytes", "activation_bytes")  # the keys of a manifest's cost
@@ -80,7 +81,7 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
         raise CmfastError(
             f"need a device of {', '.join(SIDES)} and a dtype of {', '.join(BYTES)}, got {device!r} and {dtype!r}"
         )
-    ways, missing = _ways(device, dtype, threads)
+    ways, missing = _ways(device, dtype, check_threads(threads))
     if not ways:
         return Ceilings(device=device, dtype=dtype, flops_per_s=None, bytes_per_s=None, how=f"not measured: {missing}")
     times = timing.interleave({way.name: way.call for way in ways}, seconds=SECONDS, calls=CALLS)

@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.checks import shown
+from cmfast.errors import CmfastError
+from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
 
 Array = Any  # numpy.ndarray or torch.Tensor; the loop only uses operators and clip
@@ -29,9 +32,18 @@ def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelS
 
     denoise  callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller
     noise    [K, B, C, H, W] unit Gaussian, one slice a step; "ddim" uses the first only
-    sigmas   K noise levels, data units, strictly decreasing (`ModelSpec.levels` checks them)
+    sigmas   K noise levels, data units, decreasing (`ModelSpec.levels` also compares them with the model's range)
     spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
     """
+    if not isinstance(spec, ModelSpec):
+        raise CmfastError(f"spec must be a cmfast.ModelSpec, got {shown(spec)}")
+    sigmas = as_levels(sigmas)  # as Python floats they keep the type of the noise
+    least = spec.sigma_min if spec.renoise == "sqrt" else 0.0
+    if not sigmas or sigmas[-1] <= 0 or any(not least <= after <= before for before, after in pairwise(sigmas)):
+        raise CmfastError(f"noise levels must decrease and stay above {least:g}, got {shown(sigmas)}")
+    shape: tuple[int, ...] = getattr(noise, "shape", ())
+    if len(shape) != 5 or shape[0] != len(sigmas):
+        raise CmfastError(f"noise must be [{len(sigmas)}, B, C, H, W] for {len(sigmas)} levels, got {shown(noise)}")
     x = sigmas[0] * noise[0]
     x0 = _clip(denoise(x, sigmas[0]), spec)
     for (before, sigma), z in zip(pairwise(sigmas), noise[1:], strict=True):
@@ -54,4 +66,5 @@ def to_uint8(x0: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _clip(x0: Array, spec: ModelSpec) -> Array:
-    return x0.clip(-1, 1) if spec.clip else x0
+    # x0 - x0 is 0 where x0 is finite; else NaN, which is seen at the end: clipping would turn infinity into white.
+    return x0.clip(-1, 1) + (x0 - x0) if spec.clip else x0

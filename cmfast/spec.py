@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmfast.checks import whole_number
 from cmfast.errors import CmfastError, one_line, shown
-from cmfast.schedule import check_sigmas, karras_sigmas, sigmas_of_indices
+from cmfast.schedule import MAX_STEPS, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
 
 SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.precond
 C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
@@ -42,7 +43,11 @@ class ModelSpec:
     )
 
     def __post_init__(self) -> None:
-        if len(self.image) != 3 or not all(_is_whole(n, 1, 65536) for n in self.image):
+        if (
+            not isinstance(self.image, (tuple, list))
+            or len(self.image) != 3
+            or not all(_is_whole(n, 1, 65536) for n in self.image)
+        ):
             raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {shown(self.image)}")
         if not _is_whole(self.classes, 0, 2**31 - 1):
             raise CmfastError(
@@ -66,9 +71,15 @@ class ModelSpec:
                 raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.scaling == "seed" and self.sigma_data != 0.5:
             raise CmfastError(f"the scaling seed has sigma_data 0.5 built in, got {self.sigma_data:g}")
+        if not isinstance(self.sigmas, Mapping):
+            raise CmfastError(f"sigmas must be {{steps: noise levels}}, got {shown(self.sigmas)}")
         for steps, sigmas in self.sigmas.items():
-            if len(sigmas) != steps:
-                raise CmfastError(f"the default noise levels for {steps} steps are {len(sigmas)}: {sigmas}")
+            if not isinstance(sigmas, (tuple, list)) or not _is_whole(steps, 1, 65536) or len(sigmas) != steps:
+                many = len(sigmas) if isinstance(sigmas, (tuple, list)) else "no list"
+                raise CmfastError(
+                    f"the default noise levels for {shown(steps)} steps are {many}: {shown(sigmas)}; "
+                    "need as many numbers as steps"
+                )
             check_sigmas(sigmas, self.sigma_min, self.sigma_max)
 
     def levels_at(self, indices: Sequence[int]) -> tuple[float, ...]:
@@ -78,9 +89,9 @@ class ModelSpec:
         """
         if not self.grid:
             raise CmfastError("this model has no grid that indices could point into; say the noise levels: --sigmas")
-        if len(set(indices)) < len(indices):
-            raise CmfastError(f"an index is there twice: {', '.join(map(str, indices))}")
         levels = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
+        if len(set(indices)) < len(indices):
+            raise CmfastError(f"an index is there twice: {shown(indices)}")
         return check_sigmas(levels, self.sigma_min, self.sigma_max)
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
@@ -89,15 +100,22 @@ class ModelSpec:
         steps   number of network calls (NFE); without both, the fewest that the model has defaults for
         sigmas  noise levels, data units, strictly decreasing
         """
+        if isinstance(steps, int) and steps < 1:
+            raise CmfastError(f"the number of steps must be at least 1, got {shown(steps)}")
+        if steps is not None:
+            steps = whole_number("number of steps", steps, 1)
         if sigmas is not None:
-            if steps is not None and steps != len(sigmas):
-                raise CmfastError(f"{steps} steps were asked for with {len(sigmas)} noise levels; give one of the two")
-            return check_sigmas(sigmas, self.sigma_min, self.sigma_max)
+            levels = as_levels(sigmas)
+            if steps is not None and steps != len(levels):
+                raise CmfastError(
+                    f"{shown(steps)} steps were asked for with {len(levels)} noise levels; give one of the two"
+                )
+            return check_sigmas(levels, self.sigma_min, self.sigma_max)
         if steps is None:
             steps = min(self.sigmas, default=1)
-        if steps < 1:
-            raise CmfastError(f"the number of steps must be at least 1, got {steps}")
         if steps not in self.sigmas:
+            if steps > MAX_STEPS:
+                raise CmfastError(f"the number of steps must be at most {MAX_STEPS}, got {shown(steps)}")
             have = ", ".join(str(k) for k in sorted(self.sigmas)) or "none"
             some = karras_sigmas(min(steps, 50) + 1, self.sigma_min, self.sigma_max)[1:-1]
             example = ",".join([repr(self.sigma_max), *(f"{s:.4g}" for s in some)]) + (",.." if steps > 50 else "")
@@ -123,6 +141,8 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
+        if not isinstance(values, Mapping):
+            raise CmfastError(f"the description of the model must be an object, got {shown(values)}")
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         if missing := names - known.keys() - {"grid", "class_names"}:  # most models have none

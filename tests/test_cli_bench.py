@@ -657,3 +657,33 @@ def test_the_variants_of_the_baseline_draw_what_it_draws(tiny_checkpoint: Factor
         open_engine(tiny_checkpoint(0), variant=variant).run(inputs) for variant in ("", "channels_last")
     )
     np.testing.assert_allclose(channels_last, plain, rtol=0, atol=1e-5)  # another memory layout sums in another order
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "a.onnx"], "a.onnx is read by this command"),
+        (["--json", "link.json"], "link.json is read by this command"),
+        (["--json", "/dev/null"], "--json: /dev/null is a device"),
+        (["--json", "fifo.json"], "fifo.json is a FIFO"),
+        (["--plot", "x.json", "--json", "x.json"], "--json and --plot name the same file"),
+        (["--seconds", "1e300"], "--seconds must be at most 3600"),
+        (["--batch", str(10**12)], "--batch takes numbers up to 65536"),
+        (["--batch", "²"], "'²' is not a list of numbers"),
+        (["--batch", ",".join(map(str, range(1, 200)))], "--batch takes at most 100 numbers"),
+        (["--steps", str(10**9)], "--steps takes numbers up to 10000"),
+        (["--threads", str(10**12)], "threads must be at most 1024"),
+    ],
+)
+def test_absurd_requests_and_outputs_over_inputs_are_refused_before_the_work(
+    options: list[str], words: str, handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(handmade_onnx(8), "a.onnx")
+    os.symlink("a.onnx", "link.json")
+    os.mkfifo("fifo.json")
+    before = Path("a.onnx").read_bytes()
+    refused(call(main, "a.onnx", *options), words)
+    assert content(tmp_path) == ["a.onnx", "fifo.json", "link.json"]
+    assert Path("a.onnx").read_bytes() == before

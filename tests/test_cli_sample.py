@@ -134,7 +134,7 @@ def test_heun_steps_draw_the_images_that_the_library_draws(
         (10, ["--label", "10"], "label 10 is out of range; this model has the classes 0 to 9"),
         (10, ["--label", "-1"], "label -1 is out of range"),
         (10, ["--label", "1,2"], "label must be one class or 16 of them"),
-        (10, ["--label", "one"], "'one' is not a list of numbers such as 1,2"),
+        (10, ["--label", "one"], "label 'one' is no number, and this model has no names of classes; need 0 to 9"),
         (0, ["--label", "3"], "a label was given, but the model is unconditional: it has no classes"),
         (10, ["-n", "0"], "at least 1, got 0"),
         (10, ["-n", "-3"], "at least 1, got -3"),
@@ -252,3 +252,70 @@ def test_a_model_without_weights_enough_is_one_line(
     torch.save(model, tmp_path / "model.pt")
     refused(call(main, tmp_path / "model.pt", "-o", tmp_path / "grid.png"), "the weights do not fit the network")
     assert content(tmp_path) == ["model.pt"]
+
+
+def test_classes_go_by_name_on_the_command_line(
+    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    import torch
+
+    model = torch.load(tiny_checkpoint(10), weights_only=True)
+    model["spec"]["class_names"] = ["cat", "dog", "a, b", *"3456789"]
+    torch.save(model, tmp_path / "model.pt")
+    out = tmp_path / "a.npz"
+    for label, want in (("dog,cat,3", [1, 0, 3]), ("a, b", [2, 2, 2]), ("9", [9, 9, 9]), ("dog, cat, +4", [1, 0, 4])):
+        assert call(main, tmp_path / "model.pt", "-n", 3, "--label", label, "-o", out).returncode == 0
+        with np.load(out) as arrays:
+            assert arrays["arr_1"].tolist() == want
+    words = "label 'dogs' is no class of this model; it has dog, "
+    refused(call(main, tmp_path / "model.pt", "--label", "dogs", "-o", tmp_path / "b.npz"), words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-n", str(10**14)], "of memory, and"),
+        (["-n", str(10**30), "-o", "a.npz"], "of memory, and"),
+        (["-n", str(10**7)], "at most 178,956,970 are written"),
+        (["--first", str(2**64 - 1)], "first + n must be at most 2**64"),
+        (["--heun", str(10**8)], "must be a whole number from 1 to 10000, got 100000000"),
+        (["--steps", str(10**9)], "the number of steps must be at most 10000"),
+        (["--threads", str(10**12)], "threads must be at most 1024"),
+        (["--batch", "²"], "'²' is not a valid integer"),
+        (["--sigmas", ",".join(["80"] * 20_000)], "more than 10000 noise levels"),
+        (["--label", "²"], "label '²' is no number"),
+        (["-o", "model.onnx"], "model.onnx: images are written to"),
+    ],
+)
+def test_absurd_requests_are_refused_before_the_work(
+    options: list[str], words: str, handmade_onnx: Factory, tiny_checkpoint: Factory, call: Callable[..., Any],
+    refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    model = tiny_checkpoint(10) if "--label" in options else handmade_onnx(8)
+    refused(call(main, model, "-o", "grid.png", *options), words)
+    assert content(tmp_path) == []
+
+
+def test_the_largest_first_image_is_drawn_and_a_model_called_png_is_not_overwritten(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    out = tmp_path / "GRID.PNG"
+    assert call(main, handmade_onnx(8), "-n", 2, "--first", 2**63 - 1, "-o", out).returncode == 0
+    with Image.open(out) as opened:
+        assert opened.format == "PNG"
+    before = out.read_bytes()
+    refused(call(main, out, "-o", out), "GRID.PNG is read by this command, so it is not overwritten")
+    assert out.read_bytes() == before
+
+
+def test_a_model_whose_output_is_not_finite_draws_nothing_and_exits_with_1(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    import onnx
+
+    graph = onnx.load(handmade_onnx(8))
+    graph.graph.initializer[0].CopyFrom(onnx.helper.make_tensor("hundredth", onnx.TensorProto.FLOAT, [], [np.inf]))
+    onnx.save(graph, tmp_path / "inf.onnx")
+    refused(call(main, tmp_path / "inf.onnx", "-o", tmp_path / "a.png"), "not finite", "at noise level 80", code=1)
+    assert content(tmp_path) == ["inf.onnx"]

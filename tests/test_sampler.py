@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cmfast.errors import CmfastError
 from cmfast.sampler import renoise_std, sample, to_uint8
 from cmfast.spec import RENOISES, ModelSpec
 from cmfast_train.data import to_unit_range
@@ -157,7 +158,7 @@ def test_clipping_happens_after_every_call_and_only_when_the_spec_says_so() -> N
 
 @pytest.mark.parametrize("slices", [1, 3])
 def test_noise_for_another_number_of_steps_is_an_error(slices: int) -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(CmfastError, match=r"noise must be \[2, B, C, H, W\] for 2 levels, got ndarray of float32"):
         sample(lambda x, sigma: x, unit_noise(slices, 2, 3, 4, 4), (80.0, 0.8), spec())
 
 

@@ -6,12 +6,14 @@ What becomes of a contender that fails is decided in `_bench_failures`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmfast.artifact import ROUNDING, WINOGRAD
+from cmfast.checks import NotFinite, need_memory
 from cmfast.cli._bench_failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
 from cmfast.cli._bench_options import Options
 from cmfast.errors import CmfastError, EngineError
@@ -52,9 +54,11 @@ class Job:
     keep_going: bool = False  # a failure that nobody foresaw is the contender's too; else it keeps its traceback
 
     def call(self) -> Floats:
-        """Sample a batch: numpy noise in, numpy images [B, C, H, W] out. What fails is a ContenderFailed."""
+        """Sample a batch: numpy noise in, numpy images [B, C, H, W] out. Raises ContenderFailed or NotFinite."""
         try:
             return self.draw()
+        except NotFinite:
+            raise
         except CmfastError as err:
             raise ContenderFailed(self, str(err)) from None
         except Exception as err:
@@ -116,12 +120,15 @@ def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: boo
     """Return the jobs of one setting, the reference first: the same noise, labels and noise levels for all."""
     import numpy as np
 
-    from cmfast.noise import gaussian
+    from cmfast.noise import PEAK, gaussian
 
     running = [c for c in contenders if _runs(c, steps, batch)]
     if not running:
         return []
     sigmas = _levels(running, steps)
+    image = contenders[0].model.spec.image
+    need = (8 * steps + PEAK) * batch * math.prod(image)
+    need_memory(need, f"--steps {steps} --batch {batch}: the noise of images {list(image)}", "use a smaller --batch")
     noise = np.stack([gaussian(0, range(batch), k, contenders[0].model.spec.image) for k in range(steps)])
     label = contenders[0].model.labels(batch)
 
@@ -166,7 +173,11 @@ def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> lis
     reference: tuple[Job, Floats] | None = None
     for job in jobs:
         try:
-            images = job.call()
+            try:
+                images = job.call()
+            except NotFinite as err:
+                name = reference[0].contender.name if reference else job.contender.name
+                raise ContenderDiffers(job, f"differs from {name} by nan: {err}") from None
             first, wanted = reference or (job, images)
             difference = float(np.abs(images - wanted).max())
             # A type that is not in the table is held to float32's.

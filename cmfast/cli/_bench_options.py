@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
+from cmfast.checks import check_threads, shown
 from cmfast.errors import CmfastError
+from cmfast.schedule import MAX_STEPS
 
 BASELINE_VARIANTS = ("channels_last", "compiled", "cuda_graph")  # of cmfast.engines.VARIANTS, besides the plain way
 ONNX_VARIANTS = ("cuda_graph", "tensorrt")
 CUDA_VARIANTS = ("cuda_graph", "tensorrt")
+
+MAX_BATCH = 65_536  # images at a time
+MAX_VALUES = 100  # of --steps and of --batch
+MAX_SECONDS = 3600.0  # of each contender at each setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +60,19 @@ class Options:
         self._check_precision()
         self._check_variants()
         for name, values in (("steps", self.steps), ("batch", self.batch)):
-            if min(values) < 1 or len(set(values)) != len(values):
-                raise CmfastError(f"--{name} takes different whole numbers from 1, got {','.join(map(str, values))}")
+            if not values or min(values) < 1 or len(set(values)) != len(values):
+                raise CmfastError(f"--{name} takes different whole numbers from 1, got {_listed(values)}")
+            if len(values) > MAX_VALUES:
+                raise CmfastError(f"--{name} takes at most {MAX_VALUES} numbers, got {len(values)}")
+            most = MAX_STEPS if name == "steps" else MAX_BATCH
+            if max(values) > most:
+                raise CmfastError(f"--{name} takes numbers up to {most}, got {shown(max(values))}")
         for name, value in (("seconds", self.seconds), ("tolerance", self.tolerance)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise CmfastError(f"--{name} must be greater than 0, got {value:g}")
+        if self.seconds > MAX_SECONDS:
+            raise CmfastError(f"--seconds must be at most {MAX_SECONDS:g}, an hour each, got {self.seconds:g}")
+        check_threads(self.threads)
 
     def baseline_variants(self) -> tuple[str, ...]:
         """Return the ways to run the baseline besides the plain one, diffusers' apart."""
@@ -92,7 +106,13 @@ class Options:
             raise CmfastError(f"--variants {variant} is a way to run {' or '.join(takers)}, and none was given")
 
 
+def _listed(values: tuple[int, ...]) -> str:
+    return ",".join(map(shown, values[:20])) + (",.." if len(values) > 20 else "")
+
+
 def _check_names(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     wrong = [name for name in names if name not in allowed]
     if wrong or len(set(names)) != len(names):
-        raise CmfastError(f"--{option} takes different names of {', '.join(allowed)}, got {','.join(names)}")
+        raise CmfastError(
+            f"--{option} takes different names of {', '.join(allowed)}, got {shown(','.join(names))[1:-1]}"
+        )

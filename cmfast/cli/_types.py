@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from cmfast.checks import shown
+
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
     """Numbers separated by commas."""
@@ -21,7 +23,9 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
             return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
             self.fail(
-                f"{value!r} is not a list of numbers such as {'80,0.8' if self.kind is float else '1,2'}", param, ctx
+                f"{shown(value)} is not a list of numbers such as {'80,0.8' if self.kind is float else '1,2'}",
+                param,
+                ctx,
             )
 
 

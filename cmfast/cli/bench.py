@@ -122,7 +122,7 @@ def command(
         tolerance=tolerance,
         keep_going=keep_going,
     )
-    _check_outputs(json_file, plot)
+    _check_outputs(json_file, plot, [*models, *([baseline] if baseline else [])])
     failures = Failures(options)
     contenders = open_contenders(options, failures)
     planned = (plan(contenders, n, b, keep_going=keep_going) for n in options.steps for b in options.batch)
@@ -337,12 +337,13 @@ def _next_command(record: dict[str, Any], contenders: list[Contender], options: 
     return f"cmfast-sample {winner.file} --steps {best['steps']}{how} -n 64 -o samples.png"
 
 
-def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
-    """Raise unless both can be written, before any work is done."""
-    from cmfast.files import check_target
+def _check_outputs(json_file: Path | None, plot: Path | None, inputs: list[Path]) -> None:
+    """Raise unless both can be written, before any work is done, and neither is what is read."""
+    from cmfast.files import check_outputs
 
+    check_outputs({"--json": json_file, "--plot": plot}, inputs=inputs)
     for path, suffix in ((json_file, ".json"), (plot, ".png")):
-        if path is not None and check_target(path).suffix != suffix:
+        if path is not None and path.suffix.lower() != suffix:
             raise CmfastError(f"{path}: need a name ending in {suffix}")
     if plot is not None:
         need_matplotlib()

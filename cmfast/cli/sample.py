@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cmfast.artifact import PRECISIONS
+from cmfast.checks import check_threads, shown
 from cmfast.cli._run import run_command
 from cmfast.cli._types import FLOATS, INTS
 from cmfast.errors import CmfastError
@@ -16,6 +17,7 @@ EPILOG = """\b
 Examples:
   cmfast-sample model.onnx -n 64 --steps 2 -o grid.png
   cmfast-sample model.onnx -n 10 --label 7 --seed 3 -o sevens.png
+  cmfast-sample model.onnx -n 2 --label cat,dog -o pair.png        names, where the model has them
   cmfast-sample model.onnx -n 50000 --batch 256 -o samples.npz     arr_0 images, arr_1 labels
   cmfast-sample cd_imagenet64_l2.onnx --indices 22,0 -o two_steps.png
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
@@ -44,7 +46,9 @@ Examples:
 @click.option("--heun", type=int, metavar="N", help="Heun steps, for a diffusion model: 2N - 1 network calls an image.")
 @click.option("--churn", type=FLOATS, metavar="S", help="Of --heun: S_churn, or S_churn,S_tmin,S_tmax,S_noise.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i of a seed is always the same image.")
-@click.option("--label", type=INTS, help="Class, or one for each image; default: drawn from the seed.")
+@click.option(
+    "--label", metavar="CLASS,..", help="Class by number or name, or one for each image; default: drawn from the seed."
+)
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Images at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
@@ -62,7 +66,7 @@ def command(
     heun: int | None,
     churn: tuple[float, ...] | None,
     seed: int,
-    label: tuple[int, ...] | None,
+    label: str | None,
     first: int,
     batch: int,
     device: str | None,
@@ -77,11 +81,12 @@ def command(
     """
     import cmfast
     from cmfast.heun import Churn, heun_calls
-    from cmfast.images import check_output
+    from cmfast.images import check_images, check_output
 
-    check_output(out)
+    check_output(out, inputs=[model])
     if number < 1:
-        raise CmfastError(f"-n: the number of images must be at least 1, got {number}")
+        raise CmfastError(f"-n: the number of images must be at least 1, got {shown(number)}")
+    check_threads(threads)
     if heun is not None and (steps, sigmas, indices) != (None, None, None):
         raise CmfastError("--heun has noise levels of its own; leave out --steps, --sigmas and --indices, or --heun")
     if churn is not None and heun is None:
@@ -90,7 +95,8 @@ def command(
         raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
     stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
     loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
-    classes = label[0] if label is not None and len(label) == 1 else label
+    check_images(out, number, loaded.spec.image)
+    classes = None if label is None else _classes(label, loaded.spec.class_names)
     if indices is not None:
         if steps is not None or sigmas is not None:
             raise CmfastError("--indices, --steps and --sigmas say the same thing; give one of them")
@@ -103,11 +109,18 @@ def command(
         )
     else:
         levels = loaded.levels(steps, sigmas)
-        how = f"{len(levels)} step(s) at {', '.join(f'{sigma:g}' for sigma in levels)}"
+        some = ", ".join(f"{sigma:g}" for sigma in levels[:20]) + (", .." if len(levels) > 20 else "")
+        how = f"{len(levels)} step(s) at {some}"
         images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=bar)
     labels = loaded.labels(number, seed=seed, label=classes, first=first)
     cmfast.save_images(out, images, labels)
     click.echo(f"{out}: {number} image(s), {how}, {loaded.engine.name}")
+
+
+def _classes(text: str, names: tuple[str, ...]) -> str | list[str]:
+    """Return the class or classes of --label. A whole text that is a name is one, commas in it included."""
+    parts = [text] if text in names else [part if part in names else part.strip() for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else parts
 
 
 def main() -> None:

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model
+from cmfast.checks import MAX_THREADS as MAX_THREADS
+from cmfast.checks import check_threads
 from cmfast.engines._origin import Origin, files_of
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
-MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
 # Ways to run the same weights; which exist is the engine's affair.
 VARIANTS = {
     "": "the engine's plain way",
@@ -163,15 +164,7 @@ def _check(device: object, threads: object, variant: object, precision: object, 
     """Raise CmfastError for what no engine knows, whatever its type."""
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
-    if threads is not None:
-        if not isinstance(threads, int) or isinstance(threads, bool):
-            raise CmfastError(f"threads must be a whole number, got {threads!r}")
-        if threads < 1:
-            raise CmfastError(f"threads must be at least 1, got {threads}")
-        if threads > MAX_THREADS:
-            raise CmfastError(
-                f"threads must be at most {MAX_THREADS}, got {threads}; this machine has {os.cpu_count()} processors"
-            )
+    check_threads(threads)
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     if not isinstance(precision, str) or precision not in ("", *PRECISIONS):

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Checks of what callers pass, made once where it enters: numbers, arrays, labels, memory. All raise CmfastError.
+
+`cmfast.model` calls them before the work; noise levels are checked in `cmfast.schedule`, files in `cmfast.files`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmfast.errors import CheckFailed, CmfastError, printable
+
+if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read without it
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
+SMALL = 2**28  # bytes; less is not compared with the memory that is available
+_SHOWN = 80  # characters of a value in an error
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_NAMES_SHOWN, _NAMES_COMPARED = 10, 2000
+
+
+class NotFinite(CheckFailed):
+    """A model returned NaN or infinity."""
+
+
+def whole_number(name: str, value: object, least: int = 0, most: int | None = None) -> int:
+    """Return a whole number of any integer type as an int; a bool, a text and 3.0 are none."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor that holds no value
+        number = None
+    if number is None or number < least:
+        raise CmfastError(f"the {name} must be a whole number, at least {least}, got {shown(value)}")
+    if most is not None and number > most:
+        raise CmfastError(f"the {name} must be a whole number from {least} to {_limit(most)}, got {shown(value)}")
+    return number
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a finite real number as a float; a bool and a text are none."""
+    try:
+        if not isinstance(value, (str, bytes, bytearray, bool)) and getattr(value, "shape", ()) == ():
+            dtype = getattr(value, "dtype", None)
+            number = float(value)
+            if math.isfinite(number) and getattr(dtype, "kind", "f") in "iuf":
+                return number
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise CmfastError(f"the {name} must be a finite number, got {shown(value)}")
+
+
+def array_of_numbers(name: str, value: Any) -> npt.NDArray[Any]:
+    """Return whole or floating-point numbers as an array, which shares their memory where it can."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+    except Exception as err:  # ragged lists, tensors on a GPU: their libraries have exceptions of their own
+        raise CmfastError(f"{name} must be an array of numbers, got {shown(value)}: {shown(str(err))}") from None
+    if array.dtype.kind not in "iuf":
+        raise CmfastError(f"{name} must be an array of numbers, got {shown(value)}")
+    return array
+
+
+def check_threads(threads: object) -> int | None:
+    """Return the number of CPU threads; None: the engine's choice."""
+    if threads is None:
+        return None
+    try:
+        number = whole_number("number of threads", threads, -(2**64))
+    except CmfastError:
+        raise CmfastError(f"threads must be a whole number, got {shown(threads)}") from None
+    if number < 1:
+        raise CmfastError(f"threads must be at least 1, got {shown(number)}")
+    if number > MAX_THREADS:
+        raise CmfastError(
+            f"threads must be at most {MAX_THREADS}, got {shown(number)}; this machine has {os.cpu_count()} processors"
+        )
+    return number
+
+
+def check_range(first: object, n: int) -> int:
+    """Return the index of the first of n images; all indices are below 2**64."""
+    start = whole_number("first image (first)", first, 0, 2**64 - 1)
+    if start + n > 2**64:
+        raise CmfastError(f"the images from {start} on are too many: first + n must be at most 2**64, n is {n}")
+    return start
+
+
+def need_memory(size: int, what: str, fix: str) -> None:
+    """Raise unless so many bytes are available; where the system does not tell, the limit is 2**40 bytes."""
+    if size < SMALL:
+        return
+    found = available_memory()
+    limit = 2**40 if found is None else found
+    if size > limit:
+        raise CmfastError(f"{what} need {_bytes(size)} of memory, and {_bytes(limit)} are available; {fix}")
+
+
+def available_memory() -> int | None:
+    """Return the bytes that this process can still take, by the system and by its control group; None: unknown."""
+    found = []
+    if system := re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE):
+        found.append(1024 * int(system[1]))
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isascii() and limit.isdecimal() and used.isdecimal():  # without a limit: "max"
+        cache = re.search(r"^inactive_file (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+        found.append(max(0, int(limit) - int(used) + int(cache[1] if cache else 0)))
+    return min(found, default=None)
+
+
+def class_numbers(label: Any, n: int, classes: int, names: tuple[str, ...] = ()) -> npt.NDArray[np.int64]:
+    """Return the class of each of n images, int64 [n].
+
+    label  a class for all or n of them: numbers, names where the model has them, or both. A text is looked up as a name
+           and read as a number; if these are two classes, that is an error. "+7" is always the number
+    """
+    if isinstance(label, str):
+        given: list[Any] = [label]
+    elif isinstance(label, (list, tuple)) and any(isinstance(each, str) for each in label):
+        given = list(label)
+    else:
+        return _numbers(label, n, classes, names)
+    if not isinstance(label, str) and len(given) != n:
+        raise CmfastError(f"label must be one class or {n} of them, got {shown(label)}")
+    import numpy as np
+
+    known = {name: number for number, name in enumerate(names)}
+    found = [
+        _class_of(each, known, names, classes) if isinstance(each, str) else int(_numbers(each, 1, classes)[0])
+        for each in given
+    ]
+    return np.resize(np.array(found, np.int64), n)
+
+
+def shown(value: object) -> str:
+    """Return a value as it appears in an error: one line, not long, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print very long ones
+        return f"a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+    shape = getattr(value, "shape", None)
+    if isinstance(value, str):
+        text = repr(value[: 2 * _SHOWN])
+    elif isinstance(shape, tuple) and shape:
+        return f"{type(value).__name__} of {getattr(value, 'dtype', '?')} {list(shape)}"
+    elif isinstance(value, (list, tuple)) and len(value) > _SHOWN:
+        return f"a {type(value).__name__} of {len(value)} values"
+    else:
+        try:
+            text = repr(value)
+        except Exception:  # of a foreign type, or a list of long numbers
+            text = type(value).__name__
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."
+
+
+def _numbers(label: Any, n: int, classes: int, names: tuple[str, ...] = ()) -> npt.NDArray[np.int64]:
+    import numpy as np
+
+    try:
+        given = np.asarray(label)
+    except Exception:
+        given = np.asarray(None)
+    if given.dtype.kind == "U":
+        return class_numbers(given.tolist(), n, classes, names)
+    if given.dtype.kind == "O" and given.ndim <= 1:  # whole numbers beyond 64 bits
+        whole = [each for each in np.atleast_1d(given).tolist() if type(each) is int]
+        if whole and len(whole) == given.size:
+            raise _out_of_range(max(whole, key=abs), classes)
+    if given.size == 0 and given.shape == (n,):
+        return np.empty(0, np.int64)
+    if given.dtype.kind not in "iu" or given.shape not in ((), (n,)):
+        raise CmfastError(f"label must be one class or {n} of them, got {shown(label)}")
+    for wrong in (int(given.max()), int(given.min())):
+        if not 0 <= wrong < classes:
+            raise _out_of_range(wrong, classes)
+    return np.array(np.broadcast_to(given.astype(np.int64), (n,)))
+
+
+def _class_of(text: str, known: dict[str, int], names: tuple[str, ...], classes: int) -> int:
+    """Return the class that a text means."""
+    number = int(text) if _NUMBER.fullmatch(text) else None
+    if text in known:
+        by_name = known[text]
+        if number is not None and number != by_name and 0 <= number < classes:
+            raise CmfastError(
+                f"label {text!r} is the name of class {by_name} and the number of the class {names[number]!r}; "
+                f"write +{by_name} for the first or +{number} for the second"
+            )
+        return by_name
+    if number is not None:
+        if not 0 <= number < classes:
+            raise _out_of_range(number, classes)
+        return number
+    if not names:
+        raise CmfastError(
+            f"label {shown(text)} is no number, and this model has no names of classes; need 0 to {classes - 1}"
+        )
+    have = _nearest_first(text, names)
+    more = f" and {len(names) - len(have)} more" if len(names) > len(have) else ""
+    listed = ", ".join(printable(name) for name in have)
+    raise CmfastError(f"label {shown(text)} is no class of this model; it has {listed}{more}, or 0 to {classes - 1}")
+
+
+def _nearest_first(text: str, names: Iterable[str]) -> list[str]:
+    import difflib  # in errors only
+
+    some, wanted = list(names)[:_NAMES_COMPARED], text[:100].lower()
+    likeness = {name: difflib.SequenceMatcher(None, wanted, name.lower()).ratio() for name in some}
+    return sorted(some, key=lambda name: -likeness[name])[:_NAMES_SHOWN]
+
+
+def _out_of_range(number: int, classes: int) -> CmfastError:
+    return CmfastError(f"label {shown(number)} is out of range; this model has the classes 0 to {classes - 1}")
+
+
+def _limit(most: int) -> str:
+    return "2**64 - 1" if most == 2**64 - 1 else "2**32 - 1" if most == 2**32 - 1 else f"{most}"
+
+
+def _bytes(size: int) -> str:
+    for unit, one in (("EiB", 2**60), ("TiB", 2**40), ("GiB", 2**30)):
+        if size >= one:
+            return f"{min(size // one, 10**9)} {unit}" if size >= 100 * one else f"{size / one:.1f} {unit}"
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError):
+        return ""
