@@ -39,7 +39,8 @@ class Churn:
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
             value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or 1e300 < value < math.inf:
+            huge = isinstance(value, int) and value.bit_length() > 1000  # beyond float64
+            if huge or isinstance(value, bool) or not isinstance(value, Real):
                 raise CmfastError(f"{name} must be a number, got {shown(value)}")
         if not (0 <= self.s_churn < math.inf and 0 < self.s_noise < math.inf):
             raise CmfastError(
