@@ -274,7 +274,7 @@ def test_classes_go_by_name_on_the_command_line(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-n", str(10**14)], "of memory, and"),
+        (["-n", str(10**14), "-o", "folder"], "of memory, and"),
         (["-n", str(10**30), "-o", "a.npz"], "of memory, and"),
         (["-n", str(10**7)], "at most 178,956,970 are written"),
         (["--first", str(2**64 - 1)], "first + n must be at most 2**64"),
