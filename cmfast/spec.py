@@ -74,7 +74,7 @@ class ModelSpec:
         if not isinstance(self.sigmas, Mapping):
             raise CmfastError(f"sigmas must be {{steps: noise levels}}, got {shown(self.sigmas)}")
         for steps, sigmas in self.sigmas.items():
-            if not isinstance(sigmas, (tuple, list)) or not _is_whole(steps, 1, 65536) or len(sigmas) != steps:
+            if not isinstance(sigmas, (tuple, list)) or not _is_whole(steps, 0, 65536) or len(sigmas) != steps:
                 many = len(sigmas) if isinstance(sigmas, (tuple, list)) else "no list"
                 raise CmfastError(
                     f"the default noise levels for {shown(steps)} steps are {many}: {shown(sigmas)}; "
