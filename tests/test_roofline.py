@@ -233,4 +233,4 @@ def test_the_hand_encoded_model_is_read_by_onnx_and_by_our_own_reader(tmp_path: 
     assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {16}
     (tmp_path / "chain.onnx").write_bytes(chain_model("MatMul", 130, 16))
     read = pb.read_onnx_model(tmp_path / "chain.onnx")
-    assert (read.ir, read.opset, read.graph) == (10, 18, True)
+    assert (read.ir, read.opset, read.graph) == (8, 18, True)
