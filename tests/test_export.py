@@ -341,7 +341,9 @@ def test_an_export_killed_at_any_moment_leaves_no_file_under_the_final_name(
     out = tmp_path / "model.onnx"
     command = [sys.executable, "-m", "cmfast_export.cli", str(tiny_checkpoint(0)), "-o", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not any(tmp_path.iterdir()):  # until it has begun to write
+    while process.poll() is None and not any(
+        ".cmfast-tmp" in path.name for path in tmp_path.iterdir()
+    ):  # until it writes
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

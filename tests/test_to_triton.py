@@ -456,9 +456,9 @@ def test_a_plan_that_triton_cannot_serve_is_refused(
     [
         ({"name": "a.b"}, "a model's name"),
         ({"name": "../a"}, "a model's name"),
-        ({"max_batch": -1}, "at least 1, got -1"),
-        ({"queue_delay_us": -1}, "at least 0 microseconds, got -1"),
-        ({"instances": 0}, "at least 1, got 0"),
+        ({"max_batch": -1}, "max_batch must be at least 1 and at most 4,096 images, got -1"),
+        ({"queue_delay_us": -1}, "queue_delay_us must be at least 0 and at most 60,000,000 microseconds, got -1"),
+        ({"instances": 0}, "instances must be at least 1 and at most 1,000, got 0"),
         ({"device": "tpu"}, "one of gpu, cpu, auto, got 'tpu'"),
     ],
 )

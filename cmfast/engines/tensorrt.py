@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.artifact import Manifest, check_file, compare_sha256
+from cmfast.cache import check_cache, read_entry, write_entry
 from cmfast.engines import Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._clock import Clock
@@ -34,7 +35,6 @@ from cmfast.engines._tensorrt_library import (
     this_platform,
 )
 from cmfast.errors import CmfastWarning, EngineError
-from cmfast.files import atomic_file
 from cmfast.plan import parse_plan
 
 KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
@@ -156,8 +156,7 @@ class TensorRtEngine:
         if not self._captures_itself():
             ready.graph = self._stream.capture(lambda: self._enqueue(ready))
         elif self._kernels is not None:
-            with atomic_file(self._kernels) as file:
-                file.write_bytes(bytes(self._compiled.serialize()))
+            write_entry(self._kernels.parent, self._kernels.name, bytes(self._compiled.serialize()))
         return ready
 
     def _context(self) -> Any:
@@ -172,8 +171,9 @@ class TensorRtEngine:
         if self._kernels is not None:
             if self._compiled is None:
                 self._compiled = config.create_runtime_cache()
-                if self._kernels.exists():  # what does not suit this card or driver it refuses, and compiles again
-                    self._compiled.deserialize(self._kernels.read_bytes())
+                kept = read_entry(self._kernels.parent, self._kernels.name)
+                if kept is not None:  # what does not suit this card or driver it refuses, and compiles again
+                    self._compiled.deserialize(kept)
             if not config.set_runtime_cache(self._compiled):
                 raise EngineError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
         return self._engine.create_execution_context(config)
@@ -243,11 +243,10 @@ def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
     folder = os.environ.get("CMFAST_CACHE")
     if not folder or manifest.engine["library"] != "tensorrt_rtx":
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
     # Not the plan's digest: it changes when the plan is sealed again with what was measured.
     of_file = {k: v for k, v in manifest.engine.items() if k not in ("plan_sha256", "max_abs")}
     key = json.dumps([of_file, gpu.name, gpu.compute_capability], sort_keys=True)
-    return Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
+    return check_cache(folder, make=True) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
 
 
 def _number(version: str) -> tuple[int, ...]:

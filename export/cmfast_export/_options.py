@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -10,6 +12,9 @@ from typing import Any, TypeVar
 from cmfast.errors import CmfastError
 
 Options = TypeVar("Options")
+
+LARGEST_BATCH = 65536  # images that one call of a graph or an engine may take
+MOST_STEPS = 100  # network calls in one graph, each a copy of the network's nodes
 
 
 def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) -> Options:
@@ -19,21 +24,61 @@ def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) ->
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or name not in types:
-            raise CmfastError(f"{flag} {text}: expected NAME=VALUE, NAME one of {', '.join(types)}")
+            raise CmfastError(f"{flag} {shorten(text)}: expected NAME=VALUE, NAME one of {', '.join(types)}")
         if name in values:
-            raise CmfastError(f"{flag} {text}: {name} was said twice")
+            raise CmfastError(f"{flag} {shorten(text)}: {name} was said twice")
         try:
             values[name] = CONVERT[types[name]](value.strip())
         except (ValueError, KeyError):
-            kind = {"bool": " (true or false)", "int": " (a whole number)"}.get(types[name], "")
-            raise CmfastError(f"{flag} {text}: {value!r} is no value for {name}{kind}") from None
+            raise CmfastError(
+                f"{flag} {shorten(text)}: {shorten(value)!r} is no value for {name}{HINTS[types[name]]}"
+            ) from None
     return kind(**values)
+
+
+def whole_number(text: str) -> int:
+    """Return the number that a text of plain digits stands for, else raise ValueError: ² and １ are none."""
+    if not re.fullmatch(r"[+-]?[0-9][0-9_]{0,30}", text.strip()):
+        raise ValueError(text)
+    return int(text)
+
+
+def check_range(name: str, value: int, least: int, most: int, unit: str = "") -> None:
+    """Raise CmfastError unless `value` is a whole number from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        said = "a longer number" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
+        raise CmfastError(f"{name} must be at least {least} and at most {most:,}{unit and f' {unit}'}, got {said}")
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise CmfastError unless a tolerance is a number that a difference can be compared with."""
+    if tolerance is not None and not 0 < tolerance < math.inf:  # which no NaN is
+        raise CmfastError(f"--tolerance must be a finite number greater than 0 (data units), got {tolerance}")
+
+
+def shorten(text: str) -> str:
+    """Return a text as an error quotes it."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _names(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise ValueError(text)
+    return parts
 
 
 CONVERT: dict[str, Callable[[str], Any]] = {
     "str": str,
-    "int": int,
+    "int": whole_number,
     "bool": {"true": True, "false": False}.__getitem__,
-    "tuple[int, ...]": lambda text: tuple(int(part) for part in text.split(",")),
-    "tuple[str, ...]": lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+    "tuple[int, ...]": lambda text: tuple(whole_number(part) for part in text.split(",")),
+    "tuple[str, ...]": _names,
+}
+HINTS = {
+    "str": "",
+    "int": " (a whole number)",
+    "bool": " (true or false)",
+    "tuple[int, ...]": " (whole numbers with commas between)",
+    "tuple[str, ...]": " (names with commas between)",
 }

@@ -124,8 +124,11 @@ def folder(written: Folder, spec: ModelSpec) -> None:
     click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
     if not spec.grid:
         click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
+    if written.limits:
+        click.echo(written.limits)
+    more = ', output_type="np"' if "output_type" in written.limits else ""
     click.echo("next, in Python:")
     click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
     for steps, timesteps in written.timesteps.items():
         levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
-        click.echo(f"  pipeline(timesteps={list(timesteps.indices)})    # {steps} step(s), at {levels}")
+        click.echo(f"  pipeline(timesteps={list(timesteps.indices)}{more})    # {steps} step(s), at {levels}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,12 @@ from cmfast.artifact import PRECISIONS, ROUNDING, rounding
 from cmfast.engines import open_engine
 from cmfast.engines.onnxruntime import check_cuda
 from cmfast.errors import CheckFailed, EngineError
-from cmfast.files import atomic_file, check_target
+from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import interleave, summarise
+from cmfast_export._options import check_tolerance
+from cmfast_export._target import one_writer
 from cmfast_export.export import Exported, export_onnx
 from cmfast_export.write import data_files, remove_unused
 from cmfast_train.checkpoint import Checkpoint
@@ -56,6 +57,7 @@ class Choice:
     timed: str  # by what: ONNX Runtime cpu; empty: chosen by the rates of matrix units
 
 
+@one_writer(check_target)
 def export_fastest(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str],
@@ -71,15 +73,16 @@ def export_fastest(
     timed   whether `device` is what the file is for; if not, the first of BY_RATE that passes is taken
     """
     target = check_target(out)
+    check_tolerance(tolerance)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
     candidates = ON_CPU if timed and device == "cpu" else BY_RATE
     passed: dict[str, Exported] = {}
     failed: list[Tried] = []
     if device == "cuda":  # once, and not by a whole export of each
         check_cuda()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+    with temporary_folder(target) as folder:
         for precision in candidates:
-            file = Path(folder) / precision / target.name
+            file = folder / precision / target.name
             file.parent.mkdir()
             # What rounding explains is the limit of each; more than float32's in float32 would be a wrong graph.
             limit = min(TOLERANCE, rounding(PRECISIONS[precision], device)) if tolerance is None else tolerance

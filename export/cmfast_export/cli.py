@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,18 @@ from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
-from cmfast_export import _report
-from cmfast_export._options import parse_options
+from cmfast.files import check_target, check_target_folder, temporary_folder
+from cmfast_export import OPSETS, _report
+from cmfast_export._options import (
+    LARGEST_BATCH,
+    MOST_STEPS,
+    check_range,
+    check_tolerance,
+    parse_options,
+    shorten,
+    whole_number,
+)
+from cmfast_export._target import files_of, writing
 
 EPILOG = """\b
 Examples:
@@ -166,7 +176,7 @@ def command(
     if ready and (graph_asked or source or assignments):
         raise CmfastError(f"{checkpoint}: exported already, so its kind and precision are in it; export the checkpoint")
     asks = click.get_current_context().get_parameter_source
-    if (build or target or asks("cache") is ParameterSource.COMMANDLINE) and form != "engine":
+    if (build or target is not None or asks("cache") is ParameterSource.COMMANDLINE) and form != "engine":
         raise CmfastError(f"--build, --target and --cache are for --format engine, not for {form}")
     if serve and form != "triton":
         raise CmfastError(f"--serve is for --format triton, not for {form}")
@@ -174,22 +184,23 @@ def command(
         raise CmfastError(f"--format triton serves files of kind server, not {kind}; leave --kind out")
     kind = kind or ("server" if form == "triton" else "denoiser")
     out = out or _default_out(checkpoint, form, kind, precision)
-    _check_out(out, checkpoint, form)
-    if batch != "dynamic" and not (batch.isdigit() and int(batch)):
-        raise CmfastError(f"--batch {batch}: a number from 1, or dynamic")
-    if tolerance is not None and not tolerance > 0:
-        raise CmfastError(f"--tolerance must be greater than 0, got {tolerance}")
+    for file in others:
+        check_model(file)
+    _check_out(out, (checkpoint, *others), form)
+    size = _batch(batch)
+    _check_numbers(steps, sigmas, opset)
+    check_tolerance(tolerance)
     request = Request(
         checkpoint=checkpoint,
         others=others,
         out=out,
         form=form,
         graph={
-            "kind": kind, "steps": steps, "sigmas": sigmas, "batch": None if batch == "dynamic" else int(batch),
+            "kind": kind, "steps": steps, "sigmas": sigmas, "batch": size,
             "opset": opset, "tolerance": tolerance, "device": device,
         },
         precision=precision,
-        build=(*build, *([f"target={target}"] if target else [])),
+        build=(*build, *([f"target={target}"] if target is not None else [])),
         cache=cache,
         serve=serve,
         source=source,
@@ -200,7 +211,9 @@ def command(
         what = f"{kind}, {precision}, batch {batch}" if form in GRAPHS and not ready else form
         click.echo(f"would write {out}: {what}")
         return
-    WRITERS[form](request)
+    with writing(out):
+        _check_out(out, (checkpoint, *others), form)  # what another export wrote meanwhile
+        WRITERS[form](request)
 
 
 def _write_checkpoint(request: Request) -> None:
@@ -250,13 +263,14 @@ def _check_options(request: Request) -> None:
         if request.form == "engine":
             from cmfast_export.to_tensorrt import BuildOptions, check_build
 
-            check_build(parse_options(BuildOptions, "--build", request.build), request.out, request.cache)
+            options = parse_options(BuildOptions, "--build", request.build)
+            check_build(options, request.out, request.cache, [request.checkpoint])
         elif request.form == "triton":
             from cmfast_export.to_triton import check_repository, model_name
             from cmfast_export.triton_config import ServeOptions
 
-            options = parse_options(ServeOptions, "--serve", request.serve)
-            check_repository(request.out, model_name(_name(request.checkpoint), options))
+            served = parse_options(ServeOptions, "--serve", request.serve)
+            check_repository(request.out, model_name(_name(request.checkpoint), served))
 
 
 WRITERS = {
@@ -274,8 +288,9 @@ def _graph(request: Request) -> Iterator[Path]:
     if request.checkpoint.suffix in (".onnx", *ENGINE_SUFFIXES):
         yield request.checkpoint
         return
-    with tempfile.TemporaryDirectory() as folder:
-        onnx = Path(folder) / f"{_name(request.checkpoint)}.onnx"  # a repository's model is called so
+    # Beside a repository, also where that is ".": Triton takes what is in it for models.
+    with temporary_folder(os.path.realpath(request.out)) as folder:
+        onnx = folder / f"{_name(request.checkpoint)}.onnx"  # a repository's model is called so
         exported = _export(request, onnx, timed=False)
         _report.parity(exported, request.out)
         yield onnx
@@ -319,14 +334,44 @@ def _name(checkpoint: Path) -> str:
     return checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
 
 
-def _check_out(out: Path, checkpoint: Path, form: str) -> None:
+def _check_out(out: Path, inputs: Sequence[Path], form: str) -> None:
+    """Raise CmfastError unless the target can be written: before the work, not after it."""
     need = SUFFIXES[form]
     if need and out.suffix not in need:
         raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(need)}")
-    if not need and out.suffix in (".onnx", ".pt", ".safetensors", *ENGINE_SUFFIXES):
+    if not need and out.suffix.lower() in (".onnx", ".pt", ".safetensors", *ENGINE_SUFFIXES):
         raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
-    if out.exists() and out.samefile(checkpoint):
-        raise CmfastError(f"-o {out}: that is the file that is read; name another")
+    for read in inputs:
+        if read.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(read)):
+            raise CmfastError(f"-o {out}: {read} is the model that is read; name a place outside it")
+    files = [file for read in inputs for file in files_of(read)]
+    if need:
+        check_target(out, need, files)
+    elif form == "diffusers":  # of a repository: check_repository
+        check_target_folder(out, files)
+
+
+def _batch(text: str) -> int | None:
+    """Return the fixed batch size of --batch, None for a dynamic one."""
+    if text == "dynamic":
+        return None
+    try:
+        size = whole_number(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size <= LARGEST_BATCH:
+        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {LARGEST_BATCH:,}, or dynamic")
+    return size
+
+
+def _check_numbers(steps: int | None, sigmas: Sequence[float] | None, opset: int | None) -> None:
+    """Refuse numbers that no graph can have, before the checkpoint is read."""
+    if steps is not None:
+        check_range("--steps", steps, 1, MOST_STEPS)
+    if sigmas is not None:
+        check_range("the number of --sigmas", len(sigmas), 1, MOST_STEPS)
+    if opset is not None and opset not in OPSETS:
+        raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {shorten(str(opset))}")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.spec import ModelSpec
 from cmfast_export import write
+from cmfast_export._target import one_writer
 from cmfast_export.compose import check_steps, sampler_graph
 from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
@@ -55,6 +56,7 @@ class Agreement:
     as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
 
 
+@one_writer(check_target)
 def export_onnx(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str],

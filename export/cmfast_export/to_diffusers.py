@@ -25,6 +25,7 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_folder, check_target_folder
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
+from cmfast_export._target import one_writer
 from cmfast_train.checkpoint import Checkpoint, separate
 from cmfast_train.importers import diffusers
 from cmfast_train.importers.diffusers_tensors import WEIGHTS, to_diffusers
@@ -33,6 +34,8 @@ from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import network_type
 from cmfast_train.networks.shape import sides, size_text
 
+COLOURS = 3  # channels of the first noise that diffusers' pipeline takes
+PIL_CHANNELS = 4  # at most, of an image
 GRID = 40  # levels, where the model was trained without a grid: the default of diffusers' scheduler
 VERSION = "0.21.0"  # of diffusers: the first that knows every field written here
 _COMPUTED = {"scaling": "boundary", "c_noise": "250ln", "renoise": "sqrt"}  # by CMStochasticIterativeScheduler
@@ -54,8 +57,10 @@ class Written:
     path: Path
     grid: int  # levels of the scheduler's grid, num_train_timesteps
     timesteps: Mapping[int, Timesteps]  # for each default number of steps that the grid can express
+    limits: str  # what diffusers' pipeline cannot do with such images; empty: nothing
 
 
+@one_writer(check_target_folder)
 def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Written:
     """Write the folder `out`, which must be new or empty, and read it back; CheckFailed unless every bit is there."""
     check_target_folder(out)
@@ -69,7 +74,24 @@ def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Wri
         _write_weights(folder / "unet" / f"{WEIGHTS}.safetensors", checkpoint.weights, config)
         _verify(folder, checkpoint, config)
     nearest = {steps: nearest_timesteps(levels, spec, grid) for steps, levels in sorted(spec.sigmas.items())}
-    return Written(path=Path(out), grid=grid, timesteps={steps: t for steps, t in nearest.items() if t})
+    return Written(
+        path=Path(out),
+        grid=grid,
+        timesteps={steps: t for steps, t in nearest.items() if t},
+        limits=pipeline_limits(spec.image[0]),
+    )
+
+
+def pipeline_limits(channels: int) -> str:
+    """Return what diffusers' pipeline cannot do with images of so many channels, and what it can; "" if nothing."""
+    if channels == COLOURS:
+        return ""
+    # ConsistencyModelPipeline.check_inputs of diffusers 0.21 to 0.42 compares with (B, 3, S, S), whatever the network.
+    words = (
+        f"diffusers' pipeline takes latents= of {COLOURS} channels only, a fault of diffusers, and these images have "
+        f"{channels}: pass generator=, for noise that it draws itself"
+    )
+    return words if channels <= PIL_CHANNELS else f'{words}, and output_type="np": no PIL image has {channels} channels'
 
 
 def nearest_timesteps(sigmas: Sequence[float], spec: ModelSpec, grid: int) -> Timesteps | None:

@@ -15,15 +15,16 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
 from cmfast.artifact import Manifest, check_unchanged, file_sha256, read_onnx, rounding
+from cmfast.cache import check_cache, read_entry, write_entry
 from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
 from cmfast.engines._tensorrt_library import (
@@ -36,14 +37,18 @@ from cmfast.engines._tensorrt_library import (
 )
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.engines.tensorrt import other_card
-from cmfast.errors import CheckFailed, CmfastError, EngineError
-from cmfast.files import atomic_file, check_target
-from cmfast.plan import NOT_RUN, UNSEALED, read_plan, seal
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError
+from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
+from cmfast.plan import NOT_RUN, UNSEALED, parse_plan, read_plan, seal
+from cmfast_export._options import LARGEST_BATCH, check_range, check_tolerance, shorten
+from cmfast_export._target import files_of, one_writer
 from cmfast_export.emulate import emulate_file
 from cmfast_export.verify import Parity, compare_batches, verify
 
 BUILDER = 1  # changes when this module builds other engines from the same options
 MODERATE = 8  # images that the CPU computes to compare with
+MAX_WORKSPACE_MIB = 2**20  # 1 TiB, more than any card has
+_FILLED = ("batch", "max_abs", "plan_sha256")  # by the build; a fixed batch is the ONNX file's, not the options'
 HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -70,19 +75,17 @@ class BuildOptions:
                 f"batch must be the smallest, the most frequent and the largest number of images, or one number, got "
                 f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
             )
+        if self.batch:
+            check_range("the largest batch", self.batch[-1], 1, LARGEST_BATCH, "images")
         if self.level not in range(-1, 6):
             raise CmfastError(f"level must be from 0 to 5, got {self.level}")
-        if self.workspace_mib < 0:
-            raise CmfastError(
-                f"workspace_mib must be at least 0, which leaves it to the library, got {self.workspace_mib}"
-            )
+        check_range("workspace_mib", self.workspace_mib, 0, MAX_WORKSPACE_MIB, "MiB (0: the library's default)")
         if self.hardware_compatible not in HARDWARE:
             raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
         for capability in self.target:
-            if not re.fullmatch(r"[1-9]\d*\.\d", capability) or self.target.count(capability) > 1:
-                raise CmfastError(
-                    f"target takes different compute capabilities such as 8.9,12.0, got {','.join(self.target)}"
-                )
+            if not re.fullmatch(r"[1-9][0-9]*\.[0-9]", capability) or self.target.count(capability) > 1:
+                said = shorten(",".join(self.target))
+                raise CmfastError(f"target takes different compute capabilities such as 8.9,12.0, got {said}")
 
     @property
     def profile(self) -> tuple[int, int, int]:
@@ -104,6 +107,7 @@ class Built:
     cached: bool  # the same engine had been built before, and was copied
 
 
+@one_writer(check_target)
 def build_engine(
     onnx: Path, out: Path, options: BuildOptions, *, cache: Path | None = None, tolerance: float | None = None
 ) -> Built:
@@ -115,17 +119,18 @@ def build_engine(
                card, never by a name; None: none
     tolerance  of that comparison, data units; beyond it CheckFailed, and no file. None: what rounding explains
     """
-    target, begun = check_target(out), time.perf_counter()
+    target, begun = check_target(out, inputs=files_of(onnx)), time.perf_counter()
+    check_tolerance(tolerance)
     manifest, _ = read_onnx(onnx)
     check_unchanged(onnx, manifest)
-    library, trt = check_build(options, target, cache)
+    library, trt = check_build(options, target, cache, [onnx])
     engine = _description(trt, onnx, options, library)
-    kept = cache / f"{_key(engine)}.engine" if cache else None
+    name = f"{_key(engine)}.engine"
     made_by = {**manifest.made_by, library: str(trt.__version__)}
     manifest = replace(manifest, engine=engine, made_by=made_by)
     not_run = _no_card(engine)
     with atomic_file(target) as file:
-        plan = _cached(kept, engine)
+        plan = _cached(cache, name, manifest) if cache else None
         for cached in (True, False) if plan else (False,):
             if not cached:
                 plan = bytearray(_build(trt, onnx, manifest, options))
@@ -144,10 +149,8 @@ def build_engine(
         if onnx_sha256(onnx) != engine["onnx_sha256"]:
             raise CheckFailed(f"{onnx} changed while its engine was built; no file was written")
         done = read_plan(file)
-    if kept is not None:  # after the engine stands, whatever the cache's disk does
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(kept) as copy:
-            copy.write_bytes(plan)
+    if cache is not None:  # after the engine stands, whatever the cache's disk does
+        write_entry(cache, name, plan)
     return Built(
         path=target,
         manifest=done,
@@ -159,15 +162,21 @@ def build_engine(
     )
 
 
-def check_build(options: BuildOptions, out: Path, cache: Path | None) -> tuple[str, Any]:
-    """Return the library that builds, by name and as a module, or raise: before the work, not after it."""
+def check_build(options: BuildOptions, out: Path, cache: Path | None, inputs: Iterable[Path] = ()) -> tuple[str, Any]:
+    """Return the library that builds, by name and as a module, or raise: before the work, not after it.
+
+    inputs  what the engine is built from; the timing cache must not replace it
+    """
     library = options.library or _library(options)
     trt = import_library(library, f"building {out.name}")
     _check_options(options, library)
+    if options.target:
+        _capabilities(trt, options)
+    if options.timing_cache:
+        read = [file for path in inputs for file in files_of(path)]
+        check_outputs({"-o": out, "--build timing_cache": options.timing_cache}, inputs=read)
     if cache is not None:
-        there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-        if not there.is_dir():
-            raise CmfastError(f"the cache {cache} cannot be a folder: {there} is a file; name another")
+        check_cache(cache)
     return library, trt
 
 
@@ -188,9 +197,9 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
     allowed = rounding(manifest.dtype, "cuda") if tolerance is None else tolerance
     engine = open_engine(file, "cuda")
     least, often, most = manifest.engine["batch"]
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(file) as folder:
         exact = manifest.dtype == "float32"
-        reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, Path(folder) / "emulated.onnx"))
+        reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, folder / "emulated.onnx"))
         batches = sorted({least, max(least, min(often, MODERATE))})
         (parity,) = verify(engine, [reference], batches)
     if most > (few := max(batches)):
@@ -205,14 +214,22 @@ def _key(engine: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([BUILDER, dict(engine)], sort_keys=True).encode()).hexdigest()
 
 
-def _cached(kept: Path | None, engine: Mapping[str, Any]) -> bytearray | None:
-    """Return the engine in the cache, if it is whole and of this description; one that is not is built again."""
-    try:
-        found = read_plan(kept).engine if kept else {}
-    except CmfastError:
+def _cached(cache: Path, name: str, manifest: Manifest) -> bytearray | None:
+    """Return the engine in the cache, if it is whole and its manifest ours; one that is not is built again."""
+    plan = read_entry(check_cache(cache), name)
+    if plan is None:
         return None
-    same = all(found.get(name) == value for name, value in engine.items() if name != "batch")
-    return bytearray(kept.read_bytes()) if kept and found and same else None
+    try:
+        found = parse_plan(plan, cache / name)
+    except ArtifactError:
+        return None
+    return bytearray(plan) if _before_build(found) == _before_build(manifest) else None
+
+
+def _before_build(manifest: Manifest) -> Manifest:
+    """Return a manifest without what the build fills in: all of it is known before."""
+    engine = {name: value for name, value in manifest.engine.items() if name not in _FILLED}
+    return replace(manifest, engine=engine)
 
 
 def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> Any:
@@ -235,9 +252,17 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     if plan is None:
         raise EngineError(f"{onnx}: the engine could not be built: {reason(log)}")
     if cache is not None:
-        with atomic_file(options.timing_cache) as file:
-            file.write_bytes(bytes(cache.serialize()))
+        _keep(cache, options.timing_cache)
     return plan
+
+
+def _keep(cache: Any, file: str) -> None:
+    """Write the measured kernels; where that fails, warn: the engine that they were measured for stands."""
+    try:
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
+    except (CmfastError, OSError) as err:
+        warnings.warn(f"the timing cache was not written: {err}", CmfastWarning, stacklevel=2)
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> None:
@@ -254,10 +279,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> N
         config.hardware_compatibility_level = level
     if options.target:
         config.num_compute_capabilities = len(options.target)
-        for index, capability in enumerate(options.target):
-            value = _targets(trt).get(capability)
-            if value is None or not config.set_compute_capability(value, index):
-                raise CmfastError(f"target {capability}: this version builds for {', '.join(_targets(trt))}")
+        for index, value in enumerate(_capabilities(trt, options)):
+            if not config.set_compute_capability(value, index):
+                raise CmfastError(f"target {options.target[index]}: the library does not take it here; leave it out")
 
 
 def _add_profile(builder: Any, network: Any, config: Any, kind: str, options: BuildOptions) -> tuple[int, int, int]:
@@ -339,6 +363,15 @@ def _targets(trt: Any) -> dict[str, Any]:
     """Return the compute capabilities that this TensorRT-RTX can build for, by their usual names."""
     members = trt.ComputeCapability.__members__.items()
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name[:2] == "SM"}
+
+
+def _capabilities(trt: Any, options: BuildOptions) -> list[Any]:
+    """Return the library's values for the target, or raise CmfastError."""
+    there = _targets(trt)
+    for capability in options.target:
+        if capability not in there:
+            raise CmfastError(f"target {capability}: this version builds for {', '.join(there)}")
+    return [there[capability] for capability in options.target]
 
 
 def _default_targets(trt: Any) -> list[str]:

@@ -20,8 +20,16 @@ from pathlib import Path
 from cmfast.artifact import Manifest, check_file
 from cmfast.errors import CmfastError
 from cmfast.files import atomic_folder, check_target_folder
-from cmfast_export.triton_config import DEFAULTS, ServeOptions, check_name, config_text, largest_batch
-from cmfast_export.triton_files import read_served
+from cmfast_export._target import writing
+from cmfast_export.triton_config import (
+    DEFAULTS,
+    MOST_CHARACTERS,
+    ServeOptions,
+    check_name,
+    config_text,
+    largest_batch,
+)
+from cmfast_export.triton_files import Served, read_served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +61,9 @@ def write_repository(
     name = model_name(files[0].stem, options)
     max_batch = largest_batch(served, options)
     check_repository(Path(out), name)
-
-    repository = Path(out).resolve()  # of "." and of a link, what stands beside it
-    is_new = not repository.exists()
-    # Beside the repository: Triton takes every folder in it for a model, hidden ones and what a killed run left too.
-    with atomic_folder(repository if is_new else repository / name, within=repository.parent) as folder:
-        model = folder / name if is_new else folder
-        version = model / "1"
-        for source, place in served.files:
-            (version / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, version / place)
-        (model / "config.pbtxt").write_text(config_text(name, served, max_batch, options), encoding="utf-8")
+    with writing(out):
+        check_repository(Path(out), name)  # what another export wrote meanwhile
+        _write(Path(os.path.realpath(out)), name, served, config_text(name, served, max_batch, options))
     return Written(
         path=Path(out),
         name=name,
@@ -77,12 +77,28 @@ def write_repository(
     )
 
 
+def _write(repository: Path, name: str, served: Served, config: str) -> None:
+    """Write a model into a repository, whose path has no links: of "." and of a link, what stands beside it is beside.
+
+    It is put together there: Triton takes every folder in a repository for a model, hidden ones and what a killed run
+    left too.
+    """
+    is_new = not repository.exists()
+    with atomic_folder(repository if is_new else repository / name, within=repository.parent) as folder:
+        model = folder / name if is_new else folder
+        version = model / "1"
+        for source, place in served.files:
+            (version / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, version / place)
+        (model / "config.pbtxt").write_text(config, encoding="utf-8")
+
+
 def model_name(stem: str, options: ServeOptions = DEFAULTS) -> str:
     """Return what a model is called: as the options say, else its file's name as far as Triton allows it.
 
     stem  the name of its file without folder and suffix; of a model that is a folder the folder's name
     """
-    return options.name or re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "model"
+    return options.name or re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_")[:MOST_CHARACTERS] or "model"
 
 
 def check_repository(out: Path, name: str) -> None:
@@ -96,6 +112,8 @@ def check_repository(out: Path, name: str) -> None:
         return
     if not out.is_dir():
         raise CmfastError(f"{out} exists and is not a folder; name another")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise CmfastError(f"cannot write into {out}: no permission; name another folder")
     if os.path.lexists(out / name):
         raise CmfastError(
             f"{out} has {name} already; give this model another name, --serve name=NAME, or remove {out / name}"
@@ -104,7 +122,7 @@ def check_repository(out: Path, name: str) -> None:
     strangers = [entry.name for entry in models if not (entry / "config.pbtxt").is_file()]
     if strangers:
         raise CmfastError(f"{out} is no model repository: {strangers[0]} in it is no model; name another folder")
-    repository = out.resolve()
+    repository = Path(os.path.realpath(out))
     for why, is_so in (
         (f"{out} is a file system of its own", os.path.ismount(repository)),
         (f"{repository.parent} is not writable", not os.access(repository.parent, os.W_OK)),

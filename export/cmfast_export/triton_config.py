@@ -12,9 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cmfast.errors import CmfastError
+from cmfast_export._options import check_range, shorten
 from cmfast_export.triton_files import Served
 
 MAX_BATCH = 8  # of a file whose batch is dynamic, unless asked otherwise
+MOST_BATCH = 4096  # images; on a GPU each size up to the largest is run once before the first request
+MOST_DELAY_US = 60_000_000  # a minute
+MOST_INSTANCES = 1000
+MOST_CHARACTERS = 200  # of a name, which is a folder's
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 _KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU", "auto": "KIND_AUTO"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # a folder and a part of URLs; after a dot Triton reads a backend
@@ -33,12 +38,10 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.name:
             check_name(self.name)
-        if self.max_batch < 0:
-            raise CmfastError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.queue_delay_us < 0:
-            raise CmfastError(f"queue_delay_us must be at least 0 microseconds, got {self.queue_delay_us}")
-        if self.instances < 1:
-            raise CmfastError(f"instances must be at least 1, got {self.instances}")
+        if self.max_batch != 0:
+            check_range("max_batch", self.max_batch, 1, MOST_BATCH, "images")
+        check_range("queue_delay_us", self.queue_delay_us, 0, MOST_DELAY_US, "microseconds")
+        check_range("instances", self.instances, 1, MOST_INSTANCES)
         if self.device not in _KINDS:
             raise CmfastError(f"device must be one of {', '.join(_KINDS)}, got {self.device!r}")
 
@@ -112,8 +115,11 @@ def largest_batch(served: Served, options: ServeOptions) -> int:
 
 def check_name(name: str) -> None:
     """Raise CmfastError unless a model may be called this."""
-    if not _NAME.fullmatch(name):
-        raise CmfastError(f"a model's name for Triton is letters, digits, _ and -, got {name!r}")
+    if not _NAME.fullmatch(name) or len(name) > MOST_CHARACTERS:
+        raise CmfastError(
+            f"a model's name for Triton is letters, digits, _ and -, at most {MOST_CHARACTERS} characters, got "
+            f"{shorten(name)!r}"
+        )
 
 
 def _sizes(served: Served, max_batch: int, device: str) -> list[int]:

@@ -48,6 +48,13 @@ class DiffusersEngine:
             raise EngineError(f"{folder}: diffusers runs folders that it wrote")
         if not draft.spec.clip:
             raise EngineError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
+        if (channels := draft.spec.image[0]) != 3:
+            # ConsistencyModelPipeline.check_inputs compares latents with (B, 3, S, S), whatever the network: diffusers
+            # 0.21 to 0.42. Remove this when it takes the network's own number.
+            raise EngineError(
+                f"{folder}: diffusers' pipeline takes a first noise of 3 channels only, a fault of diffusers, and this "
+                f"model's images have {channels}; leave diffusers out, cmfast runs the folder itself"
+            )
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
         set_threads(threads)
