@@ -27,8 +27,8 @@ from cmfast.artifact import read_manifest
 from cmfast.cli._run import run_command
 from cmfast.engines import open_engine
 from cmfast.engines._onnxruntime_library import import_onnxruntime
-from cmfast.errors import CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.errors import CheckFailed, CmfastError
+from cmfast.files import check_outputs, write_text
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import provenance
@@ -46,15 +46,16 @@ COMPARED = 16  # of a large batch: PyTorch's images do not depend on the batch t
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Leave the files here.")
 def command(names: tuple[str, ...], batch: int, out: Path | None, keep: Path | None) -> None:
     """Export random weights under the released NAMEs; default: one of ImageNet-64, one of LSUN-256."""
-    if out:
-        check_target(out)
+    check_outputs({"--json": out})
+    if batch < 0:
+        raise CmfastError(f"--batch must be at least 0, got {batch}")
     if unknown := [name for name in names if name not in RELEASED]:
         raise CmfastError(f"{unknown[0]}: not a released file; there are {', '.join(RELEASED)}")
     rows = []
     for name in names or NAMES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = keep or Path(temporary)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             rows.append(_measure(name, folder, batch if RELEASED[name].image_size == 64 else 0))
         click.echo(json.dumps(rows[-1], indent=1))
     if out:
@@ -92,7 +93,7 @@ def _export(checkpoint: Path, onnx: Path) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
+        raise CheckFailed(f"cmfast-export {checkpoint} failed with exit status {process.returncode}")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 

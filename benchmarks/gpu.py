@@ -14,6 +14,7 @@ file that could not be timed beside all others, who share the GPU's memory, runs
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def command(
 ) -> None:
     """Test and time all engines of this machine."""
     check_target(out)
+    if min(batch, default=0) < 1 or min(steps, default=0) < 1 or not 0 < seconds < math.inf:
+        raise CmfastError("--batch and --steps must be at least 1, --seconds a number greater than 0")
     names = _list("networks", networks, NAMES)
     asked = {
         "steps": list(steps),
@@ -133,7 +136,9 @@ def _begin(out: Path, device: str) -> dict[str, Any]:
     new = {"what": "gpu", **provenance(), "device": device, "missing": {}, "tests": None, "runs": []}
     try:
         old: dict[str, Any] = json.loads(out.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return new
+    if not isinstance(old, dict) or not old.keys() >= new.keys():
         return new
     differs = [key for key in ("what", "machine", "versions", "commit", "device") if old.get(key) != new[key]]
     if not differs and old["commit"] and not old["commit"]["dirty"]:

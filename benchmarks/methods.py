@@ -28,7 +28,7 @@ import click
 
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.files import atomic_file, check_outputs, write_text
 from cmfast.timing import provenance
 
 LIMIT_S = 240.0
@@ -84,8 +84,7 @@ RECIPES: dict[str, Recipe] = {
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a chart: calls against distance.")
 def command(out: Path, only: tuple[str, ...], json_file: Path | None, plot: Path | None) -> None:
     """Train by every method and measure what each has learned."""
-    for target in filter(None, (json_file, plot)):
-        check_target(target)
+    check_outputs({"--json": json_file, "--plot": plot})
     out.mkdir(parents=True, exist_ok=True)
     rows = [row_of(name, out) for name in RECIPES if not only or name in only]
     before: dict[str, float] = {}
@@ -213,7 +212,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"], minor=False)
     axes.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:  # its name keeps the suffix, by which matplotlib knows the format
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

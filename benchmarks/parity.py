@@ -22,7 +22,8 @@ import numpy as np
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.engines import open_engine
-from cmfast.files import check_target, write_text
+from cmfast.errors import CheckFailed, CmfastError
+from cmfast.files import check_outputs, write_text
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import provenance
@@ -36,8 +37,9 @@ from networks import parameters, random_model
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the record here.")
 def command(batches: tuple[int, ...], out: Path | None) -> None:
     """Export random networks of the presets' sizes and measure how far the files are from PyTorch."""
-    if out:
-        check_target(out)
+    check_outputs({"--json": out})
+    if min(batches) < 1:
+        raise CmfastError(f"--batches must be at least 1, got {min(batches)}")
     rows = [_measure(preset, batches) for preset in ("mnist", "cifar10")]
     for row in rows:
         click.echo(json.dumps(row, indent=1))
@@ -72,7 +74,9 @@ def _measure(preset: str, batches: tuple[int, ...]) -> dict[str, Any]:
 def _export(*arguments: object) -> float:
     """Run cmfast-export as a user does; return the seconds of the whole process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "cmfast_export.cli", *map(str, arguments)], check=True)
+    status = subprocess.run([sys.executable, "-m", "cmfast_export.cli", *map(str, arguments)]).returncode
+    if status:
+        raise CheckFailed(f"cmfast-export {arguments[0]} failed with exit status {status}")
     return time.perf_counter() - start
 
 

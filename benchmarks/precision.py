@@ -25,7 +25,7 @@ from cmfast.cli._run import run_command
 from cmfast.engines._tensorrt_library import LIBRARIES
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.files import check_outputs, write_text
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.timing import provenance
@@ -48,8 +48,9 @@ ENDS = (0.002, 80.0)  # noise levels where half precision would overflow or lose
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the record here.")
 def command(model: str, steps: int, number: int, engines: bool, out: Path | None) -> None:
     """Measure MODEL: a checkpoint, or digits, mnist, cifar10, imagenet64 with random weights."""
-    if out:
-        check_target(out)
+    check_outputs({"--json": out}, [] if model in NAMES else [model])
+    if steps < 1 or number < 1:
+        raise CmfastError("--steps and --number must be at least 1")
     checkpoint = random_model(model) if model in NAMES else load_model(model)
     with tempfile.TemporaryDirectory() as folder:
         rows = list(_measure(checkpoint, steps, number, engines, Path(folder)))

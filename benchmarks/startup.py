@@ -28,7 +28,7 @@ from cmfast import timing
 from cmfast.artifact import check_file
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.files import check_outputs, write_text
 
 
 @click.command("startup.py")
@@ -42,8 +42,7 @@ def command(checkpoint: Path | None, onnx: Path | None, runs: int, json_file: Pa
         raise CmfastError(f"--runs must be at least 1, got {runs}")
     if onnx is not None and checkpoint is None:
         raise CmfastError("--onnx needs the --checkpoint that it was exported from")
-    if json_file is not None:
-        check_target(json_file)
+    check_outputs({"--json": json_file}, filter(None, (checkpoint, onnx)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = check_file(checkpoint).resolve() if checkpoint is not None else random_model(folder / "model.pt")

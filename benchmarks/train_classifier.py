@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmfast.cli._run import run_command
 from cmfast.errors import CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.files import check_outputs, check_target, write_text
 from cmfast.timing import provenance
 from cmfast_train.data import FolderImages, Images, load_data, to_unit_range
 from cmfast_train.features import Classifier, ClassifierConfig, save_classifier, shipped
@@ -68,6 +68,7 @@ def command(
         raise CmfastError("--epochs, --width, --batch and --lr must be greater than 0")
     out = check_target(out or shipped(data_set))
     json_file = check_target(json_file or HERE / "results" / f"features_{data_set}.json")
+    check_outputs({"-o": out, "--json": json_file})  # different files
     images, (test_images, test_labels) = data_of(data_set, data)
     image = tuple(images.images.shape[1:])
     config = ClassifierConfig(data_set=data_set, image=image, classes=images.classes, width=width)

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmfast import timing
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.files import check_target, write_text
+from cmfast.files import check_outputs, write_text
 from cmfast_train.config import TrainConfig, override
 from cmfast_train.data import batches, load_data, to_unit_range
 from cmfast_train.loop import _accelerator, steps
@@ -94,8 +94,7 @@ def command(only: tuple[str, ...], rounds: int, json_file: Path | None, **option
     """Time training steps."""
     if rounds < 1:
         raise CmfastError(f"--rounds must be at least 1, got {rounds}")
-    if json_file is not None:
-        check_target(json_file)
+    check_outputs({"--json": json_file})
     shared = Options(**{**options, "reference": options["reference"].resolve(), "data": options["data"].resolve()})
     for file in (shared.reference / "main.py", *(shared.data / "MNIST" / "raw" / name for name in FILES)):
         if not file.is_file():  # their main.py would download what is missing

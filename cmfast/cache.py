@@ -46,7 +46,7 @@ def check_cache(folder: str | os.PathLike[str], *, make: bool = False) -> Path:
                 f"others may write to the cache {path} (mode {stat.S_IMODE(found.st_mode):o}), and what is in it runs "
                 f"as native code: remove what you do not trust in it, then chmod go-w {path}"
             )
-        for entry in os.scandir(real):
+        for entry in list(os.scandir(real)):
             if entry.name.endswith(_SUFFIXES) and not entry.name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     _check_entry(Path(entry.path), entry.stat(follow_symlinks=False))
@@ -65,9 +65,12 @@ def read_entry(folder: Path, name: str) -> bytes | None:
     except OSError as err:
         _check_entry(entry, entry.lstat())  # a link, for which the system has a strange word
         raise CmfastError(f"{entry} in the cache cannot be read: {err.strerror}") from None
-    with open(descriptor, "rb") as opened:
+    try:
         _check_entry(entry, os.fstat(descriptor))
-        return opened.read()
+        with open(descriptor, "rb", closefd=False) as opened:
+            return opened.read()
+    finally:
+        os.close(descriptor)
 
 
 def write_entry(folder: str | os.PathLike[str], name: str, content: bytes | bytearray) -> None:

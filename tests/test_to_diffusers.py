@@ -31,7 +31,8 @@ from test_importers_diffusers import (
 )
 from torch import Tensor
 
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError
+from cmfast.engines import open_engine
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
 from cmfast.spec import ModelSpec
 from cmfast_export.to_diffusers import Timesteps, export_diffusers, nearest_timesteps, unet_config
@@ -124,6 +125,27 @@ def test_every_field_is_one_that_diffusers_has(diffusers: ModuleType) -> None:
     written = {name for name in unet_config(IMAGENET64) if not name.startswith("_")}
     assert known - written == {"mid_block_type", "time_embedding_dim", "num_train_timesteps"}  # newer than VERSION
     assert written <= known
+
+
+def test_what_the_pipeline_cannot_do_with_other_channels_is_said_and_true(
+    diffusers: ModuleType, tmp_path: Path
+) -> None:
+    for channels in (1, 4, 6):
+        out = tmp_path / str(channels)
+        limits = export_diffusers(checkpoint_of(channels=channels), out).limits
+        assert f"latents= of 3 channels only, a fault of diffusers, and these images have {channels}" in limits
+        assert ('output_type="np"' in limits) == (channels > 4)
+        pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(out)
+        pipeline.set_progress_bar_config(disable=True)
+        with pytest.raises(ValueError, match="shape of latents"):  # diffusers has mended it: remove COLOURS
+            pipeline(1, latents=torch.zeros(1, channels, 16, 16))
+        if channels > 4:
+            with pytest.raises(TypeError):
+                pipeline(1)
+            assert pipeline(1, output_type="np").images.shape == (1, 16, 16, channels)
+        with pytest.raises(EngineError, match=f"a fault of diffusers, and this model's images have {channels}"):
+            open_engine(out, variant="diffusers")
+    assert export_diffusers(checkpoint_of(), tmp_path / "3").limits == ""
 
 
 # And back.

@@ -14,7 +14,7 @@ from cmfast.errors import CmfastError
 Options = TypeVar("Options")
 
 LARGEST_BATCH = 65536  # images that one call of a graph or an engine may take
-MOST_STEPS = 100  # network calls in one graph, each a copy of the network's nodes
+MAX_STEPS = 64  # network calls in a sampler graph: the denoiser is in it as often
 
 
 def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) -> Options:
@@ -48,6 +48,15 @@ def check_range(name: str, value: int, least: int, most: int, unit: str = "") ->
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         said = "a longer number" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
         raise CmfastError(f"{name} must be at least {least} and at most {most:,}{unit and f' {unit}'}, got {said}")
+
+
+def check_steps(steps: int) -> None:
+    """Raise CmfastError where a sampler graph would have too many steps: its manifest could not hold their levels."""
+    if steps > MAX_STEPS:
+        raise CmfastError(
+            f"a sampler graph has at most {MAX_STEPS} steps, got {steps}; export the denoiser, which runs any number: "
+            "--kind denoiser"
+        )
 
 
 def check_tolerance(tolerance: float | None) -> None:

@@ -22,8 +22,7 @@ from cmfast.files import check_target, check_target_folder, temporary_folder
 from cmfast_export import OPSETS, _report
 from cmfast_export._options import (
     LARGEST_BATCH,
-    MOST_STEPS,
-    check_range,
+    check_steps,
     check_tolerance,
     parse_options,
     shorten,
@@ -366,10 +365,7 @@ def _batch(text: str) -> int | None:
 
 def _check_numbers(steps: int | None, sigmas: Sequence[float] | None, opset: int | None) -> None:
     """Refuse numbers that no graph can have, before the checkpoint is read."""
-    if steps is not None:
-        check_range("--steps", steps, 1, MOST_STEPS)
-    if sigmas is not None:
-        check_range("the number of --sigmas", len(sigmas), 1, MOST_STEPS)
+    check_steps(max(steps or 0, len(sigmas or ())))
     if opset is not None and opset not in OPSETS:
         raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {shorten(str(opset))}")
 

@@ -16,12 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cmfast.engines._onnxruntime_library import import_onnxruntime
-from cmfast.errors import CmfastError
 from cmfast.sampler import renoise_std
 from cmfast.spec import ModelSpec
+from cmfast_export._options import check_steps
 from cmfast_export.emulate import HALVES, emulated
-
-MAX_STEPS = 64  # the denoiser is in the graph as often
 
 
 def sampler_graph(denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec) -> ir.Model:
@@ -68,15 +66,6 @@ def sampler_graph(denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec) 
         name="sampler",
     )
     return ir.Model(graph, ir_version=denoiser.ir_version)
-
-
-def check_steps(steps: int) -> None:
-    """Raise CmfastError where a sampler graph would have too many steps: its manifest could not hold their levels."""
-    if steps > MAX_STEPS:
-        raise CmfastError(
-            f"a sampler graph has at most {MAX_STEPS} steps, got {steps}; export the denoiser, which runs any number: "
-            "--kind denoiser"
-        )
 
 
 class _Builder:

@@ -20,8 +20,9 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.spec import ModelSpec
 from cmfast_export import write
+from cmfast_export._options import check_steps, check_tolerance
 from cmfast_export._target import one_writer
-from cmfast_export.compose import check_steps, sampler_graph
+from cmfast_export.compose import sampler_graph
 from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
 from cmfast_export.to_onnx import denoiser_graph, plain_defaults
@@ -98,6 +99,7 @@ def _export(
     tolerance: float | None,
 ) -> Exported:
     target = check_target(out)
+    check_tolerance(tolerance)
     if kind not in KINDS:
         raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind != "denoiser":  # before the work

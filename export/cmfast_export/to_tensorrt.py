@@ -82,10 +82,10 @@ class BuildOptions:
         check_range("workspace_mib", self.workspace_mib, 0, MAX_WORKSPACE_MIB, "MiB (0: the library's default)")
         if self.hardware_compatible not in HARDWARE:
             raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
-        for capability in self.target:
-            if not re.fullmatch(r"[1-9][0-9]*\.[0-9]", capability) or self.target.count(capability) > 1:
-                said = shorten(",".join(self.target))
-                raise CmfastError(f"target takes different compute capabilities such as 8.9,12.0, got {said}")
+        different = len(set(self.target)) == len(self.target)
+        if not different or not all(re.fullmatch(r"[1-9][0-9]*\.[0-9]", each) for each in self.target):
+            said = shorten(",".join(self.target))
+            raise CmfastError(f"target takes different compute capabilities such as 8.9,12.0, got {said}")
 
     @property
     def profile(self) -> tuple[int, int, int]:
