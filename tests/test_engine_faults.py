@@ -452,6 +452,17 @@ def test_arrays_that_cannot_be_written_to_give_no_warning_of_pytorch(tiny_checkp
     assert cmfast.load(tiny_checkpoint(0)).denoise(x, 1.0).shape == x.shape
 
 
+@pytest.mark.parametrize("precision", ["", "fp16", "bf16"])
+def test_the_default_dtype_of_torch_changes_no_image(precision: str, tiny_checkpoint: Factory) -> None:
+    want = cmfast.load(tiny_checkpoint(10), precision=precision).sample_float(2, steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = cmfast.load(tiny_checkpoint(10), precision=precision).sample_float(2, steps=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(got, want)
+
+
 # Telemetry.
 
 
