@@ -130,8 +130,9 @@ def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], othe
     """Return the images by class, or those of the root where no folder has any."""
     full = [name for name, files in folders.items() if files]
     if full and direct:
+        one = printable(direct[0])
         warnings.warn(
-            f"{root}: {len(direct)} images lie beside the class folders and are not read; {printable(direct[0])} is one",
+            f"{root}: {len(direct)} images lie beside the class folders and are not read; {one} is one",
             CmfastWarning,
             stacklevel=2,
         )
