@@ -81,6 +81,7 @@ def write_model(model: ir.Model, file: Path, data: DataFile | None = None) -> in
 def write_with_manifest(model: ir.Model, manifest: Manifest, file: Path, data: DataFile | None = None) -> int:
     """Write the model and, behind it, the manifest; return the size of what stands before the manifest, bytes."""
     model.producer_name, model.producer_version = "cmfast", manifest.made_by["cmfast"]
+    model.metadata_props.pop("cmfast", None)  # of a graph that was read from a file: a second manifest is refused
     size = write_model(model, file, data)
     replace_manifest(file, size, manifest)
     return size
