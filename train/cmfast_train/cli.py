@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -82,23 +87,43 @@ def command(
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))
         return
-    with needs("cmfast-train", "train"):
-        from cmfast_train.loop import train
-    try:
-        model = train(config, out, data)
-    except KeyboardInterrupt:
-        raise click.exceptions.Exit(_interrupted(out)) from None
+    with _termination_as_interrupt():
+        try:
+            with needs("cmfast-train", "train"):
+                from cmfast_train.loop import train
+            model = train(config, out, data)
+        except KeyboardInterrupt as stopped:
+            raise click.exceptions.Exit(_interrupted(out, saved=bool(stopped.args))) from None
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(f"{model} is trained on {config.images:,} images; samples are in {out / 'samples'}")
         click.echo(f"next: cmfast-export {model}")
 
 
-def _interrupted(out: Path) -> int:
+def _interrupted(out: Path, saved: bool) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
-        saved = f"{out} holds a checkpoint of the last step, the same command continues"
-        what = saved if (out / "state.pt").exists() else "before the first checkpoint; the same command begins again"
+        which = "a checkpoint of the last step" if saved else "a checkpoint"
+        held = f"{out} holds {which}, the same command continues"
+        what = held if (out / "state.pt").exists() else "before the first checkpoint; the same command begins again"
         click.echo(f"cmfast-train: stopped; {what}", err=True)
     return 130
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as SIGINT does, also before the first step and after the last."""
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second kills
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def main() -> None:

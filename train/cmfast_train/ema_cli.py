@@ -42,10 +42,12 @@ def command(run: Path, std: float, images: int | None, out: Path | None, dry_run
     """
     files = _files(run)
     out = check_target(out or run / f"model_std{std:g}{'' if images is None else f'-{images:012d}'}.pt")
-    if out.suffix not in (".pt", ".safetensors"):
+    if out.suffix.lower() not in (".pt", ".safetensors"):
         raise CmfastError(f"-o {out}: a checkpoint's name ends in .pt or .safetensors")
     if out.exists() and any(out.samefile(file) for file in files):
         raise CmfastError(f"-o {out}: that is a snapshot; name another file")
+    if out.exists() and any(file.exists() and out.samefile(file) for file in _other_files(run)):
+        raise CmfastError(f"-o {out}: that is a file of the run, which its training writes; name another file")
     with needs("cmfast-ema", "train"):
         from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
         from cmfast_train.ema import Snapshot, gamma_of_std, posthoc_coefficients, posthoc_error, reconstruct
@@ -86,12 +88,17 @@ def _files(run: Path) -> list[Path]:
     raise CmfastError(f"{run} holds no snapshots ema/std*-*.pt: its training kept no power-function averages")
 
 
+def _other_files(run: Path) -> list[Path]:
+    """Return what training writes in the folder of a run, beside snapshots."""
+    return [run / "model.pt", run / "state.pt", *(run / "phases").glob("*.pt"), *(run / "ema").glob("*.pt")]
+
+
 def _last_phase(checkpoints: dict[Path, Checkpoint]) -> dict[Path, Checkpoint]:
     """Return the snapshots of the last phase: their steps are counted from its beginning."""
     phases = {file: checkpoint.source.get("ema_phase", 0) for file, checkpoint in checkpoints.items()}
     for file, phase in phases.items():
-        if not isinstance(phase, int):
-            raise ArtifactError(f"{file}: its ema_phase is {phase!r}, not a number")
+        if not _is_count(phase, 0):
+            raise ArtifactError(f"{file}: its ema_phase is {_short(phase)}, not a number")
     last = max(phases.values())
     return {file: checkpoint for file, checkpoint in checkpoints.items() if phases[file] == last}
 
@@ -108,9 +115,18 @@ def _check_same_model(checkpoints: dict[Path, Checkpoint]) -> None:
 def _when(file: Path, source: Any) -> dict[str, Any]:
     """Return the std and the step that a snapshot says of itself."""
     std, step = source.get("ema_std"), source.get("ema_step")
-    if not isinstance(std, (int, float)) or not isinstance(step, int) or step < 1:
+    if not isinstance(std, (int, float)) or not 0 < std < 1 or not _is_count(step, 1):
         raise ArtifactError(f"{file}: a checkpoint, but no snapshot of a power-function average")
     return {"std": float(std), "step": step}
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**53
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:56]}..."
 
 
 def _step(run: Path, images: int | None, have: set[int]) -> int:
@@ -118,8 +134,10 @@ def _step(run: Path, images: int | None, have: set[int]) -> int:
     if images is None:
         return max(have)
     try:
-        batch = int(json.loads((run / "config.json").read_text(encoding="utf-8"))["batch"])
-    except (OSError, ValueError, KeyError, TypeError):
+        batch = json.loads((run / "config.json").read_text(encoding="utf-8"))["batch"]
+        if not _is_count(batch, 1):
+            raise ValueError(batch)
+    except Exception:  # whatever is wrong with it
         raise ArtifactError(f"{run / 'config.json'} does not say the batch, so --images means nothing") from None
     steps = {step * batch: step for step in sorted(have)}
     if images not in steps:

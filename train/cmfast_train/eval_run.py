@@ -36,7 +36,7 @@ from cmfast_train.evaluate import (
 from cmfast_train.features import default_features, features_record, load_features
 from cmfast_train.metrics import check_numbers
 from cmfast_train.presets import PRESETS
-from cmfast_train.search import bounds, exported_with_others, own_checkpoint, search_level, write_levels
+from cmfast_train.search import bounds, check_writable, exported_with_others, own_checkpoint, search_level, write_levels
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -121,6 +121,8 @@ def _model(config: EvalConfig) -> _Subject:
     checkpoint = own_checkpoint(config.model) if config.search else None
     if checkpoint is not None:
         bounds(checkpoint.spec, config.search_bounds)
+        if config.write:
+            check_writable(config.model)
         model = Model(TorchEngine(checkpoint, config.device or "cpu"))
     else:
         model = cmfast.load(config.model, config.device)
@@ -183,7 +185,7 @@ def _search(
     elif not written:
         click.echo(f"best: {best:g}, with fd {least:.6g}; add --write to make it the default for 2 steps")
     else:
-        write_levels(config.model, (first, best))
+        write_levels(config.model, (first, best), subject.checkpoint.sha256())
         click.echo(f"{config.model}: 2 steps are now at {first:g}, {best:g}, with fd {least:.6g}")
         others = exported_with_others(config.model, subject.checkpoint.sha256(), (first, best))
         names = ", ".join(map(str, others)) or "files exported from it elsewhere"

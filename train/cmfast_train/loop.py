@@ -9,16 +9,18 @@ DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was 
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
-What a step computes is in `methods`; what it asks networks for in `student`; what is saved in `run`.
+What a step computes is in `methods`; what it asks networks for in `student`; what is saved in `run`; whose the folder
+is in `folder`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,46 +29,94 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
-from cmfast.files import write_text
+from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.progress import progress_bar
-from cmfast_train.config import FREE_FIELDS, TrainConfig, from_dict, to_dict
+from cmfast_train.config import TrainConfig
 from cmfast_train.data import batches, load_data, to_unit_range
+from cmfast_train.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.log import TrainLog
 from cmfast_train.methods import METHODS, Step
+from cmfast_train.parallel import together
 from cmfast_train.run import Run
 
+SAVED = "saved"
+_GONE = re.compile(
+    "gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE
+)  # what libraries say of a lost process
 CHECK_EVERY = 32  # steps between looks at what a GPU or another process has to be waited for
 
 
+class NoBatch(Exception):
+    """The next images cannot be read; the run stands after its last step. Its cause is what is raised in the end."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def with_advice(self, saved: bool, out: Path) -> Exception:
+        """Return the cause; of an error that the user can fix, with what continues the run."""
+        if not isinstance(self.cause, CmfastError) or not saved:
+            return self.cause
+        return CmfastError(f"{self.cause}; {out} holds a checkpoint of the last step, the same command continues")
+
+
 def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
-    """Train, or continue, the run in folder `out`; return the path of model.pt."""
+    """Train, or continue, the run in folder `out`; return the path of model.pt.
+
+    Raises:
+        CmfastError: the run cannot be, cannot begin or continue in this folder, or cannot go on.
+        KeyboardInterrupt: a signal stopped it; with SAVED, if a checkpoint of its last step was written.
+    """
     accelerator = _accelerator(config)
-    with accelerator.local_main_process_first():  # one process may have to download
-        data = load_data(config, data_root)
-    run = Run(config, out, accelerator, len(data), data.classes)
-    if accelerator.is_main_process:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        _check_same_run(config, out)
-        write_text(out / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
-        for leftover in out.rglob(".*.tmp*"):  # of a run killed while it wrote
-            leftover.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    run.resume()
-    with _stop_signals() as stopped, TrainLog(out, run.images, config, accelerator) as log:
-        bar = progress_bar("training", config.images, "images", run.images, accelerator.is_main_process)
-        with bar as advance:
+    with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
+
+        def claim() -> None:
+            check_folder(config, out, data_root)
+            whole_run.enter_context(claimed(out))
+
+        main = accelerator.is_main_process
+        together(accelerator, claim if main else None)
+        data = _load_data(config, data_root, accelerator)
+        run = Run(config, out, accelerator, len(data), data.classes)
+        together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
+        run.resume()
+        together(accelerator, (lambda: begin_folder(config, out)) if main else None)
+        _go_on(run, data)
+    return out / "model.pt"
+
+
+def _go_on(run: Run, data: Any) -> None:
+    """Take the remaining steps, with checkpoints, the log and the progress; stop at a signal."""
+    config, accelerator, saved = run.config, run.accelerator, run.images
+
+    def save() -> None:
+        nonlocal saved
+        run.save()
+        saved = run.images
+        log.checkpoint(run.images, run.where())
+
+    with (
+        _stop_signals() as stopped,
+        TrainLog(run.out, run.images, config, accelerator) as log,
+        progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
+    ):
+        try:
             for loss_per_image in steps(run, data):
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
                 stop = _any(accelerator, bool(stopped), run)
                 due = run.images // config.checkpoint_images > (run.images - config.batch) // config.checkpoint_images
                 if due or stop or run.images == config.images:
-                    run.save()
-                    log.checkpoint(run.images, run.where())
+                    save()
                 if stop:
-                    raise KeyboardInterrupt
-    return out / "model.pt"
+                    raise KeyboardInterrupt(SAVED)
+        except NoBatch as err:
+            if run.images > saved and accelerator.num_processes == 1:  # others cannot be asked now
+                save()
+            is_saved = run.images == saved > 0
+            if stopped:  # which may have ended the readers of images as well
+                raise KeyboardInterrupt(*([SAVED] if is_saved else [])) from None
+            raise err.with_advice(is_saved, run.out) from None
 
 
 def steps(run: Run, data: Any) -> Iterator[Tensor]:
@@ -79,7 +129,13 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
     with contextlib.closing(
         batches(data, config.batch, config.seed, done, total, share, config.workers, pin)
     ) as stream:
-        for step, (images, label) in enumerate(stream, start=done):
+        for step in range(done, total):
+            try:
+                images, label = next(stream)
+            except Exception as err:  # between two steps: the run can be saved
+                if unchecked:
+                    _check_finite(run, unchecked)
+                raise NoBatch(err) from err
             if run.step == config.steps(run.phase):
                 run.next_phase()
             try:
@@ -89,6 +145,13 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                     f"the GPU has too little memory for batch={config.batch}; smaller pieces compute the same: "
                     f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
                 ) from None
+            except RuntimeError as err:
+                if accelerator.num_processes > 1 and _GONE.search(str(err)):
+                    raise CmfastError(
+                        f"another process of the run has ended or cannot be reached ({one_line(err, 120)}); the last "
+                        "checkpoint is untouched, the same command continues from it"
+                    ) from None
+                raise
             unchecked.append((run.step, run.images, loss, sigma))
             if not pin or len(unchecked) == CHECK_EVERY or run.step + 1 == config.steps(run.phase):
                 _check_finite(run, unchecked)  # on a GPU this waits for it
@@ -160,6 +223,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise CmfastError("the launcher asks for Accelerate's FSDP; leave that out and say --set shard=true")
+    if torch.get_default_dtype() != torch.float32:
+        raise CmfastError(
+            f"training needs PyTorch's default dtype, float32, not {torch.get_default_dtype()}: "
+            "torch.set_default_dtype(torch.float32)"
+        )
     if config.shard and config.precision == "fp16":
         raise CmfastError("shard=true needs precision bf16 or fp32, not fp16")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -175,22 +243,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _check_same_run(config: TrainConfig, out: Path) -> None:
-    file = out / "config.json"
-    if not file.exists() or not (out / "state.pt").exists():
-        return
-    try:
-        # A field that is newer than the run gets its default, which is what the run did.
-        before = to_dict(from_dict(json.loads(file.read_text())))
-    except (ValueError, TypeError, KeyError, AttributeError, CmfastError):
-        raise ArtifactError(f"{file} is damaged or of another version; begin in another --out folder") from None
-    now = to_dict(config)
-    changed = sorted(name for name in now if name not in FREE_FIELDS and now[name] != before[name])
-    if changed:
-        raise CmfastError(
-            f"{out} holds a run with another {', '.join(changed)}; "
-            "repeat the command that began it to continue, or name another --out"
-        )
+def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator) -> Any:
+    """Return the data set, which one process of each machine loads before the others: it may have to download."""
+    first = accelerator.is_local_main_process
+    data = together(accelerator, (lambda: load_data(config, root)) if first else None)
+    return data if first else load_data(config, root)
 
 
 def _any(accelerator: Accelerator, flag: bool, run: Run) -> bool:
@@ -219,15 +276,20 @@ def _step_seed(seed: int, step: int) -> int:
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step.
 
-    The second signal kills as usual, should the first not get through.
+    The second signal kills as usual, should the first not get through. Signals reach the main thread alone, so a run
+    in another one leaves them as they are.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def catch(number: int, _: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before[number])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: a handler that is not Python's, which cannot be put back.
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, catch)
     try:

@@ -2,6 +2,7 @@
 """How a network is trained that is too large or too slow for one device as it is: what `loop` asks for by name.
 
 shard, whole, fill, fill_optimizer   the weights cut up over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
+together                             work of one process, whose failure all have to hear of
 recompute                            activations computed again in the backward pass instead of kept
 jvp                                  the derivative along a direction, forward mode
 
@@ -15,9 +16,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,8 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from cmfast.errors import CmfastError
 from cmfast_train.networks import adm, edm
 from cmfast_train.networks.seed import SeedUnet
+
+T = TypeVar("T")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -76,6 +82,8 @@ def whole(tree: Any, keep: bool = True) -> Any:
 def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy whole values into tensors of the same names, sharded or not; every process passes the same values."""
     for name, tensor in tensors.items():
+        if values[name].shape != tensor.shape:  # copy_ would repeat a smaller one
+            raise ValueError(f"{name} has the shape {list(values[name].shape)} instead of {list(tensor.shape)}")
         tensor.copy_(_part(values[name], tensor))
 
 
@@ -90,6 +98,25 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for i, of_weight in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
+
+
+def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None:
+    """Do work in the processes that have some while the others wait; return its result, or None where there is none.
+
+    If it fails in one process all raise: the others would wait for it for ever, in their next exchange of gradients.
+    """
+    result, error = None, None
+    try:
+        result = work() if work is not None else None
+    except Exception as err:
+        error = err
+    if accelerator.num_processes > 1:
+        said = gather_object([None if error is None else str(error) or type(error).__name__])
+        if error is None and any(said):
+            raise CmfastError(f"another process has stopped: {next(filter(None, said))}")
+    if error is not None:
+        raise error
+    return result
 
 
 def recompute(network: nn.Module) -> None:

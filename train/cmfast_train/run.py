@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, one_line
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
@@ -30,7 +30,7 @@ from cmfast_train.grid import save_grid
 from cmfast_train.methods import distance_of, target_decay
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
-from cmfast_train.parallel import fill, fill_optimizer, recompute, shard, whole
+from cmfast_train.parallel import fill, fill_optimizer, recompute, shard, together, whole
 from cmfast_train.phase import CONTINUOUS, DISTILL, Phase
 from cmfast_train.start import phase_spec, start_of
 from cmfast_train.student import Asked, Student
@@ -99,11 +99,14 @@ class Run:
     def next_phase(self) -> None:
         """Leave the finished phase's model in DIR/phases and begin the next from its averaged weights."""
         finished = self._checkpoint(whole(self.ema))
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             folder = self.out / "phases"
             folder.mkdir(exist_ok=True)
             name = f"{self.phase_index + 1}_{self.phase.name.replace('/', '')}.pt"
             save_checkpoint(finished, folder / name)
+
+        together(self.accelerator, write if self.accelerator.is_main_process else None)
         self.phase_index, self.step = self.phase_index + 1, 0
         self._begin_phase(finished.weights)
 
@@ -141,10 +144,11 @@ class Run:
             raise CmfastError(
                 f"{self.out} holds a run with another {', '.join(changed)} "
                 f"({', '.join(f'{made_for.get(name)}, now {now[name]}' for name in changed)}); "
-                "continue it where and with what it began, or name another --out"
+                "continue it where and with what it began, or start a new run from its model: "
+                f"--init {self.out / 'model.pt'} --out NEW"
             )
         try:
-            self.phase_index, self.step = state["phase"], state["step"]
+            self.phase_index, self.step = self._position(state["phase"], state["step"])
             self._begin_phase(self._buffers | state["weights"])
             for module, name in ((self.target, "target"), (self._own_teacher(), "teacher")):
                 if module is not None:
@@ -155,9 +159,10 @@ class Run:
             fill_optimizer(self.optimizer, state["optimizer"])
             if scaler := self.accelerator.scaler:
                 scaler.load_state_dict(state["scaler"])
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as err:
-            why = " ".join(str(err).split())[:300]
-            raise ArtifactError(f"{file}: not the training state of this run: {why}") from None
+        except CmfastError:
+            raise
+        except Exception as err:  # whatever is wrong with it
+            raise ArtifactError(f"{file}: not the training state of this run: {one_line(err)}") from None
 
     def save(self) -> None:
         """Write the model, a sample grid and, last, the state that a resumed run continues from."""
@@ -181,8 +186,17 @@ class Run:
             "optimizer": whole(self.optimizer.state_dict(), main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
-        if not main:
-            return
+        together(self.accelerator, (lambda: self._write(state)) if main else None)
+
+    def _position(self, phase: Any, step: Any) -> tuple[int, int]:
+        """Return the index of the phase and its step that a state says, if there is such a step."""
+        for name, value, end in (("phase", phase, len(self.config.phases) - 1), ("step", step, None)):
+            end = self.config.steps(self.config.phases[phase]) if end is None else end
+            if type(value) is not int or not 0 <= value <= end:
+                raise ValueError(f"{name} is {value!r}, expected 0 to {end}")
+        return phase, step
+
+    def _write(self, state: Mapping[str, Any]) -> None:
         checkpoint = self._checkpoint(state["averages"][str(self.phase.ema)])
         save_checkpoint(checkpoint, self.out / "model.pt")
         # A denoiser of its own: the one in training runs in mixed precision and with dropout.
@@ -191,7 +205,7 @@ class Run:
         save_grid(denoiser, checkpoint.spec, grid, self.config.grid, self.accelerator.device)
         self._save_averages(state["averages"])
         with atomic_file(self.out / "state.pt") as temporary:
-            torch.save(state, temporary)
+            torch.save(dict(state), temporary)
 
     def _save_averages(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write the averages that are not the model: of constant decay the newest, of power functions a snapshot."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cmfast.artifact import ENGINE_SUFFIXES, read_manifest
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast.files import check_target
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, is_own, load_checkpoint, read_tensors, save_checkpoint
@@ -88,7 +89,7 @@ def bounds(spec: ModelSpec, asked: tuple[float, ...] | None) -> tuple[float, flo
 
 def own_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint whose schedule can be written; anything else is an error."""
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
+    if path.suffix.lower() not in (".pt", ".pth", ".safetensors"):
         raise CmfastError(
             f"{path}: --search is for a checkpoint, model.pt or .safetensors, whose levels can be written"
         )
@@ -97,9 +98,22 @@ def own_checkpoint(path: Path) -> Checkpoint:
     return load_checkpoint(path)
 
 
-def write_levels(path: str | os.PathLike[str], levels: tuple[float, float]) -> None:
-    """Make these the default noise levels for 2 steps of a checkpoint, atomically; its weights stay as they are."""
+def check_writable(path: Path) -> None:
+    """Raise CmfastError unless levels can be written into the checkpoint: before the search, not after it."""
+    check_target(path)
+
+
+def write_levels(path: str | os.PathLike[str], levels: tuple[float, float], sha256: str | None = None) -> None:
+    """Make these the default noise levels for 2 steps of a checkpoint, atomically; its weights stay as they are.
+
+    sha256  of the weights that the levels are of: others, of a run that goes on meanwhile, do not get them
+    """
     checkpoint = load_checkpoint(path)
+    if sha256 is not None and checkpoint.sha256() != sha256:
+        raise ArtifactError(
+            f"{path} has other weights now than those that were searched, so nothing was written; search again when no "
+            "training writes it"
+        )
     spec = replace(checkpoint.spec, sigmas={**checkpoint.spec.sigmas, 2: levels})
     save_checkpoint(replace(checkpoint, spec=spec), path)
 
