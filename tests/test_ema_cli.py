@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_folder import files_of_at_most
 from torch import Tensor
 
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -144,6 +145,30 @@ def test_a_request_that_cannot_be_fulfilled_is_one_line(
 ) -> None:
     monkeypatch.chdir(run_folder)
     refused(call(main, run_folder, *arguments), words)
+    assert sorted(os.listdir(run_folder)) == ["config.json", "ema"]
+
+
+def test_a_file_of_the_run_is_not_overwritten(run_folder: Path, call: Callable[..., Any], refused: Any) -> None:
+    first = snapshots(run_folder)[0]
+    (run_folder / "phases").mkdir()
+    for name in ("model.pt", "state.pt", "phases/1_edm.pt", "ema/0.999.pt"):
+        shutil.copy(first, run_folder / name)
+        before = (run_folder / name).read_bytes()
+        (run_folder / "link.pt").unlink(missing_ok=True)
+        (run_folder / "link.pt").symlink_to(name)
+        for out in (run_folder / name, run_folder / "link.pt"):
+            refused(call(main, run_folder, "--std", "0.12", "-o", out), "that is a file of the run")
+        assert (run_folder / name).read_bytes() == before
+
+
+def test_an_average_without_space_is_one_line_and_leaves_nothing(
+    run_folder: Path, call: Callable[..., Any], refused: Any
+) -> None:
+    with files_of_at_most(10_000):
+        for name in ("wide.pt", "wide.safetensors"):
+            refused(
+                call(main, run_folder, "--std", "0.12", "-o", run_folder / name), f"cannot write {run_folder / name}"
+            )
     assert sorted(os.listdir(run_folder)) == ["config.json", "ema"]
 
 

@@ -12,12 +12,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_folder import files_of_at_most
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.search import RATIO, bounds, golden_section, own_checkpoint, search_level, write_levels
+from cmfast_train.search import (
+    RATIO,
+    bounds,
+    check_writable,
+    golden_section,
+    own_checkpoint,
+    search_level,
+    write_levels,
+)
 
 Factory = Callable[..., Path]
 SPEC = ModelSpec(image=(1, 8, 8))
@@ -109,6 +118,21 @@ def test_levels_are_written_and_the_weights_stay_to_the_bit(
     assert after.spec == replace(before.spec, sigmas={**before.spec.sigmas, 2: (80.0, 1.25)})
     assert (after.network, after.source) == (before.network, before.source)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_levels_are_not_written_into_other_weights_or_without_space_or_into_a_device(
+    tiny_checkpoint: Factory, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(tiny_checkpoint(10).read_bytes())
+    with pytest.raises(CmfastError, match="has other weights now than those that were searched"):
+        write_levels(path, (80.0, 1.25), load_checkpoint(tiny_checkpoint(0)).sha256())
+    with files_of_at_most(10_000), pytest.raises(CmfastError, match=f"cannot write {path}"):
+        write_levels(path, (80.0, 1.25), load_checkpoint(path).sha256())
+    assert path.read_bytes() == tiny_checkpoint(10).read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    with pytest.raises(CmfastError, match="not a regular file"):
+        check_writable(Path("/dev/null"))
 
 
 def test_levels_that_do_not_fall_leave_the_file_as_it_was(tiny_checkpoint: Factory, tmp_path: Path) -> None:

@@ -131,9 +131,9 @@ class _Board:
         self._event = Event
         self._file = (folder / f"{name}.{number}").open("wb")
         self._records = RecordWriter(self._file)
-        # Lines after so many images, of a run that was killed later, are not shown.
-        self._write(Event(step=images, wall_time=time.time(), file_version="brain.Event:2"))
-        self._write(Event(step=images, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        # Points from this step on, of a run that was killed later, are not shown.
+        self._write(Event(step=images + 1, wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(step=images + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, values: dict[str, float], images: int) -> None:
         """Add a point to each of the curves."""

@@ -16,6 +16,7 @@ is in `folder`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -77,6 +78,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         main = accelerator.is_main_process
         together(accelerator, claim if main else None)
         data = _load_data(config, data_root, accelerator)
+        config = _with_names(config, data)
         run = Run(config, out, accelerator, len(data), data.classes)
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
         run.resume()
@@ -248,6 +250,12 @@ def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator)
     first = accelerator.is_local_main_process
     data = together(accelerator, (lambda: load_data(config, root)) if first else None)
     return data if first else load_data(config, root)
+
+
+def _with_names(config: TrainConfig, data: Any) -> TrainConfig:
+    """Return the configuration with the names of the data's classes, where they have names and labels are used."""
+    names = tuple(data.class_names)
+    return dataclasses.replace(config, class_names=names) if config.conditional else config
 
 
 def _any(accelerator: Accelerator, flag: bool, run: Run) -> bool:

@@ -140,6 +140,8 @@ class Run:
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise ArtifactError(f"{file}: not a training state of this version; begin in another --out folder")
         made_for, now = state.get("made_for", {}), self._made_for
+        if not isinstance(made_for, dict):
+            raise ArtifactError(f"{file}: not the training state of this run: made_for is no dictionary")
         if changed := [name for name in now if made_for.get(name) != now[name]]:
             raise CmfastError(
                 f"{self.out} holds a run with another {', '.join(changed)} "

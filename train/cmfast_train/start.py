@@ -65,7 +65,7 @@ def start_of(config: TrainConfig, classes: int) -> Start:
     elif config.dropout:
         raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
     return Start(
-        spec=_inside(teacher, _student_spec(model.spec, config), config),
+        spec=_inside(teacher, _student_spec(model.spec, config, spec.class_names), config),
         network=network,
         weights=model.weights,
         model_spec=model.spec,
@@ -109,11 +109,27 @@ def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
             f"{option} {path}: a model of {model.spec.classes} classes, the run has {spec.classes}; "
             "a label of the one means nothing to the other"
         )
+    _check_names(f"{option} {path}", model.spec.class_names, spec.class_names)
     return model
 
 
-def _student_spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
-    """Return the conventions of a student that starts from a model of `spec`.
+def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...]) -> None:
+    """Raise CmfastError if labels mean other classes of the same names, and warn if the names differ."""
+    if not names or not of_data or names == of_data:
+        return
+    i = next(i for i, (one, other) in enumerate(zip(names, of_data, strict=True)) if one != other)
+    difference = f"label {i} is {names[i]!r} there and {of_data[i]!r} in the data"
+    if set(names) == set(of_data):
+        raise CmfastError(
+            f"{model}: its classes have another order: {difference}; name the folders so that they sort as there"
+        )
+    warnings.warn(
+        f"{model}: its classes have other names: {difference}; the data's are trained", CmfastWarning, stacklevel=4
+    )
+
+
+def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) -> ModelSpec:
+    """Return the conventions of a student that starts from a model of `spec`. names: of the data's classes, or ().
 
     Consistency models hold the boundary condition; a diffusion model's scaling, which continuous-time methods and
     progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
@@ -134,7 +150,14 @@ def _student_spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
             f"--set sigma_max={spec.sigma_max:g} --set sigmas={spec.sigma_max:g}:{spec.sigma_max:g},0.8"
         )
     sigmas = {len(s): s for s in config.sigmas}
-    return dataclasses.replace(spec, scaling=scaling, sigmas=sigmas, renoise=_consistent(spec.renoise), grid=0)
+    return dataclasses.replace(
+        spec,
+        class_names=names or spec.class_names,
+        scaling=scaling,
+        sigmas=sigmas,
+        renoise=_consistent(spec.renoise),
+        grid=0,
+    )
 
 
 def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) -> ModelSpec:
