@@ -20,11 +20,13 @@ from accelerate import Accelerator
 from test_loop import QUICK, losses_of, run_here
 from torch import Tensor
 
+from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.cli import command
 from cmfast_train.config import override
 from cmfast_train.data import load_data
+from cmfast_train.folder import begin_folder
 from cmfast_train.loop import steps
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.presets import PRESETS
@@ -65,7 +67,9 @@ def begin(out: Path, settings: list[str], until: int) -> None:
     config = override(PRESETS["digits"], [*QUICK, *settings])
     data = load_data(config, None)
     run = Run(config, out, Accelerator(cpu=True), len(data), data.classes)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+    out.mkdir(exist_ok=True)
+    if run.accelerator.is_main_process:
+        begin_folder(config, out)
     with contextlib.closing(steps(run, data)) as stream:
         for _ in range(until):
             next(stream)
@@ -79,6 +83,12 @@ def one_process(folder: Path) -> None:
         last = {setting.partition("=")[0]: setting for setting in (*QUICK, *settings)}  # the command takes each once
         words = [word for setting in last.values() for word in ("--set", setting)]
         command.main(["digits", "--out", name, *words], standalone_mode=False)
+    Path("others").mkdir(exist_ok=True)
+    Path("others/model.pt").write_text("x")
+    with pytest.raises(
+        CmfastError, match=r"(^|another process has stopped: )others holds model.pt, but no config.json"
+    ):
+        command.main(["digits", "--out", "others"], standalone_mode=False)
     for phase, until in MIDDLE.items():
         begin(Path(f"sharded, then plain, {phase}"), [*SHARDED, "shard=true"], until)
     Accelerator().end_training()
