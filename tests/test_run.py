@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_each_phase_leaves_a_model_that_says_how_it_is_sampled(tmp_path: Path) -
     for n, spec in zip((8, 4, 2, 1), specs[1:], strict=True):
         assert spec.renoise == "ddim"
         assert spec.sigmas == {n: pd_levels(n, 0.002, 80.0)}
-    plain = override(PRESETS["digits"], TINY).spec(10)
+    plain = replace(override(PRESETS["digits"], TINY).spec(10), class_names=tuple("0123456789"))
     assert specs[0] == plain
     assert load_checkpoint(tmp_path / "run" / "model.pt").spec == plain
     run_here(tmp_path / "one", "phases=edm:16")
