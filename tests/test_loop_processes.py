@@ -7,6 +7,7 @@ Run as a program by torch.distributed.run, this file is one process of each of t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def begin(out: Path, settings: list[str], until: int) -> None:
     """Run the first steps of a run, and save."""
     config = override(PRESETS["digits"], [*QUICK, *settings])
     data = load_data(config, None)
+    config = dataclasses.replace(config, class_names=data.class_names)
     run = Run(config, out, Accelerator(cpu=True), len(data), data.classes)
     out.mkdir(exist_ok=True)
     if run.accelerator.is_main_process:
