@@ -328,7 +328,7 @@ def test_a_difference_within_the_tolerance_is_timed_and_shown(
     assert f"{rows[1]['max_abs_diff']:.1e}" in result.stdout
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("tf32", 4e-2), ("float16", None), ("int4", 1e-3)])
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("tf32", 4e-2), ("float16", None)])
 def test_the_type_of_a_file_decides_what_difference_is_allowed(
     dtype: str, allowed: float | None, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -343,6 +343,14 @@ def test_the_type_of_a_file_decides_what_difference_is_allowed(
     assert [row["tolerance"] for row in json.loads(record.read_text())["rows"]] == [1e-3, 5e-2]
     assert call(main, *reversed(files), *options).returncode == 0, "the reference may be the less precise one"
     assert_stopped(call(main, *files, *options, "--tolerance", 0.01), r"allowed 0\.01")
+
+
+def test_a_file_of_a_type_that_nobody_knows_is_refused(
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+) -> None:
+    other = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.01)
+    other.write_bytes(other.read_bytes().replace(b'"dtype": "float32"', b'"dtype": "integer"'))
+    refused(call(main, handmade_onnx(8), other, *QUICK), "other.onnx", "dtype", "integer")
 
 
 # What fails is named, and with --keep-going left out.

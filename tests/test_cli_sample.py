@@ -207,7 +207,7 @@ def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(
         ("model", "no engine runs files ending in nothing"),
         ("noise.onnx", "noise.onnx: not a whole ONNX file"),
         ("noise.pt", "noise.pt: "),
-        ("noise.safetensors", "noise.safetensors: not a whole safetensors file"),
+        ("noise.safetensors", "noise.safetensors: a text that begins with 'neither fish nor fowl'; download"),
     ],
 )
 def test_a_file_that_is_no_model_is_one_line(

@@ -7,12 +7,14 @@ Every export runs the file that it wrote. A difference beyond the tolerance is a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.checks import NotFinite
 from cmfast.engines import Engine
 from cmfast.model import Model
 from cmfast.noise import gaussian
@@ -88,9 +90,9 @@ def verify(file: Engine, references: Sequence[Engine], batches: Sequence[int] | 
     boundary = None
     if file.manifest.kind == "denoiser":
         for where, x, sigma, label in _denoiser_inputs(spec, _batches(file, batches)):
-            got = ours.denoise(x, sigma, label)
+            got = _or_nan(partial(ours.denoise, x, sigma, label), x.shape)
             for each, model in zip(rows, theirs, strict=True):
-                each.append(_row(where, got, model.denoise(x, sigma, label)))
+                each.append(_row(where, got, _or_nan(partial(model.denoise, x, sigma, label), x.shape)))
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in ("boundary", "seed") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
@@ -99,11 +101,20 @@ def verify(file: Engine, references: Sequence[Engine], batches: Sequence[int] | 
         for batch in _batches(file, batches):
             noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
             label = ours.labels(batch, seed=1)
-            got = ours.from_noise(noise, sigmas, label)
+            got = _or_nan(partial(ours.from_noise, noise, sigmas, label), noise.shape[1:])
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
             for each, model in zip(rows, theirs, strict=True):
-                each.append(_row(where, got, model.from_noise(noise, sigmas, label)))
+                want = _or_nan(partial(model.from_noise, noise, sigmas, label), noise.shape[1:])
+                each.append(_row(where, got, want))
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
+
+
+def _or_nan(call: Callable[[], Floats], shape: tuple[int, ...]) -> Floats:
+    """Return what a model computes, or NaN where it is not finite: a difference like others, found with its place."""
+    try:
+        return call()
+    except NotFinite:
+        return np.full(shape, np.nan, np.float32)
 
 
 def compare_batches(file: Engine, few: int, most: int) -> Row:
