@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loop import QUICK, TINY, arguments, finished, log_of, losses_of, run_here
 from test_run import save_images
@@ -31,6 +32,7 @@ from cmfast_train.cli import main
 from cmfast_train.config import override
 from cmfast_train.folder import LOCK, read_config
 from cmfast_train.log import TrainLog
+from cmfast_train.loop import train
 from cmfast_train.presets import PRESETS
 
 __all__ = ["finished"]  # a fixture
@@ -153,6 +155,15 @@ def test_a_run_does_not_write_among_its_images_or_into_the_model_that_it_starts_
         words = [*arguments(tmp_path / out, [*QUICK, SHORT]), "--init", tmp_path / "model"]
         refused(call(main, *words), "is, or is in, the model of --init")
     assert sorted(os.listdir(tmp_path)) == ["model", "photos"]
+
+
+def test_images_that_are_not_square_are_trained_and_drawn(tmp_path: Path) -> None:
+    save_images(tmp_path / "photos", torch.zeros(8, 8, 16, 3, dtype=torch.uint8).numpy())
+    settings = [*TINY, "phases=edm:8,ect:8", "image_size=8x16", "conditional=false", "model_channels=32", "attention="]
+    model = train(override(PRESETS["folder"], [*settings, "flip=true"]), tmp_path / "run", tmp_path / "photos")
+    assert load_checkpoint(model).spec.image == (3, 8, 16)
+    with Image.open(tmp_path / "run" / "samples" / "000000000016.png") as grid:
+        assert grid.size == (2 + 2 * (3 * 16 + 2), 2 + 2 * (3 * 8 + 2))
 
 
 # One writer.
@@ -291,7 +302,6 @@ def test_curves_of_a_run_that_goes_on_replace_those_after_its_checkpoint(tmp_pat
     ("setting", "words"),
     [
         ("phases=edm:32", 'another phases; repeat .* name another --out (phases: [{"method": "edm", "images": 16,'),
-        ("phases=edm:16,ect:8", "another phases; repeat"),
         ("batch=16", "another batch; repeat .* or name another --out (batch: 8 there, 16 here)"),
         ("channels=3", "another channels; repeat"),
     ],
@@ -303,7 +313,8 @@ def test_a_run_that_is_to_be_longer_or_another_is_shown_how_to_start_from_its_mo
         run_here(copy, SHORT, setting)
     end = f"start a new run from it: cmfast-train digits --init {copy / 'model.pt'} --out NEW"
     assert str(raised.value).endswith(end)
-    run_here(tmp_path / "new", "phases=edm:8", f"init={copy / 'model.pt'}")
+    if setting == "phases=edm:32":
+        run_here(tmp_path / "new", "phases=edm:8", f"init={copy / 'model.pt'}")
 
 
 def test_another_preset_names_what_differs_and_how_to_start_from_the_model(
@@ -375,7 +386,6 @@ def test_a_configuration_of_a_wrong_type_or_size_is_not_read(finished: Path, tmp
         (lambda s: {"step": 10**9}, "step is 1000000000, expected 0 to 2"),
         (lambda s: {"phase": -1}, "phase is -1, expected 0 to 0"),
         (lambda s: {"averages": {"0.999": dict.fromkeys(s["weights"], torch.zeros(()))}}, r"has the shape \[\]"),
-        (lambda s: {"averages": [1, 2]}, "not the training state of this run"),
         (lambda s: {"optimizer": {"state": [], "param_groups": []}}, "not the training state of this run"),
         (lambda s: {"made_for": 3}, "not the training state of this run"),
     ],
