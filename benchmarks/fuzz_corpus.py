@@ -24,7 +24,7 @@ from cmfast.plan import UNSEALED, check_engine, parse_plan, seal
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.importers import identify
-from cmfast_train.importers.pickles import read_pickle, read_torch
+from cmfast_train.importers.pickles import read_pickle
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
 DIFFUSERS = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
@@ -350,7 +350,6 @@ READERS = {
         Reader(name="onnx", read=_file(".onnx", _read_graph), corpus=_onnx_files, share=4),
         Reader(name="plan", read=lambda data, folder: parse_plan(data, Path("input.engine")), corpus=_plans, share=8),
         Reader(name="pickle", read=_file(".pkl", read_pickle), corpus=_pickles, share=3),
-        Reader(name="torch-objects", read=_file(".pt", read_torch), corpus=_torch_files, share=1),
         Reader(name="torch", read=_file(".pt", identify), corpus=_torch_files, share=1),
         Reader(name="safetensors", read=_file(".safetensors", identify), corpus=_safetensors, share=2),
         Reader(name="diffusers", read=_read_json_of_diffusers, corpus=_diffusers, share=1),

@@ -12,6 +12,8 @@ The names below are the public interface; each is imported when it is first used
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,12 +47,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'cmfast' has no attribute {name!r}")
-    from cmfast import _api
+    if name in __all__:
+        from cmfast import _api
 
-    value = globals()[name] = getattr(_api, name)
-    return value
+        globals()[name] = getattr(_api, name)
+        return globals()[name]
+    if not name.startswith("_") and find_spec(f"cmfast.{name}"):  # cmfast.noise is there without its own import
+        return import_module(f"cmfast.{name}")
+    raise AttributeError(f"module 'cmfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -23,6 +23,8 @@ from typing import Any
 
 from cmfast import _protobuf as pb
 
+_LOCATION, _EXTERNAL = 14, 1  # of a TensorProto: where its data is
+_INSIDE = {4, 5, 6, 7, 9, 10, 11}  # its data
 _HEADER = {1, 2, 3, 4, 5, 6, 14}  # of a ModelProto
 _GRAPH, _INITIALIZER = 7, 5
 _RAW, _OUTSIDE = 9, {12, 13, 14}  # of a TensorProto: raw_data; doc_string, external_data and data_location
@@ -72,6 +74,9 @@ def _add_tensor(sha256: Any, tensor: int | memoryview, outside: Callable[[str], 
         raise pb.ProtobufError("an initializer is a number")
     parts = _by_number([tensor])
     place = [pb.string_pair(entry) for entry in parts.get(13, []) if isinstance(entry, memoryview)]
+    external = bool(parts.get(_LOCATION)) and parts[_LOCATION][-1] == _EXTERNAL
+    if bool(place) != external or (external and parts.keys() & _INSIDE):  # readers differ in which of the two they take
+        raise pb.ProtobufError("a weight has its data both inside and outside the file, or neither")
     if place:
         parts[_RAW] = [_slice(dict(place), outside)]
     sha256.update(b"%d{\n" % _INITIALIZER)

@@ -112,8 +112,9 @@ def available_memory() -> int | None:
         found.append(1024 * int(system[1]))
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     if limit.isascii() and limit.isdecimal() and used.isdecimal():  # without a limit: "max"
-        cache = re.search(r"^inactive_file (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
-        found.append(max(0, int(limit) - int(used) + int(cache[1] if cache else 0)))
+        stat = _read("/sys/fs/cgroup/memory.stat")
+        kept = re.findall(r"^(?:inactive_file|active_file|slab_reclaimable) (\d+)$", stat, re.MULTILINE)
+        found.append(max(0, int(limit) - int(used) + sum(map(int, kept))))  # what files keep is given back
     return min(found, default=None)
 
 

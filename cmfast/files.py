@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +27,10 @@ from cmfast.locks import lock_shared_with_children
 
 StrPath = str | os.PathLike[str]
 
-_OWN_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.cmfast-tmp(\.[^.]*)?", re.DOTALL)
+# A lock tells nothing of another machine's processes, so their temporaries, on a shared disk, are left alone.
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_OWN_TEMPORARY = re.compile(rf"\..*\.{_HOST}-[0-9a-f]{{8}}\.cmfast-tmp(\.[^.]*)?", re.DOTALL)
+_YOUNG_S = 10.0  # a temporary that was changed so recently may just be about to be locked
 _LONGEST = 180  # bytes of a target's name in that of its temporary; file systems end at 255
 _NO_SPACE = {
     errno.ENOSPC: "no space left in {folder}",
@@ -55,7 +61,10 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
             os.replace(temporary, real)
             _flush(real.parent)
         except Exception as err:
-            raise _for_user(err, target, temporary) from None
+            said = _for_user(err, target, temporary)
+            if said is err:
+                raise
+            raise said from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -85,7 +94,10 @@ def atomic_folder(path: StrPath, within: StrPath | None = None) -> Iterator[Path
             os.replace(temporary, real)  # over an empty folder this is allowed
             _flush(real.parent)
         except Exception as err:
-            raise _for_user(err, target, temporary) from None
+            said = _for_user(err, target, temporary)
+            if said is err:
+                raise
+            raise said from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -121,7 +133,7 @@ def check_target(path: StrPath, suffixes: Sequence[str] = (), inputs: Iterable[S
         raise CmfastError(f"{target} is {_kind(target.stat().st_mode)}, not a regular file; name a file")
     _refuse_inputs(target, inputs)
     _need_folder(_behind_links(target).parent)
-    _need_writable(target.parent, target)
+    _refuse_kernel(target.parent, target)
     _need_writable(_behind_links(target).parent, target)
     return target
 
@@ -180,7 +192,7 @@ def _remove_if_left(path: Path) -> None:
     with contextlib.suppress(OSError):  # gone meanwhile, or another user's
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
-            if not lock_shared_with_children(descriptor):
+            if time.time() - os.fstat(descriptor).st_mtime < _YOUNG_S or not lock_shared_with_children(descriptor):
                 return
             if stat.S_ISDIR(os.fstat(descriptor).st_mode):
                 shutil.rmtree(path, ignore_errors=True)
@@ -194,28 +206,26 @@ def _remove_if_left(path: Path) -> None:
 def _new_temporary(target: Path, *, folder: bool) -> Iterator[Path]:
     """Give a new, empty, private file or folder beside `target`, locked until the block ends."""
     name = os.fsdecode(os.fsencode(target.name)[:_LONGEST])
+    suffix = "" if folder or len(target.suffix) > 20 else target.suffix
     while True:
-        suffix = "" if folder or len(target.suffix) > 20 else target.suffix
-        path = target.with_name(f".{name}.{secrets.token_hex(4)}.cmfast-tmp{suffix}")
+        path = target.with_name(f".{name}.{_HOST}-{secrets.token_hex(4)}.cmfast-tmp{suffix}")
         try:
             if folder:
                 path.mkdir(mode=0o700)
             else:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            break
         except FileExistsError:
             continue
-        if os.name == "nt":  # what is open cannot be renamed there, and folders cannot be opened
-            yield path
-            return
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            lock_shared_with_children(descriptor)
-            if not os.path.lexists(path):  # taken for a leftover before it was locked
-                continue
-            yield path
-            return
-        finally:
-            os.close(descriptor)
+    if os.name == "nt":  # what is open cannot be renamed there, and folders cannot be opened
+        yield path
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        lock_shared_with_children(descriptor)
+        yield path
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -281,12 +291,16 @@ def _need_folder(folder: Path) -> None:
 
 
 def _need_writable(folder: Path, target: Path) -> None:
-    real = os.path.realpath(folder)
-    kernel = any(real == place or real.startswith(f"{place}/") for place in _KERNEL)
-    if os.name == "posix" and kernel and not real.startswith("/dev/shm"):
-        raise CmfastError(f"{target}: {real} is no place for files; name another folder")
+    _refuse_kernel(folder, target)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CmfastError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def _refuse_kernel(folder: Path, target: Path) -> None:
+    real = os.path.realpath(folder)
+    inside = any(real == place or real.startswith(f"{place}/") for place in _KERNEL)
+    if os.name == "posix" and inside and not real.startswith("/dev/shm"):
+        raise CmfastError(f"{target}: {real} is no place for files; name another folder")
 
 
 def _kind(mode: int) -> str:
@@ -311,6 +325,10 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    """Return the umask. Setting it to read it would open the files that other threads make meanwhile."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1], 8)
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -17,8 +17,20 @@ from cmfast.errors import CmfastError, CmfastWarning
 if sys.platform != "win32":
     import fcntl
 
+_FAR = 1 << 20  # bytes; where a lock file is locked on Windows
 _held: set[str] = set()  # lock files of this process: the system's locks do not tell its threads apart
 _guard = threading.Lock()
+
+
+def _forget() -> None:
+    """Forget in a forked child what its parent has locked: such locks are not passed on."""
+    global _guard
+    _held.clear()
+    _guard = threading.Lock()  # another thread may have had it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def lock_beside(target: str | os.PathLike[str]) -> Path:
@@ -72,13 +84,14 @@ def lock_shared_with_children(descriptor: int) -> bool:
 def _take(name: str, busy: str) -> int:
     """Return the descriptor of the lock file, locked."""
     while True:
-        descriptor = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
+        descriptor = _open(name, busy)
         try:
             if not _lock(descriptor, name):
                 raise CmfastError(f"{busy} ({_owner(descriptor)})")
             if _is_still(descriptor, name):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0) if hasattr(os, "pwrite") else None
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -86,11 +99,25 @@ def _take(name: str, busy: str) -> int:
         os.close(descriptor)
 
 
+def _open(name: str, busy: str) -> int:
+    for flags in (os.O_RDWR, os.O_RDWR | os.O_CREAT):  # in a sticky folder root may not open others' files to make them
+        try:
+            return os.open(name, flags, 0o666)
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            break
+    if os.path.exists(name):
+        raise CmfastError(f"{busy}, by another user; if that process was killed, remove {name}")
+    raise CmfastError(f"no permission to write in {os.path.dirname(name)}")
+
+
 def _lock(descriptor: int, name: str) -> bool:
     """Lock for this process alone, without its children; return False where another has it."""
     if sys.platform == "win32":
         import msvcrt
 
+        os.lseek(descriptor, _FAR, os.SEEK_SET)  # what is locked there cannot be read
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -110,6 +137,7 @@ def _lock(descriptor: int, name: str) -> bool:
 
 
 def _owner(descriptor: int) -> str:
+    os.lseek(descriptor, 0, os.SEEK_SET)
     text = os.read(descriptor, 20).decode("ascii", "replace").strip()
     return f"pid {text}" if text.isdecimal() else "another process"
 

@@ -172,7 +172,7 @@ def test_the_limit_of_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) ->
         "/proc/meminfo": "MemAvailable: 4096 kB\n",
         "max": "3000000\n",
         "current": "2500000\n",
-        "stat": "inactive_file 7\n",
+        "stat": "inactive_file 4\nactive_file 2\nslab_reclaimable 1\n",
     }
     monkeypatch.setattr(checks, "_read", lambda path: texts.get(path) or texts[path.rpartition(".")[2]])
     assert checks.available_memory() == 500_007

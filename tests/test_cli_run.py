@@ -145,3 +145,14 @@ def test_texts_that_people_read_are_printed_as_they_are() -> None:
     text = "grüne Äpfel, 日本　語, 😀 /path/to a file"
     assert printable(text) == text
     assert printable("a\tb\u2028c\x7f") == r"a\tb\u2028c\x7f"
+
+
+def test_a_pipe_of_our_own_that_breaks_is_not_the_reader_of_the_output(
+    call: Callable[..., Result[str]], refused: Callable[..., None]
+) -> None:
+    def write() -> None:
+        read, end = os.pipe()
+        os.close(read)
+        os.write(end, b"x")
+
+    refused(call(lambda: run_command(click.Command("cmfast-test", callback=write))), "has ended: Broken pipe")

@@ -156,6 +156,22 @@ def test_bytes_of_a_data_file_are_part_of_it_and_no_place_outside_it_is_read(
             digest_of(changed, tmp_path)
 
 
+def test_a_weight_that_is_inside_and_outside_has_no_digest(model: onnx.ModelProto, tmp_path: Path) -> None:
+    # ONNX Runtime takes the one that data_location says, other readers the one they find.
+    moved_outside(model, tmp_path)
+    for change in (
+        lambda tensor: setattr(tensor, "data_location", TensorProto.DEFAULT),
+        lambda tensor: setattr(tensor, "raw_data", WEIGHT.tobytes()),
+        lambda tensor: tensor.float_data.extend([9.0] * 64),
+        lambda tensor: tensor.ClearField("external_data"),
+    ):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        change(changed.graph.initializer[0])
+        with pytest.raises(ArtifactError, match=r"both inside and outside|refused"):
+            digest_of(changed, tmp_path)
+
+
 # Who looks at it.
 
 

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,12 +121,15 @@ def test_an_exception_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def kill_while_writing(kind: str, target: Path) -> None:
+    """Kill a process in the middle; what it leaves looks a minute old."""
     command = [sys.executable, "-c", HALF_WRITTEN, kind, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    for left in target.parent.glob(".*.cmfast-tmp*"):
+        os.utime(left, (time.time() - 60,) * 2)
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
@@ -215,7 +219,7 @@ def test_the_two_checks_above_can_fail(handmade_onnx: Callable[..., Path], tmp_p
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_write_and_nothing_else_is(tmp_path: Path) -> None:
-    others = [".draft.tmp.md", ".plan.tmp", ".target.0123456789.cmfast-tmp", "target.01234567.cmfast-tmp"]
+    others = [".draft.tmp.md", ".plan.tmp", ".target.0123456789.cmfast-tmp", ".target.01234567-01234567.cmfast-tmp"]
     for name in others:
         (tmp_path / name).write_text("x")
     kill_while_writing("file", tmp_path / "target")
@@ -369,3 +373,56 @@ def test_a_full_disk_behind_a_librarys_own_error_is_one_line(
     with pytest.raises(RuntimeError, match="a bug"), atomic_file(target):  # with room on the disk it is something else
         raise RuntimeError("a bug")
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_what_was_left_a_moment_ago_may_be_another_writers_and_stays(tmp_path: Path) -> None:
+    kill_while_writing("file", tmp_path / "target")
+    (left,) = tmp_path.iterdir()
+    os.utime(left)
+    write_text(tmp_path / "another", "new")
+    assert left.exists()
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+from cmfast.files import atomic_file, atomic_folder
+folder, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(150):
+    with atomic_folder(folder / f"{name}{number}") as new:
+        (new / "a").touch()
+    with atomic_file(folder / name) as file:
+        file.write_text(str(number))
+"""
+
+
+def test_many_writers_in_one_folder_do_not_take_each_others_files_for_leftovers(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
+    writers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE) for name in "abc"]
+    for writer in writers:
+        _, err = writer.communicate(timeout=60)
+        assert (writer.returncode, err) == (0, b"")
+    assert len(os.listdir(tmp_path)) == 3 * 151
+
+
+def test_a_bug_while_writing_keeps_its_cause(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path / "target"):
+            try:
+                int("x")
+            except ValueError as err:
+                raise RuntimeError("a bug") from err
+
+    with pytest.raises(RuntimeError, match="a bug") as raised:
+        write()
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_a_link_in_a_folder_without_permission_may_lead_to_one_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "writable").mkdir()
+    (tmp_path / "link").symlink_to(Path("writable") / "file")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name == "writable")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "writable" / "file").read_text() == "new"

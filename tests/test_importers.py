@@ -141,7 +141,7 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
 
 def test_the_file_that_is_read_is_never_the_one_that_is_written(foreign: Path, call: Make, refused: Make) -> None:
     before = foreign.read_bytes()
-    refused(call(export.main, foreign, *SAY, "--format", "cmfast", "-o", foreign), "that is the file that is read")
+    refused(call(export.main, foreign, *SAY, "--format", "cmfast", "-o", foreign), "is read by this command")
     assert foreign.read_bytes() == before
 
 

@@ -56,7 +56,10 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, boo
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, (node.module or "").split(".")[0] if not node.level else "(relative)", inside
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "(computed)"
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.JoinedStr) and "." in ast.unparse(first.values[0]):  # f"package.{module}"
+                first = first.values[0]
+            name = first.value if isinstance(first, ast.Constant) else "(computed)"
             yield node.lineno, str(name).split(".")[0], inside
         yield from imports(node, inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
@@ -93,6 +96,8 @@ def test_imports_only_go_along_the_arrows(package: str) -> None:
         ("from . import noise", "(relative)"),
         ("import importlib\nimportlib.import_module('torch')", "torch"),
         ("m = __import__('tor' + 'ch')", "(computed)"),
+        ("m = __import__(f'{name}')", "(computed)"),
+        ("m = __import__(f'torch.{name}')", "torch"),
     ],
 )
 def test_the_walk_above_can_fail(source: str, found: str) -> None:
@@ -148,6 +153,8 @@ def test_every_public_name_is_there_and_importing_the_package_alone_brings_none(
     assert set(cmfast.__all__) <= set(dir(cmfast))
     with pytest.raises(AttributeError, match="'cmfast' has no attribute 'nothing'"):
         cmfast.nothing  # noqa: B018
+    for module in ("noise", "engines", "schedule", "artifact", "model", "errors", "sampler", "spec", "heun", "images"):
+        assert python(f"import cmfast; print(cmfast.{module}.__name__)").stdout == f"cmfast.{module}\n"
 
 
 @pytest.fixture(scope="module")

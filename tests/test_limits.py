@@ -116,7 +116,7 @@ def test_a_network_too_large_to_build_is_refused_at_once(network: str, field: st
     ("field", "value", "words"),
     [
         ("res_blocks", 10**6, "more than the 1,024"),
-        ("res_blocks", 100, "the weights do not fit the network"),
+        ("res_blocks", 100, "145 weights are too few for a network of 200 blocks"),
         ("model_channels", 64, "the weights do not fit the network: they are "),
         ("channel_mult", [1] * 10**4, "channel_mult"),
         ("dropout", float("nan"), "dropout must be a finite number, got nan"),

@@ -107,3 +107,36 @@ def test_the_lock_of_a_target_is_beside_it_also_behind_a_link(tmp_path: Path) ->
     (tmp_path / "link.onnx").symlink_to(tmp_path / "real" / "model.onnx")
     assert lock_beside(tmp_path / "link.onnx") == tmp_path / "real" / ".model.onnx.cmfast-lock"
     assert len(os.fsencode(lock_beside(tmp_path / ("é" * 120)).name)) < 256
+
+
+def test_a_child_that_was_forked_under_a_lock_can_lock_when_it_is_free(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    go_read, go_write = os.pipe()
+    with exclusive(lock, "busy"):
+        child = os.fork()
+        if child == 0:
+            os.read(go_read, 1)
+            try:
+                take(lock)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+    os.write(go_write, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_lock_file_of_another_user_is_one_line_that_says_what_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    real = os.open
+
+    def refuse(path: str, *arguments: int) -> int:
+        if path == str(lock):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CmfastError, match=r"by another user; if that process was killed, remove .*lock"):
+        take(lock)

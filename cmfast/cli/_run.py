@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import warnings
@@ -40,10 +41,11 @@ def run_command(command: click.Command) -> NoReturn:
 
 
 def report_interrupt(name: str) -> int:
-    """Print that a command was interrupted; return its exit code. Another Ctrl-C does not get in the way."""
+    """Print that a command was interrupted; return its exit code. Another Ctrl-C ends it at once."""
+    code = _report(name, "interrupted", 130)
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _report(name, "interrupted", 130)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def _exit_code(command: click.Command, name: str) -> int:
         command.main(prog_name=name)
     try:
         # Not command.main, which turns a broken pipe into exit code 1: that means a failed check here.
-        with command.make_context(name, sys.argv[1:]) as context:
+        with command.make_context(name, _arguments()) as context:
             code = command.invoke(context)
         return code if isinstance(code, int) else 0
     except CmfastError as err:
@@ -75,8 +77,10 @@ def _exit_code(command: click.Command, name: str) -> int:
         return report_interrupt(name)
     except click.ClickException as err:
         return _report(name, f"{err.format_message()} (see {name} --help)", 2)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as err:
+        if _reader_has_gone():
+            raise
+        return _report(name, f"a process that this one works with has ended: {err.strerror}", 2)
     except MemoryError as err:
         said = f" ({one_line(err, 150)})" if str(err) else ""
         return _report(name, f"out of memory{said}; try a smaller batch or fewer images", 2)
@@ -84,6 +88,24 @@ def _exit_code(command: click.Command, name: str) -> int:
         return _report(
             name, f"{os.fsdecode(err.filename)}: {err.strerror}" if err.filename else err.strerror or str(err), 2
         )
+
+
+def _arguments() -> list[str]:
+    if os.name == "nt":  # where shells leave wildcards to the programs
+        from click.utils import _expand_args
+
+        return list(_expand_args(sys.argv[1:]))
+    return sys.argv[1:]
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is an output of ours that nobody reads any more."""
+    if not hasattr(select, "poll"):
+        return True
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, 0)
+    return any(event & select.POLLERR for _, event in streams.poll(0))
 
 
 def _open_closed_streams() -> None:

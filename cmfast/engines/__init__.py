@@ -8,6 +8,7 @@ variant, precision).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -115,7 +116,8 @@ def open_engine(
         files=files_of(file),
     )  # fmt: skip
     engine = _open(file, device, threads, variant, precision, sha256)
-    engine.origin = origin  # type: ignore[attr-defined]  # not in the protocol: engines of others need not know of it
+    with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it
+        engine.origin = origin  # type: ignore[attr-defined]
     return engine
 
 

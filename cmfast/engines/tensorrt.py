@@ -34,7 +34,7 @@ from cmfast.engines._tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.errors import CmfastWarning, EngineError
+from cmfast.errors import CmfastError, CmfastWarning, EngineError
 from cmfast.plan import parse_plan
 
 KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
@@ -246,7 +246,11 @@ def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
     # Not the plan's digest: it changes when the plan is sealed again with what was measured.
     of_file = {k: v for k, v in manifest.engine.items() if k not in ("plan_sha256", "max_abs")}
     key = json.dumps([of_file, gpu.name, gpu.compute_capability], sort_keys=True)
-    return check_cache(folder, make=True) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
+    try:
+        return check_cache(folder, make=True) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
+    except CmfastError as err:  # the engine runs without; it compiles again
+        warnings.warn(f"kernels are not kept: {err}", CmfastWarning, stacklevel=2)
+        return None
 
 
 def _number(version: str) -> tuple[int, ...]:

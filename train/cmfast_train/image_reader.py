@@ -13,7 +13,6 @@ camera's multi-picture JPEG, whose first picture is the photograph. `Fit` resize
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +32,6 @@ LOSSY = ("JPEG", "MPO")
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
-
-# Pillow warns of images above MAX_PIXELS and refuses those of twice that; here both are refused.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def read_image(file: Path | bytes, name: object = None) -> Image.Image:
