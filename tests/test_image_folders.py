@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import struct
+import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -409,6 +411,38 @@ class Killed(FolderImages):
 def test_a_worker_that_is_killed_is_one_line_and_no_wait() -> None:
     stream = batches(Killed(), 2, 0, 0, 100, slice(None), 1, False)
     with pytest.raises(CmfastError, match=r"a worker process that reads images has died .*--set workers=0"):
+        list(stream)
+
+
+class Large(Killed):
+    """Batches of 3 MB, more than a pipe holds."""
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return torch.zeros(64, 3, 128, 128, dtype=torch.uint8), torch.full((64,), os.getpid())
+
+
+def test_a_worker_that_is_killed_with_batches_on_their_way_is_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stream = batches(Large(), 2, 0, 0, 1000, slice(None), 2, False)
+    _, labels = next(stream)
+    time.sleep(0.5)  # both workers have made all that may wait
+    os.kill(int(labels[0]), 9)
+    with pytest.raises(CmfastError, match="a worker process that reads images has died"):
+        list(stream)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_batch_that_cannot_be_written_is_one_line_that_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    stream = batches(Large(), 2, 0, 0, 10, slice(None), 1, False)
+    monkeypatch.setattr(np, "save", full)  # in the worker, which is forked
+    with pytest.raises(CmfastError, match=r"cannot write a batch to .*No space left.*TMPDIR.*--set workers=0"):
         list(stream)
 
 

@@ -1,33 +1,43 @@
 # SPDX-License-Identifier: MIT
 """Batches made by worker processes; a worker that dies, or that cannot be started, is one line.
 
-Batches travel through pipes, not through /dev/shm as tensors do: where that is full, as in containers, a worker that
-sends a tensor prints a traceback and the training waits for ever.
+Batches travel in files of the temporary folder, which mostly stay in memory: they live for less than a second. Tensors
+would travel in /dev/shm: where that is full, as in containers, a worker prints a traceback and training waits for ever.
+In a pipe, a worker that is killed in the middle of a batch leaves half of it, which is waited for as long.
 """
 
 from __future__ import annotations
 
 import errno
 import signal
+import tempfile
 import threading
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from cmfast.errors import CmfastError, one_line
 
 
 def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tuple[Tensor, Tensor] | str, None, None]:
     """Yield data.__getitems__(indices) for each list of indices in `order`, made by so many processes."""
+    with tempfile.TemporaryDirectory(prefix="cmfast-batches-", ignore_cleanup_errors=True) as folder:
+        yield from _from_workers(data, order, workers, pin, Path(folder))
+
+
+def _from_workers(
+    data: Any, order: Any, workers: int, pin: bool, folder: Path
+) -> Generator[tuple[Tensor, Tensor] | str, None, None]:
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         loader = DataLoader(
-            data, batch_sampler=order, collate_fn=_as_arrays, num_workers=workers, pin_memory=pin,
+            data, batch_sampler=order, collate_fn=_Storing(folder), num_workers=workers, pin_memory=pin,
             persistent_workers=True,
         )  # fmt: skip
         iterator = iter(loader)
@@ -37,6 +47,7 @@ def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tu
         # DataLoader would raise in the middle of whatever runs when a worker dies. Without its handler it notices
         # while it waits for a batch, within 5 seconds.
         signal.signal(signal.SIGCHLD, before)
+        signal_handling._SIGCHLD_handler_set = False  # so that other DataLoaders of this process set theirs again
     while True:
         try:
             made = next(iterator)
@@ -52,23 +63,48 @@ def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tu
         yield made if isinstance(made, str) else made.tensors()
 
 
-class _Arrays:
-    """A batch on its way through a pipe. DataLoader calls `pin_memory` in its thread."""
+class _Stored:
+    """A batch in a file, on its way. DataLoader calls `pin_memory` in its thread."""
 
-    def __init__(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-        self.images, self.labels = images, labels
-        self.pinned: tuple[Tensor, Tensor] | None = None
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._pinned: tuple[Tensor, Tensor] | None = None
 
-    def pin_memory(self, *_: Any) -> _Arrays:
-        self.pinned = (torch.from_numpy(self.images).pin_memory(), torch.from_numpy(self.labels).pin_memory())
+    def pin_memory(self, *_: Any) -> _Stored:
+        images, labels = self.tensors()
+        self._pinned = images.pin_memory(), labels.pin_memory()
         return self
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.pinned or (torch.from_numpy(self.images), torch.from_numpy(self.labels))
+        """Return the batch; its file is removed."""
+        if self._pinned is not None:
+            return self._pinned
+        with self.file.open("rb") as opened:
+            images, labels = (torch.from_numpy(np.load(opened, allow_pickle=False)) for _ in range(2))
+        self.file.unlink()
+        return images, labels
 
 
-def _as_arrays(batch: tuple[Tensor, Tensor] | str) -> _Arrays | str:
-    return batch if isinstance(batch, str) else _Arrays(batch[0].numpy(), batch[1].numpy())
+class _Storing:
+    """What a worker does with a batch: write it to a new file of the folder. What is wrong is a text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, batch: tuple[Tensor, Tensor] | str) -> _Stored | str:
+        if isinstance(batch, str):
+            return batch
+        try:
+            handle, name = tempfile.mkstemp(dir=self.folder)
+            with open(handle, "wb") as opened:
+                for part in batch:
+                    np.save(opened, part.numpy())
+        except OSError as err:
+            return (
+                f"a worker process cannot write a batch to {self.folder} ({err.strerror}); name another folder with "
+                "TMPDIR, or read images in this process: --set workers=0"
+            )
+        return _Stored(Path(name))
 
 
 def _not_started(workers: int, err: OSError) -> str:
