@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loop import QUICK, TINY, arguments, finished, log_of, losses_of, run_here
 from test_run import save_images
 
+from cmfast import files
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.locks import exclusive
 from cmfast_train.checkpoint import load_checkpoint
@@ -90,10 +91,12 @@ def test_a_folder_with_others_files_is_refused_and_stays_as_it_is(
 
 
 def test_hidden_files_of_others_stay_and_own_ones_of_killed_processes_go(copy: Path) -> None:
-    own = ["{}/.model.pt.0123abcd.cmfast-tmp.pt", "{}/.a.png.0123abcd.cmfast-tmp.png"]
-    left = [name.format(folder) for name in own for folder in (".", "samples", "ema", "phases")]
-    others = [*NOTES, "samples/.swp.tmp", "notes/.model.pt.0123abcd.cmfast-tmp.pt", ".model.pt.tmp.pt", ".env"]
+    own = [f".model.pt.{files._HOST}-0123abcd.cmfast-tmp.pt", f".a.png.{files._HOST}-0123abcd.cmfast-tmp.png"]
+    left = [f"{folder}/{name}" for name in own for folder in (".", "samples", "ema", "phases")]
+    others = [*NOTES, "samples/.swp.tmp", f"notes/{own[0]}", ".model.pt.tmp.pt", ".env"]
     fill(copy, dict.fromkeys([*left, *others], "x"))
+    for name in left:
+        os.utime(copy / name, (0, 0))
     run_here(copy, SHORT)
     assert not any((copy / name).exists() for name in left)
     assert all((copy / name).read_text() == "x" for name in others)
@@ -120,7 +123,7 @@ def test_models_are_not_replaced_by_another_run_whose_state_is_not_there(copy: P
     [
         (lambda out: out.write_text("x"), "is a file"),
         (lambda out: out.symlink_to("nowhere"), "is a link to nothing; name another"),
-        (lambda out: out.symlink_to("/proc"), "cannot write there: "),
+        (lambda out: out.symlink_to("/proc"), "no permission to write in /proc"),
     ],
 )
 def test_what_cannot_be_the_folder_of_a_run_is_one_line(

@@ -291,8 +291,8 @@ def test_an_array_larger_than_memory_is_refused_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(tmp_path / "a.npz", shades(200, 50))
-    monkeypatch.setattr(image_arrays, "_memory", lambda: 500_000)
-    with pytest.raises(CmfastError, match=r"would take 500,000 bytes, .* save the images as \.npy"):
+    monkeypatch.setattr(image_arrays, "available_memory", lambda: 250_000)
+    with pytest.raises(CmfastError, match=r"would take 500,000 bytes of memory, .* save them as \.npy"):
         load_data(config(), tmp_path / "a.npz")
 
 

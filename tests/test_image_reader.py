@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cmfast.errors import CmfastError
 from cmfast_train import image_reader
@@ -212,3 +212,30 @@ def test_a_palette_of_greys_is_grey_where_greys_are_compared(
     assert pixels.shape == (4, 4, shape)
     assert (pixels == 77).all()
     assert not lossy
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_what_pillow_makes_of_it(orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "photo.png")), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own warning
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00nonsense", b"", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"])
+def test_damaged_exif_data_do_not_matter_to_the_pixels(exif: bytes, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4), RED).save(tmp_path / "photo.jpg", exif=exif)
+    assert read_image(tmp_path / "photo.jpg").size == (8, 4)
+
+
+def test_a_tiff_with_a_small_copy_of_itself_is_one_picture(tmp_path: Path) -> None:
+    copy = Image.new("RGB", (2, 2), RED)
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.new("RGB", (8, 4), RED).save(tmp_path / "a.tif", save_all=True, append_images=[copy])
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert opened.n_frames == 2
+    assert read_image(tmp_path / "a.tif").size == (8, 4)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -231,3 +232,20 @@ def test_names_of_classes_go_on_from_a_model_and_a_contradiction_is_said(named: 
     named(*others)
     with pytest.warns(CmfastWarning, match="other names: label 0 is 'class 0' there and 'zero' in the data"):
         assert spec_of(run_here(tmp_path / "fourth", *SHORT, start)).class_names == others
+
+
+def test_a_run_of_an_older_version_does_not_go_on_with_its_classes_in_another_order(tmp_path: Path) -> None:
+    from cmfast_train.folder import _check_order
+
+    names = tuple(map(str, range(12)))
+    config = dataclasses.replace(PRESETS["folder"], class_names=names)
+    with pytest.raises(CmfastError, match=r"in the order of text .0, 1, 10, 11, .*name another --out"):
+        _check_order(config, [], tmp_path)
+    _check_order(config, list(names), tmp_path)
+    _check_order(dataclasses.replace(config, class_names=names[:10]), [], tmp_path)
+    _check_order(dataclasses.replace(config, class_names=()), [], tmp_path)
+
+
+def test_a_run_may_have_as_many_classes_as_there_are() -> None:
+    names = tuple(f"n{i:06d}" for i in range(20_000))
+    assert dataclasses.replace(PRESETS["folder"], class_names=names).spec(20_000).class_names == names

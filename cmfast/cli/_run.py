@@ -85,9 +85,8 @@ def _exit_code(command: click.Command, name: str) -> int:
         said = f" ({one_line(err, 150)})" if str(err) else ""
         return _report(name, f"out of memory{said}; try a smaller batch or fewer images", 2)
     except OSError as err:  # no permission, a disk that fails: the system's own words are the clearest
-        return _report(
-            name, f"{os.fsdecode(err.filename)}: {err.strerror}" if err.filename else err.strerror or str(err), 2
-        )
+        named = err.filename if isinstance(err.filename, (str, bytes)) else ""  # it may be a descriptor
+        return _report(name, f"{os.fsdecode(named)}: {err.strerror}" if named else err.strerror or str(err), 2)
 
 
 def _arguments() -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 from cmfast.errors import CmfastError
 
 LARGEST = 10**12  # of any whole number in a configuration; lengths in images are the largest
-MOST = 1000  # entries of any list in a configuration
+MOST = 1000  # entries of any list in a configuration but the names of classes
+MOST_NAMES = 1 << 20
 LONGEST = 4096  # characters of any text in a configuration: a path
 
 
@@ -25,7 +26,7 @@ def check_types(owner: Any, prefix: str = "") -> None:
     """Raise CmfastError unless every field of a dataclass is of its type; `prefix` stands before the field's name."""
     for name, kind in _kinds(type(owner)).items():
         value = getattr(owner, name)
-        if not _is(value, kind):
+        if not _is(value, kind, MOST_NAMES if name == "class_names" else MOST):
             raise CmfastError(f"{prefix}{name} must be {in_words(kind)}, got {shown(value)}")
 
 
@@ -51,18 +52,18 @@ def _kinds(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is(value: Any, kind: Any, most: int = MOST) -> bool:
     if kind is int:
         return type(value) is int and -LARGEST <= value <= LARGEST
     if kind is float:
-        return (type(value) is float and math.isfinite(value)) or _is(value, int)
+        return (isinstance(value, float) and math.isfinite(value)) or _is(value, int)
     if kind is str:
         return type(value) is str and len(value) <= LONGEST
     if isinstance(kind, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]  # of tuple[int, int], too: how many is for the owner to say
-        return type(value) is tuple and len(value) <= MOST and all(_is(entry, inner) for entry in value)
+        return type(value) is tuple and len(value) <= most and all(_is(entry, inner) for entry in value)
     return type(value) is kind
 
 

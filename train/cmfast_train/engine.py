@@ -7,6 +7,7 @@ What is particular to CUDA is in `torch_cuda`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -65,6 +66,7 @@ class TorchEngine:
     ) -> None:
         _check(model, device, variant, precision)
         set_threads(threads)
+        _watch_forks()
         self._process = os.getpid()
         checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
         self.manifest = replace(checkpoint_manifest(checkpoint), dtype=PRECISIONS[precision or "fp32"])
@@ -144,8 +146,11 @@ def _after_fork() -> None:
     torch.set_num_threads(1)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+@functools.cache
+def _watch_forks() -> None:
+    """From the first engine on, notice when this process is a child: the threads of its parent are not there."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
 
 
 def open_folder(

@@ -158,7 +158,8 @@ def is_samples(path: Path) -> bool:
     """Whether a path is a file or folder of samples, not of a model: .npz, or a folder with images in it."""
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
-    return not (path / "model_index.json").exists() and bool(_images_in(path))
+    model = any((path / name).exists() for name in ("model_index.json", "model.pt"))
+    return not model and bool(_images_in(path))
 
 
 def read_samples(path: Path, n: int | None, channels: int | None = None) -> Bytes:
@@ -217,7 +218,7 @@ def _image_batches(images: Data, indices: Tensor) -> Iterator[Tensor]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Return the images of a folder: its own, or where it has none those of its folders (`--subdirs`)."""
+    """Return the images of a folder: its own and those of its folders (`--subdirs`)."""
     with reading(folder, "cannot list its images"):
         return walk(folder)
 

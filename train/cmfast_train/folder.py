@@ -25,7 +25,7 @@ from cmfast_train.log import noted_a_checkpoint
 FILES = ("config.json", "model.pt", "state.pt", "log.jsonl")
 FOLDERS = ("samples", "phases", "ema", "tensorboard")
 LOCK = ".cmfast-train.lock"
-LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST_CONFIG = 1 << 25  # bytes; names of classes can be many
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -114,7 +114,7 @@ def disk_errors_in_one_line(out: Path) -> Iterator[None]:
                 f"no space left in {out} ({err.strerror}); the last checkpoint is untouched: free some space, and the "
                 "same command continues"
             ) from None
-        if err.filename is None or not Path(os.fsdecode(err.filename)).is_relative_to(out):
+        if not isinstance(err.filename, (str, bytes)) or not Path(os.fsdecode(err.filename)).is_relative_to(out):
             raise
         raise CmfastError(f"{os.fsdecode(err.filename)}: {err.strerror}") from None
 
@@ -149,6 +149,7 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
     if not {"state.pt", "model.pt", "phases", "ema"} & set(found):
         return  # killed before it left anything
     again = _another_run(config, out)
+    _check_order(config, before["class_names"], out)
     if names := sorted(set(changed) - _names_not_known(before, now)):
         values = "".join(
             f" ({name}: {_short(before[name])} there, {_short(now[name])} here)" for name in names if len(names) == 1
@@ -171,6 +172,17 @@ def _another_run(config: TrainConfig, out: Path) -> str:
         "; to train its model for longer or in another way, start a new run from it: "
         f"cmfast-train {config.data} --init {out / 'model.pt'} --out NEW"
     )
+
+
+def _check_order(config: TrainConfig, before: Any, out: Path) -> None:
+    """Raise CmfastError where the folders of a run without names were its classes in the order of text."""
+    names = list(config.class_names)
+    if config.data == "folder" and names and not before and names != sorted(names):
+        raise CmfastError(
+            f"{out} holds a run of an older version, to which the folders were classes in the order of text "
+            f"({', '.join(sorted(names)[:4])}, ..); now numbers sort as numbers, so its labels would change their "
+            "meaning; name another --out"
+        )
 
 
 def _names_not_known(before: dict[str, Any], now: dict[str, Any]) -> set[str]:

@@ -10,7 +10,6 @@ Sizes are compared with the file's before memory is taken.
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.artifact import check_file
+from cmfast.checks import available_memory
 from cmfast.errors import ArtifactError
 from cmfast_train.image_folders import check_labels
 from cmfast_train.image_reader import reading
@@ -131,10 +131,10 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
                 f"{path}: not a whole .npz file: {name} is {list(head.shape)} of {head.dtype}, {head.nbytes:,} bytes, "
                 f"and has {entry.file_size - head.offset:,}"
             )
-        if head.nbytes > _memory() // 2:
+        if head.nbytes > (available := available_memory() or MEMORY):
             raise ArtifactError(
-                f"{path}: {name} would take {head.nbytes:,} bytes, more than half of this machine's memory; save the "
-                "images as .npy, which is read from disk"
+                f"{path}: {name} would take {head.nbytes:,} bytes of memory, and {available:,} are available; use "
+                "fewer images, or as --data of a run save them as .npy, which is read from disk"
             )
         values = np.empty(head.nbytes, np.uint8)
         view, done = memoryview(values), 0
@@ -178,10 +178,3 @@ def _images(path: Path, images: Array) -> Array:
             + ("; save x.transpose(0, 2, 3, 1)" if first else "")
         )
     return images
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return MEMORY

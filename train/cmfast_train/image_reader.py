@@ -16,19 +16,29 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cmfast.errors import ArtifactError, CmfastError, one_line
 
 BACKGROUND = (255, 255, 255)  # under transparent pixels
-MAX_PIXELS = 89_478_485  # of a file, before and after resizing: 256 MiB of RGB, Pillow's own limit
+MAX_PIXELS = 178_956_970  # of a file, before and after resizing: where Pillow refuses too; 512 MiB of RGB
 MAX_FILE = 1 << 30  # bytes
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # no format that starts another program
 LOSSY = ("JPEG", "MPO")
 
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -161,15 +171,34 @@ def _decode(content: bytes) -> tuple[Image.Image, str, str]:
         form = str(image.format)
         if image.width * image.height > MAX_PIXELS:
             raise CmfastError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
-        if form != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise CmfastError(f"it has {image.n_frames} frames; save the one to use as a file of its own")
+        if form != "MPO" and (frames := _frames(image)) > 1:
+            raise CmfastError(f"it has {frames} frames; save the one to use as a file of its own")
         mode = image.mode
         image.load()
         rgb = to_rgb(image)
-        if image.getexif().get(0x0112, 1) != 1:  # orientation
-            rgb.info["exif"] = image.getexif().tobytes()
-            ImageOps.exif_transpose(rgb, in_place=True)
-        return rgb, mode, form
+        turn = _TURNS.get(_orientation(image))
+        return rgb if turn is None else rgb.transpose(turn), mode, form
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation in the EXIF data; 1, as it is, where there is none that can be read."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF data are no reason to refuse the pixels
+        return 1
+
+
+def _frames(image: Any) -> int:
+    """Return the number of pictures in a file; in a TIFF, smaller copies of the first one do not count."""
+    number = int(getattr(image, "n_frames", 1))
+    if number == 1 or image.format != "TIFF":
+        return number
+    copies = 0
+    for page in range(1, min(number, 100)):
+        image.seek(page)
+        copies += image.tag_v2.get(254, 0) & 1  # NewSubfileType: a reduced image
+    image.seek(0)
+    return number - copies
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -109,12 +109,18 @@ def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
             f"{option} {path}: a model of {model.spec.classes} classes, the run has {spec.classes}; "
             "a label of the one means nothing to the other"
         )
-    _check_names(f"{option} {path}", model.spec.class_names, spec.class_names)
+    _check_names(f"{option} {path}", model.spec.class_names, spec.class_names, bool(model.spec.classes))
     return model
 
 
-def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...]) -> None:
+def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], labelled: bool) -> None:
     """Raise CmfastError if labels mean other classes of the same names, and warn if the names differ."""
+    if not names and list(of_data) != sorted(of_data) and labelled:
+        warnings.warn(
+            f"{model}: it does not name its classes; if it was trained on these folders by an older version, they were "
+            "in the order of text, and its labels are others",
+            CmfastWarning, stacklevel=4,
+        )  # fmt: skip
     if not names or not of_data or names == of_data:
         return
     i = next(i for i, (one, other) in enumerate(zip(names, of_data, strict=True)) if one != other)
