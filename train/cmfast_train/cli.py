@@ -46,7 +46,7 @@ Examples:
     "--data",
     type=click.Path(path_type=Path),
     envvar="CMFAST_DATA",
-    help="Folder of the images; not needed for digits. Also CMFAST_DATA.",
+    help="Images: a folder, .zip, .npy or .npz; not needed for digits. Also CMFAST_DATA.",
 )
 @click.option(
     "--set",
