@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import tempfile
 import time
@@ -241,7 +242,7 @@ def command(
     rows = []
     for reader in readers:
         with scratch() as folder:
-            share = None if inputs is None else max(1, round(inputs * reader.share / sum(r.share for r in readers)))
+            share = None if inputs is None else max(1, math.ceil(inputs * reader.share / sum(r.share for r in readers)))
             if number is not None:
                 share = 1
             result = fuzz(
