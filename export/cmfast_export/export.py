@@ -25,13 +25,14 @@ from cmfast_export._target import one_writer
 from cmfast_export.compose import sampler_graph
 from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
-from cmfast_export.to_onnx import denoiser_graph, plain_defaults
+from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.to_server import server_graph
 from cmfast_export.verify import Parity, verify
 from cmfast_export.write import data_files, remove_unused, replace_manifest, weight_bytes, write_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
 from cmfast_train.importers import load_model
+from cmfast_train.networks.precision import float32_weights
 
 ROOM = 300  # characters of a manifest for parity and cost
 
@@ -82,7 +83,7 @@ def export_onnx(
     tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
                file. None: what rounding to this precision may cost (`cmfast.artifact.rounding`)
     """
-    with plain_defaults():
+    with float32_weights():
         return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance)
 
 

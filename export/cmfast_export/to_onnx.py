@@ -28,6 +28,7 @@ from onnxscript.optimizer import fold_constants
 from cmfast.errors import CmfastError
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.networks.precision import float32_weights
 
 
 def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> ir.Model:
@@ -53,7 +54,7 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     if spec.classes:
         inputs["label"] = torch.zeros(example, dtype=torch.int64)
     dynamic = None if batch else {name: {0: torch.export.Dim("B", max=2**20)} for name in inputs}
-    with torch.inference_mode(False), _quiet(), plain_defaults():
+    with torch.inference_mode(False), _quiet(), float32_weights():
         program = torch.export.export(denoiser, (), inputs, dynamic_shapes=dynamic)
         exported = torch.onnx.export(
             program,
@@ -192,17 +193,6 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.group_norm.default: _group_norm,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
-
-
-@contextlib.contextmanager
-def plain_defaults() -> Iterator[None]:
-    """Make float32 what torch makes tensors of in the block, whatever the caller has set."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
