@@ -117,6 +117,52 @@ def test_an_average_in_an_optimizers_state_is_said_to_be_there(raw: dict[str, Te
     assert same(load(content, tmp_path, "model"), raw)
 
 
+def states_by_name(raw: dict[str, Tensor]) -> dict[str, Any]:
+    """Return an optimizer's state dict as FSDP saves it: by the names of the weights."""
+    state = {name: {"exp_avg": tensor, "exp_avg_sq": tensor} for name, tensor in raw.items()}
+    return {"state": state, "param_groups": [{"lr": 1e-4, "params": list(raw)}]}
+
+
+BESIDE: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {  # what trainers keep beside the weights
+    "a batch of samples": lambda raw: {"samples": [torch.zeros(4, 3, 8, 8)]},
+    "features for a score": lambda raw: {"fid": {"reference": [torch.zeros(9), torch.zeros(9, 9)]}},
+    "an optimizer called opt": lambda raw: {"opt": states_by_name(raw)},
+    "two optimizers deeper in": lambda raw: {"trainer": {"adam": states_by_name(raw), "muon": states_by_name(raw)}},
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_a_trainer_keeps_beside_the_weights_leaves_nothing_to_choose(
+    what: str, raw: dict[str, Tensor], tmp_path: Path
+) -> None:
+    assert same(load({"model": raw, **BESIDE[what](raw)}, tmp_path), raw)
+
+
+def test_an_optimizer_of_any_name_is_searched_for_an_average(raw: dict[str, Tensor], tmp_path: Path) -> None:
+    held = {"state": {0: {"ema": torch.zeros(2, 2)}}, "param_groups": [{}]}
+    with pytest.raises(CmfastError, match=r"holds an average, opt\.state\.ema, which is not read"):
+        load({"model": raw, "opt": held}, tmp_path)
+
+
+def test_a_list_as_long_as_the_parameters_may_be_an_average_whatever_its_name(
+    raw: dict[str, Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(CmfastError, match=r"slow is a list of \d+ tensors without names.*cannot be read"):
+        load({"model": raw, "slow": list(raw.values())[::-1]}, tmp_path)
+    with pytest.raises(CmfastError, match=r"holds 2 set\(s\) of weights \(model, slow\)"):
+        load({"model": raw, "slow": list(raw.values())}, tmp_path)
+
+
+def test_of_very_many_sets_the_one_that_was_chosen_is_read(
+    raw: dict[str, Tensor], average: dict[str, Tensor], tmp_path: Path
+) -> None:
+    content = {"runs": {f"step{n}": {"w": torch.zeros(2, 2)} for n in range(200)}, "ema": average, "model": raw}
+    with pytest.raises(CmfastError, match=r"more than 64 sets of weights; choose one, for example --set weights="):
+        load(content, tmp_path)
+    assert same(load(content, tmp_path, "ema"), average)
+    assert same(load(content, tmp_path, "model"), raw)
+
+
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "model.", "net.", "ema.", "student.", "denoiser.", "unet.", "module.model.net."]
 )

@@ -34,21 +34,24 @@ def named(tensors: Sequence[Tensor], sets: Mapping[str, Weights]) -> Weights | N
     found: Weights | None = None
     names: list[str] = []
     for weights in sets.values():
-        parameters = [
-            key for key, tensor in weights.items() if not key.endswith(BUFFERS) and tensor.is_floating_point()
-        ]
-        fits = len(parameters) == len(tensors) and all(
-            weights[key].shape == tensor.shape for key, tensor in zip(parameters, tensors, strict=True)
+        keys = parameters(weights)
+        fits = len(keys) == len(tensors) and all(
+            weights[key].shape == tensor.shape for key, tensor in zip(keys, tensors, strict=True)
         )
         if not fits:
             continue
-        if parameters == sorted(parameters) and len({tuple(t.shape) for t in tensors}) < len(tensors):
+        if keys == sorted(keys) and len({tuple(t.shape) for t in tensors}) < len(tensors):
             return None
         if found is None:
-            found, names = {**weights, **dict(zip(parameters, tensors, strict=True))}, parameters
-        elif parameters != names:
+            found, names = {**weights, **dict(zip(keys, tensors, strict=True))}, keys
+        elif keys != names:
             return None
     return found
+
+
+def parameters(weights: Weights) -> list[str]:
+    """Return the names of the parameters of a state dict, without its buffers, in their order."""
+    return [key for key, tensor in weights.items() if not key.endswith(BUFFERS) and tensor.is_floating_point()]
 
 
 def of_undotted(sets: Mapping[str, Weights]) -> dict[str, Weights]:
@@ -85,11 +88,18 @@ def average_in_optimizer(content: Any) -> str:
     return ""
 
 
+def is_optimizer(content: Any) -> bool:
+    """Whether this is what an optimizer's state_dict returns, whatever key it stands under."""
+    return (
+        isinstance(content, Mapping) and "state" in content and isinstance(content.get("param_groups"), (list, tuple))
+    )
+
+
 def _optimizers(content: Any) -> list[tuple[str, Mapping[Any, Any]]]:
     if not isinstance(content, Mapping):
         return []
     return [
         (key, value)
         for key, value in list(content.items())[:1000]
-        if isinstance(key, str) and key.startswith(OPTIMIZER) and isinstance(value, Mapping)
+        if isinstance(key, str) and isinstance(value, Mapping) and (key.startswith(OPTIMIZER) or is_optimizer(value))
     ]

@@ -7,7 +7,8 @@ order of the module's parameters (`averages`). Where a file has raw and averaged
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast_train.importers.averages import COUNTERS, OPTIMIZER, average_in_optimizer, named, of_undotted
+from cmfast_train.importers.averages import (
+    COUNTERS, OPTIMIZER, average_in_optimizer, is_optimizer, named, of_undotted, parameters,
+)  # fmt: skip
 from cmfast_train.importers.facts import Facts, shown
 from cmfast_train.importers.pickles import Foreign, module_tensors
 from cmfast_train.safe_load import unusual
@@ -29,6 +32,7 @@ PREFIXES = frozenset({  # attributes that trainers (Lightning, lucidrains, laten
     "model", "net", "network", "denoiser", "unet", "diffusion_model", "student", "teacher", "target", "target_model",
     "online", "online_model", "ema", "ema_model", "ema_net", "net_ema", "model_ema", "averaged_model", "swa_model",
 })  # fmt: skip
+_AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa)|shadow|averag", re.IGNORECASE)  # in the place of an average
 TOP = "top"  # what the user types for the set that stands at the top of the file
 
 Weights = dict[str, Tensor]
@@ -40,26 +44,25 @@ def one_set(content: Any, facts: Facts, file: Path) -> tuple[str, Weights]:
     Wrappers are looked through: {"model": ...}, {"state_dict": ...}, FastGen's {"model": {"net": ..., "ema": ...}},
     ECT's {"net": a whole module}.
     """
+    told = facts.told.weights
     budget = _Budget(file)
-    found = [
-        (name, part)
-        for name, tensors in _sets(content, file, budget)
-        for name, part in _parts(name, tensors, file)
-        if any(t.ndim > 1 for t in part.values())
-    ]
     sets: dict[str, Weights] = {}
-    for name, part in found:
-        if name in sets:
-            raise ArtifactError(f"{file}: two of its sets of weights are called {shown(name) or 'the same'}")
-        sets[name] = part
+    for place, tensors in _sets(content, file, budget):
+        for name, part in _parts(place, tensors, file):
+            if any(t.ndim > 1 for t in part.values()):
+                _add(sets, name, part, told, file)
     sets = of_undotted(sets)
     raw = dict(sets)
+    lengths = {len(parameters(weights)) for weights in raw.values()}
     unnamed: dict[str, int] = {}
-    for name, tensors in budget.lists:
-        if (matched := named(tensors, raw)) is not None:
-            sets[name] = matched
-        else:
-            unnamed[name] = len(tensors)
+    for name, listed in budget.lists:
+        fits_in_length = len(listed) in lengths
+        if told is not None and not _fits(name, told):
+            continue
+        if fits_in_length and (matched := named(listed, raw)) is not None:
+            _add(sets, name, matched, told, file)
+        elif fits_in_length or not raw or _AVERAGE.search(name):  # other lists of tensors are no model's weights
+            unnamed[name] = len(listed)
     if not raw:
         if unnamed:
             name, count = next(iter(unnamed.items()))
@@ -85,9 +88,8 @@ def _chosen(
     if told is None:
         fitting = list(sets) if not unnamed and not in_optimizer else []
     else:
-        wanted = "" if told == TOP else told
-        fitting = [name for name in sets if name == wanted or (wanted and name.endswith(f".{wanted}"))]
-        fitting = [name for name in fitting if name == wanted] or fitting
+        fitting = [name for name in sets if _fits(name, told)]
+        fitting = [name for name in fitting if name == (told if told != TOP else "")] or fitting
     if len(fitting) == 1:
         (name,) = fitting
         if name:
@@ -110,31 +112,43 @@ def _chosen(
     raise CmfastError(f"{file}: it holds {len(sets)} set(s) of weights ({names}); {said}")
 
 
+def _fits(name: str, told: str) -> bool:
+    """Whether a user who asked for `told` can mean the set of this name: the end of a name is enough."""
+    return not name if told == TOP else name == told or name.endswith(f".{told}")
+
+
+def _add(sets: dict[str, Weights], name: str, part: Weights, told: str | None, file: Path) -> None:
+    """Keep a set. Of those that the user did not ask for, the first ones are enough: for names and for errors."""
+    asked = told is not None and _fits(name, told)
+    if len(sets) >= (2 * MAX_SETS if asked else MAX_SETS):
+        if told is not None and not asked:
+            return
+        raise ArtifactError(
+            f"{file}: it holds more than {MAX_SETS} sets of weights; choose one, for example "
+            f"--set weights={shown(max(sets, key=lambda each: len(sets[each]))) or TOP}"
+        )
+    if name in sets:
+        raise ArtifactError(f"{file}: two of its sets of weights are called {shown(name) or 'the same'}")
+    sets[name] = part
+
+
 class _Budget:
     """What may be looked at in one file. A few bytes can make one dictionary stand in a million places."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.left, self.sets = file, 100_000 + file.stat().st_size, 0
-        self.lists: list[tuple[str, list[Tensor]]] = []  # averages without names, by their place
+        self.file, self.left = file, 100_000 + file.stat().st_size
+        self.lists: list[tuple[str, Sequence[Tensor]]] = []  # perhaps averages without names, by their place
 
     def spend(self, count: int) -> None:
         self.left -= count + 1
         if self.left < 0:
             raise ArtifactError(f"{self.file}: its containers refer to each other without end; refused")
 
-    def count(self) -> None:
-        self.sets += 1
-        if self.sets > MAX_SETS:
-            raise ArtifactError(
-                f"{self.file}: it holds more than {MAX_SETS} sets of weights; save the one that is the model"
-            )
-
 
 def _sets(content: Any, file: Path, budget: _Budget, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Weights]]:
     """Yield every flat dictionary of tensors in nested containers, with the keys that lead to it joined by dots."""
     name = ".".join(path)
     if isinstance(content, Foreign) and "_parameters" in content.state:
-        budget.count()
         tensors = module_tensors(content, file)
         budget.spend(len(tensors))
         yield name, tensors
@@ -142,11 +156,10 @@ def _sets(content: Any, file: Path, budget: _Budget, path: tuple[str, ...] = ())
         return
     if isinstance(content, (list, tuple)):
         yield from _in_list(content, file, budget, path)
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or is_optimizer(content):
         return
     budget.spend(len(content))
     if tensors := {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}:
-        budget.count()
         for key, value in content.items():
             if isinstance(key, str) and (kind := unusual(value)):
                 raise ArtifactError(f"{file}: {shown(key)} is {kind}; a model's weights are plain tensors with values")
@@ -163,8 +176,7 @@ def _in_list(
     budget.spend(len(content))
     if all(isinstance(item, Tensor) for item in content):
         if any(item.ndim > 1 for item in content):
-            budget.count()
-            budget.lists.append((".".join(path), list(content)))
+            budget.lists.append((".".join(path), content))
     elif len(content) <= MAX_STATES:
         for number, item in enumerate(content):
             yield from _sets(item, file, budget, (*path, str(number)))
