@@ -17,7 +17,13 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.importers.averages import (
-    COUNTERS, OPTIMIZER, average_in_optimizer, is_optimizer, named, of_undotted, parameters,
+    COUNTERS,
+    OPTIMIZER,
+    average_in_optimizer,
+    is_optimizer,
+    named,
+    of_undotted,
+    parameters,
 )  # fmt: skip
 from cmfast_train.importers.facts import Facts, shown
 from cmfast_train.importers.pickles import Foreign, module_tensors
