@@ -329,6 +329,16 @@ def test_a_damaged_archive_is_one_line_with_the_file(kind: str, damage: str, tmp
     assert "\n" not in str(raised.value)
 
 
+def test_an_entry_of_a_zip_without_a_name_is_one_line(tmp_path: Path) -> None:
+    file = zipped(write(tmp_path / "a", "x/1.png"))
+    raw = bytearray(file.read_bytes())
+    entry = raw.rfind(b"PK\x01\x02")  # of x/1.png in the directory; its name gets the length 0 and becomes a comment
+    raw[entry + 28 : entry + 30], raw[entry + 32 : entry + 34] = bytes(2), (len("x/1.png")).to_bytes(2, "little")
+    file.write_bytes(raw)
+    with pytest.raises(CmfastError, match=r"a\.zip: not a whole \.zip file: "):
+        load_data(config(), file)
+
+
 def test_a_path_that_holds_no_images_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CmfastError, match=r"notes.txt: images are read from a folder, or a file \.zip, \.npy or \.npz"):

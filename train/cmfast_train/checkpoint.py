@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from cmfast.artifact import check_file
-from cmfast.errors import ArtifactError, CmfastError, one_line
+from cmfast.errors import ArtifactError, CmfastError, one_line, printable
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
+from cmfast_train.border import naming
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.build import NetworkConfig, build_network, check_weights, network_from_dict, network_to_dict
-from cmfast_train.safe_load import HoldsObjectsError, plain, printable, read_tensors, reading, safe_load
+from cmfast_train.safe_load import HoldsObjectsError, plain, read_tensors, safe_load
 
 __all__ = [
     "Checkpoint", "HoldsObjectsError", "checkpoint_of", "is_own", "load_checkpoint", "read_tensors", "safe_load",
@@ -105,7 +106,7 @@ def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None
 
     opened  the content where somebody has opened and checked it already; `path` is its name then
     """
-    with reading(Path(path), "checkpoint"):
+    with naming(Path(path)):
         file = check_file(path)
         content = read_tensors(file, opened)
         if not is_own(content):
@@ -138,13 +139,13 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
             raise CmfastError(f"source is a {type(source).__name__}, not a dictionary")
         spec = ModelSpec.from_dict(parts["spec"])
         network = network_from_dict(parts["network"])
-        check_count(network, len(weights))
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {one_line(err)}") from None
     if network.image_shape != spec.image or network.classes != spec.classes:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
     _check_weights(weights, file)
     try:
+        check_count(network, len(weights))
         check_weights(network, weights)
     except CmfastError as err:
         raise ArtifactError(f"{file}: {err}") from None

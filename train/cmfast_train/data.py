@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmfast.errors import CmfastError, MissingDependency, one_line
+from cmfast_train.border import naming, reading
 from cmfast_train.config import TrainConfig
 from cmfast_train.image_arrays import read_arrays
 from cmfast_train.image_folders import find_images, find_zipped
-from cmfast_train.image_reader import MAX_FILE, Fit, check_shape, read_image, reading, to_rgb
+from cmfast_train.image_reader import MAX_FILE, Fit, check_shape, read_image, to_rgb
 from cmfast_train.workers import from_workers
 
 Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
@@ -132,7 +133,7 @@ class ArrayImages(Dataset[Batch | str]):
 
     def __getitems__(self, indices: list[int]) -> Batch | str:
         try:
-            with reading(self.file, "cannot read its images"):
+            with naming(self.file):
                 images = np.stack([self._image(i) for i in indices])
         except CmfastError as err:
             return str(err)
@@ -374,7 +375,8 @@ class _Zip:
 
     def find(self) -> Any:
         with reading(self.file, "not a whole .zip file"):
-            return find_zipped(self.file, self._opened())
+            archive = self._opened()
+        return find_zipped(self.file, archive)
 
     def read(self, name: str) -> bytes:
         """Return the content of a file in the .zip."""

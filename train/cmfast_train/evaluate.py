@@ -29,11 +29,12 @@ from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.heun import heun_calls
 from cmfast.model import Model
 from cmfast.progress import progress_bar
+from cmfast_train.border import naming, reading
 from cmfast_train.data import Data, image_data, load_data
 from cmfast_train.features import Classifier, Inception, Pixels, extract
 from cmfast_train.image_arrays import read_npz_array
 from cmfast_train.image_folders import walk
-from cmfast_train.image_reader import read_sample, reading
+from cmfast_train.image_reader import read_sample
 from cmfast_train.metrics import (
     add_fake,
     all_are_data,
@@ -219,7 +220,7 @@ def _image_batches(images: Data, indices: Tensor) -> Iterator[Tensor]:
 
 def _images_in(folder: Path) -> list[Path]:
     """Return the images of a folder: its own and those of its folders (`--subdirs`)."""
-    with reading(folder, "cannot list its images"):
+    with naming(folder):
         return walk(folder)
 
 

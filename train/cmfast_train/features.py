@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError, MissingDependency, one_line
 from cmfast.files import atomic_file
+from cmfast_train.border import reading
 from cmfast_train.checkpoint import safe_load
 from cmfast_train.data import to_unit_range
-from cmfast_train.image_reader import reading
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 FORMAT = "cmfast-features/1"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +23,8 @@ import numpy.typing as npt
 from cmfast.artifact import check_file
 from cmfast.checks import available_memory
 from cmfast.errors import ArtifactError
+from cmfast_train.border import naming, reading
 from cmfast_train.image_folders import check_labels
-from cmfast_train.image_reader import reading
 
 NAMES = (  # of the images, of the labels
     ("arr_0", "arr_1"),  # cmfast-sample, OpenAI's evaluator
@@ -87,8 +89,8 @@ def read_npz_array(path: Path, name: str, otherwise: str) -> Array:
 def map_npy(path: Path) -> Array:
     """Return the array in a .npy file, read from disk where it is looked at."""
     file = check_file(path)
-    with reading(file, "not a whole .npy file"):
-        with file.open("rb") as opened:
+    with naming(file):
+        with file.open("rb") as opened, reading(file, "not a whole .npy file"):
             head = _header(opened)
         size = file.stat().st_size
         if size != head.offset + head.nbytes:
@@ -99,24 +101,19 @@ def map_npy(path: Path) -> Array:
         if not head.nbytes:
             return np.empty(head.shape, head.dtype)
         order: Any = "F" if head.fortran else "C"
-        return np.memmap(file, head.dtype, "r", head.offset, head.shape, order)
+        with reading(file, "not a whole .npy file"):  # numpy has more rules for dtypes than their headers
+            return np.memmap(file, head.dtype, "r", head.offset, head.shape, order)
 
 
-class _opened:
-    """Open an .npz for the block: the archive and the names of its arrays. Whatever is wrong is one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.border = check_file(path), reading(path, "not a whole .npz file")
-
-    def __enter__(self) -> tuple[zipfile.ZipFile, list[str]]:
-        with reading(self.file, "not a whole .npz file"):
-            self.archive = zipfile.ZipFile(self.file)
-        self.border.__enter__()
-        return self.archive, [name.removesuffix(".npy") for name in self.archive.namelist()]
-
-    def __exit__(self, *error: Any) -> bool | None:
-        self.archive.close()
-        return self.border.__exit__(*error)
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
+    """Open an .npz for the block: the archive and the names of its arrays."""
+    file = check_file(path)
+    with naming(file):
+        with reading(file, "not a whole .npz file"):
+            archive = zipfile.ZipFile(file)
+        with archive:
+            yield archive, [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
@@ -124,7 +121,7 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
     entry = archive.getinfo(f"{name}.npy" if f"{name}.npy" in names else name)
     if entry.flag_bits & 1:
         raise ArtifactError(f"{path}: {name} in it is encrypted; save it without a password")
-    with archive.open(entry) as opened:
+    with reading(path, "not a whole .npz file"), archive.open(entry) as opened:
         head = _header(opened)
         if entry.file_size != head.offset + head.nbytes:
             raise ArtifactError(
@@ -144,7 +141,7 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
                 raise ArtifactError(f"{path}: not a whole .npz file: {name} ends early")
             done += count
         opened.read(1)  # the end, where the check sum is compared
-    shaped: Array = values.view(head.dtype).reshape(head.shape, order="F" if head.fortran else "C")
+        shaped: Array = values.view(head.dtype).reshape(head.shape, order="F" if head.fortran else "C")
     return shaped
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from cmfast.errors import CmfastError, CmfastWarning, printable
 from cmfast.spec import MAX_NAME
-from cmfast_train.image_reader import MAX_FILE, reading
+from cmfast_train.border import naming, reading
+from cmfast_train.image_reader import MAX_FILE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LABELS = "dataset.json"  # of dataset_tool
@@ -48,7 +49,7 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None) -> Found:
     Raises:
         CmfastError: There are no images, a class has none, or dataset.json does not fit; one line with the place.
     """
-    with reading(root, "cannot list its images"):
+    with naming(root):
         if classes is None and (root / LABELS).is_file():
             files = _walk(root, root)
             return _labelled(files, _read_bounded(root / LABELS), root / LABELS)
@@ -62,7 +63,8 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None) -> Found:
 
 def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
     """Return the images of a .zip, laid out as a folder is, or within one folder that holds everything."""
-    entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+    with reading(file, "not a whole .zip file"):  # a name can be empty, which zipfile's is_dir does not survive
+        entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
     shown = {name: entry for name, entry in entries.items() if not any(map(is_hidden, name.split("/")))}
     for name, entry in shown.items():
         if entry.flag_bits & 1:
@@ -74,7 +76,9 @@ def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
         entry = shown[prefix + LABELS]
         if entry.file_size > MAX_FILE:
             raise CmfastError(f"{file}: {LABELS} in it has {entry.file_size:,} bytes, at most {MAX_FILE:,} are read")
-        found = _labelled(images, archive.read(entry), f"{file}: {LABELS}")
+        with reading(file, "not a whole .zip file"):
+            text = archive.read(entry)
+        found = _labelled(images, text, f"{file}: {LABELS}")
     else:
         folders: dict[str, list[str]] = {name.split("/")[0]: [] for name in names if "/" in name}
         for name in images:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cmfast.errors import ArtifactError, CmfastError, one_line
+from cmfast.errors import CmfastError, one_line
 
 BACKGROUND = (255, 255, 255)  # under transparent pixels
 MAX_PIXELS = 178_956_970  # of a file, before and after resizing: where Pillow refuses too; 512 MiB of RGB
@@ -79,8 +79,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if mode not in _PLAIN + _WITH_ALPHA:
         raise CmfastError(f"its mode {mode} is not read; save it as RGB or grey")
     if mode in _PLAIN and "transparency" not in image.info:
-        return image.convert("RGB")
-    with_alpha = image.convert("RGBA")
+        return _converted(image, "RGB")
+    with_alpha = _converted(image, "RGBA")
     below = Image.new("RGB", image.size, BACKGROUND)
     below.paste(with_alpha.convert("RGB"), mask=with_alpha.getchannel("A"))
     return below
@@ -118,21 +118,6 @@ class Fit:
         return size
 
 
-@contextmanager
-def reading(name: object, what: str) -> Iterator[None]:
-    """Turn whatever a reader raises in the block into one line: "NAME: what: why". The one border of each reader.
-
-    What damaged files make libraries raise is not documented and changes, so nothing is left out.
-    """
-    try:
-        yield
-    except CmfastError:
-        raise
-    except Exception as err:
-        why = "there is too little memory" if isinstance(err, MemoryError) else one_line(err, 150)
-        raise ArtifactError(f"{name}: {what}: {why or type(err).__name__}") from None
-
-
 def check_shape(have: tuple[int, ...], need: tuple[int, ...]) -> None:
     """Raise CmfastError unless the data's images [C, H, W] are those of the run."""
     if have != need:
@@ -145,11 +130,24 @@ def _read(file: Path | bytes, name: object) -> tuple[Image.Image, str, str]:
     try:
         return _decode(_content(file))
     except CmfastError as err:
-        raise CmfastError(f"cannot read the image {name}: {err}") from None
-    except Exception as err:  # see `reading`
+        why = str(err)
+    except MemoryError:
+        why = "there is too little memory"
+    except OSError as err:  # the file itself; what is in it raises below
+        why = err.strerror or one_line(err, 150)
+    raise CmfastError(f"cannot read the image {name}: {why}")
+
+
+@contextmanager
+def _pillow() -> Iterator[None]:
+    """Turn whatever Pillow raises for a damaged file into one line; only its calls stand in the block."""
+    try:
+        yield
+    except (CmfastError, MemoryError):
+        raise
+    except Exception as err:
         why = one_line(err, 150).replace("<_io.BytesIO object at ", "<").split(" <")[0]
-        why = "there is too little memory" if isinstance(err, MemoryError) else why
-        raise CmfastError(f"cannot read the image {name}: {why or type(err).__name__}") from None
+        raise CmfastError(why or type(err).__name__) from None
 
 
 def _content(file: Path | bytes) -> bytes:
@@ -167,17 +165,27 @@ def _content(file: Path | bytes) -> bytes:
 
 
 def _decode(content: bytes) -> tuple[Image.Image, str, str]:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with _pillow():
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    with opened as image:
         form = str(image.format)
         if image.width * image.height > MAX_PIXELS:
             raise CmfastError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
-        if form != "MPO" and (frames := _frames(image)) > 1:
+        with _pillow():
+            frames = 1 if form == "MPO" else _frames(image)
+        if frames > 1:
             raise CmfastError(f"it has {frames} frames; save the one to use as a file of its own")
         mode = image.mode
-        image.load()
+        with _pillow():
+            image.load()
         rgb = to_rgb(image)
         turn = _TURNS.get(_orientation(image))
         return rgb if turn is None else rgb.transpose(turn), mode, form
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    with _pillow():  # a palette can be damaged, too
+        return image.convert(mode)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cmfast.errors import ArtifactError, CmfastError, one_line
+from cmfast.errors import ArtifactError
+from cmfast_train.border import naming, reading
 from cmfast_train.recognise import recognised
 
 MAX_HEAD = 1 << 20  # characters of the JSON in a safetensors file's metadata
@@ -37,35 +38,11 @@ _UNUSUAL = {  # what makes a tensor that is none of plain numbers in the file
     "torch._utils._rebuild_tensor_v2": "a tensor of a type that is not read (complex or quantised, for example)",
     "torch._utils._rebuild_tensor_v3": "a tensor of a type that is not read (float8, for example)",
 }
+_NOT_TENSORS = ("unsupported GLOBAL", "Unsupported global", "Unsupported class", "Unsupported op")  # torch's words
 
 
 class HoldsObjectsError(ArtifactError):
     """A PyTorch file with more in it than tensors and plain containers."""
-
-
-@contextlib.contextmanager
-def reading(file: Path, what: str = "file of weights") -> Iterator[None]:
-    """Turn whatever reading a file can raise into one line with its name; what cannot be printed is escaped."""
-    try:
-        yield
-    except CmfastError as err:
-        err.args = (printable(str(err)),)
-        raise
-    except MemoryError:
-        raise ArtifactError(printable(f"{file}: not enough memory to read it")) from None
-    except OSError as err:
-        why = err.strerror or one_line(err, 200) or type(err).__name__
-        raise ArtifactError(printable(f"{file}: cannot be read: {why}")) from None
-    except Exception as err:  # the border: a file decides what is raised here
-        why = one_line(err, 200) or type(err).__name__
-        raise ArtifactError(printable(f"{file}: not a whole {what}: {why}")) from None
-
-
-def printable(text: str, limit: int = 2000) -> str:
-    """Return a message with what a terminal would obey, or an encoding could not hold, as escapes; never too long."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text[:limit]
-    )
 
 
 def read_tensors(file: Path, opened: BinaryIO | None = None) -> dict[str, Any]:
@@ -76,19 +53,17 @@ def read_tensors(file: Path, opened: BinaryIO | None = None) -> dict[str, Any]:
     opened  the content where somebody has opened and checked it already; `file` is its name then
     """
     if file.suffix == ".safetensors":
-        with reading(file, "safetensors file"):
+        with naming(file):
             return _read_safetensors(file, opened)
     content = safe_load(file, opened)
     if not isinstance(content, dict):
-        raise ArtifactError(
-            printable(f"{file}: a PyTorch file, but it holds a {type(content).__name__}, no named weights")
-        )
+        raise ArtifactError(f"{file}: a PyTorch file, but it holds a {type(content).__name__}, no named weights")
     return content
 
 
 def safe_load(file: Path, opened: BinaryIO | None = None) -> Any:
     """Return what torch.save wrote, if that is tensors and plain containers, on the CPU; errors in one line."""
-    with reading(file, "PyTorch file"), _opened(file, opened) as stream:
+    with naming(file), _opened(file, opened) as stream:
         refuse_others(file, stream)
         stream.seek(0)
         if stream.read(4) != b"PK\3\4":
@@ -175,18 +150,19 @@ def _first_object(content: Any) -> str:
 def _load_old(file: Path, opened: BinaryIO) -> Any:
     """Read torch.save's format of before PyTorch 1.6."""
     opened.seek(0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
-            content = torch.load(opened, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        text = str(err)
-        if any(w in text for w in ("unsupported GLOBAL", "Unsupported global", "Unsupported class", "Unsupported op")):
-            what = text.split("GLOBAL ")[-1].split()[0] if "GLOBAL " in text else "unknown objects"
-            raise HoldsObjectsError(
-                f"{file}: it holds code or objects ({what}), not only tensors; refused, nothing in it was run"
-            ) from None
-        raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
+    with reading(file, "not a whole PyTorch file"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
+                content = torch.load(opened, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as err:
+            text = str(err)
+            if any(word in text for word in _NOT_TENSORS):
+                what = text.split("GLOBAL ")[-1].split()[0] if "GLOBAL " in text else "unknown objects"
+                raise HoldsObjectsError(
+                    f"{file}: it holds code or objects ({what}), not only tensors; refused, nothing in it was run"
+                ) from None
+            raise ArtifactError(f"{file}: not a readable PyTorch file: {text.splitlines()[0][:200]}") from None
     _check_sizes(content, file)
     return content
 
@@ -207,12 +183,12 @@ def _check_sizes(content: Any, file: Path) -> None:
 
 
 def _read_safetensors(file: Path, opened: BinaryIO | None) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from safetensors.torch import load
 
     with _opened(file, opened) as stream:
         refuse_others(file, stream)
-    try:
+    with reading(file, "not a whole safetensors file"):
         if opened is None:
             with safe_open(file, framework="pt") as mapped:
                 metadata = mapped.metadata() or {}
@@ -223,8 +199,6 @@ def _read_safetensors(file: Path, opened: BinaryIO | None) -> dict[str, Any]:
             weights = load(content)
             head_size = int.from_bytes(content[:8], "little")
             metadata = json.loads(content[8 : 8 + head_size]).get("__metadata__", {})
-    except SafetensorError as err:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {one_line(err)}") from None
     text = metadata.get("cmfast", "null")
     if len(text) > MAX_HEAD:
         raise ArtifactError(f"{file}: its description has {len(text)} characters; at most {MAX_HEAD} are read")

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
+from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
 from cmfast_train.importers import diffusers, edm, openai, pickles, seed
 from cmfast_train.importers.facts import Draft, Facts, Told, shown
 from cmfast_train.importers.sets import one_set
-from cmfast_train.safe_load import reading, refuse_others
+from cmfast_train.safe_load import refuse_others
 
 SOURCES = ("cmfast", "openai", "diffusers", "seed", "edm", "ect", "fastgen")
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights), draft(weights, facts, source, file)
@@ -50,7 +51,7 @@ def load_model(
 
 def finish(draft: Draft, path: str | os.PathLike[str]) -> Checkpoint:
     """Return the model of a draft; its warnings are given. What is missing is an error."""
-    with reading(Path(path), "model"):
+    with naming(Path(path)):
         checkpoint = draft.checkpoint(os.fspath(path))
     for text in draft.warnings:
         warnings.warn(f"{path}: {text}", CmfastWarning, stacklevel=3)
@@ -61,7 +62,7 @@ def identify(
     path: str | os.PathLike[str], source: str = "", told: Told | None = None, opened: BinaryIO | None = None
 ) -> Checkpoint | Draft:
     """Return cmfast's own checkpoint, or what a foreign file is as far as that can be known."""
-    with reading(Path(path), "model"):
+    with naming(Path(path)):
         return _identify(Path(path), source, Facts(told or Told()), opened)
 
 

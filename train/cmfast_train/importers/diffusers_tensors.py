@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, one_line
+from cmfast_train.border import naming, reading
 from cmfast_train.checkpoint import read_tensors
 from cmfast_train.importers.facts import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.shape import sides
-from cmfast_train.safe_load import reading, refuse_others
+from cmfast_train.safe_load import refuse_others
 
 MAX_INDEX, MAX_NAME = 16 << 20, 255  # bytes of an index of weights, characters of a file's name in it
 WEIGHTS = "diffusion_pytorch_model"  # and a suffix, in unet/
@@ -154,32 +155,25 @@ def _parts(index: Path) -> list[Path]:
 
 def read_json(file: Path, limit: int) -> Any:
     """Return what a JSON file of at most so many bytes holds, or raise ArtifactError."""
-    with reading(file, "JSON file"):
+    with naming(file):
         size = check_file(file).stat().st_size
         if size > limit:
             raise ArtifactError(f"{file}: it has {size} bytes; at most {limit} are read, and a real one has far fewer")
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as err:
-            raise ArtifactError(f"{file}: not JSON: {one_line(err, 200)}") from None
+    with reading(file, "not JSON"):
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return {tensor: (shape, dtype)}; of safetensors only the header is read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    with reading(file), check_file(file).open("rb") as opened:
+    with naming(file), check_file(file).open("rb") as opened:
         refuse_others(file, opened)
     if file.suffix != ".safetensors":
         return _described(read_tensors(file), file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-            return {
-                name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()
-            }
-    except SafetensorError as err:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {err}") from None
+    with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
+        return {name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()}
 
 
 def _described(tensors: Mapping[str, Any], file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
