@@ -24,6 +24,7 @@ from torch.utils import data as torch_data
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast_train import image_arrays
 from cmfast_train.data import ArrayImages, FolderImages, batches, load_data
+from cmfast_train.evaluate import data_images
 from cmfast_train.presets import PRESETS
 
 
@@ -97,13 +98,13 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(tmp_path: Path) -
         assert data.class_names == ("a", "b")
 
 
-def test_a_class_without_images_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "a/1.png")
-    (tmp_path / "empty").mkdir()
-    for root in (tmp_path, zipped(tmp_path)):
-        if root.is_dir():
-            with pytest.raises(CmfastError, match=r"no image in the folder\(s\) empty; remove them"):
-                load_data(config(), root)
+@pytest.mark.parametrize("pack", [lambda root: root, zipped, lambda root: zipped(root, "top/")])
+def test_a_class_without_images_is_named(pack: Callable[[Path], Path], tmp_path: Path) -> None:
+    root = write(tmp_path / "set", "a/1.png", "b/1.png")
+    (root / "empty").mkdir()
+    (root / "empty" / "notes.txt").write_text("no image")
+    with pytest.raises(CmfastError, match=r"no image in the folder\(s\) empty; remove them"):
+        load_data(config(), pack(root))
 
 
 def test_links_that_lead_back_are_not_followed_and_others_are(tmp_path: Path) -> None:
@@ -191,6 +192,37 @@ def test_a_dataset_json_that_does_not_fit_is_one_line(labels: Any, words: str, t
             load_data(config(), root)
         assert words in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("pack", [lambda root: root, zipped, lambda root: zipped(root, "top/")])
+@pytest.mark.parametrize(
+    "labels", [pairs(0, 0, 1), [*pairs(0, 0, 1, 1, 1, -1), ["x.png", 0]], pairs(*["cat"] * 6), {"a": 1}]
+)
+def test_a_run_without_classes_asks_nothing_of_dataset_json(
+    labels: Any, pack: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    data = load_data(config(conditional=False), pack(tool(tmp_path / "set", labels)))
+    assert content(data) == dict.fromkeys(range(6), 0)
+    assert (data.classes, data.class_names) == (0, ())
+
+
+@pytest.mark.parametrize("pack", [lambda root: root, zipped])
+def test_a_run_without_classes_reads_folders_of_any_name_and_number_of_images(
+    pack: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    root = write(tmp_path / "set", "10/1.png", "9/1.png", f"{'x' * 200}/1.png")
+    (root / "empty").mkdir()
+    data = load_data(config(conditional=False), pack(root))  # a warning about the name would be an error here
+    assert content(data) == dict.fromkeys(range(3), 0)
+
+
+def test_a_run_without_classes_and_an_evaluation_ask_nothing_of_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=shades(), arr_1=np.full(6, -1.5))
+    for data in (
+        load_data(config(conditional=False), tmp_path / "a.npz"), data_images("folder", tmp_path / "a.npz", (1, 8, 8)),
+    ):  # fmt: skip
+        assert content(data) == dict.fromkeys(range(6), 0)
+    assert content(data_images("folder", tool(tmp_path / "set", pairs(5)), (1, 8, 8))) == dict.fromkeys(range(6), 0)
 
 
 # Arrays.

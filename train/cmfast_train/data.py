@@ -85,16 +85,18 @@ class FolderImages(Dataset[Batch | str]):
 
     size     the side of the images, or (height, width)
     classes  the class of each folder that is read; default: every folder is one
+    labelled  whether classes are needed; without, nothing is asked of dataset.json and of empty folders
     samples  (path, or name in the .zip; class) of each image
     """
 
     def __init__(
-        self, root: Path, size: int | tuple[int, int], channels: int, classes: Mapping[str, int] | None = None
-    ) -> None:
+        self, root: Path, size: int | tuple[int, int], channels: int, classes: Mapping[str, int] | None = None,
+        *, labelled: bool = True,
+    ) -> None:  # fmt: skip
         height, width = (size, size) if isinstance(size, int) else size
         self.fit = Fit(height, width, channels)
         self.zip = _Zip(root) if _is(root, ".zip") else None
-        found = find_images(root, classes) if self.zip is None else self.zip.find()
+        found = find_images(root, classes, labelled=labelled) if self.zip is None else self.zip.find(labelled)
         inside = self.zip is not None
         self.samples = [(name if inside else str(root / name), label) for name, label in found.files]
         self.classes, self.class_names = found.classes, found.class_names
@@ -122,9 +124,9 @@ class FolderImages(Dataset[Batch | str]):
 class ArrayImages(Dataset[Batch | str]):
     """Images of a .npy or .npz file, see `image_arrays`; of another size they are resized and cropped as files are."""
 
-    def __init__(self, file: Path, size: tuple[int, int], channels: int) -> None:
+    def __init__(self, file: Path, size: tuple[int, int], channels: int, *, labelled: bool = True) -> None:
         self.file, self.fit = file, Fit(*size, channels)
-        self._pixels, labels, self.classes = read_arrays(file)
+        self._pixels, labels, self.classes = read_arrays(file, labelled=labelled)
         self.class_names: tuple[str, ...] = ()
         self.labels = torch.zeros(len(self._pixels), dtype=torch.int64) if labels is None else torch.tensor(labels)
 
@@ -145,7 +147,7 @@ class ArrayImages(Dataset[Batch | str]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._pixels is None:
-            self._pixels = read_arrays(self.file)[0]
+            self._pixels = read_arrays(self.file, labelled=False)[0]
 
     def _image(self, i: int) -> npt.NDArray[np.uint8]:
         pixels = np.asarray(self._pixels[i])
@@ -164,7 +166,7 @@ def load_data(config: TrainConfig, root: Path | None) -> Data:
     elif root is None:
         raise CmfastError(f"the data set {config.data} is read from a folder: --data DIR, or CMFAST_DATA=DIR")
     elif config.data == "folder":
-        data = image_data(root, config.image_sides, config.channels)
+        data = image_data(root, config.image_sides, config.channels, labelled=config.conditional)
     elif not root.is_dir() and not config.download:
         raise CmfastError(
             f"the data folder {root} does not exist" if not root.exists() else f"--data {root}: not a folder"
@@ -177,15 +179,17 @@ def load_data(config: TrainConfig, root: Path | None) -> Data:
     return data
 
 
-def image_data(root: Path, size: tuple[int, int], channels: int) -> FolderImages | ArrayImages:
+def image_data(
+    root: Path, size: tuple[int, int], channels: int, *, labelled: bool = True
+) -> FolderImages | ArrayImages:
     """Return a user's own images, of this (height, width): a folder, a .zip of one, or a .npy or .npz file."""
     if not root.exists():
         raise CmfastError(f"the data folder {root} does not exist")
     if root.is_dir() or _is(root, ".zip"):
-        return FolderImages(root, size, channels)
+        return FolderImages(root, size, channels, labelled=labelled)
     if not _is(root, ".npy", ".npz"):
         raise CmfastError(f"--data {root}: images are read from a folder, or a file .zip, .npy or .npz")
-    return ArrayImages(root, size, channels)
+    return ArrayImages(root, size, channels, labelled=labelled)
 
 
 def batches(
@@ -373,10 +377,10 @@ class _Zip:
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "_archive": None, "_process": 0}
 
-    def find(self) -> Any:
+    def find(self, labelled: bool) -> Any:
         with reading(self.file, "not a whole .zip file"):
             archive = self._opened()
-        return find_zipped(self.file, archive)
+        return find_zipped(self.file, archive, labelled=labelled)
 
     def read(self, name: str) -> bytes:
         """Return the content of a file in the .zip."""

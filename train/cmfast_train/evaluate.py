@@ -147,7 +147,7 @@ def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], w
     """Return the training images of a preset, which must have the shape [C, H, W] of what they are compared with."""
     config = PRESETS[data_set]
     if data_set == "folder" and root is not None:
-        return image_data(root, image[1:], image[0])
+        return image_data(root, image[1:], image[0], labelled=False)
     images = load_data(config, root)
     have = (config.channels, *config.image_sides)
     if have != tuple(image):

@@ -50,8 +50,11 @@ class _Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_arrays(path: Path) -> tuple[Array, list[int] | None, int]:
-    """Return images, uint8 [N, H, W, C], labels or None, and the number of classes, of a .npy or .npz file."""
+def read_arrays(path: Path, *, labelled: bool = True) -> tuple[Array, list[int] | None, int]:
+    """Return images, uint8 [N, H, W, C], labels or None, and the number of classes, of a .npy or .npz file.
+
+    labelled  whether labels are read
+    """
     if path.suffix.lower() == ".npy":
         images, labels = map_npy(path), None
     else:
@@ -65,7 +68,7 @@ def read_arrays(path: Path) -> tuple[Array, list[int] | None, int]:
                 )
             image_name, label_name = pairs[0]
             images = _member(path, archive, image_name)
-            labels = _member(path, archive, label_name) if label_name in names else None
+            labels = _member(path, archive, label_name) if labelled and label_name in names else None
     images = _images(path, images)
     if labels is None:
         return images, None, 0

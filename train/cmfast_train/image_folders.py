@@ -39,12 +39,13 @@ class Found:
     class_names: tuple[str, ...] = ()
 
 
-def find_images(root: Path, classes: Mapping[str, int] | None = None) -> Found:
+def find_images(root: Path, classes: Mapping[str, int] | None = None, *, labelled: bool = True) -> Found:
     """Return the images of a folder.
 
     Args:
         root: The folder.
         classes: The class of each folder that is read; default: every folder is one.
+        labelled: Whether classes are needed; without, nothing is asked of dataset.json and of empty folders.
 
     Raises:
         CmfastError: There are no images, a class has none, or dataset.json does not fit; one line with the place.
@@ -52,17 +53,22 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None) -> Found:
     with naming(root):
         if classes is None and (root / LABELS).is_file():
             files = _walk(root, root)
+            if not labelled:
+                return _unlabelled(files, root / LABELS)
             return _labelled(files, _read_bounded(root / LABELS), root / LABELS)
         if classes is not None:
             folders = {name: _walk(root / name, root) if (root / name).is_dir() else [] for name in classes}
-            return _by_class(root, folders, classes, ())
+            return _by_class(root, folders, classes, (), labelled)
         direct, names, others = _entries(root)
         folders = {name: _walk(root / name, root) for name in _sorted(names)}
-        return _whole(root, folders, direct, others)
+        return _whole(root, folders, direct, others, labelled)
 
 
-def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
-    """Return the images of a .zip, laid out as a folder is, or within one folder that holds everything."""
+def find_zipped(file: Path, archive: zipfile.ZipFile, *, labelled: bool = True) -> Found:
+    """Return the images of a .zip, laid out as a folder is, or within one folder that holds everything.
+
+    labelled  see `find_images`
+    """
     with reading(file, "not a whole .zip file"):  # a name can be empty, which zipfile's is_dir does not survive
         entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
     shown = {name: entry for name, entry in entries.items() if not any(map(is_hidden, name.split("/")))}
@@ -72,7 +78,9 @@ def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
     prefix = _common_folder(list(shown))
     names = [name.removeprefix(prefix) for name in shown]
     images = sorted((name for name in names if is_image(name)), key=lambda name: (name.rpartition("/")[0], name))
-    if LABELS in names:
+    if LABELS in names and not labelled:
+        found = _unlabelled(images, f"{file}: {LABELS}")
+    elif LABELS in names:
         entry = shown[prefix + LABELS]
         if entry.file_size > MAX_FILE:
             raise CmfastError(f"{file}: {LABELS} in it has {entry.file_size:,} bytes, at most {MAX_FILE:,} are read")
@@ -86,7 +94,7 @@ def find_zipped(file: Path, archive: zipfile.ZipFile) -> Found:
                 folders[name.split("/")[0]].append(name)
         direct = [name for name in images if "/" not in name]
         others = sum("/" not in name for name in names) - len(direct)
-        found = _whole(file, {name: folders[name] for name in _sorted(folders)}, direct, others)
+        found = _whole(file, {name: folders[name] for name in _sorted(folders)}, direct, others, labelled)
     files = tuple((prefix + name, label) for name, label in found.files)
     return Found(files=files, classes=found.classes, class_names=found.class_names)
 
@@ -130,7 +138,7 @@ def walk(root: Path) -> list[Path]:
     return sorted(root / name for name in _walk(root, root))
 
 
-def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], others: int) -> Found:
+def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], others: int, labelled: bool) -> Found:
     """Return the images by class, or those of the root where no folder has any."""
     full = [name for name, files in folders.items() if files]
     if full and direct:
@@ -149,12 +157,14 @@ def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], othe
             f"{', '.join(SUFFIXES)}"
         )
     names = tuple(folders)
-    return _by_class(root, folders, {name: label for label, name in enumerate(names)}, names)
+    return _by_class(root, folders, {name: label for label, name in enumerate(names)}, names, labelled)
 
 
 def _by_class(
-    root: Path, folders: Mapping[str, list[str]], classes: Mapping[str, int], names: tuple[str, ...]
+    root: Path, folders: Mapping[str, list[str]], classes: Mapping[str, int], names: tuple[str, ...], labelled: bool
 ) -> Found:
+    if not labelled:
+        return Found(files=tuple((file, 0) for files in folders.values() for file in files))
     empty = sorted(name for name, files in folders.items() if not files)
     if empty:
         few = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
@@ -239,9 +249,15 @@ def _read_bounded(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def _unlabelled(files: list[str], what: object) -> Found:
+    """Return the files without classes, in the order of their names; `what` names the file beside them."""
+    if not files:
+        raise CmfastError(f"{what}: no images beside it; they end in {', '.join(SUFFIXES)}")
+    return Found(files=tuple((name, 0) for name in sorted(files)))
+
+
 def _labelled(files: list[str], text: bytes, what: object) -> Found:
     """Return the files with the labels of dataset.json, in the order of their names, as dataset_tool's readers do."""
-    files = sorted(files)
     with reading(what, "not JSON"):
         content = json.loads(text)
     if not isinstance(content, dict) or "labels" not in content:
@@ -249,11 +265,10 @@ def _labelled(files: list[str], text: bytes, what: object) -> Found:
             f'{what}: not what dataset_tool writes, which is {{"labels": [["00000/img00000000.png", 6], ..]}}; rename '
             "the file if the folders are the classes"
         )
-    if not files:
-        raise CmfastError(f"{what}: no images beside it; they end in {', '.join(SUFFIXES)}")
-    pairs = content["labels"]
+    found, pairs = _unlabelled(files, what), content["labels"]
     if pairs is None:
-        return Found(files=tuple((name, 0) for name in files))
+        return found
+    files = [name for name, _ in found.files]
     if not isinstance(pairs, list):
         raise CmfastError(f"{what}: its labels are a {type(pairs).__name__}, not a list of [name, label]")
     labels: dict[str, int] = {}
