@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint, load_checkpoint, safe_load, save_checkpoint
+from cmfast_train.checkpoint import Checkpoint, is_finite, load_checkpoint, safe_load, save_checkpoint
 from cmfast_train.networks.adm import AdmUnet, randomise
 
 SUFFIXES = [".pt", ".safetensors"]
@@ -188,6 +188,21 @@ def test_a_damaged_file_is_read_or_refused_but_never_crashes(
     file.write_bytes(content)
     with contextlib.suppress(ArtifactError):
         safe_load(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_stands(bad: float, dtype: torch.dtype) -> None:
+    for shape in ((), (1,), (3, 5), (64, 33, 3, 3)):  # shorter and longer than a vector register, and over threads
+        tensor = torch.randn(shape).to(dtype)
+        assert is_finite(tensor)
+        for place in {0, tensor.numel() // 2, tensor.numel() - 1}:
+            wrong = tensor.clone()
+            wrong.view(-1)[place] = bad
+            assert not is_finite(wrong)
+            assert not is_finite(wrong.T if wrong.ndim == 2 else wrong)
+    assert is_finite(torch.empty(0, 3, dtype=dtype))
+    assert is_finite(torch.tensor(torch.finfo(dtype).max, dtype=dtype))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

