@@ -25,7 +25,8 @@ import numpy.typing as npt
 from cmfast.checks import need_memory, shown, whole_number
 from cmfast.errors import CmfastError
 
-_LABEL_STEP = 0xFFFFFFFF  # the stream of the labels; no sampler has that many steps
+LABEL_STEP = 0xFFFFFFFF  # the stream of the labels; no sampler has that many steps
+FACTORS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # Philox4x32: multipliers, steps of the key
 _WORD = np.uint64(0xFFFFFFFF)
 PEAK = 64  # bytes of memory for a number while it is drawn
 
@@ -54,7 +55,7 @@ def labels(seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: i
     classes = whole_number("number of classes", classes, 1, 2**32)
     numbers = _as_u64(samples, "sample")
     need_memory(4 * PEAK * len(numbers), f"{len(numbers)} labels", "draw fewer at a time")
-    first = _bits(seed, numbers, _LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
+    first = _bits(seed, numbers, LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
     return ((first * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
 
 
@@ -63,14 +64,14 @@ def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
     for _ in range(10):
-        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        product0, product1 = c0 * np.uint64(FACTORS[0]), c2 * np.uint64(FACTORS[1])
         c0, c1, c2, c3 = (
             (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
             product1 & _WORD,
             (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
             product0 & _WORD,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
@@ -134,18 +135,21 @@ def _bits(seed: int, samples: npt.NDArray[np.uint64], step: int, blocks: int) ->
 
 
 # AS 241, PPND16: numerator and denominator, lowest power first.
-_CENTRE = (
+CENTRE = (
     (3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
      4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3),
     (1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
      2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3),
 )  # fmt: skip
-_TAIL = (
+TAIL = (
     (1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0,
      1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4),
     (1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
      1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9),
 )  # fmt: skip
+# The logarithm: 2 atanh(s) = s * (2 + 2/3 s^2 + 2/5 s^4 + ...).
+ATANH = tuple(2.0 / (2 * i + 1) for i in range(11))
+LN2 = 0.693147180559945309417
 
 
 def _normal_quantile(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
@@ -155,16 +159,17 @@ def _normal_quantile(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
     """
     q = bits.astype(np.float64) * 2.0**-32 + 2.0**-33 - 0.5  # exact: 33 bits
     r = 0.180625 - q * q
-    result = q * (_polynomial(_CENTRE[0], r) / _polynomial(_CENTRE[1], r))
+    result: npt.NDArray[np.float64] = q * (polynomial(CENTRE[0], r) / polynomial(CENTRE[1], r))
     tail = np.abs(q) > 0.425
     q = q[tail]
     r = np.sqrt(-_log(0.5 - np.abs(q))) - 1.6  # 0.5 - |q| is the smaller tail's probability, exact
-    result[tail] = np.where(q < 0, -1.0, 1.0) * (_polynomial(_TAIL[0], r) / _polynomial(_TAIL[1], r))
+    result[tail] = np.where(q < 0, -1.0, 1.0) * (polynomial(TAIL[0], r) / polynomial(TAIL[1], r))
     return result
 
 
-def _polynomial(coefficients: tuple[float, ...], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    total = np.full_like(x, coefficients[-1])
+def polynomial(coefficients: Sequence[float], x: Any) -> Any:
+    """Return the polynomial of x, an array or a tensor of float64, from its coefficients, lowest power first."""
+    total: Any = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):  # Horner: the order of rounding is part of the definition
         total = total * x + coefficient
     return total
@@ -177,5 +182,5 @@ def _log(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     m = np.where(low, m * 2.0, m)
     e = exponent.astype(np.float64) - low
     s = (m - 1.0) / (m + 1.0)  # |s| <= 0.1716, so ten terms reach 1e-17
-    series = _polynomial(tuple(2.0 / (2 * i + 1) for i in range(11)), s * s)
-    return e * 0.693147180559945309417 + s * series
+    series: npt.NDArray[np.float64] = s * polynomial(ATANH, s * s)
+    return e * LN2 + series
