@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 GPU_FLAGS ?=
+GPU_OUT ?= runs/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -32,9 +33,13 @@ lint: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
 
-gpu: PY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# CMFAST_COMMIT: of a copy without .git, the commit that it is a copy of.
+gpu: PY = $(if $(wildcard $(BIN)/python),$(abspath $(BIN))/python,$(PYTHON))
+gpu: export PYTHONPATH = $(shell $(PY) benchmarks/offline.py)
 gpu:
-	PYTHONPATH=.:train:export:$$($(PY) benchmarks/offline.py) $(PY) benchmarks/gpu.py --json benchmarks/results/gpu.json $(GPU_FLAGS)
+	@mkdir -p $(GPU_OUT)
+	-$(PY) benchmarks/gpu.py smoke --out $(GPU_OUT)/smoke.jsonl $(GPU_FLAGS)
+	-$(PY) benchmarks/gpu.py bench --out $(GPU_OUT)/bench.jsonl $(GPU_FLAGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Let a checkout be used without installing it, on a machine without a network: `make gpu` does.
 
-    PYTHONPATH=.:train:export:$(python benchmarks/offline.py) python benchmarks/gpu.py ...
+    PYTHONPATH=$(python3 benchmarks/offline.py) python3 benchmarks/gpu.py smoke --out smoke.jsonl
 
 An installation also says which engine runs which file (entry points); this writes just that, from pyproject.toml, into
-build/offline, and prints the folder.
+build/offline, and prints the four folders of PYTHONPATH. They are absolute, for child processes run elsewhere.
 """
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -30,5 +31,11 @@ def write_metadata(folder: Path) -> Path:
     return folder
 
 
+def python_path() -> str:
+    """Return PYTHONPATH for a checkout that is not installed, made of absolute paths."""
+    folders = (ROOT, ROOT / "train", ROOT / "export", write_metadata(ROOT / "build" / "offline"))
+    return os.pathsep.join(map(str, folders))
+
+
 if __name__ == "__main__":
-    print(write_metadata(ROOT / "build" / "offline"))
+    print(python_path())

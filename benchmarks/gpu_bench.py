@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""What `gpu.py bench` measures, most valuable first: the card's ceilings, every way to run each network, the rest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import gpu_ceilings
+import gpu_extra
+from gpu_cells import EAGER, Bench, Cell
+from gpu_items import Item
+
+WAYS = ("channels_last", "cuda_graph", "channels_last cuda_graph", "fused cuda_graph")
+COMPILED = "compiled"
+BATCHES = (1, 8, 64, 256)
+MAIN = (1, 64, 256)  # of them, what is looked at first
+EXPECT_S = {"digits": 0.5, "mnist": 2.0, "cifar10": 3.0, "imagenet64": 5.0}  # twice at batch 256, in float32
+COMPILE_S = {"digits": 30.0, "mnist": 60.0, "cifar10": 90.0, "imagenet64": 200.0}
+
+
+def bench_items(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
+    """Yield all items, each once."""
+    yield from ceiling_items(bench.device)
+    done: set[str] = set()
+    for item in _ordered(bench, networks):
+        if item.name not in done:
+            done.add(item.name)
+            yield item
+
+
+def ceiling_items(device: str) -> Iterator[Item]:
+    """Yield what is measured of the card itself."""
+    yield Item(name="ceiling copy", run=functools.partial(gpu_ceilings.copy_line, device))
+    for dtype in gpu_ceilings.DTYPES:
+        if device == "cuda" or dtype == "float32":
+            yield Item(name=f"ceiling {dtype}", run=functools.partial(gpu_ceilings.product_line, device, dtype))
+
+
+def _ordered(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
+    def cells(precision: str, batches: Sequence[int], steps: int = 1) -> Iterator[Item]:
+        for network in networks:
+            for batch in batches:
+                cell = Cell(network=network, precision=precision, batch=batch, steps=steps)
+                yield from (_item(bench, cell, way) for way in (EAGER, *WAYS))
+
+    yield from cells("bf16", MAIN)
+    yield from gpu_extra.items(bench, networks)
+    yield from cells("fp16", MAIN)
+    yield from cells("bf16", MAIN, 2)
+    yield from cells("tf32", MAIN)
+    yield from cells("fp32", (1, 64))
+    yield from cells("bf16", (8,))
+    for network in networks:
+        if network != "imagenet64":  # minutes of compiling
+            yield from (_item(bench, Cell(network=network, precision="bf16", batch=b), COMPILED) for b in MAIN)
+    for steps in (1, 2):
+        for precision in ("fp16", "tf32", "fp32"):
+            yield from cells(precision, BATCHES, steps)
+
+
+def _item(bench: Bench, cell: Cell, way: str) -> Item:
+    large = (2 if cell.batch == 256 else 1) * (2 if cell.precision == "fp32" else 1)
+    expect = EXPECT_S[cell.network] * large + (COMPILE_S[cell.network] if way == COMPILED else 0.0)
+    run = functools.partial(bench.row, cell, way)
+    return Item(name=f"{cell.name} {way or 'eager'}", run=run, expect_s=expect, limit_s=30 + 4 * expect)

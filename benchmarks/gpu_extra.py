@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""What `gpu.py bench` measures beside single calls: `Model.sample` end to end, a profile, noise on the card."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cmfast.errors import CheckFailed
+from cmfast.model import Model
+from cmfast.noise import gaussian
+from gpu_ceilings import fastest
+from gpu_cells import Bench, Cell, median_compute_ms
+from gpu_items import Item, NotHere
+from gpu_lines import Line
+
+IMAGES, SAMPLE_BATCH = {"cuda": 1024, "cpu": 32}, {"cuda": 256, "cpu": 8}
+TOP = 15  # kernels of a profile
+NOISE = {"cuda": (256, (3, 64, 64)), "cpu": (16, (3, 32, 32))}  # images, shape: 3.1 million values
+
+
+def items(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
+    """Yield these items, most valuable first."""
+    for network in networks:
+        expect = {"imagenet64": 8.0}.get(network, 4.0) if bench.device == "cuda" else 1.0
+        yield Item(name=f"{network} bf16 sample", run=functools.partial(sample, bench, network), expect_s=expect)
+    yield Item(name="noise", run=functools.partial(noise, bench.device), expect_s=2.0)
+    if networks:
+        network = "cifar10" if "cifar10" in networks else networks[0]
+        for way in ("eager", "best"):
+            run = functools.partial(profile, bench, network, way)
+            yield Item(name=f"{network} bf16 profile {way}", run=run, expect_s=4.0)
+
+
+def sample(bench: Bench, network: str) -> Line:
+    """Return the images a second of `Model.sample`, noise and 8-bit pixels included, beside the network's own."""
+    n, batch = IMAGES[bench.device], SAMPLE_BATCH[bench.device]
+    cell = Cell(network=network, precision="bf16", batch=batch)
+    way = best_way(bench, cell)
+    engine = bench.open(network, "bf16", way)
+    model = Model(engine)
+    images = model.sample(2 * batch, steps=1, batch=batch)  # warms up
+    if not images.std() > 1:
+        raise CheckFailed("all pixels are alike")
+    inputs, label, sigmas = bench.inputs(cell)
+    if bench.device == "cuda":
+        with engine.timed() as times:
+            for _ in range(6):
+                engine.loop(inputs, sigmas, label)
+        own_ms = median_compute_ms(times[1:])
+    else:
+        own_ms = statistics.median(timed_ms(lambda: engine.loop(inputs, sigmas, label)) for _ in range(3))
+    seconds = [timed_ms(lambda: model.sample(n, steps=1, batch=batch)) / 1000 for _ in range(3)]
+    rate, own = n / statistics.median(seconds), 1000 * batch / own_ms
+    return {
+        "kind": "sample", "network": network, "precision": "bf16", "steps": 1, "batch": batch, "n": n,
+        "way": way or "eager", "seconds_each": seconds, "images_per_s": rate, "network_images_per_s": own,
+        "of_network": rate / own,
+    }  # fmt: skip
+
+
+def best_way(bench: Bench, cell: Cell) -> str:
+    """Return the way that was the fastest at a cell so far; eager where none was measured."""
+    same = ("network", "precision", "steps")
+    rows = [row for row in bench.lines.found("row") if all(row[name] == getattr(cell, name) for name in same)]
+    rows = [row for row in rows if row["way"] not in ("eager", "compiled")]
+    rows = [row for row in rows if row["batch"] == cell.batch] or rows
+    best = max(rows, key=lambda row: row["times_as_fast"], default=None)
+    return best["way"] if best is not None and best["times_as_fast"] > 1 else ""
+
+
+def profile(bench: Bench, network: str, which: str) -> Line:
+    """Return the kernels that take the time of a call at batch 64."""
+    cell = Cell(network=network, precision="bf16", batch=64 if bench.device == "cuda" else 1)
+    way = best_way(bench, cell) if which == "best" else ""
+    if which == "best" and not way:
+        raise NotHere("no way was faster than eager, or none was measured")
+    engine = bench.open(network, "bf16", way)
+    inputs, label, sigmas = bench.inputs(cell)
+    for _ in range(2):
+        engine.loop(inputs, sigmas, label)
+    activity = torch.profiler.ProfilerActivity
+    calls = 3
+    activities = [activity.CPU, activity.CUDA] if bench.device == "cuda" else [activity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            engine.loop(inputs, sigmas, label)
+    events = [event for event in profiler.key_averages() if bench.device == "cpu" or kernel_ms(event, "cuda") > 0]
+    if bench.device == "cuda":  # kernels and copies; the operators that launched them have the same time again
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(kernel_ms(event, bench.device) for event in events)
+    events.sort(key=lambda event: -kernel_ms(event, bench.device))
+    table = [
+        {"kernel": event.key[:160], "calls": event.count / calls, "ms": kernel_ms(event, bench.device) / calls}
+        for event in events[:TOP]
+    ]
+    where = {"network": network, "precision": "bf16", "batch": cell.batch, "steps": 1, "way": way or "eager"}
+    return {"kind": "profile", **where, "total_ms": total / calls, "kernels": len(events), "table": table}
+
+
+def kernel_ms(event: Any, device: str) -> float:
+    return (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1000
+
+
+def noise(device: str) -> Line:
+    """Return values a second of noise, drawn by PyTorch on the device and by numpy on one thread; the bits agree."""
+    if importlib.util.find_spec("cmfast_train.torch_noise") is None:
+        raise NotHere("this version draws no noise on the device")
+    torch_noise = importlib.import_module("cmfast_train.torch_noise")
+    count, shape = NOISE[device]
+    values = count * int(np.prod(shape))
+    begun = time.perf_counter()
+    want = gaussian(0, range(count), 0, shape)
+    numpy_s = time.perf_counter() - begun
+    key, samples = torch_noise.key_of(0).to(device), torch.arange(count, device=device)
+    got = torch_noise.gaussian(key, samples, 1, shape)
+    differs = int((got[0].cpu().numpy().view(np.uint32) != want.view(np.uint32)).sum())
+    if differs:
+        raise CheckFailed(f"{differs:,} of {values:,} values are not numpy's to the bit")
+    seconds = fastest(lambda: torch_noise.gaussian(key, samples, 1, shape), device)
+    return {
+        "kind": "noise", "values": values, "values_per_s": values / seconds, "numpy_values_per_s": values / numpy_s,
+        "times_as_fast": numpy_s / seconds,
+    }  # fmt: skip
+
+
+def timed_ms(call: Any) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begun)
