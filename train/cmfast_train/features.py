@@ -29,6 +29,7 @@ from cmfast.files import atomic_file
 from cmfast_train.border import reading
 from cmfast_train.checkpoint import safe_load
 from cmfast_train.data import to_unit_range
+from cmfast_train.torch_cuda import arithmetic
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 FORMAT = "cmfast-features/1"
@@ -86,7 +87,9 @@ def extract(features: Features, images: Iterable[Tensor], device: str = "cpu") -
     with torch.inference_mode():
         for batch in images:
             for part in batch.split(size):
-                yield features(to_unit_range(part.to(device))).float().cpu()
+                with arithmetic(tf32=False, benchmark=None):  # a score must not depend on the card
+                    found = features(to_unit_range(part.to(device))).float().cpu()
+                yield found
 
 
 def features_record(features: Pixels | Classifier | Inception, name: str) -> dict[str, Any]:

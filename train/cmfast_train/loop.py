@@ -34,6 +34,7 @@ from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.progress import progress_bar
 from cmfast_train.config import TrainConfig
 from cmfast_train.data import batches, load_data, to_unit_range
+from cmfast_train.float32 import exact_float32
 from cmfast_train.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.log import TrainLog
 from cmfast_train.methods import METHODS, Step
@@ -77,6 +78,8 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
 
         main = accelerator.is_main_process
         together(accelerator, claim if main else None)
+        if accelerator.mixed_precision == "no":  # the default of cuDNN is TensorFloat-32
+            together(accelerator, lambda: whole_run.enter_context(exact_float32(accelerator.device)))
         data = _load_data(config, data_root, accelerator)
         config = _with_names(config, data)
         run = Run(config, out, accelerator, len(data), data.classes)

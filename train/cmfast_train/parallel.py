@@ -154,7 +154,7 @@ def jvp(
 class _PlainNorms(TorchFunctionMode):
     """PyTorch's forward derivative of a group norm is a view of its input, which channels_last does not allow.
 
-    What comes out has the layout that went in: dropout draws its masks in the order of memory.
+    What comes out has the layout that went in, which the next convolution takes as it is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

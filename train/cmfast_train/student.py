@@ -14,6 +14,7 @@ from cmfast_train.losses import same_dropout
 from cmfast_train.networks.adm import timestep_embedding
 from cmfast_train.networks.precision import full_precision
 from cmfast_train.parallel import jvp
+from cmfast_train.torch_cuda import arithmetic
 
 FEATURES = 64  # of the noise level, that its log-variance is linear in
 STEP = 1e-3  # of central differences, relative to the direction
@@ -102,7 +103,8 @@ class Asked:
         """Return F as a function of (x, sigma) in float32, whatever the run computes in: differences are small."""
 
         def output(x: Tensor, sigma: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+            # Not cudnn.flags: what it is not given it sets to defaults of its own, among them enabled=False.
+            with torch.autocast(x.device.type, enabled=False), arithmetic(tf32=False, benchmark=None):
                 return self._aside(self._student.denoiser.output, x, sigma, label, second)
 
         return output

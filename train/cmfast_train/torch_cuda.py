@@ -198,8 +198,10 @@ def compiled(denoiser: torch.nn.Module) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def arithmetic(*, tf32: bool) -> Iterator[None]:
+def arithmetic(*, tf32: bool, benchmark: bool | None = True) -> Iterator[None]:
     """Let CUDA multiply float32 as TensorFloat-32, or not, and cuDNN try its algorithms, in this context only.
+
+    benchmark  whether cuDNN tries them (`torch.backends.cudnn.benchmark`); None leaves it as it is
 
     PyTorch has an old and a new interface to the former, and reading the old one after the new one was used is an
     error (https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32"). So this writes the old one, which
@@ -207,13 +209,13 @@ def arithmetic(*, tf32: bool) -> Iterator[None]:
     """
     backends = torch.backends
     fine = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    before, benchmark = [each.fp32_precision for each in fine], backends.cudnn.benchmark
+    before, tried = [each.fp32_precision for each in fine], backends.cudnn.benchmark
     backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = tf32
-    backends.cudnn.benchmark = True
+    backends.cudnn.benchmark = tried if benchmark is None else benchmark
     try:
         yield
     finally:
-        backends.cudnn.benchmark = benchmark
+        backends.cudnn.benchmark = tried
         backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before[0] == "tf32", before[2] == "tf32"
         for each, precision in zip(fine, before, strict=True):
             each.fp32_precision = precision

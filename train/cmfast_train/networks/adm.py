@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.checks import check_types
 from cmfast_train.networks.count import adm_sizes, check_values
+from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import GROUPS, Size, check_network, plain_size, sides
 
@@ -166,15 +167,13 @@ class ResBlock(nn.Module):
         h = conv(self.resample(act(norm(x))))
         x = self.resample(x)
         e = cast(self.emb_layers(emb)[..., None, None], h.dtype)
-        norm, *rest = self.out_layers
+        norm, act, dropout, conv = self.out_layers
         if self.scale_shift:
             channels = h.shape[1]
             h = norm(h) * (1 + e.narrow(1, 0, channels)) + e.narrow(1, channels, channels)  # scale, shift
         else:
             h = norm(h + e)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(x) + h
+        return self.skip_connection(x) + conv(dropped(dropout, act(h), conv))
 
 
 class Attention(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.checks import check_types
 from cmfast_train.networks.count import check_values, edm_sizes
+from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import Size, check_network, plain_size, sides
@@ -259,7 +260,7 @@ class Block(nn.Module):
             h = self.norm1(h) * (1 + e.narrow(1, 0, self.c_out)) + e.narrow(1, self.c_out, self.c_out)
         else:
             h = self.norm1(h + e)
-        x = self._sum(self.skip(x), self.conv1(self.dropout(F.silu(h))))
+        x = self._sum(self.skip(x), self.conv1(dropped(self.dropout, F.silu(h), self.conv1)))
         return self._sum(x, self.proj(self._attention(self.norm2(x)))) if self.heads else x
 
     def _attention(self, x: Tensor) -> Tensor:
