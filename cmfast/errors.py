@@ -7,6 +7,9 @@ The commands print the message as one line; `exit_code` is what they exit with.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class CmfastError(Exception):
@@ -38,6 +41,32 @@ class MissingDependency(CmfastError):
 
 class CmfastWarning(UserWarning):
     """A request is fulfilled, and there is something that the user should know. The commands print one line."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(under_its_name(str(text)))
+
+
+# What a file is read from for now, and the path that the user knows. Unlike catch_warnings it belongs to one thread.
+_reading_as: ContextVar[tuple[str, str]] = ContextVar("_reading_as", default=("", ""))
+
+
+@contextmanager
+def known_as(place: object, name: object) -> Iterator[None]:
+    """Let errors and warnings of ours that name `place` name `name` instead, in this thread, while the block runs."""
+    token = _reading_as.set((str(place), str(name)))
+    try:
+        yield
+    except CmfastError as err:
+        err.args = (under_its_name(str(err)),)
+        raise
+    finally:
+        _reading_as.reset(token)
+
+
+def under_its_name(text: str) -> str:
+    """Return a text with the path that the user knows, see `known_as`."""
+    place, name = _reading_as.get()
+    return text.replace(place, name) if place else text
 
 
 def one_line(err: BaseException | str, limit: int = 300) -> str:

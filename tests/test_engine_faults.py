@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,10 +26,13 @@ from onnx import TensorProto, helper
 import cmfast
 from cmfast.artifact import Manifest, file_sha256, graph_sha256, read_onnx
 from cmfast.engines import MAX_THREADS, _onnx_file, _pinned, onnxruntime, open_engine
-from cmfast.errors import ArtifactError, CmfastError, EngineError
+from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.spec import ModelSpec
 from cmfast_train import engine as torch_engine
 from cmfast_train.engine import TorchEngine
+from cmfast_train.importers import load_model
+from cmfast_train.importers.facts import Told
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
 Factory = Callable[..., Path]
 IMAGE = ["B", 1, 8, 8]
@@ -149,6 +153,54 @@ def test_errors_and_hashes_of_a_checkpoint_name_its_file_not_the_place_where_it_
     assert str(caught.value).startswith(f"{path}: ")
     with pytest.raises(ArtifactError, match=rf"^{path}: its SHA-256 is .* not 0000"):
         cmfast.load(path, sha256="0" * 64)
+
+
+def foreign_file(path: Path) -> Path:
+    """Write weights that are read with a warning: an EDM teacher's, as OpenAI's are named."""
+    config = AdmConfig(
+        image_size=8, classes=3, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,), head_channels=32
+    )
+    network = AdmUnet(config)
+    randomise(network)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_a_warning_about_a_checkpoint_that_is_read_under_another_path_names_the_file_to_its_own_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = foreign_file(tmp_path / "weights.pt")
+    told = Told.parse(["image_size=8", "head_channels=32", "qkv=3hd", "scaling=edm"])
+    monkeypatch.setattr(torch_engine, "load_model", lambda model: load_model(model, "openai", told))
+    with pytest.warns(CmfastWarning) as said:
+        cmfast.load(path, sha256=file_sha256(path))
+    assert [str(each.message).startswith(f"{path}: ") for each in said] == [True]
+
+
+def test_files_that_are_opened_at_once_leave_the_warnings_of_the_process_alone(
+    tiny_checkpoint: Factory, tmp_path: Path
+) -> None:
+    paths = [Path(shutil.copy(tiny_checkpoint(classes), tmp_path / f"{classes}.pt")) for classes in (0, 10)]
+    opened, ended = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with _pinned.pinned(paths[1], file_sha256(paths[1])) as place:
+            warnings.warn(f"{place}: of the second", CmfastWarning, stacklevel=1)
+            opened.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=second)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with _pinned.pinned(paths[0], file_sha256(paths[0])):
+            thread.start()
+            opened.wait(60)
+            warnings.warn("of nobody", UserWarning, stacklevel=1)
+            assert [str(each.message) for each in said] == [f"{paths[1]}: of the second", "of nobody"]
+        ended.set()  # the first began before the second and ends before it
+        thread.join()
+        warnings.warn("after both", UserWarning, stacklevel=1)
+        assert [str(each.message) for each in said][2:] == ["after both"]
 
 
 def test_weights_beside_the_model_are_read_from_there_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmfast.artifact import check_file, compare_sha256
-from cmfast.errors import ArtifactError, CmfastError
+from cmfast.errors import ArtifactError, CmfastError, known_as
 
 DESCRIPTORS = Path("/proc/self/fd")  # Linux: a path that stays this open file whatever is renamed
 
@@ -29,8 +28,7 @@ def pinned(file: Path, sha256: str) -> Iterator[Path]:
         raise CmfastError(f"{file}: a SHA-256 is of one file, and this model is a folder")
     with tempfile.TemporaryDirectory(prefix="cmfast-", ignore_cleanup_errors=True) as folder:
         same = Path(folder) / file.name
-        with open(check_file(file), "rb") as opened, warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        with open(check_file(file), "rb") as opened:
             before = os.fstat(opened.fileno())
             if DESCRIPTORS.is_dir():
                 same.symlink_to(DESCRIPTORS / str(opened.fileno()))
@@ -39,14 +37,8 @@ def pinned(file: Path, sha256: str) -> Iterator[Path]:
                     shutil.copyfileobj(opened, copy)
             with open(same, "rb") as read:
                 compare_sha256(file, hashlib.file_digest(read, "sha256").hexdigest(), sha256)
-            try:
+            with known_as(same, file):
                 yield same
-            except CmfastError as err:
-                err.args = (str(err).replace(str(same), str(file)),)
-                raise
             after = os.fstat(opened.fileno())
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise ArtifactError(f"{file}: it was written to while it was opened; open it again")
-    for each in said:
-        text = str(each.message).replace(str(same), str(file))
-        warnings.warn(text, each.category, stacklevel=5)
