@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,6 +116,64 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
     new = export_onnx(tiny_checkpoint(classes=0), target).data
     assert set(tmp_path.iterdir()) == {target, new, bystander}
     assert new != old
+
+
+KILLED = """
+import os, signal, sys
+from cmfast_export import export, write
+write.MAX_BYTES = 10_000
+export.verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
+export.export_onnx(sys.argv[1], sys.argv[2])
+"""
+
+
+def killed(checkpoint: Path, target: Path) -> Path:
+    """Let an export be killed between its weights and its file; return the weights that it leaves."""
+    before = set(target.parent.iterdir())
+    done = subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (data,) = (path for path in set(target.parent.iterdir()) - before if path.suffix == ".data")
+    return data
+
+
+def test_weights_of_an_export_that_was_killed_are_removed_by_the_next(
+    two_files: tuple[Path, Path], tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    target, old = (Path(shutil.copy(file, tmp_path)) for file in two_files)
+    bystander = tmp_path / f"model.{'0' * 16}.data"
+    bystander.write_text("nobody's")
+    left = killed(tiny_checkpoint(classes=0), target)
+    assert left != old
+    np.testing.assert_array_equal(load(target).sample(1), load(two_files[0]).sample(1))  # what stood there stands
+    for path in tmp_path.glob(".*"):
+        os.utime(path, (1, 1))  # temporaries of the last seconds are left alone
+    new = export_onnx(tiny_checkpoint(), target).data
+    assert new == old
+    assert set(tmp_path.iterdir()) == {target, old, bystander}
+
+
+def test_weights_of_a_killed_export_that_a_file_uses_meanwhile_stay(
+    two_files: tuple[Path, Path], tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    target, data = (Path(shutil.copy(file, tmp_path)) for file in two_files)
+    (tmp_path / ".model.onnx.cmfast-data").write_text(data.name)  # of a killed export of the same model
+    shutil.copy(target, tmp_path / "copy.onnx")
+    export_onnx(tiny_checkpoint(classes=0), target)
+    assert load(tmp_path / "copy.onnx").sample(1).shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("text", ["../precious.0123456789abcdef.data", "precious.data", "", ".", "other.onnx", "\xff"])
+def test_a_note_cannot_name_another_kind_of_file(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = [tmp_path / "precious.0123456789abcdef.data", folder / "precious.data", folder / "other.onnx"]
+    for file in files:
+        file.write_text("precious")
+    (folder / ".model.onnx.cmfast-data").write_text(text, encoding="latin-1")
+    with write.replacing_data(folder / "model.onnx"):
+        pass
+    assert [file.read_text() for file in files] == ["precious"] * 3
+    assert not list(folder.glob(".*"))
 
 
 def test_weights_that_another_file_uses_stay(

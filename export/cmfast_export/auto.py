@@ -27,7 +27,7 @@ from cmfast.timing import interleave, summarise
 from cmfast_export._options import check_tolerance
 from cmfast_export._target import one_writer
 from cmfast_export.export import Exported, export_onnx
-from cmfast_export.write import data_files, remove_unused
+from cmfast_export.write import replacing_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 
@@ -119,17 +119,13 @@ def _times(files: dict[str, Path], device: str) -> dict[str, float]:
 
 def _move(exported: Exported, target: Path) -> Exported:
     """Put the chosen file under its final name; weights beside it keep theirs, which the file refers to."""
-    before = data_files(target)
     data = exported.data and target.with_name(exported.data.name)
-    if exported.data and data:
-        os.replace(exported.data, data)
-    try:
+    with replacing_data(target) as announce:
+        if exported.data and data:
+            announce(data)
+            os.replace(exported.data, data)
         with atomic_file(target) as file:
             shutil.copyfile(exported.path, file)
-    except BaseException:
-        remove_unused({data} if data else set(), target.parent)
-        raise
-    remove_unused(before, target.parent)
     return replace(exported, path=target, data=data)
 
 

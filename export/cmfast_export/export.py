@@ -28,7 +28,7 @@ from cmfast_export.emulate import emulate_file
 from cmfast_export.to_onnx import denoiser_graph
 from cmfast_export.to_server import server_graph
 from cmfast_export.verify import Parity, verify
-from cmfast_export.write import data_files, remove_unused, replace_manifest, weight_bytes, write_data
+from cmfast_export.write import replace_manifest, replacing_data, weight_bytes, write_data
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import TorchEngine
 from cmfast_train.importers import load_model
@@ -124,10 +124,9 @@ def _export(
 
     graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
     manifest = replace(manifest, cost=graph_cost(graph))
-    before = data_files(target)
-    data = write_data(graph, target) if weight_bytes(graph) > write.MAX_BYTES else None
     sampled = None
-    try:
+    with replacing_data(target) as announce:
+        data = write_data(graph, target, announce) if weight_bytes(graph) > write.MAX_BYTES else None
         with atomic_file(target) as file:
             size = write.write_with_manifest(graph, manifest, file, data)
             agreement = check(file, "the denoiser graph")
@@ -142,10 +141,6 @@ def _export(
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             _seal(file, size, manifest)
-    except BaseException:
-        remove_unused({data.path} if data else set(), target.parent)
-        raise
-    remove_unused(before, target.parent)
     return Exported(
         path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
         sampler=sampled,

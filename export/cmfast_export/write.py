@@ -8,9 +8,12 @@ finds weights that are not its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +22,11 @@ import onnx_ir as ir
 
 from cmfast import _protobuf as pb
 from cmfast.artifact import Manifest
-from cmfast.files import atomic_file
+from cmfast.files import atomic_file, write_text
 
 MAX_BYTES = 2**31 - 2**24  # of weights in one file: protobuf ends at 2 GiB; nodes, names and manifest need a few MiB
 SMALL = 1024  # bytes; constants up to this size are always in the graph
+_OURS = re.compile(r"[^/\\]+\.[0-9a-f]{16}\.data")  # the name of a data file
 ALIGNMENT = 4096  # bytes; a weight in a data file begins at a page, so it can be mapped into memory
 
 
@@ -39,13 +43,17 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for _, tensor in _initializers(model))
 
 
-def write_data(model: ir.Model, target: Path) -> DataFile:
-    """Write the weights of the model beside `target` (the .onnx file to be), into TARGET.DIGEST.data."""
+def write_data(model: ir.Model, target: Path, announce: Callable[[Path], None] = lambda _: None) -> DataFile:
+    """Write the weights of the model beside `target` (the .onnx file to be), into TARGET.DIGEST.data.
+
+    announce  gets the path before there is a file, see `replacing_data`
+    """
     outside = [(name, tensor) for name, tensor in _initializers(model) if tensor.nbytes > SMALL]
     digest = hashlib.sha256(f"{SMALL} {ALIGNMENT}".encode())  # which weights are outside, and where
     for name, tensor in outside:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
     path = target.with_name(f"{target.stem}.{digest.hexdigest()[:16]}.data")
+    announce(path)
     places: dict[str, tuple[int, int]] = {}
     with atomic_file(path) as temporary, temporary.open("wb") as opened:
         for name, tensor in outside:
@@ -102,14 +110,47 @@ def data_files(file: Path) -> set[Path]:
         names = pb.read_onnx_model(file).external
     except (OSError, pb.ProtobufError):
         return set()
-    return {file.parent / name for name in names if re.fullmatch(r"[^/\\]+\.[0-9a-f]{16}\.data", name)}
+    return {file.parent / name for name in names if _OURS.fullmatch(name)}
 
 
-def remove_unused(before: set[Path], folder: Path) -> None:
-    """Delete data files that no .onnx file of the folder uses any more."""
-    used = {data for file in folder.glob("*.onnx") for data in data_files(file)} if before else set()
-    for data in before - used:
-        data.unlink(missing_ok=True)
+@contextmanager
+def replacing_data(target: Path) -> Iterator[Callable[[Path], None]]:
+    """Keep one set of weights beside `target`, which the block writes: the old ones until then, if it fails for good.
+
+    The block calls what it is given with each data file before it makes it. A note beside the target has that name
+    until the block ends, so that the next write removes the weights of one that was killed. The caller has the target's
+    lock, so whoever wrote the note is dead.
+    """
+    name = os.fsdecode(os.fsencode(target.name)[:200])
+    note = target.with_name(f".{name}.cmfast-data")
+    with contextlib.suppress(OSError, ValueError):
+        _remove_unused({target.with_name(note.read_text(encoding="utf-8"))}, target)
+    before, made = data_files(target), set[Path]()
+
+    def announce(data: Path) -> None:
+        write_text(note, data.name)
+        made.add(data)
+
+    try:
+        yield announce
+    except BaseException:
+        _remove_unused(made, target)
+        raise
+    finally:
+        note.unlink(missing_ok=True)
+    _remove_unused(before, target)
+
+
+def _remove_unused(files: set[Path], target: Path) -> None:
+    """Delete those of the data files that no .onnx file of the target's folder uses, if they have names of ours."""
+    if not files:
+        return
+    unfinished = re.compile(rf"\.{re.escape(target.name)}\..*\.cmfast-tmp\..*")  # of this target, which we have locked
+    models = [file for file in target.parent.glob("*.onnx") if not unfinished.fullmatch(file.name)]
+    used = {data for file in models for data in data_files(file)}
+    for data in files - used:
+        if data.parent == target.parent and _OURS.fullmatch(data.name):
+            data.unlink(missing_ok=True)
 
 
 # Field numbers of onnx.proto; wire type 2, bytes with their length before them.
