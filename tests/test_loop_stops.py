@@ -18,7 +18,7 @@ import torch
 from test_loop import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning
-from cmfast_train import loop, parallel
+from cmfast_train import loop, parallel, step_graph
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli import main
 from cmfast_train.config import override
@@ -168,7 +168,7 @@ def test_a_process_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     def optimise(*_: Any) -> None:
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer\n at ...")
 
-    monkeypatch.setattr(loop, "optimise", optimise)
+    monkeypatch.setattr(step_graph, "optimise", optimise)
     config = override(PRESETS["digits"], [*TINY, *SHORT])
     for processes, error in ((2, CmfastError), (1, RuntimeError)):  # of one process it would be a bug
         accelerator = SimpleNamespace(num_processes=processes, process_index=0, device=torch.device("cpu"))

@@ -81,6 +81,7 @@ class TrainConfig:
     precision: str = "auto"  # fp32, bf16, fp16; auto is bf16 on CUDA and fp32 on a CPU
     channels_last: bool = True  # memory layout of the convolutions
     compile: bool = False  # torch.compile the network
+    graph: str = "auto"  # record optimiser steps as CUDA graphs: true, false; auto is true where they can be recorded
     recompute: bool = False  # keep few activations, compute them again in the backward pass: less memory, more time
     shard: bool = False  # spread weights, averages and optimiser over the processes (FSDP)
     emas: tuple[float, ...] = ()  # decays of more averages, kept in DIR/ema
@@ -94,7 +95,7 @@ class TrainConfig:
     checkpoint_images: int = 1_000_000  # between checkpoints
     log_images: int = 10_000  # between lines of log.jsonl
     grid: int = 64  # images in the sample grid of a checkpoint
-    workers: int = 0  # processes that read images; 0: a thread
+    workers: int = 0  # processes that read images; 0: a thread. On CUDA small data sets are on the card, without either
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -111,6 +112,8 @@ class TrainConfig:
             raise CmfastError(f"precision must be auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.graph not in ("auto", "true", "false"):
+            raise CmfastError(f"graph must be auto, true or false, got {self.graph!r}")
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
         check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
@@ -268,7 +271,7 @@ OF_THE_MODEL = frozenset(
 
 # Fields that may change between a run and its continuation: they do not decide what is computed.
 FREE_FIELDS = frozenset(
-    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute"}
+    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute", "graph"}
 )
 
 

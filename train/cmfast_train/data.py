@@ -38,6 +38,8 @@ from cmfast_train.workers import from_workers
 Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
 
 AHEAD = 2  # batches that wait, at most, for the step that needs them
+ON_DEVICE = 2 * 10**9  # bytes of images that are kept on a GPU, at most; CIFAR-10 has 154 million
+INDICES = 2**15  # that are copied to a GPU at once
 
 SYNSETS = 1000  # classes of ImageNet-1k, a folder each
 
@@ -193,7 +195,15 @@ def image_data(
 
 
 def batches(
-    data: Data, batch: int, seed: int, start: int, stop: int, share: slice, workers: int, pin: bool
+    data: Data,
+    batch: int,
+    seed: int,
+    start: int,
+    stop: int,
+    share: slice,
+    workers: int,
+    pin: bool,
+    keep: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of the batches of steps start .. stop - 1.
 
@@ -201,11 +211,15 @@ def batches(
     share    which of them this process takes
     workers  processes that make the batches; 0: a thread, which ends when the generator does
     pin      put them in pinned memory, from which a GPU copies while it computes
+    keep     a device that makes them itself from a copy of the data, if those are in memory and not too large for it
 
     Raises:
         CmfastError: An image cannot be read, or a worker process has died.
     """
     order = _StepIndices(len(data), batch, seed, start, stop, share)
+    if keep is not None and isinstance(data, Images) and data.images.nbytes < ON_DEVICE:
+        yield from _device_batches(data, order, keep)
+        return
     if workers:
         yield from map(_batch, from_workers(data, order, workers, pin))
         return
@@ -223,6 +237,21 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def _device_batches(data: Images, order: _StepIndices, device: torch.device) -> Generator[Batch, None, None]:
+    """Yield the batches of an order from a copy of the data on the device, which makes them there.
+
+    Indices are copied for many steps at once: what a GPU waits for least often.
+    """
+    images, labels = data.images.to(device), data.labels.to(device)
+    steps = max(1, INDICES // order.batch)
+    for first in range(order.start, order.stop, steps):
+        block = torch.stack([order.tensor(step) for step in range(first, min(first + steps, order.stop))])
+        if device.type == "cuda":
+            block = block.pin_memory()
+        for indices in block.to(device, non_blocking=True):
+            yield images.index_select(0, indices), labels.index_select(0, indices)
+
+
 class _StepIndices:
     """The indices of each step: one shuffle of the data an epoch, epochs end to end."""
 
@@ -238,14 +267,18 @@ class _StepIndices:
 
     def at(self, step: int) -> list[int]:
         """Return the indices of any step, whatever came before."""
+        indices: list[int] = self.tensor(step).tolist()
+        return indices
+
+    def tensor(self, step: int) -> Tensor:
+        """Return the indices of any step as int64."""
         position, stop = step * self.batch, (step + 1) * self.batch
         parts = []
         while position < stop:  # once, or once for each epoch that the batch touches
             epoch, first = divmod(position, self.n)
             parts.append(self._shuffled(epoch)[first : first + stop - position])
             position += len(parts[-1])
-        indices: list[int] = torch.cat(parts)[self.share].tolist()
-        return indices
+        return torch.cat(parts)[self.share]
 
     def _shuffled(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

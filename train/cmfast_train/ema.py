@@ -61,7 +61,7 @@ class Averages:
 
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Take the weights of one optimiser step in. step: updates before this one in the phase."""
-        now = {name: weight.detach().to(torch.float32) for name, weight in weights.items()}  # once for all averages
+        now = {name: _float32(weight) for name, weight in weights.items()}  # once for all averages
         for name, decay in self.decays(step).items():
             average = self.averages[name]
             update_ema(average.values(), [now[key] for key in average], decay)
@@ -75,7 +75,13 @@ class Averages:
 def update_ema(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place, in the average's precision (float32)."""
     average = list(average)
-    torch._foreach_lerp_(average, [w.detach().to(a.dtype) for a, w in zip(average, weights, strict=True)], 1 - decay)
+    # A call for each weight would take a small network's step as long as the update itself.
+    now = [w if w.dtype == a.dtype else w.detach().to(a.dtype) for a, w in zip(average, weights, strict=True)]
+    torch._foreach_lerp_(average, now, 1 - decay)
+
+
+def _float32(weight: Tensor) -> Tensor:
+    return weight if weight.dtype == torch.float32 else weight.detach().to(torch.float32)
 
 
 def warm_decay(decay: float, step: int) -> float:

@@ -75,6 +75,10 @@ class TrainLog:
         """Note that a checkpoint was written."""
         self._write({"images": images, **where, "checkpoint": "model.pt"})
 
+    def note(self, images: int, **facts: Any) -> None:
+        """Note how the run goes on after so many images."""
+        self._write({"images": images, **facts})
+
     def _write(self, values: dict[str, Any]) -> None:
         if self.active:
             with self.path.open("a") as file:

@@ -9,15 +9,14 @@ DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was 
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
-What a step computes is in `methods`; what it asks networks for in `student`; what is saved in `run`; whose the folder
-is in `folder`.
+A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; what it asks networks for
+in `student`; what is saved in `run`; whose the folder is in `folder`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import re
 import signal
@@ -33,13 +32,13 @@ from torch import Tensor
 from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.progress import progress_bar
 from cmfast_train.config import TrainConfig
-from cmfast_train.data import batches, load_data, to_unit_range
+from cmfast_train.data import batches, load_data
 from cmfast_train.float32 import exact_float32
 from cmfast_train.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.log import TrainLog
-from cmfast_train.methods import METHODS, Step
 from cmfast_train.parallel import together
 from cmfast_train.run import Run
+from cmfast_train.step_graph import check_graph, on_one_stream, step_of, why_not
 
 SAVED = "saved"
 _GONE = re.compile(
@@ -84,6 +83,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         config = _with_names(config, data)
         run = Run(config, out, accelerator, len(data), data.classes)
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
+        check_graph(run)
         run.resume()
         together(accelerator, (lambda: begin_folder(config, out)) if main else None)
         _go_on(run, data)
@@ -103,9 +103,12 @@ def _go_on(run: Run, data: Any) -> None:
     with (
         _stop_signals() as stopped,
         TrainLog(run.out, run.images, config, accelerator) as log,
+        on_one_stream(run),
         progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
     ):
         try:
+            if accelerator.device.type == "cuda":
+                log.note(run.images, graph={phase.name: why_not(run, phase) or "recorded" for phase in config.phases})
             for loss_per_image in steps(run, data):
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
@@ -130,9 +133,11 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
     share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
     done, total = run.images // config.batch, config.images // config.batch
     pin = accelerator.device.type == "cuda"
+    keep = accelerator.device if pin else None
+    take = step_of(run)
     unchecked: list[tuple[int, int, Tensor, Tensor]] = []
     with contextlib.closing(
-        batches(data, config.batch, config.seed, done, total, share, config.workers, pin)
+        batches(data, config.batch, config.seed, done, total, share, config.workers, pin, keep)
     ) as stream:
         for step in range(done, total):
             try:
@@ -142,9 +147,11 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                     _check_finite(run, unchecked)
                 raise NoBatch(err) from err
             if run.step == config.steps(run.phase):
+                del take  # a recording's memory is needed now
                 run.next_phase()
+                take = step_of(run)
             try:
-                loss, sigma = optimise(run, step, images, label, share)
+                loss, sigma = take(step, images, label, share)
             except torch.OutOfMemoryError:
                 raise EngineError(
                     f"the GPU has too little memory for batch={config.batch}; smaller pieces compute the same: "
@@ -163,48 +170,6 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                 unchecked.clear()
             run.step += 1
             yield loss
-
-
-def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
-    """One optimiser step on this process's images [b, C, H, W]; return the loss and noise level of each, [b]."""
-    config, device, accelerator = run.config, run.accelerator.device, run.accelerator
-    generator = torch.Generator(device).manual_seed(_step_seed(config.seed, step))
-    noise = torch.randn(config.batch, *run.spec.image, generator=generator, device=device)[share]
-    uniform = torch.rand(config.batch, 4, generator=generator, device=device)[share]
-    x0 = to_unit_range(images.to(device, non_blocking=True))
-    if config.flip:
-        x0 = torch.where((uniform[:, 3] < 0.5)[:, None, None, None], x0.flip(3), x0)
-    label = label.to(device, non_blocking=True)
-    run.set_lr()
-    losses, levels = [], []
-    torch.manual_seed(_step_seed(config.seed, step) + 1 + accelerator.process_index)  # dropout
-    size = len(x0) // config.accumulation
-    for i in range(config.accumulation):
-        part = slice(i * size, (i + 1) * size)
-        with run.gradients(last=i == config.accumulation - 1), accelerator.autocast():
-            loss, sigma = METHODS[run.phase.method](
-                Step(
-                    phase=run.phase,
-                    spec=run.spec,
-                    networks=run.networks,
-                    distance=run.distance,
-                    done=run.step,
-                    steps=config.steps(run.phase),
-                    x0=x0[part],
-                    noise=noise[part],
-                    uniform=uniform[part],
-                    label=label[part] if run.spec.classes else None,
-                )
-            )
-            accelerator.backward(loss.sum() / len(x0))
-        losses.append(loss.detach())
-        levels.append(sigma)
-    if run.phase.clip_norm:
-        accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.update_averages()
-    return torch.cat(losses), torch.cat(levels)
 
 
 def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> None:
@@ -277,10 +242,6 @@ def _any(accelerator: Accelerator, flag: bool, run: Run) -> bool:
 def _share(batch: int, index: int, processes: int) -> slice:
     each = batch // processes
     return slice(index * each, (index + 1) * each)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=6).digest(), "little")
 
 
 @contextlib.contextmanager

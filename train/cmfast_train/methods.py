@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from cmfast_train.losses import (
     scm_target,
     weighted_by_itself,
 )
-from cmfast_train.phase import Phase
+from cmfast_train.phase import CONTINUOUS, Phase
 from cmfast_train.schedules import (
     ct_ema,
     ct_pair,
@@ -118,13 +118,15 @@ def edm(s: Step) -> Losses:
 
 def ct(s: Step) -> Losses:
     """Consistency training: "Consistency Models" (arXiv:2303.01469), Algorithm 3; target is an average of weights."""
-    t, r = ct_pair(_scales(s), s.uniform[:, 0], *s.grid)
+    (n,) = constants(s.phase, s.done, s.steps)
+    t, r = ct_pair(n, s.uniform[:, 0], *s.grid)
     return _consistency(s, s.networks.target, t, s.at(r), r), t
 
 
 def cd(s: Step) -> Losses:
     """Consistency distillation: "Consistency Models" (arXiv:2303.01469), Algorithm 2; one ODE step of the teacher."""
-    t, r = ct_pair(_scales(s), s.uniform[:, 0], *s.grid)
+    (n,) = constants(s.phase, s.done, s.steps)
+    t, r = ct_pair(n, s.uniform[:, 0], *s.grid)
     with torch.no_grad():
         x_r = ode_step(s.networks.teacher, s.at(t), t, r, s.label, s.phase.solver == "heun")
     return _consistency(s, s.networks.target, t, x_r, r), t
@@ -132,15 +134,14 @@ def cd(s: Step) -> Losses:
 
 def ict(s: Step) -> Losses:
     """Improved consistency training (arXiv:2310.14189): Pseudo-Huber, log-normal levels, doubling grid, no average."""
-    n = ict_scales(s.done, s.steps, s.phase.s0, s.phase.s1)
+    (n,) = constants(s.phase, s.done, s.steps)
     t, r = ict_pair(n, s.uniform[:, 0], s.phase.p_mean, s.phase.p_std, *s.grid)
     return _consistency(s, s.networks.itself, t, s.at(r), r) / (t - r), t
 
 
 def ect(s: Step) -> Losses:
     """Consistency tuning: "Consistency Models Made Easy" (arXiv:2406.14548); r approaches t in stages."""
-    first, last = s.phase.stages
-    stage = first + s.done * (last - first + 1) // s.steps
+    (stage,) = constants(s.phase, s.done, s.steps)
     t = s.lognormal()
     r = ect_r(t, stage, s.phase.q, s.phase.k, s.phase.b)
     below = torch.where(r > s.spec.sigma_min, r, 0)  # where the target is the image
@@ -187,6 +188,23 @@ METHODS: dict[str, Callable[[Step], Losses]] = {
 }  # fmt: skip
 
 
+def constants(phase: Phase, done: int, steps: int) -> tuple[Any, ...]:
+    """Return the numbers of a step that follow its place in the phase: all else that it computes with is in tensors.
+
+    They move one way through a phase, so between two steps where they are equal they are equal throughout.
+    """
+    if phase.method in ("ct", "cd"):
+        return (ct_scales(done, steps, phase.s0, phase.s1),)  # noise levels
+    if phase.method == "ict":
+        return (ict_scales(done, steps, phase.s0, phase.s1),)
+    if phase.method == "ect":
+        first, last = phase.stages
+        return (first + done * (last - first + 1) // steps,)  # stage
+    if phase.method in CONTINUOUS:
+        return (min(1.0, done / (phase.warmup * steps)) if phase.warmup else 1.0,)  # of the tangent's second term
+    return ()
+
+
 def target_decay(phase: Phase, done: int, steps: int) -> float | None:
     """Return the decay of the target's weights at a step; None where a method has no such average."""
     if phase.method not in ("ct", "cd"):
@@ -203,10 +221,6 @@ def distance_of(phase: Phase, values: int, lpips: Distance | None) -> Distance:
     return {"l1": l1, "l2": l2, "huber": pseudo_huber(pseudo_huber_c(values, phase.huber))}[phase.loss]
 
 
-def _scales(s: Step) -> int:
-    return ct_scales(s.done, s.steps, s.phase.s0, s.phase.s1)
-
-
 def _consistency(s: Step, target: Denoise, t: Tensor, x_r: Tensor, r: Tensor) -> Tensor:
     networks, x_t = s.networks, s.at(t)
     return consistency_loss(networks.student, target, s.distance, x_t, t, x_r, r, s.label, s.spec.sigma_min)
@@ -217,7 +231,7 @@ def _continuous(s: Step, t: Tensor, image: Tensor, noise: Tensor) -> Tensor:
     sign = 1 if s.spec.scaling == "trigflow" else -1
     x = s.at(t)
     said, tangent = s.networks.output_along(x, t, s.label, None, t[:, None, None, None] * noise, t)
-    warm = min(1.0, s.done / (s.phase.warmup * s.steps)) if s.phase.warmup else 1.0
+    (warm,) = constants(s.phase, s.done, s.steps)
     target = sign * scm_target(
         sign * said, sign * tangent, x, t, image, noise, s.spec.sigma_data, warm, s.phase.tangent_c
     )

@@ -73,6 +73,11 @@ class Run:
         return self.config.shard and self.accelerator.num_processes > 1
 
     @property
+    def dropout(self) -> float:
+        """The probability of dropout in the network in training."""
+        return float(getattr(self.network_config, "dropout", 0.0))
+
+    @property
     def phase(self) -> Phase:
         return self.config.phases[self.phase_index]
 
@@ -271,7 +276,8 @@ class Run:
             self.optimizer = self.accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        devices = [device.index or 0] if device.type == "cuda" else []
+        # Without dropout nothing in a step draws from there, and reading a GPU's random state cannot be recorded.
+        devices = [device.index or 0] if device.type == "cuda" and self.dropout else []
         finite = phase.derivative == "finite"
         self.networks = Asked(self.model, self.student, self.target, self.teacher, finite, devices)
         self.distance = distance_of(phase, math.prod(self.spec.image), self._lpips)

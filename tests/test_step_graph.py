@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT
+"""Recorded steps compute what plain steps compute, to the bit; a CUDA graph is imitated by replaying its operations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cmfast.errors import CmfastError, EngineError
+from cmfast_train import step_graph
+from cmfast_train.config import override
+from cmfast_train.data import Batch, batches, load_data
+from cmfast_train.loop import _accelerator, train
+from cmfast_train.methods import constants
+from cmfast_train.networks.adm import randomise
+from cmfast_train.presets import PRESETS
+from cmfast_train.run import Run
+from cmfast_train.step import optimise
+from cmfast_train.step_graph import WARM_UPS, RecordedSteps, check_graph, why_not
+
+ALL = slice(None)
+TINY = [
+    "channel_mult=1", "head_channels=32", "batch=8", "flip=true", "grid=4", "tensorboard=false", "device=cpu",
+    "checkpoint_images=100000",
+]  # fmt: skip
+
+# What waits for a GPU or brings numbers from the host, neither of which a recording may.
+FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal", "is_nonzero")
+
+
+class Operations(TorchDispatchMode):
+    """The operations on tensors that are run in it, with the tensors themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        assert not name.startswith(FORBIDDEN), f"{name} cannot be recorded"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def again(self) -> None:
+        """Run them on the same memory, as a CUDA graph does: Python has no part in it."""
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Graphs:
+    """Records computations; the recording itself counts as the first run, for on a CPU it computes."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def record(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.recorded += 1
+        operations, runs = Operations(), 0
+
+        def replay() -> Tensor:
+            nonlocal runs, output
+            if runs == 0:
+                with operations:
+                    output = body()
+            else:
+                operations.again()
+            runs += 1
+            self.replayed += 1
+            return output
+
+        output = torch.empty(0)
+        return replay
+
+
+@functools.cache
+def data() -> Any:
+    return load_data(PRESETS["digits"], None)
+
+
+@pytest.fixture(autouse=True)
+def any_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def new_run(out: Path, *settings: str, lively: bool = True) -> Run:
+    config = override(PRESETS["digits"], [*TINY, *settings])
+    run = Run(config, out, _accelerator(config), len(data()), data().classes)
+    if lively:
+        for seed, module in enumerate(filter(None, (run.denoiser, run.target, run.teacher))):
+            randomise(module.network, seed)
+    return run
+
+
+def batches_of(run: Run) -> Iterator[Batch]:
+    total = run.config.images // run.config.batch
+    return batches(data(), run.config.batch, run.config.seed, run.images // run.config.batch, total, ALL, 0, False)
+
+
+def take_steps(run: Run, take: Any, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Take so many steps; return the loss and noise level of each image in each."""
+    results = []
+    for images, label in islice(batches_of(run), count):
+        results.append(take(run.images // run.config.batch, images, label, ALL))
+        run.step += 1
+    return results
+
+
+def state_of(run: Run) -> list[Tensor]:
+    states = [run.optimizer.state[weight] for weight in run.student.parameters()]
+    return [
+        *run.student.parameters(),
+        *(run.target.parameters() if run.target is not None else ()),
+        *(value for average in run.averages.state().values() for value in average.values()),
+        *(state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")),
+    ]
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+CASES = {
+    "edm": ["phases=edm:400", "edm.lr_warmup=0.3", "edm.lr_decay=0.5", "edm.clip_norm=0.5", "emas=0.9", "ema_stds=0.1"],
+    "edm in bfloat16": ["phases=edm:320", "precision=bf16"],
+    "edm with dropout": ["phases=edm:320", "dropout=0.5"],
+    "edm without classes": ["phases=edm:320", "conditional=false", "flip=false"],
+    "ect": ["phases=ect:960", "ect.stages=0,3", "ect.lr_decay=1"],
+    "ect in bfloat16": ["phases=ect:480", "ect.stages=0,1", "precision=bf16"],
+    "ct": ["phases=ct:960", "ct.s0=2", "ct.s1=4", "ct.mu0=0.5"],
+    "ict": ["phases=ict:640", "ict.s0=4", "ict.s1=8"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_steps_are_the_plain_steps_to_the_bit(case: str, tmp_path: Path) -> None:
+    plain, recorded = (new_run(tmp_path, *CASES[case]) for _ in range(2))
+    graphs, count = Graphs(), plain.config.images // plain.config.batch
+    want = take_steps(plain, functools.partial(optimise, plain), count)
+    got = take_steps(recorded, RecordedSteps(recorded, graphs.record), count)
+    numbers = {constants(plain.phase, step, count) for step in range(count)}
+    assert graphs.recorded >= min(len(numbers), 2), "what changed was not recorded anew"
+    assert graphs.replayed >= count / 2
+    for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert same(list(ours), list(theirs)), f"step {step}"
+    assert same(state_of(recorded), state_of(plain))
+    assert not same([loss for loss, _ in want[1:]], [loss for loss, _ in want[:-1]])
+
+
+def test_a_number_that_is_not_among_the_constants_is_noticed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, recorded = (new_run(tmp_path, *CASES["ect"]) for _ in range(2))
+    count = plain.config.images // plain.config.batch
+    take_steps(plain, functools.partial(optimise, plain), count)
+    monkeypatch.setattr(step_graph, "constants", lambda *_: ())  # a method forgets to say its stage
+    take_steps(recorded, RecordedSteps(recorded, Graphs().record), count)
+    assert not same(state_of(recorded), state_of(plain))
+
+
+def test_a_recorded_run_saved_in_the_middle_goes_on_plain_or_recorded(tmp_path: Path) -> None:
+    plain = new_run(tmp_path / "plain", "phases=edm:640", "edm.lr_decay=1")
+    take_steps(plain, functools.partial(optimise, plain), 80)
+    first = new_run(tmp_path, "phases=edm:640", "edm.lr_decay=1")
+    take_steps(first, RecordedSteps(first, Graphs().record), 40)
+    (tmp_path / "samples").mkdir()
+    first.save()
+    for makes in (lambda run: functools.partial(optimise, run), lambda run: RecordedSteps(run, Graphs().record)):
+        run = new_run(tmp_path, "phases=edm:640", "edm.lr_decay=1", lively=False)
+        run.resume()
+        assert run.step == 40
+        take_steps(run, makes(run), 40)
+        assert same(state_of(run), state_of(plain))
+
+
+def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
+    for settings in (["phases=edm:160"], ["phases=ect:640", "ect.stages=0,15"]):  # 20 steps; 16 stages of 5
+        run, graphs = new_run(tmp_path, *settings), Graphs()
+        take_steps(run, RecordedSteps(run, graphs.record), 1000)
+        assert graphs.recorded == 0
+    run, graphs = new_run(tmp_path, "phases=edm:240"), Graphs()
+    take_steps(run, RecordedSteps(run, graphs.record), 1000)
+    assert (graphs.recorded, graphs.replayed) == (1, 30 - WARM_UPS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["phases=edm:80"], ""),
+        (["phases=edm:80", "dropout=0.2"], ""),
+        (["phases=ect:80"], ""),
+        (["phases=ect:80", "dropout=0.2"], "share dropout masks"),
+        (["phases=sct:80"], "sct differentiates in forward mode"),
+        (["phases=mf:80"], "mf differentiates in forward mode"),
+        (["phases=edm:80", "accumulation=2"], "accumulation is above 1"),
+        (["phases=edm:80", "recompute=true"], "recompute=true"),
+        (["phases=edm:80", "graph=false"], "graph=false"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_recorded_on_a_gpu_follows_the_configuration(settings: list[str], why: str, tmp_path: Path) -> None:
+    run: Any = new_run(tmp_path, *settings, lively=False)
+    assert why_not(run, run.phase) == ("graph=false" if why == "graph=false" else "the device is cpu")
+    run.accelerator = Cuda()
+    said = why_not(run, run.phase)
+    assert (why in said) if why else said == ""
+
+
+class Cuda:
+    """The facts of an accelerator on a GPU."""
+
+    device, num_processes, mixed_precision = torch.device("cuda"), 1, "bf16"
+
+
+def test_graph_true_where_it_cannot_be_is_an_error_with_the_reason(tmp_path: Path) -> None:
+    config = override(PRESETS["digits"], [*TINY, "phases=edm:80", "graph=true"])
+    with pytest.raises(EngineError, match="the steps of edm cannot be a CUDA graph, the device is cpu; use"):
+        train(config, tmp_path / "run", None)
+    assert not (tmp_path / "run" / "config.json").exists()
+    run: Any = new_run(tmp_path, "phases=edm:80,ect:80", "graph=true", "dropout=0.1", lively=False)
+    run.accelerator = Cuda()
+    with pytest.raises(CmfastError, match="steps of ect cannot be a CUDA graph, its evaluations share dropout masks"):
+        check_graph(run)
+    with pytest.raises(CmfastError, match="graph must be auto, true or false, got 'yes'"):
+        override(PRESETS["digits"], ["graph=yes"])
+
+
+def test_a_device_makes_the_batches_that_the_thread_makes() -> None:
+    share = slice(3, 7)
+    for start, stop in ((0, 300), (250, 290)):  # 300 batches of 10 are an epoch and two thirds
+        plain = batches(data(), 10, 5, start, stop, share, 0, False)
+        kept = batches(data(), 10, 5, start, stop, share, 0, False, torch.device("cpu"))
+        for one, two in zip(plain, kept, strict=True):
+            assert same(list(one), list(two))
+            assert [value.dtype for value in two] == [torch.uint8, torch.int64]

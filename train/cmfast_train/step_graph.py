@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""Optimiser steps as CUDA graphs: a small network's step is thousands of launches, which cost more than they compute.
+
+Recorded are the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
+tensors at fixed addresses, filled before each replay: the images, the random numbers, RAdam's two factors. Python
+numbers that a method computes with (`methods.constants`) are part of the recording, so a change of them records anew.
+The averages of the weights follow outside, in few launches: their decays change with every step.
+
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Before a recording come
+steps of the same kind that are taken as they are: in them cuDNN tries its algorithms, grids of noise levels and the
+optimiser's state are made. `step` says what a step is; its numbers are the same either way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from cmfast.errors import CmfastError, EngineError, one_line
+from cmfast_train.config import TrainConfig
+from cmfast_train.methods import constants
+from cmfast_train.phase import CONTINUOUS, Phase
+from cmfast_train.run import Run
+from cmfast_train.step import Inputs, draw, gradients, optimise, seed_dropout
+
+WARM_UPS = 3  # steps taken as they are before one is recorded
+WORTH = 20  # steps that a recording must serve: it costs about ten
+
+aten = torch.ops.aten
+TakeStep = Callable[[int, Tensor, Tensor, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # what runs a computation -> what runs it again
+
+
+def step_of(run: Run) -> TakeStep:
+    """Return what takes the optimiser steps of the run's present phase."""
+    if not why_not(run, run.phase):
+        return RecordedSteps(run, record)
+    return functools.partial(optimise, run)
+
+
+def check_graph(run: Run) -> None:
+    """Raise if graph=true was asked for and a phase of the run cannot be recorded."""
+    if run.config.graph != "true":
+        return
+    for phase in run.config.phases:
+        if why := why_not(run, phase):
+            kind = EngineError if run.accelerator.device.type != "cuda" else CmfastError
+            raise kind(f"graph=true: the steps of {phase.name} cannot be a CUDA graph, {why}; use --set graph=auto")
+
+
+def why_not(run: Run, phase: Phase) -> str:
+    """Return why the steps of a phase are not recorded, "" if they are."""
+    accelerator = run.accelerator
+    if run.config.graph == "false":
+        return "graph=false"
+    if accelerator.device.type != "cuda":
+        return f"the device is {accelerator.device.type}"
+    if accelerator.num_processes > 1:
+        return "the run has more than one process"
+    if accelerator.mixed_precision == "fp16":
+        return "precision=fp16 looks at each step's gradients"
+    return _why_not(run.config, phase, dropout=run.dropout > 0)
+
+
+def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
+    if config.accumulation > 1:
+        return "accumulation is above 1"
+    if config.recompute:
+        return "recompute=true restores random states"
+    if phase.method in (*CONTINUOUS, "mf"):
+        return f"{phase.method} differentiates in forward mode"
+    if dropout and phase.method != "edm":
+        return "its evaluations share dropout masks, which restores random states"
+    if phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect"):
+        return "loss=lpips is a network of another library"
+    return ""
+
+
+@contextmanager
+def on_one_stream(run: Run) -> Iterator[None]:
+    """Train on CUDA as fast as shapes that stay allow: cuDNN tries its algorithms; recordings get a stream.
+
+    The default stream cannot be recorded, and a backward pass must not reach back to another one; so all steps, also
+    those before the recording, are on the same stream.
+    """
+    device = run.accelerator.device
+    if device.type != "cuda":
+        yield
+        return
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        if not all(why_not(run, phase) for phase in run.config.phases):
+            outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            stream.wait_stream(outside)
+            with torch.cuda.stream(stream):
+                yield
+            outside.wait_stream(stream)
+        else:
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@final
+class RecordedSteps:
+    """The steps of a phase: some as they are, then replays of a recorded one."""
+
+    def __init__(self, run: Run, record: Record) -> None:
+        self._run, self._record = run, record
+        self._constants: Any = None
+        self._stood = 0  # steps with these constants
+        self._replay: Callable[[], Tensor] | None = None
+        self._inputs: Inputs | None = None
+        self._radam: _Radam | None = None
+
+    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        run, total = self._run, self._run.config.steps(self._run.phase)
+        now = constants(run.phase, run.step, total)
+        if now != self._constants:
+            self._constants, self._stood, self._replay = now, 0, None
+        if self._replay is None:
+            end = run.step + WORTH
+            if self._stood < WARM_UPS or end > total or constants(run.phase, end - 1, total) != now:
+                self._stood += 1
+                return optimise(run, step, images, label, share)
+        if self._inputs is None:
+            self._inputs = _buffers(run, images, label)
+        inputs = self._inputs
+        draw(run, step, inputs.noise, inputs.uniform)
+        inputs.images.copy_(images, non_blocking=True)
+        inputs.label.copy_(label, non_blocking=True)
+        if self._replay is None:
+            self._radam = _Radam(run.optimizer)
+            self._replay = self._record(self._body)
+        run.set_lr()
+        assert self._radam is not None
+        self._radam.begin_step()
+        seed_dropout(run, step)
+        loss, sigma = self._replay().clone()  # which the next step writes over
+        run.update_averages()
+        return loss, sigma
+
+    def _body(self) -> Tensor:
+        """Compute losses, gradients and new weights from the buffers; return loss and noise levels, [2, B]."""
+        assert self._inputs is not None
+        assert self._radam is not None
+        loss, sigma = gradients(self._run, self._inputs)
+        self._radam.update()
+        self._run.optimizer.zero_grad(set_to_none=True)  # their memory serves the rest of the recording
+        return torch.stack([loss, sigma])
+
+
+def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record a computation, which is not run, as one CUDA graph on the current stream; return what runs it.
+
+    Each run writes the same tensor. Other threads may go on pinning memory for batches meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            output = body()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as err:
+        cause = err.__context__ or err  # the end of a recording that was broken off fails too
+        raise EngineError(
+            f"PyTorch could not record the training step as a CUDA graph ({one_line(cause, 300)}); train without: "
+            "--set graph=false"
+        ) from None
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+@final
+class _Radam:
+    """The update of torch.optim.RAdam, whose state it works on, with the numbers that change in tensors.
+
+    Its own `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights have taken the
+    same number of steps. The rest is the order of operations of its `foreach` form: the same bits.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        (self._group,) = optimizer.param_groups
+        self._weights = [weight for weight in self._group["params"] if weight in optimizer.state]
+        states = [optimizer.state[weight] for weight in self._weights]
+        self._steps = [state["step"] for state in states]  # on the CPU
+        self._means = [state["exp_avg"] for state in states]
+        self._squares = [state["exp_avg_sq"] for state in states]
+        self._one = torch.tensor(1.0)
+        self._divisor, self._summand = torch.zeros(2, device=self._weights[0].device)
+
+    def begin_step(self) -> None:
+        """Count a step and set the factors that its update takes."""
+        torch._foreach_add_(self._steps, self._one, alpha=1.0)
+        divisor, summand = radam_factors(float(self._steps[0]), self._group["lr"], *self._group["betas"])
+        self._divisor.fill_(divisor)  # a number travels with the launch; a copy would wait, or need memory of its own
+        self._summand.fill_(summand)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the weights from their gradients."""
+        beta1, beta2 = self._group["betas"]
+        slopes = [weight.grad for weight in self._weights]
+        torch._foreach_lerp_(self._means, slopes, 1 - beta1)
+        torch._foreach_mul_(self._squares, beta2)
+        torch._foreach_addcmul_(self._squares, slopes, slopes, 1 - beta2)
+        sizes = torch._foreach_sqrt(self._squares)
+        torch._foreach_add_(sizes, self._group["eps"])
+        aten._foreach_div_.Tensor(sizes, self._divisor)  # by name: else a tensor may be read as a Python number
+        torch._foreach_reciprocal_(sizes)
+        aten._foreach_add_.Tensor(sizes, self._summand)
+        torch._foreach_addcmul_(self._weights, self._means, sizes)
+
+
+def radam_factors(step: float, lr: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """Return (d, s) of RAdam's update (arXiv:1908.03265, Algorithm 2), weight += m (1 / ((sqrt(v) + eps) / d) + s).
+
+    step  counted from 1. While the variance cannot be rectified, d is -0 and s the step's size; afterwards s is -0.
+    """
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * (beta2**step) / (1 - beta2**step)
+    rectified = 0.0
+    if length > 5:
+        rectified = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
+    plain = 0.0 if rectified > 0 else 1.0
+    correction = 1 - beta1**step
+    return ((1 - beta2**step) ** 0.5) * (lr * rectified / correction) * -1, (lr * plain / correction) * -1
+
+
+def _buffers(run: Run, images: Tensor, label: Tensor) -> Inputs:
+    device = run.accelerator.device
+    return Inputs(
+        images=torch.empty_like(images, device=device),
+        label=torch.empty_like(label, device=device),
+        noise=torch.empty(len(images), *run.spec.image, device=device),
+        uniform=torch.empty(len(images), 4, device=device),
+    )
