@@ -261,14 +261,24 @@ def _for_user(err: Exception, target: Path, temporary: Path) -> Exception:
 
 
 def _write_more(temporary: Path) -> None:
-    """Append to the file, or to the largest file of the folder, so that a full disk shows itself."""
+    """Append to the file, or to the largest file of the folder, so that a full disk shows itself.
+
+    Only to what stands there alone: a link, symbolic or hard, is also somebody's file elsewhere.
+    """
     if temporary.is_dir():
-        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
+        files = [entry for entry in temporary.rglob("*") if _stands_alone(entry)]
         temporary = max(files, key=lambda file: file.stat().st_size, default=temporary / "probe")
+    elif not _stands_alone(temporary):
+        return
     with temporary.open("ab") as file:
         file.write(bytes(_PROBE))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _stands_alone(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _no_space(number: int, target: Path) -> CmfastError:

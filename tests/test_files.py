@@ -343,6 +343,24 @@ def test_a_name_as_long_as_the_system_allows_is_written(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_asking_the_disk_after_an_error_touches_no_file_outside(
+    link: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"whole" * 1000)
+    with pytest.raises(RuntimeError, match="a library's"), atomic_folder(tmp_path / "folder") as folder:
+        link(precious, folder / "model")
+        (folder / "small").write_text("small")
+        raise RuntimeError("a library's")
+    with pytest.raises(RuntimeError, match="a library's"), atomic_file(tmp_path / "file") as file:
+        file.unlink()
+        link(precious, file)
+        raise RuntimeError("a library's")
+    assert precious.read_bytes() == b"whole" * 1000
+    assert os.listdir(tmp_path) == ["precious"]
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [
