@@ -319,6 +319,28 @@ def test_an_npz_whose_meaning_is_not_certain_is_refused(arrays: Any, words: str,
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("array", "black_and_white"),
+    [
+        (np.arange(64).reshape(1, 8, 8) % 2 == 0, [0, 255]),
+        ((np.arange(64).reshape(1, 8, 8) % 2).astype(np.float32), [0, 255]),
+        ((np.arange(64).reshape(1, 8, 8) % 2).astype(np.float16), [0, 255]),
+        ((np.arange(64).reshape(1, 8, 8) % 2 * 255).astype(np.int64), [0, 255]),
+        ((np.arange(64).reshape(1, 8, 8) % 2 * 255).astype(np.uint16), [0, 255]),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "")),
+)
+def test_what_an_error_about_an_arrays_type_says_to_type_keeps_black_and_white(
+    array: Any, black_and_white: list[int], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(CmfastError, match="; save uint8: ") as raised:
+        load_data(config(), tmp_path / "a.npy")
+    advice = str(raised.value).split("save uint8: ")[1].split(", for values")[0].split(" once")[0]
+    np.save(tmp_path / "a.npy", eval(advice, {"numpy": np, "x": array}))
+    assert np.unique(load_data(config(), tmp_path / "a.npy").__getitems__([0])[0]).tolist() == black_and_white
+
+
 def test_an_array_larger_than_memory_is_refused_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

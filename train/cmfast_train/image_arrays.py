@@ -164,11 +164,11 @@ def _header(opened: IO[bytes]) -> _Header:
 def _images(path: Path, images: Array) -> Array:
     """Return images [N, H, W, C] where the array is one of images."""
     if images.dtype != np.uint8:
-        how = "(255 * x).round().clip(0, 255).astype(numpy.uint8), for values in 0 .. 1"
-        raise ArtifactError(
-            f"{path}: its images are {images.dtype}, whose range is not stated; save uint8, for example "
-            + (how if images.dtype.kind == "f" else "x.astype(numpy.uint8) once the values are in 0 .. 255")
-        )
+        how = {
+            "b": "x.astype(numpy.uint8) * 255",
+            "f": "(255 * x).round().clip(0, 255).astype(numpy.uint8), for values in 0 .. 1",
+        }.get(images.dtype.kind, "x.astype(numpy.uint8) once the values are in 0 .. 255")
+        raise ArtifactError(f"{path}: its images are {images.dtype}, whose range is not stated; save uint8: {how}")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4) or not all(images.shape):
