@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import hashlib
 import os
 import pickle
@@ -24,6 +25,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, is_finite, load_checkpoint, safe_load, save_checkpoint
+from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmUnet, randomise
 
 SUFFIXES = [".pt", ".safetensors"]
@@ -235,6 +237,11 @@ def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
+        (("format",), "cmf\x00st/1", r"a damaged cmfast checkpoint: its format is 'cmf\\x00st/1', not 'cmfast/1'"),
+        (("format",), None, "a damaged cmfast checkpoint: its format is missing, not 'cmfast/1'; copy the file again"),
+        (("format",), [1], "a damaged cmfast checkpoint: its format is a list"),
+        (("weights",), None, "a damaged cmfast checkpoint: its weights are missing, not named tensors"),
+        (("weights",), [torch.zeros(3)], "a damaged cmfast checkpoint: its weights are a list, not named tensors"),
         (("format",), "cmfast/2", "a checkpoint of format 'cmfast/2', this version reads 'cmfast/1'"),
         (("spec",), None, "description is malformed"),
         (("spec", "image"), [1, 8], "three positive whole numbers"),
@@ -260,8 +267,23 @@ def test_a_wrong_description_is_refused_with_its_place(
         holder = holder[key]
     holder[place[-1]] = value
     torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(ArtifactError, match=rf"model\.pt: .*{words}"):
-        load_checkpoint(tmp_path / "model.pt")
+    for read in (load_checkpoint, load_model):  # what takes foreign files too does not take it for one
+        with pytest.raises(ArtifactError, match=rf"model\.pt: .*{words}"):
+            read(tmp_path / "model.pt")
+
+
+def test_a_checkpoint_without_its_format_is_not_taken_for_a_foreign_file(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    content = content_of(checkpoint)
+    del content["format"]
+    torch.save(content, tmp_path / "model.pt")
+    head = json.dumps({name: value for name, value in content.items() if name != "weights"})
+    save_file(content["weights"], tmp_path / "model.safetensors", metadata={"cmfast": head})
+    for suffix in SUFFIXES:
+        for read in (load_checkpoint, load_model):
+            with pytest.raises(ArtifactError, match=r"a damaged cmfast checkpoint: its format is missing"):
+                read(tmp_path / f"model{suffix}")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

@@ -116,22 +116,30 @@ def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None
 
 
 def is_own(content: Any) -> bool:
-    """Whether what a file holds is a cmfast checkpoint, of this version or another."""
-    return (
-        isinstance(content, dict)
-        and isinstance(content.get("format"), str)
-        and content["format"].startswith("cmfast/")
-        and isinstance(content.get("weights"), dict)
-    )
+    """Whether what a file holds is a cmfast checkpoint, of this version or another, whole or damaged."""
+    if not isinstance(content, dict):
+        return False
+    form = content.get("format")
+    return (isinstance(form, str) and form.startswith("cmfast/")) or {"spec", "network", "weights"} <= content.keys()
 
 
 def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
     """Return the checkpoint in what `read_tensors` returned, or ArtifactError; `file` is named in it."""
-    if content["format"] != FORMAT:
+    form, weights = content.get("format"), content.get("weights")
+    if not isinstance(form, str) or not form.startswith("cmfast/"):
+        what = repr(form[:40]) if isinstance(form, str) else "missing" if form is None else f"a {type(form).__name__}"
         raise ArtifactError(
-            f"{file}: a checkpoint of format {content['format'][:40]!r}, this version reads {FORMAT!r}; update cmfast"
+            f"{file}: a damaged cmfast checkpoint: its format is {what}, not {FORMAT!r}; copy the file again, or take "
+            "another checkpoint of the run"
         )
-    weights = content["weights"]
+    if form != FORMAT:
+        raise ArtifactError(f"{file}: a checkpoint of format {form[:40]!r}, this version reads {FORMAT!r}; update cmfast")
+    if not isinstance(weights, dict):
+        what = "missing" if weights is None else f"a {type(weights).__name__}"
+        raise ArtifactError(
+            f"{file}: a damaged cmfast checkpoint: its weights are {what}, not named tensors; copy the file again, or "
+            "take another checkpoint of the run"
+        )
     try:
         parts = {name: plain(content.get(name), name) for name in ("spec", "network")}
         source = plain(content.get("source", OWN), "source")
