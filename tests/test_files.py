@@ -349,14 +349,22 @@ def test_asking_the_disk_after_an_error_touches_no_file_outside(
 ) -> None:
     precious = tmp_path / "precious"
     precious.write_bytes(b"whole" * 1000)
-    with pytest.raises(RuntimeError, match="a library's"), atomic_folder(tmp_path / "folder") as folder:
-        link(precious, folder / "model")
-        (folder / "small").write_text("small")
-        raise RuntimeError("a library's")
-    with pytest.raises(RuntimeError, match="a library's"), atomic_file(tmp_path / "file") as file:
-        file.unlink()
-        link(precious, file)
-        raise RuntimeError("a library's")
+
+    def fill_folder() -> None:
+        with atomic_folder(tmp_path / "folder") as folder:
+            link(precious, folder / "model")
+            (folder / "small").write_text("small")
+            raise RuntimeError("a library's")
+
+    def fill_file() -> None:
+        with atomic_file(tmp_path / "file") as file:
+            file.unlink()
+            link(precious, file)
+            raise RuntimeError("a library's")
+
+    for fill in (fill_folder, fill_file):
+        with pytest.raises(RuntimeError, match="a library's"):
+            fill()
     assert precious.read_bytes() == b"whole" * 1000
     assert os.listdir(tmp_path) == ["precious"]
 
