@@ -133,7 +133,9 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
             "another checkpoint of the run"
         )
     if form != FORMAT:
-        raise ArtifactError(f"{file}: a checkpoint of format {form[:40]!r}, this version reads {FORMAT!r}; update cmfast")
+        raise ArtifactError(
+            f"{file}: a checkpoint of format {form[:40]!r}, this version reads {FORMAT!r}; update cmfast"
+        )
     if not isinstance(weights, dict):
         what = "missing" if weights is None else f"a {type(weights).__name__}"
         raise ArtifactError(
