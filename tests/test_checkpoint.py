@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import hashlib
+import json
 import os
 import pickle
 import zipfile
