@@ -120,10 +120,8 @@ class Bench:
     def model(self, network: str) -> Checkpoint:
         """Return a network with random weights on the device."""
         if network not in self._models:
-            model = random_model(network)
-            digest = model.sha256()
-            weights = {name: weight.to(self.device) for name, weight in model.weights.items()}
-            self._models[network] = _OnDevice(spec=model.spec, network=model.network, weights=weights, digest=digest)
+            model = random_model(network, self.device)
+            self._models[network] = _OnDevice(spec=model.spec, network=model.network, weights=model.weights)
         return self._models[network]
 
     def eager(self, network: str, precision: str) -> TorchEngine:
@@ -182,9 +180,7 @@ def _noise(batch: int, steps: int, image: tuple[int, int, int]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnDevice(Checkpoint):
-    """A checkpoint whose weights lie where they are used; their digest is computed once, not by every engine."""
-
-    digest: str
+    """A checkpoint whose weights lie where they are used, and are random: opening an engine hashes none of them."""
 
     def sha256(self) -> str:
-        return self.digest
+        return ""

@@ -6,6 +6,8 @@ A new U-Net ends in zeros and computes c_skip x, whatever is wrong with the rest
 
 from __future__ import annotations
 
+import torch
+
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers.openai import HEAD_CHANNELS, NETWORKS
@@ -16,14 +18,19 @@ from cmfast_train.start import network_config
 NAMES = ("digits", "mnist", "cifar10", "imagenet64")  # 0.8M, 7.7M, 43M and OpenAI's 296M
 
 
-def random_model(name: str) -> Checkpoint:
-    """Return a class-conditional model of a preset's shape, or of OpenAI's ImageNet-64."""
+def random_model(name: str, device: str = "cpu") -> Checkpoint:
+    """Return a class-conditional model of a preset's shape, or of OpenAI's ImageNet-64.
+
+    device  where the weights are drawn, and stay: a checkpoint's are on the CPU otherwise
+    """
     if name == "imagenet64":
         config = AdmConfig(image_size=64, attention=(32, 16, 8), head_channels=HEAD_CHANNELS, **NETWORKS[64])
         spec = ModelSpec(image=(3, 64, 64), classes=config.classes)
     else:
         config, spec = network_config(PRESETS[name], 10), PRESETS[name].spec(10)
-    network = AdmUnet(config)
+    with torch.device("meta"):  # what it would begin with takes seconds, and is not used
+        network = AdmUnet(config)
+    network.to_empty(device=device)
     randomise(network)
     return Checkpoint(spec=spec, network=config, weights=network.state_dict())
 

@@ -241,10 +241,11 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 
     A new U-Net ends in a zero convolution and computes exactly c_skip x, whatever is wrong with the rest.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)  # its numbers are those of the kind of device
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=device)
             if parameter.ndim > 1:
                 value *= parameter[0].numel() ** -0.5
             else:  # norms are around one, biases around zero
