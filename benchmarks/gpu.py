@@ -3,6 +3,7 @@
 
     python benchmarks/gpu.py smoke --budget 45 --out smoke.jsonl
     python benchmarks/gpu.py bench --budget 225 --out bench.jsonl
+    python benchmarks/gpu.py train --budget 240 --out train.jsonl --data-root DIR
 
 The most valuable comes first, every item is on its own, and each has its line on disk as soon as it is measured
 (`gpu_lines`), so nothing is lost when the command is cut. The same command goes on after the items that its file has.
@@ -11,6 +12,7 @@ Nothing is fetched; `--device cpu` is a rehearsal.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,6 +45,7 @@ def _options(budget: float) -> Any:
                 ),
                 click.option("--fresh", is_flag=True, help="Begin a new file instead of going on."),
                 click.option("--networks", default="", help=f"Of {', '.join(KNOWN)}.", metavar="NAME,.."),
+                click.option("--items", default="", metavar="TEXT,..", help="Only items whose name has one of these."),
                 click.option("--pipe", type=int, hidden=True, help="Of a worker."),
                 click.option("--until", type=float, hidden=True, help="Of a worker."),
             )
@@ -87,6 +90,36 @@ def bench(seconds: float, **options: Any) -> int | None:
     return _run("bench", items, options, seconds=seconds)
 
 
+@command.command("train")
+@_options(240)
+@click.option("--preset", type=click.Choice(["mnist", "digits"]), help="Default: mnist, of a rehearsal digits.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where MNIST's files are, packed or not.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of cmfast-train.")
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Default: OUT without its suffix, _run.")
+def train(
+    preset: str | None, data_root: Path | None, settings: tuple[str, ...], run_folder: Path | None, **options: Any
+) -> int | None:
+    """Train a preset in these seconds, evaluate it, draw its samples."""
+    out: Path = options["out"]
+    preset = preset or ("mnist" if options["device"] == "cuda" else "digits")
+    run_folder = run_folder or out.with_name(f"{out.stem}_run")
+    if preset != "digits" and data_root is None:
+        raise CmfastError(f"the preset {preset} needs its data: --data-root DIR")
+    if options["fresh"] and options["pipe"] is None and run_folder.exists():
+        shutil.rmtree(run_folder)
+
+    def items(lines: Lines, networks: tuple[str, ...], device: str) -> Any:
+        from gpu_train import Training, TrainRequest
+
+        request = TrainRequest(
+            preset=preset, settings=settings, data_root=data_root, run=run_folder, out=out, device=device,
+            until=options["until"], budget=options["budget"],
+        )  # fmt: skip
+        return Training(request, lines).items()
+
+    return _run("train", items, options, preset=preset, settings=list(settings))
+
+
 def _run(what: str, items: Any, options: dict[str, Any], **more: Any) -> int | None:
     """Run the items as the worker, or start workers that do."""
     begun, out, device, budget = time.monotonic(), options["out"], options["device"], options["budget"]
@@ -95,11 +128,22 @@ def _run(what: str, items: Any, options: dict[str, Any], **more: Any) -> int | N
         raise CmfastError(f"--networks {unknown[0]}: there are {', '.join(KNOWN)}")
     if options["pipe"] is not None:
         lines = Lines(out)
-        return work(items(lines, networks, device), lines, options["until"], options["pipe"])
+        texts = options["items"].split(",")
+        wanted = (item for item in items(lines, networks, device) if any(text in item.name for text in texts))
+        return work(wanted, lines, options["until"], options["pipe"])
     if not 1 <= budget <= 86400:
         raise CmfastError(f"--budget is a number of seconds from 1 to 86400, got {budget:g}")
     check_target(out)
-    lines = begin(out, what, device, fresh=options["fresh"], budget=budget, networks=list(networks), **more)
+    lines = begin(
+        out,
+        what,
+        device,
+        fresh=options["fresh"],
+        budget=budget,
+        networks=list(networks),
+        items=options["items"],
+        **more,
+    )
     last = supervise([sys.executable, *sys.argv], lines, begun + budget - min(START_END_S, budget / 10))
     for line in lines.before:
         if words := _words(line):
@@ -124,6 +168,10 @@ def _words(line: Line) -> str:
     if line.get("kind") == "ceiling":
         rate, unit = (line["flops_per_s"], "FLOP/s") if line["dtype"] else (line["bytes_per_s"], "B/s")
         return f"{line['item']}: {rate / 1e12:.3g} T{unit}"
+    if line.get("kind") == "evaluation":
+        return f"{line['item']}: Frechet distance {line['fd']:.3f}, halves of the data {line['halves']['fd']:.3f}"
+    if line.get("kind") == "training":
+        return f"{line['item']}: {line['images']:,} of {line['planned']:,} images, {line['images_per_s']} a second"
     if line.get("kind") == "sample":
         return f"{line['item']}: {line['images_per_s']:.0f} images/s, {line['of_network']:.0%} of the network's own"
     return f"{line['item']}: {'not ok' if line.get('ok') is False else 'ok'}"

@@ -253,7 +253,7 @@ def rehearse(tmp_path: Path, *words: object, budget: float) -> tuple[Path, subpr
 
 
 def test_a_rehearsal_of_smoke_has_a_line_of_everything(tmp_path: Path) -> None:
-    out, done = rehearse(tmp_path, "smoke", budget=25)
+    out, done = rehearse(tmp_path, "smoke", budget=60)
     found = items_of(out)
     assert done.returncode == 0, done.stdout
     assert set(found) >= SMOKE
@@ -262,16 +262,73 @@ def test_a_rehearsal_of_smoke_has_a_line_of_everything(tmp_path: Path) -> None:
     assert all(str(tmp_path) not in json.dumps(line) for line in found.values())
 
 
-def test_a_rehearsal_of_bench_compares_and_times_until_its_budget_ends(tmp_path: Path) -> None:
-    out, done = rehearse(tmp_path, "bench", "--seconds", "0.02", budget=10)
+def test_a_rehearsal_of_bench_compares_and_times(tmp_path: Path) -> None:
+    out, done = rehearse(tmp_path, "bench", "--seconds", "0.02", "--items", "fp32 batch 1 steps 1", budget=60)
     assert done.returncode == 0, done.stdout
     rows = [line for line in lines_of(out) if line.get("kind") == "row"]
-    first = ["digits bf16 batch 1 steps 1 eager", "digits bf16 batch 1 steps 1 channels_last"]
-    assert [row["item"] for row in rows[:2]] == first
+    assert [row["way"] for row in rows[:2]] == ["eager", "channels_last"]
     for row in rows:
         assert row["difference"] <= row["allowed"]
         assert row["wall"]["p10_ms"] <= row["wall"]["median_ms"] <= row["wall"]["p90_ms"]
         assert row["times_as_fast"] == row["eager"]["median_ms"] / row["wall"]["median_ms"]
-        assert row["flops"] == row["batch"] * 35_766_272
+        assert row["flops"] == 35_766_272
     assert lines_of(out)[-1]["line"] == "end"
     assert "x eager" in done.stdout
+
+
+def test_a_rehearsal_of_train_trains_evaluates_and_draws(tmp_path: Path) -> None:
+    out, done = rehearse(tmp_path, "train", "--set", "phases=edm:640,ect:320", budget=60)
+    assert done.returncode == 0, done.stdout
+    found = items_of(out)
+    training = found["training"]
+    assert training["planned"] == training["images"] == 960
+    assert (training["stopped"], training["curve"][-1]["images"]) == (False, 960)
+    assert found["grid 2 step(s)"]["file"] == "out_2.png"
+    assert (tmp_path / "out_1.png").exists()
+    distances = {name: line["fd"] for name, line in found.items() if name.startswith("evaluation")}
+    assert len(distances) == 3
+    assert all(distance > found["evaluation teacher 200 samples"]["halves"]["fd"] for distance in distances.values())
+
+
+@pytest.mark.parametrize("what", ["bench", "train"])
+def test_the_budget_ends_a_rehearsal_that_has_more_to_do(what: str, tmp_path: Path) -> None:
+    out, done = rehearse(tmp_path, what, budget=14)
+    assert lines_of(out)[-1]["line"] == "end"
+    assert done.returncode in (0, 1)
+    found = items_of(out)
+    if "kind" in found.get("plan", {}):  # a busy machine may not come to it
+        images = found["plan"]["images"]
+        assert all(images[method] % 64 == 0 < images[method] for method in ("edm", "ect"))
+        assert found["plan"]["seconds_left"] < 14 * 0.65
+
+
+def test_a_training_that_was_killed_goes_on_with_its_plan(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    words = ["train", "--items", "plan,training", "--set", "phases=edm:640,ect:320", "--set", "batch=16"]
+    command = gpu(*words, "--device", "cpu", "--budget", "60", "--out", out)
+    victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, end = tmp_path / "out_run" / "log.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert time.monotonic() < end
+        assert victim.poll() is None
+        time.sleep(0.01)
+    children = _children(victim.pid)
+    victim.kill()
+    victim.wait()
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    before = items_of(out)
+    assert list(before) == ["plan"]
+    rehearse(tmp_path, *words, budget=60)
+    found = items_of(out)
+    assert found["plan"] == before["plan"]
+    assert found["training"]["images"] == 960
+    assert [line["line"] for line in lines_of(out) if line.get("line") in ("head", "again")] == ["head", "again"]
+
+
+def test_a_preset_whose_data_are_files_needs_them(tmp_path: Path) -> None:
+    command = gpu("train", "--preset", "mnist", "--device", "cpu", "--out", tmp_path / "out.jsonl")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist needs its data: --data-root DIR\n")
+    assert not list(tmp_path.iterdir())

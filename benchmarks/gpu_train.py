@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: MIT
+"""What `gpu.py train` does: a preset trained in the seconds that there are, evaluated, its samples drawn.
+
+The speed of both phases is measured first, and their lengths are planned by it (`RECIPES`). The run is
+`cmfast_train.loop.train`, as `cmfast-train` starts it; where it is slower than planned, it is stopped by the signal
+that a user would send, and what it has is evaluated. It lies in a folder beside the lines, and a command that was
+killed goes on with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import json
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmfast.errors import CmfastError
+from cmfast.images import save_images
+from cmfast.model import Model
+from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.config import TrainConfig, override
+from cmfast_train.config import to_dict as config_to_dict
+from cmfast_train.engine import TorchEngine
+from cmfast_train.evaluate import Reference, data_images, few_steps, heun_steps
+from cmfast_train.features import default_features, features_record, load_features
+from cmfast_train.presets import PRESETS
+from gpu_items import Item, NotHere
+from gpu_lines import Line, Lines
+
+RESERVE_S, RESERVE = 35.0, 0.35  # for evaluation: seconds, and the most of a small budget
+SWITCH_S = 6.0  # of the training time, for loading the data, opening phases and checkpoints
+GRID = 64  # images
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a preset is trained in minutes.
+
+    settings  of `cmfast-train --set`
+    edm       part of the training time that the teacher gets
+    probe     optimiser steps of each phase that the speed is measured by; the first half warms up
+    samples   of an evaluation, the first as in the record on a CPU
+    """
+
+    settings: tuple[str, ...]
+    edm: float
+    probe: int
+    samples: tuple[int, ...]
+
+
+# What 200 seconds need, which are 5,000 to 60,000 steps of batch 128, where published recipes have 200,000 and more.
+# * c_noise=trig: between the two noise levels of a pair whose gap is 1/128, 250 ln(sigma) turns by two radians. A short
+#   run does not learn to smooth that; the preset of the digits has trig for the same reason.
+# * lr_decay=0.5: so every run of methods_digits.json ends. The average of some 1,000 steps then has little noise left
+#   to remove, and it forgets the beginning even of a phase of 3,000.
+# * ect.stages=1,6: as in methods_digits.json, where ect after edm came to 0.31 in one step and halves of the data are
+#   0.31 apart. Stage 0 pairs nearly every level with the image, which edm has taught; the gap of stage 6, 1/128, has as
+#   many levels between 80 and 0.002 as iCT ends with, 1,280.
+# * lr: ECT's 1e-4 is for 200,000 steps; the digits took 5e-4 with a tenth of the weights, so between the two.
+# * edm 0.4: a step of ect costs a third more, so both see about as many images, as there.
+RECIPES: dict[str, Recipe] = {
+    "mnist": Recipe(
+        settings=(
+            "c_noise=trig", "edm.lr=5e-4", "edm.lr_decay=0.5", "edm.ema=0.999", "ect.lr=3e-4", "ect.lr_decay=0.5",
+            "ect.ema=0.999", "ect.stages=1,6",
+        ),
+        edm=0.4, probe=120, samples=(2_000, 10_000),
+    ),
+    "digits": Recipe(
+        settings=("edm.lr_decay=0.5", "ect.lr_decay=0.5"), edm=0.4, probe=4, samples=(200,),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What `gpu.py train` was asked for."""
+
+    preset: str
+    settings: tuple[str, ...]
+    data_root: Path | None
+    run: Path  # folder
+    out: Path  # the lines; the grids lie beside it
+    device: str
+    until: float  # time.monotonic()
+    budget: float
+
+
+class Training:
+    """The items of a training, most valuable first."""
+
+    def __init__(self, request: TrainRequest, lines: Lines) -> None:
+        self.request, self.lines = request, lines
+        self.recipe = RECIPES[request.preset]
+        self.stop_at = request.until - min(RESERVE_S, RESERVE * request.budget)
+        self._reference: tuple[Reference, Line] | None = None
+
+    def items(self) -> Iterator[Item]:
+        """Yield all items."""
+        long = self.request.budget
+        yield Item(name="plan", run=self.plan, limit_s=long)
+        yield Item(name="training", run=self.train, expect_s=self.request.until - self.stop_at, limit_s=long)
+        for steps in (1, 2):
+            yield Item(name=f"grid {steps} step(s)", run=functools.partial(self.grid, steps))
+        for n in self.recipe.samples:
+            for steps in (1, 2):
+                yield Item(
+                    name=f"evaluation {steps} step(s) {n} samples", run=functools.partial(self.evaluate, steps, n)
+                )
+        n = self.recipe.samples[0]
+        yield Item(name=f"evaluation teacher {n} samples", run=functools.partial(self.teacher, n), expect_s=3.0)
+
+    def plan(self) -> Line:
+        """Measure the speed of both phases, and return how long they can be; `--set phases=..` has them given."""
+        begun = time.monotonic()
+        if any(text.startswith("phases=") for text in self.request.settings):
+            config = self.config({})
+            images = {phase.method: phase.images for phase in config.phases}
+            return {"kind": "plan", "images_per_s": None, "images": images, "config": config_to_dict(config)}
+        probe = self.recipe.probe
+        every = max(1, probe // 6)
+        config = self.config({"edm": probe * self._batch, "ect": probe * self._batch})
+        config = dataclasses.replace(config, log_images=every * config.batch)
+        with tempfile.TemporaryDirectory() as folder:
+            run(config, Path(folder) / "probe", self.data_root())
+            logged = read_log(Path(folder) / "probe")
+        rates = {}
+        for method in ("edm", "ect"):
+            found = [line["images_per_s"] for line in logged if line["phase"] == method and "images_per_s" in line]
+            rates[method] = statistics.median(found[len(found) // 2 :])
+        left = self.stop_at - time.monotonic() - min(SWITCH_S, 0.2 * (self.stop_at - time.monotonic()))
+        parts = {"edm": self.recipe.edm, "ect": 1 - self.recipe.edm}
+        images = {m: max(self._batch, int(parts[m] * left * rates[m]) // self._batch * self._batch) for m in parts}
+        planned = self.config(images)
+        return {
+            "kind": "plan", "images_per_s": rates, "images": images, "seconds_left": round(left, 1),
+            "config": config_to_dict(planned), "probe_s": round(time.monotonic() - begun, 1),
+        }  # fmt: skip
+
+    def train(self) -> Line:
+        """Train as planned, or as far as the time goes."""
+        planned = next(self.lines.found("plan"), None)
+        if planned is None:
+            raise NotHere("there is no plan, for the reason on its line")
+        config, folder = self.config(planned["images"]), self.request.run
+        begun = time.monotonic()
+        watch = _Watch(folder, self.lines)
+        stop = threading.Timer(self.stop_at - begun, os.kill, (os.getpid(), signal.SIGINT))
+        stop.start()
+        watch.start()
+        try:
+            run(config, folder, self.data_root())
+            stopped = False
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            stop.cancel()
+            watch.stop()
+        logged = [line for line in read_log(folder) if "loss" in line]
+        return {
+            "kind": "training", "preset": self.request.preset, "stopped": stopped, "batch": config.batch,
+            "planned": config.images, "images": max(line["images"] for line in read_log(folder)),
+            "images_per_s": {m: median_rate(logged, m) for m in ("edm", "ect")}, "curve": thinned(logged),
+        }  # fmt: skip
+
+    def grid(self, steps: int) -> Line:
+        """Draw the samples that people look at first."""
+        model = self.model()
+        file = self.request.out.with_name(f"{self.request.out.stem}_{steps}.png")
+        save_images(file, model.sample(GRID, steps=steps, seed=0))
+        return {"kind": "grid", "steps": steps, "file": file.name, "images": GRID}
+
+    def evaluate(self, steps: int, n: int) -> Line:
+        """Return the Frechet distance of n samples, by the protocol of the records made on a CPU."""
+        reference, about = self.reference()
+        model = self.model()
+        row = few_steps(model, model.levels(steps), n, seed=0, batch=256)
+        row |= reference.measure(row.pop("images"))
+        return {"kind": "evaluation", "model": "few steps", **row, **about}
+
+    def teacher(self, n: int) -> Line:
+        """Return the distance of the first phase's model, by 18 steps of Heun's method."""
+        reference, about = self.reference()
+        (file,) = (self.request.run / "phases").glob("1_edm.pt")
+        row = heun_steps(Model(TorchEngine(load_checkpoint(file), self.request.device)), 18, n, seed=0, batch=256)
+        row |= reference.measure(row.pop("images"))
+        return {"kind": "evaluation", "model": "teacher", **row, **about}
+
+    def model(self) -> Model:
+        """Return the model that was trained."""
+        file = self.request.run / "model.pt"
+        if not file.exists():
+            raise NotHere("there is no model, for the reason on the line of the training")
+        return Model(TorchEngine(load_checkpoint(file), self.request.device))
+
+    def reference(self) -> tuple[Reference, Line]:
+        """Return the data's side of the comparison, and what a line says of it."""
+        if self._reference is None:
+            preset = self.request.preset
+            image = (PRESETS[preset].channels, *PRESETS[preset].image_sides)
+            name = default_features(preset)
+            features, images = load_features(name, image), data_images(preset, self.data_root(), image)
+            reference = Reference(features, images, ("fd",), seed=0, device=self.request.device)
+            about = {
+                "features": features_record(features, name),
+                "data_images": len(images),
+                "halves": reference.halves,
+            }
+            self._reference = reference, about
+        return self._reference
+
+    def config(self, images: dict[str, int]) -> TrainConfig:
+        """Return the configuration of a run with phases of these lengths, in images."""
+        own = dict(text.partition("=")[::2] for text in self.recipe.settings)
+        given = dict(text.partition("=")[::2] for text in self.request.settings)
+        own |= {"phases": ",".join(f"{method}:{n}" for method, n in images.items()), "device": self.request.device}
+        config = override(PRESETS[self.request.preset], [f"{name}={value}" for name, value in (own | given).items()])
+        return dataclasses.replace(
+            config, checkpoint_images=max(config.batch, config.images // 2), grid=GRID, tensorboard=False,
+            log_images=max(config.batch, config.images // 120 // config.batch * config.batch),
+        )  # fmt: skip
+
+    @property
+    def _batch(self) -> int:
+        return self.config({"edm": 10**6, "ect": 10**6}).batch
+
+    def data_root(self) -> Path | None:
+        """Return the folder of the data; MNIST's four files as they are published are put where torchvision looks."""
+        root = self.request.data_root
+        if root is None or PRESETS[self.request.preset].data != "mnist" or (root / "MNIST" / "raw").is_dir():
+            return root
+        raw = self.request.run.with_name(self.request.run.name + "_data") / "MNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in MNIST_FILES:
+            packed, plain = root / f"{name}.gz", root / name
+            if not packed.exists() and not plain.exists():
+                raise CmfastError(f"--data-root {root}: neither MNIST/raw nor {name}.gz is in it")
+            with gzip.open(packed) if packed.exists() else plain.open("rb") as source, (raw / name).open("wb") as file:
+                shutil.copyfileobj(source, file)
+        return raw.parent.parent
+
+
+class _Watch(threading.Thread):
+    """Writes a line of the training's progress now and then, for a command that is killed."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, folder: Path, lines: Lines) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._lines, self._end, self._seen = folder, lines, threading.Event(), 0
+
+    def run(self) -> None:
+        while not self._end.wait(self.EVERY_S):
+            logged = [line for line in read_log(self._folder) if "loss" in line]
+            if logged and logged[-1]["images"] > self._seen:
+                self._seen = logged[-1]["images"]
+                self._lines.write({"line": "progress", **logged[-1]})
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._end.set()
+        self.join()
+
+
+def run(config: TrainConfig, folder: Path, data_root: Path | None) -> None:
+    """Train in a folder, or go on with what is in it."""
+    from cmfast_train.loop import train
+
+    train(config, folder, data_root)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a run's log."""
+    file = folder / "log.jsonl"
+    if not file.exists():
+        return []
+    text = file.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def median_rate(logged: list[dict[str, Any]], method: str) -> float | None:
+    """Return the images a second of a phase: the median over the lines of its log."""
+    found = [line["images_per_s"] for line in logged if line["phase"] == method]
+    return statistics.median(found) if found else None
+
+
+def thinned(logged: list[dict[str, Any]], most: int = 60) -> list[dict[str, Any]]:
+    """Return at most so many points of the loss curve, the last among them."""
+    step = -(-len(logged) // most) if logged else 1
+    return [{name: line[name] for name in ("images", "phase", "loss", "lr")} for line in logged[::-1][::step][::-1]]
