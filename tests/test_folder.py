@@ -358,6 +358,50 @@ def test_the_last_line_of_a_killed_runs_log_may_be_cut(finished: Path, copy: Pat
     assert log_of(copy) == log_of(finished)
 
 
+@pytest.mark.parametrize("left", [None, b"", b"\xff"])
+def test_a_run_that_lost_its_configuration_is_told_how_to_write_it_again(
+    left: bytes | None, copy: Path, call: Call, refused: Callable[..., None]
+) -> None:
+    command = arguments(copy, [*TINY, "phases=edm:16"])
+    (copy / "config.json").unlink()
+    if left is not None:
+        (copy / "config.json").write_bytes(left)
+    refused(
+        call(main, *command),
+        "if a run lost its config.json, write it with the command that began the run and, at its end, -n > "
+        f"{copy / 'config.json'}; then repeat that command as it was, and the run continues",
+    )
+    (copy / "config.json").write_text(call(main, *command, "-n").stdout)
+    before = (copy / "state.pt").read_bytes()
+    assert call(main, *command).returncode == 0
+    assert torch.load(copy / "state.pt", weights_only=True)["step"] == 2
+    assert len(before) == (copy / "state.pt").stat().st_size
+    assert [line["images"] for line in log_of(copy)] == sorted(line["images"] for line in log_of(copy))
+
+
+def test_a_run_on_a_folder_of_classes_gets_its_configuration_from_another_of_the_same_command(
+    tmp_path: Path, call: Call, refused: Callable[..., None]
+) -> None:
+    for name in ("9", "10"):  # the older order was another
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for shade in range(4):
+            Image.new("L", (8, 8), shade).save(tmp_path / "images" / name / f"{shade}.png")
+    settings = [*TINY, "image_size=8", "channels=1", "phases=edm:16"]
+
+    def command(out: Path) -> list[str]:
+        return ["folder", *arguments(out, settings)[1:], "--data", str(tmp_path / "images")]
+
+    run, new = tmp_path / "run", tmp_path / "new"
+    assert call(main, *command(run)).returncode == 0
+    (run / "config.json").unlink()
+    refused(
+        call(main, *command(run)), f"begin it once more with --out NEW, stop it with Ctrl-C, cp NEW/config.json {run}"
+    )
+    assert call(main, *command(new)).returncode == 0
+    shutil.copy(new / "config.json", run)
+    assert call(main, *command(run)).returncode == 0
+
+
 @pytest.mark.parametrize(
     "text",
     [b"\xff\x00", b"[" * 100_000, b'{"phases": ' + b"9" * 5000, b'{"batch": 1e999, "phases": [{"images": 1e999}]}'],

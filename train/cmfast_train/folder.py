@@ -76,7 +76,7 @@ def check_folder(config: TrainConfig, out: Path, data_root: Path | None = None) 
     elif found:
         raise CmfastError(
             f"{out} holds {', '.join(found)}, but no config.json of a run, so nothing there is replaced; "
-            "name another --out folder"
+            f"name another --out folder{_lost_config(config, out) if 'state.pt' in found else ''}"
         )
 
 
@@ -137,9 +137,9 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
     file = out / "config.json"
     try:
         before = to_dict(read_config(file))
-    except ArtifactError:
+    except ArtifactError as err:
         if "state.pt" in found:
-            raise
+            raise ArtifactError(f"{err}{_lost_config(config, out)}") from None
         raise ArtifactError(
             f"{file} is not the configuration of a run of cmfast-train, so it is not replaced; "
             "name another --out folder"
@@ -162,6 +162,15 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
         raise CmfastError(
             f"{out} holds a run without its state.pt, which continuing it needs; name another --out{again}"
         )
+
+
+def _lost_config(config: TrainConfig, out: Path) -> str:
+    """Return how a run gets its config.json back, as the end of an error. Of a folder, it has the names of classes."""
+    if config.data == "folder":
+        how = f"begin it once more with --out NEW, stop it with Ctrl-C, cp NEW/config.json {out}"
+    else:
+        how = f"write it with the command that began the run and, at its end, -n > {out / 'config.json'}"
+    return f"; if a run lost its config.json, {how}; then repeat that command as it was, and the run continues"
 
 
 def _another_run(config: TrainConfig, out: Path) -> str:
