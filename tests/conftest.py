@@ -7,13 +7,13 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-import traced_once  # noqa: F401  before anything imports what it replaces
 from hypothesis import settings
 from onnx import helper
 
@@ -21,6 +21,9 @@ from cmfast.artifact import Manifest
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+
+if find_spec("onnx_ir") and find_spec("onnxscript"):  # else nothing is exported here: see only_installed
+    import traced_once  # noqa: F401  before anything imports what it replaces
 
 # The networks are tiny: a second thread brings nothing, and on a busy machine the two wait for each other, spinning.
 torch.set_num_threads(1)
@@ -30,6 +33,24 @@ settings.register_profile("cmfast", deadline=None)  # a busy machine is not a fa
 settings.load_profile("cmfast")
 
 Result = subprocess.CompletedProcess
+# What test modules may import although a machine lacks it: `only_installed` imitates one.
+OPTIONAL = {"google", "ml_dtypes", "onnx_ir", "onnxscript", "tensorboard", "torchvision", "tritonclient"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip a test module that imports an optional package where there is none; an error would stop all others too."""
+    report = yield
+    if report.failed and isinstance(collector, pytest.Module):
+        error: BaseException | None = report.call.excinfo.value  # type: ignore[attr-defined]
+        while error is not None and not isinstance(error, ModuleNotFoundError):
+            error = error.__cause__ or error.__context__
+        name = ((error and error.name) or "").partition(".")[0]
+        if name in OPTIONAL and find_spec(name) is None:
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {name}")
+    return report
 
 
 @pytest.fixture(scope="session")
