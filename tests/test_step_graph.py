@@ -137,23 +137,42 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 CASES = {
-    "edm": ["phases=edm:400", "edm.lr_warmup=0.3", "edm.lr_decay=0.5", "edm.clip_norm=0.5", "emas=0.9", "ema_stds=0.1"],
-    "edm in bfloat16": ["phases=edm:320", "precision=bf16"],
-    "edm with dropout": ["phases=edm:320", "dropout=0.5"],
-    "edm without classes": ["phases=edm:320", "conditional=false", "flip=false"],
-    "ect": ["phases=ect:960", "ect.stages=0,3", "ect.lr_decay=1"],
-    "ect in bfloat16": ["phases=ect:480", "ect.stages=0,1", "precision=bf16"],
-    "ct": ["phases=ct:960", "ct.s0=2", "ct.s1=4", "ct.mu0=0.5"],
-    "ict": ["phases=ict:640", "ict.s0=4", "ict.s1=8"],
+    "edm": ["phases=edm:160", "edm.lr_warmup=0.3", "edm.lr_decay=0.5", "edm.clip_norm=0.5", "emas=0.9", "ema_stds=0.1"],
+    "edm in bfloat16": ["phases=edm:160", "precision=bf16"],
+    "edm with dropout": ["phases=edm:160", "dropout=0.5"],
+    "edm without classes": ["phases=edm:160", "conditional=false", "flip=false"],
+    "ect": ["phases=ect:480", "ect.stages=0,3", "ect.lr_decay=1"],
+    "ect in bfloat16": ["phases=ect:240", "ect.stages=0,1", "precision=bf16"],
+    "ct": ["phases=ct:480", "ct.s0=2", "ct.s1=4", "ct.mu0=0.5"],
+    "ict": ["phases=ict:320", "ict.s0=4", "ict.s1=8"],
+    "cd": ["phases=edm:8,cd:160"],
+    "pd": ["phases=edm:8,pd/4:160"],
 }
 
 
+def begin_last_phase(run: Run) -> None:
+    """Take the steps of the phases before, where there are some."""
+    while run.phase is not run.config.phases[-1]:
+        take_steps(run, functools.partial(optimise, run), run.config.steps(run.phase))
+        run.next_phase()
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs are recorded as well."""
+    monkeypatch.setattr(step_graph, "WORTH", 5)
+
+
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_steps_are_the_plain_steps_to_the_bit(case: str, tmp_path: Path) -> None:
     plain, recorded = (new_run(tmp_path, *CASES[case]) for _ in range(2))
-    graphs, count = Graphs(), plain.config.images // plain.config.batch
+    begin_last_phase(plain)
+    begin_last_phase(recorded)
+    graphs, count = Graphs(), plain.config.steps(plain.phase)
     want = take_steps(plain, functools.partial(optimise, plain), count)
     got = take_steps(recorded, RecordedSteps(recorded, graphs.record), count)
+    assert plain.step == recorded.step == count
     numbers = {constants(plain.phase, step, count) for step in range(count)}
     assert graphs.recorded >= min(len(numbers), 2), "what changed was not recorded anew"
     assert graphs.replayed >= count / 2
@@ -163,6 +182,7 @@ def test_recorded_steps_are_the_plain_steps_to_the_bit(case: str, tmp_path: Path
     assert not same([loss for loss, _ in want[1:]], [loss for loss, _ in want[:-1]])
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_number_that_is_not_among_the_constants_is_noticed_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,23 +194,24 @@ def test_a_number_that_is_not_among_the_constants_is_noticed_here(
     assert not same(state_of(recorded), state_of(plain))
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_recorded_run_saved_in_the_middle_goes_on_plain_or_recorded(tmp_path: Path) -> None:
-    plain = new_run(tmp_path / "plain", "phases=edm:640", "edm.lr_decay=1")
-    take_steps(plain, functools.partial(optimise, plain), 80)
-    first = new_run(tmp_path, "phases=edm:640", "edm.lr_decay=1")
-    take_steps(first, RecordedSteps(first, Graphs().record), 40)
+    plain = new_run(tmp_path / "plain", "phases=edm:320", "edm.lr_decay=1")
+    take_steps(plain, functools.partial(optimise, plain), 40)
+    first = new_run(tmp_path, "phases=edm:320", "edm.lr_decay=1")
+    take_steps(first, RecordedSteps(first, Graphs().record), 20)
     (tmp_path / "samples").mkdir()
     first.save()
     for makes in (lambda run: functools.partial(optimise, run), lambda run: RecordedSteps(run, Graphs().record)):
-        run = new_run(tmp_path, "phases=edm:640", "edm.lr_decay=1", lively=False)
+        run = new_run(tmp_path, "phases=edm:320", "edm.lr_decay=1", lively=False)
         run.resume()
-        assert run.step == 40
-        take_steps(run, makes(run), 40)
+        assert run.step == 20
+        take_steps(run, makes(run), 20)
         assert same(state_of(run), state_of(plain))
 
 
 def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
-    for settings in (["phases=edm:160"], ["phases=ect:640", "ect.stages=0,15"]):  # 20 steps; 16 stages of 5
+    for settings in (["phases=edm:160"], ["phases=ect:320", "ect.stages=0,7"]):  # 20 steps; 8 stages of 5
         run, graphs = new_run(tmp_path, *settings), Graphs()
         take_steps(run, RecordedSteps(run, graphs.record), 1000)
         assert graphs.recorded == 0
