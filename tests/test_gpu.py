@@ -23,12 +23,16 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
+from test_step_graph import CASES, any_precision, begin_last_phase, data, new_run, quickly, take_steps  # noqa: F401
 
 import cmfast
 from cmfast.engines import TimedEngine, open_engine
 from cmfast.engines.onnxruntime import KEPT, OnnxRuntimeEngine
 from cmfast.errors import CmfastError, EngineError
 from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.data import batches
+from cmfast_train.step import optimise
+from cmfast_train.step_graph import RecordedSteps, on_one_stream, step_of, why_not
 from cmfast_train.torch_cuda import OnCuda
 
 Factory = Callable[..., Path]
@@ -363,6 +367,66 @@ def test_a_killed_run_goes_on_where_it_was(precision: str, run: Callable[..., An
     kept = [images for images in before if images <= saved]
     assert kept
     assert [found[images] for images in kept] == [before[images] for images in kept], "it began again"
+
+
+# Training by graphs.
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda", "quickly", "any_precision")
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Path) -> None:
+    bf16 = "precision=bf16" in CASES[case]
+    results: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for recorded in (False, True):
+        run = new_run(tmp_path, *CASES[case], "device=cuda", *([] if bf16 else ["precision=fp32"]))
+        begin_last_phase(run)
+        assert why_not(run, run.phase) == ""
+        with on_one_stream(run):
+            take = step_of(run) if recorded else functools.partial(optimise, run)
+            results.append(take_steps(run, take, run.config.steps(run.phase)))
+    assert isinstance(take, RecordedSteps)
+    assert take.recordings > 0
+    want, got = ([(loss.cpu(), sigma.cpu()) for loss, sigma in each] for each in results)
+    assert not np.allclose(want[-1][0], want[-2][0], rtol=0.1)  # a replay of old numbers would be seen
+    for step, ((our_loss, our_sigma), (loss, sigma)) in enumerate(zip(got, want, strict=True)):
+        np.testing.assert_array_equal(our_sigma, sigma, err_msg=f"step {step}")
+        # The same kernels, but sums whose order differs from run to run, and RAdam makes full steps of small gradients.
+        # Another mask of dropout, or a step left out, changes a loss by tens of percent.
+        ours, theirs = (our_loss.mean(), loss.mean()) if bf16 else (our_loss, loss)
+        np.testing.assert_allclose(ours, theirs, rtol=0.1 if bf16 else 0.03, atol=1e-6, err_msg=f"step {step}")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_a_run_says_which_phases_are_recorded(run: Callable[..., Any], tmp_path: Path) -> None:
+    found = {}
+    for graph in ("auto", "false"):
+        options = settings("phases=edm:320,sct:80", f"graph={graph}")
+        result = run("cmfast_train.cli", "digits", "--out", tmp_path / graph, *options, timeout=240)
+        assert result.returncode == 0, result.stderr
+        found[graph] = losses(tmp_path / graph)
+        said = json.loads((tmp_path / graph / "log.jsonl").read_text().splitlines()[0])["graph"]
+        assert said["edm"] == {"auto": "recorded", "false": "graph=false"}[graph]
+        assert said["sct"] == {"auto": "sct differentiates in forward mode", "false": "graph=false"}[graph]
+    for images, loss in found["auto"].items():
+        assert math.isclose(loss, found["false"][images], rel_tol=0.2), images  # bf16, and sums in another order
+    options = settings("phases=edm:320,sct:80", "graph=true")
+    result = run("cmfast_train.cli", "digits", "--out", tmp_path / "none", *options, timeout=240)
+    assert result.returncode == 2
+    assert "graph=true: the steps of sct cannot be a CUDA graph, sct differentiates in forward mode" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_a_gpu_makes_the_batches_that_the_thread_makes() -> None:
+    where = torch.device("cuda")
+    plain = batches(data(), 64, 5, 3, 60, slice(None), 0, True)
+    kept = batches(data(), 64, 5, 3, 60, slice(None), 0, True, where)
+    for one, two in zip(plain, kept, strict=True):
+        for ours, theirs in zip(two, one, strict=True):
+            assert ours.device.type == "cuda"
+            assert torch.equal(ours.cpu(), theirs)
 
 
 # Where there is none.

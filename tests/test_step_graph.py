@@ -28,6 +28,7 @@ from cmfast_train.run import Run
 from cmfast_train.step import optimise
 from cmfast_train.step_graph import WARM_UPS, RecordedSteps, check_graph, why_not
 
+pytestmark = pytest.mark.usefixtures("any_precision")
 ALL = slice(None)
 TINY = [
     "channel_mult=1", "head_channels=32", "batch=8", "flip=true", "grid=4", "tensorboard=false", "device=cpu",
@@ -91,7 +92,7 @@ def data() -> Any:
     return load_data(PRESETS["digits"], None)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def any_precision() -> Iterator[None]:
     """Accelerate keeps the precision of a process's first run."""
     AcceleratorState._reset_state(reset_partial_state=True)

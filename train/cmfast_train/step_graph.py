@@ -113,6 +113,7 @@ class RecordedSteps:
 
     def __init__(self, run: Run, record: Record) -> None:
         self._run, self._record = run, record
+        self.recordings = 0
         self._constants: Any = None
         self._stood = 0  # steps with these constants
         self._replay: Callable[[], Tensor] | None = None
@@ -138,6 +139,7 @@ class RecordedSteps:
         if self._replay is None:
             self._radam = _Radam(run.optimizer)
             self._replay = self._record(self._body)
+            self.recordings += 1
         run.set_lr()
         assert self._radam is not None
         self._radam.begin_step()
