@@ -23,7 +23,7 @@ from cmfast.checks import (
     shown,
     whole_number,
 )
-from cmfast.engines import Engine, LoopEngine, open_engine
+from cmfast.engines import DrawEngine, Engine, LoopEngine, open_engine
 from cmfast.errors import CmfastError, EngineError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
@@ -32,6 +32,7 @@ from cmfast.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+_Batch = tuple[range, Labels | None]  # indices of its images, their classes
 Label = int | str | Sequence[int | str]  # a class or one an image, by number, or by name where the model has names
 # The highest noise level that `denoise` takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
 CHURNED = math.sqrt(2)
@@ -51,7 +52,7 @@ def load(
     device     cpu or cuda; one that cannot be had is an error, never a silent substitute. None: cuda for a TensorRT
                engine, which runs nowhere else, and cpu for everything else
     threads    CPU threads; None leaves the choice to the engine
-    variant    a way to run it, one of cmfast.engines.VARIANTS: "cuda_graph", "tensorrt", "compiled", ...
+    variant    a way to run it, words of cmfast.engines.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
     precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
     sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust
     """
@@ -89,7 +90,7 @@ class Model:
         progress  show a bar on stderr
         """
         drawing = self._few_steps(self.levels(steps, sigmas))
-        return self._pixels(n, self._batches(n, drawing, seed, label, batch, first, progress))
+        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=True)
 
     def sample_float(
         self,
@@ -105,7 +106,7 @@ class Model:
     ) -> Floats:
         """Draw n images as `sample` does; return float32 [n, C, H, W] in [-1, 1]."""
         drawing = self._few_steps(self.levels(steps, sigmas))
-        return self._floats(n, self._batches(n, drawing, seed, label, batch, first, progress))
+        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=False)
 
     def sample_heun(
         self,
@@ -125,7 +126,8 @@ class Model:
         churn  the paper's S_churn, or all four of its numbers; 0: deterministic
         The rest is as in `sample`. The start of image i of a seed is the one that `sample` takes too.
         """
-        return self._pixels(n, self._batches(n, self._heun_steps(steps, churn), seed, label, batch, first, progress))
+        drawing = self._heun_steps(steps, churn)
+        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=True)
 
     def sample_heun_float(
         self,
@@ -140,7 +142,8 @@ class Model:
         progress: bool = False,
     ) -> Floats:
         """Draw n images as `sample_heun` does; return float32 [n, C, H, W], data units, not clipped."""
-        return self._floats(n, self._batches(n, self._heun_steps(steps, churn), seed, label, batch, first, progress))
+        drawing = self._heun_steps(steps, churn)
+        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=False)
 
     def from_noise(self, noise: Floats, sigmas: Sequence[float], label: Label | Labels | None = None) -> Floats:
         """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels.
@@ -232,7 +235,7 @@ class Model:
         return class_numbers(label, n, classes, self.spec.class_names)
 
     def _few_steps(self, levels: tuple[float, ...]) -> _Drawing:
-        return _Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label))
+        return _Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label), levels)
 
     def _heun_steps(self, steps: int, churn: float | Churn) -> _Drawing:
         self._check_denoiser()
@@ -246,21 +249,7 @@ class Model:
 
         return _Drawing(noise_slices(steps, full), draw)
 
-    def _pixels(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> npt.NDArray[np.uint8]:
-        n = self._images(n, 1)
-        images = np.empty((n, *self.spec.image[1:], self.spec.image[0]), np.uint8)
-        for part, x0 in batches:
-            images[part] = sampler.to_uint8(x0)  # batch by batch: a quarter of the memory
-        return images
-
-    def _floats(self, n: int, batches: Iterator[tuple[slice, Floats]]) -> Floats:
-        n = self._images(n, 4)
-        images = np.empty((n, *self.spec.image), np.float32)
-        for part, x0 in batches:
-            images[part] = x0
-        return images
-
-    def _batches(
+    def _images_of(
         self,
         n: int,
         drawing: _Drawing,
@@ -269,34 +258,61 @@ class Model:
         batch: int,
         first: int,
         progress: bool,
-    ) -> Iterator[tuple[slice, Floats]]:
-        """Check the request; return an iterator of (which of the n images, x0 [b, C, H, W]), batch by batch."""
-        n, batch = self._images(n, 1), whole_number("batch", batch, 1)
+        *,
+        pixels: bool,
+    ) -> npt.NDArray[Any]:
+        """Check the request and draw it; return uint8 [n, H, W, C] when `pixels`, else float32 [n, C, H, W]."""
+        n, batch = self._images(n, 1 if pixels else 4), whole_number("batch", batch, 1)
         first, seed = check_range(first, n), portable.check_seed(seed)
         batch = min(self.engine.batch or batch, n)
-        # Two batches of noise at a time, one of them also in parts, and what it takes to draw one slice.
-        numbers = batch * math.prod(self.spec.image)
-        need_memory(
-            (3 * drawing.slices * 4 + portable.PEAK) * numbers,
-            f"{drawing.slices} slice(s) of noise for a batch of {batch}",
-            "use a smaller batch",
-        )
+        there = bool(drawing.levels) and isinstance(self.engine, DrawEngine)
+        if not there:
+            # Two batches of noise at a time, one of them also in parts, and what it takes to draw one slice.
+            numbers = batch * math.prod(self.spec.image)
+            need_memory(
+                (3 * drawing.slices * 4 + portable.PEAK) * numbers,
+                f"{drawing.slices} slice(s) of noise for a batch of {batch}",
+                "use a smaller batch",
+            )
         every = self.labels(n, seed=seed, label=label, first=first)
-        return self._draw(n, drawing, seed, every, batch, first, progress)
-
-    def _draw(
-        self, n: int, drawing: _Drawing, seed: int, every: Labels | None, batch: int, first: int, progress: bool
-    ) -> Iterator[tuple[slice, Floats]]:
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
-
-        def noise(part: slice) -> Floats:
-            indices = range(first + part.start, first + part.stop)
-            return np.stack([portable.gaussian(seed, indices, k, self.spec.image) for k in range(drawing.slices)])
-
+        batches = [(range(first + p.start, first + p.stop), None if every is None else every[p]) for p in parts]
+        draw = self._draw_there if there else self._draw_here
+        channels, *sides = self.spec.image
+        images: npt.NDArray[Any] = (
+            np.empty((n, *sides, channels), np.uint8) if pixels else np.empty((n, channels, *sides), np.float32)
+        )
         with progress_bar("sampling", n, "images", show=progress) as advance:
-            for part, z in _ahead(noise, parts):
-                yield part, drawing.draw(z, None if every is None else every[part])
+            for part, drawn in zip(parts, draw(drawing, seed, batches, pixels), strict=True):
+                images[part] = drawn  # batch by batch: floats take four times the memory of pixels
                 advance(part.stop - part.start, "")
+        return images
+
+    def _draw_here(
+        self, drawing: _Drawing, seed: int, batches: Sequence[_Batch], pixels: bool
+    ) -> Iterator[npt.NDArray[Any]]:
+        """Yield the images of each batch, from noise that is drawn here while the engine has the batch before."""
+
+        def noise(batch: _Batch) -> Floats:
+            samples, _ = batch
+            return np.stack([portable.gaussian(seed, samples, k, self.spec.image) for k in range(drawing.slices)])
+
+        for (_, label), z in _ahead(noise, batches):
+            x0 = drawing.draw(z, label)
+            yield sampler.to_uint8(x0) if pixels else x0
+
+    def _draw_there(
+        self, drawing: _Drawing, seed: int, batches: Sequence[_Batch], pixels: bool
+    ) -> Iterator[npt.NDArray[Any]]:
+        """Yield the images of each batch, which the engine draws from the noise on."""
+        assert isinstance(self.engine, DrawEngine)
+        channels, *sides = self.spec.image
+        shape, dtype = ((*sides, channels), np.uint8) if pixels else ((channels, *sides), np.float32)
+        results = self.engine.draw(seed, batches, drawing.levels, pixels=pixels)
+        for (samples, _), drawn in zip(batches, results, strict=True):
+            if not drawn.finite:
+                raise self._not_finite(drawing.levels)
+            yield self._checked(drawn.images, (len(samples), *shape), dtype)
 
     def _check_denoiser(self) -> None:
         if self.manifest.kind != "denoiser":
@@ -355,13 +371,13 @@ class Model:
         self._check_finite(x0, inputs, sigmas)
         return x0
 
-    def _checked(self, x0: Any, shape: tuple[int, ...]) -> Floats:
-        if not isinstance(x0, np.ndarray) or x0.shape != tuple(shape) or x0.dtype != np.float32:
+    def _checked(self, images: Any, shape: tuple[int, ...], dtype: type = np.float32) -> npt.NDArray[Any]:
+        if not isinstance(images, np.ndarray) or images.shape != tuple(shape) or images.dtype != dtype:
             raise EngineError(
-                f"{self.engine.name} returned {shown(x0)}, and its manifest promises float32 {list(shape)}; "
-                "export the model again with cmfast-export"
+                f"{self.engine.name} returned {shown(images)}, and its manifest promises {dtype.__name__} "
+                f"{list(shape)}; export the model again with cmfast-export"
             )
-        return x0
+        return images
 
     def _check_finite(self, x0: Floats, inputs: dict[str, npt.NDArray[Any]], sigmas: Floats | Sequence[float]) -> None:
         """Raise NotFinite, with the noise level, where an engine returned NaN or infinity."""
@@ -372,8 +388,11 @@ class Model:
                 raise CmfastError(f"{name} has values that are not finite (NaN or infinity)")
         if isinstance(sigmas, np.ndarray):  # one an image
             sigmas = sorted(set(sigmas[~np.isfinite(x0).all(axis=(1, 2, 3))].tolist()), reverse=True)
+        raise self._not_finite(sigmas)
+
+    def _not_finite(self, sigmas: Sequence[float]) -> NotFinite:
         some = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", .." if len(sigmas) > 8 else "")
-        raise NotFinite(
+        return NotFinite(
             f"{self.engine.name} returned values that are not finite (NaN or infinity) at noise level {some}; "
             "the weights are damaged, or the precision is too low: try it in fp32"
         )
@@ -385,9 +404,10 @@ class _Drawing:
 
     slices: int
     draw: Callable[[Floats, Labels | None], Floats]
+    levels: tuple[float, ...] = ()  # of the few-step loop, which some engines have; () for another algorithm
 
 
-def _ahead(make: Callable[[slice], Floats], parts: Sequence[slice]) -> Iterator[tuple[slice, Floats]]:
+def _ahead(make: Callable[[_Batch], Floats], parts: Sequence[_Batch]) -> Iterator[tuple[_Batch, Floats]]:
     """Yield each part with make(part), which a thread makes while the part before is used."""
     if len(parts) == 1:
         yield parts[0], make(parts[0])

@@ -41,7 +41,7 @@ def gaussian(
     step    which network call the noise is for, from 0
     shape   of one sample, for example (C, H, W); filled in C order
     """
-    samples = _as_u64(sample, "sample")
+    samples = as_u64(sample, "sample")
     sides = _as_shape(shape)
     size = math.prod(sides)
     need_memory(PEAK * size * len(samples), f"{len(samples)} samples of noise {list(sides)}", "draw fewer at a time")
@@ -53,7 +53,7 @@ def gaussian(
 def labels(seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
     """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1."""
     classes = whole_number("number of classes", classes, 1, 2**32)
-    numbers = _as_u64(samples, "sample")
+    numbers = as_u64(samples, "sample")
     need_memory(4 * PEAK * len(numbers), f"{len(numbers)} labels", "draw fewer at a time")
     first = _bits(seed, numbers, LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
     return ((first * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
@@ -88,7 +88,8 @@ def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sides
 
 
-def _as_u64(sample: Any, name: str) -> npt.NDArray[np.uint64]:
+def as_u64(sample: Any, name: str) -> npt.NDArray[np.uint64]:
+    """Return indices, 0 <= index < 2**64, as uint64 [B], or raise CmfastError."""
     if isinstance(sample, range) and len(sample):  # numpy makes floats of one across 2**63
         if min(sample[0], sample[-1]) < 0 or max(sample[0], sample[-1]) >= 2**64:
             raise CmfastError(f"{name} must be a whole number from 0, or a list of them, got {shown(sample)}")

@@ -61,8 +61,12 @@ def renoise_std(sigma: float, spec: ModelSpec) -> float:
 
 def to_uint8(x0: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Return images [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C], rounded to nearest, clipped."""
-    pixels = np.rint(np.clip((x0 + np.float32(1)) * np.float32(127.5), 0, 255))
-    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(pixels(x0).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def pixels(x0: Array) -> Array:
+    """Return what lies in [-1, 1] as whole numbers from 0 to 255, float32: rounded to nearest, halves to even."""
+    return ((x0 + 1) * 127.5).clip(0, 255).round()
 
 
 def _clip(x0: Array, spec: ModelSpec) -> Array:

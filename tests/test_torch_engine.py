@@ -17,15 +17,16 @@ from torch import nn
 
 import cmfast
 from cmfast import sampler
-from cmfast.engines import LoopEngine, TimedEngine, open_engine
+from cmfast.engines import DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine
 from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
-from cmfast_train import torch_cuda
+from cmfast_train import torch_cuda, torch_noise
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.engine import TorchEngine, open_folder
 from cmfast_train.torch_cuda import OnCuda, arithmetic
 
 Factory = Callable[..., Path]
+U64 = 2**64 - 1
 LEVELS = {1: (80.0,), 2: (80.0, 0.8), 4: (80.0, 24.4, 5.84, 0.9)}
 
 # A trunk in half precision rounds some twenty tensors in a row, features of about one, by up to 2^-11 (fp16) or 2^-9
@@ -160,6 +161,11 @@ def test_what_a_cpu_cannot_do_is_refused(tiny_checkpoint: Factory) -> None:
     assert refusal(path, variant="tensorrt") == (
         "PyTorch on cpu has the variants '', 'channels_last', 'compiled', not 'tensorrt'"
     )
+    for word in ("fused", "reduce-overhead"):
+        assert refusal(path, variant=f"channels_last {word}") == (
+            "PyTorch on cpu has the variants '', 'channels_last', 'compiled', "
+            f"not '{word}'; '{word}' needs --device cuda"
+        )
     assert refusal(path, precision="int8") == "precision must be one of fp32, tf32, fp16, bf16, got 'int8'"
 
 
@@ -292,13 +298,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replace the recording of CUDA graphs by one that repeats the computation; give what happened, in order."""
     happened: list[str] = []
 
-    def capture(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def capture(compute: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
         happened.append("captured")
-        output = compute()
+        outputs = compute()
 
-        def replay() -> torch.Tensor:
+        def replay() -> tuple[torch.Tensor, ...]:
             happened.append("replayed")
-            return output.copy_(compute())
+            return tuple(output.copy_(new) for output, new in zip(outputs, compute(), strict=True))
 
         return replay
 
@@ -376,6 +382,18 @@ def test_every_call_inside_timed_is_timed_and_none_outside(monkeypatch: pytest.M
         assert 0 < each.enqueue_ms <= each.host_ms
 
 
+def test_every_batch_of_a_draw_is_timed(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Factory) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    engine = drawing_engine(tiny_checkpoint(0))
+    assert isinstance(engine, TimedEngine)
+    with engine.timed() as times:
+        Model(engine).sample(5, batch=2, steps=1)
+    assert len(times) == 3
+    for each in times:
+        assert min(each.copy_in_ms, each.compute_ms, each.copy_out_ms) > 0
+        assert 0 < each.enqueue_ms <= each.host_ms
+
+
 @pytest.mark.parametrize("variant", ["", "cuda_graph"])
 @pytest.mark.parametrize("precision", ["", "bf16"])
 def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
@@ -394,13 +412,152 @@ def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
     assert recorded.count("captured") == (6 if variant else 0)  # four loops, two batch sizes of the denoiser
 
 
+# Whole draws on the device.
+
+
+def drawing_engine(path: Path, precision: str = "", *, captures: bool = False) -> TorchEngine:
+    """Return an engine that draws as it does on CUDA, with the CPU as the device."""
+    engine = TorchEngine(path, precision=precision)
+    engine._run_on(OnCuda(captures=captures, tf32=False, device="cpu"))
+    assert isinstance(engine, DrawEngine)
+    return engine
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"n": 7, "batch": 3, "steps": 2},
+    {"n": 5, "batch": 8, "steps": 1, "seed": U64},
+    {"n": 4, "batch": 2, "sigmas": LEVELS[4], "first": 2**63 - 2, "seed": 2**63 + 5},
+    {"n": 3, "batch": 2, "steps": 2, "first": U64 - 2},
+    {"n": 3, "batch": 1, "label": [7, 0, 9]},
+]
+
+
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("precision", ["", "bf16"])
+@pytest.mark.parametrize("classes", [0, 10])
+def test_what_is_drawn_on_the_device_is_what_the_loop_makes_of_noise_from_numpy(
+    classes: int, precision: str, captures: bool, tiny_checkpoint: Factory, recorded: list[str]
+) -> None:
+    path = tiny_checkpoint(classes)
+    model = Model(drawing_engine(path, precision, captures=captures))
+    plain = Model(TorchEngine(path, precision=precision))
+    assert not isinstance(plain.engine, DrawEngine)
+    for request in REQUESTS:
+        if "label" in request and not classes:
+            continue
+        want = drawn_by_hand(plain, **request)
+        assert np.ptp(want) > 0.1
+        np.testing.assert_array_equal(model.sample_float(**request), want)
+        np.testing.assert_array_equal(model.sample(**request), sampler.to_uint8(want))
+    assert (recorded != []) is captures
+
+
+def drawn_by_hand(
+    model: Model, n: int, *, batch: int, seed: int = 0, first: int = 0, label: Any = None, **levels: Any
+) -> npt.NDArray[np.float32]:
+    """Return images from noise of numpy through the loop; the last batch is as large as the others."""
+    sigmas, batch = model.levels(levels.get("steps"), levels.get("sigmas")), min(batch, n)
+    labels = model.labels(n, seed=seed, label=label, first=first)
+    images = []
+    for start in range(0, n, batch):
+        indices = np.minimum(np.arange(start, start + batch), n - 1)
+        samples = [first + int(index) for index in indices]
+        noise = np.stack([cmfast.gaussian(seed, samples, k, model.spec.image) for k in range(len(sigmas))])
+        images.append(model.from_noise(noise, sigmas, None if labels is None else labels[indices]))
+    return np.concatenate(images)[:n]
+
+
+def test_a_last_smaller_batch_is_no_new_size_to_capture(tiny_checkpoint: Factory, recorded: list[str]) -> None:
+    model = Model(drawing_engine(tiny_checkpoint(10), captures=True))
+    for n in (3, 4, 7, 8):
+        assert model.sample(n, batch=3, steps=2).shape == (n, 8, 8, 1)
+    assert recorded.count("captured") == 1
+    # The images of a seed are the same however they are cut, but for the order of sums in batches of other sizes.
+    np.testing.assert_allclose(
+        model.sample_float(5, batch=2, steps=2), model.sample_float(5, batch=4, steps=2), rtol=0, atol=1e-5
+    )
+
+
+def test_the_next_batch_is_on_its_way_before_the_host_waits_for_one() -> None:
+    device = OnCuda(captures=False, tf32=False, device="cpu")
+    happened: list[str] = []
+
+    def batches() -> Iterator[dict[str, npt.NDArray[Any]]]:
+        for seed in range(4):
+            happened.append(f"in {seed}")
+            yield inputs_of(2, seed)
+
+    for seed, (got,) in enumerate(device.each("double", lambda tensors: (double(tensors),), batches())):
+        happened.append(f"out {seed}")
+        inputs = inputs_of(2, seed)
+        np.testing.assert_array_equal(got, 2 * inputs["x"] + inputs["label"][:, None].astype(np.float32))
+    assert happened == ["in 0", "in 1", "out 0", "in 2", "out 1", "in 3", "out 2", "out 3"]
+
+
+def test_draws_that_take_turns_or_are_left_do_not_mix_their_images(tiny_checkpoint: Factory) -> None:
+    engine = drawing_engine(tiny_checkpoint(0))
+    model = Model(engine)
+    batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
+
+    def draw(seed: int) -> Iterator[Drawn]:
+        return engine.draw(seed, batches, LEVELS[2], pixels=False)
+
+    want = {seed: drawn_by_hand(model, 8, batch=2, seed=seed, sigmas=LEVELS[2]) for seed in (1, 2)}
+    left = draw(3)
+    next(left)
+    one, two = draw(1), draw(2)
+    for part, _ in batches:
+        for seed, drawing in ((1, one), (2, two)):
+            np.testing.assert_array_equal(next(drawing).images, want[seed][part.start : part.stop])
+            model.denoise(noise_of(model, 1, 2)[0], 1.0)
+        if part.start == 2:
+            left.close()
+    assert next(one, None) is None
+
+
+def test_a_draw_that_is_not_finite_is_an_error_and_never_a_white_image(tiny_checkpoint: Factory) -> None:
+    engine = drawing_engine(tiny_checkpoint(0))
+    with torch.no_grad():
+        next(engine.denoiser.parameters()).fill_(float("inf"))
+    for draw in (Model(engine).sample, Model(engine).sample_float):
+        with pytest.raises(CmfastError) as caught:
+            draw(3, steps=2, batch=2)
+        assert "PyTorch cpu returned values that are not finite (NaN or infinity) at noise level 80, " in str(
+            caught.value
+        )
+
+
+def test_a_draw_short_of_memory_is_an_error_that_says_so(
+    tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = drawing_engine(tiny_checkpoint(0))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+    monkeypatch.setattr(torch_noise, "gaussian", full)
+    with pytest.raises(EngineError) as caught:
+        Model(engine).sample(1)
+    assert str(caught.value) == (
+        "PyTorch cpu is short of memory; try a smaller batch: CUDA out of memory. Tried to allocate 20.00 MiB."
+    )
+
+
+def test_an_engine_that_draws_something_else_than_it_was_asked_for_is_named(tiny_checkpoint: Factory) -> None:
+    engine = drawing_engine(tiny_checkpoint(0))
+    engine.draw = lambda *_, **__: iter([Drawn(np.zeros((2, 1, 8, 8), np.float32), True)])
+    with pytest.raises(EngineError, match=r"promises uint8 \[2, 8, 8, 1\]; export the model again"):
+        Model(engine).sample(2)
+
+
 def test_an_engine_goes_with_its_last_reference_and_with_it_what_it_keeps(tiny_checkpoint: Factory) -> None:
     engine = TorchEngine(tiny_checkpoint(10))
-    engine._execute = kept = OnCuda(captures=False, tf32=False, device="cpu")
+    engine._run_on(kept := OnCuda(captures=False, tf32=False, device="cpu"))
     model = Model(engine)
     model.from_noise(noise_of(model, 1, 2), (80.0,), np.array([0, 1]))
     model.denoise(noise_of(model, 1, 2)[0], 1.0, np.array([0, 1]))
-    assert len(kept._programs) == 2
+    model.sample(3, batch=2)
+    assert len(kept._programs) == 3
     gone, memory = weakref.ref(engine), weakref.ref(kept)
     gc.disable()  # a cycle would wait for it, and GPU memory with it
     try:

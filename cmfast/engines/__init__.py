@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,18 @@ import numpy.typing as npt
 
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model
 from cmfast.checks import MAX_THREADS as MAX_THREADS
-from cmfast.checks import check_threads
+from cmfast.checks import check_threads, shown
 from cmfast.engines._origin import Origin, files_of
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
-# Ways to run the same weights; which exist is the engine's affair.
+# Ways to run the same weights; which exist, and which of them combine, is the engine's affair.
 VARIANTS = {
     "": "the engine's plain way",
     "channels_last": "PyTorch with the memory format channels_last",
+    "fused": "CUDA: PyTorch in channels_last, with kernels of cmfast in place of several operations",
     "compiled": "PyTorch with torch.compile, on CUDA with mode max-autotune",
+    "reduce-overhead": "CUDA: PyTorch with torch.compile in that mode, which compiles faster and tries fewer kernels",
     "cuda_graph": "CUDA: PyTorch's whole sampler, or ONNX Runtime's graph, captured once and replayed",
     "tensorrt": "ONNX Runtime with its TensorRT provider",
     "diffusers": "diffusers' own pipeline of its folder",
@@ -63,6 +65,34 @@ class LoopEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A batch that an engine drew."""
+
+    images: npt.NDArray[Any]  # uint8 [B, H, W, C], as `cmfast.sampler.to_uint8` rounds; or float32 [B, C, H, W]
+    finite: bool  # whether all of it was, before it was rounded
+
+
+@runtime_checkable
+class DrawEngine(Protocol):
+    """An engine of a denoiser that draws whole batches where it runs, the noise too; only images come back."""
+
+    def draw(
+        self,
+        seed: int,
+        batches: Sequence[tuple[range, npt.NDArray[np.int64] | None]],
+        sigmas: Sequence[float],
+        *,
+        pixels: bool,
+    ) -> Iterator[Drawn]:
+        """Yield each batch, while the next one is drawn: what `loop` returns for the noise of `cmfast.noise`.
+
+        batches  indices of the images, and a label for each of them, int64 [B], where the model has classes
+        pixels   uint8 is wanted, else float32
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceTimes:
     """One call on a GPU, ms. Device times are between CUDA events on the engine's stream."""
@@ -79,7 +109,7 @@ class TimedEngine(Protocol):
     """An engine on a GPU that can say what a call costs there."""
 
     def timed(self) -> AbstractContextManager[list[DeviceTimes]]:
-        """Return a context in which every `run` or `loop` appends its times to the list that it gives."""
+        """Return a context in which every `run`, `loop` and batch of `draw` appends its times to its list."""
         ...
 
 
@@ -97,7 +127,7 @@ def open_engine(
     device     cpu or cuda; one that cannot be had is an error. None: cuda for a TensorRT engine, which runs nowhere
                else, and cpu for everything else
     threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
-    variant    one of VARIANTS; which exist depends on the engine
+    variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the engine
     precision  one of cmfast.artifact.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its own
     sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
                were hashed is loaded
@@ -106,6 +136,7 @@ def open_engine(
     if device is None:
         device = "cuda" if file.suffix in ENGINE_SUFFIXES else "cpu"
     _check(device, threads, variant, precision, sha256)
+    variant = " ".join(variant_words(variant))
     if file.suffix in (".onnx", *ENGINE_SUFFIXES) and precision:
         raise EngineError(
             f"{file}: an exported file runs in the precision that it was exported with; "
@@ -119,6 +150,17 @@ def open_engine(
     with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it
         engine.origin = origin  # type: ignore[attr-defined]
     return engine
+
+
+def variant_words(variant: object) -> tuple[str, ...]:
+    """Return the words of a variant, separated by spaces or commas, in the order of VARIANTS; () for ""."""
+    words = variant.replace(",", " ").split() if isinstance(variant, str) else [""]
+    if not set(words) < VARIANTS.keys() or "" in words:
+        have = ", ".join(filter(None, VARIANTS))
+        raise CmfastError(
+            f"variant must be one of {have}, or several as in 'channels_last cuda_graph', got {shown(variant)}"
+        )
+    return tuple(word for word in VARIANTS if word in words)
 
 
 def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Engine:
@@ -167,8 +209,7 @@ def _check(device: object, threads: object, variant: object, precision: object, 
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
     check_threads(threads)
-    if not isinstance(variant, str) or variant not in VARIANTS:
-        raise CmfastError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    variant_words(variant)
     if not isinstance(precision, str) or precision not in ("", *PRECISIONS):
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if sha256 is not None and not isinstance(sha256, str):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 
 import cmfast
+from cmfast import sampler
 from cmfast.artifact import PRECISIONS, Manifest
-from cmfast.engines import DeviceTimes, Inputs
+from cmfast.engines import DeviceTimes, Drawn, Inputs, variant_words
 from cmfast.engines._cuda import check_process
 from cmfast.engines._origin import Origin, pickled
 from cmfast.errors import EngineError
+from cmfast.noise import as_u64
 from cmfast.sampler import sample
+from cmfast.spec import ModelSpec
+from cmfast_train import torch_noise
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks.precision import accumulate_in_float32
@@ -37,17 +41,24 @@ if TYPE_CHECKING:
     from cmfast_train.diffusers_engine import DiffusersEngine
 
 Floats = npt.NDArray[np.float32]
-VARIANTS = {"cpu": ("", "channels_last", "compiled"), "cuda": ("", "channels_last", "compiled", "cuda_graph")}
+VARIANTS = {
+    "cpu": ("", "channels_last", "compiled"),
+    "cuda": ("", "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph"),
+}
+MODES = {"compiled": "max-autotune", "reduce-overhead": "reduce-overhead"}  # of torch.compile, by variant
 
 
 class TorchEngine:
     """A model of any format that is known, run by PyTorch.
 
-    The contracts are `cmfast.engines.Engine` and `LoopEngine`, on CUDA also `TimedEngine`.
+    The contracts are `cmfast.engines.Engine` and `LoopEngine`, on CUDA also `TimedEngine` and `DrawEngine`.
 
-    variant    "": eager. "channels_last": eager, with that memory format. "compiled": by torch.compile, on CUDA with
-               mode max-autotune. "cuda_graph", on CUDA: the whole few-step loop, and a single call of the denoiser,
-               each recorded as one CUDA graph a batch size. A loop stays on the device in all of them
+    variant    words, separated by spaces or commas. None: eager. "channels_last": with that memory format. "fused", on
+               CUDA: with kernels that do the work of several operations, in that format. "compiled": by torch.compile,
+               on CUDA with mode max-autotune; "reduce-overhead", on CUDA: with that mode. "cuda_graph", on CUDA: the
+               whole few-step loop, and a single call of the denoiser, each recorded as one CUDA graph a batch size;
+               torch.compile's modes record such graphs too, so they combine with channels_last only. A loop stays on
+               the device in all of them
     precision  "" or fp32; fp16, bf16 (`Denoiser.to_precision`); tf32, which only GPUs have. Everything else in the
                process multiplies as it did before
     """
@@ -55,6 +66,7 @@ class TorchEngine:
     batch: int | None = None
     origin: Origin | None = None
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
+    draw: Callable[..., Iterator[Drawn]]  # on CUDA only: a CPU draws noise faster by numpy
 
     def __init__(
         self,
@@ -64,22 +76,29 @@ class TorchEngine:
         variant: str = "",
         precision: str = "",
     ) -> None:
-        _check(model, device, variant, precision)
+        words = _check(model, device, variant, precision)
         set_threads(threads)
         _watch_forks()
-        self._process = os.getpid()
         checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
         self.manifest = replace(checkpoint_manifest(checkpoint), dtype=PRECISIONS[precision or "fp32"])
-        self.name = " ".join(filter(None, ("PyTorch", device, precision, variant)))
+        self.name = " ".join(filter(None, ("PyTorch", device, precision, *words)))
         self.denoiser = checkpoint.denoiser().to_precision(precision or "fp32").to(device)
         if precision == "fp16" and device == "cpu":
             accumulate_in_float32(self.denoiser.network)
-        if variant == "channels_last":
+        if "channels_last" in words or "fused" in words:
             self.denoiser.to(memory_format=torch.channels_last)
-        self._variant, self._call, self._execute = variant, _callable(self.denoiser, device, variant), _on_cpu
+        if "fused" in words:
+            _fuse(self.denoiser)
+        self._call, self._execute = _callable(self.denoiser, device, words), _on_cpu
+        self._border = _Border(self.name, compiled=not MODES.keys().isdisjoint(words))
         if device == "cuda":
-            on_cuda = OnCuda(captures=variant == "cuda_graph", tf32=precision == "tf32")
-            self._execute, self.timed = on_cuda, on_cuda.timed
+            self._run_on(OnCuda(captures="cuda_graph" in words, tf32=precision == "tf32"))
+
+    def _run_on(self, device: OnCuda) -> None:
+        self._execute, self.timed = device, device.timed
+        self._border = replace(self._border, process=os.getpid())
+        # of the parts, not of self, which would be a cycle
+        self.draw = functools.partial(_draw, device, self._border, self._call, self.manifest.spec)
 
     def __reduce__(self) -> tuple[object, tuple[Origin]]:
         return pickled(self)
@@ -91,27 +110,84 @@ class TorchEngine:
 
     def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
         """Return what `cmfast.sampler.sample` returns, float32 [B, C, H, W]; it runs on tensors as it is."""
-        levels, call, spec = tuple(float(sigma) for sigma in sigmas), self._call, self.manifest.spec
+        levels = tuple(float(sigma) for sigma in sigmas)
+        call, spec = self._call, self.manifest.spec
 
-        def draw(tensors: dict[str, Tensor]) -> Tensor:
-            noise, label = tensors["noise"], {k: v for k, v in tensors.items() if k == "label"}
+        def compute(tensors: dict[str, Tensor]) -> Tensor:
+            return _loop(call, tensors["noise"], levels, tensors.get("label"), spec)
 
-            def denoise(x: Tensor, sigma: float) -> Tensor:
-                return call(x=x, sigma=x.new_full((len(x),), sigma), **label)
-
-            return sample(denoise, noise, levels, spec)
-
-        return self._compute(levels, draw, {"noise": noise} if label is None else {"noise": noise, "label": label})
+        return self._compute(levels, compute, {"noise": noise} if label is None else {"noise": noise, "label": label})
 
     def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
-        if self._execute is not _on_cpu:
-            check_process(self._process, self.name)
-        try:
+        with self._border.crossed():
             return self._execute(what, compute, inputs)
+
+
+def _loop(
+    call: Callable[..., Tensor], noise: Tensor, levels: tuple[float, ...], label: Tensor | None, spec: ModelSpec
+) -> Tensor:
+    """Return `cmfast.sampler.sample`, which runs on tensors as it is."""
+    condition = {} if label is None else {"label": label}
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return call(x=x, sigma=x.new_full((len(x),), sigma), **condition)
+
+    images: Tensor = sample(denoise, noise, levels, spec)
+    return images
+
+
+def _draw(
+    device: OnCuda,
+    border: _Border,
+    call: Callable[..., Tensor],
+    spec: ModelSpec,
+    seed: int,
+    batches: Sequence[tuple[range, npt.NDArray[np.int64] | None]],
+    sigmas: Sequence[float],
+    *,
+    pixels: bool,
+) -> Iterator[Drawn]:
+    """Yield batches drawn on the device from the noise on; the contract is `cmfast.engines.DrawEngine.draw`."""
+    levels = tuple(float(sigma) for sigma in sigmas)
+    most = max((len(samples) for samples, _ in batches), default=0)
+    key = torch_noise.key_of(seed).numpy()
+
+    def inputs(samples: range, label: npt.NDArray[np.int64] | None) -> dict[str, npt.NDArray[np.int64]]:
+        each = {"samples": as_u64(samples, "sample").view(np.int64)} | ({} if label is None else {"label": label})
+        # A smaller batch is filled up with its last image: another size would be compiled or captured anew.
+        return {"key": key} | {name: np.pad(v, (0, most - len(v)), mode="edge") for name, v in each.items()}
+
+    def compute(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        noise = torch_noise.gaussian(tensors["key"], tensors["samples"], len(levels), spec.image)
+        x0 = _loop(call, noise, levels, tensors.get("label"), spec)
+        images = sampler.pixels(x0).to(torch.uint8).permute(0, 2, 3, 1) if pixels else x0
+        return images.contiguous(), x0.isfinite().all()
+
+    results = device.each(("draw", levels, pixels), compute, (inputs(*batch) for batch in batches))
+    for samples, _ in batches:
+        with border.crossed():
+            images, finite = next(results)
+        yield Drawn(images[: len(samples)], bool(finite))
+
+
+@dataclass(frozen=True)
+class _Border:
+    """Where PyTorch's errors become lines."""
+
+    name: str  # of the engine
+    compiled: bool  # by torch.compile
+    process: int | None = None  # that opened it on CUDA
+
+    @contextmanager
+    def crossed(self) -> Iterator[None]:
+        if self.process is not None:
+            check_process(self.process, self.name)
+        try:
+            yield
         except (RuntimeError, MemoryError) as err:
             if out_of_memory(err):
                 raise EngineError(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
-            if self._variant != "compiled":
+            if not self.compiled:
                 raise
             # commonly: there is no C++ compiler
             raise EngineError(f"torch.compile could not compile or run the model: {_line(err)}") from None
@@ -157,8 +233,10 @@ def open_folder(
     folder: Path, device: str, threads: int | None, variant: str, precision: str
 ) -> TorchEngine | DiffusersEngine:
     """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
-    if variant != "diffusers":
+    if "diffusers" not in variant_words(variant):
         return TorchEngine(folder, device, threads, variant, precision)
+    if variant_words(variant) != ("diffusers",):
+        raise EngineError(f"the variant diffusers combines with no other, got {variant!r}")
     if precision not in ("", "fp32"):
         raise EngineError(
             f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
@@ -179,20 +257,15 @@ def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
     )
 
 
-def _check(model: object, device: str, variant: str, precision: str) -> None:
-    """Raise unless PyTorch, this build of it on this machine, can run a model so."""
+def _check(model: object, device: str, variant: str, precision: str) -> tuple[str, ...]:
+    """Return the words of the variant; raise unless PyTorch, this build of it on this machine, can run a model so."""
     if device == "cuda" and not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         raise EngineError(
             f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
             "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
         )
-    if variant == "diffusers":
-        raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
-    if variant not in VARIANTS[device]:
-        also = "; 'cuda_graph' needs --device cuda" if variant == "cuda_graph" else ""
-        have = ", ".join(map(repr, VARIANTS[device]))
-        raise EngineError(f"PyTorch on {device} has the variants {have}, not {variant!r}{also}")
+    words = _words(model, device, variant)
     if precision not in ("", *PRECISIONS):
         raise EngineError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "tf32" and device == "cpu":
@@ -202,13 +275,46 @@ def _check(model: object, device: str, variant: str, precision: str) -> None:
             f"the {torch.cuda.get_device_name()} has no {precision} (that begins with compute capability 8.0); "
             "use --precision fp16 or fp32"
         )
+    return words
 
 
-def _callable(denoiser: torch.nn.Module, device: str, variant: str) -> Callable[..., Any]:
-    if variant != "compiled":
-        return denoiser
-    # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
-    return compiled(denoiser) if device == "cuda" else torch.compile(denoiser, dynamic=False)
+def _words(model: object, device: str, variant: str) -> tuple[str, ...]:
+    words = variant_words(variant)
+    if "diffusers" in words:
+        raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
+    for word in words:
+        if word not in VARIANTS[device]:
+            also = f"; {word!r} needs --device cuda" if word in VARIANTS["cuda"] else ""
+            have = ", ".join(map(repr, VARIANTS[device]))
+            raise EngineError(f"PyTorch on {device} has the variants {have}, not {word!r}{also}")
+    modes = [word for word in words if word in MODES]
+    others = [word for word in words if word in (*MODES, "fused", "cuda_graph") and word not in modes[:1]]
+    if modes and others:
+        raise EngineError(
+            f"{modes[0]!r} does not combine with {others[0]!r}: torch.compile has its own way to fuse and to "
+            "record; use one of them, or either with 'channels_last'"
+        )
+    if "fused" in words:
+        if not torch_noise.has_triton():
+            raise EngineError("'fused' needs Triton, which is not installed: pip install triton, or leave it out")
+        return tuple(word for word in words if word != "channels_last")  # which it implies
+    return words
+
+
+def _fuse(denoiser: torch.nn.Module) -> None:
+    try:
+        from cmfast_train.kernels.fuse import fuse
+    except ModuleNotFoundError as err:
+        raise EngineError(f"this build has no fused kernels ({err}); use 'channels_last' instead") from None
+    fuse(denoiser)
+
+
+def _callable(denoiser: torch.nn.Module, device: str, words: tuple[str, ...]) -> Callable[..., Any]:
+    for word in words:
+        if word in MODES:
+            # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
+            return compiled(denoiser, MODES[word]) if device == "cuda" else torch.compile(denoiser, dynamic=False)
+    return denoiser
 
 
 def _on_cpu(what: Hashable, compute: Compute, inputs: Inputs) -> Floats:

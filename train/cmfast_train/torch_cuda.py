@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +26,15 @@ from cmfast.errors import EngineError
 
 Floats = npt.NDArray[np.float32]
 Compute = Callable[[dict[str, Tensor]], Tensor]
+ComputeAll = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+Result = TypeVar("Result")  # of a computation: one tensor, or several
 
 KEPT = 8  # shapes whose buffers, and captured graphs, are kept
 WARM_UPS = 3  # before a capture: cuDNN tries its algorithms, libraries allocate their workspaces
 
 
 class OnCuda:
-    """Computations on the GPU from numpy arrays to a numpy array, with the tensors in between at fixed addresses.
+    """Computations on the GPU from numpy arrays to numpy arrays, with the tensors in between at fixed addresses.
 
     captures  record each computation as one CUDA graph when it is first asked for, and replay that
     tf32      multiply float32 as TensorFloat-32
@@ -51,36 +55,43 @@ class OnCuda:
 
         what  names the computation; one of the same name, on arrays of the same shapes, is taken to be the same
         """
+        (result,) = self._wait(self._hand_over(what, lambda tensors: (compute(tensors),), inputs))
+        return result
+
+    def each(self, what: Hashable, compute: ComputeAll, batches: Iterable[Inputs]) -> Iterator[list[npt.NDArray[Any]]]:
+        """Yield compute(inputs) of one batch after the other; the device has the next one while the host waits."""
+        before = None
+        for inputs in batches:
+            following = self._hand_over(what, compute, inputs)
+            if before is not None:
+                yield self._wait(before)
+            before = following
+        if before is not None:
+            yield self._wait(before)
+
+    def _hand_over(self, what: Hashable, compute: ComputeAll, inputs: Inputs) -> _Call:
         begun = time.perf_counter()
         key = (what, *((name, value.shape) for name, value in inputs.items()))
         with torch.inference_mode():
             program = self._programs.pop(key, None) or self._prepare(compute, inputs)
-            program.fill(inputs)
-            handing = time.perf_counter()
-            events = program.hand_over(timed=self._clock.times is not None)
-            enqueued = time.perf_counter()
-            self._wait()
-            result = program.result()
+            call = program.hand_over(inputs, begun, timed=self._clock.times is not None)
         self._programs[key] = program  # the last used last
-        if self._clock.times is not None:
-            host_ms, enqueue_ms = 1000 * (time.perf_counter() - begun), 1000 * (enqueued - handing)
-            copy_in, compute_ms, copy_out = (start.elapsed_time(end) for start, end in pairwise(events))
-            self._clock.times.append(
-                DeviceTimes(
-                    host_ms=host_ms, enqueue_ms=enqueue_ms, copy_in_ms=copy_in, compute_ms=compute_ms,
-                    copy_out_ms=copy_out,
-                )
-            )  # fmt: skip
-        return result
+        return call
 
-    def _prepare(self, compute: Compute, inputs: Inputs) -> _Program:
+    def _wait(self, call: _Call) -> list[npt.NDArray[Any]]:
+        results = call.results()
+        if self._clock.times is not None and call.events:
+            self._clock.times.append(call.times())
+        return results
+
+    def _prepare(self, compute: ComputeAll, inputs: Inputs) -> _Program:
         """Return a computation that has run once, so that what happens only then is over: trying, compiling."""
         while len(self._programs) >= KEPT:
             del self._programs[next(iter(self._programs))]
 
         tf32 = self._tf32  # not self: a cycle would keep the GPU's memory until it is found
 
-        def in_context(tensors: dict[str, Tensor]) -> Tensor:  # entered per run; a replay has it recorded
+        def in_context(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:  # entered per run; a replay has it recorded
             with arithmetic(tf32=tf32):
                 return compute(tensors)
 
@@ -89,43 +100,35 @@ class OnCuda:
             # of torch.compile: it is off because a float32 model is run in float32
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             if self._captures:
-                program.capture()
-            program.hand_over(timed=False)
-            self._wait()
+                program.capture(inputs)
+            program.hand_over(inputs).results()
         return program
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
 
 
 class _Program:
-    """One computation at one shape, and its arrays at fixed addresses on the device and in page-locked memory."""
+    """One computation at one shape, with its arguments at fixed addresses on the device."""
 
-    def __init__(self, compute: Compute, inputs: Inputs, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self._host: dict[str, Tensor] = {}
-        self._device: dict[str, Tensor] = {}
-        for name, value in inputs.items():
-            dtype = torch.from_numpy(np.empty(0, value.dtype)).dtype
-            self._host[name] = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
-            self._device[name] = torch.empty(value.shape, dtype=dtype, device=device)
-        self._launch: Callable[[], Tensor] = partial(compute, self._device)
-        self._output: Tensor | None = None
-        self.fill(inputs)  # not what the memory held before: a label must be a class
+    def __init__(self, compute: ComputeAll, inputs: Inputs, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._arguments = {
+            name: torch.empty(value.shape, dtype=torch.from_numpy(np.empty(0, value.dtype)).dtype, device=device)
+            for name, value in inputs.items()
+        }
+        self._launch: Callable[[], tuple[Tensor, ...]] = partial(compute, self._arguments)
+        self._free: list[_Buffers] = []  # as many as there were ever calls on the way at the same time
+        self._last: torch.cuda.Event | None = None  # of the call before
 
-    def fill(self, inputs: Inputs) -> None:
-        """Copy the arrays into page-locked memory."""
-        for name, host in self._host.items():
-            np.copyto(host.numpy(), inputs[name], casting="no")
-
-    def capture(self) -> None:
+    def capture(self, inputs: Inputs) -> None:
         """Record the computation as a CUDA graph, and from now on replay that."""
-        self._copy_in()
+        buffers = self._buffers(inputs)
+        self._copy_in(buffers)  # not what the memory held before: a label must be a class
         self._launch = capture(self._launch)
+        self._free.append(buffers)  # the capture has waited for the copy
 
-    def hand_over(self, *, timed: bool) -> list[torch.cuda.Event]:
-        """Hand over copies and computation; return, when timed, the four events around the three."""
+    def hand_over(self, inputs: Inputs, begun: float = 0.0, *, timed: bool = False) -> _Call:
+        """Hand over copies and computation; return the call, whose results can be waited for."""
+        buffers = self._buffers(inputs)
+        handing = time.perf_counter()
         events: list[torch.cuda.Event] = []
 
         def mark() -> None:
@@ -133,29 +136,80 @@ class _Program:
                 events.append(torch.cuda.Event(enable_timing=True))
                 events[-1].record()
 
+        if self._last is not None:
+            torch.cuda.current_stream().wait_event(self._last)  # it may have been on another stream
         mark()
-        self._copy_in()
+        self._copy_in(buffers)
         mark()
-        output = self._launch().contiguous()
+        outputs = [output.contiguous() for output in self._launch()]
         mark()
-        if self._output is None:
-            self._output = torch.empty(output.shape, dtype=output.dtype, pin_memory=self._pinned)
-        self._output.copy_(output, non_blocking=True)
+        if not buffers.outputs:
+            buffers.outputs = [torch.empty(o.shape, dtype=o.dtype, pin_memory=self._on_gpu) for o in outputs]
+        for host, output in zip(buffers.outputs, outputs, strict=True):
+            host.copy_(output, non_blocking=True)
         mark()
-        return events
+        done = torch.cuda.Event() if self._on_gpu else None
+        if done is not None:
+            done.record()
+        self._last = done
+        return _Call(buffers, self._free, done, events, begun, time.perf_counter() - handing)
 
-    def result(self) -> Floats:
-        """Return the result, once it has been waited for."""
-        assert self._output is not None
-        return self._output.numpy().copy()
+    def _buffers(self, inputs: Inputs) -> _Buffers:
+        """Return buffers that no other call uses, with the inputs in them."""
+        if self._free:
+            buffers = self._free.pop()
+        else:
+            pinned = self._on_gpu
+            arguments = self._arguments.items()
+            buffers = _Buffers({k: torch.empty(v.shape, dtype=v.dtype, pin_memory=pinned) for k, v in arguments})
+        for name, host in buffers.inputs.items():
+            np.copyto(host.numpy(), inputs[name], casting="no")
+        return buffers
 
-    def _copy_in(self) -> None:
-        for name, host in self._host.items():
-            self._device[name].copy_(host, non_blocking=True)
+    def _copy_in(self, buffers: _Buffers) -> None:
+        for name, host in buffers.inputs.items():
+            self._arguments[name].copy_(host, non_blocking=True)
 
 
-def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a computation as one CUDA graph; return what replays it, and gives the tensor that it writes each time.
+@dataclass
+class _Buffers:
+    """Page-locked memory of one call on the way."""
+
+    inputs: dict[str, Tensor]
+    outputs: list[Tensor] = field(default_factory=list)  # none before the first call
+
+
+@dataclass
+class _Call:
+    """A computation that was handed over. One that nobody waits for keeps its buffers from others."""
+
+    buffers: _Buffers
+    free: list[_Buffers]  # where they go afterwards
+    done: torch.cuda.Event | None  # None on the CPU, where nothing needs to be waited for
+    events: list[torch.cuda.Event]  # when timed, the four around copy, computation, copy
+    begun: float
+    enqueue_s: float
+    ended: float = 0.0
+
+    def results(self) -> list[npt.NDArray[Any]]:
+        """Wait, and return the results, which are the caller's."""
+        if self.done is not None:
+            self.done.synchronize()
+        arrays = [output.numpy().copy() for output in self.buffers.outputs]
+        self.free.append(self.buffers)
+        self.ended = time.perf_counter()
+        return arrays
+
+    def times(self) -> DeviceTimes:
+        copy_in, compute_ms, copy_out = (start.elapsed_time(end) for start, end in pairwise(self.events))
+        return DeviceTimes(
+            host_ms=1000 * (self.ended - self.begun), enqueue_ms=1000 * self.enqueue_s, copy_in_ms=copy_in,
+            compute_ms=compute_ms, copy_out_ms=copy_out,
+        )  # fmt: skip
+
+
+def capture(compute: Callable[[], Result]) -> Callable[[], Result]:
+    """Record a computation as one CUDA graph; return what replays it, and gives the tensors that it writes each time.
 
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". The graph has a memory
     pool of its own, so that any order of replays is right.
@@ -179,16 +233,19 @@ def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
             f"PyTorch could not capture this model as a CUDA graph; use another variant: {reason}"
         ) from None
 
-    def replay() -> Tensor:
+    def replay() -> Result:
         graph.replay()
         return output
 
     return replay
 
 
-def compiled(denoiser: torch.nn.Module) -> Callable[..., Tensor]:
-    """Return the denoiser compiled the most thorough way, which has CUDA graphs in it, one program a batch size."""
-    call = torch.compile(denoiser, mode="max-autotune", dynamic=False)
+def compiled(denoiser: torch.nn.Module, mode: str = "max-autotune") -> Callable[..., Tensor]:
+    """Return the denoiser compiled, one program a batch size, by a mode that has CUDA graphs in it.
+
+    mode  "max-autotune", the most thorough; or "reduce-overhead"
+    """
+    call = torch.compile(denoiser, mode=mode, dynamic=False)
 
     def run(**tensors: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # what the call before returned has been used
