@@ -24,16 +24,23 @@ import onnxruntime
 import pytest
 import torch
 from test_step_graph import CASES, any_precision, begin_last_phase, data, new_run, quickly, take_steps  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cmfast
 from cmfast.engines import TimedEngine, open_engine
 from cmfast.engines.onnxruntime import KEPT, OnnxRuntimeEngine
 from cmfast.errors import CmfastError, EngineError
+from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.data import batches
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.kernels.fuse import fuse
+from cmfast_train.networks.adm import AdmConfig, randomise
+from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.step import optimise
 from cmfast_train.step_graph import RecordedSteps, on_one_stream, step_of, why_not
-from cmfast_train.torch_cuda import OnCuda
+from cmfast_train.torch_cuda import OnCuda, arithmetic, capture
 
 Factory = Callable[..., Path]
 TOLERANCE = 1e-3  # two float32 libraries sum in other orders; cuDNN's transforms cost some digits more
@@ -450,3 +457,97 @@ def test_pytorch_without_cuda_is_an_error_that_names_the_cause(tiny_checkpoint: 
     with pytest.raises(EngineError) as caught:
         cmfast.load(tiny_checkpoint(0), device="cuda")
     assert f"device cuda was asked for, but PyTorch {torch.__version__} {cause}" in str(caught.value)
+
+
+# Kernels.
+
+NORMS = [((1, 256, 32, 32), 32), ((256, 256, 8, 8), 32), ((64, 384, 32, 32), 32), ((2, 192, 64, 64), 32),
+         ((3, 32, 7, 5), 8), ((1, 96, 1, 1), 24), ((40, 576, 16, 16), 32)]  # fmt: skip
+NETWORKS: dict[str, NetworkConfig] = {
+    "adm": AdmConfig(image_size=16, model_channels=64, channel_mult=(1, 2), attention=(8,), classes=3),
+    "adm sum": AdmConfig(image_size=16, model_channels=64, res_blocks=1, scale_shift=False, resblock_updown=False),
+    "song": SongConfig(image_size=16, model_channels=64, channel_mult=(1, 2), res_blocks=1, resample=(1, 3, 3, 1)),
+    "dhariwal": DhariwalConfig(image_size=16, model_channels=64, channel_mult=(1, 2), res_blocks=1, attention=(8,)),
+}
+
+
+def denoiser_of(name: str, precision: str) -> Denoiser:
+    network = build_network(NETWORKS[name]).eval().requires_grad_(False)
+    randomise(network)
+    denoiser = Denoiser(network, ModelSpec(image=(3, 16, 16), classes=NETWORKS[name].classes, c_noise="ln/4"))
+    return denoiser.to_precision(precision).to("cuda")
+
+
+def denoiser_inputs(denoiser: Denoiser) -> list[torch.Tensor]:
+    inputs = [torch.randn(5, 3, 16, 16, device="cuda"), torch.tensor([0.1, 0.5, 1.0, 5.0, 80.0], device="cuda")]
+    return [*inputs, torch.arange(5, device="cuda") % 3] if denoiser.spec.classes else inputs
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), NORMS, ids=str)
+def test_the_fused_norm_computes_what_torch_does_in_float64(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    from cmfast_train.kernels.group_norm import add_residual, group_norm_silu, normed, summed
+
+    batch, channels = shape[:2]
+    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    for offset, scaled, added, silu in ((0, False, False, True), (100, True, True, False), (100, True, False, True)):
+        x = (offset + torch.randn(shape, device="cuda")).to(dtype).contiguous(memory_format=torch.channels_last)
+        scale, shift, add = (0.3 * torch.randn(batch, 3 * channels, device="cuda")).split(channels, dim=1)
+        weight, bias = 1 + 0.1 * torch.randn(channels, device="cuda"), torch.randn(channels, device="cuda")
+        e = (scale if scaled else None, shift if scaled else None, silu, add if added else None)
+        got = group_norm_silu(x, groups, weight, bias, 1e-5, *e)
+        want = normed(x.double(), groups, weight, bias, 1e-5, *e)
+        assert got.dtype == dtype
+        assert ((got - want).abs() <= (2e-6 + rounding) * want.abs().clamp(min=1)).all()
+        assert torch.equal(got, group_norm_silu(x, groups, weight, bias, 1e-5, *e))
+        total, exact = add_residual(x, got, bias, 0.7), summed(x.double(), got.double(), bias, 0.7)
+        assert ((total - exact).abs() <= (2e-6 + rounding) * exact.abs().clamp(min=1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_fused_network_on_cuda_computes_what_it_was_made_from(name: str, precision: str) -> None:
+    need(precision)
+    denoiser, exact = denoiser_of(name, precision), denoiser_of(name, "fp32")
+    inputs = denoiser_inputs(denoiser)
+    with torch.inference_mode(), arithmetic(tf32=False):
+        want = exact(*inputs)
+    with torch.inference_mode(), arithmetic(tf32=precision == "tf32"):
+        before = denoiser(*inputs)
+        fuse(denoiser)
+        after = denoiser(*inputs)
+        replay = capture(lambda: denoiser(*inputs))
+        torch.testing.assert_close(replay(), after, rtol=0, atol=1e-4)  # cuDNN may choose again
+        inputs[0].neg_()
+        assert (replay() - after).abs().max() > 0.01
+    assert want.std() > 0.1
+    error = [float((each - want).square().mean().sqrt()) for each in (before, after)]
+    assert error[1] <= max(1.5 * error[0], 1e-5)  # as many roundings, others
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_attention_runs_where_only_flash_kernels_may(name: str, form: torch.memory_format) -> None:
+    need("bf16")
+    denoiser = denoiser_of(name, "bf16").to(memory_format=form)
+    inputs = denoiser_inputs(denoiser)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert denoiser(*inputs).isfinite().all()
+        fuse(denoiser)
+        assert denoiser(*inputs).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_attention_in_float32_runs_where_only_memory_efficient_kernels_may() -> None:
+    denoiser = denoiser_of("adm", "fp32")
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        assert denoiser(*denoiser_inputs(denoiser)).isfinite().all()

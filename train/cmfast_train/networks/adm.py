@@ -188,9 +188,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, channels // self.heads, height * width)
-        qkv = qkv.transpose(3, 4)  # [B, 3, heads, H W, C / heads]
-        h = F.scaled_dot_product_attention(qkv.select(1, 0), qkv.select(1, 1), qkv.select(1, 2))
+        qkv = self.qkv(self.norm(x))
+        if x.device.type == "cpu":  # the graph that is exported
+            qkv = qkv.reshape(-1, 3, self.heads, channels // self.heads, height * width)
+            qkv = qkv.transpose(3, 4)  # [B, 3, heads, H W, C / heads]
+            h = F.scaled_dot_product_attention(qkv.select(1, 0), qkv.select(1, 1), qkv.select(1, 2))
+        else:
+            h = F.scaled_dot_product_attention(*split_heads(qkv, self.heads))
         return x + self.proj_out(h.transpose(2, 3).reshape(-1, channels, height, width))
 
 
@@ -228,12 +232,29 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2))
 
 
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values [B, heads, H W, C / heads] of qkv [B, 3 C, H, W], rows (three, head, channel).
+
+    The channels of a head are neighbours in memory: flash and memory-efficient kernels take nothing else, and without
+    them a GPU writes all scores to memory. Of qkv in channels_last these are views, else one copy.
+    """
+    batch, channels, height, width = qkv.shape
+    rows = qkv.permute(0, 2, 3, 1).contiguous().view(batch, height * width, 3, heads, channels // (3 * heads))
+    q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Return [cos, sin] of t [B] at dim / 2 frequencies from 1 down to almost 1/10000, [B, dim]."""
-    half = dim // 2
-    freqs = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10000) / half))
+    freqs = frequencies(dim, t.device, t.dtype)
     args = t[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def frequencies(dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the dim / 2 frequencies of `timestep_embedding`."""
+    half = dim // 2
+    return torch.exp(torch.arange(half, dtype=dtype, device=device) * (-math.log(10000) / half))
 
 
 def randomise(network: nn.Module, seed: int = 0) -> None:

@@ -204,12 +204,7 @@ class DhariwalUnet(nn.Module):
         self.out_conv = _zero(Conv(width, config.channels, 3))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        with full_precision(c_noise):  # half precision would blur the noise level
-            emb = self.map_noise(cast(c_noise, torch.float32))
-            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-            if self.map_label is not None:
-                emb = emb + F.embedding(label, self.map_label.weight.t())
-            emb = F.silu(emb)
+        emb = self._embedding(c_noise, label)
         config, places = self.config, _places(self.config)
         skips = []
         h = x
@@ -222,6 +217,14 @@ class DhariwalUnet(nn.Module):
         for at in reversed(places):
             h = _decode(self.dec, at, at == places[-1], config.res_blocks, h, emb, skips)
         return cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
+
+    def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
+        with full_precision(c_noise):  # half precision would blur the noise level
+            emb = self.map_noise(cast(c_noise, torch.float32))
+            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+            if self.map_label is not None:
+                emb = emb + F.embedding(label, self.map_label.weight.t())
+            return F.silu(emb)
 
 
 class Block(nn.Module):
@@ -266,13 +269,28 @@ class Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         """Attend over all pixels. The rows of qkv are ordered (head, channel, three): q, k, v of a channel together."""
         _, channels, height, width = x.shape
-        qkv = self.qkv(x).reshape(-1, self.heads, channels // self.heads, 3, height * width)
-        qkv = qkv.transpose(2, 4)  # [B, heads, H W, 3, C / heads]
-        h = F.scaled_dot_product_attention(qkv.select(3, 0), qkv.select(3, 1), qkv.select(3, 2))
+        qkv = self.qkv(x)
+        if x.device.type == "cpu":  # the graph that is exported
+            qkv = qkv.reshape(-1, self.heads, channels // self.heads, 3, height * width)
+            qkv = qkv.transpose(2, 4)  # [B, heads, H W, 3, C / heads]
+            h = F.scaled_dot_product_attention(qkv.select(3, 0), qkv.select(3, 1), qkv.select(3, 2))
+        else:
+            h = F.scaled_dot_product_attention(*split_heads(qkv, self.heads))
         return h.transpose(2, 3).reshape(-1, channels, height, width)
 
     def _sum(self, x: Tensor, h: Tensor) -> Tensor:
         return x + h if self.gain == 1 else (x + h) * self.gain
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values [B, heads, H W, C / heads] of qkv [B, 3 C, H, W], rows (head, channel, three).
+
+    What `adm.split_heads` says holds here, but the three lie in each other, so this is always a copy.
+    """
+    batch, channels, height, width = qkv.shape
+    rows = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, heads, channels // (3 * heads), 3)
+    q, k, v = rows.permute(4, 0, 2, 1, 3).contiguous().unbind(0)
+    return q, k, v
 
 
 def _trunk(

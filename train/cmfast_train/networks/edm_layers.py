@@ -70,9 +70,13 @@ class PositionalWaves(nn.Module):
         self.half, self.steps = width // 2, width // 2 - (1 if endpoint else 0)
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        args = t[:, None] * torch.exp(steps * (-math.log(10000) / self.steps))
+        args = t[:, None] * self.frequencies(t.device)
         return torch.cat([args.cos(), args.sin()], dim=1)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the frequencies, [width / 2] float32."""
+        steps = torch.arange(self.half, dtype=torch.float32, device=device)
+        return torch.exp(steps * (-math.log(10000) / self.steps))
 
 
 class FourierWaves(nn.Module):
