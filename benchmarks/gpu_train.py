@@ -134,7 +134,9 @@ class Training:
         probe = self.recipe.probe
         every = max(1, probe // 6)
         config = self.config({"edm": probe * self._batch, "ect": probe * self._batch})
-        config = dataclasses.replace(config, log_images=every * config.batch)
+        # One stage of ect: with the next one a GPU records its steps anew, which a long run does not notice.
+        phases = tuple(dataclasses.replace(phase, stages=phase.stages[:1] * 2) for phase in config.phases)
+        config = dataclasses.replace(config, log_images=every * config.batch, phases=phases)
         with tempfile.TemporaryDirectory() as folder:
             run(config, Path(folder) / "probe", self.data_root())
             logged = read_log(Path(folder) / "probe")

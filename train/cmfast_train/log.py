@@ -73,11 +73,11 @@ class TrainLog:
 
     def checkpoint(self, images: int, where: dict[str, Any]) -> None:
         """Note that a checkpoint was written."""
-        self._write({"images": images, **where, "checkpoint": "model.pt"})
+        self.note(images, where, checkpoint="model.pt")
 
-    def note(self, images: int, **facts: Any) -> None:
-        """Note how the run goes on after so many images."""
-        self._write({"images": images, **facts})
+    def note(self, images: int, where: dict[str, Any], **facts: Any) -> None:
+        """Note a fact about the run from here on."""
+        self._write({"images": images, **where, **facts})
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.active:

@@ -108,7 +108,8 @@ def _go_on(run: Run, data: Any) -> None:
     ):
         try:
             if accelerator.device.type == "cuda":
-                log.note(run.images, graph={phase.name: why_not(run, phase) or "recorded" for phase in config.phases})
+                graph = {phase.name: why_not(run, phase) or "recorded" for phase in config.phases}
+                log.note(run.images, run.where(), graph=graph)
             for loss_per_image in steps(run, data):
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
