@@ -36,6 +36,16 @@ MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest li
 PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+def may_use_tf32(dtype: str) -> bool:
+    """Whether ONNX Runtime's CUDA provider is allowed TensorFloat-32 for a file of this dtype: its `use_tf32`.
+
+    Not for float32. Half precision needs it: without, cuDNN's tensor cores are off for the convolutions of every type
+    (onnxruntime/core/providers/cuda/nn/conv.cc, deselect_numeric_notes). What float32 is around a half-precision trunk
+    then keeps ten bits of the mantissa, as the trunk in float16 does.
+    """
+    return dtype != "float32"
+
+
 # Largest difference between two computations of an image, data units, that rounding to a dtype explains: three times
 # what 64 images of a trained network in two steps had (benchmarks/results/precision_mnist.json). For float32, whose
 # sums only differ in their order, it is a hundred times what is seen.

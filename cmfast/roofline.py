@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from cmfast import timing
 from cmfast._protobuf import encode_head, encode_varint
+from cmfast.artifact import may_use_tf32
 from cmfast.checks import check_threads
 from cmfast.errors import CmfastError, one_line
 
@@ -74,8 +75,8 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
     dtype    a manifest's: float32, tf32, float16, bfloat16
     threads  of the CPU; None: as many as each library takes by itself
 
-    On a GPU, ONNX Runtime does it; where it has no CUDA, the ceilings are None and `how` says why, whatever PyTorch or
-    TensorRT could do there.
+    On a GPU, ONNX Runtime does it, or where it cannot what the entry points "cmfast.ceilings" bring: PyTorch. Where
+    neither can, the ceilings are None and `how` says why.
     """
     if device not in SIDES or dtype not in BYTES:
         raise CmfastError(
@@ -122,20 +123,20 @@ def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: i
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Way:
+class Way:
     """A way to measure: what one call multiplies or moves."""
 
     name: str
     unit: str  # flops or bytes
     amount: float  # of one call
-    call: Callable[[], object]
+    call: Callable[[], object]  # returns when the device is done
 
 
-def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[_Way], str]:
+def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]:
     """Return all ways to measure, each tried once, and why some are missing, in words."""
-    ways: list[_Way] = []
+    ways: list[Way] = []
     reasons: list[str] = []
-    makers: list[Callable[[], _Way]] = [partial(_product, side, device, dtype, threads) for side in SIDES[device]]
+    makers: list[Callable[[], Way]] = [partial(_product, side, device, dtype, threads) for side in SIDES[device]]
     makers.append(partial(_sum, device, threads))
     for make in makers:
         try:
@@ -146,6 +147,8 @@ def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[_Way], str
             reasons.append(one_line(err))
         else:
             ways.append(way)
+    if device != "cpu":
+        ways += _others(device, dtype, {"flops", "bytes"} - {way.unit for way in ways}, reasons)
     if device == "cpu":
         # numpy cannot be told how many threads to multiply with, so where that is asked for it is the last resort.
         if dtype in ("float32", "tf32") and (threads is None or reasons):
@@ -154,34 +157,60 @@ def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[_Way], str
     return ways, "; ".join(dict.fromkeys(reasons))
 
 
-def _product(side: int, device: str, dtype: str, threads: int | None) -> _Way:
+def _others(device: str, dtype: str, units: set[str], reasons: list[str]) -> list[Way]:
+    """Return the ways of what is installed beside the runtime, in units that ONNX Runtime could not measure.
+
+    An entry point of the group "cmfast.ceilings" is named like a device, and called with (dtype) it returns makers of
+    ways, by unit; what it or a maker raises is why there are none.
+    """
+    from importlib.metadata import entry_points
+
+    ways: list[Way] = []
+    for entry in entry_points(group="cmfast.ceilings", name=device) if units else ():
+        try:
+            makers: list[tuple[str, Callable[[], Way]]] = entry.load()(dtype)
+        except Exception as err:  # the library is missing, or has no such device
+            reasons.append(one_line(err))
+            continue
+        for make in (make for unit, make in makers if unit in units):
+            try:
+                way = make()
+                way.call()
+            except Exception as err:  # out of memory, commonly
+                reasons.append(one_line(err))
+            else:
+                ways.append(way)
+    return ways
+
+
+def _product(side: int, device: str, dtype: str, threads: int | None) -> Way:
     count = PRODUCTS[device]
     call = _graph_call("MatMul", count, _matrix(side), device, dtype, threads)
     name = f"product of {side} x {side} {dtype} matrices by ONNX Runtime {device}"
-    return _Way(name=name, unit="flops", amount=2 * count * side**3, call=call)
+    return Way(name=name, unit="flops", amount=2 * count * side**3, call=call)
 
 
-def _sum(device: str, threads: int | None) -> _Way:
+def _sum(device: str, threads: int | None) -> Way:
     array = np.ones(NUMBERS[device], np.float32)
     call = _graph_call("Add", SUMS[device], array, device, "float32", threads)
     name = f"sum of arrays of {array.nbytes / 2**20:g} MiB by ONNX Runtime {device}"
-    return _Way(name=name, unit="bytes", amount=3 * SUMS[device] * array.nbytes, call=call)  # two read, one written
+    return Way(name=name, unit="bytes", amount=3 * SUMS[device] * array.nbytes, call=call)  # two read, one written
 
 
-def _numpy_product(side: int) -> _Way:
+def _numpy_product(side: int) -> Way:
     matrix = _matrix(side)
     product = np.empty_like(matrix)
     name = f"product of {side} x {side} float32 matrices by numpy, all its threads"
-    return _Way(name=name, unit="flops", amount=2 * side**3, call=lambda: np.matmul(matrix, matrix, out=product))
+    return Way(name=name, unit="flops", amount=2 * side**3, call=lambda: np.matmul(matrix, matrix, out=product))
 
 
-def _numpy_copy(threads: int | None) -> _Way:
+def _numpy_copy(threads: int | None) -> Way:
     workers = threads or timing.usable_cores()
     pool = ThreadPoolExecutor(workers)  # one core alone does not use up the memory of many
     source = np.ones(NUMBERS["cpu"], np.float32)
     parts = [np.array_split(array, workers) for array in (np.empty_like(source), source)]
     name = f"copy of {source.nbytes / 2**20:g} MiB by numpy, {workers} thread(s)"
-    return _Way(name=name, unit="bytes", amount=2 * source.nbytes, call=lambda: list(pool.map(np.copyto, *parts)))
+    return Way(name=name, unit="bytes", amount=2 * source.nbytes, call=lambda: list(pool.map(np.copyto, *parts)))
 
 
 def _matrix(side: int) -> npt.NDArray[np.float32]:
@@ -200,7 +229,7 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
-    settings = {"use_tf32": str(int(dtype == "tf32"))} if device == "cuda" else {}
+    settings = {"use_tf32": str(int(may_use_tf32(dtype)))} if device == "cuda" else {}
 
     def bind(model: bytes, inputs: dict[str, Any]) -> tuple[Callable[[], object], Any]:
         with _quiet(ort):
@@ -235,10 +264,7 @@ def _need_provider(device: str) -> None:
 
     ort = _import(device, "")
     if device == "cuda" and not _has(ort, CUDA):
-        raise CmfastError(
-            "the ceilings of a GPU are measured by ONNX Runtime, also for PyTorch and TensorRT, and the installed "
-            f"onnxruntime {ort.__version__} is a build without CUDA"
-        )
+        raise CmfastError(f"the installed onnxruntime {ort.__version__} is a build without CUDA")
 
 
 # ONNX without onnx: the field numbers are those of onnx.proto, as in cmfast._protobuf, which reads what this writes.

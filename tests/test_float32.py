@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast import float32
+from cmfast.engines import _onnxruntime_float32 as in_onnxruntime
 from cmfast.errors import EngineError
 from cmfast.float32 import Floats
 from cmfast.spec import ModelSpec
@@ -86,6 +88,20 @@ def test_a_result_that_is_no_number_is_off() -> None:
     errors = float32.measured(lambda a, b: np.full((512, 512), np.nan, np.float32), convolve)
     with pytest.raises(EngineError, match="product by nan"):
         float32.check(errors, "it")
+
+
+def test_onnx_runtime_on_a_cpu_is_float32() -> None:
+    errors = in_onnxruntime.errors("cpu")
+    assert errors.keys() == {"product", "convolution"}
+    assert max(errors.values()) < float32.LIMIT / 10
+    in_onnxruntime.check_float32("cpu")
+
+
+@pytest.mark.gpu
+def test_the_option_of_onnx_runtime_turns_tensorfloat_off() -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is a build without CUDA")
+    assert max(in_onnxruntime.errors("cuda").values()) < float32.LIMIT
 
 
 @pytest.mark.gpu

@@ -266,8 +266,8 @@ def test_a_provider_that_is_registered_as_a_plugin_is_found() -> None:
     assert not module._has(SimpleNamespace(get_available_providers=list), module.CUDA)
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), [("float32", "0"), ("tf32", "1"), ("float16", "0"), ("bfloat16", "0")])
-def test_tensorfloat_is_used_where_the_file_asks_for_it(dtype: str, tf32: str) -> None:
+@pytest.mark.parametrize(("dtype", "tf32"), [("float32", "0"), ("tf32", "1"), ("float16", "1"), ("bfloat16", "1")])
+def test_tensor_cores_are_off_for_float32_alone(dtype: str, tf32: str) -> None:
     ((name, options),) = module._providers("", dtype, 42)
     assert (name, options) == (module.CUDA, {"user_compute_stream": "42", "use_tf32": tf32})
     ((_, captured),) = module._providers("cuda_graph", dtype, 42)

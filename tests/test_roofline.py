@@ -19,6 +19,7 @@ from cmfast import _protobuf as pb
 from cmfast import roofline, timing
 from cmfast.errors import CmfastError
 from cmfast.roofline import Ceilings, Floor, cast_model, chain_model, floor_ms, measure_machine
+from cmfast_train import ceilings as in_torch
 
 COST = {"flops": 3e9, "weight_bytes": 40e6, "activation_bytes": 10e6}  # of one image
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -144,13 +145,70 @@ def test_what_a_cpu_cannot_multiply_has_no_rate() -> None:
     assert "MatMul" in found.how
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+def test_where_onnx_runtime_has_no_cuda_pytorch_measures(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_torch, "cuda_ways", lambda dtype: in_torch.ways("cpu", dtype))  # on what is here
+    names = interleaved(monkeypatch, {"product of 32": 2.0, "product of 64": 4.0, "copy": 1.0})
+    found = measure_machine("cuda", dtype)
+    assert names == [
+        f"product of 32 x 32 {dtype} matrices by PyTorch cpu",
+        f"product of 64 x 64 {dtype} matrices by PyTorch cpu",
+        "copy of 0.015625 MiB by PyTorch cpu",
+    ]
+    assert found.flops_per_s == pytest.approx(2 * 64**3 / 4e-3)
+    assert found.bytes_per_s == pytest.approx(2 * 4 * 2**12 / 1e-3)
+    assert f"the rest was not measured: the installed onnxruntime {ort.__version__} is a build" in found.how
+
+
+@pytest.mark.usefixtures("small")
+def test_pytorch_measures_only_what_onnx_runtime_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_torch, "cuda_ways", lambda dtype: in_torch.ways("cpu", dtype))
+    usual = roofline._graph_call
+
+    def sums_only(op: str, count: int, b: Any, device: str, *rest: Any) -> Any:
+        if op == "MatMul":
+            raise RuntimeError("CUBLAS failure 3")
+        return usual(op, count, b, "cpu", *rest)
+
+    monkeypatch.setattr(roofline, "_need_provider", lambda device: None)
+    monkeypatch.setattr(roofline, "_graph_call", sums_only)
+    names = interleaved(monkeypatch, {"": 1.0})
+    measure_machine("cuda", "float32")
+    assert [name.partition(" of")[0] for name in names] == ["sum", "product", "product"]
+    assert [name.rpartition("by ")[2] for name in names] == ["ONNX Runtime cuda", "PyTorch cpu", "PyTorch cpu"]
+
+
+def test_what_pytorch_multiplies_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    real = torch.matmul
+
+    def matmul(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        multiplied.append((a.dtype, tuple(a.shape)))
+        return real(a, b, **options)
+
+    monkeypatch.setattr(torch, "matmul", matmul)
+    monkeypatch.setattr(roofline, "SIDES", {"cpu": (32,)})
+    monkeypatch.setattr(roofline, "PRODUCTS", {"cpu": 3})
+    monkeypatch.setattr(roofline, "NUMBERS", {"cpu": 8})
+    for dtype, expected in in_torch.DTYPES.items():
+        multiplied.clear()
+        (_, product), (_, copy) = in_torch.ways("cpu", dtype)
+        way = product()
+        way.call()
+        assert multiplied == [(expected, (32, 32))] * 3
+        assert way.amount == 3 * 2 * 32**3
+        copy().call()
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
 def test_without_cuda_nothing_is_measured_and_the_reason_is_given() -> None:
     found = measure_machine("cuda", "float16")
     assert (found.flops_per_s, found.bytes_per_s) == (None, None)
     assert found.how == (
-        "not measured: the ceilings of a GPU are measured by ONNX Runtime, also for PyTorch and TensorRT, and the "
-        f"installed onnxruntime {ort.__version__} is a build without CUDA"
+        f"not measured: the installed onnxruntime {ort.__version__} is a build without CUDA; "
+        f"PyTorch {torch.__version__} has no CUDA device"
     )
 
 
@@ -186,6 +244,17 @@ def test_a_gpu_is_measured(dtype: str) -> None:
     assert (found.flops_per_s or 0) > 1e12
     assert (found.bytes_per_s or 0) > 1e11
     assert found.how.count("ONNX Runtime cuda") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+def test_a_gpu_is_measured_by_pytorch(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_need_provider", lambda device: 1 / 0)
+    found = measure_machine("cuda", dtype)
+    assert (found.flops_per_s or 0) > 1e12
+    assert (found.bytes_per_s or 0) > 1e11
+    assert found.how.count("PyTorch cuda") == 2
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("tpu", "float32"), ("cpu", "int8")])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest
+from cmfast.artifact import Manifest, may_use_tf32
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._clock import Clock
@@ -53,8 +53,9 @@ class OnnxRuntimeEngine:
              batch size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA
              takes what TensorRT does not
 
-    The precision is the file's. Float32 is multiplied as float32, and as TensorFloat-32 where the manifest says tf32
-    (on a CPU, which has none, as float32).
+    The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
+    TensorFloat-32 (`artifact.may_use_tf32`; a CPU has none). Where cuDNN has no other way to convolve, ONNX Runtime
+    takes tensor cores all the same and says nothing (conv.cc, "Try fallback"): `_onnxruntime_float32` measures it.
 
     One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
     the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
@@ -342,7 +343,7 @@ def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
 def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[str, str]]]:
     """Return providers with their options. Float32 stays float32: TensorFloat-32 keeps ten bits of the mantissa."""
     common = {"user_compute_stream": str(stream)}
-    for_cuda = {**common, "use_tf32": "1" if dtype == "tf32" else "0"}
+    for_cuda = {**common, "use_tf32": str(int(may_use_tf32(dtype)))}
     if variant == "cuda_graph":
         for_cuda["enable_cuda_graph"] = "1"
     # TensorRT takes the types of the file, as long as no option asks for another precision.

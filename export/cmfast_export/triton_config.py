@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cmfast.artifact import may_use_tf32
 from cmfast.errors import CmfastError
 from cmfast_export._options import check_range, shorten
 from cmfast_export.triton_files import Served
@@ -143,7 +144,7 @@ def _optimization(served: Served, inputs: Mapping[str, list[int]], sizes: Sequen
         return []
     # The CUDA provider's default is TensorFloat-32, ten bits of mantissa, also for a float32 file. No CUDA graphs:
     # those of ONNX Runtime read and write fixed addresses, and Triton's backend gives others to every request.
-    tf32 = f'parameters {{ key: "use_tf32" value: "{int(served.manifest.dtype == "tf32")}" }}'
+    tf32 = f'parameters {{ key: "use_tf32" value: "{int(may_use_tf32(served.manifest.dtype))}" }}'
     cuda = _list("gpu_execution_accelerator", [f'name: "cuda" {tf32}'])
     return [f"optimization {{ execution_accelerators {{ {cuda} }} }}"]
 
