@@ -20,7 +20,7 @@ from cmfast.errors import EngineError
 from cmfast.float32 import Floats
 from cmfast.spec import ModelSpec
 from cmfast_train import float32 as in_torch
-from cmfast_train import loop
+from cmfast_train import loop, step_graph
 from cmfast_train.config import override
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.features import Pixels, extract
@@ -191,13 +191,13 @@ def test_training_in_float32_is_in_float32(
     from accelerate.state import AcceleratorState
 
     seen: list[dict[str, Any]] = []
-    optimise = loop.optimise
+    optimise = step_graph.optimise
 
     def watched(*arguments: Any) -> Any:
         seen.append(switches())
         return optimise(*arguments)
 
-    monkeypatch.setattr(loop, "optimise", watched)
+    monkeypatch.setattr(step_graph, "optimise", watched)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first run of a process
     try:
         loop.train(override(PRESETS["digits"], [*TINY, f"precision={precision}"]), tmp_path / "run", None)
