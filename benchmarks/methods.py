@@ -85,6 +85,8 @@ RECIPES: dict[str, Recipe] = {
 def command(out: Path, only: tuple[str, ...], json_file: Path | None, plot: Path | None) -> None:
     """Train by every method and measure what each has learned."""
     check_outputs({"--json": json_file, "--plot": plot})
+    if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise CmfastError(f"--plot: {plot}: the name must end in .png, .pdf or .svg")
     out.mkdir(parents=True, exist_ok=True)
     rows = [row_of(name, out) for name in RECIPES if not only or name in only]
     before: dict[str, float] = {}

@@ -94,9 +94,10 @@ def command(only: tuple[str, ...], rounds: int, json_file: Path | None, **option
     """Time training steps."""
     if rounds < 1:
         raise CmfastError(f"--rounds must be at least 1, got {rounds}")
-    check_outputs({"--json": json_file})
     shared = Options(**{**options, "reference": options["reference"].resolve(), "data": options["data"].resolve()})
-    for file in (shared.reference / "main.py", *(shared.data / "MNIST" / "raw" / name for name in FILES)):
+    read = (shared.reference / "main.py", *(shared.data / "MNIST" / "raw" / name for name in FILES))
+    check_outputs({"--json": json_file}, read)
+    for file in read:
         if not file.is_file():  # their main.py would download what is missing
             raise CmfastError(
                 f"{file} is missing: --reference is a clone of {REFERENCE}, --data has MNIST/raw unpacked"
