@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""benchmarks/*.py: where a script writes is checked before it works for hours, and nothing that it reads is replaced."""
+"""benchmarks/*.py: where a script writes is checked before it works for hours; what it reads is not replaced."""
 
 from __future__ import annotations
 
