@@ -25,6 +25,7 @@ import pytest
 import torch
 from test_step_graph import CASES, any_precision, begin_last_phase, data, new_run, quickly, take_steps  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.engines import TimedEngine, open_engine
@@ -551,3 +552,30 @@ def test_attention_in_float32_runs_where_only_memory_efficient_kernels_may() -> 
     denoiser = denoiser_of("adm", "fp32")
     with torch.inference_mode(), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         assert denoiser(*denoiser_inputs(denoiser)).isfinite().all()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of images [B, C, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and args[0].ndim == 4:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", ["adm", "adm sum", "dhariwal"])
+def test_no_layer_of_a_fused_network_on_cuda_changes_the_memory_format(name: str, precision: str) -> None:
+    need(precision)
+    denoiser = denoiser_of(name, precision)
+    fuse(denoiser)
+    inputs = denoiser_inputs(denoiser)
+    with torch.inference_mode(), arithmetic(tf32=precision == "tf32"), Copies() as copies:
+        denoiser(*inputs)
+    assert [shape for shape in copies.shapes if shape[1] > 3] == []  # the image itself comes in another format

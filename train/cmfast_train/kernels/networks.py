@@ -58,10 +58,14 @@ class Norm(nn.Module):
 class Pointwise(nn.Module):
     """A 1x1 convolution as a matrix product: [B, C, H, W] -> [B, C_out, H, W], both in channels_last."""
 
-    def __init__(self, conv: nn.Conv2d, bias: bool = True) -> None:
+    def __init__(self, conv: nn.Conv2d, bias: bool = True, order: Tensor | None = None) -> None:
+        """Take a convolution, with or without its bias, and where each row of the result comes from."""
         super().__init__()
-        self.register_buffer("weight", conv.weight.detach().flatten(1).contiguous())
-        self.register_buffer("bias", conv.bias.detach() if bias and conv.bias is not None else None)
+        assert conv.kernel_size == (1, 1)
+        assert conv.bias is not None
+        rows = slice(None) if order is None else order
+        self.register_buffer("weight", conv.weight.detach().flatten(1)[rows].contiguous())
+        self.register_buffer("bias", conv.bias.detach()[rows] if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -84,9 +88,9 @@ class Conv(nn.Module):
 class Attention(nn.Module):
     """Norm, attention over all pixels, and the sum with x. The rows of qkv are ordered (three, head, channel)."""
 
-    def __init__(self, norm: nn.GroupNorm, qkv: nn.Conv2d, proj: nn.Conv2d, heads: int, gain: float = 1.0) -> None:
+    def __init__(self, norm: nn.GroupNorm, qkv: Pointwise, proj: nn.Conv2d, heads: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.norm, self.qkv, self.heads, self.gain = Norm(norm, silu=False), Pointwise(qkv), heads, gain
+        self.norm, self.qkv, self.heads, self.gain = Norm(norm, silu=False), qkv, heads, gain
         self.proj = Pointwise(proj, bias=False)
         self.register_buffer("bias", float32(proj.bias))
 
@@ -241,10 +245,10 @@ class EdmBlock(nn.Module):
             scale_shift=block.scale_shift, gain=block.gain,
         )  # fmt: skip
         self.attention = None
-        if block.heads:  # the rows of its qkv are ordered (head, channel, three)
-            for tensor in (block.qkv.weight, block.qkv.bias):
-                tensor.copy_(tensor.unflatten(0, (block.heads, -1, 3)).movedim(2, 0).flatten(0, 2).clone())
-            self.attention = Attention(block.norm2, block.qkv, block.proj, block.heads, block.gain)
+        if block.heads:
+            rows = torch.arange(block.qkv.out_channels, device=block.qkv.weight.device)  # (head, channel, three)
+            qkv = Pointwise(block.qkv, order=rows.view(block.heads, -1, 3).movedim(2, 0).flatten())
+            self.attention = Attention(block.norm2, qkv, block.proj, block.heads, block.gain)
 
     def forward(self, x: Tensor, parts: Iterator[Tensor]) -> Tensor:
         x = self.residual(x, next(parts))
@@ -264,7 +268,7 @@ def float32(values: Tensor | None) -> Tensor:
 
 def _adm_layer(layer: nn.Module) -> nn.Module:
     if isinstance(layer, adm.Attention):
-        return Attention(layer.norm, layer.qkv, layer.proj_out, layer.heads)
+        return Attention(layer.norm, Pointwise(layer.qkv), layer.proj_out, layer.heads)
     if not isinstance(layer, adm.ResBlock):
         return layer
     skip = layer.skip_connection
