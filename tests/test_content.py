@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cmfast.artifact import Manifest, as_verified, check_unchanged, graph_sha256, read_onnx
 from cmfast.errors import ArtifactError
 from cmfast.spec import ModelSpec
-from cmfast_export import to_tensorrt
+from cmfast_export import cli, to_tensorrt
 from cmfast_export.to_triton import write_repository
 
 SPEC = ModelSpec(image=(1, 8, 8))
@@ -213,3 +213,14 @@ def test_neither_engines_nor_repositories_are_made_of_a_changed_file(server: Pat
     assert set(tmp_path.iterdir()) == {changed, server}
     with pytest.raises(ArtifactError, match="the graph has"):  # it came further: this graph has no noise
         write_repository(tmp_path / "repository", [server])
+
+
+@pytest.mark.parametrize("out", ["model.engine", "model.plan", "repository"])
+def test_the_command_makes_nothing_of_a_changed_file(
+    out: str, server: Path, tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    changed = halved(server, tmp_path / "half.onnx")
+    form = ["--format", "triton" if out == "repository" else "engine"]
+    words = "half.onnx: its graph or its weights were changed since they were verified"
+    refused(call(cli.main, changed, *form, "-o", tmp_path / out), words, "export the model again")
+    assert set(tmp_path.iterdir()) == {changed, server}

@@ -29,10 +29,13 @@ from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export import cli, export
 from cmfast_export.compose import sampler_graph
+from cmfast_export.emulate import emulated
 from cmfast_export.export import export_onnx
 from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export.to_server import server_graph
 from cmfast_export.verify import Parity, Row, verify_denoiser
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.presets import PRESETS
 from cmfast_train.start import network_config
@@ -176,6 +179,17 @@ def test_a_file_has_the_lowest_ir_version_of_its_opset(kind: str, exported: Fact
     assert onnx.load(exported(10, kind)).ir_version == 8  # of opset 18: ONNX Runtime 1.17 reads it
 
 
+@pytest.mark.parametrize(("opset", "least"), [(19, 9), (20, 9), (21, 10), (22, 10), (23, 11)])
+def test_a_later_opset_has_the_lowest_ir_version_that_onnx_published_it_with(
+    opset: int, least: int, tiny_checkpoint: Factory
+) -> None:
+    denoiser = load_checkpoint(tiny_checkpoint(0)).denoiser()
+    graph = denoiser_graph(denoiser, opset=opset)
+    assert (graph.opset_imports[""], graph.ir_version) == (opset, least)
+    looped = sampler_graph(graph, (80.0, 0.8), denoiser.spec)
+    assert {looped.ir_version, server_graph(looped).ir_version, emulated(graph, "tf32").ir_version} == {least}
+
+
 def test_other_graphs_of_ours_have_that_version_too() -> None:
     from cmfast.roofline import cast_model, chain_model
 
@@ -217,6 +231,25 @@ def test_an_export_works_where_torch_makes_float64(exported: Factory, tiny_check
     finally:
         torch.set_default_dtype(torch.float32)
     assert cmfast.read_manifest(tmp_path / "m.onnx").graph_sha256 == want
+
+
+def test_conversions_work_where_torch_makes_float64(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    """A diffusers folder, the same read again, and a cmfast checkpoint: the files of float32."""
+    from cmfast_export.to_diffusers import export_diffusers
+
+    def converted(folder: Path) -> dict[str, bytes]:
+        folder.mkdir()
+        export_diffusers(load_checkpoint(tiny_checkpoint(0)), folder / "diffusers")
+        save_checkpoint(load_model(folder / "diffusers"), folder / "model.safetensors")
+        return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+    want = converted(tmp_path / "want")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert converted(tmp_path / "got") == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(want) > 3
 
 
 def test_a_file_does_not_name_the_machine_that_made_it(exported: Factory) -> None:

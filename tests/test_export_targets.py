@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_to_triton import plan
 
@@ -21,6 +22,7 @@ from cmfast.errors import CmfastError
 from cmfast.locks import lock_beside
 from cmfast_export import _target, cli
 from cmfast_export._target import files_of, writing
+from cmfast_export.to_tensorrt import BuildOptions, build_engine
 from cmfast_train.checkpoint import load_checkpoint
 
 Make = Callable[..., Path]
@@ -71,15 +73,26 @@ def test_what_is_read_is_not_overwritten_under_any_of_its_names(
         refused(call(cli.main, model, "--format", form, "-o", tmp_path / name), "is read by this command")
 
 
-def test_the_weights_beside_an_onnx_file_are_among_what_is_read(handmade_onnx: Make, tmp_path: Path) -> None:
+def test_the_weights_beside_an_onnx_file_are_among_what_is_read(
+    handmade_onnx: Make, call: Call, refused: Refused, tmp_path: Path
+) -> None:
     import onnx
 
-    model = onnx.load(handmade_onnx(8))
-    onnx.external_data_helper.convert_model_to_external_data(model, location="w.data", size_threshold=0)
-    model.graph.initializer[0].raw_data = b"\0\0\0\0"
-    onnx.save(model, tmp_path / "model.onnx")
+    model, data = tmp_path / "model.onnx", tmp_path / "weights.engine"
+    made = onnx.load(handmade_onnx(8))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(8, np.float32), "unused"))
+    onnx.save(made, model, save_as_external_data=True, location=data.name, size_threshold=0)
+    content = data.read_bytes()
     assert files_of(handmade_onnx(8)) == [handmade_onnx(8)]
-    assert set(files_of(tmp_path)) >= {tmp_path, tmp_path / "model.onnx"}
+    assert files_of(model) == [model, data]
+    assert set(files_of(tmp_path)) >= {tmp_path, model, data}
+    refused(
+        call(cli.main, model, "--format", "engine", "-o", data),
+        "weights.engine is read by this command, so it is not overwritten",
+    )
+    with pytest.raises(CmfastError, match="is read by this command"):
+        build_engine(model, data, BuildOptions())
+    assert data.read_bytes() == content
 
 
 @pytest.mark.parametrize("form", ["onnx", "cmfast", "diffusers", "triton"])

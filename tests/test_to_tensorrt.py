@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cmfast.artifact import PRECISIONS, file_sha256
+from cmfast.artifact import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
 from cmfast.engines import _tensorrt_library as library
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
@@ -154,6 +155,32 @@ def with_manifest(onnx: Path, target: Path, **values: Any) -> Path:
     library.helper.set_model_props(model, {"cmfast": json.dumps(manifest)})
     library.save(model, target)
     return target
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(10, True), (1000, False), (-1, False)], ids=["few", "many", "as many as an ONNX file holds"]
+)
+def test_names_of_classes_that_an_engine_has_no_room_for_are_left_out_with_a_warning(
+    count: int, kept: bool, handmade_onnx: Factory, tmp_path: Path
+) -> None:
+    def named(names: list[str]) -> Path:
+        return with_manifest(handmade_onnx(8), tmp_path / "m.onnx", classes=len(names), class_names=names)
+
+    def length(names: list[str]) -> int:
+        return len(read_onnx(named(names))[0].to_json(0))
+
+    names = [f"kind {i}" for i in range(count)]
+    if count < 0:  # in the ONNX file they just fit, and an engine's manifest says more
+        names = ["a", "b"]
+        while length([*names, f"kind {len(names)}"]) <= MAX_CHARACTERS:
+            names.append(f"kind {len(names)}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        built = build_engine(named(names), tmp_path / "m.engine", BuildOptions())
+    spec = read_plan(built.path).spec
+    assert (spec.classes, spec.class_names) == (len(names), tuple(names) if kept else ())
+    words = [f"the names of the {len(names)} classes are left out" in str(each.message) for each in said]
+    assert words == ([] if kept else [True])
 
 
 def test_options_reach_the_builder(handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
