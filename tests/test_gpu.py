@@ -40,7 +40,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.step import optimise
-from cmfast_train.step_graph import RecordedSteps, on_one_stream, step_of, why_not
+from cmfast_train.step_graph import RecordedSteps, step_of, trying_algorithms, why_not
 from cmfast_train.torch_cuda import OnCuda, arithmetic, capture
 
 Factory = Callable[..., Path]
@@ -390,7 +390,7 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
         run = new_run(tmp_path, *CASES[case], "device=cuda", *([] if bf16 else ["precision=fp32"]))
         begin_last_phase(run)
         assert why_not(run, run.phase) == ""
-        with on_one_stream(run):
+        with trying_algorithms(run.accelerator.device):
             take = step_of(run) if recorded else functools.partial(optimise, run)
             results.append(take_steps(run, take, run.config.steps(run.phase)))
     assert isinstance(take, RecordedSteps)

@@ -38,7 +38,7 @@ from cmfast_train.folder import begin_folder, check_folder, claimed, disk_errors
 from cmfast_train.log import TrainLog
 from cmfast_train.parallel import together
 from cmfast_train.run import Run
-from cmfast_train.step_graph import check_graph, on_one_stream, step_of, why_not
+from cmfast_train.step_graph import check_graph, step_of, trying_algorithms, why_not
 
 SAVED = "saved"
 _GONE = re.compile(
@@ -103,7 +103,7 @@ def _go_on(run: Run, data: Any) -> None:
     with (
         _stop_signals() as stopped,
         TrainLog(run.out, run.images, config, accelerator) as log,
-        on_one_stream(run),
+        trying_algorithms(accelerator.device),
         progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
     ):
         try:

@@ -82,37 +82,28 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
 
 
 @contextmanager
-def on_one_stream(run: Run) -> Iterator[None]:
-    """Train on CUDA as fast as shapes that stay allow: cuDNN tries its algorithms; recordings get a stream.
-
-    The default stream cannot be recorded, and a backward pass must not reach back to another one; so all steps, also
-    those before the recording, are on the same stream.
-    """
-    device = run.accelerator.device
-    if device.type != "cuda":
-        yield
-        return
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+def trying_algorithms(device: torch.device) -> Iterator[None]:
+    """On CUDA, let cuDNN try its algorithms in this context: the shapes of a run's steps stay."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
     try:
-        if not all(why_not(run, phase) for phase in run.config.phases):
-            outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-            stream.wait_stream(outside)
-            with torch.cuda.stream(stream):
-                yield
-            outside.wait_stream(stream)
-        else:
-            yield
+        yield
     finally:
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark = before
 
 
 @final
 class RecordedSteps:
-    """The steps of a phase: some as they are, then replays of a recorded one."""
+    """The steps of a phase: some as they are, then replays of a recorded one.
+
+    All are on a CUDA stream of their own: the default one cannot be recorded, and a backward pass must not reach back
+    to another stream that the weights were used on. The caller's stream waits for each step, and each step for it.
+    """
 
     def __init__(self, run: Run, record: Record) -> None:
         self._run, self._record = run, record
+        device = run.accelerator.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recordings = 0
         self._constants: Any = None
         self._stood = 0  # steps with these constants
@@ -121,6 +112,16 @@ class RecordedSteps:
         self._radam: _Radam | None = None
 
     def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        if self._stream is None:
+            return self._take(step, images, label, share)
+        outside = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            losses = self._take(step, images, label, share)
+        outside.wait_stream(self._stream)
+        return losses
+
+    def _take(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
         run, total = self._run, self._run.config.steps(self._run.phase)
         now = constants(run.phase, run.step, total)
         if now != self._constants:
