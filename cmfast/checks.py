@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read with
     import numpy.typing as npt
 
 MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
+MAX_BATCH = 65_536  # images that one call of a graph or an engine computes
 SMALL = 2**28  # bytes; less is not compared with the memory that is available
 _SHOWN = 80  # characters of a value in an error
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
-from cmfast.checks import check_threads, shown
+from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
 from cmfast.schedule import MAX_STEPS
 
@@ -16,7 +16,6 @@ BASELINE_VARIANTS = ("channels_last", "compiled", "cuda_graph")  # of cmfast.eng
 ONNX_VARIANTS = ("cuda_graph", "tensorrt")
 CUDA_VARIANTS = ("cuda_graph", "tensorrt")
 
-MAX_BATCH = 65_536  # images at a time
 MAX_VALUES = 100  # of --steps and of --batch
 MAX_SECONDS = 3600.0  # of each contender at each setting
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model
 from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads, shown
-from cmfast.engines._origin import Origin, files_of
+from cmfast.engines._origin import Origin, states_of
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -144,7 +144,7 @@ def open_engine(
         )
     origin = Origin(
         path=file.absolute(), device=device, threads=threads, variant=variant, precision=precision, sha256=sha256,
-        files=files_of(file),
+        files=states_of(file),
     )  # fmt: skip
     engine = _open(file, device, threads, variant, precision, sha256)
     with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it

@@ -31,7 +31,7 @@ class Origin:
         """Open the same file again, in another process; ArtifactError where it is gone or has changed."""
         from cmfast.engines import open_engine
 
-        if not self.path.exists() or files_of(self.path) != self.files:
+        if not self.path.exists() or states_of(self.path) != self.files:
             raise ArtifactError(f"{self.path}: it was changed or removed since the model was pickled; load it again")
         return open_engine(
             self.path, self.device, self.threads, variant=self.variant, precision=self.precision, sha256=self.sha256
@@ -51,7 +51,7 @@ def pickled(engine: object) -> tuple[object, tuple[Origin]]:
     return reopened, (origin,)
 
 
-def files_of(path: Path) -> Files:
+def states_of(path: Path) -> Files:
     """Return name, size and time of the last change, ns, of a file, or of all files in a folder."""
     parts = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
     found = [(part, part.stat()) for part in parts]

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmfast.artifact import check_file, compare_sha256
+from cmfast.engines._onnx_file import DESCRIPTORS
 from cmfast.errors import ArtifactError, CmfastError, known_as
-
-DESCRIPTORS = Path("/proc/self/fd")  # Linux: a path that stays this open file whatever is renamed
 
 
 @contextmanager

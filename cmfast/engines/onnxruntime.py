@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.artifact import Manifest, may_use_tf32
+from cmfast.checks import MAX_BATCH
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
 from cmfast.engines._clock import Clock
@@ -36,7 +37,6 @@ from cmfast.errors import ArtifactError, CmfastError, EngineError, one_line
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
-MAX_BATCH = 65536  # of a graph with a fixed batch size: every call computes so many images
 _OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
 
 

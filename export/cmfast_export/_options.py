@@ -13,8 +13,7 @@ from cmfast.errors import CmfastError
 
 Options = TypeVar("Options")
 
-LARGEST_BATCH = 65536  # images that one call of a graph or an engine may take
-MAX_STEPS = 64  # network calls in a sampler graph: the denoiser is in it as often
+MAX_SAMPLER_STEPS = 64  # network calls in a sampler graph: the denoiser is in it as often
 
 
 def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) -> Options:
@@ -52,9 +51,9 @@ def check_range(name: str, value: int, least: int, most: int, unit: str = "") ->
 
 def check_steps(steps: int) -> None:
     """Raise CmfastError where a sampler graph would have too many steps: its manifest could not hold their levels."""
-    if steps > MAX_STEPS:
+    if steps > MAX_SAMPLER_STEPS:
         raise CmfastError(
-            f"a sampler graph has at most {MAX_STEPS} steps, got {steps}; export the denoiser, which runs any number: "
+            f"a sampler graph has at most {MAX_SAMPLER_STEPS} steps, got {steps}; export the denoiser, which runs any number: "
             "--kind denoiser"
         )
 

@@ -15,13 +15,13 @@ import click
 from click.core import ParameterSource
 
 from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
+from cmfast.checks import MAX_BATCH
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder, temporary_folder
 from cmfast_export import OPSETS, _report
 from cmfast_export._options import (
-    LARGEST_BATCH,
     check_steps,
     check_tolerance,
     parse_options,
@@ -358,8 +358,8 @@ def _batch(text: str) -> int | None:
         size = whole_number(text)
     except ValueError:
         size = 0
-    if not 1 <= size <= LARGEST_BATCH:
-        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {LARGEST_BATCH:,}, or dynamic")
+    if not 1 <= size <= MAX_BATCH:
+        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {MAX_BATCH:,}, or dynamic")
     return size
 
 

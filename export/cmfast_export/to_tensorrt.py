@@ -25,6 +25,7 @@ from typing import Any
 from cmfast import _protobuf as pb
 from cmfast.artifact import Manifest, check_unchanged, file_sha256, read_onnx, rounding
 from cmfast.cache import check_cache, read_entry, write_entry
+from cmfast.checks import MAX_BATCH
 from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
 from cmfast.engines._tensorrt_library import (
@@ -40,7 +41,7 @@ from cmfast.engines.tensorrt import other_card
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.plan import NOT_RUN, UNSEALED, parse_plan, read_plan, seal
-from cmfast_export._options import LARGEST_BATCH, check_range, check_tolerance, shorten
+from cmfast_export._options import check_range, check_tolerance, shorten
 from cmfast_export._target import files_of, one_writer
 from cmfast_export.emulate import emulate_file
 from cmfast_export.verify import Parity, compare_batches, verify
@@ -76,7 +77,7 @@ class BuildOptions:
                 f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
             )
         if self.batch:
-            check_range("the largest batch", self.batch[-1], 1, LARGEST_BATCH, "images")
+            check_range("the largest batch", self.batch[-1], 1, MAX_BATCH, "images")
         if self.level not in range(-1, 6):
             raise CmfastError(f"level must be from 0 to 5, got {self.level}")
         check_range("workspace_mib", self.workspace_mib, 0, MAX_WORKSPACE_MIB, "MiB (0: the library's default)")
