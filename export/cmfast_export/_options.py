@@ -53,8 +53,8 @@ def check_steps(steps: int) -> None:
     """Raise CmfastError where a sampler graph would have too many steps: its manifest could not hold their levels."""
     if steps > MAX_SAMPLER_STEPS:
         raise CmfastError(
-            f"a sampler graph has at most {MAX_SAMPLER_STEPS} steps, got {steps}; export the denoiser, which runs any number: "
-            "--kind denoiser"
+            f"a sampler graph has at most {MAX_SAMPLER_STEPS} steps, got {steps}; export the denoiser, which runs any "
+            "number: --kind denoiser"
         )
 
 
