@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A GPU made of host memory, so that the engine for TensorRT can be exercised where there is none.
+"""A GPU made of host memory, so that `_cuda` and the engine for TensorRT can be exercised where there is none.
 
 It stands in for `cuda.bindings.runtime` and for TensorRT's runtime, strictly: work waits in the stream until somebody
 waits for it, a capture records instead of running and forbids what CUDA forbids, freed memory is poisoned, a kernel
@@ -21,14 +21,15 @@ import numpy.typing as npt
 import onnxruntime
 
 Work = Callable[[], None]
-OK, INVALID, CAPTURING = 0, 1, 900
+OK, INVALID, NO_MEMORY, CAPTURING = 0, 1, 2, 900
+CARD = 2**33  # bytes of memory of the card
 
 
 class HostCuda:
     """What `cmfast.engines._cuda` uses of cuda.bindings.runtime."""
 
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaDeviceAttr = SimpleNamespace(
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
@@ -63,14 +64,23 @@ class HostCuda:
         return OK, SimpleNamespace(name=b"A Card Of Host Memory")
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return OK, {INVALID: b"invalid argument", CAPTURING: b"operation not permitted when stream is capturing"}[error]
+        return OK, {
+            INVALID: b"invalid argument",
+            NO_MEMORY: b"out of memory",
+            CAPTURING: b"operation not permitted when stream is capturing",
+        }[error]
 
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         if self.recording is not None:
             return CAPTURING, None
+        if size > self.cudaMemGetInfo()[1]:
+            return NO_MEMORY, None
         block = (ctypes.c_byte * size).from_buffer(bytearray(b"\xa5" * size))
         self.memory[ctypes.addressof(block)] = block
         return OK, ctypes.addressof(block)
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return OK, CARD - sum(map(ctypes.sizeof, self.memory.values())), CARD
 
     def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int | None]:
         return self.cudaMalloc(size)
