@@ -292,6 +292,34 @@ def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None
     assert left == []
 
 
+def test_a_fused_network_can_be_compiled_whole() -> None:
+    denoiser = new("dhariwal")
+    fuse(denoiser)
+    x, sigma, label = inputs(denoiser)
+    compiled = torch.compile(denoiser, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        np.testing.assert_allclose(compiled(x, sigma, label), denoiser(x, sigma, label), rtol=0, atol=1e-5)
+
+
+def test_other_formats_than_channels_last_are_refused() -> None:
+    pytest.importorskip("triton")
+    from cmfast_train.kernels.group_norm import add_residual, group_norm_silu
+
+    x, rows = torch.randn(2, 32, 3, 3), torch.zeros(2, 32)
+    with pytest.raises(ValueError, match="in channels_last"):
+        group_norm_silu(x, 8, rows[0], rows[0], 1e-5)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="in channels_last"):
+        add_residual(x, x.contiguous(), rows[0])
+    for wrong in (rows.t(), rows.half(), rows[:, ::2], torch.zeros(32, 2).t()):
+        with pytest.raises(ValueError, match="float32 with dense rows"):
+            group_norm_silu(x, 8, rows[0], rows[0], 1e-5, add=wrong)
+    with pytest.raises(ValueError, match="come together"):
+        group_norm_silu(x, 8, rows[0], rows[0], 1e-5, scale=rows)
+    with pytest.raises(ValueError, match="no multiple of 5 groups"):
+        group_norm_silu(x, 5, rows[0], rows[0], 1e-5)
+
+
 @pytest.mark.parametrize("name", ["adm", "song residual", "dhariwal"])
 def test_the_weights_that_were_given_stay_as_they_were(name: str) -> None:
     denoiser = new(name)

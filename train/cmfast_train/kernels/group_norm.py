@@ -44,8 +44,9 @@ def group_norm_silu(
     Returns:
         [B, C, H, W] in channels_last, of the type of x.
     """
-    if not (x.is_cuda or knobs.runtime.interpret):
-        return normed(x, groups, weight, bias, eps, scale, shift, silu, add)
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.cmfast.group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu, add)
+        return y
     _check(x)
     batch, channels, height, width = x.shape
     if channels % groups:
@@ -53,6 +54,8 @@ def group_norm_silu(
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together")
     rows = [_rows(e, batch, channels) for e in (scale, shift, add)]
+    if not (x.is_cuda or knobs.runtime.interpret):
+        return normed(x, groups, weight, bias, eps, scale, shift, silu, add)
     plan = make_plan(batch, height * width, channels, groups, x.element_size())
     y = torch.empty_like(x)  # keeps channels_last
     inputs = (x, weight.contiguous(), bias.contiguous(), *(x if e is None else e for e in rows))
@@ -78,12 +81,15 @@ def group_norm_silu(
 
 def add_residual(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tensor:
     """Return (x + h + bias) * gain: x and h [B, C, H, W] in channels_last and of one type, bias [C] float32."""
-    if not (x.is_cuda or knobs.runtime.interpret):
-        return summed(x, h, bias, gain)
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.cmfast.add_residual(x, h, bias, gain)
+        return y
     _check(x)
     _check(h)
     if x.shape != h.shape or x.dtype != h.dtype:
         raise ValueError(f"a sum of {list(x.shape)} {x.dtype} and {list(h.shape)} {h.dtype}")
+    if not (x.is_cuda or knobs.runtime.interpret):
+        return summed(x, h, bias, gain)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _sum_kernel[(triton.cdiv(x.numel(), 1024),)](y, x, h, bias, x.numel(), gain, CHANNELS=x.shape[1], BLOCK=1024)
@@ -110,6 +116,20 @@ def summed(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tensor:
     """Return what `add_residual` does, in torch operations."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return ((x.to(wide) + h.to(wide) + bias[:, None, None]) * gain).to(x.dtype)
+
+
+# To torch.compile the two are operators that it does not look into, of inputs whose strides it leaves alone.
+_norm_operator = torch.library.custom_op(
+    "cmfast::group_norm_silu", group_norm_silu, mutates_args=(),
+    schema="(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? scale, Tensor? shift, bool silu, "
+    "Tensor? add) -> Tensor",
+)  # fmt: skip
+_sum_operator = torch.library.custom_op(
+    "cmfast::add_residual", add_residual, mutates_args=(),
+    schema="(Tensor x, Tensor h, Tensor bias, float gain) -> Tensor",
+)  # fmt: skip
+_norm_operator.register_fake(lambda x, *_: torch.empty_like(x))
+_sum_operator.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 @dataclass(frozen=True)
