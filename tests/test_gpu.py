@@ -524,7 +524,7 @@ def test_a_fused_network_on_cuda_computes_what_it_was_made_from(name: str, preci
     with torch.inference_mode(), arithmetic(tf32=False):
         want = exact(*inputs)
     with torch.inference_mode(), arithmetic(tf32=precision == "tf32"):
-        error = max(off(denoiser(*inputs), want), 1e-5)
+        error = max(off(denoiser(*inputs), want), 1e-4)  # of float32: cuDNN may transform
         fuse(denoiser)
         fused = denoiser(*inputs)
         assert want.std() > 0.1
