@@ -40,6 +40,7 @@ gpu:
 	@mkdir -p $(GPU_OUT)
 	-$(PY) benchmarks/gpu.py smoke --out $(GPU_OUT)/smoke.jsonl $(GPU_FLAGS)
 	-$(PY) benchmarks/gpu.py bench --out $(GPU_OUT)/bench.jsonl $(GPU_FLAGS)
+	-$(PY) benchmarks/gpu.py tests --out $(GPU_OUT)/tests.jsonl $(GPU_FLAGS)
 	$(if $(CMFAST_DATA),-$(PY) benchmarks/gpu.py train --data-root $(CMFAST_DATA) --out $(GPU_OUT)/train.jsonl $(GPU_FLAGS))
 
 $(INSTALLED): pyproject.toml constraints.txt

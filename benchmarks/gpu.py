@@ -4,6 +4,12 @@
     python benchmarks/gpu.py smoke --budget 45 --out smoke.jsonl
     python benchmarks/gpu.py bench --budget 225 --out bench.jsonl
     python benchmarks/gpu.py train --budget 240 --out train.jsonl --data-root DIR
+    python benchmarks/gpu.py tests --budget 120 --out tests.jsonl
+
+and then, on any machine, the record and the tables that documents take from it
+
+    python benchmarks/gpu.py record smoke.jsonl bench.jsonl train.jsonl --json benchmarks/results/gpu_h100.json
+    python benchmarks/gpu.py table --write
 
 The most valuable comes first, every item is on its own, and each has its line on disk as soon as it is measured
 (`gpu_lines`), so nothing is lost when the command is cut. The same command goes on after the items that its file has.
@@ -12,9 +18,11 @@ Nothing is fetched; `--device cpu` is a rehearsal.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +30,34 @@ import click
 
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.files import check_target
-from gpu_items import supervise, work
-from gpu_lines import Line, Lines, begin
+from cmfast.files import check_target, write_text
+from gpu_items import Item, supervise, work
+from gpu_lines import ROOT, Line, Lines, begin
 
 NETWORKS = {"cuda": ("mnist", "cifar10", "imagenet64"), "cpu": ("digits",)}
-START_END_S = 1.0  # of the budget: starting this process and ending it
 KNOWN = ("digits", "mnist", "cifar10", "imagenet64")  # networks.NAMES, which imports PyTorch
+START_END_S = 1.0  # of the budget: starting this process and ending it
+PATH = click.Path(path_type=Path)
+COMMON = (
+    click.option("--out", type=PATH, required=True, help="JSON lines."),
+    click.option(
+        "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: rehearse."
+    ),
+    click.option("--fresh", is_flag=True, help="Begin a new file instead of going on."),
+    click.option("--items", default="", metavar="TEXT,..", help="Only items whose name has one of these."),
+    click.option("--pipe", type=int, hidden=True, help="Of a worker."),
+    click.option("--until", type=float, hidden=True, help="Of a worker."),
+)
+networks_option = click.option("--networks", default="", metavar="NAME,..", help=f"Of {', '.join(KNOWN)}.")
 
 
-def _options(budget: float) -> Any:
-    """Return the decorator with what all commands take."""
+def _options(budget: float) -> Callable[[Any], Any]:
+    """Return the decorator with what all commands that measure take."""
 
     def decorate(function: Any) -> Any:
-        for option in reversed(
-            (
-                click.option("--budget", type=float, default=budget, show_default=True, help="Seconds, all in all."),
-                click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON lines."),
-                click.option(
-                    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
-                    help="cpu: a rehearsal.",
-                ),
-                click.option("--fresh", is_flag=True, help="Begin a new file instead of going on."),
-                click.option("--networks", default="", help=f"Of {', '.join(KNOWN)}.", metavar="NAME,.."),
-                click.option("--items", default="", metavar="TEXT,..", help="Only items whose name has one of these."),
-                click.option("--pipe", type=int, hidden=True, help="Of a worker."),
-                click.option("--until", type=float, hidden=True, help="Of a worker."),
-            )
-        ):  # fmt: skip
+        for option in reversed(COMMON):
             function = option(function)
-        return function
+        return click.option("--budget", type=float, default=budget, show_default=True, help="Seconds in all.")(function)
 
     return decorate
 
@@ -63,118 +69,181 @@ def command() -> None:
 
 @command.command("smoke")
 @_options(45)
-def smoke(**options: Any) -> int | None:
+@networks_option
+def smoke(networks: str, **common: Any) -> int | None:
     """Check drivers, kernels, CUDA graphs, dropout masks, precisions and a training step."""
+    names = _networks(networks, common["device"])
 
-    def items(lines: Lines, networks: tuple[str, ...], device: str) -> Any:
+    def items(lines: Lines) -> Iterable[Item]:
         from gpu_cells import Bench
         from gpu_smoke import smoke_items
 
-        return smoke_items(Bench(lines, device), networks)
+        return smoke_items(Bench(lines, common["device"]), names)
 
-    return _run("smoke", items, options)
+    return _run("smoke", _worker(items, common), common, networks=list(names))
 
 
 @command.command("bench")
 @_options(225)
+@networks_option
 @click.option("--seconds", type=float, default=0.3, show_default=True, help="Counted time of each way.")
-def bench(seconds: float, **options: Any) -> int | None:
+def bench(networks: str, seconds: float, **common: Any) -> int | None:
     """Time every way to run each network against eager PyTorch."""
+    names = _networks(networks, common["device"])
 
-    def items(lines: Lines, networks: tuple[str, ...], device: str) -> Any:
+    def items(lines: Lines) -> Iterable[Item]:
         from gpu_bench import bench_items
         from gpu_cells import Bench
 
-        return bench_items(Bench(lines, device, seconds), networks)
+        return bench_items(Bench(lines, common["device"], seconds), names)
 
-    return _run("bench", items, options, seconds=seconds)
+    return _run("bench", _worker(items, common), common, networks=list(names), seconds=seconds)
 
 
 @command.command("train")
 @_options(240)
 @click.option("--preset", type=click.Choice(["mnist", "digits"]), help="Default: mnist, of a rehearsal digits.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where MNIST's files are, packed or not.")
+@click.option("--data-root", type=PATH, help="Where MNIST's files are, packed or not.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of cmfast-train.")
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Default: OUT without its suffix, _run.")
+@click.option("--run", "folder", type=PATH, help="Folder of the run; default: OUT without its suffix, _run.")
 def train(
-    preset: str | None, data_root: Path | None, settings: tuple[str, ...], run_folder: Path | None, **options: Any
+    preset: str | None, data_root: Path | None, settings: tuple[str, ...], folder: Path | None, **common: Any
 ) -> int | None:
     """Train a preset in these seconds, evaluate it, draw its samples."""
-    out: Path = options["out"]
-    preset = preset or ("mnist" if options["device"] == "cuda" else "digits")
-    run_folder = run_folder or out.with_name(f"{out.stem}_run")
+    out, preset = common["out"], preset or ("mnist" if common["device"] == "cuda" else "digits")
+    folder = folder or out.with_name(f"{out.stem}_run")
     if preset != "digits" and data_root is None:
         raise CmfastError(f"the preset {preset} needs its data: --data-root DIR")
-    if options["fresh"] and options["pipe"] is None and run_folder.exists():
-        shutil.rmtree(run_folder)
+    if common["fresh"] and common["pipe"] is None and folder.exists():
+        if not (folder / "config.json").exists():
+            raise CmfastError(f"--fresh: {folder} is no folder of a run, so it is not removed; name another --run")
+        shutil.rmtree(folder)
 
-    def items(lines: Lines, networks: tuple[str, ...], device: str) -> Any:
+    def items(lines: Lines) -> Iterable[Item]:
         from gpu_train import Training, TrainRequest
 
         request = TrainRequest(
-            preset=preset, settings=settings, data_root=data_root, run=run_folder, out=out, device=device,
-            until=options["until"], budget=options["budget"],
+            preset=preset, settings=settings, data_root=data_root, run=folder, out=out, device=common["device"],
+            until=common["until"], budget=common["budget"],
         )  # fmt: skip
         return Training(request, lines).items()
 
-    return _run("train", items, options, preset=preset, settings=list(settings))
+    return _run("train", _worker(items, common), common, preset=preset, settings=list(settings))
 
 
-def _run(what: str, items: Any, options: dict[str, Any], **more: Any) -> int | None:
-    """Run the items as the worker, or start workers that do."""
-    begun, out, device, budget = time.monotonic(), options["out"], options["device"], options["budget"]
-    networks = tuple(options["networks"].split(",")) if options["networks"] else NETWORKS[device]
-    if unknown := [name for name in networks if name not in KNOWN]:
+@command.command("tests")
+@_options(120)
+@click.argument("files", nargs=-1)
+def tests(files: tuple[str, ...], **common: Any) -> int | None:
+    """Run the tests marked gpu, of FILES or of all."""
+
+    def worker(lines: Lines) -> int:
+        from gpu_pytest import files_with_gpu_tests, run_tests
+
+        return run_tests(files or files_with_gpu_tests(), common["items"], lines, common["until"], common["pipe"])
+
+    return _run("tests", worker, common, files=list(files))
+
+
+@command.command("record")
+@click.argument("files", nargs=-1, required=True, type=PATH)
+@click.option("--json", "json_file", type=PATH, required=True, help="The record.")
+def record(files: tuple[Path, ...], json_file: Path) -> None:
+    """Merge the lines of several commands on one machine into one record."""
+    from gpu_record import merge
+
+    check_target(json_file, inputs=files)
+    merged = merge(files)
+    write_text(json_file, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    counts = merged["counts"]
+    click.echo(f"{counts['measured']} measured, {counts['failed']} failed, {counts['skipped']} skipped: {json_file}")
+
+
+@command.command("table")
+@click.option("--write", is_flag=True, help="Into README.md and benchmarks/README.md.")
+def table(write: bool) -> None:
+    """Print the tables of the records in benchmarks/results."""
+    from gpu_record import fill, full_tables, records, short_table
+
+    found = records()
+    click.echo(full_tables(found))
+    for file, text in (("README.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
+        if write:
+            document = ROOT / file
+            write_text(document, fill(document.read_text(encoding="utf-8"), text))
+
+
+def _networks(text: str, device: str) -> tuple[str, ...]:
+    """Return the networks of an option."""
+    names = tuple(text.split(",")) if text else NETWORKS[device]
+    if unknown := [name for name in names if name not in KNOWN]:
         raise CmfastError(f"--networks {unknown[0]}: there are {', '.join(KNOWN)}")
-    if options["pipe"] is not None:
-        lines = Lines(out)
-        texts = options["items"].split(",")
-        wanted = (item for item in items(lines, networks, device) if any(text in item.name for text in texts))
-        return work(wanted, lines, options["until"], options["pipe"])
+    return names
+
+
+def _worker(items: Callable[[Lines], Iterable[Item]], common: dict[str, Any]) -> Callable[[Lines], int]:
+    """Return the worker of the wanted items, which imports PyTorch when it is called."""
+    texts = common["items"].split(",")
+
+    def worker(lines: Lines) -> int:
+        wanted = (item for item in items(lines) if any(text in item.name for text in texts))
+        return work(wanted, lines, common["until"], common["pipe"])
+
+    return worker
+
+
+def _run(what: str, worker: Callable[[Lines], int], common: dict[str, Any], **options: Any) -> int | None:
+    """Be the worker, or start workers and print what they have measured."""
+    begun, out, budget = time.monotonic(), common["out"], common["budget"]
+    if common["pipe"] is not None:
+        return worker(Lines(out))
     if not 1 <= budget <= 86400:
         raise CmfastError(f"--budget is a number of seconds from 1 to 86400, got {budget:g}")
     check_target(out)
-    lines = begin(
-        out,
-        what,
-        device,
-        fresh=options["fresh"],
-        budget=budget,
-        networks=list(networks),
-        items=options["items"],
-        **more,
-    )
+    options |= {"budget": budget, "items": common["items"]}
+    lines = begin(out, what, common["device"], fresh=common["fresh"], **options)
     last = supervise([sys.executable, *sys.argv], lines, begun + budget - min(START_END_S, budget / 10))
-    for line in lines.before:
-        if words := _words(line):
-            click.echo(words)
+    for words in (*filter(None, map(_words, lines.before)), *_not_here(lines.before)):
+        click.echo(words)
     counts = f"{last['measured']} measured, {last['failed']} failed, {last['skipped']} skipped for lack of time"
     click.echo(f"{counts}: {out}")
     if last["failed"] or "error" in last:
-        raise CheckFailed(f"{last['failed']} failed, listed above")
+        raise CheckFailed(last.get("error") or f"{last['failed']} failed, listed above")
     return None
 
 
 def _words(line: Line) -> str:
-    """Return what a line says in one for people; of a head nothing."""
-    if "item" not in line or "skipped" in line:
+    """Return what a line says in one for people; of what was not measured nothing, unless it failed."""
+    if "item" not in line or "skipped" in line or "not_here" in line:
         return ""
-    for key in ("error", "not_here"):
-        if key in line:
-            return f"{line['item']}: {key.replace('_', ' ')}: {line[key]}"
-    if line.get("kind") == "row":
+    name, kind = line["item"], line.get("kind")
+    if "error" in line:
+        return f"{name}: error: {line['error']}"
+    if kind == "row":
         part = f", {line['of_roofline']:.0%} of the roofline" if "of_roofline" in line else ""
-        return f"{line['item']}: {line['wall']['median_ms']:.3f} ms, {line['times_as_fast']:.2f}x eager{part}"
-    if line.get("kind") == "ceiling":
+        return f"{name}: {line['wall']['median_ms']:.3f} ms, {line['times_as_fast']:.2f}x eager{part}"
+    if kind == "ceiling":
         rate, unit = (line["flops_per_s"], "FLOP/s") if line["dtype"] else (line["bytes_per_s"], "B/s")
-        return f"{line['item']}: {rate / 1e12:.3g} T{unit}"
-    if line.get("kind") == "evaluation":
-        return f"{line['item']}: Frechet distance {line['fd']:.3f}, halves of the data {line['halves']['fd']:.3f}"
-    if line.get("kind") == "training":
-        return f"{line['item']}: {line['images']:,} of {line['planned']:,} images, {line['images_per_s']} a second"
-    if line.get("kind") == "sample":
-        return f"{line['item']}: {line['images_per_s']:.0f} images/s, {line['of_network']:.0%} of the network's own"
-    return f"{line['item']}: {'not ok' if line.get('ok') is False else 'ok'}"
+        return f"{name}: {rate / 1e12:.3g} T{unit}"
+    if kind == "evaluation":
+        return f"{name}: Frechet distance {line['fd']:.3f}, halves of the data {line['halves']['fd']:.3f}"
+    if kind == "training":
+        return f"{name}: {line['images']:,} of {line['planned']:,} images, {line['images_per_s']} a second"
+    if kind == "sample":
+        return f"{name}: {line['images_per_s']:.0f} images/s, {line['of_network']:.0%} of the network's own"
+    return f"{name}: {'not ok' if line.get('ok') is False else 'ok'}"
+
+
+def _not_here(lines: Iterable[Line]) -> list[str]:
+    """Return the reasons why this machine cannot do some items, with their number and the first of them."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if "item" in line and "not_here" in line:
+            found.setdefault(line["not_here"], []).append(line["item"])
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: not here: {why}"
+        for why, names in found.items()
+    ]
 
 
 if __name__ == "__main__":

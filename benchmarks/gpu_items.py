@@ -55,7 +55,7 @@ def work(items: Iterable[Item], lines: Lines, until: float, pipe: int) -> int:
     until  when the budget ends, by time.monotonic(), which all processes of a machine share
     pipe   where the supervisor reads what is being done
     """
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     for item in items:
         if item.name in lines.done:
             continue
@@ -64,7 +64,7 @@ def work(items: Iterable[Item], lines: Lines, until: float, pipe: int) -> int:
             why = f"{max(left, 0):.1f} s of the budget were left, and it may take {item.expect_s:.1f} s"
             lines.write({"item": item.name, "skipped": why})
             continue
-        _say(pipe, f"{min(time.monotonic() + item.limit_s, until)} {item.name}")
+        say(pipe, f"{min(time.monotonic() + item.limit_s, until)} {item.name}")
         begun = time.monotonic()
         try:
             values = item.run()
@@ -73,7 +73,7 @@ def work(items: Iterable[Item], lines: Lines, until: float, pipe: int) -> int:
         lines.done.add(item.name)
         lines.write({"item": item.name, "seconds": round(time.monotonic() - begun, 3), **values})
         free_memory()
-        if "error" in values and not _cuda_works():
+        if "error" in values and not cuda_works():
             return GONE
     return 0
 
@@ -120,7 +120,7 @@ def free_memory() -> None:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         try:
             torch.cuda.empty_cache()
-        except Exception:  # an item has left CUDA unusable: `_cuda_works` finds that
+        except Exception:  # an item has left CUDA unusable: `cuda_works` finds that
             return
 
 
@@ -176,18 +176,23 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
     worker.wait()
 
 
-def _say(pipe: int, text: str) -> None:
+def say(pipe: int, text: str) -> None:
+    """Tell the supervisor what is being done: until when, by time.monotonic(), and its name."""
     os.write(pipe, f"{text}\n".encode())
 
 
-def _end_with_parent() -> None:
-    """End this process when the supervisor's end of its standard input closes: it has been killed."""
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
+def end_with_parent() -> None:
+    """From now on end this process when the supervisor's end of its standard input closes: it has been killed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _cuda_works() -> bool:
+def cuda_works() -> bool:
     """Whether CUDA can still be used: after an illegal access every call fails until the process ends."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():

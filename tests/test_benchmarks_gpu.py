@@ -253,10 +253,13 @@ def rehearse(tmp_path: Path, *words: object, budget: float) -> tuple[Path, subpr
 
 
 def test_a_rehearsal_of_smoke_has_a_line_of_everything(tmp_path: Path) -> None:
+    from gpu_record import merge
+
     out, done = rehearse(tmp_path, "smoke", budget=60)
     found = items_of(out)
     assert done.returncode == 0, done.stdout
     assert set(found) >= SMOKE
+    assert merge([out])["counts"]["failed"] == 0
     assert {line.get("ok", True) for line in found.values()} == {True}
     assert found["replay cuda_graph"]["not_here"] == "a CPU has no CUDA graphs"
     assert all(str(tmp_path) not in json.dumps(line) for line in found.values())
@@ -265,6 +268,9 @@ def test_a_rehearsal_of_smoke_has_a_line_of_everything(tmp_path: Path) -> None:
 def test_a_rehearsal_of_bench_compares_and_times(tmp_path: Path) -> None:
     out, done = rehearse(tmp_path, "bench", "--seconds", "0.02", "--items", "fp32 batch 1 steps 1", budget=60)
     assert done.returncode == 0, done.stdout
+    from gpu_record import merge
+
+    assert merge([out])["counts"]["failed"] == 0
     rows = [line for line in lines_of(out) if line.get("kind") == "row"]
     assert [row["way"] for row in rows[:2]] == ["eager", "channels_last"]
     for row in rows:
@@ -274,20 +280,6 @@ def test_a_rehearsal_of_bench_compares_and_times(tmp_path: Path) -> None:
         assert row["flops"] == 35_766_272
     assert lines_of(out)[-1]["line"] == "end"
     assert "x eager" in done.stdout
-
-
-def test_a_rehearsal_of_train_trains_evaluates_and_draws(tmp_path: Path) -> None:
-    out, done = rehearse(tmp_path, "train", "--set", "phases=edm:640,ect:320", budget=60)
-    assert done.returncode == 0, done.stdout
-    found = items_of(out)
-    training = found["training"]
-    assert training["planned"] == training["images"] == 960
-    assert (training["stopped"], training["curve"][-1]["images"]) == (False, 960)
-    assert found["grid 2 step(s)"]["file"] == "out_2.png"
-    assert (tmp_path / "out_1.png").exists()
-    distances = {name: line["fd"] for name, line in found.items() if name.startswith("evaluation")}
-    assert len(distances) == 3
-    assert all(distance > found["evaluation teacher 200 samples"]["halves"]["fd"] for distance in distances.values())
 
 
 @pytest.mark.parametrize("what", ["bench", "train"])
@@ -302,9 +294,10 @@ def test_the_budget_ends_a_rehearsal_that_has_more_to_do(what: str, tmp_path: Pa
         assert found["plan"]["seconds_left"] < 14 * 0.65
 
 
-def test_a_training_that_was_killed_goes_on_with_its_plan(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    words = ["train", "--items", "plan,training", "--set", "phases=edm:640,ect:320", "--set", "batch=16"]
+def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_path: Path) -> None:
+    from gpu_record import merge
+
+    out, words = tmp_path / "out.jsonl", ["train", "--set", "phases=edm:640,ect:320", "--set", "batch=16"]
     command = gpu(*words, "--device", "cpu", "--budget", "60", "--out", out)
     victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, end = tmp_path / "out_run" / "log.jsonl", time.monotonic() + 60
@@ -320,11 +313,20 @@ def test_a_training_that_was_killed_goes_on_with_its_plan(tmp_path: Path) -> Non
         time.sleep(0.01)
     before = items_of(out)
     assert list(before) == ["plan"]
-    rehearse(tmp_path, *words, budget=60)
+    out, done = rehearse(tmp_path, *words, budget=60)
+    assert done.returncode == 0, done.stdout
     found = items_of(out)
     assert found["plan"] == before["plan"]
-    assert found["training"]["images"] == 960
     assert [line["line"] for line in lines_of(out) if line.get("line") in ("head", "again")] == ["head", "again"]
+    training = found["training"]
+    assert training["planned"] == training["images"] == 960
+    assert (training["stopped"], training["curve"][-1]["images"]) == (False, 960)
+    assert found["grid 2 step(s)"]["file"] == "out_2.png"
+    assert (tmp_path / "out_1.png").exists()
+    distances = {name: line["fd"] for name, line in found.items() if name.startswith("evaluation")}
+    assert len(distances) == 3
+    assert all(distance > found["evaluation teacher 200 samples"]["halves"]["fd"] for distance in distances.values())
+    assert merge([out])["counts"] == {"measured": len(found), "failed": 0, "skipped": 0}
 
 
 def test_a_preset_whose_data_are_files_needs_them(tmp_path: Path) -> None:
@@ -332,3 +334,150 @@ def test_a_preset_whose_data_are_files_needs_them(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist needs its data: --data-root DIR\n")
     assert not list(tmp_path.iterdir())
+
+
+TESTS = """
+import os, time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes(n):
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_dies():
+    os._exit(11)
+
+@pytest.fixture
+def broken():
+    raise OSError("no device")
+
+def test_errs(broken):
+    pass
+
+def test_is_skipped():
+    pytest.skip("needs TensorRT")
+"""
+
+
+def test_tests_that_fail_crash_or_cannot_be_imported_are_lines_and_the_others_run(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_bad.py").write_text("import a_library_that_is_not_there\n")
+    files = ["test_bad.py", "test_some.py"]
+    out, done = rehearse(tmp_path, "tests", *(tmp_path / name for name in files), budget=60)
+    assert done.returncode == 1
+    found = {name.rpartition("/")[2]: line for name, line in items_of(out).items()}
+    assert found["test_some.py::test_passes[1]"]["ok"]
+    assert found["test_some.py::test_passes[2]"]["ok"]
+    assert found["test_some.py::test_fails"]["error"] == "assert 1 == 2"
+    assert found["test_some.py::test_dies"]["error"] == "its process ended with exit status 11"
+    assert found["test_some.py::test_errs"]["error"] == "OSError: no device"
+    assert found["test_some.py::test_is_skipped"]["not_here"] == "needs TensorRT"
+    assert "a_library_that_is_not_there" in found["test_bad.py"]["error"]
+    assert len(found) == 7
+
+
+# The record.
+
+HEAD = {
+    "line": "head", "what": "bench", "device": "cuda", "date": "2026-01-01",
+    "machine": {"gpu": "H100", "driver": "580"}, "versions": {"torch": "2.11"},
+    "commit": {"commit": "abc", "dirty": False}, "code": "0", "options": {},
+}  # fmt: skip
+TIMES = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.1, "max_ms": 2.0, "calls": 9}
+
+
+def row(way: str, batch: int = 64, **values: Any) -> dict[str, Any]:
+    return {
+        "item": f"mnist bf16 batch {batch} steps 1 {way}", "seconds": 1.0, "kind": "row", "network": "mnist",
+        "precision": "bf16", "batch": batch, "steps": 1, "way": way, "wall": TIMES, "eager": TIMES | {"median_ms": 2.5},
+        "times_as_fast": 2.5 if way != "eager" else 1.0, "difference": 0.01, "allowed": 0.3, "flops": 1,
+        "images_per_s": 64_000.0, "of_roofline": 0.65, **values,
+    }  # fmt: skip
+
+
+def write(path: Path, *lines: dict[str, Any], **head: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in (HEAD | head, *lines)))
+    return path
+
+
+def test_a_record_has_the_last_line_of_each_item_of_all_files(tmp_path: Path) -> None:
+    from gpu_record import merge
+
+    skipped = {"item": "mnist bf16 batch 1 steps 1 eager", "skipped": "0.1 s were left"}
+    failed = {"item": "mnist bf16 batch 1 steps 1 fused", "error": "no kernel"}
+    bench = write(tmp_path / "a.jsonl", skipped, row("eager"), failed, row("eager", 1), {**skipped, "item": "x"})
+    smoke = write(tmp_path / "b.jsonl", {"item": "eager", "kind": "float32", "ok": True, "allowed": 1e-6}, what="smoke")
+    record = merge([bench, smoke])
+    assert [(line["of"], line["item"]) for line in record["lines"]] == [
+        ("bench", "mnist bf16 batch 1 steps 1 eager"), ("bench", "mnist bf16 batch 64 steps 1 eager"),
+        ("bench", "mnist bf16 batch 1 steps 1 fused"), ("smoke", "eager"),
+    ]  # fmt: skip
+    assert record["counts"] == {"measured": 3, "failed": 1, "skipped": 1}
+    assert record["machine"] == HEAD["machine"]
+    assert [run["what"] for run in record["runs"]] == ["bench", "smoke"]
+
+
+def test_lines_of_other_machines_code_or_schema_and_items_twice_are_refused(tmp_path: Path) -> None:
+    from cmfast.errors import CmfastError
+    from gpu_record import merge
+
+    good = write(tmp_path / "good.jsonl", row("eager"))
+    for name, other in (("machine", {"gpu": "L4"}), ("commit", None), ("versions", {}), ("code", "1")):
+        bad = write(tmp_path / "bad.jsonl", row("fused"), **{name: other})
+        with pytest.raises(CmfastError, match=f"bad.jsonl has another {name} than .*good.jsonl"):
+            merge([good, bad])
+    with pytest.raises(CmfastError, match=r"is both in .*good.jsonl and in .*bad.jsonl; leave one out"):
+        merge([good, write(tmp_path / "bad.jsonl", row("eager"))])
+    for line, words in (
+        (row("eager", times_as_fast=None), "times_as_fast is None"),
+        (row("eager", wall={}), "wall: median_ms is None"),
+        (row("eager", kind="guess"), "the kind 'guess', which no table knows"),
+        (row("eager", difference=0.4), "was timed although its images differ"),
+    ):
+        with pytest.raises(CmfastError, match=words):
+            merge([write(tmp_path / "bad.jsonl", line)])
+
+
+def test_tables_name_the_fastest_way_and_stand_between_their_markers(tmp_path: Path) -> None:
+    from cmfast.errors import CmfastError
+    from gpu_record import BEGIN, END, fill, full_tables, merge, short_table
+
+    lines = [row("eager"), row("cuda_graph"), row("channels_last", times_as_fast=1.5)]
+    record = merge([write(tmp_path / "a.jsonl", *lines)])
+    assert "| mnist | 64 | cuda_graph | 1.00 (0.90 to 1.10) | 2.50x | 64,000 | 65% |" in short_table([record])
+    assert "| mnist | bf16 | 1 | 64 | 1.00 (0.90 to 1.10) | 2.50x | 1.50x |" in full_tables([record])
+    assert fill(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(CmfastError, match="no place for the table"):
+        fill("nothing", "new")
+
+
+def test_documents_have_the_tables_of_the_records_that_there_are() -> None:
+    from gpu_record import fill, full_tables, records, short_table
+
+    found = records()
+    for file, text in (("README.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
+        document = (ROOT / file).read_text(encoding="utf-8")
+        assert document == fill(document, text), f"{file} differs from benchmarks/results: gpu.py table --write"
+
+
+def test_the_count_of_a_network_is_that_of_its_exported_graph(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import cmfast
+    import gpu_cost
+    from cmfast_export.export import export_onnx
+    from cmfast_train.checkpoint import load_checkpoint
+
+    model = load_checkpoint(tiny_checkpoint(10))
+    counted = gpu_cost.count(model.denoiser(), model.spec.image, model.spec.classes, "cpu")
+    export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx")
+    exported = cmfast.load(tmp_path / "model.onnx").manifest.cost
+    assert counted["flops"] == exported["flops"]
+    for name in ("weight_bytes", "activation_bytes"):  # the graph has some constants, and embeds with products
+        assert counted[name] == pytest.approx(exported[name], rel=0.03)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""The tests marked gpu as items: a line for each as soon as it has run; one that hangs or crashes is a line too.
+
+A file that cannot be imported, because a library is missing, is a line, and the other files run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmfast.errors import one_line
+from gpu_items import END_S, GONE, cuda_works, end_with_parent, say
+from gpu_lines import ROOT, Lines
+
+LIMIT_S = 90.0  # of a test
+LEAST_S = 5.0  # a test is not begun with less time left
+ARGUMENTS = ("-m", "gpu and not slow", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider", "--tb=short")
+
+
+def run_tests(files: Sequence[str], wanted: str, lines: Lines, until: float, pipe: int) -> int:
+    """Run the tests marked gpu of these files that have no line yet; return the exit status of the worker.
+
+    wanted  texts, one of which their names must have
+    """
+    end_with_parent()
+    os.chdir(ROOT)
+    plugin = _Lines(wanted.split(","), lines, until, pipe)
+    pytest.main([*ARGUMENTS, *files], plugins=[plugin])
+    return GONE if plugin.gone else 0
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Return the test files that name the mark, the one about the engines first."""
+    found = [
+        file.relative_to(ROOT).as_posix()
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in file.read_text(encoding="utf-8")
+    ]
+    return sorted(found, key=lambda name: not name.endswith("test_gpu.py"))
+
+
+class _Lines:
+    """A plugin of pytest that writes the lines."""
+
+    def __init__(self, wanted: list[str], lines: Lines, until: float, pipe: int) -> None:
+        self._wanted = wanted
+        self._lines, self._until, self._pipe = lines, until - END_S, pipe
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._begun = time.monotonic()
+        self.gone = False
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Write a line of a file that cannot be imported."""
+        name = f"collect {report.nodeid}"
+        if report.failed and name not in self._lines.done:
+            why = str(report.longrepr).strip().splitlines() or ["?"]
+            self._write(name, 0.0, {"error": one_line(why[-1])})
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out what has a line, or is not wanted."""
+        items[:] = [
+            item
+            for item in items
+            if item.nodeid not in self._lines.done and any(text in item.nodeid for text in self._wanted)
+        ]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Tell the supervisor what begins; skip it where there is no time, or CUDA is unusable."""
+        left = self._until - time.monotonic()
+        if self.gone:
+            return True
+        if left < LEAST_S:
+            self._lines.write({"item": item.nodeid, "skipped": f"{max(left, 0):.1f} s of the budget were left"})
+            return True
+        self._begun = time.monotonic()
+        say(self._pipe, f"{min(self._begun + LIMIT_S, self._until + END_S)} {item.nodeid}")
+        return None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write the line of a test after its last phase."""
+        reports = self._reports.setdefault(report.nodeid, [])
+        reports.append(report)
+        if report.when != "teardown":
+            return
+        values: dict[str, Any] = {"kind": "test", "ok": True}
+        for each in reports:
+            if each.failed:
+                values = {"error": _reason(each)}
+                break
+            if each.skipped:
+                values = {"not_here": _reason(each)}
+        self._write(report.nodeid, time.monotonic() - self._begun, values)
+        if "error" in values and not cuda_works():
+            self.gone = True
+
+    def _write(self, name: str, seconds: float, values: dict[str, Any]) -> None:
+        self._lines.done.add(name)
+        self._lines.write({"item": name, "seconds": round(seconds, 3), **values})
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Return the line that says why a test failed or was skipped, without this machine's folders."""
+    found = report.longrepr
+    if isinstance(found, tuple):  # of a skip: file, line, reason
+        return one_line(str(found[2]).removeprefix("Skipped: "))
+    crash = getattr(found, "reprcrash", None)
+    return one_line(str(crash.message if crash is not None else found).replace(f"{Path.cwd()}/", ""))
