@@ -191,9 +191,10 @@ def replay(bench: Bench, network: str, way: str) -> Line:
 
 
 def train_steps(device: str, network: str, precision: str) -> Line:
-    """Return the losses of four steps, two of `edm` and two of `ect`, of a preset's network on random images.
+    """Return the losses of some steps of `edm` and of `ect`, of a preset's network on random images.
 
-    ok: all are finite.
+    ok: all are finite. In bf16 there are enough steps on a GPU for them to be recorded as a CUDA graph; `graph` says
+    whether they were.
     """
     from accelerate.state import AcceleratorState
 
@@ -205,10 +206,11 @@ def train_steps(device: str, network: str, precision: str) -> Line:
     # A process has one precision for all its Accelerators; this is how accelerate's own tests have several.
     AcceleratorState._reset_state(reset_partial_state=True)
     preset = PRESETS[network]
-    batch = preset.batch if device == "cuda" else 8
+    batch, steps = (preset.batch, 40 if precision == "bf16" else 4) if device == "cuda" else (8, 4)
+    phases = (phase("edm", steps * batch), phase("ect", steps * batch, stages=(6, 6)))
     config = dataclasses.replace(
-        preset, data="folder", batch=batch, phases=(phase("edm", 2 * batch), phase("ect", 2 * batch)), device=device,
-        precision=precision, checkpoint_images=10**9, log_images=batch, grid=4, tensorboard=False,
+        preset, data="folder", batch=batch, phases=phases, device=device, precision=precision,
+        checkpoint_images=10**9, log_images=steps // 4 * batch, grid=4, tensorboard=False,
     )  # fmt: skip
     generator = np.random.default_rng(0)
     height, width = preset.image_sides
@@ -218,9 +220,10 @@ def train_steps(device: str, network: str, precision: str) -> Line:
         np.savez(data, images=generator.integers(0, 256, shape, np.uint8), labels=np.arange(2 * batch) % 10)
         train(config, out, data)
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    losses, rates = ([line[name] for line in lines if name in line] for name in ("loss", "images_per_s"))
+    graph = next((line["graph"] for line in lines if "graph" in line), None)
     return {
         "kind": "train", "network": network, "precision": precision, "dtype": PRECISIONS[precision], "batch": batch,
-        "losses": losses, "images_per_s": rates, "ok": len(losses) == 4 and all(map(math.isfinite, losses)),
+        "losses": losses, "steps": steps, "images_per_s": rates, "graph": graph,
+        "ok": len(losses) == 8 and all(map(math.isfinite, losses)),
     }  # fmt: skip

@@ -177,6 +177,7 @@ class Training:
             "kind": "training", "preset": self.request.preset, "stopped": stopped, "batch": config.batch,
             "planned": config.images, "images": max(line["images"] for line in read_log(folder)),
             "images_per_s": {m: median_rate(logged, m) for m in ("edm", "ect")}, "curve": thinned(logged),
+            "graph": next((line["graph"] for line in read_log(folder) if "graph" in line), None),
         }  # fmt: skip
 
     def grid(self, steps: int) -> Line:

@@ -42,8 +42,8 @@ def ways(device: str, dtype: str) -> list[tuple[str, Callable[[], Way]]]:
 
 def _product(side: int, device: str, dtype: str) -> Way:
     count, exact = roofline.PRODUCTS[device], dtype != "tf32"
-    generator = torch.Generator().manual_seed(0)  # random, because a GPU multiplies zeros faster
-    a = (torch.randn(side, side, generator=generator) / side**0.5).to(device, DTYPES[dtype])
+    generator = torch.Generator(device).manual_seed(0)  # random, because a GPU multiplies zeros faster
+    a = (torch.randn(side, side, generator=generator, device=device) / side**0.5).to(DTYPES[dtype])
     product = torch.empty_like(a)
 
     def call() -> None:
