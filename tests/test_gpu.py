@@ -28,13 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
-from cmfast.engines import TimedEngine, open_engine
+from cmfast.engines import DrawEngine, TimedEngine, open_engine
 from cmfast.engines.onnxruntime import KEPT, OnnxRuntimeEngine
 from cmfast.errors import CmfastError, EngineError
+from cmfast.noise import _normal_quantile
+from cmfast.sampler import to_uint8
 from cmfast.spec import ModelSpec
+from cmfast_train import torch_noise
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.data import batches
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.engine import TorchEngine
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -199,7 +203,7 @@ def test_onnx_runtime_with_tensorrt_draws_the_right_images(sampler_file: Callabl
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("variant", ["", "channels_last", "cuda_graph"])
+@pytest.mark.parametrize("variant", ["", "channels_last", "cuda_graph", "channels_last cuda_graph"])
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(
     precision: str, variant: str, tiny_checkpoint: Factory
@@ -216,11 +220,14 @@ def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # max-autotune tries every kernel
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("variant", "precision"), [("compiled", "fp32"), ("compiled", "fp16"), ("channels_last reduce-overhead", "bf16")]
+)
 def test_pytorch_compiled_on_cuda_computes_what_it_computes_on_the_cpu(
-    precision: str, tiny_checkpoint: Factory
+    variant: str, precision: str, tiny_checkpoint: Factory
 ) -> None:
-    engine = open_engine(tiny_checkpoint(10), "cuda", variant="compiled", precision=precision)
+    need(precision)
+    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # what the compiler says is its affair
         assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
@@ -316,6 +323,110 @@ def test_onnx_runtime_says_what_a_call_cost(
     assert_timed(cmfast.load(sampler_file("fp32"), device="cuda", variant=variant), calls=1)
     export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx")
     assert_timed(cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant), calls=2)
+
+
+# Noise and whole draws on the card.
+
+INDICES = np.array([0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("way", ["operations", "triton"])
+def test_a_million_values_of_noise_on_the_card_have_the_bits_of_numpy(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(torch_noise, "has_triton", lambda: way == "triton")
+    samples = torch.from_numpy(INDICES.view(np.int64)).cuda()
+    for seed, first, shape in [
+        (2**63 + 5, 0, (3, 160, 150)),
+        (2**64 - 1, 2**32 - 3, (1, 5, 5)),
+        (0, 2**31 - 1, (1024,)),
+    ]:
+        got = torch_noise.gaussian(torch_noise.key_of(seed).cuda(), samples, 2, shape, first=first)
+        assert got.is_cuda
+        for k in range(2):
+            want = cmfast.gaussian(seed, INDICES, first + k, shape)
+            np.testing.assert_array_equal(got[k].cpu().numpy().view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_the_quantile_on_the_card_has_the_bits_of_numpy_in_float64() -> None:
+    ends = np.arange(5000, dtype=np.uint32)
+    border = np.uint32(0.075 * 2**32) - np.uint32(2500) + ends
+    words = np.concatenate([ends, ~ends, border, ~border, np.linspace(0, 2**32 - 1, 200_001).astype(np.uint32)])
+    got = torch_noise.quantile(torch.from_numpy(words.astype(np.int64)).cuda()).cpu().numpy()
+    np.testing.assert_array_equal(got.view(np.uint64), _normal_quantile(words).view(np.uint64))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph", "channels_last cuda_graph"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
+    precision: str, variant: str, tiny_checkpoint: Factory
+) -> None:
+    need(precision)
+    model = cmfast.load(tiny_checkpoint(10), device="cuda", variant=variant, precision=precision)
+    assert isinstance(model.engine, DrawEngine)
+    n, batch, first = 7, 3, 2**63 - 4
+    for seed, steps in [(1, 2), (2**64 - 1, 1), (1, 2)]:
+        levels = model.levels(steps)
+        label = model.labels(n, seed=seed, first=first)
+        assert label is not None
+        want = []
+        for start in range(0, n, batch):
+            at = np.minimum(np.arange(start, start + batch), n - 1)  # the last batch is filled up
+            samples = [first + int(index) for index in at]
+            noise = np.stack([cmfast.gaussian(seed, samples, k, model.spec.image) for k in range(steps)])
+            want.append(model.from_noise(noise, levels, label[at]))
+        x0 = np.concatenate(want)[:n]
+        got = model.sample_float(n, steps=steps, seed=seed, batch=batch, first=first)
+        # The same kernels on the same noise, unless cuDNN's trials chose another convolution for the other program.
+        np.testing.assert_allclose(got, x0, rtol=0, atol=TOLERANCES[precision])
+        pixels = model.sample(n, steps=steps, seed=seed, batch=batch, first=first)
+        assert pixels.dtype == np.uint8
+        far = np.abs(pixels.astype(int) - to_uint8(got).astype(int))
+        assert far.max() <= 127.5 * TOLERANCES[precision] + 1
+        assert np.ptp(pixels) > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
+    variant: str, tiny_checkpoint: Factory
+) -> None:
+    engine = open_engine(tiny_checkpoint(0), "cuda", variant=variant)
+    assert isinstance(engine, DrawEngine)
+    model = cmfast.Model(engine)
+    batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
+    want = {seed: model.sample_float(8, batch=2, seed=seed, sigmas=(80.0, 0.8)) for seed in (1, 2)}
+    left = engine.draw(3, batches, (80.0, 0.8), pixels=False)
+    next(left)
+    one, two = (engine.draw(seed, batches, (80.0, 0.8), pixels=False) for seed in (1, 2))
+    for part, _ in batches:
+        for seed, drawing in ((1, one), (2, two)):
+            with torch.cuda.stream(torch.cuda.Stream() if part.start % 4 else torch.cuda.current_stream()):
+                drawn = next(drawing)
+            np.testing.assert_allclose(drawn.images, want[seed][part.start : part.stop], rtol=0, atol=TOLERANCE)
+    left.close()
+    assert np.abs(want[1] - want[2]).max() > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+def test_a_draw_on_the_card_that_is_not_finite_is_an_error(variant: str, tiny_checkpoint: Factory) -> None:
+    model = cmfast.load(tiny_checkpoint(0), device="cuda", variant=variant)
+    assert isinstance(model.engine, TorchEngine)
+    with torch.no_grad():
+        next(model.engine.denoiser.parameters()).fill_(float("inf"))
+    with pytest.raises(CmfastError, match="returned values that are not finite"):
+        model.sample(3, steps=2, batch=2)
 
 
 # Training. In processes of their own, because accelerate sets the precision once for a process.

@@ -17,11 +17,13 @@ from torch import nn
 
 import cmfast
 from cmfast import sampler
-from cmfast.engines import DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine
+from cmfast.engines import VARIANTS, DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine, variant_words
 from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
+from cmfast_train import engine as engine_module
 from cmfast_train import torch_cuda, torch_noise
 from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.engine import TorchEngine, open_folder
 from cmfast_train.torch_cuda import OnCuda, arithmetic
 
@@ -177,6 +179,91 @@ def test_a_precision_that_the_card_lacks_is_refused(tiny_checkpoint: Factory, mo
         assert refusal(tiny_checkpoint(10), device="cuda", precision=precision) == (
             f"the Test 1 has no {precision} (that begins with compute capability 8.0); use --precision fp16 or fp32"
         )
+
+
+# Variants.
+
+
+def test_words_of_a_variant_come_in_any_order_with_spaces_or_commas() -> None:
+    assert variant_words("") == variant_words(" ") == ()
+    for text in ("channels_last cuda_graph", "cuda_graph,channels_last", " cuda_graph, channels_last cuda_graph "):
+        assert variant_words(text) == ("channels_last", "cuda_graph")
+    for word in filter(None, VARIANTS):
+        assert variant_words(word) == (word,)
+    for wrong in ("eager", "channels_last eager", "channels-last", 3, None, ["fused"]):
+        with pytest.raises(CmfastError, match=r"variant must be one of channels_last, fused, .*, or several as in"):
+            variant_words(wrong)
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Open engines for CUDA with their weights on the CPU; give what else was done to the model, in order."""
+    done: list[str] = []
+    to = nn.Module.to
+
+    def elsewhere(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if isinstance(module, Denoiser):
+            done.extend(str(value).removeprefix("torch.") for value in (*args, *kwargs.values()))
+        return to(module, *("cpu" if each == "cuda" else each for each in args), **kwargs)
+
+    def compiled(denoiser: nn.Module, mode: str) -> nn.Module:
+        done.append(mode)
+        return denoiser
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nn.Module, "to", elsewhere)
+    monkeypatch.setattr(engine_module, "compiled", compiled)
+    monkeypatch.setattr(engine_module, "_fuse", lambda denoiser: done.append("fused"))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "want"),
+    [
+        ("", "", ""),
+        ("channels_last", "channels_last", "channels_last"),
+        ("cuda_graph", "cuda_graph", "captures"),
+        ("cuda_graph,channels_last", "channels_last cuda_graph", "channels_last captures"),
+        ("fused", "fused", "channels_last fused"),
+        ("channels_last fused cuda_graph", "fused cuda_graph", "channels_last fused captures"),
+        ("compiled", "compiled", "max-autotune"),
+        ("reduce-overhead channels_last", "channels_last reduce-overhead", "channels_last reduce-overhead"),
+    ],
+)
+def test_a_variant_on_cuda_does_what_each_of_its_words_says(
+    variant: str, name: str, want: str, tiny_checkpoint: Factory, no_card: list[str]
+) -> None:
+    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision="fp16")
+    assert engine.name == f"PyTorch cuda fp16 {name}".rstrip()
+    assert isinstance(engine, TorchEngine)
+    assert isinstance(engine, DrawEngine)
+    assert isinstance(engine, TimedEngine)
+    assert isinstance(engine._execute, OnCuda)
+    assert no_card == ["cuda", *(word for word in want.split() if word != "captures")]
+    assert engine._execute._captures is ("captures" in want)
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize(
+    ("variant", "one", "other"),
+    [
+        ("cuda_graph compiled", "compiled", "cuda_graph"),
+        ("compiled,fused", "compiled", "fused"),
+        ("compiled reduce-overhead", "compiled", "reduce-overhead"),
+        ("reduce-overhead cuda_graph", "reduce-overhead", "cuda_graph"),
+        ("channels_last fused reduce-overhead", "reduce-overhead", "fused"),
+    ],
+)
+def test_words_that_exclude_each_other_are_named(variant: str, one: str, other: str, tiny_checkpoint: Factory) -> None:
+    assert refusal(tiny_checkpoint(10), device="cuda", variant=variant) == (
+        f"{one!r} does not combine with {other!r}: torch.compile has its own way to fuse and to record; "
+        "use one of them, or either with 'channels_last'"
+    )
+
+
+def test_the_variant_diffusers_combines_with_no_other(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="combines with no other, got 'diffusers channels_last'"):
+        open_folder(tmp_path, "cpu", None, "diffusers channels_last", "")
 
 
 def test_diffusers_pipeline_is_run_in_float32_only(tmp_path: Path) -> None:

@@ -295,8 +295,6 @@ def _words(model: object, device: str, variant: str) -> tuple[str, ...]:
             "record; use one of them, or either with 'channels_last'"
         )
     if "fused" in words:
-        if not torch_noise.has_triton():
-            raise EngineError("'fused' needs Triton, which is not installed: pip install triton, or leave it out")
         return tuple(word for word in words if word != "channels_last")  # which it implies
     return words
 
