@@ -25,6 +25,7 @@ from cmfast_train import torch_cuda, torch_noise
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.engine import TorchEngine, open_folder
+from cmfast_train.kernels.fuse import fuse
 from cmfast_train.torch_cuda import OnCuda, arithmetic
 
 Factory = Callable[..., Path]
@@ -213,10 +214,11 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nn.Module, "to", elsewhere)
     monkeypatch.setattr(engine_module, "compiled", compiled)
-    monkeypatch.setattr(engine_module, "_fuse", lambda denoiser: done.append("fused"))
+    monkeypatch.setattr(engine_module, "fuse", lambda denoiser: (done.append("fused"), fuse(denoiser)))
     return done
 
 
+@pytest.mark.skipif(not torch_noise.has_triton(), reason="fused needs Triton")
 @pytest.mark.parametrize(
     ("variant", "name", "want"),
     [
@@ -241,6 +243,16 @@ def test_a_variant_on_cuda_does_what_each_of_its_words_says(
     assert isinstance(engine._execute, OnCuda)
     assert no_card == ["cuda", *(word for word in want.split() if word != "captures")]
     assert engine._execute._captures is ("captures" in want)
+
+
+@pytest.mark.usefixtures("no_card")
+def test_a_fused_engine_draws_the_images_of_the_plain_one(tiny_checkpoint: Factory, recorded: list[str]) -> None:
+    pytest.importorskip("triton")
+    engine = TorchEngine(tiny_checkpoint(10), "cuda", variant="fused cuda_graph")
+    engine._run_on(OnCuda(captures=True, tf32=False, device="cpu"))
+    got, want = (Model(e).sample_float(3, steps=2, seed=3) for e in (engine, TorchEngine(tiny_checkpoint(10))))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # sums in another order
+    assert recorded[0] == "captured"
 
 
 @pytest.mark.usefixtures("no_card")

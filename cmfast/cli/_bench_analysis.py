@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEVICE_CALLS = 20  # with device times, after the timing
 # Of the device's time: a host that needs more to hand over work does not keep the device busy. trtexec warns from here.
 LAUNCH = 0.8
-REPLAYED = ("cuda_graph", "compiled")  # variants; mode max-autotune of torch.compile records CUDA graphs itself
+REPLAYED = {"cuda_graph", "compiled", "reduce-overhead"}  # words of variants; torch.compile records CUDA graphs itself
 BUSY = 0.25  # of a ceiling: below, neither arithmetic nor memory is what the time goes to
 
 Cost = Mapping[str, float]
@@ -74,7 +74,7 @@ def explain(
     """Return what a row of the record says besides the times of its calls; None for what is not known."""
     steps = len(job.sigmas)
     floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
-    replayed = job.contender.variant in REPLAYED or job.contender.file.suffix in ENGINE_SUFFIXES
+    replayed = not REPLAYED.isdisjoint(job.contender.variant.split()) or job.contender.file.suffix in ENGINE_SUFFIXES
     return {
         "device_times": times and asdict(times) | {"calls": DEVICE_CALLS},
         "flops": cost and steps * job.batch * cost["flops"],

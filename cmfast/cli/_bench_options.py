@@ -12,9 +12,13 @@ from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
 from cmfast.schedule import MAX_STEPS
 
-BASELINE_VARIANTS = ("channels_last", "compiled", "cuda_graph")  # of cmfast.engines.VARIANTS, besides the plain way
+# Of cmfast.engines.VARIANTS, besides the plain way: single words, and what is worth combining.
+BASELINE_VARIANTS = (
+    "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph", "channels_last cuda_graph",
+    "fused cuda_graph",
+)  # fmt: skip
 ONNX_VARIANTS = ("cuda_graph", "tensorrt")
-CUDA_VARIANTS = ("cuda_graph", "tensorrt")
+CUDA_WORDS = {"fused", "reduce-overhead", "cuda_graph", "tensorrt"}
 
 MAX_VALUES = 100  # of --steps and of --batch
 MAX_SECONDS = 3600.0  # of each contender at each setting
@@ -96,7 +100,7 @@ class Options:
         _check_names("variants", self.variants, (*BASELINE_VARIANTS, "tensorrt"))
         onnx = any(file.suffix == ".onnx" for file in self.models)
         for variant in self.variants:
-            if variant in CUDA_VARIANTS and self.device != "cuda":
+            if not CUDA_WORDS.isdisjoint(variant.split()) and self.device != "cuda":
                 raise CmfastError(f"--variants {variant} needs an NVIDIA GPU: add --device cuda")
             if (variant in BASELINE_VARIANTS and self.baseline is not None) or (variant in ONNX_VARIANTS and onnx):
                 continue

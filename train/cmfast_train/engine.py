@@ -34,6 +34,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train import torch_noise
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
+from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.precision import accumulate_in_float32
 from cmfast_train.torch_cuda import Compute, OnCuda, compiled
 
@@ -88,7 +89,7 @@ class TorchEngine:
         if "channels_last" in words or "fused" in words:
             self.denoiser.to(memory_format=torch.channels_last)
         if "fused" in words:
-            _fuse(self.denoiser)
+            fuse(self.denoiser)
         self._call, self._execute = _callable(self.denoiser, device, words), _on_cpu
         self._border = _Border(self.name, compiled=not MODES.keys().isdisjoint(words))
         if device == "cuda":
@@ -297,14 +298,6 @@ def _words(model: object, device: str, variant: str) -> tuple[str, ...]:
     if "fused" in words:
         return tuple(word for word in words if word != "channels_last")  # which it implies
     return words
-
-
-def _fuse(denoiser: torch.nn.Module) -> None:
-    try:
-        from cmfast_train.kernels.fuse import fuse
-    except ModuleNotFoundError as err:
-        raise EngineError(f"this build has no fused kernels ({err}); use 'channels_last' instead") from None
-    fuse(denoiser)
 
 
 def _callable(denoiser: torch.nn.Module, device: str, words: tuple[str, ...]) -> Callable[..., Any]:
