@@ -26,6 +26,10 @@ class EngineError(CmfastError):
     """An engine or a device was asked for and cannot be had. There is no fallback."""
 
 
+class OutOfMemory(EngineError):
+    """A device has too little memory, perhaps only beside what else is on it: see `engine_error`."""
+
+
 class CheckFailed(CmfastError):
     """Work was done, checked, and found wanting: an export that differs, a loss that is not finite."""
 
@@ -44,6 +48,15 @@ class CmfastWarning(UserWarning):
 
     def __init__(self, text: object = "") -> None:
         super().__init__(under_its_name(str(text)))
+
+
+_NO_MEMORY = ("out of memory", "alloc_failed", "failed to allocate", "not enough memory", "can't allocate memory")
+
+
+def engine_error(message: str) -> EngineError:
+    """Return the error of an engine, OutOfMemory where the library's words in the message say so."""
+    short = any(words in message.lower() for words in _NO_MEMORY)
+    return OutOfMemory(message) if short else EngineError(message)
 
 
 # What a file is read from for now, and the path that the user knows. Unlike catch_warnings it belongs to one thread.

@@ -39,7 +39,9 @@ PACKAGES = (
 )
 
 BURST_S = 0.05  # a burst ends after this time and at least BURST_CALLS counted calls
-BURST_CALLS = 3
+BURST_CALLS = 3  # but one is enough of calls that take LONG_S together
+LONG_S = 1.0
+FEW = 5  # calls that are enough where they take `most_s`
 PAUSE_S = 0.02  # between bursts: thread pools spin on for a while after their last call, and would steal the core
 
 MAX_SPREAD = 1.3  # p90 / p10 of one contender
@@ -48,13 +50,21 @@ MAX_STEAL = 0.01  # fraction of the CPU time that the host gave to other machine
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], *, seconds: float = 3.0, calls: int = 20, warmup_s: float = 0.3
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 3.0,
+    calls: int = 20,
+    warmup_s: float = 0.3,
+    most_s: float = math.inf,
+    budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
     """Call the contenders in turns; return for each the time of every counted call, ms, none dropped.
 
     seconds   counted time each contender gets at least
     calls     counted calls each contender gets at least
     warmup_s  each is called for this long, and twice at least, before anything is counted
+    most_s    counted time after which FEW calls of a contender are enough
+    budget_s  wall time, the warm-up included, after which no further round begins; one there is in any case
 
     A round is one burst of each contender; the next round begins one contender further on. The first call of a burst
     is never counted: caches and thread pools are still the previous contender's.
@@ -63,16 +73,23 @@ def interleave(
         raise CmfastError("nothing to time: no contender was given")
     if not (math.isfinite(seconds) and seconds >= 0 and calls >= 1):
         raise CmfastError(f"need seconds >= 0 and calls >= 1, got {seconds} and {calls}")
+    end = time.perf_counter() + budget_s
     for call in contenders.values():
-        _warm_up(call, warmup_s)
+        _warm_up(call, min(warmup_s, budget_s / (4 * len(contenders))))
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
+
+    def enough(each: list[float]) -> bool:
+        counted_s = sum(each) / 1000
+        return counted_s >= seconds and len(each) >= (min(FEW, calls) if counted_s >= most_s else calls)
+
     first = 0
-    while any(len(each) < calls or sum(each) < 1000 * seconds for each in times.values()):
-        for name in names[first:] + names[:first]:
+    while not all(map(enough, times.values())) and (first == 0 or time.perf_counter() < end):
+        turn = first % len(names)
+        for name in names[turn:] + names[:turn]:
             time.sleep(PAUSE_S)
             times[name] += _burst(contenders[name])
-        first = (first + 1) % len(names)
+        first += 1
     return times
 
 
@@ -219,7 +236,7 @@ def _warm_up(call: Callable[[], object], seconds: float) -> None:
 def _burst(call: Callable[[], object]) -> list[float]:
     call()
     times: list[float] = []
-    while len(times) < BURST_CALLS or sum(times) < 1000 * BURST_S:
+    while sum(times) < 1000 * (LONG_S if len(times) < BURST_CALLS else BURST_S):
         start = time.perf_counter_ns()
         call()
         times.append((time.perf_counter_ns() - start) / 1e6)

@@ -27,10 +27,10 @@ from cmfast import timing
 from cmfast.artifact import Manifest
 from cmfast.cli import _bench_analysis as analysis
 from cmfast.cli import _probe, bench
-from cmfast.cli._bench_analysis import DEVICE_CALLS, costs, device_times, diagnose
+from cmfast.cli._bench_analysis import DEVICE_CALLS, DEVICE_FEW, costs, device_times, diagnose
 from cmfast.cli._bench_contenders import Contender, Job
 from cmfast.engines import DeviceTimes, TimedEngine
-from cmfast.errors import EngineError
+from cmfast.errors import EngineError, engine_error
 from cmfast.model import Model
 from cmfast.roofline import Ceilings, Floor
 from cmfast.spec import ModelSpec
@@ -139,11 +139,17 @@ def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -
             engine.run({"x": x})
 
     # Of three calls, two hold a run that is a hundred times slower: the median is 101 runs' time.
-    found = device_times(engine, two_steps)
+    found, counted = device_times(engine, two_steps)
     assert calls == DEVICE_CALLS + 1 >= 21
+    assert counted == DEVICE_CALLS
     assert asdict(found) == pytest.approx({name: 101 * value for name, value in asdict(TIMES).items()})
-    one = device_times(engine, lambda: engine.run({"x": x}))
+    one, _ = device_times(engine, lambda: engine.run({"x": x}))
     assert one == TIMES, "a rare slow run does not move the median"
+
+
+def test_slow_calls_are_asked_a_few_times_only() -> None:
+    engine, x = FakeGpu(manifest()), np.ones((1, 1, 8, 8), np.float32)
+    assert device_times(engine, lambda: engine.run({"x": x}), seconds=0)[1] == DEVICE_FEW
 
 
 def test_an_engine_that_keeps_its_times_to_itself_is_an_error() -> None:
@@ -318,7 +324,7 @@ def test_the_times_of_a_gpu_are_recorded_shown_and_explained(
 def test_what_replays_graphs_itself_is_not_advised_to(variant: str, launches: bool) -> None:
     (contender,) = contenders(manifest())
     job = Job(contender=replace(contender, variant=variant), sigmas=(80.0,), batch=1, draw=lambda: np.zeros(1))
-    found = analysis.explain(job, 10, replace(TIMES, enqueue_ms=9), None, None)["diagnosis"]
+    found = analysis.explain(job, 10, (replace(TIMES, enqueue_ms=9), 20), None, None)["diagnosis"]
     assert found.startswith("launch-bound" if launches else "bound by the GPU")
 
 
@@ -481,6 +487,97 @@ def test_the_memory_of_who_runs_nowhere_is_given_back_before_the_timing(
     result = call(bench.main, "model.onnx", *ON_GPU, "--variants", "tensorrt", "--keep-going")
     assert result.returncode == 0, result.stderr
     assert seen[0] is None
+
+
+class Card:
+    """Memory for so many engines at a time, beside their weights."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.holders, self.most = room, set[Any](), 0
+
+
+class Holding(FakeGpu):
+    """One that keeps memory of the card from its first call on, as a captured graph does."""
+
+    def __init__(self, card: Card, name: str) -> None:
+        super().__init__(manifest(), name)
+        self._card = card
+
+    def run(self, inputs: Any) -> Any:
+        self._card.holders.add(self)
+        self._card.most = max(self._card.most, len(self._card.holders))
+        if len(self._card.holders) > self._card.room:
+            self.release()
+            raise engine_error("CUDA failed in cudaGraphInstantiate: out of memory")
+        return super().run(inputs)
+
+    def release(self) -> None:
+        self._card.holders.discard(self)
+
+
+def test_the_memory_of_a_setting_is_given_back_before_the_next(
+    gpu: Callable[..., list[Any]], call: Callable[..., Any]
+) -> None:
+    card = Card(room=2)
+
+    class PerBatch(Holding):
+        """A graph for each batch size, as PyTorch's engine keeps them."""
+
+        def run(self, inputs: Any) -> Any:
+            batches.setdefault(self, set()).add(len(inputs["x"]))
+            most.append(len(batches[self]))
+            return super().run(inputs)
+
+        def release(self) -> None:
+            batches.pop(self, None)
+            super().release()
+
+    batches: dict[Any, set[int]] = {}
+    most: list[int] = []
+    gpu({"model.onnx": PerBatch(card, "one"), "model.onnx cuda_graph": PerBatch(card, "two")})
+    options = [*ON_GPU, "--variants", "cuda_graph"]
+    options[options.index("--batch") + 1] = "1,2,4"
+    assert call(bench.main, "model.onnx", *options).returncode == 0
+    assert card.most == 2
+    assert max(most) == 1, "the graphs of several batch sizes were there at the same time"
+    assert not card.holders
+    assert len(json.loads(Path("bench.json").read_text())["rows"]) == 6
+
+
+@pytest.mark.parametrize("keep_going", [(), ("--keep-going",)])
+def test_who_has_no_memory_beside_the_others_is_timed_alone(
+    keep_going: tuple[str, ...], gpu: Callable[..., list[Any]], call: Callable[..., Any]
+) -> None:
+    card = Card(room=1)
+    result = bench_two(gpu, call, Holding(card, "one"), Holding(card, "two"), *keep_going)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(Path("bench.json").read_text())
+    assert [(row["contender"], row["alone"]) for row in record["rows"]] == [
+        ("model.onnx", False), ("model.onnx tensorrt", True),
+    ]  # fmt: skip
+    assert all(row["calls"] >= 20 and row["device_times"] for row in record["rows"])
+    assert record["left_out"] == []
+    assert "timing model.onnx tensorrt at 1 step(s), batch 1 alone: beside the others memory was short" in result.stderr
+
+
+def test_who_has_no_memory_alone_either_is_left_out(gpu: Callable[..., list[Any]], call: Callable[..., Any]) -> None:
+    card = Card(room=1)
+
+    class Growing(Holding):
+        """One that has room while images are compared, and from then on too little for itself."""
+
+        def run(self, inputs: Any) -> Any:
+            if self._runs >= 1:
+                raise engine_error("Failed to allocate memory for requested buffer of size 9")
+            return super().run(inputs)
+
+    result = bench_two(gpu, call, Holding(card, "one"), Growing(card, "two"), "--keep-going")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(Path("bench.json").read_text())
+    assert [row["contender"] for row in record["rows"]] == ["model.onnx"]
+    (left,) = record["left_out"]
+    assert (left["contender"], left["what"]) == ("model.onnx tensorrt", "run")
+    assert "Failed to allocate memory" in left["why"]
 
 
 # The process of its own.

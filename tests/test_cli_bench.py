@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image
 
 import cmfast
 from cmfast.artifact import Manifest
+from cmfast.cli import bench
 from cmfast.cli.bench import main
 from cmfast.engines import open_engine
 from cmfast.spec import ModelSpec
@@ -201,6 +203,8 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
     )
     assert record["ceilings"] == [], "no file says what it costs, so nothing was measured for it"
     assert str(tmp_path) not in text, "where the files lie is nobody's affair"
+
+    assert {row["alone"] for row in record["rows"]} == {False}
 
     # What the user sees.
     for row in record["rows"]:
@@ -559,6 +563,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "--batch", "1,0"], "--batch takes different whole numbers from 1, got 1,0"),
         (["a.onnx", "--threads", "0"], "threads must be at least 1, got 0"),
         (["a.onnx", "--tolerance", "0"], "--tolerance must be greater than 0, got 0"),
+        (["a.onnx", "--budget", "0"], "--budget must be greater than 0, got 0"),
         (["a.onnx", "--tolerance", "nan"], "--tolerance must be greater than 0, got nan"),
         (["a.onnx", "--precision", "fp16"], "--precision is what PyTorch runs the --baseline in, and none was given"),
         (["--baseline", "model.pt", "--precision", "int8"], "different names of fp32, tf32, fp16, bf16, got int8"),
@@ -604,6 +609,77 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
     before = content(tmp_path)
     refused(call(main, *arguments), words)
     assert content(tmp_path) == before
+
+
+# Time.
+
+
+def test_a_budget_ends_the_timing_and_says_what_was_left_out(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    other, file = scaled(handmade_onnx(8), tmp_path / "other.onnx", 0.01), tmp_path / "bench.json"
+    files = (handmade_onnx(8), other)
+    begun = time.perf_counter()
+    result = call(main, *files, "--batch", "1,2,3", "--steps", "1,2", "--seconds", 60, "--budget", 3, "--json", file)
+    took = time.perf_counter() - begun
+    assert result.returncode == 0, result.stderr
+    assert took < 3 + 5, "without it these are twelve minutes"
+    record = json.loads(file.read_text())
+    assert [(row["steps"], row["batch"], row["contender"]) for row in record["rows"]] == [
+        (steps, batch, name) for steps in (1, 2) for batch in (1, 2, 3) for name in ("side8.onnx", "other.onnx")
+    ]
+    assert min(row["calls"] for row in record["rows"]) >= 3
+    assert (record["options"]["budget"], record["options"]["starts"]) == (3, True)
+    # They come last, and as many as there is time for.
+    started = [row["contender"] for row in record["starts"]]
+    left = {each["contender"]: each for each in record["left_out"]}
+    assert sorted([*started, *left]) == ["other.onnx", "side8.onnx"]
+    for each in left.values():
+        assert (each["what"], each["why"]) == ("start", "no time was left of --budget 3 s")
+
+
+def test_settings_that_a_budget_has_no_time_for_are_named(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spent(bench.Budget):
+        """Used up once the first setting has been timed."""
+
+        def left(self) -> float:
+            return 0.0 if timed else 60.0
+
+    timed: list[object] = []
+    real = bench.time_setting
+
+    def time_setting(*arguments: Any) -> Any:
+        timed.append(real(*arguments))
+        return timed[-1]
+
+    monkeypatch.setattr(bench, "Budget", Spent)
+    monkeypatch.setattr(bench, "time_setting", time_setting)
+    file = tmp_path / "bench.json"
+    options = ("--batch", "1,2", "--steps", "1,2", *QUICK, "--budget", 60, "--json", file)
+    result = call(main, handmade_onnx(8), *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(file.read_text())
+    assert [(row["steps"], row["batch"]) for row in record["rows"]] == [(1, 1)]
+    assert left_out(record) == [
+        ("side8.onnx", 1, 2, "budget"),
+        ("side8.onnx", 2, 1, "budget"),
+        ("side8.onnx", 2, 2, "budget"),
+        ("side8.onnx", None, None, "start"),
+    ]
+    assert "left out: side8.onnx at 1 step(s), batch 2: no time was left of --budget 60 s\n" in result.stderr
+
+
+def test_starting_in_processes_of_their_own_can_be_left_out(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = ("--steps", 1, "--batch", 1, *QUICK, "--no-starts", "--json", tmp_path / "bench.json")
+    result = call(main, handmade_onnx(8), *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert (len(record["rows"]), record["starts"], record["left_out"]) == (1, [], [])
+    assert "process of its own" not in result.stdout + result.stderr
 
 
 # Trying dry.

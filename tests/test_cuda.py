@@ -18,7 +18,7 @@ from host_cuda import HostCuda
 
 from cmfast.engines import DeviceTimes
 from cmfast.engines import _cuda as cuda
-from cmfast.errors import EngineError
+from cmfast.errors import EngineError, OutOfMemory, engine_error
 
 MIB = 2**20
 Work = Callable[[], object]
@@ -187,9 +187,22 @@ def test_what_cuda_refuses_is_one_line_and_the_stream_works_afterwards(runtime: 
 
 
 def test_more_memory_than_there_is_is_an_error_and_less_is_had_afterwards(runtime: Any) -> None:
-    with pytest.raises(EngineError, match="CUDA failed in cudaMalloc: out of memory"):
+    with pytest.raises(OutOfMemory, match="CUDA failed in cudaMalloc: out of memory"):
         cuda.Buffer((2**46,), np.float32)
     cuda.Buffer((4,), np.float32).close()
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("Failed to allocate memory for requested buffer of size 83886080", True),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", True),
+        ("it failed; if memory is short, try a smaller batch: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_librarys_words_decide_whether_memory_was_short(said: str, short: bool) -> None:
+    assert isinstance(engine_error(said), OutOfMemory) == short
 
 
 def test_another_process_is_told_that_cuda_does_not_survive_a_fork() -> None:

@@ -395,6 +395,17 @@ def test_the_oldest_batch_size_is_dropped_and_its_graph_id_is_not_given_again(
     assert both.graph_ids()[-1] == str(module.KEPT + 2), "replaying graph 2 would write where its buffers were"
 
 
+def test_released_memory_is_freed_and_made_again(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    both = bench(denoiser(tmp_path / "model.onnx"), captures=True)
+    for batch in (1, 2):
+        both.device.run(inputs_of_denoiser(batch))
+    both.device.release()
+    assert not HostBuffer.alive
+    inputs = inputs_of_denoiser(2, seed=4)
+    np.testing.assert_array_equal(both.device.run(inputs), both.plain.run(inputs))
+    assert both.graph_ids() == ["3"], "a released graph would write where its buffers were"
+
+
 def test_without_captures_no_graph_is_asked_for(bench: Callable[..., Bench], tmp_path: Path) -> None:
     both = bench(denoiser(tmp_path / "model.onnx"), captures=False)
     both.device.run(inputs_of_denoiser(2))

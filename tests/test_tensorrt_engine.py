@@ -19,7 +19,7 @@ from host_cuda import HostCuda, HostTensorRt
 
 import cmfast
 from cmfast.artifact import file_sha256, read_manifest
-from cmfast.engines import _cuda, open_engine, tensorrt
+from cmfast.engines import ReleasingEngine, _cuda, open_engine, tensorrt
 from cmfast.engines.tensorrt import KEPT, check_gpu, check_host, check_version
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.noise import gaussian
@@ -88,6 +88,19 @@ def test_a_sampler_is_one_graph_a_batch_size_replayed_without_another_capture(on
     assert len(set(cuda.launches)) == 2
     for images in first[1:]:
         np.testing.assert_allclose(images, first[0][: len(images)], rtol=0, atol=1e-5)
+
+
+def test_released_memory_and_graphs_are_freed_and_made_again(on_host: Open) -> None:
+    model, cuda, _ = on_host("sampler")
+    noise = np.stack([gaussian(0, range(4), k, (1, 8, 8)) for k in range(2)])
+    before = [model.from_noise(noise[:, :n], (80.0, 0.8), np.arange(n)) for n in (4, 3)]
+    assert cuda.graphs
+    assert isinstance(model.engine, ReleasingEngine)
+    model.engine.release()
+    assert not cuda.graphs
+    assert not cuda.memory
+    np.testing.assert_array_equal(model.from_noise(noise, (80.0, 0.8), np.arange(4)), before[0])
+    assert len(cuda.graphs) == 1
 
 
 def test_replays_see_new_noise_and_new_labels(on_host: Open, plans: dict[str, Path]) -> None:

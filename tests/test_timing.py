@@ -64,6 +64,39 @@ def test_there_are_as_many_calls_as_asked_for_in_whole_bursts(calls: int, counte
     assert len(log) == 2 + counted * 4 // 3
 
 
+def test_slow_calls_are_few_once_they_have_taken_long_enough() -> None:
+    def calls(most_s: float) -> int:
+        log: list[str] = []
+        return len(
+            timing.interleave({"slow": sleeper(0.02, log, "slow")}, seconds=0.01, warmup_s=0, most_s=most_s)["slow"]
+        )
+
+    assert calls(0.05) == 6, "two bursts: five calls are enough"
+    assert calls(0.3) == 15
+    assert calls(math.inf) == 21, "seven bursts: twenty are"
+
+
+def test_a_burst_of_very_slow_calls_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LONG_S", 0.05)
+    log: list[str] = []
+    times = timing.interleave({"slow": sleeper(0.06, log, "slow")}, seconds=0, calls=2, warmup_s=0)
+    assert len(times["slow"]) == 2
+    assert len(log) == 2 + 2 * 2
+
+
+def test_a_budget_ends_the_rounds_and_each_has_had_a_turn() -> None:
+    log: list[str] = []
+    calls = {name: sleeper(0.02, log, name) for name in "abc"}
+    start = time.perf_counter()
+    times = timing.interleave(calls, seconds=60, budget_s=0.5)
+    took = time.perf_counter() - start
+    assert 0.5 <= took < 0.5 + 3 * (timing.PAUSE_S + 4 * 0.02) + 0.3, "a round over it at most"
+    assert len({len(each) for each in times.values()}) == 1, "whole rounds"
+    assert min(map(len, times.values())) >= 3
+    tight = timing.interleave(calls, seconds=60, budget_s=0)
+    assert [len(each) for each in tight.values()] == [3, 3, 3]
+
+
 def test_the_first_call_after_another_contender_is_not_counted() -> None:
     previous = ""
 

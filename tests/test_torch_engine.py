@@ -411,6 +411,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
+def test_released_programs_are_freed_and_made_again(recorded: list[str]) -> None:
+    device, inputs = OnCuda(captures=True, tf32=False, device="cpu"), inputs_of(3, 0)
+    first = device("double", double, inputs)
+    (program,) = map(weakref.ref, device._programs.values())
+    device.release()
+    assert program() is None, "something else holds the graph and its memory"
+    np.testing.assert_array_equal(device("double", double, inputs), first)
+    assert recorded.count("captured") == 2
+
+
 @pytest.mark.parametrize("captures", [False, True])
 def test_fixed_buffers_give_the_right_results_whatever_the_order_of_batch_sizes(
     captures: bool, recorded: list[str]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from cmfast.artifact import Manifest
     from cmfast.cli._bench_contenders import Contender, Job
 
-DEVICE_CALLS = 20  # with device times, after the timing
+DEVICE_CALLS, DEVICE_SECONDS, DEVICE_FEW = 20, 2.0, 3  # with device times, after the timing: at most, and after a while
 # Of the device's time: a host that needs more to hand over work does not keep the device busy. trtexec warns from here.
 LAUNCH = 0.8
 REPLAYED = {"cuda_graph", "compiled", "reduce-overhead"}  # words of variants; torch.compile records CUDA graphs itself
@@ -28,17 +29,23 @@ BUSY = 0.25  # of a ceiling: below, neither arithmetic nor memory is what the ti
 Cost = Mapping[str, float]
 
 
-def device_times(engine: TimedEngine, call: Callable[[], object], calls: int = DEVICE_CALLS) -> DeviceTimes:
-    """Return the medians over `calls` calls. A call that runs the engine several times counts all of them."""
+def device_times(
+    engine: TimedEngine, call: Callable[[], object], calls: int = DEVICE_CALLS, seconds: float = DEVICE_SECONDS
+) -> tuple[DeviceTimes, int]:
+    """Return the medians over `calls` calls, and how many they were; DEVICE_FEW are enough after so many seconds.
+
+    A call that runs the engine several times counts all of them.
+    """
+    end = time.perf_counter() + seconds
     call()  # the first after another contender is not counted, as in cmfast.timing
     rows: list[dict[str, float]] = []
-    for _ in range(calls):
+    while len(rows) < calls and (len(rows) < DEVICE_FEW or time.perf_counter() < end):
         with engine.timed() as times:
             call()
         if not times:
             raise EngineError("the engine promised the times of its calls and gave none")
         rows.append({name: sum(getattr(each, name) for each in times) for name in _TIMES})
-    return DeviceTimes(**{name: statistics.median(row[name] for row in rows) for name in _TIMES})
+    return DeviceTimes(**{name: statistics.median(row[name] for row in rows) for name in _TIMES}), len(rows)
 
 
 def costs(contenders: Sequence[Contender]) -> list[Cost | None]:
@@ -69,14 +76,19 @@ def measure_ceilings(dtypes: set[str], device: str, threads: int | None) -> dict
 
 
 def explain(
-    job: Job, wall_ms: float, times: DeviceTimes | None, cost: Cost | None, ceilings: Ceilings | None
+    job: Job,
+    wall_ms: float,
+    on_device: tuple[DeviceTimes, int] | None,
+    cost: Cost | None,
+    ceilings: Ceilings | None,
 ) -> dict[str, Any]:
     """Return what a row of the record says besides the times of its calls; None for what is not known."""
     steps = len(job.sigmas)
+    times, calls = on_device or (None, 0)
     floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
     replayed = not REPLAYED.isdisjoint(job.contender.variant.split()) or job.contender.file.suffix in ENGINE_SUFFIXES
     return {
-        "device_times": times and asdict(times) | {"calls": DEVICE_CALLS},
+        "device_times": times and asdict(times) | {"calls": calls},
         "flops": cost and steps * job.batch * cost["flops"],
         "floor_ms": floor and floor.ms,
         "floor_bound": floor and floor.bound,

@@ -16,9 +16,10 @@ from cmfast.artifact import ROUNDING, WINOGRAD
 from cmfast.checks import NotFinite, need_memory
 from cmfast.cli._bench_failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
 from cmfast.cli._bench_options import Options
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
 
 if TYPE_CHECKING:
+    from cmfast.engines import Engine
     from cmfast.model import Floats, Model
 
 # Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype. In float32 more than an export is
@@ -42,6 +43,13 @@ class Contender:
         """What the trunk computes in, as a manifest says it."""
         return self.model.manifest.dtype
 
+    def release(self) -> None:
+        """Free what the engine keeps on a GPU for batch sizes, graphs above all; calling it makes them again."""
+        from cmfast.engines import ReleasingEngine
+
+        if isinstance(self.model.engine, ReleasingEngine):
+            self.model.engine.release()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -60,12 +68,13 @@ class Job:
         except NotFinite:
             raise
         except CmfastError as err:
-            raise ContenderFailed(self, str(err)) from None
+            raise ContenderFailed(self, str(err), memory=isinstance(err, OutOfMemory)) from None
         except Exception as err:
             if not self.keep_going:
                 err.add_note(f"cmfast-bench was running {self.name}")
                 raise
-            raise ContenderFailed(self, reason(err)) from None
+            short = isinstance(engine_error(reason(err)), OutOfMemory)
+            raise ContenderFailed(self, reason(err), memory=short) from None
 
     @property
     def where(self) -> str:
@@ -90,6 +99,7 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
             engine = open_engine(
                 wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
             )
+            _check_float32(engine, options.device)
         except Exception as err:
             if not (options.keep_going or (isinstance(err, EngineError) and not wanted.asked)):
                 raise
@@ -114,6 +124,18 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
         )
     # a denoiser runs at every setting
     return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
+
+
+def _check_float32(engine: Engine, device: str) -> None:
+    """Raise EngineError where ONNX Runtime would run a float32 file on a GPU as TensorFloat-32: rates of two kinds."""
+    if device != "cuda" or engine.manifest.dtype != "float32" or not engine.name.startswith("ONNX Runtime"):
+        return
+    from cmfast.engines.onnxruntime import OnnxRuntimeEngine
+
+    if isinstance(engine, OnnxRuntimeEngine):
+        from cmfast.engines._onnxruntime_float32 import check_float32
+
+        check_float32(device)
 
 
 def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:
@@ -165,7 +187,8 @@ def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> lis
 
     tolerance  None: by the less precise type of the two
 
-    Where the first one fails and that does not stop the command, the next is what the others are compared with.
+    Where the first one fails and that does not stop the command, the next is what the others are compared with. One
+    after the other they get the device's memory for themselves, beside the weights of all.
     """
     import numpy as np
 
@@ -191,6 +214,8 @@ def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> lis
         except (ContenderFailed, ContenderDiffers) as failure:
             failures.met(failure)
             continue
+        finally:
+            job.contender.release()
         reference = first, wanted
         agreed.append(Agreed(job=job, difference=difference, allowed=allowed))
     return agreed

@@ -24,7 +24,7 @@ class LeftOut:
     """What a record lacks, and why."""
 
     contender: str
-    what: str  # opening, images (they differ), run: no row; start, device_times: only that
+    what: str  # opening, images (they differ), run, budget (no time was left): no row; start, device_times: only that
     why: str
     steps: int | None = None  # network calls an image; None: all
     batch: int | None = None  # images at a time; None: all
@@ -38,9 +38,10 @@ class LeftOut:
 class ContenderFailed(EngineError):
     """A contender failed at a setting. The message begins with both."""
 
-    def __init__(self, job: Job, why: str) -> None:
+    def __init__(self, job: Job, why: str, *, memory: bool = False) -> None:
         super().__init__(f"{job.name}: {why}")
         self.job, self.why, self.what = job, why, "run"
+        self.memory = memory  # whether it was short, perhaps only beside the other contenders
 
 
 class ContenderDiffers(CheckFailed):
@@ -78,6 +79,15 @@ class Failures:
                 batch=job.batch,
             )
         )
+
+    def no_time(self, jobs: Sequence[Job], budget: float) -> None:
+        """Note that nothing of a setting was timed, because --budget was used up."""
+        for job in jobs:
+            left = LeftOut(
+                contender=job.contender.name, what="budget", why=f"no time was left of --budget {budget:g} s",
+                steps=len(job.sigmas), batch=job.batch,
+            )  # fmt: skip
+            self.note(left)
 
     def note(self, left: LeftOut) -> None:
         """Keep, and tell the user, what is left out; where the files lie is not for a record."""

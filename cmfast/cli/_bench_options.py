@@ -40,6 +40,8 @@ class Options:
     threads: int | None = None  # of the CPU; None: the engine's choice
     device: str = "cpu"
     tolerance: float | None = None  # largest difference from the reference, images in [-1, 1]; None: by the type
+    budget: float | None = None  # seconds of comparing, timing and all else; None: as long as it takes
+    starts: bool = True  # also start each contender in a process of its own
     keep_going: bool = False  # leave out a contender that fails or differs, and say so; else stop
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class Options:
             most = MAX_STEPS if name == "steps" else MAX_BATCH
             if max(values) > most:
                 raise CmfastError(f"--{name} takes numbers up to {most}, got {shown(max(values))}")
-        for name, value in (("seconds", self.seconds), ("tolerance", self.tolerance)):
+        for name, value in (("seconds", self.seconds), ("tolerance", self.tolerance), ("budget", self.budget)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise CmfastError(f"--{name} must be greater than 0, got {value:g}")
         if self.seconds > MAX_SECONDS:

@@ -10,26 +10,25 @@ is described in benchmarks/README.md.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cmfast.cli._bench_contenders import Agreed, Contender, Job, check_all_run, compare, open_contenders, plan
-from cmfast.cli._bench_failures import ContenderFailed, Failures, LeftOut
+from cmfast.cli._bench_failures import Failures, LeftOut
 from cmfast.cli._bench_options import Options
 from cmfast.cli._bench_report import draw, need_matplotlib, show
+from cmfast.cli._bench_timing import Budget, Times, time_setting
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.errors import CmfastError, EngineError
-
-if TYPE_CHECKING:
-    from cmfast.engines import DeviceTimes
 
 EPILOG = """\b
 Examples:
@@ -40,7 +39,6 @@ Examples:
   cmfast-bench sampler.engine fp16.onnx --baseline model.pt --device cuda --variants channels_last,cuda_graph
 """
 
-MIN_CALLS = 20  # counted, of each contender at each setting
 INCLUDED = {  # what the numbers of a record stand for
     "median_ms": "host wall time from numpy noise to numpy images, transfers in and out included",
     "device_times": "medians over calls after the timing, each call the sum of the engine's runs in it; host_ms and "
@@ -48,6 +46,7 @@ INCLUDED = {  # what the numbers of a record stand for
     "flops": "operations of the call: convolutions and matrix products, of all steps and images",
     "floor_ms": "the larger of operations over the measured matrix rate and bytes over the measured bandwidth",
     "of_roofline": "floor_ms / median_ms",
+    "alone": "timed after the others and not in turns with them, beside whom the device's memory was short",
 }
 
 
@@ -76,6 +75,8 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option("--batch", type=INTS, default="1,8", show_default=True, help="Images at a time.")
 @click.option("--compile", "compiled", is_flag=True, help="Also the variant compiled (a minute or more each).")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Counted time of each at each setting.")
+@click.option("--budget", type=float, help="Seconds for everything, most to the first settings; default: no limit.")
+@click.option("--starts/--no-starts", default=True, show_default=True, help="Start each in a process of its own too.")
 @click.option("--threads", type=int, help="CPU threads; default: each engine's choice.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
@@ -95,6 +96,8 @@ def command(
     batch: tuple[int, ...],
     compiled: bool,
     seconds: float,
+    budget: float | None,
+    starts: bool,
     threads: int | None,
     device: str,
     tolerance: float | None,
@@ -118,6 +121,8 @@ def command(
         batch=batch,
         compiled=compiled,
         seconds=seconds,
+        budget=budget,
+        starts=starts,
         threads=threads,
         device=device,
         tolerance=tolerance,
@@ -133,7 +138,8 @@ def command(
     if dry_run:
         for jobs in settings:
             click.echo(f"{jobs[0].where}: {', '.join(job.contender.name for job in jobs)}")
-        click.echo(f"at least {seconds * sum(map(len, settings)):,.0f} s of timing")
+        least = min(seconds * sum(map(len, settings)), budget or math.inf)
+        click.echo(f"at least {least:,.0f} s of timing")
         return
     record = measure(contenders, settings, options, failures)
     show(record)
@@ -158,39 +164,46 @@ def measure(
     from cmfast.cli import _bench_analysis as analysis
 
     # A live progress bar would redraw on the core that is being timed, so there are lines instead.
+    budget = Budget(options.budget)
     click.echo("comparing the images", err=True)
-    agreed = [setting for jobs in settings if (setting := compare(jobs, options.tolerance, failures))]
+    agreed = [setting for jobs in settings if (setting := _compared(jobs, options, failures, budget))]
     # In place: nobody is to hold the memory of those that run nowhere.
     settings[:] = [[each.job for each in setting] for setting in agreed]
     contenders[:] = [c for c in contenders if any(job.contender is c for jobs in settings for job in jobs)]
     failures.check_some_are_left(settings)
-    starts = _starts(contenders, settings, options, failures)
+    # Without a budget first: what does not start is not worth timing. With one last, in what is left.
+    starts = [] if options.budget else _starts(contenders, settings, options, failures, budget)
     before = timing.cpu_ticks()
-    times: dict[str, list[float]] = {}
-    timed = [left for setting in agreed if (left := _time(setting, options, failures, times))]
+    times = Times()
+    timed = []
+    for i, setting in enumerate(agreed):
+        seconds = budget.left() / (len(agreed) - i)
+        if not seconds:
+            failures.no_time([each.job for each in setting], options.budget or 0)
+        elif left := time_setting(setting, options, failures, times, seconds):
+            timed.append(left)
     load, steal = timing.load_average(), timing.steal_share(before, timing.cpu_ticks())
     failures.check_some_are_left(timed)
-    on_device = {
-        each.job.name: found
-        for setting in timed
-        for each in setting
-        if options.device == "cuda" and (found := _device_times(each.job, failures))
-    }
     costs = {c.name: cost for c, cost in zip(contenders, analysis.costs(contenders), strict=True)}
-    ceilings = analysis.measure_ceilings(
-        {c.dtype for c in contenders if costs[c.name]}, options.device, options.threads
-    )
+    dtypes = {c.dtype for c in contenders if costs[c.name]}
+    ceilings = analysis.measure_ceilings(dtypes, options.device, options.threads) if budget.left() else {}
+    if options.budget:
+        starts = _starts(contenders, settings, options, failures, budget)
     rows = []
     for setting in timed:
         for each, row in zip(setting, _rows(setting, times), strict=True):
             name, contender = each.job.name, each.job.contender
             cost, ceiling = costs[contender.name], ceilings.get(contender.dtype)
-            rows.append(row | analysis.explain(each.job, row["median_ms"], on_device.get(name), cost, ceiling))
+            rows.append(row | analysis.explain(each.job, row["median_ms"], times.on_device.get(name), cost, ceiling))
     values = asdict(options) | {
         "models": [file.name for file in options.models],
         "baseline": options.baseline.name if options.baseline else None,
     }
-    conditions = {"load_average": load, "steal": steal, "warning": timing.noise_warning(times, load=load, steal=steal)}
+    conditions = {
+        "load_average": load,
+        "steal": steal,
+        "warning": timing.noise_warning(times.calls_ms, load=load, steal=steal),
+    }
     return {
         "what": "sample",
         **timing.provenance(),
@@ -204,67 +217,49 @@ def measure(
     }
 
 
+def _compared(jobs: list[Job], options: Options, failures: Failures, budget: Budget) -> list[Agreed]:
+    """Return the jobs of one setting that may be timed; none where --budget has been used up by the settings before."""
+    if budget.left():
+        return compare(jobs, options.tolerance, failures)
+    failures.no_time(jobs, options.budget or 0)
+    return []
+
+
 def _starts(
-    contenders: list[Contender], settings: list[list[Job]], options: Options, failures: Failures
+    contenders: list[Contender], settings: list[list[Job]], options: Options, failures: Failures, budget: Budget
 ) -> list[dict[str, Any]]:
-    """Return what each contender costs to start.
+    """Return what each contender costs to start: none without --starts, and with --budget as many as it allows.
 
     With keep_going one that does not start there is timed all the same: a GPU's memory may be short in a second process
-    because of what all contenders hold in this one.
+    because of what all contenders hold in this one. With --budget all have been timed already.
     """
-    starts = []
-    for contender in contenders:
+    starts: list[dict[str, Any]] = []
+    longest = 0.0
+    for contender in contenders if options.starts else ():
+        begun = budget.left()
+        if begun <= longest:
+            why = f"no time was left of --budget {options.budget:g} s"
+            failures.note(LeftOut(contender=contender.name, what="start", why=why))
+            continue
         click.echo(f"starting {contender.name} in a process of its own", err=True)
         job = next(job for jobs in settings for job in jobs if job.contender is contender)
         try:
             starts.append(_start(job, options))
         except EngineError as err:
-            if not options.keep_going:
+            if not (options.keep_going or options.budget):
                 raise
             failures.note(LeftOut(contender=contender.name, what="start", why=str(err)))
+        if options.budget:
+            longest = max(longest, begun - budget.left())
     return starts
 
 
-def _time(agreed: list[Agreed], options: Options, failures: Failures, times: dict[str, list[float]]) -> list[Agreed]:
-    """Time the jobs of one setting; return those that came to the end, the times of their calls, ms, in `times`."""
-    from cmfast import timing
-
-    while agreed:
-        click.echo(f"timing {agreed[0].job.where}: {len(agreed)} contender(s)", err=True)
-        calls = {each.job.name: each.job.call for each in agreed}
-        try:
-            times |= timing.interleave(calls, seconds=options.seconds, calls=MIN_CALLS)
-        except ContenderFailed as failure:
-            failures.met(failure)
-            others = [each.job for each in agreed if each.job is not failure.job]
-            agreed = compare(others, options.tolerance, failures)  # anew: it may have been the reference
-        else:
-            break
-    return agreed
-
-
-def _device_times(job: Job, failures: Failures) -> DeviceTimes | None:
-    """Return the times of a job on the device; None where its engine does not tell, or fails when it is asked."""
-    from cmfast.cli import _bench_analysis as analysis
-    from cmfast.engines import TimedEngine
-
-    engine = job.contender.model.engine
-    if not isinstance(engine, TimedEngine):
-        return None
-    try:
-        return analysis.device_times(engine, job.call)
-    except EngineError as err:
-        failure = err if isinstance(err, ContenderFailed) else ContenderFailed(job, str(err))
-        failures.met(failure, what="device_times")
-        return None
-
-
-def _rows(setting: list[Agreed], times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+def _rows(setting: list[Agreed], times: Times) -> Iterator[dict[str, Any]]:
     """Yield the rows of one setting, as far as they are about its times."""
     from cmfast import timing
 
     jobs = [each.job for each in setting]
-    medians = {job.name: timing.summarise(times[job.name]).median_ms for job in jobs}
+    medians = {job.name: timing.summarise(times.calls_ms[job.name]).median_ms for job in jobs}
     eager = {job.contender.dtype: job for job in jobs if job.contender.eager}
     for each in setting:
         job, dtype = each.job, each.job.contender.dtype
@@ -277,7 +272,7 @@ def _rows(setting: list[Agreed], times: dict[str, list[float]]) -> Iterator[dict
             "steps": len(job.sigmas),
             "sigmas": list(job.sigmas),
             "batch": job.batch,
-            **asdict(timing.summarise(times[job.name])),
+            **asdict(timing.summarise(times.calls_ms[job.name])),
             "images_per_s": 1000 * job.batch / median,
             "reference": jobs[0].contender.name,
             "times_as_fast": medians[jobs[0].name] / median,
@@ -285,6 +280,7 @@ def _rows(setting: list[Agreed], times: dict[str, list[float]]) -> Iterator[dict
             "times_as_fast_same_precision": same and medians[same.name] / median,
             "max_abs_diff": each.difference,
             "tolerance": each.allowed,
+            "alone": job.name in times.alone,
         }
 
 

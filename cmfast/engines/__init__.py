@@ -113,6 +113,15 @@ class TimedEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class ReleasingEngine(Protocol):
+    """An engine on a GPU that keeps memory for the batch sizes it was called with."""
+
+    def release(self) -> None:
+        """Free buffers and captured graphs, but not the weights; the next call makes its own again."""
+        ...
+
+
 def open_engine(
     path: str | os.PathLike[str],
     device: str | None = None,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.engines import DeviceTimes, Inputs
-from cmfast.errors import EngineError, MissingDependency
+from cmfast.errors import EngineError, MissingDependency, engine_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     error, *values = function(*arguments)
     if int(error):
         cuda = runtime()
-        raise EngineError(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
+        raise engine_error(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
     return values[0] if values else None
 
 

@@ -32,7 +32,7 @@ from cmfast.engines._clock import Clock
 from cmfast.engines._onnx_file import OnnxFile
 from cmfast.engines._onnxruntime_library import cause, import_onnxruntime
 from cmfast.engines._origin import Origin, pickled
-from cmfast.errors import ArtifactError, CmfastError, EngineError, one_line
+from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error, one_line
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
@@ -41,7 +41,7 @@ _OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
 
 
 class OnnxRuntimeEngine:
-    """A graph run by ONNX Runtime. The contract is `cmfast.engines.Engine`, on CUDA also `TimedEngine`.
+    """A graph run by ONNX Runtime. The contract: `cmfast.engines.Engine`, on CUDA `TimedEngine` and `ReleasingEngine`.
 
     variant  "": node by node. On CUDA also:
              "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
@@ -54,8 +54,7 @@ class OnnxRuntimeEngine:
              takes what TensorRT does not
 
     The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
-    TensorFloat-32 (`artifact.may_use_tf32`; a CPU has none). Where cuDNN has no other way to convolve, ONNX Runtime
-    takes tensor cores all the same and says nothing (conv.cc, "Try fallback"): `_onnxruntime_float32` measures it.
+    TensorFloat-32 (`artifact.may_use_tf32`). `_onnxruntime_float32` measures whether it is so on a GPU.
 
     One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
     the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
@@ -63,6 +62,7 @@ class OnnxRuntimeEngine:
     """
 
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
+    release: Callable[[], None]  # on CUDA only
     origin: Origin | None = None
 
     def __init__(
@@ -105,7 +105,7 @@ class OnnxRuntimeEngine:
                 self._session = _open(ort, file, options, self.manifest.dtype, wanted)
             self.batch = self._check_graph(path)
             self._device = _Device(ort, self._session, self.manifest, stream, captures=variant == "cuda_graph")
-            self.timed = self._device.timed
+            self.timed, self.release = self._device.timed, self._device.release
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
@@ -117,7 +117,7 @@ class OnnxRuntimeEngine:
         except CmfastError:
             raise
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            raise EngineError(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
+            raise engine_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
         first = inputs["noise" if "noise" in inputs else "x"]
         want = (first.shape[_batch_axis(self.manifest.kind)], *self.manifest.spec.image)
         if output.dtype != np.float32 or output.shape != want:
@@ -218,9 +218,14 @@ class _Device:
             result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
         except Exception as err:
             self._close(bound)
-            raise EngineError(f"{self._failure(new)}: {cause(err)}") from None
+            raise engine_error(f"{self._failure(new)}: {cause(err)}") from None
         self._ready[key] = bound  # the last used last
         return result
+
+    def release(self) -> None:
+        """Free what is kept for batch sizes; the contract is `cmfast.engines.ReleasingEngine`."""
+        while self._ready:
+            self._close(self._ready.popitem()[1])
 
     def _bind(self, inputs: Inputs) -> _Bound:
         """Return buffers for inputs of these shapes, bound to the session."""

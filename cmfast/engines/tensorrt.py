@@ -34,7 +34,7 @@ from cmfast.engines._tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.errors import CmfastError, CmfastWarning, EngineError
+from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
 from cmfast.plan import parse_plan
 
 KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
@@ -110,6 +110,11 @@ class TensorRtEngine:
             parts.append(self._run(part, wanted)[:size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def release(self) -> None:
+        """Free what is kept for batch sizes; the contract is `cmfast.engines.ReleasingEngine`."""
+        while self._ready:
+            self._ready.popitem()[1].close()
+
     def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
         ready = self._ready.pop(batch, None) or self._prepare(batch)
         self._ready[batch] = ready  # the last used last
@@ -127,7 +132,7 @@ class TensorRtEngine:
             self._ready.pop(next(iter(self._ready))).close()
         context = self._context()
         if context is None:
-            raise EngineError(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
+            raise OutOfMemory(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
         buffers: dict[str, cuda.Buffer] = {}
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         input_mode = self._trt.TensorIOMode.INPUT

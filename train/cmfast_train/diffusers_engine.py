@@ -18,7 +18,7 @@ from cmfast.artifact import Manifest
 from cmfast.engines import Inputs
 from cmfast.engines._cuda import check_process
 from cmfast.engines._origin import Origin, pickled
-from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
+from cmfast.errors import CmfastError, EngineError, MissingDependency, OutOfMemory, one_line
 from cmfast.schedule import karras_sigmas
 from cmfast_train.engine import out_of_memory, set_threads
 from cmfast_train.importers import identify
@@ -91,7 +91,7 @@ class DiffusersEngine:
         except (RuntimeError, MemoryError) as err:
             if not out_of_memory(err):
                 raise
-            raise EngineError(f"{self.name} is short of memory; try a smaller batch: {one_line(err)}") from None
+            raise OutOfMemory(f"{self.name} is short of memory; try a smaller batch: {one_line(err)}") from None
         return np.ascontiguousarray(np.moveaxis(images * 2 - 1, -1, 1), np.float32)
 
     def _timesteps(self, sigmas: Sequence[float]) -> list[int]:

@@ -27,7 +27,7 @@ from cmfast.artifact import PRECISIONS, Manifest
 from cmfast.engines import DeviceTimes, Drawn, Inputs, variant_words
 from cmfast.engines._cuda import check_process
 from cmfast.engines._origin import Origin, pickled
-from cmfast.errors import EngineError
+from cmfast.errors import EngineError, OutOfMemory
 from cmfast.noise import as_u64
 from cmfast.sampler import sample
 from cmfast.spec import ModelSpec
@@ -52,7 +52,8 @@ MODES = {"compiled": "max-autotune", "reduce-overhead": "reduce-overhead"}  # of
 class TorchEngine:
     """A model of any format that is known, run by PyTorch.
 
-    The contracts are `cmfast.engines.Engine` and `LoopEngine`, on CUDA also `TimedEngine` and `DrawEngine`.
+    The contracts are `cmfast.engines.Engine` and `LoopEngine`, on CUDA also `TimedEngine`, `DrawEngine` and
+    `ReleasingEngine`.
 
     variant    words, separated by spaces or commas. None: eager. "channels_last": with that memory format. "fused", on
                CUDA: with kernels that do the work of several operations, in that format. "compiled": by torch.compile,
@@ -67,6 +68,7 @@ class TorchEngine:
     batch: int | None = None
     origin: Origin | None = None
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
+    release: Callable[[], None]  # on CUDA only
     draw: Callable[..., Iterator[Drawn]]  # on CUDA only: a CPU draws noise faster by numpy
 
     def __init__(
@@ -96,7 +98,7 @@ class TorchEngine:
             self._run_on(OnCuda(captures="cuda_graph" in words, tf32=precision == "tf32"))
 
     def _run_on(self, device: OnCuda) -> None:
-        self._execute, self.timed = device, device.timed
+        self._execute, self.timed, self.release = device, device.timed, device.release
         self._border = replace(self._border, process=os.getpid())
         # of the parts, not of self, which would be a cycle
         self.draw = functools.partial(_draw, device, self._border, self._call, self.manifest.spec)
@@ -187,7 +189,7 @@ class _Border:
             yield
         except (RuntimeError, MemoryError) as err:
             if out_of_memory(err):
-                raise EngineError(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
+                raise OutOfMemory(f"{self.name} is short of memory; try a smaller batch: {_line(err)}") from None
             if not self.compiled:
                 raise
             # commonly: there is no C++ compiler

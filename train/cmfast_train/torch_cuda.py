@@ -69,6 +69,15 @@ class OnCuda:
         if before is not None:
             yield self._wait(before)
 
+    def release(self) -> None:
+        """Free what is kept for shapes; the contract is `cmfast.engines.ReleasingEngine`.
+
+        What torch.compile recorded itself stays: only compiling again would make it anew.
+        """
+        self._programs.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # other libraries take theirs from the driver
+
     def _hand_over(self, what: Hashable, compute: ComputeAll, inputs: Inputs) -> _Call:
         begun = time.perf_counter()
         key = (what, *((name, value.shape) for name, value in inputs.items()))
