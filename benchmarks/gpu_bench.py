@@ -12,7 +12,9 @@ from gpu_cells import EAGER, Bench, Cell
 from gpu_items import Item
 
 WAYS = ("channels_last", "cuda_graph", "channels_last cuda_graph", "fused cuda_graph")
+FEW = (EAGER, *WAYS[2:])  # of them, in other precisions than bf16
 COMPILED = ("reduce-overhead", "compiled")  # torch.compile: seconds, and minutes
+PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 BATCHES = (1, 8, 64, 256)
 MAIN = (1, 64, 256)  # of them, what is looked at first
 EXPECT_S = {"digits": 0.5, "mnist": 2.0, "cifar10": 3.0, "imagenet64": 5.0}  # twice at batch 256, in float32
@@ -38,26 +40,29 @@ def ceiling_items(device: str) -> Iterator[Item]:
 
 
 def _ordered(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
-    def cells(precision: str, batches: Sequence[int], steps: int = 1) -> Iterator[Item]:
+    def cells(
+        precision: str, batches: Sequence[int], steps: int = 1, ways: Sequence[str] = (EAGER, *WAYS)
+    ) -> Iterator[Item]:
         for network in networks:
             for batch in batches:
                 cell = Cell(network=network, precision=precision, batch=batch, steps=steps)
-                yield from (_item(bench, cell, way) for way in (EAGER, *WAYS))
+                yield from (_item(bench, cell, way) for way in ways)
 
     yield from cells("bf16", MAIN)
     yield from gpu_extra.items(bench, networks)
-    yield from cells("fp16", MAIN)
-    yield from cells("bf16", MAIN, 2)
-    yield from cells("tf32", MAIN)
-    yield from cells("fp32", (1, 64))
-    yield from cells("bf16", (8,))
+    for precision in ("fp16", "tf32", "fp32"):  # a little of everything before all of anything
+        yield from cells(precision, (64,), ways=FEW)
+    yield from cells("bf16", (64,), 2, FEW)
+    for precision in ("fp16", "tf32", "fp32"):
+        yield from cells(precision, (1, 256) if precision == "fp16" else (1,), ways=FEW)
+    yield from cells("bf16", MAIN, 2, FEW)
+    for steps in (1, 2):
+        for precision in PRECISIONS:
+            yield from cells(precision, BATCHES, steps)
     for way in COMPILED:
         for network in networks:
             if network != "imagenet64":  # minutes of compiling
                 yield from (_item(bench, Cell(network=network, precision="bf16", batch=b), way) for b in MAIN)
-    for steps in (1, 2):
-        for precision in ("fp16", "tf32", "fp32"):
-            yield from cells(precision, BATCHES, steps)
 
 
 def _item(bench: Bench, cell: Cell, way: str) -> Item:

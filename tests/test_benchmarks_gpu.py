@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +240,57 @@ def test_a_number_that_is_not_finite_is_written_as_a_word(tmp_path: Path) -> Non
     assert lines_of(out) == [{"line": "head", "a": "nan", "b": ["inf", 1], "c": "x"}]
 
 
+# A copy of the repository on another machine.
+
+
+def test_a_copy_without_git_says_what_it_is_a_copy_of(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "cmfast", tmp_path / "cmfast", ignore=shutil.ignore_patterns("__pycache__"))
+    program = "import json; from cmfast.timing import commit; print(json.dumps(commit()))"
+
+    def commit(**environment: str) -> Any:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "CMFAST_"))}
+        found = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=kept | {"PYTHONPATH": str(tmp_path)} | environment,
+        )  # fmt: skip
+        return json.loads(found.stdout)
+
+    assert commit() is None
+    assert commit(CMFAST_COMMIT="abc1") == {"commit": "abc1", "dirty": False}
+    assert commit(CMFAST_COMMIT="abc1-dirty") == {"commit": "abc1", "dirty": True}
+
+
+def test_offline_gives_absolute_folders_and_the_entry_points_of_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import offline
+
+    printed = subprocess.run([sys.executable, "benchmarks/offline.py"], cwd=ROOT, capture_output=True, text=True)
+    folders = [Path(part) for part in printed.stdout.strip().split(os.pathsep)]
+    assert folders[:3] == [ROOT, ROOT / "train", ROOT / "export"]
+    assert all(folder.is_absolute() for folder in folders)
+    offline.write_metadata(tmp_path)
+    (found,) = distributions(path=[str(tmp_path)])
+    assert ("folder", "cmfast_train.engine:open_folder") in {
+        (entry.name, entry.value) for entry in found.entry_points if entry.group == "cmfast.engines"
+    }
+
+
+def test_packed_files_of_mnist_are_put_where_torchvision_looks(tmp_path: Path) -> None:
+    from gpu_train import MNIST_FILES, Training, TrainRequest
+
+    (tmp_path / "data").mkdir()
+    for name in MNIST_FILES:
+        (tmp_path / "data" / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
+    request = TrainRequest(
+        preset="mnist", settings=(), data_root=tmp_path / "data", run=tmp_path / "run", out=tmp_path / "out.jsonl",
+        device="cpu", until=0.0, budget=1.0,
+    )  # fmt: skip
+    root = Training(request, None).data_root()  # type: ignore[arg-type]
+    assert root is not None
+    assert {file.name: file.read_text() for file in (root / "MNIST" / "raw").iterdir()} == {n: n for n in MNIST_FILES}
+
+
 # Rehearsals.
 
 SMOKE = {"device", "ceiling copy", "ceiling float32", "attention bfloat16", "float32", "dropout masks", "train bf16"}
@@ -284,14 +338,14 @@ def test_a_rehearsal_of_bench_compares_and_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["bench", "train"])
 def test_the_budget_ends_a_rehearsal_that_has_more_to_do(what: str, tmp_path: Path) -> None:
-    out, done = rehearse(tmp_path, what, budget=14)
+    out, done = rehearse(tmp_path, what, budget=9)
     assert lines_of(out)[-1]["line"] == "end"
     assert done.returncode in (0, 1)
     found = items_of(out)
     if "kind" in found.get("plan", {}):  # a busy machine may not come to it
         images = found["plan"]["images"]
         assert all(images[method] % 64 == 0 < images[method] for method in ("edm", "ect"))
-        assert found["plan"]["seconds_left"] < 14 * 0.65
+        assert found["plan"]["seconds_left"] < 9 * 0.65
 
 
 def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_path: Path) -> None:
