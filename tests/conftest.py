@@ -34,7 +34,7 @@ settings.load_profile("cmfast")
 
 Result = subprocess.CompletedProcess
 # What test modules may import although a machine lacks it: `only_installed` imitates one.
-OPTIONAL = {"google", "ml_dtypes", "onnx_ir", "onnxscript", "tensorboard", "torchvision", "tritonclient"}
+OPTIONAL = {"google", "ml_dtypes", "onnx_ir", "onnxscript", "tensorboard", "torchvision", "triton", "tritonclient"}
 
 
 @pytest.hookimpl(wrapper=True)
