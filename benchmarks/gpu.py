@@ -150,11 +150,13 @@ def tests(files: tuple[str, ...], **common: Any) -> int | None:
 @click.option("--json", "json_file", type=PATH, required=True, help="The record.")
 def record(files: tuple[Path, ...], json_file: Path) -> None:
     """Merge the lines of several commands on one machine into one record."""
-    from gpu_record import merge
+    from gpu_record import bars, merge
 
     check_target(json_file, inputs=files)
     merged = merge(files)
     write_text(json_file, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    for words in bars(merged):
+        click.echo(words)
     counts = merged["counts"]
     click.echo(f"{counts['measured']} measured, {counts['failed']} failed, {counts['skipped']} skipped: {json_file}")
 

@@ -16,7 +16,10 @@ SAME = ("machine", "versions", "commit", "code", "device")  # of the heads of al
 RESULTS = ROOT / "benchmarks" / "results"
 NONE = "No record yet: nothing has been measured on a GPU."
 BEGIN, END = "<!-- gpu table: benchmarks/gpu.py table -->", "<!-- end of gpu table -->"
-_Check = type | tuple[type, ...]
+# What a record of a card is to show: at these batches times as fast as eager in the same precision;
+# of the roofline at batch 256; of the network's own rate by Model.sample; the Frechet distance of a short training.
+TIMES_AS_FAST = {1: 4.0, 64: 1.8}
+OF_ROOFLINE, OF_NETWORK, DISTANCE = 0.6, 0.8, 3.0
 _NUMBER = (int, float)
 _TIMES = {"median_ms": _NUMBER, "p10_ms": _NUMBER, "p90_ms": _NUMBER, "calls": int}
 SCHEMA: dict[str, dict[str, Any]] = {  # what a line of a kind must have, by type; a mapping has these inside
@@ -105,6 +108,33 @@ def _check_fields(values: Any, schema: dict[str, Any], where: str) -> None:
             _check_fields(found, wanted, f"{where}: {name}")
         elif not isinstance(found, wanted):
             raise CmfastError(f"{where}: {name} is {found!r}")
+
+
+def bars(record: dict[str, Any]) -> list[str]:
+    """Return what a record has of what it is to show, in words, and whether it does."""
+    found = []
+    for (network, precision, steps, batch), lines in _rows(record).items():
+        where = f"{network} {precision} batch {batch} steps {steps}"
+        best = max(lines, key=lambda line: line["times_as_fast"])
+        if batch in TIMES_AS_FAST:
+            words = f"{where}: {best['way']} {best['times_as_fast']:.2f}x eager"
+            found.append(_held(words, best["times_as_fast"] >= TIMES_AS_FAST[batch], f"{TIMES_AS_FAST[batch]:g}x"))
+        closest = max(lines, key=lambda line: line.get("of_roofline", 0.0))
+        if batch == 256 and "of_roofline" in closest:
+            words = f"{where}: {closest['way']} {closest['of_roofline']:.0%} of the roofline"
+            found.append(_held(words, closest["of_roofline"] >= OF_ROOFLINE, f"{OF_ROOFLINE:.0%}"))
+    for line in _of(record, "sample"):
+        words = f"{line['network']}: Model.sample {line['of_network']:.0%} of the network's own rate"
+        found.append(_held(words, line["of_network"] >= OF_NETWORK, f"{OF_NETWORK:.0%}"))
+    for line in _of(record, "evaluation"):
+        if line["model"] == "few steps" and line["calls"] <= 2:
+            words = f"trained: {line['calls']} call(s), {line['n']:,} samples, Frechet distance {line['fd']:.2f}"
+            found.append(_held(words, line["fd"] <= DISTANCE, f"{DISTANCE:g}"))
+    return found
+
+
+def _held(words: str, reached: bool, bar: str) -> str:
+    return f"{words} ({'reaches' if reached else 'short of'} {bar})"
 
 
 def records() -> list[dict[str, Any]]:

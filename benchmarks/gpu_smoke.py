@@ -31,8 +31,9 @@ from gpu_items import Item, NotHere
 from gpu_lines import Line
 from networks import random_model
 
-# Rounding of the operands, relative: 2^-24 in float32 and 2^-11 in TF32, of which sums of thousands keep the size.
-FLOAT32_ERROR = 3e-6
+# Relative: products in float32 come to some 3e-7, Winograd's convolutions to ten times that; TF32, with operands of 11
+# bits, to 3e-4.
+FLOAT32_ERROR = 3e-5
 ATTENTION = {"cuda": (8, 384, 6, 32), "cpu": (1, 64, 1, 8)}  # batch, channels, heads, side: ImageNet-64's largest
 
 
@@ -89,7 +90,7 @@ def attention(device: str, dtype: str) -> Line:
             block.to(memory_format=layout)
             got = block(given)
             names = _kernels(lambda given=given: block(given), device)
-        kernels = sorted({key for key in names if _is_attention(key)})
+        kernels = sorted({key[:160] for key in names if _is_attention(key)})
         error = float((got.double() - want).abs().max() / want.abs().max())
         found[name] = {"kernels": kernels, "fused": any(_is_fused(key) for key in kernels), "error": error}
     fused = all(each["fused"] for each in found.values())

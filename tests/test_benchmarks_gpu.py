@@ -500,10 +500,11 @@ def test_lines_of_other_machines_code_or_schema_and_items_twice_are_refused(tmp_
 
 def test_tables_name_the_fastest_way_and_stand_between_their_markers(tmp_path: Path) -> None:
     from cmfast.errors import CmfastError
-    from gpu_record import BEGIN, END, fill, full_tables, merge, short_table
+    from gpu_record import BEGIN, END, bars, fill, full_tables, merge, short_table
 
     lines = [row("eager"), row("cuda_graph"), row("channels_last", times_as_fast=1.5)]
     record = merge([write(tmp_path / "a.jsonl", *lines)])
+    assert bars(record) == ["mnist bf16 batch 64 steps 1: cuda_graph 2.50x eager (reaches 1.8x)"]
     assert "| mnist | 64 | cuda_graph | 1.00 (0.90 to 1.10) | 2.50x | 64,000 | 65% |" in short_table([record])
     assert "| mnist | bf16 | 1 | 64 | 1.00 (0.90 to 1.10) | 2.50x | 1.50x |" in full_tables([record])
     assert fill(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
