@@ -105,9 +105,9 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
     from cmfast_train.kernels import group_norm
 
     function = getattr(group_norm, kernel)
-    images, floats = ("x", "y", "h"), ("weight", "bias", "scale", "shift", "add", "parts")
+    images, floats = ("x", "y", "h"), ("weight", "bias", "scale", "shift", "add", "parts", "statistics")
     for constants, dtype in zip(CONSTANTS[kernel], itertools.cycle(["*fp16", "*bf16"])):
-        flags = {"HAS_SCALE": True, "HAS_ADD": True, "SILU": True}
+        flags = {"HAS_SCALE": True, "HAS_ADD": True, "SILU": True, "KEEP": True}
         known = {name: value for name, value in (constants | flags).items() if name in function.arg_names}
         signature = {
             name: "constexpr" if name in known else dtype if name in images else "*fp32" if name in floats

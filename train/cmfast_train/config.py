@@ -82,6 +82,7 @@ class TrainConfig:
     channels_last: bool = True  # memory layout of the convolutions
     compile: bool = False  # torch.compile the network
     graph: str = "auto"  # record optimiser steps as CUDA graphs: true, false; auto is true where they can be recorded
+    fused: str = "auto"  # norms by fused kernels (Triton): true, false; auto is true where they can be used, on CUDA
     recompute: bool = False  # keep few activations, compute them again in the backward pass: less memory, more time
     shard: bool = False  # spread weights, averages and optimiser over the processes (FSDP)
     emas: tuple[float, ...] = ()  # decays of more averages, kept in DIR/ema
@@ -112,8 +113,9 @@ class TrainConfig:
             raise CmfastError(f"precision must be auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        if self.graph not in ("auto", "true", "false"):
-            raise CmfastError(f"graph must be auto, true or false, got {self.graph!r}")
+        for name in ("graph", "fused"):
+            if getattr(self, name) not in ("auto", "true", "false"):
+                raise CmfastError(f"{name} must be auto, true or false, got {getattr(self, name)!r}")
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
         check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
@@ -271,8 +273,9 @@ OF_THE_MODEL = frozenset(
 
 # Fields that may change between a run and its continuation: they do not decide what is computed.
 FREE_FIELDS = frozenset(
-    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute", "graph"}
-)
+    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute", "graph",
+     "fused"}
+)  # fmt: skip
 
 
 def said_once(assignments: Iterable[str]) -> None:

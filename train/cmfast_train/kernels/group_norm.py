@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """GroupNorm, scale and shift by the noise embedding, and SiLU in one pass over channels_last images; sums that follow.
 
-For inference: nothing here has a derivative. On CUDA these are Triton kernels, on a CPU `normed` and `summed` in torch
-operations. The launches depend on shapes alone and nothing waits for the device, so a CUDA graph can record them. The
-order of every sum is fixed for a shape: the same input gives the same bits.
+Nothing here has a derivative; `group_norm_training` adds one. On CUDA these are Triton kernels, on a CPU `normed` and
+`summed` in torch operations. The launches depend on shapes alone and nothing waits for the device, so a CUDA graph can
+record them. The order of every sum is fixed for a shape: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ def group_norm_silu(
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.cmfast.group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu, add)
         return y
+    return norm_and_statistics(x, groups, weight, bias, eps, scale, shift, silu, add, keep=False)[0]
+
+
+def norm_and_statistics(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None,
+    silu: bool, add: Tensor | None = None, keep: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what `group_norm_silu` does and, from the kernels and with `keep`, the statistics for a derivative.
+
+    The statistics are [B, 2, groups] float32: the mean of a group less its first value, and 1 / its deviation.
+    """
     _check(x)
     batch, channels, height, width = x.shape
     if channels % groups:
@@ -54,10 +65,11 @@ def group_norm_silu(
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together")
     rows = [_rows(e, batch, channels) for e in (scale, shift, add)]
-    if not (x.is_cuda or knobs.runtime.interpret):
-        return normed(x, groups, weight, bias, eps, scale, shift, silu, add)
+    if not on_kernels(x):
+        return normed(x, groups, weight, bias, eps, scale, shift, silu, add), x
     plan = make_plan(batch, height * width, channels, groups, x.element_size())
     y = torch.empty_like(x)  # keeps channels_last
+    statistics = torch.empty(batch, 2, groups, dtype=torch.float32, device=x.device) if keep else x
     inputs = (x, weight.contiguous(), bias.contiguous(), *(x if e is None else e for e in rows))
     sizes = (height * width, channels, *(0 if e is None else e.stride(0) for e in rows), eps)
     constants = {
@@ -68,15 +80,16 @@ def group_norm_silu(
     programs = batch * plan.chunks * (groups // plan.groups)
     with torch.cuda.device_of(x):
         if plan.chunks == 1:
-            _one_kernel[(programs,)](y, *inputs, *sizes, **constants)
-            return y
+            _one_kernel[(programs,)](y, statistics, *inputs, *sizes, **constants, KEEP=keep)
+            return y, statistics
         parts = torch.empty(2 * batch * plan.chunks * groups, dtype=torch.float32, device=x.device)
         chunk = {"pixels_each": plan.pixels, "chunks": plan.chunks}
         _parts_kernel[(programs,)](parts, *inputs, *sizes, **chunk, **constants)
         _apply_kernel[(programs,)](
-            y, parts, *inputs, *sizes, **chunk, **constants, CHUNKS=triton.next_power_of_2(plan.chunks)
-        )
-    return y
+            y, statistics, parts, *inputs, *sizes, **chunk, **constants, CHUNKS=triton.next_power_of_2(plan.chunks),
+            KEEP=keep,
+        )  # fmt: skip
+    return y, statistics
 
 
 def add_residual(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tensor:
@@ -88,7 +101,7 @@ def add_residual(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tenso
     _check(h)
     if x.shape != h.shape or x.dtype != h.dtype:
         raise ValueError(f"a sum of {list(x.shape)} {x.dtype} and {list(h.shape)} {h.dtype}")
-    if not (x.is_cuda or knobs.runtime.interpret):
+    if not on_kernels(x):
         return summed(x, h, bias, gain)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -143,24 +156,33 @@ class Plan:
     block: int  # channels that it holds, a power of 2
 
 
-def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int) -> Plan:
-    """Return how a shape is cut up; itemsize in bytes. It depends on the shape only, not on the GPU."""
+def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int, tensors: int = 1) -> Plan:
+    """Return how a shape is cut up; itemsize in bytes. It depends on the shape only, not on the GPU.
+
+    tensors  of this shape that a program reads: so many times fewer values of each
+    """
+    tile, most = TILE // tensors, ONE_PASS // tensors
     per_group = channels // groups
     fitting = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * per_group <= MOST_CHANNELS)]
-    filling = [n for n in fitting if batch * groups // n >= ENOUGH and n * per_group * pixels <= ONE_PASS]
+    filling = [n for n in fitting if batch * groups // n >= ENOUGH and n * per_group * pixels <= most]
     one_pass = bool(filling) and filling[-1] * per_group * itemsize >= LEAST_BYTES
     if one_pass or per_group * pixels <= FEW:  # one launch
         each = filling[-1] if one_pass else 1
         block = triton.next_power_of_2(each * per_group)
-        rows = min(max(TILE // block, 1), triton.next_power_of_2(pixels))
+        rows = min(max(tile // block, 1), triton.next_power_of_2(pixels))
         return Plan(groups=each, chunks=1, pixels=pixels, rows=rows, block=block)
     each = fitting[-1]
     block = triton.next_power_of_2(each * per_group)
-    rows = max(TILE // block, 1)
-    values = min(max(batch * pixels * channels // ENOUGH, TILE), ONE_PASS)
+    rows = max(tile // block, 1)
+    values = min(max(batch * pixels * channels // ENOUGH, tile), most)
     least = triton.cdiv(pixels, MOST_CHUNKS)
     part = triton.cdiv(max(values // (each * per_group), least), rows) * rows
     return Plan(groups=each, chunks=triton.cdiv(pixels, part), pixels=part, rows=rows, block=block)
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Return whether the kernels run on x: on CUDA, and anywhere in Triton's interpreter."""
+    return x.is_cuda or knobs.runtime.interpret
 
 
 def _check(x: Tensor) -> None:
@@ -255,11 +277,24 @@ def _write(y, x, first, last, of_group, squares_of_group, weight, bias, scale, s
         tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _keep(statistics, image, first_group, channels, of_group, squares_of_group, pixels, eps, wanted,
+          PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """Store each group's mean, less its pivot, and the inverse of its deviation, if `wanted`."""
+    groups = channels // PER_GROUP
+    group = tl.arange(0, GROUPS)
+    known = (group < CHANNELS // PER_GROUP) & wanted
+    deviation = tl.sqrt_rn(squares_of_group / (pixels * PER_GROUP).to(tl.float32) + eps)
+    statistics += image * 2 * groups + first_group + group
+    tl.store(statistics, of_group, mask=known)
+    tl.store(statistics + groups, tl.div_rn(1.0, deviation), mask=known)
+
+
 @triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
 def _one_kernel(
-    y, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride, eps,
+    y, statistics, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride, eps,
     PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result of some groups of one image. Programs: image, then block of groups, which runs faster."""
     blocks = channels // CHANNELS
@@ -270,6 +305,9 @@ def _one_kernel(
     place, inside, c, pivot, added = _channels(x, add, image, first_channel, channels, add_stride, PER_GROUP, CHANNELS,
                                                BLOCK, HAS_ADD)  # fmt: skip
     mean, squares = _moments(x, 0, pixels, channels, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, BLOCK)
+    if KEEP:
+        _keep(statistics, image, first_channel // PER_GROUP, channels, mean, squares, pixels, eps, True, PER_GROUP,
+              CHANNELS, GROUPS)  # fmt: skip
     _write(y, x, 0, pixels, mean, squares, weight, bias, scale, shift, image, pixels, channels, scale_stride,
            shift_stride, eps, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, HAS_SCALE, SILU)  # fmt: skip
 
@@ -302,10 +340,11 @@ def _parts_kernel(
 
 @triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
 def _apply_kernel(
-    y, parts, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride, eps,
-    pixels_each, chunks,
+    y, statistics, parts, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride,
+    eps, pixels_each, chunks,
     PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Put the statistics of all chunks together (Chan's formula) and write the result of one."""
     blocks = channels // CHANNELS
@@ -329,6 +368,9 @@ def _apply_kernel(
     mean = tl.sum(means * count, 1) / pixels.to(tl.float32)
     off = means - mean[:, None]
     squares = tl.sum(squares + count * PER_GROUP * off * off, 1)
+    if KEEP:
+        _keep(statistics, image, block * (CHANNELS // PER_GROUP), channels, mean, squares, pixels, eps,
+              chunk % chunks == 0, PER_GROUP, CHANNELS, GROUPS)  # fmt: skip
     _write(y, x, first, last, mean, squares, weight, bias, scale, shift, image, pixels, channels, scale_stride,
            shift_stride, eps, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, HAS_SCALE, SILU)  # fmt: skip
 

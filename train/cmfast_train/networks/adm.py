@@ -19,6 +19,7 @@ from cmfast.errors import CmfastError
 from cmfast_train.checks import check_types
 from cmfast_train.networks.count import adm_sizes, check_values
 from cmfast_train.networks.dropout import dropped
+from cmfast_train.networks.fused import fuses, normalised
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import GROUPS, Size, check_network, plain_size, sides
 
@@ -130,7 +131,8 @@ class AdmUnet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return cast(self.out(h), wide)
+        norm, act, conv = self.out
+        return cast(conv(normalised(norm, h) if fuses(norm, h) else act(norm(h))), wide)
 
 
 class Stage(nn.Sequential):
@@ -164,10 +166,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
-        h = conv(self.resample(act(norm(x))))
+        h = conv(self.resample(normalised(norm, x) if fuses(norm, x) else act(norm(x))))
         x = self.resample(x)
-        e = cast(self.emb_layers(emb)[..., None, None], h.dtype)
         norm, act, dropout, conv = self.out_layers
+        e = self.emb_layers(emb)
+        if fuses(norm, h):
+            h = normalised(norm, h, e) if self.scale_shift else normalised(norm, h + cast(e[..., None, None], h.dtype))
+            return self.skip_connection(x) + conv(dropped(dropout, h, conv))
+        e = cast(e[..., None, None], h.dtype)
         if self.scale_shift:
             channels = h.shape[1]
             h = norm(h) * (1 + e.narrow(1, 0, channels)) + e.narrow(1, channels, channels)  # scale, shift
@@ -188,7 +194,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x))
+        qkv = self.qkv(normalised(self.norm, x, silu=False) if fuses(self.norm, x) else self.norm(x))
         if x.device.type == "cpu":  # the graph that is exported
             qkv = qkv.reshape(-1, 3, self.heads, channels // self.heads, height * width)
             qkv = qkv.transpose(3, 4)  # [B, 3, heads, H W, C / heads]
