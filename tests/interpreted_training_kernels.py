@@ -23,10 +23,9 @@ from cmfast_train.networks.fused import fuse_norms
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 FULL, HALF, BRAIN = TOLERANCES
 CASES: list[tuple[tuple[int, int, int, int], int, float, torch.dtype]] = [  # shape, groups, mean, type
-    ((2, 64, 7, 5), 32, 0, FULL), ((2, 64, 7, 5), 32, 100, FULL), ((2, 64, 7, 5), 16, 100, FULL),
-    ((2, 64, 7, 5), 16, 0, FULL), ((2, 96, 4, 3), 32, 0, HALF), ((2, 96, 4, 3), 32, 10, BRAIN),
-    ((2, 96, 1, 1), 24, 0, FULL), ((1, 128, 17, 16), 2, 0, FULL), ((1, 128, 17, 16), 2, 100, FULL),
-    ((2, 192, 12, 9), 1, 0, FULL), ((2, 192, 12, 9), 1, 100, FULL), ((1, 160, 23, 24), 5, 100, HALF),
+    ((2, 64, 7, 5), 16, 100, FULL), ((2, 64, 7, 5), 8, 0, FULL), ((1, 96, 4, 3), 16, 0, HALF),
+    ((2, 96, 4, 3), 8, 10, BRAIN), ((2, 96, 1, 1), 12, 0, FULL), ((1, 128, 17, 16), 2, 100, FULL),
+    ((2, 192, 12, 9), 1, 0, FULL), ((2, 192, 12, 9), 1, 100, FULL), ((1, 160, 12, 24), 2, 10, BRAIN),
 ]  # fmt: skip
 FLAGS = ((True, True), (False, True), (True, False), (False, False))  # scaled, silu
 
@@ -69,36 +68,34 @@ def kernels() -> dict[str, dict[str, float]]:
     return found
 
 
-def network(scale_shift: bool) -> dict[str, float]:
+def network() -> dict[str, float]:
     """Compare the gradients of a small U-Net's loss."""
     config = AdmConfig(
-        image_size=4, model_channels=32, channel_mult=(1,), res_blocks=1, attention=(4,), head_channels=32,
-        scale_shift=scale_shift, classes=3,
-    )  # fmt: skip
+        image_size=4, model_channels=32, channel_mult=(1,), res_blocks=1, attention=(), head_channels=32, classes=3
+    )
     unet = AdmUnet(config).to(memory_format=torch.channels_last)
     randomise(unet)
-    x, c_noise, label = torch.randn(2, 3, 4, 4), torch.tensor([0.3, -1.0]), torch.tensor([0, 2])
-
-    def gradients() -> list[Tensor]:
+    x, c_noise, label = torch.randn(1, 3, 4, 4), torch.tensor([0.3]), torch.tensor([2])
+    found = []
+    for fused in (False, True):
+        if fused:
+            fuse_norms(unet)
         unet.zero_grad()
         (unet(x, c_noise, label) - x).square().mean().backward()
-        return [weight.grad for weight in unet.parameters() if weight.grad is not None]
-
-    want = gradients()
-    fuse_norms(unet)
-    got = gradients()
+        found.append([weight.grad for weight in unet.parameters() if weight.grad is not None])
+    pairs = list(zip(*found, strict=True))
     return {
-        "error": max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in zip(got, want, strict=True)),
+        "error": max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs),
         "tolerance": 1e-4,  # float32 in another order, through all layers
-        "size": max(float(each.abs().max()) for each in want),
-        "different": float(any((a != b).any() for a, b in zip(got, want, strict=True))),
-    }  # fmt: skip
+        "size": max(float(a.abs().max()) for a, _ in pairs),
+        "different": int(any((a != b).any() for a, b in pairs)),
+    }
 
 
 def main() -> None:
     mend()
     torch.manual_seed(0)
-    print(json.dumps({"kernels": kernels(), "networks": [network(True), network(False)]}, indent=1))
+    print(json.dumps({"kernels": kernels(), "network": network()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def _go_on(run: Run, data: Any) -> None:
         try:
             if accelerator.device.type == "cuda":
                 graph = {phase.name: why_not(run, phase) or "recorded" for phase in config.phases}
-                log.note(run.images, run.where(), graph=graph)
+                fused = {phase.name: run.why_not_fused(phase) or "fused" for phase in config.phases}
+                log.note(run.images, run.where(), graph=graph, fused=fused)
             for loss_per_image in steps(run, data):
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")

@@ -26,10 +26,12 @@ from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
 from cmfast_train.config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.ema import Averages, update_ema
+from cmfast_train.fused import check_fused, why_not_fused
 from cmfast_train.grid import save_grid
 from cmfast_train.methods import distance_of, target_decay
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
+from cmfast_train.networks.fused import fuse_norms
 from cmfast_train.parallel import fill, fill_optimizer, recompute, shard, together, whole
 from cmfast_train.phase import CONTINUOUS, DISTILL, Phase
 from cmfast_train.start import phase_spec, start_of
@@ -56,6 +58,7 @@ class Run:
         torch.manual_seed(config.seed)
         self._start = start = start_of(config, classes)
         self.spec, self.network_config = start.spec, start.network
+        check_fused(config, self.network_config, accelerator.device, accelerator.num_processes)
         self._made_for = {
             "data": [images, classes],
             "device": accelerator.device.type,
@@ -100,6 +103,11 @@ class Run:
         """Return what to try when numbers are not finite."""
         lr = f"--set {self.phase.method}.lr={self.phase.lr / 3:.1g}"
         return f"try a smaller {lr}, --set precision=fp32, or look for damaged images"
+
+    def why_not_fused(self, phase: Phase) -> str:
+        """Return why the networks of a phase have no fused norms, "" if they have."""
+        accelerator = self.accelerator
+        return why_not_fused(self.config, phase, self.network_config, accelerator.device, accelerator.num_processes)
 
     def next_phase(self) -> None:
         """Leave the finished phase's model in DIR/phases and begin the next from its averaged weights."""
@@ -301,6 +309,8 @@ class Run:
         network.load_state_dict(plain, assign=True)
         if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
             network.map_augment.requires_grad_(False)  # of EDM's augmentation, which is not done here
+        if not self.why_not_fused(self.phase):
+            fuse_norms(network)
         if self.config.recompute:
             recompute(network)
         if self.config.compile:

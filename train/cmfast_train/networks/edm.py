@@ -24,6 +24,7 @@ from cmfast_train.checks import check_types
 from cmfast_train.networks.count import check_values, edm_sizes
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample
+from cmfast_train.networks.fused import fuses, normalised
 from cmfast_train.networks.precision import cast, full_precision
 from cmfast_train.networks.shape import Size, check_network, plain_size, sides
 
@@ -162,7 +163,8 @@ class SongUnet(nn.Module):
         for level, at in reversed(list(enumerate(places))):
             h = _decode(dec, at, level == len(places) - 1, config.res_blocks, h, emb, skips)
             if config.decoder == "skip" or level == 0:
-                part = dec[at + "aux_conv"](F.silu(dec[at + "aux_norm"](h)))
+                norm = dec[at + "aux_norm"]
+                part = dec[at + "aux_conv"](normalised(norm, h) if fuses(norm, h) else F.silu(norm(h)))
                 out = part if out is None else part + dec[at + "aux_up"](out)
         assert out is not None
         return cast(out, torch.float32)
@@ -216,7 +218,8 @@ class DhariwalUnet(nn.Module):
                 skips.append(h)
         for at in reversed(places):
             h = _decode(self.dec, at, at == places[-1], config.res_blocks, h, emb, skips)
-        return cast(self.out_conv(F.silu(self.out_norm(h))), torch.float32)
+        norm = self.out_norm
+        return cast(self.out_conv(normalised(norm, h) if fuses(norm, h) else F.silu(norm(h))), torch.float32)
 
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
         with full_precision(c_noise):  # half precision would blur the noise level
@@ -257,14 +260,22 @@ class Block(nn.Module):
             self.proj = _zero(Conv(c_out, c_out, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        e = cast(self.affine(emb)[..., None, None], h.dtype)
-        if self.scale_shift:
-            h = self.norm1(h) * (1 + e.narrow(1, 0, self.c_out)) + e.narrow(1, self.c_out, self.c_out)
+        h = self.conv0(normalised(self.norm0, x) if fuses(self.norm0, x) else F.silu(self.norm0(x)))
+        norm, e = self.norm1, self.affine(emb)
+        if fuses(norm, h):
+            h = normalised(norm, h, e) if self.scale_shift else normalised(norm, h + cast(e[..., None, None], h.dtype))
+            x = self._sum(self.skip(x), self.conv1(dropped(self.dropout, h, self.conv1)))
         else:
-            h = self.norm1(h + e)
-        x = self._sum(self.skip(x), self.conv1(dropped(self.dropout, F.silu(h), self.conv1)))
-        return self._sum(x, self.proj(self._attention(self.norm2(x)))) if self.heads else x
+            e = cast(e[..., None, None], h.dtype)
+            if self.scale_shift:
+                h = norm(h) * (1 + e.narrow(1, 0, self.c_out)) + e.narrow(1, self.c_out, self.c_out)
+            else:
+                h = norm(h + e)
+            x = self._sum(self.skip(x), self.conv1(dropped(self.dropout, F.silu(h), self.conv1)))
+        if not self.heads:
+            return x
+        h = normalised(self.norm2, x, silu=False) if fuses(self.norm2, x) else self.norm2(x)
+        return self._sum(x, self.proj(self._attention(h)))
 
     def _attention(self, x: Tensor) -> Tensor:
         """Attend over all pixels. The rows of qkv are ordered (head, channel, three): q, k, v of a channel together."""

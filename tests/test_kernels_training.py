@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""Fused norms in training: the kernels by Triton's interpreter and as compiled for cards; networks on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmfast.errors import CmfastError, EngineError
+from cmfast_train import fused
+from cmfast_train.config import TrainConfig, override
+from cmfast_train.fused import check_fused, why_no_kernels, why_not_fused
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.edm import DhariwalConfig, SongConfig
+from cmfast_train.networks.fused import fuse_norms, fuses
+from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.parallel import jvp, recompute
+from cmfast_train.presets import PRESETS
+
+INTERPRETED = Path(__file__).parent / "interpreted_training_kernels.py"
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SMALL: dict[str, Any] = {"image_size": 8, "model_channels": 32, "channel_mult": (1, 2), "res_blocks": 1}
+ADM = AdmConfig(**SMALL, attention=(4,), head_channels=32, classes=3)
+NETWORKS: dict[str, NetworkConfig] = {
+    "adm": ADM,
+    "adm with dropout": dataclasses.replace(ADM, dropout=0.3),
+    "adm sum": AdmConfig(**SMALL, attention=(4,), head_channels=16, scale_shift=False, resblock_updown=False),
+    "song": SongConfig(**SMALL, attention=(8,), classes=3, resample=(1, 3, 3, 1), decoder="skip"),
+    "dhariwal": DhariwalConfig(**SMALL | {"model_channels": 64}, attention=(8,), dropout=0.3),
+}
+
+
+# The kernels.
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    """Return, for each case, the largest error of y and all gradients, and the tolerance it is to be held against."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
+    result = subprocess.run([sys.executable, INTERPRETED], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.timeout(360)
+def test_the_gradients_are_those_of_torch_in_float64(interpreted: Any) -> None:
+    cases = interpreted["kernels"]
+    assert len(cases) > 8
+    assert {name: case for name, case in cases.items() if not case["error"] <= case["tolerance"]} == {}
+    assert all(case["size"] > 1 for case in cases.values())
+    chunks = [case["chunks"] for case in cases.values()]
+    assert min(chunks) == 1  # one kernel
+    assert max(chunks) > 8  # two
+
+
+def test_the_same_input_gives_the_same_gradients_to_the_bit(interpreted: Any) -> None:
+    assert all(case["again"] == 0 for case in interpreted["kernels"].values())
+
+
+def test_training_and_inference_compute_the_same_bits(interpreted: Any) -> None:
+    assert all(case["inference"] == 0 for case in interpreted["kernels"].values())
+
+
+def test_a_network_has_the_same_gradients_with_the_kernels(interpreted: Any) -> None:
+    network = interpreted["network"]
+    assert network["error"] <= network["tolerance"]
+    assert network["size"] > 0.1
+    assert network["different"] == 1, "the kernels were not used"
+
+
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a block at most, by capability
+NARROW = {"PER_GROUP": 6, "CHANNELS": 6, "GROUPS": 1, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 16}
+EVEN = {"PER_GROUP": 8, "CHANNELS": 32, "GROUPS": 4, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 64}
+BROAD = {"PER_GROUP": 6, "CHANNELS": 192, "GROUPS": 32, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 8}
+KERNELS = {
+    "_backward_kernel": (NARROW, EVEN),
+    "_backward_parts_kernel": (EVEN, BROAD),
+    "_backward_apply_kernel": (EVEN, BROAD),
+}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capability: int, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cmfast_train.kernels import group_norm_training
+
+    function = getattr(group_norm_training, kernel)
+    images = ("x", "dx", "dy")
+    numbers = ("pixels", "channels", "scale_stride", "shift_stride", "pixels_each", "chunks")
+    for constants, dtype in zip(KERNELS[kernel], itertools.cycle(["*fp16", "*bf16"])):
+        known = {n: v for n, v in (constants | {"HAS_SCALE": True, "SILU": True}).items() if n in function.arg_names}
+        signature = {
+            name: "constexpr" if name in known else dtype if name in images else "i32" if name in numbers else "*fp32"
+            for name in function.arg_names
+        }
+        dense = [name for name in function.arg_names if signature[name].startswith("*") or name == "channels"]
+        attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in dense}
+        with knobs.cache.scope():
+            knobs.cache.dir = str(tmp_path)
+            compiled = triton.compile(
+                ASTSource(function, signature, known, attributes), target=GPUTarget("cuda", capability, 32)
+            )
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED[capability]
+        if known["CHANNELS"] % 8 == 0:  # eight halves at once, of x and of dy
+            reads = [line for line in compiled.asm["ptx"].splitlines() if re.search(r"ld\.global\S*\.v4\.b32", line)]
+            assert len(reads) >= 2
+
+
+# Networks, whose fused norms are torch operations on a CPU.
+
+
+def gradients(network: nn.Module, classes: int) -> list[Tensor]:
+    """Return a network's result, and the gradients of a loss with respect to its weights."""
+    network.zero_grad()
+    torch.manual_seed(1)
+    x = torch.randn(3, 3, 8, 8)
+    y = network(x, torch.tensor([0.3, -1.0, 2.0]), torch.arange(3) if classes else None)
+    (y - x).square().mean().backward()
+    return [y.detach(), *(weight.grad.clone() for weight in network.parameters() if weight.grad is not None)]
+
+
+def new(name: str) -> nn.Module:
+    network = build_network(NETWORKS[name]).to(memory_format=torch.channels_last)
+    randomise(network)
+    return network.train()
+
+
+def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)  # float32
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_with_fused_norms_has_the_same_result_and_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_norm_training = pytest.importorskip("cmfast_train.kernels.group_norm_training")
+    network, classes = new(name), NETWORKS[name].classes
+    want = gradients(network, classes)
+    seen: list[Any] = []
+    norm_act = group_norm_training.norm_act
+    monkeypatch.setattr(group_norm_training, "norm_act", lambda *args: seen.append(args) or norm_act(*args))
+    fuse_norms(network)
+    got = gradients(network, classes)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(seen) == len(norms) > 8, "a norm is left as it was"
+    assert_close(got, want)
+    assert max(float(each.abs().max()) for each in want[1:]) > 0.05
+
+
+def test_activations_that_are_computed_again_have_the_same_gradients() -> None:
+    pytest.importorskip("triton")
+    network = new("adm with dropout")
+    want = gradients(network, 3)
+    fuse_norms(network)
+    recompute(network)
+    assert_close(gradients(network, 3), want)
+
+
+def test_a_flag_changes_no_bit_where_it_does_not_serve() -> None:
+    network = build_network(ADM)  # NCHW
+    randomise(network)
+    want = gradients(network, 3)
+    fuse_norms(network)
+    assert all(map(torch.equal, gradients(network, 3), want))
+
+
+def test_forward_mode_derivatives_leave_the_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cmfast_train.kernels.group_norm_training", None)  # its import fails
+    network = new("adm").eval()
+    x, c_noise, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.0]), torch.tensor([0, 2])
+    along = torch.ones(2, 3, 8, 8), torch.ones(2)
+    want = jvp(lambda x, c: network(x, c, label), (x, c_noise), along)
+    fuse_norms(network)
+    got = jvp(lambda x, c: network(x, c, label), (x, c_noise), along)
+    assert all(map(torch.equal, got, want))
+    with pytest.raises(ImportError):
+        network(x, c_noise, label)
+
+
+def test_traces_and_exports_leave_the_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cmfast_train.kernels.group_norm_training", None)  # its import fails
+    network = new("adm").eval()
+    fuse_norms(network)
+    assert isinstance(network, AdmUnet)
+    norm = network.out[0]
+    x = torch.randn(2, norm.num_channels, 3, 3).to(memory_format=torch.channels_last)
+    assert fuses(norm, x)
+    assert not fuses(norm, x.contiguous())
+    asked: list[bool] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(fuses(norm, x))
+            return x + 1
+
+    with pytest.warns(DeprecationWarning):
+        torch.jit.trace(Asks(), x, check_trace=False)
+    assert asked == [False]
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.0]), torch.tensor([0, 2]))
+    torch.export.export(network, inputs)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), new("adm").eval()(*inputs), rtol=0, atol=0)
+
+
+# The setting.
+
+
+def config(*settings: str) -> TrainConfig:
+    return override(PRESETS["digits"], ["phases=edm:80,ect:80", *settings])
+
+
+@pytest.mark.parametrize(
+    ("settings", "network", "device", "processes", "why"),
+    [
+        ((), ADM, CUDA, 1, ""),
+        ((), NETWORKS["song"], CUDA, 1, ""),
+        (("fused=true",), ADM, CUDA, 2, ""),
+        (("fused=false",), ADM, CUDA, 1, "fused=false"),
+        ((), ADM, CPU, 1, "the device is cpu"),
+        ((), SeedConfig(image_size=8, width=32), CUDA, 1, "network=seed has other layers"),
+        (("phases=sct:80",), ADM, CUDA, 1, "sct differentiates in forward mode"),
+        (("phases=mf:80",), ADM, CUDA, 1, "mf differentiates in forward mode"),
+        (("channels_last=false",), ADM, CUDA, 1, "channels_last=false"),
+        (("compile=true",), ADM, CUDA, 1, "compile=true fuses in its own way"),
+        (("shard=true",), ADM, CUDA, 1, ""),
+        (("shard=true",), ADM, CUDA, 2, "shard=true keeps no channels_last"),
+    ],
+)
+def test_what_has_fused_norms_and_why_the_rest_has_not(
+    settings: tuple[str, ...], network: NetworkConfig, device: torch.device, processes: int, why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fused, "why_no_kernels", lambda _: "")  # as on a machine with a GPU
+    asked = config(*settings)
+    assert why_not_fused(asked, asked.phases[0], network, device, processes) == why
+    check_fused(asked, network, device, processes)  # nothing was demanded that cannot be
+    if not settings or settings[0].partition("=")[0] != "fused":
+        demanded = config(*settings, "fused=true")
+        if not why:
+            check_fused(demanded, network, device, processes)
+            return
+        kind = EngineError if device == CPU else CmfastError
+        with pytest.raises(kind, match=f"^fused=true: .* with fused norms, {re.escape(why)}; use --set") as caught:
+            check_fused(demanded, network, device, processes)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_phase_that_cannot_be_fused_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "why_no_kernels", lambda _: "")
+    with pytest.raises(CmfastError, match="fused=true: sct cannot be trained with fused norms"):
+        check_fused(config("phases=edm:80,sct:80", "fused=true"), ADM, CUDA, 1)
+
+
+def test_without_triton_the_reason_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    why_no_kernels.cache_clear()
+    assert why_no_kernels(CUDA) == "triton is not installed"
+    why_no_kernels.cache_clear()
+
+
+def test_a_kernel_that_does_not_run_is_a_reason_in_one_line() -> None:
+    pytest.importorskip("triton")
+    why_no_kernels.cache_clear()
+    why = why_no_kernels(torch.device("meta"))  # which computes nothing
+    assert why.startswith("triton does not work here (")
+    assert "\n" not in why
+
+
+def test_another_value_of_fused_is_refused() -> None:
+    with pytest.raises(CmfastError, match="fused must be auto, true or false, got 'yes'"):
+        config("fused=yes")
