@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import SHARED, wide_reads
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, EngineError
@@ -81,7 +82,6 @@ def test_a_network_has_the_same_gradients_with_the_kernels(interpreted: Any) -> 
     assert network["different"] == 1, "the kernels were not used"
 
 
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a block at most, by capability
 NARROW = {"PER_GROUP": 6, "CHANNELS": 6, "GROUPS": 1, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 16}
 EVEN = {"PER_GROUP": 8, "CHANNELS": 32, "GROUPS": 4, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 64}
 BROAD = {"PER_GROUP": 6, "CHANNELS": 192, "GROUPS": 32, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 8}
@@ -95,11 +95,7 @@ KERNELS = {
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capability: int, tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton")
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from cmfast_train.kernels import group_norm_training
 
     function = getattr(group_norm_training, kernel)
@@ -111,18 +107,9 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
             name: "constexpr" if name in known else dtype if name in images else "i32" if name in numbers else "*fp32"
             for name in function.arg_names
         }
-        dense = [name for name in function.arg_names if signature[name].startswith("*") or name == "channels"]
-        attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in dense}
-        with knobs.cache.scope():
-            knobs.cache.dir = str(tmp_path)
-            compiled = triton.compile(
-                ASTSource(function, signature, known, attributes), target=GPUTarget("cuda", capability, 32)
-            )
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= SHARED[capability]
+        reads = wide_reads(function, signature, known, capability, tmp_path)
         if known["CHANNELS"] % 8 == 0:  # eight halves at once, of x and of dy
-            reads = [line for line in compiled.asm["ptx"].splitlines() if re.search(r"ld\.global\S*\.v4\.b32", line)]
-            assert len(reads) >= 2
+            assert reads >= 2
 
 
 # Networks, whose fused norms are torch operations on a CPU.
@@ -213,7 +200,7 @@ def test_traces_and_exports_leave_the_kernels_out(monkeypatch: pytest.MonkeyPatc
             asked.append(fuses(norm, x))
             return x + 1
 
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
         torch.jit.trace(Asks(), x, check_trace=False)
     assert asked == [False]
     inputs = (torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.0]), torch.tensor([0, 2]))

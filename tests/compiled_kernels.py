@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Triton's kernels compiled for cards that are not here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a block at most, by capability
+
+
+def wide_reads(
+    function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, folder: Path
+) -> int:
+    """Compile a kernel for a capability; assert that it fits and spills nothing, return its loads of 16 bytes at once.
+
+    signature  the type of each argument that is no constant; pointers and `dense` numbers are multiples of 16
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    dense = [name for name, kind in signature.items() if kind.startswith("*") or name in ("channels", "values")]
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in dense}
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder)
+        compiled = triton.compile(
+            ASTSource(function, signature, constants, attributes), target=GPUTarget("cuda", capability, 32)
+        )
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED[capability]
+    assembler = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path
+    target = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
+    told = subprocess.run(
+        [assembler, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"],
+        capture_output=True, text=True, cwd=folder, check=True,
+    ).stderr  # fmt: skip
+    assert " 0 bytes spill stores, 0 bytes spill loads" in told
+    return len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
