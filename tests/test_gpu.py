@@ -43,6 +43,7 @@ from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
+from cmfast_train.networks.fused import fuse_norms
 from cmfast_train.step import optimise
 from cmfast_train.step_graph import RecordedSteps, step_of, trying_algorithms, why_not
 from cmfast_train.torch_cuda import OnCuda, arithmetic, capture
@@ -706,3 +707,96 @@ def test_no_layer_of_a_fused_network_on_cuda_changes_the_memory_format(name: str
     with torch.inference_mode(), arithmetic(tf32=precision == "tf32"), Copies() as copies:
         denoiser(*inputs)
     assert [shape for shape in copies.shapes if shape[1] > 3] == []  # the image itself comes in another format
+
+
+# Fused norms in training.
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [*NORMS, ((128, 128, 32, 32), 32), ((128, 384, 32, 32), 32)], ids=str)
+def test_the_fused_norm_has_the_gradients_of_torch_in_float64(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    from cmfast_train.kernels.group_norm import normed
+    from cmfast_train.kernels.group_norm_training import norm_act
+
+    batch, channels = shape[:2]
+    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    for offset, scaled, silu in ((0, False, True), (10, True, True), (10, False, False)):
+        x, dy = ((add + torch.randn(shape, device="cuda")).to(dtype) for add in (offset, 0))
+        tensors = [x, 1 + 0.1 * torch.randn(channels, device="cuda"), torch.randn(channels, device="cuda")]
+        if scaled:
+            tensors += (0.3 * torch.randn(batch, 2 * channels, device="cuda")).chunk(2, dim=1)
+
+        def gradients(
+            function: Any, wide: bool, tensors: Any = tensors, dy: Any = dy, silu: bool = silu
+        ) -> list[torch.Tensor]:
+            leaves = [each.detach().double() if wide else each.detach() for each in tensors]
+            leaves[0] = leaves[0].contiguous(memory_format=torch.channels_last)
+            leaves = [each.requires_grad_() for each in leaves]
+            x, weight, bias, *rows = leaves
+            scale, shift = rows or (None, None)
+            y = function(x, groups, weight, bias, 1e-5, scale, shift, silu)
+            return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+        got, again, want = gradients(norm_act, False), gradients(norm_act, False), gradients(normed, True)
+        assert got[0].dtype == got[1].dtype == dtype
+        assert all(map(torch.equal, got, again))
+        for ours, exact in zip(got, want, strict=True):  # sums of as many as 131,072 values, in float32
+            assert (ours - exact).abs().max() <= (1e-5 + rounding) * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_with_fused_norms_on_cuda_has_the_same_gradients(name: str, precision: str) -> None:
+    need(precision)
+    network = build_network(NETWORKS[name]).to("cuda", memory_format=torch.channels_last)
+    randomise(network)
+    inputs = denoiser_inputs(denoiser_of(name, "fp32"))
+    inputs[1] = inputs[1].log() / 4
+
+    def gradients(autocast: bool) -> list[torch.Tensor]:
+        network.zero_grad()
+        kind = torch.float16 if precision == "fp16" else torch.bfloat16
+        with arithmetic(tf32=False), torch.autocast("cuda", kind, enabled=autocast):
+            loss = (network(*inputs) - inputs[0]).square().mean()
+        with arithmetic(tf32=False):
+            (loss * 1024).backward()  # as fp16's scaler does
+        return [weight.grad.clone() / 1024 for weight in network.parameters() if weight.grad is not None]
+
+    exact, plain = gradients(False), gradients(precision != "fp32")
+    fuse_norms(network)
+    fused = gradients(precision != "fp32")
+    sizes = [float(each.norm()) for each in exact]
+    assert max(sizes) > 0.05
+    for ours, theirs, want, size in zip(fused, plain, exact, sizes, strict=True):
+        off = float((ours - want).norm())
+        if precision == "fp32":
+            assert off <= 1e-4 * size + 1e-6 * max(sizes)
+        else:  # other roundings, and fewer; where they nearly cancel, a few percent of what the network has
+            assert off <= 2 * float((theirs - want).norm()) + 0.01 * size + 1e-3 * max(sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda", "quickly", "any_precision")
+@pytest.mark.parametrize("method", ["edm", "ect"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_with_fused_norms_follow_those_without(precision: str, method: str, tmp_path: Path) -> None:
+    results = []
+    for fused in ("false", "true"):
+        run = new_run(tmp_path, f"phases={method}:240", f"precision={precision}", f"fused={fused}", "device=cuda")
+        assert run.why_not_fused(run.phase) == ("" if fused == "true" else "fused=false")
+        take = step_of(run)
+        with trying_algorithms(run.accelerator.device):
+            losses = [float(loss.mean()) for loss, _ in take_steps(run, take, 30)]
+        assert isinstance(take, RecordedSteps)
+        assert take.recordings > 0
+        results.append(losses)
+    assert all(math.isfinite(loss) for loss in results[1])
+    # RAdam makes full steps of small gradients, so what rounding changes grows; other gradients change it by more.
+    np.testing.assert_allclose(results[1], results[0], rtol=0.03 if precision == "fp32" else 0.1)
+    assert results[0] != results[1], "the kernels were not used"
