@@ -112,6 +112,16 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
             assert reads >= 2
 
 
+def test_where_programs_fill_a_gpu_each_reads_whole_sectors_of_a_pixel() -> None:
+    pytest.importorskip("triton")
+    from cmfast_train.kernels.group_norm import LEAST_BYTES, make_plan
+
+    for batch, side, channels in itertools.product((128, 512), (4, 8, 16, 32, 64), (64, 128, 192, 256, 384, 576)):
+        for tensors in (1, 2):
+            plan = make_plan(batch, side**2, channels, 32, 2, tensors)
+            assert 2 * plan.groups * channels // 32 >= LEAST_BYTES, (batch, side, channels)
+
+
 # Networks, whose fused norms are torch operations on a CPU.
 
 

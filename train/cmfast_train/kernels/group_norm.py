@@ -166,7 +166,7 @@ def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int
     fitting = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * per_group <= MOST_CHANNELS)]
     filling = [n for n in fitting if batch * groups // n >= ENOUGH and n * per_group * pixels <= most]
     one_pass = bool(filling) and filling[-1] * per_group * itemsize >= LEAST_BYTES
-    if one_pass or per_group * pixels <= FEW:  # one launch
+    if one_pass or (not filling and per_group * pixels <= FEW):  # one launch
         each = filling[-1] if one_pass else 1
         block = triton.next_power_of_2(each * per_group)
         rows = min(max(tile // block, 1), triton.next_power_of_2(pixels))
