@@ -709,6 +709,92 @@ def test_no_layer_of_a_fused_network_on_cuda_changes_the_memory_format(name: str
     assert [shape for shape in copies.shapes if shape[1] > 3] == []  # the image itself comes in another format
 
 
+RESAMPLED = [(256, 128, 16, 16), (3, 36, 4, 6), (2, 3, 8, 8), (1, 192, 2, 2), (5, 18, 10, 14), (64, 384, 32, 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", RESAMPLED, ids=str)
+def test_resampling_short_cuts_and_joins_compute_what_torch_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from cmfast_train.kernels.resample import add_shortcut, joined, moved, resampled, shortcut_added
+
+    def image(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+
+    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    x, bias = image(*shape), torch.randn(shape[1], device="cuda")
+    double = resampled(x, "up")
+    assert torch.equal(double, x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    assert double.is_contiguous(memory_format=torch.channels_last)
+    half, exact = resampled(x, "down"), moved(x.double(), "down")
+    assert half.dtype == dtype
+    assert ((half - exact).abs() <= (1e-6 + rounding) * exact.abs().clamp(min=1)).all()
+    for direction in ("up", "down", ""):
+        h = image(*moved(x, direction).shape)
+        total = add_shortcut(x, h, bias, 0.7, direction)
+        exact = shortcut_added(x.double(), h.double(), bias.double(), 0.7, direction)
+        assert total.dtype == dtype
+        assert ((total - exact).abs() <= (2e-6 + rounding) * exact.abs().clamp(min=1)).all()
+    for channels in (shape[1], 20, 8, 1):
+        other = image(shape[0], channels, *shape[2:])
+        assert torch.equal(joined(x, other), torch.cat([x, other], dim=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_one_kernel_resamples_images_of_any_width() -> None:
+    from cmfast_train.kernels.resample import _join_kernel, _resample_kernel, add_shortcut, joined
+
+    def run(batch: int, channels: int, side: int) -> None:
+        x = torch.randn(batch, channels, side, side, device="cuda").half().contiguous(memory_format=torch.channels_last)
+        add_shortcut(x, x, torch.randn(channels, device="cuda"), 1.0)
+        joined(x, x)
+
+    run(2, 64, 8)
+    caches = [kernel.device_caches[torch.cuda.current_device()][0] for kernel in (_resample_kernel, _join_kernel)]
+    before = [len(cache) for cache in caches]
+    for batch, channels, side in (
+        (1, 8, 1),
+        (3, 40, 5),
+        (16, 192, 16),
+        (2, 1024, 8),
+    ):  # 1 and multiples of 16 among them
+        run(batch, channels, side)
+    assert [len(cache) for cache in caches] == before
+    assert min(before) > 0
+
+
+class Functions(TorchDispatchMode):
+    """Collects the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.cat.default or args[0][0].ndim == 4:
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", ["adm", "dhariwal"])
+def test_a_fused_network_on_cuda_leaves_no_resampling_or_join_to_torch(name: str) -> None:
+    need("bf16")
+    denoiser = denoiser_of(name, "bf16")
+    inputs = denoiser_inputs(denoiser)
+    slow = {"aten::upsample_nearest2d", "aten::avg_pool2d", "aten::cat"}
+    with torch.inference_mode(), Functions() as before:
+        denoiser(*inputs)
+    assert slow <= {name.partition(".")[0] for name in before.names}
+    fuse(denoiser)
+    with torch.inference_mode(), Functions() as after:
+        denoiser(*inputs)
+    assert not slow & {name.partition(".")[0] for name in after.names}
+
+
 # Fused norms in training.
 
 

@@ -5,6 +5,7 @@ Against the networks that they are made from:
 
 * norm, scale and shift, SiLU: one kernel, or two for large feature maps (`group_norm`);
 * biases of 3x3 convolutions, which cuDNN adds in a pass of their own, are added by the kernel that follows;
+* short cuts are resampled in the sum that ends a block, and skips are joined, at the speed of a copy (`resample`);
 * 1x1 convolutions are matrix products, which add theirs;
 * the layers behind the noise embedding are one product a call instead of one a block;
 * queries, keys and values come out as flash kernels take them;
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmfast_train.kernels.group_norm import add_residual, group_norm_silu
+from cmfast_train.kernels.group_norm import group_norm_silu
+from cmfast_train.kernels.resample import add_shortcut, joined, resampled
 from cmfast_train.networks import adm, edm
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
@@ -97,7 +99,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = adm.split_heads(self.qkv(self.norm(x)), self.heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
-        return add_residual(x, self.proj(nhwc(h)), self.bias, self.gain)
+        return add_shortcut(x, self.proj(nhwc(h)), self.bias, self.gain)
+
+
+class Box(nn.Module):
+    """Double ("up") or halve ("down") the side, or neither (""): nearest neighbour and the mean of 2x2 pixels."""
+
+    def __init__(self, direction: str) -> None:
+        super().__init__()
+        self.direction = direction
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resampled(x, self.direction) if self.direction else x
 
 
 class Block(nn.Module):
@@ -105,7 +118,7 @@ class Block(nn.Module):
 
     def __init__(
         self, norm_in: nn.GroupNorm, conv_in: nn.Conv2d, norm_out: nn.GroupNorm, conv_out: nn.Conv2d,
-        resample: nn.Module, skip: nn.Conv2d | None, *, scale_shift: bool, gain: float = 1.0,
+        resample: Box | Resample, skip: nn.Conv2d | None, *, scale_shift: bool, gain: float = 1.0,
     ) -> None:  # fmt: skip
         """Take a block's layers; `resample` stands before the first convolution and in the short cut, there first."""
         super().__init__()
@@ -114,6 +127,8 @@ class Block(nn.Module):
         self.norm_out = Norm(norm_out, before=conv_in.bias if scale_shift else None)  # else the bias is in e
         self.conv_in, self.conv_out = Conv(conv_in), Conv(conv_out)
         self.skip = None if skip is None else Pointwise(skip, bias=False)
+        # The sum resamples the short cut, unless it filters. 1x1 convolutions commute and run where pixels are fewer.
+        self.inside = isinstance(resample, Box) and (skip is None or resample.direction == "up")
         self.register_buffer("bias", float32(conv_out.bias) + (0 if skip is None else float32(skip.bias)))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
@@ -124,8 +139,10 @@ class Block(nn.Module):
         else:
             h = self.norm_out(h, add=e)
         h = self.conv_out(h)
-        x = nhwc(self.resample(x))
-        return add_residual(x if self.skip is None else self.skip(x), h, self.bias, self.gain)
+        if not self.inside:
+            x = nhwc(self.resample(x))
+        x = x if self.skip is None else self.skip(x)
+        return add_shortcut(x, h, self.bias, self.gain, self.resample.direction if self.inside else "")
 
 
 class Embeddings(nn.Module):
@@ -194,7 +211,7 @@ class FusedAdm(nn.Module):
             skips.append(h)
         h = _run(self.middle_block, h, parts)
         for stage in self.output_blocks:
-            h = _run(stage, torch.cat([h, skips.pop()], dim=1), parts)
+            h = _run(stage, joined(h, skips.pop()), parts)
         return cast(self.conv(self.norm(h)), torch.float32)
 
 
@@ -207,6 +224,9 @@ class FusedSong(SongUnet):
         for name, module in self.dec.items():
             if name.endswith("aux_norm"):
                 self.dec[name] = Norm(module, silu=False)
+
+    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
+        return joined(nhwc(h), nhwc(skip))
 
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Iterator[Tensor]:
         return self.embeddings(super()._embedding(c_noise, label))
@@ -223,6 +243,9 @@ class FusedDhariwal(DhariwalUnet):
         _take_edm(self, network)
         self.out_norm = Norm(network.out_norm, silu=False)
 
+    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
+        return joined(nhwc(h), nhwc(skip))
+
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Iterator[Tensor]:
         return self.embeddings(super()._embedding(c_noise, label))
 
@@ -236,8 +259,8 @@ class EdmBlock(nn.Module):
     def __init__(self, block: edm.Block) -> None:
         super().__init__()
         conv, skip = block.conv0, block.skip
-        resample: nn.Module = nn.Identity()
-        if conv.resample:
+        resample: Box | Resample = Box(conv.resample)
+        if conv.resample and conv.resample_filter.shape[-1] > 2:
             resample = Resample(conv.resample, (1, 1))
             resample.resample_filter = conv.resample_filter
         self.residual = Block(
@@ -272,8 +295,9 @@ def _adm_layer(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, adm.ResBlock):
         return layer
     skip = layer.skip_connection
+    direction = {nn.Identity: "", nn.AvgPool2d: "down", nn.Upsample: "up"}[type(layer.resample)]
     return Block(
-        layer.in_layers[0], layer.in_layers[2], layer.out_layers[0], layer.out_layers[3], layer.resample,
+        layer.in_layers[0], layer.in_layers[2], layer.out_layers[0], layer.out_layers[3], Box(direction),
         skip if isinstance(skip, nn.Conv2d) else None, scale_shift=layer.scale_shift,
     )  # fmt: skip
 

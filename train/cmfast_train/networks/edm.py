@@ -161,13 +161,16 @@ class SongUnet(nn.Module):
                 skips.append(h)
         out = None
         for level, at in reversed(list(enumerate(places))):
-            h = _decode(dec, at, level == len(places) - 1, config.res_blocks, h, emb, skips)
+            h = _decode(dec, at, level == len(places) - 1, config.res_blocks, h, emb, skips, self._join)
             if config.decoder == "skip" or level == 0:
                 norm = dec[at + "aux_norm"]
                 part = dec[at + "aux_conv"](normalised(norm, h) if fuses(norm, h) else F.silu(norm(h)))
                 out = part if out is None else part + dec[at + "aux_up"](out)
         assert out is not None
         return cast(out, torch.float32)
+
+    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([h, skip], dim=1)
 
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
         with full_precision(c_noise):  # half precision would blur the noise level
@@ -217,9 +220,12 @@ class DhariwalUnet(nn.Module):
                 h = self.enc[f"{at}block{i}"](h, emb)
                 skips.append(h)
         for at in reversed(places):
-            h = _decode(self.dec, at, at == places[-1], config.res_blocks, h, emb, skips)
+            h = _decode(self.dec, at, at == places[-1], config.res_blocks, h, emb, skips, self._join)
         norm = self.out_norm
         return cast(self.out_conv(normalised(norm, h) if fuses(norm, h) else F.silu(norm(h))), torch.float32)
+
+    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([h, skip], dim=1)
 
     def _embedding(self, c_noise: Tensor, label: Tensor | None) -> Tensor:
         with full_precision(c_noise):  # half precision would blur the noise level
@@ -343,12 +349,13 @@ def _trunk(
 
 
 def _decode(
-    dec: nn.ModuleDict, at: str, innermost: bool, res_blocks: int, h: Tensor, emb: Tensor, skips: list[Tensor]
-) -> Tensor:
+    dec: nn.ModuleDict, at: str, innermost: bool, res_blocks: int, h: Tensor, emb: Tensor, skips: list[Tensor],
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
     """Run one level of the way up; it takes its skips off the end of the list."""
     h = dec[at + "in1"](dec[at + "in0"](h, emb), emb) if innermost else dec[at + "up"](h, emb)
     for i in range(res_blocks + 1):
-        h = dec[f"{at}block{i}"](torch.cat([h, skips.pop()], dim=1), emb)
+        h = dec[f"{at}block{i}"](join(h, skips.pop()), emb)
     return h
 
 
