@@ -19,6 +19,8 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 2.0**-11 + 2e-6, torch.bfloat1
 SHAPES = [(2, 36, 4, 6), (1, 8, 2, 2), (3, 64, 10, 14), (2, 3, 6, 4), (1, 264, 2, 4), (5, 18, 2, 2)]  # even sides
 PAIRS = [(36, 20), (32, 64), (3, 5), (264, 8), (8, 1)]  # channels
 
+MORE = 12  # channels of a skip: fewer make a vector than of the sum alone
+
 
 def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
@@ -53,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = {}
     for shape in SHAPES:
-        channels = shape[1]
+        batch, channels = shape[:2]
         for dtype in TOLERANCES:
             for direction in ("up", "down", ""):
                 x, bias = nhwc(torch.randn(shape).to(dtype)), torch.randn(channels)
@@ -67,6 +69,12 @@ def main() -> None:
                 got = add_shortcut(x, h, bias, gain, direction)
                 near = shortcut_added(x.double(), h.double(), bias.double(), gain, direction)
                 want = in_the_same_order(x, h, bias, gain, direction)
+                if channels % 32:  # joined to a skip, whose bits nothing changes
+                    skip = nhwc(torch.randn(batch, MORE, *h.shape[2:]).to(dtype))
+                    both = add_shortcut(x, h, bias, gain, direction, skip)
+                    assert torch.equal(both[:, :channels], got)
+                    assert torch.equal(both[:, channels:], skip)
+                    got, near, want = both, torch.cat([near, skip.double()], dim=1), torch.cat([want, skip], dim=1)
                 found[f"sum {direction} {shape} {dtype}"] = case(got, want, near, moves=False)
     for channels in PAIRS:
         for dtype in TOLERANCES:

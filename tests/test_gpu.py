@@ -734,6 +734,8 @@ def test_resampling_short_cuts_and_joins_compute_what_torch_does(shape: tuple[in
         h = image(*moved(x, direction).shape)
         total = add_shortcut(x, h, bias, 0.7, direction)
         exact = shortcut_added(x.double(), h.double(), bias.double(), 0.7, direction)
+        skip = image(h.shape[0], 24, *h.shape[2:])
+        assert torch.equal(add_shortcut(x, h, bias, 0.7, direction, skip), torch.cat([total, skip], dim=1))
         assert total.dtype == dtype
         assert ((total - exact).abs() <= (2e-6 + rounding) * exact.abs().clamp(min=1)).all()
     for channels in (shape[1], 20, 8, 1):
@@ -744,7 +746,7 @@ def test_resampling_short_cuts_and_joins_compute_what_torch_does(shape: tuple[in
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 def test_one_kernel_resamples_images_of_any_width() -> None:
-    from cmfast_train.kernels.resample import _join_kernel, _resample_kernel, add_shortcut, joined
+    from cmfast_train.kernels.resample import _place_kernel, _resample_kernel, add_shortcut, joined
 
     def run(batch: int, channels: int, side: int) -> None:
         x = torch.randn(batch, channels, side, side, device="cuda").half().contiguous(memory_format=torch.channels_last)
@@ -752,7 +754,7 @@ def test_one_kernel_resamples_images_of_any_width() -> None:
         joined(x, x)
 
     run(2, 64, 8)
-    caches = [kernel.device_caches[torch.cuda.current_device()][0] for kernel in (_resample_kernel, _join_kernel)]
+    caches = [kernel.device_caches[torch.cuda.current_device()][0] for kernel in (_resample_kernel, _place_kernel)]
     before = [len(cache) for cache in caches]
     for batch, channels, side in (
         (1, 8, 1),

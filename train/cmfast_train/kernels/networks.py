@@ -5,7 +5,7 @@ Against the networks that they are made from:
 
 * norm, scale and shift, SiLU: one kernel, or two for large feature maps (`group_norm`);
 * biases of 3x3 convolutions, which cuDNN adds in a pass of their own, are added by the kernel that follows;
-* short cuts are resampled in the sum that ends a block, and skips are joined, at the speed of a copy (`resample`);
+* short cuts are resampled in the sum that ends a block, which is written joined to a skip (`resample`);
 * 1x1 convolutions are matrix products, which add theirs;
 * the layers behind the noise embedding are one product a call instead of one a block;
 * queries, keys and values come out as flash kernels take them;
@@ -96,10 +96,11 @@ class Attention(nn.Module):
         self.proj = Pointwise(proj, bias=False)
         self.register_buffer("bias", float32(proj.bias))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Return the result, joined to a skip if there is one."""
         q, k, v = adm.split_heads(self.qkv(self.norm(x)), self.heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
-        return add_shortcut(x, self.proj(nhwc(h)), self.bias, self.gain)
+        return add_shortcut(x, self.proj(nhwc(h)), self.bias, self.gain, "", skip)
 
 
 class Box(nn.Module):
@@ -131,7 +132,8 @@ class Block(nn.Module):
         self.inside = isinstance(resample, Box) and (skip is None or resample.direction == "up")
         self.register_buffer("bias", float32(conv_out.bias) + (0 if skip is None else float32(skip.bias)))
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Return the result, joined to a skip if there is one."""
         h = self.conv_in(self.resample(self.norm_in(x)))
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
@@ -142,7 +144,7 @@ class Block(nn.Module):
         if not self.inside:
             x = nhwc(self.resample(x))
         x = x if self.skip is None else self.skip(x)
-        return add_shortcut(x, h, self.bias, self.gain, self.resample.direction if self.inside else "")
+        return add_shortcut(x, h, self.bias, self.gain, self.resample.direction if self.inside else "", skip)
 
 
 class Embeddings(nn.Module):
@@ -209,9 +211,8 @@ class FusedAdm(nn.Module):
         for stage in self.input_blocks:
             h = _run(stage, h, parts)
             skips.append(h)
-        h = _run(self.middle_block, h, parts)
-        for stage in self.output_blocks:
-            h = _run(stage, joined(h, skips.pop()), parts)
+        for stage in (self.middle_block, *self.output_blocks):  # the last is joined to nothing
+            h = _run(stage, h, parts, skips.pop() if skips else None)
         return cast(self.conv(self.norm(h)), torch.float32)
 
 
@@ -302,10 +303,18 @@ def _adm_layer(layer: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-def _run(stage: nn.ModuleList, h: Tensor, parts: Iterator[Tensor]) -> Tensor:
+def _run(stage: nn.ModuleList, h: Tensor, parts: Iterator[Tensor], skip: Tensor | None = None) -> Tensor:
+    """Return the result of a stage, joined to a skip if there is one."""
     for layer in stage:
-        h = layer(h, next(parts)) if isinstance(layer, Block) else layer(nhwc(h))
-    return nhwc(h)
+        last = skip if layer is stage[-1] else None
+        if isinstance(layer, Block):
+            h = layer(h, next(parts), last)
+        elif isinstance(layer, Attention):
+            h = layer(h, last)
+        else:
+            h = nhwc(layer(nhwc(h)))
+            h = h if last is None else joined(h, last)
+    return h
 
 
 def _take_edm(made: nn.Module, network: SongUnet | DhariwalUnet) -> None:

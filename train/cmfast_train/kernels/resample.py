@@ -37,7 +37,9 @@ def resampled(x: Tensor, direction: str) -> Tensor:
     return y
 
 
-def add_shortcut(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0, direction: str = "") -> Tensor:
+def add_shortcut(
+    x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0, direction: str = "", skip: Tensor | None = None
+) -> Tensor:
     """Return (resampled x + h + bias) * gain without writing, or rounding, the resampled x.
 
     Args:
@@ -46,9 +48,13 @@ def add_shortcut(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0, directio
         bias: [C] float32.
         gain: factor on the sum.
         direction: "up", "down" or "".
+        skip: [B, D, H, W] to join to the sum, which is then written once, where the joined one has it.
+
+    Returns:
+        [B, C, H, W], with skip [B, C + D, H, W], in channels_last.
     """
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.cmfast.add_shortcut(x, h, bias, gain, direction)
+        y: Tensor = torch.ops.cmfast.add_shortcut(x, h, bias, gain, direction, skip)
         return y
     _check(x)
     _check(h)
@@ -57,10 +63,15 @@ def add_shortcut(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0, directio
         raise ValueError(f"a sum of {list(shape)} {x.dtype} and {list(h.shape)} {h.dtype}")
     if bias.shape != shape[1:2] or bias.dtype != torch.float32 or not bias.is_contiguous():
         raise ValueError(f"need a dense bias [{shape[1]}] float32, got {list(bias.shape)} {bias.dtype}")
+    if skip is not None:
+        _check_pair(h, skip)
     if not on_kernels(x):
-        return shortcut_added(x, h, bias, gain, direction)
-    y = torch.empty_like(h)
+        y = shortcut_added(x, h, bias, gain, direction)
+        return y if skip is None else torch.cat([y, skip], dim=1)
+    y = _room(h, skip)
     _launch(y, x, h, bias, gain, direction)
+    if skip is not None:
+        _place(y, skip, start=h.shape[1])
     return y
 
 
@@ -70,19 +81,12 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
         y: Tensor = torch.ops.cmfast.joined(a, b)
         return y
     _check(a)
-    _check(b)
-    (batch, of_a, height, width), of_b = a.shape, b.shape[1]
-    if b.shape != (batch, of_b, height, width) or a.dtype != b.dtype:
-        raise ValueError(f"cannot join {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}")
+    _check_pair(a, b)
     if not on_kernels(a):
         return torch.cat([a, b], dim=1)
-    y = _empty(a, batch, of_a + of_b, height, width)
-    vector = _vector(of_a, of_b)
-    vectors, block = _vectors(y, vector), TILE // vector
-    with torch.cuda.device_of(a):
-        _join_kernel[(triton.cdiv(vectors, block),)](
-            y, a, b, vectors, of_a // vector, of_b // vector, VECTOR=vector, BLOCK=block
-        )
+    y = _room(a, b)
+    _place(y, a, start=0)
+    _place(y, b, start=a.shape[1])
     return y
 
 
@@ -106,14 +110,14 @@ _resample_operator = torch.library.custom_op(
 )
 _sum_operator = torch.library.custom_op(
     "cmfast::add_shortcut", add_shortcut, mutates_args=(),
-    schema="(Tensor x, Tensor h, Tensor bias, float gain, str direction) -> Tensor",
+    schema="(Tensor x, Tensor h, Tensor bias, float gain, str direction, Tensor? skip) -> Tensor",
 )  # fmt: skip
 _join_operator = torch.library.custom_op(
     "cmfast::joined", joined, mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor"
 )
 _resample_operator.register_fake(lambda x, direction: _empty(x, *_shape(x, direction)))
-_sum_operator.register_fake(lambda x, h, *_: torch.empty_like(h))
-_join_operator.register_fake(lambda a, b: _empty(a, a.shape[0], a.shape[1] + b.shape[1], *a.shape[2:]))
+_sum_operator.register_fake(lambda x, h, bias, gain, direction, skip: _room(h, skip))
+_join_operator.register_fake(lambda a, b: _room(a, b))
 
 
 def _shape(x: Tensor, direction: str) -> torch.Size:
@@ -132,9 +136,21 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _room(h: Tensor, skip: Tensor | None) -> Tensor:
+    """Return an image batch for the channels of both."""
+    batch, channels, height, width = h.shape
+    return _empty(h, batch, channels + (0 if skip is None else skip.shape[1]), height, width)
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    _check(b)
+    if a.shape[:1] + a.shape[2:] != b.shape[:1] + b.shape[2:] or a.dtype != b.dtype:
+        raise ValueError(f"cannot join {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}")
+
+
 def _vector(*channels: int) -> int:
     """Return how many neighbouring channels make a vector, a power of 2 that divides all of these numbers."""
-    return min(WIDEST, *(n & -n for n in channels))
+    return min(WIDEST, *(n & -n for n in channels if n))
 
 
 def _vectors(x: Tensor, vector: int) -> int:
@@ -146,16 +162,29 @@ def _vectors(x: Tensor, vector: int) -> int:
 
 
 def _launch(y: Tensor, x: Tensor, h: Tensor | None, bias: Tensor | None, gain: float, direction: str) -> None:
-    small, large = (x, y) if direction == "up" else (y, x)
-    channels, width = small.shape[1], small.shape[3]
-    vector = _vector(channels)
-    _vectors(large, vector)
-    vectors, block = _vectors(small, vector), (SMALL_TILE if direction else TILE) // vector
+    """Run `_resample_kernel`; y may have more channels than x, which it leaves alone."""
+    channels = x.shape[1]
+    pixels, width = min((y.numel() // y.shape[1], y.shape[3]), (x.numel() // channels, x.shape[3]))
+    vector = _vector(channels, y.shape[1])
+    _vectors(x, vector), _vectors(y, vector)
+    vectors, block = pixels * channels // vector, (SMALL_TILE if direction else TILE) // vector
     with torch.cuda.device_of(x):
         _resample_kernel[(triton.cdiv(vectors, block),)](
-            y, x, x if h is None else h, x if bias is None else bias, vectors, channels // vector, width, gain,
+            y, x, x if h is None else h, x if bias is None else bias, vectors, channels // vector,
+            (y.shape[1] - channels) // vector, width, gain,
             DIRECTION=DIRECTIONS[direction], SUM=h is not None, VECTOR=vector, BLOCK=block,
         )  # fmt: skip
+
+
+def _place(y: Tensor, x: Tensor, start: int) -> None:
+    """Copy x to the channels of y from `start`."""
+    vector = _vector(x.shape[1], y.shape[1], start)
+    _vectors(y, vector)
+    vectors, block = _vectors(x, vector), TILE // vector
+    with torch.cuda.device_of(x):
+        _place_kernel[(triton.cdiv(vectors, block),)](
+            y, x, vectors, x.shape[1] // vector, y.shape[1] // vector, start // vector, VECTOR=vector, BLOCK=block
+        )
 
 
 # A program has BLOCK vectors, VECTOR neighbouring channels of one pixel, of the smaller image, or of the result where
@@ -163,12 +192,15 @@ def _launch(y: Tensor, x: Tensor, h: Tensor | None, bias: Tensor | None, gain: f
 # wide as a vector whatever the number of channels: that is no constant, which would compile a kernel for each.
 
 
-@triton.jit(do_not_specialize=["vectors", "of_pixel", "width"])
+@triton.jit(do_not_specialize=["vectors", "of_pixel", "more", "width"])
 def _resample_kernel(
-    y, x, h, bias, vectors, of_pixel, width, gain,
+    y, x, h, bias, vectors, of_pixel, more, width, gain,
     DIRECTION: tl.constexpr, SUM: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write x resampled; with SUM, + h + bias, * gain. `vectors` of the smaller image, `width` its pixels in a row."""
+    """Write x resampled; with SUM, + h + bias, * gain. `vectors` of the smaller image, `width` its pixels in a row.
+
+    A pixel has `of_pixel` vectors, and y so many `more`.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (index < vectors)[:, None]
     place = tl.arange(0, VECTOR)[None, :]
@@ -177,13 +209,16 @@ def _resample_kernel(
     offset = tl.zeros([BLOCK, VECTOR], tl.float32)
     if SUM:
         offset = tl.load(bias + (index - pixel * of_pixel)[:, None] * VECTOR + place, mask=inside, other=0.0)
+    if DIRECTION != UP:
+        result = y + (index + pixel * more)[:, None].to(tl.int64) * VECTOR + place
     if DIRECTION == SAME:
         value = tl.load(x + near, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(h + near, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + near, ((value + offset) * gain).to(y.dtype.element_ty), mask=inside)
+        tl.store(result, ((value + offset) * gain).to(y.dtype.element_ty), mask=inside)
     else:
         # Of the four pixels of the larger image the first is in row 2 i, column 2 j: 2 i (2 width) + 2 j pixels on.
-        first = index + (pixel + 2 * (pixel // width) * width) * of_pixel
+        corner = 2 * (pixel + (pixel // width) * width)
+        first = corner * of_pixel + (index - pixel * of_pixel)
         a = first[:, None].to(tl.int64) * VECTOR + place
         b = (first + of_pixel)[:, None].to(tl.int64) * VECTOR + place
         c = (first + 2 * width * of_pixel)[:, None].to(tl.int64) * VECTOR + place
@@ -197,37 +232,37 @@ def _resample_kernel(
             if SUM:
                 value += tl.load(h + near, mask=inside, other=0.0).to(tl.float32)
                 value = (value + offset) * gain
-            tl.store(y + near, value.to(y.dtype.element_ty), mask=inside)
-        elif SUM:
-            value = tl.load(x + near, mask=inside, other=0.0).to(tl.float32)
-            of_a = tl.load(h + a, mask=inside, other=0.0)  # all reads before the writes, which they could not overtake
-            of_b = tl.load(h + b, mask=inside, other=0.0)
-            of_c = tl.load(h + c, mask=inside, other=0.0)
-            of_d = tl.load(h + d, mask=inside, other=0.0)
-            tl.store(y + a, ((value + of_a.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
-            tl.store(y + b, ((value + of_b.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
-            tl.store(y + c, ((value + of_c.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
-            tl.store(y + d, ((value + of_d.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
+            tl.store(result, value.to(y.dtype.element_ty), mask=inside)
         else:
+            last = first + corner * more
+            upper = y + last[:, None].to(tl.int64) * VECTOR + place
+            right = y + (last + of_pixel + more)[:, None].to(tl.int64) * VECTOR + place
+            lower = y + (last + 2 * width * (of_pixel + more))[:, None].to(tl.int64) * VECTOR + place
+            other = y + (last + (2 * width + 1) * (of_pixel + more))[:, None].to(tl.int64) * VECTOR + place
             same = tl.load(x + near, mask=inside, other=0.0)
-            tl.store(y + a, same, mask=inside)
-            tl.store(y + b, same, mask=inside)
-            tl.store(y + c, same, mask=inside)
-            tl.store(y + d, same, mask=inside)
+            if SUM:
+                value = same.to(tl.float32)
+                of_a = tl.load(h + a, mask=inside, other=0.0)  # all reads before writes, which they could not overtake
+                of_b = tl.load(h + b, mask=inside, other=0.0)
+                of_c = tl.load(h + c, mask=inside, other=0.0)
+                of_d = tl.load(h + d, mask=inside, other=0.0)
+                tl.store(upper, ((value + of_a.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
+                tl.store(right, ((value + of_b.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
+                tl.store(lower, ((value + of_c.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
+                tl.store(other, ((value + of_d.to(tl.float32) + offset) * gain).to(y.dtype.element_ty), mask=inside)
+            else:
+                tl.store(upper, same, mask=inside)
+                tl.store(right, same, mask=inside)
+                tl.store(lower, same, mask=inside)
+                tl.store(other, same, mask=inside)
 
 
-@triton.jit(do_not_specialize=["vectors", "of_a", "of_b"])
-def _join_kernel(y, a, b, vectors, of_a, of_b, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Write each pixel's `of_a` vectors of a, then its `of_b` vectors of b."""
+@triton.jit(do_not_specialize=["vectors", "of_x", "of_y", "start"])
+def _place_kernel(y, x, vectors, of_x, of_y, start, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy the `of_x` vectors of each pixel of x to the `of_y` of y, from `start`."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < vectors
+    inside = (index < vectors)[:, None]
     place = tl.arange(0, VECTOR)[None, :]
-    pixel = index // (of_a + of_b)
-    at = index - pixel * (of_a + of_b)
-    left = at < of_a
-    from_a = tl.load(a + (pixel * of_a + at)[:, None].to(tl.int64) * VECTOR + place, mask=(inside & left)[:, None])
-    from_b = tl.load(
-        b + (pixel * of_b + at - of_a)[:, None].to(tl.int64) * VECTOR + place, mask=(inside & (at >= of_a))[:, None]
-    )
-    value = tl.where(left[:, None], from_a, from_b)
-    tl.store(y + index[:, None].to(tl.int64) * VECTOR + place, value, mask=inside[:, None])
+    at = index + (index // of_x) * (of_y - of_x) + start
+    value = tl.load(x + index[:, None].to(tl.int64) * VECTOR + place, mask=inside)
+    tl.store(y + at[:, None].to(tl.int64) * VECTOR + place, value, mask=inside)
