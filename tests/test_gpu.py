@@ -706,7 +706,7 @@ def test_no_layer_of_a_fused_network_on_cuda_changes_the_memory_format(name: str
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), arithmetic(tf32=precision == "tf32"), Copies() as copies:
         denoiser(*inputs)
-    assert [shape for shape in copies.shapes if shape[1] > 3] == []  # the image itself comes in another format
+    assert [shape for shape in copies.shapes if shape[1] > 8] == []  # the image itself comes in another format
 
 
 RESAMPLED = [(256, 128, 16, 16), (3, 36, 4, 6), (2, 3, 8, 8), (1, 192, 2, 2), (5, 18, 10, 14), (64, 384, 32, 32)]

@@ -148,6 +148,23 @@ def test_a_fused_network_computes_what_it_was_made_from(name: str) -> None:
         np.testing.assert_allclose(denoiser.output(x, sigma, label, sigma / 2), second, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 7, 8])
+def test_padded_convolutions_of_an_image_are_those_that_were_given(channels: int) -> None:
+    pytest.importorskip("triton")
+    from cmfast_train.kernels.networks import FirstConv, LastConv
+
+    first, last = nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, channels, 3, padding=1)
+    x = torch.randn(2, channels, 5, 7)
+    wide = first(x).contiguous(memory_format=torch.channels_last)
+    for conv, padded, image in ((first, FirstConv(first), x), (last, LastConv(last), wide)):
+        got = padded(image)
+        assert padded.weight.shape[0] % 8 == padded.weight.shape[1] % 8 == 0
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        np.testing.assert_allclose(got.detach(), conv(image).detach(), rtol=0, atol=2e-6)  # sums of 9 x 32, near 1
+        assert conv.bias is not None
+        assert (conv.bias != 0).all()  # at borders too
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["adm", "adm sum", "song", "dhariwal"])
 def test_in_half_precision_it_is_no_further_from_float32_than_the_network_was(name: str, precision: str) -> None:
@@ -268,8 +285,9 @@ def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None
     assert left == []
 
 
-def test_a_fused_network_can_be_compiled_whole() -> None:
-    denoiser = new("dhariwal")
+@pytest.mark.parametrize("name", ["adm", "dhariwal"])
+def test_a_fused_network_can_be_compiled_whole(name: str) -> None:
+    denoiser = new(name)
     fuse(denoiser)
     x, sigma, label = inputs(denoiser)
     compiled = torch.compile(denoiser, backend="aot_eager", fullgraph=True, dynamic=False)

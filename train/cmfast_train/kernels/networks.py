@@ -6,6 +6,7 @@ Against the networks that they are made from:
 * norm, scale and shift, SiLU: one kernel, or two for large feature maps (`group_norm`);
 * biases of 3x3 convolutions, which cuDNN adds in a pass of their own, are added by the kernel that follows;
 * short cuts are resampled in the sum that ends a block, which is written joined to a skip (`resample`);
+* the image has as many channels as tensor cores take, and its convolution adds its bias by one of them;
 * 1x1 convolutions are matrix products, which add theirs;
 * the layers behind the noise embedding are one product a call instead of one a block;
 * queries, keys and values come out as flash kernels take them;
@@ -29,6 +30,8 @@ from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.networks.edm_layers import PositionalWaves, Resample
 from cmfast_train.networks.precision import cast
+
+ALIGNED = 8  # channels, 16 bytes of half precision: what tensor cores take
 
 
 def fused(network: nn.Module) -> nn.Module:
@@ -85,6 +88,47 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nhwc(F.conv2d(x, self.weight, padding=1))
+
+
+class FirstConv(nn.Module):
+    """The 3x3 convolution of the image, with its bias: [B, C, H, W] -> [B, C_out, H, W] in channels_last.
+
+    cuDNN would pad the channels at each call, and add the bias in a pass over the result. Here they are a multiple of
+    8, and the bias is the weight of a channel of ones, at the centre of the kernel, which never sees the border.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        assert conv.bias is not None
+        more = ALIGNED - conv.in_channels % ALIGNED
+        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, more))
+        weight[:, conv.in_channels, 1, 1] = conv.bias.detach()
+        self.register_buffer("weight", weight)
+        self.register_buffer("rest", (torch.arange(more, device=weight.device) == 0).to(weight.dtype)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        size = (batch, self.weight.shape[1], height, width)
+        padded = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        padded[:, :channels] = x
+        padded[:, channels:] = self.rest
+        return nhwc(F.conv2d(padded, self.weight, padding=1))
+
+
+class LastConv(nn.Module):
+    """The 3x3 convolution to an image, padded likewise: [B, C, H, W] -> [B, C_out, H, W] float32 in channels_last."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        self.channels = conv.out_channels
+        padding = (0, 0, 0, 0, 0, 0, 0, -conv.out_channels % ALIGNED)
+        self.register_buffer("weight", F.pad(conv.weight.detach(), padding))
+        self.register_buffer("bias", float32(conv.bias)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1)[:, : self.channels] + self.bias
 
 
 class Attention(nn.Module):
@@ -194,7 +238,8 @@ class FusedAdm(nn.Module):
         self.input_blocks = nn.ModuleList([nn.ModuleList(map(_adm_layer, stage)) for stage in network.input_blocks])
         self.middle_block = nn.ModuleList(map(_adm_layer, network.middle_block))
         self.output_blocks = nn.ModuleList([nn.ModuleList(map(_adm_layer, stage)) for stage in network.output_blocks])
-        self.norm, self.conv = Norm(network.out[0]), network.out[2]
+        self.norm, self.conv = Norm(network.out[0]), LastConv(network.out[2])
+        self.input_blocks[0][0] = FirstConv(network.input_blocks[0][0])
 
     def forward(
         self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_second: Tensor | None = None
@@ -206,14 +251,15 @@ class FusedAdm(nn.Module):
         if self.label_emb is not None:
             emb = emb + self.label_emb(label)
         parts = self.embeddings(F.silu(emb))
-        h = nhwc(x)
+        h = x
         skips = []
         for stage in self.input_blocks:
             h = _run(stage, h, parts)
             skips.append(h)
         for stage in (self.middle_block, *self.output_blocks):  # the last is joined to nothing
             h = _run(stage, h, parts, skips.pop() if skips else None)
-        return cast(self.conv(self.norm(h)), torch.float32)
+        y: Tensor = self.conv(self.norm(h))
+        return nhwc(y)
 
 
 class FusedSong(SongUnet):
@@ -242,7 +288,7 @@ class FusedDhariwal(DhariwalUnet):
     def __init__(self, network: DhariwalUnet) -> None:
         nn.Module.__init__(self)
         _take_edm(self, network)
-        self.out_norm = Norm(network.out_norm, silu=False)
+        self.out_norm, self.out_conv = Norm(network.out_norm, silu=False), LastConv(network.out_conv)
 
     def _join(self, h: Tensor, skip: Tensor) -> Tensor:
         return joined(nhwc(h), nhwc(skip))
@@ -312,7 +358,7 @@ def _run(stage: nn.ModuleList, h: Tensor, parts: Iterator[Tensor], skip: Tensor 
         elif isinstance(layer, Attention):
             h = layer(h, last)
         else:
-            h = nhwc(layer(nhwc(h)))
+            h = nhwc(layer(h))
             h = h if last is None else joined(h, last)
     return h
 
@@ -329,6 +375,8 @@ def _take_edm(made: nn.Module, network: SongUnet | DhariwalUnet) -> None:
         for name, module in half.items():
             if isinstance(module, edm.Block):
                 half[name] = EdmBlock(module)
+    first = next(iter(network.enc))
+    network.enc[first] = FirstConv(network.enc[first])
     made.embeddings = embeddings
     if isinstance(network.map_noise, PositionalWaves):
         made.map_noise = Waves(network.map_noise.frequencies(network.map_layer0.weight.device))
