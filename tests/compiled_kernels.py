@@ -12,7 +12,7 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of
 
 
 def wide_reads(
-    function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, folder: Path
+    function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, folder: Path, warps: int = 4
 ) -> int:
     """Compile a kernel for a capability; assert that it fits and spills nothing, return its loads of 16 bytes at once.
 
@@ -28,8 +28,9 @@ def wide_reads(
     with knobs.cache.scope():
         knobs.cache.dir = str(folder)
         compiled = triton.compile(
-            ASTSource(function, signature, constants, attributes), target=GPUTarget("cuda", capability, 32)
-        )
+            ASTSource(function, signature, constants, attributes), target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps},
+        )  # fmt: skip
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED[capability]
     assembler = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path

@@ -14,8 +14,9 @@ import torch
 from interpreted_kernels import mend
 from torch import Tensor
 
-from cmfast_train.kernels.group_norm import group_norm_silu, make_plan, normed
+from cmfast_train.kernels.group_norm import group_norm_silu, normed
 from cmfast_train.kernels.group_norm_training import norm_act
+from cmfast_train.kernels.plan import make_plan
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.fused import fuse_norms
 

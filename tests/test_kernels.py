@@ -84,13 +84,15 @@ def test_the_same_input_gives_the_same_bits(interpreted: dict[str, dict[str, flo
     assert all(case["again"] == 0 for case in interpreted.values())
 
 
-CONSTANTS: dict[str, list[dict[str, Any]]] = {
-    "_one_kernel": [{"PER_GROUP": 6, "CHANNELS": 6, "GROUPS": 1, "ROWS": 512, "BLOCK": 8},
-                    {"PER_GROUP": 8, "CHANNELS": 32, "GROUPS": 4, "ROWS": 128, "BLOCK": 32}],
-    "_parts_kernel": [{"PER_GROUP": 6, "CHANNELS": 192, "GROUPS": 32, "ROWS": 16, "BLOCK": 256}],
-    "_apply_kernel": [{"PER_GROUP": 6, "CHANNELS": 192, "GROUPS": 32, "ROWS": 16, "BLOCK": 256, "CHUNKS": 128}],
-    "_sum_kernel": [{"CHANNELS": 192, "BLOCK": 1024}],
-}  # fmt: skip
+NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8}
+EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32}
+BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256}
+CONSTANTS: dict[str, tuple[dict[str, int], ...]] = {
+    "_one_kernel": (NARROW, EVEN),
+    "_parts_kernel": (EVEN, BROAD),
+    "_apply_kernel": (EVEN, BROAD),
+    "_sum_kernel": ({"CHANNELS": 192, "BLOCK": 1024},),
+}
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -102,20 +104,20 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
     function = getattr(group_norm, kernel)
     images, floats = ("x", "y", "h"), ("weight", "bias", "scale", "shift", "add", "parts", "statistics")
     for constants, dtype in zip(CONSTANTS[kernel], itertools.cycle(["*fp16", "*bf16"])):
-        flags = {"HAS_SCALE": True, "HAS_ADD": True, "SILU": True, "KEEP": True}
-        known = {name: value for name, value in (constants | flags).items() if name in function.arg_names}
         signature = {
-            name: "constexpr" if name in known else dtype if name in images else "*fp32" if name in floats
-            else "fp32" if name in ("eps", "gain") else "i32" for name in function.arg_names
+            name: "constexpr" if name in constants else dtype if name in images else "*fp32" if name in floats
+            else "fp32" if name in ("eps", "gain", "gate") else "i32" for name in function.arg_names
         }  # fmt: skip
-        reads = wide_reads(function, signature, known, capability, tmp_path)
-        if known["CHANNELS"] % 8 == 0:  # eight halves at once, in both directions where results are written
+        reads = wide_reads(
+            function, signature, constants, capability, tmp_path, warps=4 if kernel == "_sum_kernel" else 8
+        )
+        if constants.get("UNIT", 8) == 8:  # eight halves at once, in both directions where results are written
             assert reads >= (1 if kernel == "_parts_kernel" else 2)
 
 
 def test_every_shape_is_cut_into_what_the_kernels_can_hold() -> None:
     pytest.importorskip("triton")
-    from cmfast_train.kernels.group_norm import MOST_CHUNKS, TILE, make_plan
+    from cmfast_train.kernels.plan import MOST_CHUNKS, MOST_GROUPS, TILE, make_plan
 
     shapes = itertools.product((1, 8, 64, 256), (1, 4, 8, 16, 32, 64, 128, 256), (32, 96, 128, 192, 576, 1344, 2048))
     for batch, side, channels in shapes:
@@ -124,6 +126,7 @@ def test_every_shape_is_cut_into_what_the_kernels_can_hold() -> None:
             assert groups % plan.groups == 0
             assert plan.groups * channels // groups <= plan.block <= max(256, 2 * channels // groups)
             assert plan.block * plan.rows <= TILE
+            assert plan.groups <= MOST_GROUPS
             assert (plan.chunks - 1) * plan.pixels < side**2 <= plan.chunks * plan.pixels
             assert plan.chunks <= MOST_CHUNKS
             assert plan.block & (plan.block - 1) == plan.rows & (plan.rows - 1) == 0

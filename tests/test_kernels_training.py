@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from cmfast_train.networks.fused import fuse_norms, fuses
 from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.parallel import jvp, recompute
 from cmfast_train.presets import PRESETS
+from cmfast_train.start import network_config
 
 INTERPRETED = Path(__file__).parent / "interpreted_training_kernels.py"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -82,9 +84,9 @@ def test_a_network_has_the_same_gradients_with_the_kernels(interpreted: Any) -> 
     assert network["different"] == 1, "the kernels were not used"
 
 
-NARROW = {"PER_GROUP": 6, "CHANNELS": 6, "GROUPS": 1, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 16}
-EVEN = {"PER_GROUP": 8, "CHANNELS": 32, "GROUPS": 4, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 64}
-BROAD = {"PER_GROUP": 6, "CHANNELS": 192, "GROUPS": 32, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 8}
+NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 256}
+EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 64}
+BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 8}
 KERNELS = {
     "_backward_kernel": (NARROW, EVEN),
     "_backward_parts_kernel": (EVEN, BROAD),
@@ -100,21 +102,65 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
 
     function = getattr(group_norm_training, kernel)
     images = ("x", "dx", "dy")
-    numbers = ("pixels", "channels", "scale_stride", "shift_stride", "pixels_each", "chunks")
     for constants, dtype in zip(KERNELS[kernel], itertools.cycle(["*fp16", "*bf16"])):
-        known = {n: v for n, v in (constants | {"HAS_SCALE": True, "SILU": True}).items() if n in function.arg_names}
+        known = {name: value for name, value in constants.items() if name in function.arg_names}
         signature = {
-            name: "constexpr" if name in known else dtype if name in images else "i32" if name in numbers else "*fp32"
-            for name in function.arg_names
-        }
+            name: "constexpr" if name in known else dtype if name in images else "fp32" if name == "gate"
+            else "i32" if name in group_norm_training.NUMBERS else "*fp32" for name in function.arg_names
+        }  # fmt: skip
         reads = wide_reads(function, signature, known, capability, tmp_path)
-        if known["CHANNELS"] % 8 == 0:  # eight halves at once, of x and of dy
+        if known["UNIT"] == 8:  # eight halves at once, of x and of dy
             assert reads >= 2
+
+
+class Nowhere:
+    """A driver of Triton for a card that is not there; its kernels are those of no real device."""
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return -1
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("preset", ["mnist", "cifar10"])
+def test_few_kernels_are_compiled_for_the_training_of_a_preset(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from cmfast_train.kernels import group_norm, group_norm_training
+
+    network, shapes = build_network(network_config(PRESETS[preset], classes=10)), set()
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_hook(lambda norm, x, _: shapes.add((norm.num_groups, *x[0].shape[1:])))
+    with torch.no_grad():
+        network(torch.randn(1, *network.config.image_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    assert len(shapes) > 8
+    kernels = set()
+    monkeypatch.setattr(driver, "_active", Nowhere())
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *_: kernels.add((self.__name__, key)))
+    monkeypatch.setattr(group_norm, "on_kernels", lambda x: True)
+    for groups, *shape in shapes:
+        x = torch.empty(128, *shape, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        row = torch.empty(shape[0], device="meta")
+        e = torch.empty(128, 2 * shape[0], device="meta")
+        for scaled, silu in itertools.product((False, True), repeat=2):
+            scale, shift = e.chunk(2, dim=1) if scaled else (None, None)
+            y, statistics = group_norm.norm_and_statistics(x, groups, row, row, 1e-5, scale, shift, silu)
+            group_norm_training.gradients(y, x, statistics, groups, row, row, scale, shift, silu)
+    assert "_one_kernel" in {name for name, _ in kernels}
+    assert "_backward_kernel" in {name for name, _ in kernels}
+    assert len(kernels) <= 10  # each takes a third of a second
 
 
 def test_where_programs_fill_a_gpu_each_reads_whole_sectors_of_a_pixel() -> None:
     pytest.importorskip("triton")
-    from cmfast_train.kernels.group_norm import LEAST_BYTES, make_plan
+    from cmfast_train.kernels.plan import LEAST_BYTES, make_plan
 
     for batch, side, channels in itertools.product((128, 512), (4, 8, 16, 32, 64), (64, 128, 192, 256, 384, 576)):
         for tensors in (1, 2):

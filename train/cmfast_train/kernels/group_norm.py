@@ -8,7 +8,7 @@ record them. The order of every sum is fixed for a shape: the same input gives t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from cmfast_train.kernels.plan import MOST_CHUNKS, MOST_GROUPS, make_plan
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TILE = 4096  # values that a program holds at once: 32 for each of 128 threads
-MOST_CHANNELS = 256  # of a program
-ONE_PASS = 32768  # values of a program that reads them twice and finds them in the L2 cache the second time
-FEW = 16384  # the same where there are too few programs to fill a GPU
-ENOUGH = 512  # programs: about four for each multiprocessor of a large GPU
-LEAST_BYTES = 32  # neighbouring bytes of a pixel that are worth a read: one sector
-MOST_CHUNKS = 128  # of an image
 
 
 def group_norm_silu(
@@ -47,14 +42,14 @@ def group_norm_silu(
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.cmfast.group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu, add)
         return y
-    return norm_and_statistics(x, groups, weight, bias, eps, scale, shift, silu, add, keep=False)[0]
+    return norm_and_statistics(x, groups, weight, bias, eps, scale, shift, silu, add)[0]
 
 
 def norm_and_statistics(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None,
-    silu: bool, add: Tensor | None = None, keep: bool = True,
+    silu: bool, add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return what `group_norm_silu` does and, from the kernels and with `keep`, the statistics for a derivative.
+    """Return what `group_norm_silu` does and, from the kernels, the statistics for a derivative.
 
     The statistics are [B, 2, groups] float32: the mean of a group less its first value, and 1 / its deviation.
     """
@@ -69,26 +64,23 @@ def norm_and_statistics(
         return normed(x, groups, weight, bias, eps, scale, shift, silu, add), x
     plan = make_plan(batch, height * width, channels, groups, x.element_size())
     y = torch.empty_like(x)  # keeps channels_last
-    statistics = torch.empty(batch, 2, groups, dtype=torch.float32, device=x.device) if keep else x
-    inputs = (x, weight.contiguous(), bias.contiguous(), *(x if e is None else e for e in rows))
-    sizes = (height * width, channels, *(0 if e is None else e.stride(0) for e in rows), eps)
-    constants = {
-        "PER_GROUP": channels // groups, "CHANNELS": plan.groups * (channels // groups),
-        "GROUPS": triton.next_power_of_2(plan.groups), "ROWS": plan.rows, "BLOCK": plan.block,
-        "HAS_SCALE": scale is not None, "HAS_ADD": add is not None, "SILU": silu, "num_warps": 4,
-    }  # fmt: skip
+    statistics = torch.empty(batch, 2, groups, dtype=torch.float32, device=x.device)
+    scale, shift, add = (statistics if e is None else e for e in rows)  # what is left out is not read
+    strides = [0 if e is None else e.stride(0) for e in rows]
+    added = (add, strides[2], int(rows[2] is not None))
+    scaled = (weight.contiguous(), bias.contiguous(), scale, shift, *strides[:2], int(rows[0] is not None))
+    sizes, constants = plan.sizes(height * width, channels), plan.constants(warps=8)
     programs = batch * plan.chunks * (groups // plan.groups)
     with torch.cuda.device_of(x):
         if plan.chunks == 1:
-            _one_kernel[(programs,)](y, statistics, *inputs, *sizes, **constants, KEEP=keep)
+            _one_kernel[(programs,)](y, statistics, x, *added, *scaled, gate(silu), eps, *sizes, **constants)
             return y, statistics
         parts = torch.empty(2 * batch * plan.chunks * groups, dtype=torch.float32, device=x.device)
-        chunk = {"pixels_each": plan.pixels, "chunks": plan.chunks}
-        _parts_kernel[(programs,)](parts, *inputs, *sizes, **chunk, **constants)
+        chunk = (plan.pixels, plan.chunks)
+        _parts_kernel[(programs,)](parts, x, *added, *sizes, *chunk, **constants)
         _apply_kernel[(programs,)](
-            y, statistics, parts, *inputs, *sizes, **chunk, **constants, CHUNKS=triton.next_power_of_2(plan.chunks),
-            KEEP=keep,
-        )  # fmt: skip
+            y, statistics, parts, x, *added, *scaled, gate(silu), eps, *sizes, *chunk, **constants
+        )
     return y, statistics
 
 
@@ -145,39 +137,9 @@ _norm_operator.register_fake(lambda x, *_: torch.empty_like(x))
 _sum_operator.register_fake(lambda x, *_: torch.empty_like(x))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the work on [B, C, H, W] is cut up into programs."""
-
-    groups: int  # of a program
-    chunks: int  # of an image's pixels; 1: one kernel, which reads its values twice
-    pixels: int  # of a chunk; the last may have fewer
-    rows: int  # pixels that a program holds at once, a power of 2
-    block: int  # channels that it holds, a power of 2
-
-
-def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int, tensors: int = 1) -> Plan:
-    """Return how a shape is cut up; itemsize in bytes. It depends on the shape only, not on the GPU.
-
-    tensors  of this shape that a program reads: so many times fewer values of each
-    """
-    tile, most = TILE // tensors, ONE_PASS // tensors
-    per_group = channels // groups
-    fitting = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * per_group <= MOST_CHANNELS)]
-    filling = [n for n in fitting if batch * groups // n >= ENOUGH and n * per_group * pixels <= most]
-    one_pass = bool(filling) and filling[-1] * per_group * itemsize >= LEAST_BYTES
-    if one_pass or (not filling and per_group * pixels <= FEW):  # one launch
-        each = filling[-1] if one_pass else 1
-        block = triton.next_power_of_2(each * per_group)
-        rows = min(max(tile // block, 1), triton.next_power_of_2(pixels))
-        return Plan(groups=each, chunks=1, pixels=pixels, rows=rows, block=block)
-    each = fitting[-1]
-    block = triton.next_power_of_2(each * per_group)
-    rows = max(tile // block, 1)
-    values = min(max(batch * pixels * channels // ENOUGH, tile), most)
-    least = triton.cdiv(pixels, MOST_CHUNKS)
-    part = triton.cdiv(max(values // (each * per_group), least), rows) * rows
-    return Plan(groups=each, chunks=triton.cdiv(pixels, part), pixels=part, rows=rows, block=block)
+def gate(silu: bool) -> float:
+    """Return what the kernels add to -v in SiLU's exponential: exp(-inf) = 0 leaves v as it is."""
+    return 0.0 if silu else -math.inf
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -198,181 +160,196 @@ def _rows(e: Tensor | None, batch: int, channels: int) -> Tensor | None:
     return e
 
 
-# What the kernels have in common: a program has CHANNELS neighbouring channels of one image, whole groups, padded to
-# BLOCK. A value is read as (x - pivot) + add, where pivot is x at the first pixel and channel of its group: a mean that
-# is large beside the deviations then costs no digits.
+# What the kernels have in common: a program has `width` neighbouring channels of one image, whole groups, padded to
+# BLOCK; there are `blocks` such widths. Means are taken less a pivot, x at the first pixel and channel of the group: a
+# mean that is large beside the deviations then costs no digits.
+#
+# Each combination of constants is compiled when it is first met, which takes longer than a training step. So there are
+# few: the tile and UNIT, a divisor of width that lets the compiler read so many channels at once. All other numbers
+# vary at run time and do not become constants where they happen to be 1 or divisible by 16.
+
+NUMBERS = [
+    "pixels", "per_group", "units", "blocks", "pixels_each", "chunks", "add_stride", "has_add", "scale_stride",
+    "shift_stride", "has_scale",
+]  # fmt: skip
+_MOST_GROUPS, _MOST_CHUNKS = tl.constexpr(MOST_GROUPS), tl.constexpr(MOST_CHUNKS)
 
 
 @triton.jit
-def _channels(x, add, image, first_channel, channels, add_stride, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
-              BLOCK: tl.constexpr, HAS_ADD: tl.constexpr):  # fmt: skip
-    """Return each channel's place in the block, whether it is one, its index, pivot and added value."""
+def read(x, pixels, last, channels, inside, c):
+    """Return x at each channel and pixel, 0 where there is none."""
+    mask = inside[:, None] & (pixels < last)[None, :]
+    return tl.load(x + pixels[None, :] * channels + c[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def members(group):
+    """Return [MOST_GROUPS, BLOCK], whether a channel is of a group."""
+    return tl.arange(0, _MOST_GROUPS)[:, None] == group[None, :]
+
+
+@triton.jit
+def affine(weight, bias, scale, shift, image, scale_stride, shift_stride, has_scale, inside, c):
+    """Return factor and offset of each channel."""
+    factor = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    given = inside & (has_scale != 0)
+    scaled = 1.0 + tl.load(scale + image * scale_stride + c, mask=given, other=0.0)
+    offset = offset * scaled + tl.load(shift + image * shift_stride + c, mask=given, other=0.0)
+    return factor * scaled, offset
+
+
+@triton.jit
+def _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK: tl.constexpr):
+    """Return of each channel: whether it is one, its index, its group in the block, pivot and added value."""
     place = tl.arange(0, BLOCK)
-    inside = place < CHANNELS
-    c = first_channel + place
-    pivot = tl.load(x + first_channel + (place // PER_GROUP) * PER_GROUP, mask=inside, other=0.0).to(tl.float32)
-    added = tl.zeros([BLOCK], tl.float32)
-    if HAS_ADD:
-        added = tl.load(add + image * add_stride + c, mask=inside, other=0.0)
-    return place, inside, c, pivot, added
+    inside = place < width
+    c = block * width + place
+    group = place // per_group
+    pivot = tl.load(x + block * width + group * per_group, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(add + image * add_stride + c, mask=inside & (has_add != 0), other=0.0)
+    return inside, c, group, pivot, added
 
 
 @triton.jit
-def _moments(x, first, last, channels, place, inside, c, pivot, added, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Return each group's mean, and its sum of squared deviations, over the pixels from first to before last.
+def _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS: tl.constexpr):
+    """Return each group's mean, less its pivot, and its sum of squared deviations, over pixels from first to < last.
 
-    Welford's recurrence for each place of the tile, then Chan's formula over rows and over the channels of a group.
+    Sums of x - near and of its square, near being a channel's mean over the first tile; then Chan's formula over the
+    channels of a group. Should the other tiles lie elsewhere: of n tiles at a distance d, the variance is d^2 / n or
+    more, so the difference between the two sums loses a factor of n, 16 as a rule.
     """
-    row = tl.arange(0, ROWS)
-    count = tl.zeros([ROWS], tl.float32)
-    mean = tl.zeros([BLOCK, ROWS], tl.float32)
-    squares = tl.zeros([BLOCK, ROWS], tl.float32)
-    for start in range(first, last, ROWS):
-        pixel = start + row
-        valid = pixel < last
-        mask = inside[:, None] & valid[None, :]
-        value = tl.load(x + pixel[None, :] * channels + c[:, None], mask=mask, other=0.0).to(tl.float32)
-        value = (value - pivot[:, None]) + added[:, None]
-        count += tl.where(valid, 1.0, 0.0)
-        delta = tl.where(mask, value - mean, 0.0)
-        mean += delta * (1.0 / tl.maximum(count, 1.0))[None, :]
-        squares += delta * (value - mean)
+    row = first + tl.arange(0, ROWS)
+    raw = read(x, row, last, channels, inside, c)
+    ahead = read(x, row + ROWS, last, channels, inside, c)  # two tiles on their way while sums wait for each other
+    beyond = read(x, row + 2 * ROWS, last, channels, inside, c)
+    mask = inside[:, None] & (row < last)[None, :]
+    value = tl.where(mask, raw.to(tl.float32) - pivot[:, None], 0.0)
+    near = pivot + tl.sum(value, 1) / tl.minimum(last - first, ROWS).to(tl.float32)
+    total = tl.where(mask, raw.to(tl.float32) - near[:, None], 0.0)
+    squares = total * total
+    for start in range(ROWS, last - first, ROWS):
+        mask = inside[:, None] & (row + start < last)[None, :]
+        value = tl.where(mask, ahead.to(tl.float32) - near[:, None], 0.0)
+        ahead, beyond = beyond, read(x, row + (start + 2 * ROWS), last, channels, inside, c)
+        total += value
+        squares += value * value
     pixels = (last - first).to(tl.float32)
-    of_channel = tl.sum(mean * count[None, :], 1) / pixels
-    off = mean - of_channel[:, None]
-    squares_of_channel = tl.sum(squares + count[None, :] * off * off, 1)
-    member = (tl.arange(0, GROUPS)[:, None] == (place // PER_GROUP)[None, :]) & inside[None, :]
-    of_group = tl.sum(tl.where(member, of_channel[None, :], 0.0), 1) / PER_GROUP
+    off = tl.sum(total, 1) / pixels
+    squares_of_channel = tl.sum(squares, 1) - pixels * off * off
+    squares_of_channel = tl.where(squares_of_channel < 0.0, 0.0, squares_of_channel)  # rounding; NaN stays
+    of_channel = (near - pivot) + off + added
+    member = members(group)
+    of_group = tl.sum(tl.where(member, of_channel[None, :], 0.0), 1) / per_group.to(tl.float32)
     off = of_channel[None, :] - of_group[:, None]
     squares_of_group = tl.sum(tl.where(member, squares_of_channel[None, :] + pixels * off * off, 0.0), 1)
     return of_group, squares_of_group
 
 
 @triton.jit
-def _write(y, x, first, last, of_group, squares_of_group, weight, bias, scale, shift, image, pixels, channels,
-           scale_stride, shift_stride, eps, place, inside, c, pivot, added, PER_GROUP: tl.constexpr,
-           GROUPS: tl.constexpr, ROWS: tl.constexpr, HAS_SCALE: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    """Write the result for the pixels from first to before last, given the statistics of the whole image."""
-    deviation = tl.sqrt_rn(squares_of_group / (pixels * PER_GROUP).to(tl.float32) + eps)
-    member = tl.arange(0, GROUPS)[:, None] == (place // PER_GROUP)[None, :]
+def _write(y, statistics, x, first, last, of_group, squares_of_group, weight, bias, scale, shift, scale_stride,
+           shift_stride, has_scale, gate, eps, pixels, per_group, channels, width, image, block, keeps, inside, c,
+           group, pivot, added, ROWS: tl.constexpr):  # fmt: skip
+    """Write the result for the pixels from first to before last, given the statistics of the whole image.
+
+    Where `keeps`, store each group's mean, less its pivot, and the inverse of its deviation.
+    """
+    deviation = tl.sqrt_rn(squares_of_group / (pixels * per_group).to(tl.float32) + eps)
+    inverse = tl.div_rn(1.0, deviation)
+    at = tl.arange(0, _MOST_GROUPS)
+    groups, each = channels // per_group, width // per_group
+    statistics += image * 2 * groups + block * each + at
+    tl.store(statistics, of_group, mask=(at < each) & keeps)
+    tl.store(statistics + groups, inverse, mask=(at < each) & keeps)
+    member = members(group)
     centre = tl.sum(tl.where(member, of_group[:, None], 0.0), 0)
-    factor = tl.sum(tl.where(member, tl.div_rn(1.0, deviation)[:, None], 0.0), 0)
-    factor *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        scaled = 1.0 + tl.load(scale + image * scale_stride + c, mask=inside, other=0.0)
-        factor *= scaled
-        offset = offset * scaled + tl.load(shift + image * shift_stride + c, mask=inside, other=0.0)
-    row = tl.arange(0, ROWS)
-    for start in range(first, last, ROWS):
-        pixel = start + row
+    factor, offset = affine(weight, bias, scale, shift, image, scale_stride, shift_stride, has_scale, inside, c)
+    factor *= tl.sum(tl.where(member, inverse[:, None], 0.0), 0)
+    middle = pivot + (centre - added)  # rounded, and what that leaves goes to the offset
+    offset += ((middle - pivot) - (centre - added)) * factor
+    row = first + tl.arange(0, ROWS)
+    ahead = read(x, row, last, channels, inside, c)
+    beyond = read(x, row + ROWS, last, channels, inside, c)
+    for start in range(0, last - first, ROWS):
+        pixel = row + start
+        value = ahead.to(tl.float32)
+        ahead, beyond = beyond, read(x, pixel + 2 * ROWS, last, channels, inside, c)
+        value = (value - middle[:, None]) * factor[:, None] + offset[:, None]
+        value = value / (1.0 + tl.exp(gate - value))
         mask = inside[:, None] & (pixel < last)[None, :]
-        at = pixel[None, :] * channels + c[:, None]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        value = (value - pivot[:, None]) + (added - centre)[:, None]
-        value = value * factor[:, None] + offset[:, None]
-        if SILU:
-            value = value / (1.0 + tl.exp(-value))
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + pixel[None, :] * channels + c[:, None], value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _keep(statistics, image, first_group, channels, of_group, squares_of_group, pixels, eps, wanted,
-          PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    """Store each group's mean, less its pivot, and the inverse of its deviation, if `wanted`."""
-    groups = channels // PER_GROUP
-    group = tl.arange(0, GROUPS)
-    known = (group < CHANNELS // PER_GROUP) & wanted
-    deviation = tl.sqrt_rn(squares_of_group / (pixels * PER_GROUP).to(tl.float32) + eps)
-    statistics += image * 2 * groups + first_group + group
-    tl.store(statistics, of_group, mask=known)
-    tl.store(statistics + groups, tl.div_rn(1.0, deviation), mask=known)
-
-
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _one_kernel(
-    y, statistics, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride, eps,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr, KEEP: tl.constexpr,
+    y, statistics, x, add, add_stride, has_add, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
+    eps, pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result of some groups of one image. Programs: image, then block of groups, which runs faster."""
-    blocks = channels // CHANNELS
-    image = tl.program_id(0) // blocks
-    first_channel = (tl.program_id(0) % blocks) * CHANNELS
+    width = units * UNIT
+    channels = blocks * width
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     x += image.to(tl.int64) * pixels * channels
     y += image.to(tl.int64) * pixels * channels
-    place, inside, c, pivot, added = _channels(x, add, image, first_channel, channels, add_stride, PER_GROUP, CHANNELS,
-                                               BLOCK, HAS_ADD)  # fmt: skip
-    mean, squares = _moments(x, 0, pixels, channels, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, BLOCK)
-    if KEEP:
-        _keep(statistics, image, first_channel // PER_GROUP, channels, mean, squares, pixels, eps, True, PER_GROUP,
-              CHANNELS, GROUPS)  # fmt: skip
-    _write(y, x, 0, pixels, mean, squares, weight, bias, scale, shift, image, pixels, channels, scale_stride,
-           shift_stride, eps, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, HAS_SCALE, SILU)  # fmt: skip
+    inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
+    mean, squares = _moments(x, 0, pixels, channels, per_group, inside, c, group, pivot, added, ROWS)
+    _write(y, statistics, x, 0, pixels, mean, squares, weight, bias, scale, shift, scale_stride, shift_stride,
+           has_scale, gate, eps, pixels, per_group, channels, width, image, block, True, inside, c, group, pivot,
+           added, ROWS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _parts_kernel(
-    parts, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride, eps,
-    pixels_each, chunks,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
+    parts, x, add, add_stride, has_add, pixels, per_group, units, blocks, pixels_each, chunks,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the statistics of a chunk of pixels: parts [B, chunks, 2, groups], means, then squared deviations."""
-    blocks = channels // CHANNELS
-    block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks  # over all images
+    width = units * UNIT
+    channels = blocks * width
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # a chunk of those of all images
     image = chunk // chunks
     first = (chunk % chunks) * pixels_each
     last = tl.minimum(first + pixels_each, pixels)
     x += image.to(tl.int64) * pixels * channels
-    place, inside, c, pivot, added = _channels(x, add, image, block * CHANNELS, channels, add_stride, PER_GROUP,
-                                               CHANNELS, BLOCK, HAS_ADD)  # fmt: skip
-    mean, squares = _moments(x, first, last, channels, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, BLOCK)
-    groups = channels // PER_GROUP
-    group = tl.arange(0, GROUPS)
-    known = group < CHANNELS // PER_GROUP
-    parts += chunk * 2 * groups + block * (CHANNELS // PER_GROUP) + group
-    tl.store(parts, mean, mask=known)
-    tl.store(parts + groups, squares, mask=known)
+    inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
+    mean, squares = _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS)
+    at = tl.arange(0, _MOST_GROUPS)
+    groups, each = channels // per_group, width // per_group
+    parts += chunk * 2 * groups + block * each + at
+    tl.store(parts, mean, mask=at < each)
+    tl.store(parts + groups, squares, mask=at < each)
 
 
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _apply_kernel(
-    y, statistics, parts, x, weight, bias, scale, shift, add, pixels, channels, scale_stride, shift_stride, add_stride,
-    eps, pixels_each, chunks,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
-    KEEP: tl.constexpr,
+    y, statistics, parts, x, add, add_stride, has_add, weight, bias, scale, shift, scale_stride, shift_stride,
+    has_scale, gate, eps, pixels, per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put the statistics of all chunks together (Chan's formula) and write the result of one."""
-    blocks = channels // CHANNELS
-    block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks
+    width = units * UNIT
+    channels = blocks * width
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     image = chunk // chunks
     first = (chunk % chunks) * pixels_each
     last = tl.minimum(first + pixels_each, pixels)
     x += image.to(tl.int64) * pixels * channels
     y += image.to(tl.int64) * pixels * channels
-    place, inside, c, pivot, added = _channels(x, add, image, block * CHANNELS, channels, add_stride, PER_GROUP,
-                                               CHANNELS, BLOCK, HAS_ADD)  # fmt: skip
-    groups = channels // PER_GROUP
-    group = tl.arange(0, GROUPS)
-    part = tl.arange(0, CHUNKS)
-    known = (group < CHANNELS // PER_GROUP)[:, None] & (part < chunks)[None, :]
-    at = (image * chunks + part)[None, :] * 2 * groups + (block * (CHANNELS // PER_GROUP) + group)[:, None]
+    inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
+    groups, each = channels // per_group, width // per_group
+    of_group = tl.arange(0, _MOST_GROUPS)
+    part = tl.arange(0, _MOST_CHUNKS)
+    known = (of_group < each)[:, None] & (part < chunks)[None, :]
+    at = (image * chunks + part)[None, :] * 2 * groups + (block * each + of_group)[:, None]
     means = tl.load(parts + at, mask=known, other=0.0)
     squares = tl.load(parts + at + groups, mask=known, other=0.0)
     count = tl.maximum(tl.minimum(pixels - part * pixels_each, pixels_each), 0).to(tl.float32)[None, :]
     mean = tl.sum(means * count, 1) / pixels.to(tl.float32)
     off = means - mean[:, None]
-    squares = tl.sum(squares + count * PER_GROUP * off * off, 1)
-    if KEEP:
-        _keep(statistics, image, block * (CHANNELS // PER_GROUP), channels, mean, squares, pixels, eps,
-              chunk % chunks == 0, PER_GROUP, CHANNELS, GROUPS)  # fmt: skip
-    _write(y, x, first, last, mean, squares, weight, bias, scale, shift, image, pixels, channels, scale_stride,
-           shift_stride, eps, place, inside, c, pivot, added, PER_GROUP, GROUPS, ROWS, HAS_SCALE, SILU)  # fmt: skip
+    squares = tl.sum(squares + count * per_group.to(tl.float32) * off * off, 1)
+    _write(y, statistics, x, first, last, mean, squares, weight, bias, scale, shift, scale_stride, shift_stride,
+           has_scale, gate, eps, pixels, per_group, channels, width, image, block, chunk % chunks == 0, inside, c,
+           group, pivot, added, ROWS)  # fmt: skip
 
 
 @triton.jit

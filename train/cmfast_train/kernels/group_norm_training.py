@@ -21,7 +21,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmfast_train.kernels.group_norm import group_norm_silu, make_plan, norm_and_statistics, normed, on_kernels
+from cmfast_train.kernels.group_norm import (
+    NUMBERS,
+    affine,
+    gate,
+    group_norm_silu,
+    members,
+    norm_and_statistics,
+    normed,
+    on_kernels,
+    read,
+)
+from cmfast_train.kernels.plan import make_plan
 
 AT_ONCE = 2048  # values of chunks that a program adds up at once
 
@@ -80,190 +91,174 @@ def gradients(
     plan = make_plan(batch, height * width, channels, groups, x.element_size(), tensors=2)
     dx = torch.empty_like(x)
     of_norm, of_rows = torch.empty(2, batch, 2, channels, dtype=torch.float32, device=x.device)
-    inputs = (
-        dy.to(x.dtype).contiguous(memory_format=torch.channels_last), x, statistics, weight.contiguous(),
-        bias.contiguous(), *(x if e is None else e for e in (scale, shift)),
-    )  # fmt: skip
-    sizes = (height * width, channels, *(0 if e is None else e.stride(0) for e in (scale, shift)))
-    constants = {
-        "PER_GROUP": channels // groups, "CHANNELS": plan.groups * (channels // groups), "ROWS": plan.rows,
-        "BLOCK": plan.block, "HAS_SCALE": scale is not None, "SILU": silu, "num_warps": 4,
-    }  # fmt: skip
-    of_groups = {"GROUPS": triton.next_power_of_2(plan.groups)}
-    programs = batch * plan.chunks * (groups // plan.groups)
+    dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    rows = [statistics if e is None else e for e in (scale, shift)]  # what is left out is not read
+    strides = [0 if e is None else e.stride(0) for e in (scale, shift)]
+    scaled = (weight.contiguous(), bias.contiguous(), *rows, *strides, int(scale is not None))
+    inputs = (dy, x, statistics, *scaled, gate(silu), *plan.sizes(height * width, channels))
+    constants, programs = plan.constants(warps=4), batch * plan.chunks * (groups // plan.groups)
     with torch.cuda.device_of(x):
         if plan.chunks == 1:
-            _backward_kernel[(programs,)](dx, of_norm, of_rows, *inputs, *sizes, **constants, **of_groups)
+            _backward_kernel[(programs,)](dx, of_norm, of_rows, *inputs, **constants)
             return dx, of_norm, of_rows
         parts = torch.empty(batch, plan.chunks, 2, channels, dtype=torch.float32, device=x.device)
-        chunk = {"pixels_each": plan.pixels, "chunks": plan.chunks}
-        _backward_parts_kernel[(programs,)](parts, *inputs, *sizes, **chunk, **constants)
-        at_once = min(triton.next_power_of_2(plan.chunks), max(AT_ONCE // plan.block, 1))
-        _backward_apply_kernel[(programs,)](
-            dx, of_norm, of_rows, parts, *inputs, *sizes, **chunk, **constants, **of_groups, AT_ONCE=at_once
-        )
+        chunk = (plan.pixels, plan.chunks)
+        _backward_parts_kernel[(programs,)](parts, *inputs, *chunk, **constants)
+        at_once = max(AT_ONCE // plan.block, 1)
+        _backward_apply_kernel[(programs,)](dx, of_norm, of_rows, parts, *inputs, *chunk, **constants, AT_ONCE=at_once)
     return dx, of_norm, of_rows
 
 
-# As in `group_norm`, a program has CHANNELS neighbouring channels of one image, whole groups, padded to BLOCK.
+# As in `group_norm`, a program has `width` neighbouring channels of one image, whole groups, padded to BLOCK. Why so
+# little is a constant stands there.
 
 
 @triton.jit
-def _channels(x, statistics, weight, bias, scale, shift, image, first_channel, channels, scale_stride, shift_stride,
-              PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-              HAS_SCALE: tl.constexpr):  # fmt: skip
-    """Return of each channel: whether it is one, its index, pivot, mean less pivot, inverse deviation, a and o."""
+def _channels(x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride,
+              shift_stride, has_scale, BLOCK: tl.constexpr):  # fmt: skip
+    """Return of each channel whether it is one, its index, group, middle, inverse deviation, rest, steepness, offset.
+
+    With d = x - middle, xhat = d inverse + rest, which is what the rounding of middle leaves, and v = d steep + offset.
+    """
     place = tl.arange(0, BLOCK)
-    inside = place < CHANNELS
-    c = first_channel + place
-    groups = channels // PER_GROUP
-    group = place // PER_GROUP
-    pivot = tl.load(x + first_channel + group * PER_GROUP, mask=inside, other=0.0).to(tl.float32)
-    statistics += image * 2 * groups + first_channel // PER_GROUP + group
+    inside = place < width
+    c = block * width + place
+    group = place // per_group
+    pivot = tl.load(x + block * width + group * per_group, mask=inside, other=0.0).to(tl.float32)
+    groups = channels // per_group
+    statistics += image * 2 * groups + block * (width // per_group) + group
     centre = tl.load(statistics, mask=inside, other=0.0)
     inverse = tl.load(statistics + groups, mask=inside, other=0.0)
-    factor = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        scaled = 1.0 + tl.load(scale + image * scale_stride + c, mask=inside, other=0.0)
-        factor *= scaled
-        offset = offset * scaled + tl.load(shift + image * shift_stride + c, mask=inside, other=0.0)
-    return inside, c, pivot, centre, inverse, factor, offset
+    factor, offset = affine(weight, bias, scale, shift, image, scale_stride, shift_stride, has_scale, inside, c)
+    middle = pivot + centre
+    rest = ((middle - pivot) - centre) * inverse
+    return inside, c, group, middle, inverse, rest, factor * inverse, offset + factor * rest
 
 
 @triton.jit
-def _values(dy, x, at, mask, pivot, centre, inverse, factor, offset, SILU: tl.constexpr):
-    """Return xhat and dv, which is 0 outside."""
-    hat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    hat = ((hat - pivot[:, None]) - centre[:, None]) * inverse[:, None]
-    slope = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        value = hat * factor[:, None] + offset[:, None]
-        gate = 1.0 / (1.0 + tl.exp(-value))
-        slope *= gate * (1.0 + value * (1.0 - gate))
-    return hat, slope
+def _values(slope, x, middle, steep, offset, gate):
+    """Return x - middle and dv, which is 0 where dy is."""
+    off = x.to(tl.float32) - middle[:, None]
+    value = off * steep[:, None] + offset[:, None]
+    share = 1.0 / (1.0 + tl.exp(gate - value))
+    return off, slope.to(tl.float32) * (share * (1.0 + value * (1.0 - share)))
 
 
 @triton.jit
-def _sums(dy, x, first, last, channels, inside, c, pivot, centre, inverse, factor, offset, ROWS: tl.constexpr,
-          BLOCK: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def _sums(dy, x, first, last, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     """Return each channel's sum of dv and of xhat dv over the pixels from first to before last."""
-    row = tl.arange(0, ROWS)
+    row = first + tl.arange(0, ROWS)
     plain = tl.zeros([BLOCK, ROWS], tl.float32)
     weighted = tl.zeros([BLOCK, ROWS], tl.float32)
-    for start in range(first, last, ROWS):
-        pixel = start + row
-        mask = inside[:, None] & (pixel < last)[None, :]
-        at = pixel[None, :] * channels + c[:, None]
-        hat, slope = _values(dy, x, at, mask, pivot, centre, inverse, factor, offset, SILU)
+    for start in range(0, last - first, ROWS):
+        slope = read(dy, row + start, last, channels, inside, c)
+        off, slope = _values(slope, read(x, row + start, last, channels, inside, c), middle, steep, offset, gate)
         plain += slope
-        weighted += hat * slope
-    return tl.sum(plain, 1), tl.sum(weighted, 1)
+        weighted += off * slope
+    of_channel = tl.sum(plain, 1)
+    return of_channel, inverse * tl.sum(weighted, 1) + rest * of_channel
 
 
 @triton.jit
-def _of_group(values, pixels, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+def _of_group(values, pixels, per_group, group):
     """Return at each channel the mean over its group, given the channels' sums over all pixels."""
-    member = tl.arange(0, GROUPS)[:, None] == (tl.arange(0, BLOCK) // PER_GROUP)[None, :]
-    total = tl.sum(tl.where(member, values[None, :], 0.0), 1) / (pixels * PER_GROUP).to(tl.float32)
+    member = members(group)
+    total = tl.sum(tl.where(member, values[None, :], 0.0), 1) / (pixels * per_group).to(tl.float32)
     return tl.sum(tl.where(member, total[:, None], 0.0), 0)
 
 
 @triton.jit
-def _write(dx, dy, x, first, last, plain, weighted, pixels, channels, inside, c, pivot, centre, inverse, factor, offset,
-           PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-           SILU: tl.constexpr):  # fmt: skip
+def _write(dx, dy, x, first, last, plain, weighted, pixels, per_group, channels, inside, c, group, middle, inverse,
+           rest, steep, offset, gate, ROWS: tl.constexpr):  # fmt: skip
     """Write dx for the pixels from first to before last, given the sums over the whole image."""
-    mean = _of_group(factor * plain, pixels, PER_GROUP, GROUPS, BLOCK)
-    tilt = _of_group(factor * weighted, pixels, PER_GROUP, GROUPS, BLOCK)
-    row = tl.arange(0, ROWS)
-    for start in range(first, last, ROWS):
-        pixel = start + row
+    tilt = _of_group(steep * weighted, pixels, per_group, group)  # over the deviation, which a group's channels share
+    mean = _of_group(steep * plain, pixels, per_group, group) + rest * tilt
+    tilt *= inverse
+    row = first + tl.arange(0, ROWS)
+    for start in range(0, last - first, ROWS):
+        pixel = row + start
+        slope, value = read(dy, pixel, last, channels, inside, c), read(x, pixel, last, channels, inside, c)
+        off, slope = _values(slope, value, middle, steep, offset, gate)
+        value = slope * steep[:, None] - mean[:, None] - off * tilt[:, None]
         mask = inside[:, None] & (pixel < last)[None, :]
-        at = pixel[None, :] * channels + c[:, None]
-        hat, slope = _values(dy, x, at, mask, pivot, centre, inverse, factor, offset, SILU)
-        value = inverse[:, None] * (slope * factor[:, None] - mean[:, None] - hat * tilt[:, None])
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + pixel[None, :] * channels + c[:, None], value.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, channels, inside, c,
-                HAS_SCALE: tl.constexpr):  # fmt: skip
+def _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, has_scale, channels,
+                inside, c):  # fmt: skip
     """Write an image's shares in the gradients of weight and bias, and its gradients of scale and shift."""
     at = image * 2 * channels + c
-    share_weight, share_bias = weighted, plain
-    if HAS_SCALE:
-        scaled = 1.0 + tl.load(scale + image * scale_stride + c, mask=inside, other=0.0)
-        share_weight, share_bias = weighted * scaled, plain * scaled
-        gamma = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-        beta = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-        tl.store(of_rows + at, gamma * weighted + beta * plain, mask=inside)
-        tl.store(of_rows + at + channels, plain, mask=inside)
-    tl.store(of_norm + at, share_weight, mask=inside)
-    tl.store(of_norm + at + channels, share_bias, mask=inside)
+    given = inside & (has_scale != 0)
+    scaled = 1.0 + tl.load(scale + image * scale_stride + c, mask=given, other=0.0)
+    gamma = tl.load(weight + c, mask=given, other=0.0).to(tl.float32)
+    beta = tl.load(bias + c, mask=given, other=0.0).to(tl.float32)
+    tl.store(of_rows + at, gamma * weighted + beta * plain, mask=given)
+    tl.store(of_rows + at + channels, plain, mask=given)
+    tl.store(of_norm + at, weighted * scaled, mask=inside)
+    tl.store(of_norm + at + channels, plain * scaled, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_kernel(
-    dx, of_norm, of_rows, dy, x, statistics, weight, bias, scale, shift, pixels, channels, scale_stride, shift_stride,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, SILU: tl.constexpr,
+    dx, of_norm, of_rows, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
+    pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All gradients of some groups of one image. Programs: image, then block of groups, which runs faster."""
-    blocks = channels // CHANNELS
-    image = tl.program_id(0) // blocks
-    first_channel = (tl.program_id(0) % blocks) * CHANNELS
+    width = units * UNIT
+    channels = blocks * width
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     start = image.to(tl.int64) * pixels * channels
     dx += start
     dy += start
     x += start
-    inside, c, pivot, centre, inverse, factor, offset = _channels(
-        x, statistics, weight, bias, scale, shift, image, first_channel, channels, scale_stride, shift_stride,
-        PER_GROUP, CHANNELS, BLOCK, HAS_SCALE)  # fmt: skip
-    plain, weighted = _sums(dy, x, 0, pixels, channels, inside, c, pivot, centre, inverse, factor, offset, ROWS, BLOCK,
-                            SILU)  # fmt: skip
-    _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, channels, inside, c,
-                HAS_SCALE)  # fmt: skip
-    _write(dx, dy, x, 0, pixels, plain, weighted, pixels, channels, inside, c, pivot, centre, inverse, factor, offset,
-           PER_GROUP, GROUPS, ROWS, BLOCK, SILU)  # fmt: skip
+    inside, c, group, middle, inverse, rest, steep, offset = _channels(
+        x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
+        has_scale, BLOCK)  # fmt: skip
+    plain, weighted = _sums(dy, x, 0, pixels, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS,
+                            BLOCK)  # fmt: skip
+    _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, has_scale, channels,
+                inside, c)  # fmt: skip
+    _write(dx, dy, x, 0, pixels, plain, weighted, pixels, per_group, channels, inside, c, group, middle, inverse, rest,
+           steep, offset, gate, ROWS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_parts_kernel(
-    parts, dy, x, statistics, weight, bias, scale, shift, pixels, channels, scale_stride, shift_stride, pixels_each,
-    chunks,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
-    SILU: tl.constexpr,
+    parts, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate, pixels,
+    per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of a chunk of pixels: parts [B, chunks, 2, C], of dv, then of xhat dv."""
-    blocks = channels // CHANNELS
-    chunk = tl.program_id(0) // blocks  # over all images
+    width = units * UNIT
+    channels = blocks * width
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # a chunk of those of all images
     image = chunk // chunks
     first = (chunk % chunks) * pixels_each
     last = tl.minimum(first + pixels_each, pixels)
     start = image.to(tl.int64) * pixels * channels
     dy += start
     x += start
-    inside, c, pivot, centre, inverse, factor, offset = _channels(
-        x, statistics, weight, bias, scale, shift, image, (tl.program_id(0) % blocks) * CHANNELS, channels,
-        scale_stride, shift_stride, PER_GROUP, CHANNELS, BLOCK, HAS_SCALE)  # fmt: skip
-    plain, weighted = _sums(dy, x, first, last, channels, inside, c, pivot, centre, inverse, factor, offset, ROWS,
-                            BLOCK, SILU)  # fmt: skip
+    inside, c, _, middle, inverse, rest, steep, offset = _channels(
+        x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
+        has_scale, BLOCK)  # fmt: skip
+    plain, weighted = _sums(dy, x, first, last, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS,
+                            BLOCK)  # fmt: skip
     parts += chunk * 2 * channels + c
     tl.store(parts, plain, mask=inside)
     tl.store(parts + channels, weighted, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels"])  # one pixel would be a constant, which has no type
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_apply_kernel(
-    dx, of_norm, of_rows, parts, dy, x, statistics, weight, bias, scale, shift, pixels, channels, scale_stride,
-    shift_stride, pixels_each, chunks,
-    PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, SILU: tl.constexpr, AT_ONCE: tl.constexpr,
+    dx, of_norm, of_rows, parts, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale,
+    gate, pixels, per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of all chunks and write dx for one; the first writes the other gradients too."""
-    blocks = channels // CHANNELS
-    chunk = tl.program_id(0) // blocks
+    width = units * UNIT
+    channels = blocks * width
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     image = chunk // chunks
     first = (chunk % chunks) * pixels_each
     last = tl.minimum(first + pixels_each, pixels)
@@ -271,9 +266,9 @@ def _backward_apply_kernel(
     dx += start
     dy += start
     x += start
-    inside, c, pivot, centre, inverse, factor, offset = _channels(
-        x, statistics, weight, bias, scale, shift, image, (tl.program_id(0) % blocks) * CHANNELS, channels,
-        scale_stride, shift_stride, PER_GROUP, CHANNELS, BLOCK, HAS_SCALE)  # fmt: skip
+    inside, c, group, middle, inverse, rest, steep, offset = _channels(
+        x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
+        has_scale, BLOCK)  # fmt: skip
     plain = tl.zeros([BLOCK, AT_ONCE], tl.float32)
     weighted = tl.zeros([BLOCK, AT_ONCE], tl.float32)
     for before in range(0, chunks, AT_ONCE):
@@ -285,6 +280,6 @@ def _backward_apply_kernel(
     of_channel, weighted_of_channel = tl.sum(plain, 1), tl.sum(weighted, 1)
     if chunk % chunks == 0:
         _write_sums(of_norm, of_rows, of_channel, weighted_of_channel, weight, bias, scale, image, scale_stride,
-                    channels, inside, c, HAS_SCALE)  # fmt: skip
-    _write(dx, dy, x, first, last, of_channel, weighted_of_channel, pixels, channels, inside, c, pivot, centre, inverse,
-           factor, offset, PER_GROUP, GROUPS, ROWS, BLOCK, SILU)  # fmt: skip
+                    has_scale, channels, inside, c)  # fmt: skip
+    _write(dx, dy, x, first, last, of_channel, weighted_of_channel, pixels, per_group, channels, inside, c, group,
+           middle, inverse, rest, steep, offset, gate, ROWS)  # fmt: skip
