@@ -7,8 +7,10 @@ import functools
 import json
 import os
 import shutil
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,42 @@ def test_two_steps_of_the_mnist_network_are_at_most_a_tenth_larger_than_one(
         sizes[kind] = build_engine(onnx, tmp_path / f"{kind}.engine", BuildOptions()).path.stat().st_size
         assert sizes[kind] > 0.9 * onnx.stat().st_size  # the weights are inside
     assert sizes["sampler"] <= 1.1 * sizes["denoiser"]
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(handmade_onnx: Factory, tmp_path: Path) -> None:
+    onnx = tmp_path / os.fsdecode(b"m\xe9.onnx")
+    shutil.copy(handmade_onnx(8), onnx)
+    with pytest.raises(CmfastError, match=r"m\\udce9\.onnx: the library reads names in UTF-8 only; rename"):
+        build_engine(onnx, tmp_path / "m.engine", BuildOptions())
+    assert list(tmp_path.iterdir()) == [onnx]
+
+
+def test_ctrl_c_ends_a_build_and_leaves_no_engine(
+    handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python raises it where the library calls back, and the library swallowed it: the engine was built anyway."""
+    armed = []
+
+    @contextmanager
+    def build(trt: Any, config: Any) -> Iterator[None]:
+        with library.ctrl_c_ends_build(trt, config):
+            armed.append(True)
+            yield
+
+    class Log(type(library.make_logger(rtx))):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if armed and armed.pop():
+                signal.raise_signal(signal.SIGINT)
+            super().log(severity, message)
+
+    monkeypatch.setattr(to_tensorrt, "make_logger", lambda _: Log())
+    monkeypatch.setattr(to_tensorrt, "ctrl_c_ends_build", build)
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(handmade_onnx(8), tmp_path / "m.engine", BuildOptions())
+    assert not armed
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def test_a_truncated_an_altered_and_a_foreign_engine_are_refused(handmade_onnx: Factory, tmp_path: Path) -> None:

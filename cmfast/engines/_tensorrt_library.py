@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import platform
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
@@ -44,6 +48,42 @@ def make_logger(trt: Any) -> Any:
                 self.errors.append(" ".join(message.split()))
 
     return Log()
+
+
+@contextmanager
+def ctrl_c_ends_build(trt: Any, config: Any) -> Iterator[None]:
+    """Build in this block: Ctrl-C ends it at the builder's next step, as KeyboardInterrupt when the block ends.
+
+    Without this it would be lost: Python raises it in a callback, such as the logger, and the library swallows that.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield  # signals are not ours here, or Ctrl-C is off
+        return
+    came = threading.Event()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, *_: Any) -> None:
+            pass
+
+        def phase_finish(self, *_: Any) -> None:
+            pass
+
+        def step_complete(self, *_: Any) -> bool:
+            return not came.is_set()
+
+    config.progress_monitor = monitor = Monitor()
+    signal.signal(signal.SIGINT, lambda *_: came.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        del monitor  # until here it must live
+    if came.is_set():
+        raise KeyboardInterrupt
 
 
 def reason(log: Any) -> str:

@@ -30,6 +30,7 @@ from cmfast.engines import _cuda as cuda
 from cmfast.engines import open_engine
 from cmfast.engines._tensorrt_library import (
     LIBRARIES,
+    ctrl_c_ends_build,
     cuda_major,
     import_library,
     make_logger,
@@ -38,7 +39,7 @@ from cmfast.engines._tensorrt_library import (
 )
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.engines.tensorrt import other_card
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError
+from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.plan import NOT_RUN, UNSEALED, parse_plan, read_plan, seal
 from cmfast_export._options import check_range, check_tolerance, shorten
@@ -240,7 +241,7 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 10; later always so
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(os.fspath(onnx)):
+    if not parser.parse_from_file(_utf8(onnx)):
         errors = [" ".join(str(parser.get_error(i)).split()) for i in range(parser.num_errors)]
         raise EngineError(f"{onnx}: the library cannot read it: {'; '.join(errors)[:400] or reason(log)}")
     config = builder.create_builder_config()
@@ -249,12 +250,24 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     engine = {**manifest.engine, "batch": list(batch), "max_abs": NOT_RUN, "plan_sha256": UNSEALED}
     network.name = replace(manifest, engine=engine).fitting().to_json()
     cache = _timing_cache(config, options)
-    plan = builder.build_serialized_network(network, config)
+    with ctrl_c_ends_build(trt, config):
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{onnx}: the engine could not be built: {reason(log)}")
     if cache is not None:
         _keep(cache, options.timing_cache)
     return plan
+
+
+def _utf8(onnx: Path) -> str:
+    """Return the name of a file as the library takes it."""
+    try:
+        os.fspath(onnx).encode()
+    except UnicodeEncodeError:
+        raise CmfastError(
+            f"{printable(str(onnx))}: the library reads names in UTF-8 only; rename the file or its folder"
+        ) from None
+    return os.fspath(onnx)
 
 
 def _keep(cache: Any, file: str) -> None:
