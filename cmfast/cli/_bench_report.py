@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cmfast.cli._chart import chart_text, save_chart
 from cmfast.errors import MissingDependency
 
 
@@ -99,8 +100,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    from cmfast.files import atomic_file
-
     steps = list(dict.fromkeys(row["steps"] for row in record["rows"]))
     batches = list(dict.fromkeys(row["batch"] for row in record["rows"]))
     most = max(sum((r["steps"], r["batch"]) == (n, b) for r in record["rows"]) for n in steps for b in batches)
@@ -118,7 +117,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
             low = [row["median_ms"] - row["p10_ms"] for row in rows]
             high = [row["p90_ms"] - row["median_ms"] for row in rows]
             colours = ["#888888" if row["contender"] == row["reference"] else "#3b76af" for row in rows]
-            bars = axes.barh([row["contender"] for row in rows], medians, color=colours, xerr=[low, high], capsize=2)
+            names = [chart_text(row["contender"]) for row in rows]
+            bars = axes.barh(names, medians, color=colours, xerr=[low, high], capsize=2)
             axes.bar_label(bars, [f" {row['times_as_fast']:.2f}x" for row in rows], padding=2, fontsize=8)
             axes.set_title(f"{n} step(s), batch {b}", fontsize=9)
             axes.set_xlabel("ms a batch: median, p10 to p90", fontsize=8)
@@ -127,8 +127,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axes.invert_yaxis()
     machine = record["machine"]
     figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, {record['options']['device']}", fontsize=8)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_chart(figure, path)
 
 
 def need_matplotlib() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmfast.cli._chart import chart_text, save_chart
+
 COLUMNS = {  # of a row: heading, format
     "fd": ("Frechet", "{:.4g}"),
     "kid_mean": ("KID", "{:.3g}"),
@@ -41,8 +43,6 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Write a chart: Frechet distance, and ms an image, against network calls; a curve for each way to sample."""
     from matplotlib.figure import Figure
 
-    from cmfast.files import atomic_file
-
     figure = Figure(figsize=(9.6, 4.0), dpi=150, layout="constrained")
     quality, speed = figure.subplots(1, 2)
     for key, name, colour in (("steps", "few-step", "#3b76af"), ("heun", "Heun", "#c1563c")):
@@ -53,7 +53,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             speed.plot(calls, [row["ms_per_image"] for row in rows], "o-", color=colour, label=name)
     quality.axhline(record["halves"]["fd"], color="#888888", linestyle="--", label="one half of the data")
     calls = sorted({row["calls"] for row in record["rows"]})
-    for axes, what in ((quality, f"Frechet distance, {record['features']['name']}"), (speed, "ms an image")):
+    distance = f"Frechet distance, {chart_text(record['features']['name'])}"
+    for axes, what in ((quality, distance), (speed, "ms an image")):
         axes.set_xscale("log")
         axes.set_xticks(calls, [str(k) for k in calls])
         axes.set_xticks([], minor=True)
@@ -62,9 +63,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
     source, machine = record["model"], record["machine"]
-    figure.suptitle(f"{source['file']}, {record['data_set']}; {source['engine']}, {machine['cpu']}", fontsize=8)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    title = f"{source['file']}, {record['data_set']}; {source['engine']}, {machine['cpu']}"
+    figure.suptitle(chart_text(title), fontsize=8)
+    save_chart(figure, path)
 
 
 def _line(name: str, values: Sequence[str]) -> str:
