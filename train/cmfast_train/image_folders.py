@@ -51,10 +51,12 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None, *, labelle
         CmfastError: There are no images, a class has none, or dataset.json does not fit; one line with the place.
     """
     with naming(root):
-        if classes is None and (root / LABELS).is_file():
+        if classes is None and os.path.lexists(root / LABELS):
             files = _walk(root, root)
             if not labelled:
                 return _unlabelled(files, root / LABELS)
+            if not (root / LABELS).is_file():  # its folders are no classes, whatever is wrong with it
+                raise CmfastError(f"{root / LABELS}: {_no_file(root / LABELS)}")
             return _labelled(files, _read_bounded(root / LABELS), root / LABELS)
         if classes is not None:
             folders = {name: _walk(root / name, root) if (root / name).is_dir() else [] for name in classes}
@@ -116,6 +118,15 @@ def check_labels(labels: list[int], what: object) -> int:
         raise CmfastError(f"{what}: the label {least} is negative; classes are numbered from 0")
     if most >= max(len(labels), 2):
         raise CmfastError(f"{what}: the label {most} is too large for {len(labels)} images; classes are 0, 1, 2, ...")
+    unused = sorted(set(range(most + 1)) - set(labels))
+    if unused:
+        few = ", ".join(map(str, unused[:3])) + (", .." if len(unused) > 3 else "")
+        warnings.warn(
+            f"{what}: {len(unused)} of the {most + 1} classes have no image ({few}), so the model will draw them "
+            "without having seen any; number the labels without gaps",
+            CmfastWarning,
+            stacklevel=2,
+        )
     return most + 1
 
 
@@ -179,15 +190,16 @@ def _by_class(
 def _entries(root: Path) -> tuple[list[str], list[str], int]:
     """Return the images directly in a folder, its folders, and the number of other files; all visible."""
     direct, folders, others = [], [], 0
-    for entry in os.scandir(root):
-        if is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.is_file() and is_image(entry.name):
-            direct.append(entry.name)
-        else:
-            others += 1
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif is_image(entry.name) and _is_there(entry):
+                direct.append(entry.name)
+            else:
+                others += 1
     return direct, folders, others
 
 
@@ -204,17 +216,34 @@ def _walk(folder: Path, root: Path) -> list[str]:
         if own in above:
             continue
         files = []
-        for entry in os.scandir(place):
-            if is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                rest.append((entry.path, above | {own}))
-            elif is_image(entry.name) and entry.is_file():
-                files.append(entry.path)
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    rest.append((entry.path, above | {own}))
+                elif is_image(entry.name) and _is_there(entry):
+                    files.append(entry.path)
         found[place] = sorted(files)
     start = len(str(root).rstrip(os.sep)) + 1 if str(root) != "." else 0
     paths = (path for place in sorted(found) for path in found[place])
     return [_below(path, root, start) for path in paths]
+
+
+def _is_there(image: os.DirEntry[str]) -> bool:
+    """Whether an image is a file; a link to nothing is refused, as the data would be less than they look."""
+    if image.is_file():
+        return True
+    if image.is_symlink():
+        raise CmfastError(f"{printable(image.path)}: {_no_file(Path(image.path))}")
+    return False
+
+
+def _no_file(path: Path) -> str:
+    """Return what something is that should be a file."""
+    if path.is_symlink() and not path.exists():
+        return "a link to a file that is not there; get the file (git annex get, or copy it: cp -L), or remove the link"
+    return "not a regular file; replace it, or remove it"
 
 
 def _below(path: str, root: Path, start: int) -> str:
