@@ -23,6 +23,8 @@ from cmfast.schedule import MAX_STEPS, as_levels
 Array = Any  # numpy.ndarray or torch.Tensor
 Denoise = Callable[[Array, float], Array]
 
+MAX_S_NOISE = 100.0  # EDM takes 1.003; noise that is far from 1 overflows float32 and samples nothing
+
 
 @dataclass(frozen=True, kw_only=True)
 class Churn:
@@ -42,9 +44,10 @@ class Churn:
             huge = isinstance(value, int) and value.bit_length() > 1000  # beyond float64
             if huge or isinstance(value, bool) or not isinstance(value, Real):
                 raise CmfastError(f"{name} must be a number, got {shown(value)}")
-        if not (0 <= self.s_churn < math.inf and 0 < self.s_noise < math.inf):
+        if not (0 <= self.s_churn < math.inf and 0 < self.s_noise <= MAX_S_NOISE):
             raise CmfastError(
-                f"s_churn must be a number from 0 and s_noise a positive one, got {self.s_churn:g} and {self.s_noise:g}"
+                f"s_churn must be a number from 0 and s_noise a positive one up to {MAX_S_NOISE:g}, got "
+                f"{self.s_churn:g} and {self.s_noise:g}"
             )
         if not 0 <= self.s_tmin <= self.s_tmax:
             raise CmfastError(f"need 0 <= s_tmin <= s_tmax, got {self.s_tmin:g} and {self.s_tmax:g}")

@@ -122,9 +122,9 @@ def test_the_width_is_the_standard_deviation_of_the_profile() -> None:
     assert math.sqrt(p @ t**2 - (p @ t) ** 2) == pytest.approx(0.1, rel=1e-6)  # the rectangles' own error is 1e-10
 
 
-@pytest.mark.parametrize("std", [0.0, -0.1, 0.3, math.nan, math.inf])
+@pytest.mark.parametrize("std", [0.0, -0.1, 0.3, math.nan, math.inf, 1e-300, 1e-320])
 def test_a_width_that_no_profile_has_is_refused(std: float) -> None:
-    with pytest.raises(CmfastError, match=r"above 0 and at most 0.2887 .*; got"):
+    with pytest.raises(CmfastError, match=r"at least 1e-07 and at most 0.2887 .*; got"):
         gamma_of_std(std)
 
 

@@ -353,7 +353,12 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ("model.pt", ["--data-set", "digits", "--plot", "a.png", "--metrics", "kid"], "--plot shows the fd at numbers"),
     ("model.pt", ["--data-set", "digits", "--write"], "--write writes what --search finds: add --search"),
     ("model.pt", ["--data-set", "digits", "--search", "--steps", 2], "--search compares two steps by their fd"),
-    ("model.pt", ["--data-set", "digits", "--search", "--search-calls", 1], "--search-calls must be at least 2, got 1"),
+    (
+        "model.pt",
+        ["--data-set", "digits", "--search", "--search-calls", 1],
+        "--search-calls must be from 2 to 100, got",
+    ),
+    ("model.pt", ["--data-set", "digits", "--search", "--search-calls", 10**22], "must be from 2 to 100, got 1000000"),
     ("model.pt", ["--data-set", "digits", "--search", "--search-bounds", "5,1"], "are two noise levels, rising, "),
     ("model.onnx", ["--data-set", "digits", "--search"], "--search is for a checkpoint, model.pt or .safetensors"),
     ("foreign.pt", ["--data-set", "digits", "--search"], "not a checkpoint of cmfast; make it one: cmfast-export "),

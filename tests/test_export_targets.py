@@ -190,6 +190,11 @@ def test_functions_lock_their_target_and_one_inside_the_other_is_one_writer(
         (["--opset", "1000000000"], "opset must be from 18 to 23, got 1000000000"),
         (["--tolerance", "nan"], "--tolerance must be a finite number greater than 0"),
         (["--tolerance", "inf"], "got inf"),
+        (["--kind", "sampler", "--steps", "0", "--dry-run"], "--steps must be at least 1, got 0"),
+        (["--kind", "sampler", "--sigmas", "nan", "--dry-run"], "--sigmas must be finite noise levels above 0"),
+        (["--kind", "sampler", "--sigmas", "0.8,80", "--dry-run"], "that strictly decrease, for example 80,0.8, got"),
+        (["--kind", "sampler", "--sigmas", "inf", "--dry-run"], "--sigmas must be finite noise levels above 0"),
+        (["--kind", "sampler", "--sigmas", "80,0", "--dry-run"], "--sigmas must be finite noise levels above 0"),
         (["--kind", "sampler", "--steps", "1000000000"], "a sampler graph has at most 64 steps, got 1000000000"),
         (
             ["--kind", "sampler", "--sigmas", ",".join(["1"] * 1_000_000)],

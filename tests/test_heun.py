@@ -154,9 +154,10 @@ def test_numpy_and_torch_give_the_same_to_the_bit(churn: Churn) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Churn(s_churn=-1), "s_churn must be a number from 0 and s_noise a positive one, got -1 and 1"),
+        (lambda: Churn(s_churn=-1), "s_churn must be a number from 0 and s_noise a positive one up to 100, got -1"),
         (lambda: Churn(s_churn=math.nan), "s_churn must be a number"),
-        (lambda: Churn(s_noise=0), "s_noise a positive one, got 0 and 0"),
+        (lambda: Churn(s_noise=1e300), "s_noise a positive one up to 100, got 0 and 1e[+]300"),
+        (lambda: Churn(s_noise=0), "s_noise a positive one up to 100, got 0 and 0"),
         (lambda: Churn(s_tmin=2, s_tmax=1), "need 0 <= s_tmin <= s_tmax, got 2 and 1"),
         (lambda: heun_calls(0), "the number of Heun steps must be at least 1, got 0"),
         (lambda: heun(gaussian_denoiser, unit_noise(3, 1, 1, 1, 1), karras_sigmas(3), churn=Churn(s_churn=1)),

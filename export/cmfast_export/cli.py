@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +367,14 @@ def _batch(text: str) -> int | None:
 
 def _check_numbers(steps: int | None, sigmas: Sequence[float] | None, opset: int | None) -> None:
     """Refuse numbers that no graph can have, before the checkpoint is read."""
+    if steps is not None and steps < 1:
+        raise CmfastError(f"--steps must be at least 1, got {shorten(str(steps))}")
     check_steps(max(steps or 0, len(sigmas or ())))
+    if sigmas is not None and not all(0 < after < before for before, after in pairwise((math.inf, *sigmas))):
+        raise CmfastError(
+            f"--sigmas must be finite noise levels above 0 that strictly decrease, for example 80,0.8, got "
+            f"{shorten(','.join(f'{sigma:g}' for sigma in sigmas))}"
+        )
     if opset is not None and opset not in OPSETS:
         raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {shorten(str(opset))}")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from cmfast.errors import CmfastError
 
 MAX_STD = math.sqrt(1 / 12)  # gamma = 0: all steps weigh the same
+MIN_STD = 1e-7  # gamma = 1e7, narrower than a step of any run; far below, inner products of profiles are NaN
 
 Factors = npt.NDArray[np.float64]  # [N], one for each stored average
 
@@ -108,10 +109,10 @@ def gamma_of_std(std: float) -> float:
     With u = gamma + 2 the cubic reads u = sqrt((u - 1) / (u + 1)) / std. Repeating that contracts: the slope is
     u / (u^2 - 1), at most 2/3 where gamma >= 0.
     """
-    if not 0 < std <= MAX_STD:
+    if not MIN_STD <= std <= MAX_STD:
         raise CmfastError(
-            f"the width of an average is a fraction of the run above 0 and at most {MAX_STD:.4f} (all steps weigh the "
-            f"same), for example 0.05 or 0.10; got {std:g}"
+            f"the width of an average is a fraction of the run, at least {MIN_STD:g} and at most {MAX_STD:.4f} (all "
+            f"steps weigh the same), for example 0.05 or 0.10; got {std:g}"
         )
     u = 1 / std
     for _ in range(100):  # (2/3)^100 is below a rounding

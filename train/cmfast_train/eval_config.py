@@ -11,6 +11,7 @@ from cmfast.errors import CmfastError, MissingDependency
 from cmfast.files import check_outputs, check_target
 
 METRICS = ("fd", "kid", "pr", "is")  # cmfast_train.metrics
+MOST_CALLS = 100  # levels of a search: each narrows the interval to 0.618 of it, and after 75 float64 has no more
 MOST = 10_000  # samples, unless more are asked for
 
 
@@ -55,7 +56,7 @@ class EvalConfig:
             raise MissingDependency("--plot", "matplotlib", "plot")
         if self.search and (self.steps or self.heun or self.metrics not in (None, ("fd",))):
             raise CmfastError("--search compares two steps by their fd: leave --steps, --heun and --metrics out")
-        if self.search and self.search_calls < 2:
-            raise CmfastError(f"--search-calls must be at least 2, got {self.search_calls}")
+        if self.search and not 2 <= self.search_calls <= MOST_CALLS:
+            raise CmfastError(f"--search-calls must be from 2 to {MOST_CALLS}, got {self.search_calls}")
         if self.write and not self.search:
             raise CmfastError("--write writes what --search finds: add --search")
