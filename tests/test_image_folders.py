@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -192,6 +194,41 @@ def test_a_dataset_json_that_does_not_fit_is_one_line(labels: Any, words: str, t
             load_data(config(), root)
         assert words in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_a_dataset_json_that_is_no_file_does_not_make_its_folders_classes(kind: str, tmp_path: Path) -> None:
+    root = tool(tmp_path / "set", pairs(2, 0, 1, 2, 0, 2))
+    (root / "dataset.json").unlink()
+    if kind == "link":  # a hub's cache or an annex without the content
+        (root / "dataset.json").symlink_to("../blobs/x")
+    elif kind == "fifo":
+        os.mkfifo(root / "dataset.json")
+    else:
+        (root / "dataset.json").mkdir()
+    words = "a link to a file that is not there" if kind == "link" else "not a regular file"
+    with pytest.raises(CmfastError, match=rf"set/dataset\.json: {words}"):
+        load_data(config(), root)
+    assert load_data(config(conditional=False), root).classes == 0
+
+
+@pytest.mark.parametrize("name", ["a/2.png", "2.png"])
+def test_an_image_that_is_a_link_to_nothing_is_refused_not_left_out(name: str, tmp_path: Path) -> None:
+    """An annex or a hub's cache without the content: the run would have fewer images, and say nothing."""
+    root = write(tmp_path / "set", *(["a/1.png", "b/1.png"] if "/" in name else ["1.png"]))
+    (root / name).symlink_to("../../blobs/x")
+    with pytest.raises(CmfastError, match=rf"set/{name}: a link to a file that is not there; get the file"):
+        load_data(config(), root)
+    (root / name).unlink()
+    (root / name).symlink_to(root / name.replace("2", "1"))
+    assert len(load_data(config(), root)) == (3 if "/" in name else 2)  # a link to a file is read
+
+
+def test_labels_with_gaps_are_read_with_a_warning(tmp_path: Path) -> None:
+    root = tool(tmp_path / "set", pairs(0, 4, 0, 4, 0, 4))
+    with pytest.warns(CmfastWarning, match=r"dataset\.json: 3 of the 5 classes have no image \(1, 2, 3\)"):
+        data = load_data(config(), root)
+    assert data.classes == 5
 
 
 @pytest.mark.parametrize("pack", [lambda root: root, zipped, lambda root: zipped(root, "top/")])
@@ -533,3 +570,32 @@ def test_workers_that_cannot_be_started_name_shared_memory_and_the_way_out(
     data = load_data(config(), write(tmp_path, "a/1.png", "b/2.png"))
     with pytest.raises(CmfastError, match=r"2 worker processes cannot be started: /dev/shm .*--set workers=0 needs no"):
         next(batches(data, 2, 0, 0, 3, slice(None), 2, False))
+
+
+def test_workers_without_shared_memory_print_our_line_alone(tmp_path: Path) -> None:
+    """Half of a DataLoader's iterator prints a traceback when it is thrown away."""
+    write(tmp_path / "set", "a/1.png", "b/2.png")
+    code = f"""
+import dataclasses, sys
+from pathlib import Path
+from cmfast.errors import CmfastError
+from cmfast_train.data import batches, load_data
+from cmfast_train.presets import PRESETS
+
+class Full:
+    unlink = staticmethod(lambda name: None)
+    def __init__(self, *_):
+        raise OSError(30, "Read-only file system")
+
+import multiprocessing.synchronize
+multiprocessing.synchronize._multiprocessing = type("M", (), {{"SemLock": Full, "sem_unlink": None}})
+config = dataclasses.replace(PRESETS["folder"], image_size=8, channels=1, workers=2)
+data = load_data(config, Path({str(tmp_path / "set")!r}))
+try:
+    next(batches(data, 2, 0, 0, 3, slice(None), 2, False))
+except CmfastError as err:
+    print(err, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "2 worker processes cannot be started: /dev/shm is full or missing" in done.stderr

@@ -225,6 +225,11 @@ def test_a_file_that_is_something_else_is_named_as_what_it_is(
     assert "\n" not in str(refused.value)
 
 
+def test_a_graph_to_train_from_is_not_told_to_take_the_name_that_it_has(handmade_onnx: Make) -> None:
+    with pytest.raises(ArtifactError, match="an ONNX file, a graph to run; training starts from a checkpoint"):
+        load_model(handmade_onnx(8))
+
+
 def test_a_suffix_of_another_format_is_told_the_right_one(tiny_checkpoint: Make, tmp_path: Path) -> None:
     for have, suffix, right in ((".pt", ".safetensors", ".pt"), (".safetensors", ".pth", ".safetensors")):
         file = tmp_path / f"renamed{suffix}"

@@ -33,6 +33,8 @@ def recognised(opened: BinaryIO, suffix: str) -> str:
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000:
         return "" if suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
     if head[:1] == b"\x08" and 1 <= head[1] <= 20 and head[2:3] in (b"\x12", b"\x1a", b":"):
+        if suffix == ".onnx":
+            return "an ONNX file, a graph to run; training starts from a checkpoint (.pt, .safetensors)"
         return "an ONNX file; rename it to end in .onnx"
     if head[:1] == b"{" and (b'"weight_map"' in head or b'"total_size"' in head):
         return "the index of weights that are divided into several files, not weights; name their folder"

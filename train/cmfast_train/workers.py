@@ -36,6 +36,9 @@ def _from_workers(
 ) -> Generator[tuple[Tensor, Tensor] | str, None, None]:
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
+        # What DataLoader asks the system for. It fails here first: its own half-made iterator prints a traceback.
+        asked = [torch.multiprocessing.Event(), *(torch.multiprocessing.Queue() for _ in range(workers + 1))]
+        del asked
         loader = DataLoader(
             data, batch_sampler=order, collate_fn=_Storing(folder), num_workers=workers, pin_memory=pin,
             persistent_workers=True,
