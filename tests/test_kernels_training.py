@@ -84,9 +84,9 @@ def test_a_network_has_the_same_gradients_with_the_kernels(interpreted: Any) -> 
     assert network["different"] == 1, "the kernels were not used"
 
 
-NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 256}
-EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 64}
-BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 8}
+NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8, "AT_ONCE": 128}
+EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32, "AT_ONCE": 32}
+BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256, "AT_ONCE": 4}
 KERNELS = {
     "_backward_kernel": (NARROW, EVEN),
     "_backward_parts_kernel": (EVEN, BROAD),

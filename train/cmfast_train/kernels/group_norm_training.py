@@ -34,7 +34,7 @@ from cmfast_train.kernels.group_norm import (
 )
 from cmfast_train.kernels.plan import make_plan
 
-AT_ONCE = 2048  # values of chunks that a program adds up at once
+AT_ONCE = 1024  # values of chunks that a program adds up at once
 
 
 def norm_act(
