@@ -425,7 +425,7 @@ def test_tests_that_fail_crash_or_cannot_be_imported_are_lines_and_the_others_ru
     files = ["test_bad.py", "test_some.py"]
     out, done = rehearse(tmp_path, "tests", *(tmp_path / name for name in files), budget=60)
     assert done.returncode == 1
-    found = {name.rpartition("/")[2]: line for name, line in items_of(out).items()}
+    found = {name.removeprefix("collect ").rpartition("/")[2]: line for name, line in items_of(out).items()}
     assert found["test_some.py::test_passes[1]"]["ok"]
     assert found["test_some.py::test_passes[2]"]["ok"]
     assert found["test_some.py::test_fails"]["error"] == "assert 1 == 2"

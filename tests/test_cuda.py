@@ -161,16 +161,25 @@ def test_events_are_in_the_order_of_the_work(runtime: Any) -> None:
 
 def test_memory_of_buffers_is_freed_by_close_and_with_the_last_reference(runtime: Any) -> None:
     cuda.Buffer((1,), np.float32).close()  # what CUDA allocates for itself, it has now
-    before, size = free_bytes(runtime), 64 * MIB
-    buffer = cuda.Buffer((size // 4,), np.float32)
-    assert before - free_bytes(runtime) >= size
-    buffer.close()
-    assert free_bytes(runtime) == before
-    buffer = cuda.Buffer((size // 4,), np.float32)
-    assert before - free_bytes(runtime) >= size
-    del buffer
-    gc.collect()
-    assert free_bytes(runtime) == before
+    size = 64 * MIB
+
+    def close(buffers: list[cuda.Buffer]) -> None:
+        buffers[0].close()
+
+    def forget(buffers: list[cuda.Buffer]) -> None:
+        buffers.clear()
+        gc.collect()
+
+    def taken_and_freed(free: Callable[[list[cuda.Buffer]], None]) -> bool:
+        before = free_bytes(runtime)
+        buffers = [cuda.Buffer((size // 4,), np.float32)]
+        taken = before - free_bytes(runtime)
+        free(buffers)
+        return taken >= size and free_bytes(runtime) == before
+
+    # The numbers are the card's, and other processes, such as other tests, may use it too: one of many tries is quiet.
+    for free in (close, forget):
+        assert any(taken_and_freed(free) for _ in range(200))
 
 
 def test_what_cuda_refuses_is_one_line_and_the_stream_works_afterwards(runtime: Any) -> None:
