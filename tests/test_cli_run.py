@@ -116,6 +116,33 @@ def test_an_interrupt_at_work_is_one_line(handmade_onnx: Callable[..., Path], tm
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("body", "handler"),
+    [
+        ("signal.raise_signal(signal.SIGINT)", "raise ImportError('initialization failed') from None"),
+        ("signal.raise_signal(signal.SIGINT)", "raise RecursionError from None"),
+        ("signal.raise_signal(signal.SIGINT)", "pass"),
+        ("weakref.ref(X, lambda _: signal.raise_signal(signal.SIGINT)); del X", "pass"),
+    ],
+    ids=["an extension module", "a half-imported package", "swallowed", "a callback"],
+)
+def test_ctrl_c_in_an_import_that_hides_it_is_one_line(body: str, handler: str, tmp_path: Path) -> None:
+    (tmp_path / "hides.py").write_text(
+        f"import signal, weakref\nclass C: pass\nX = C()\n"
+        f"try:\n    r = {body}\nexcept KeyboardInterrupt:\n    {handler}\n".replace("r = signal", "signal")
+    )
+    code = """
+from cmfast.cli._interrupt import interruptible
+with interruptible("cmfast-sample"):
+    import hides
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), *sys.path))},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (130, b"cmfast-sample: interrupted\n")
+
+
 def test_an_empty_memory_is_one_line(call: Callable[..., Result[str]], refused: Callable[..., None]) -> None:
     def use_up() -> None:
         raise MemoryError("Unable to allocate 7 PiB")
