@@ -33,7 +33,7 @@ lint: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
 
-# CMFAST_COMMIT: of a copy without .git, the commit that it is a copy of.
+# CMFAST_COMMIT: of a copy, the commit that it is a copy of.
 gpu: PY = $(if $(wildcard $(BIN)/python),$(abspath $(BIN))/python,$(PYTHON))
 gpu: export PYTHONPATH = $(shell $(PY) benchmarks/offline.py)
 gpu:

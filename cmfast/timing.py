@@ -182,14 +182,15 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any] | None:
     """Return {"commit": ..., "dirty": ...} of the source tree that this cmfast was imported from; None outside git.
 
-    Dirty: the code differs from that commit, or some of it is in none. Records of benchmarks are no code. A copy of the
-    tree without git says what it is a copy of in CMFAST_COMMIT, as `git describe --always --dirty --abbrev=40` does.
+    Dirty: the code differs from that commit, or some of it is in none. Records of benchmarks are no code. Of a copy of
+    the tree, CMFAST_COMMIT is what it is a copy of, as `git describe --always --dirty --abbrev=40` prints it; it counts
+    before git, whose history a copy may lack or have from another day.
     """
+    if given := os.environ.get("CMFAST_COMMIT", ""):
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
     here = Path(__file__).resolve().parent
     if _output("git", "-C", str(here), "ls-files", "--error-unmatch", "__init__.py") is None:
-        # Copied without git, or installed into an environment that only happens to lie inside some repository.
-        said = os.environ.get("CMFAST_COMMIT", "")
-        return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")} if said else None
+        return None  # installed into an environment that only happens to lie inside some repository
     head = _output("git", "-C", str(here), "rev-parse", "HEAD")
     code = (":(top)cmfast", ":(top)train", ":(top)export", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
     status = _output("git", "-C", str(here), "status", "--porcelain", "--", *code)

@@ -260,6 +260,15 @@ def test_a_copy_without_git_says_what_it_is_a_copy_of(tmp_path: Path) -> None:
     assert commit(CMFAST_COMMIT="abc1-dirty") == {"commit": "abc1", "dirty": True}
 
 
+def test_a_copy_with_the_history_of_another_day_is_of_the_commit_that_it_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cmfast import timing
+
+    monkeypatch.setenv("CMFAST_COMMIT", "abc2")
+    assert timing.commit() == {"commit": "abc2", "dirty": False}
+
+
 def test_offline_gives_absolute_folders_and_the_entry_points_of_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
