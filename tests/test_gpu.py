@@ -603,7 +603,7 @@ def denoiser_inputs(denoiser: Denoiser) -> list[torch.Tensor]:
 def test_the_fused_norm_computes_what_torch_does_in_float64(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> None:
-    from cmfast_train.kernels.group_norm import add_residual, group_norm_silu, normed, summed
+    from cmfast_train.kernels.group_norm import group_norm_silu, normed
 
     batch, channels = shape[:2]
     rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
@@ -617,8 +617,6 @@ def test_the_fused_norm_computes_what_torch_does_in_float64(
         assert got.dtype == dtype
         assert ((got - want).abs() <= (2e-6 + rounding) * want.abs().clamp(min=1)).all()
         assert torch.equal(got, group_norm_silu(x, groups, weight, bias, 1e-5, *e))
-        total, exact = add_residual(x, got, bias, 0.7), summed(x.double(), got.double(), bias, 0.7)
-        assert ((total - exact).abs() <= (2e-6 + rounding) * exact.abs().clamp(min=1)).all()
 
 
 def off(each: torch.Tensor, other: torch.Tensor) -> float:

@@ -72,7 +72,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 
 def test_the_kernels_compute_what_torch_does_in_float64(interpreted: dict[str, dict[str, float]]) -> None:
-    assert len(interpreted) > 20
+    assert len(interpreted) == 20
     assert {name: case for name, case in interpreted.items() if not case["error"] <= case["tolerance"]} == {}
     assert all(case["size"] > 1 for case in interpreted.values())
     chunks = [case["chunks"] for case in interpreted.values()]
@@ -91,7 +91,6 @@ CONSTANTS: dict[str, tuple[dict[str, int], ...]] = {
     "_one_kernel": (NARROW, EVEN),
     "_parts_kernel": (EVEN, BROAD),
     "_apply_kernel": (EVEN, BROAD),
-    "_sum_kernel": ({"CHANNELS": 192, "BLOCK": 1024},),
 }
 
 
@@ -102,16 +101,14 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
     from cmfast_train.kernels import group_norm
 
     function = getattr(group_norm, kernel)
-    images, floats = ("x", "y", "h"), ("weight", "bias", "scale", "shift", "add", "parts", "statistics")
+    images, floats = ("x", "y"), ("weight", "bias", "scale", "shift", "add", "parts", "statistics")
     for constants, dtype in zip(CONSTANTS[kernel], itertools.cycle(["*fp16", "*bf16"])):
         signature = {
             name: "constexpr" if name in constants else dtype if name in images else "*fp32" if name in floats
-            else "fp32" if name in ("eps", "gain", "gate") else "i32" for name in function.arg_names
+            else "fp32" if name in ("eps", "gate") else "i32" for name in function.arg_names
         }  # fmt: skip
-        reads = wide_reads(
-            function, signature, constants, capability, tmp_path, warps=4 if kernel == "_sum_kernel" else 8
-        )
-        if constants.get("UNIT", 8) == 8:  # eight halves at once, in both directions where results are written
+        reads = wide_reads(function, signature, constants, capability, tmp_path, warps=8)
+        if constants["UNIT"] == 8:  # eight halves at once, in both directions where results are written
             assert reads >= (1 if kernel == "_parts_kernel" else 2)
 
 
@@ -300,14 +297,12 @@ def test_a_fused_network_can_be_compiled_whole(name: str) -> None:
 
 def test_other_formats_than_channels_last_are_refused() -> None:
     pytest.importorskip("triton")
-    from cmfast_train.kernels.group_norm import add_residual, group_norm_silu
+    from cmfast_train.kernels.group_norm import group_norm_silu
 
     x, rows = torch.randn(2, 32, 3, 3), torch.zeros(2, 32)
     with pytest.raises(ValueError, match="in channels_last"):
         group_norm_silu(x, 8, rows[0], rows[0], 1e-5)
     x = x.contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="in channels_last"):
-        add_residual(x, x.contiguous(), rows[0])
     for wrong in (rows.t(), rows.half(), rows[:, ::2], torch.zeros(32, 2).t()):
         with pytest.raises(ValueError, match="float32 with dense rows"):
             group_norm_silu(x, 8, rows[0], rows[0], 1e-5, add=wrong)

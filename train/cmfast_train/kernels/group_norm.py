@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""GroupNorm, scale and shift by the noise embedding, and SiLU in one pass over channels_last images; sums that follow.
+"""GroupNorm, scale and shift by the noise embedding, and SiLU in one pass over channels_last images.
 
-Nothing here has a derivative; `group_norm_training` adds one. On CUDA these are Triton kernels, on a CPU `normed` and
-`summed` in torch operations. The launches depend on shapes alone and nothing waits for the device, so a CUDA graph can
-record them. The order of every sum is fixed for a shape: the same input gives the same bits.
+Nothing here has a derivative; `group_norm_training` adds one. On CUDA these are Triton kernels, on a CPU `normed` in
+torch operations. The launches depend on shapes alone and nothing waits for the device, so a CUDA graph can record them.
+The order of every sum is fixed for a shape: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -84,23 +84,6 @@ def norm_and_statistics(
     return y, statistics
 
 
-def add_residual(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tensor:
-    """Return (x + h + bias) * gain: x and h [B, C, H, W] in channels_last and of one type, bias [C] float32."""
-    if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.cmfast.add_residual(x, h, bias, gain)
-        return y
-    _check(x)
-    _check(h)
-    if x.shape != h.shape or x.dtype != h.dtype:
-        raise ValueError(f"a sum of {list(x.shape)} {x.dtype} and {list(h.shape)} {h.dtype}")
-    if not on_kernels(x):
-        return summed(x, h, bias, gain)
-    y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _sum_kernel[(triton.cdiv(x.numel(), 1024),)](y, x, h, bias, x.numel(), gain, CHANNELS=x.shape[1], BLOCK=1024)
-    return y
-
-
 def normed(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None,
     shift: Tensor | None = None, silu: bool = True, add: Tensor | None = None,
@@ -117,24 +100,13 @@ def normed(
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def summed(x: Tensor, h: Tensor, bias: Tensor, gain: float = 1.0) -> Tensor:
-    """Return what `add_residual` does, in torch operations."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return ((x.to(wide) + h.to(wide) + bias[:, None, None]) * gain).to(x.dtype)
-
-
-# To torch.compile the two are operators that it does not look into, of inputs whose strides it leaves alone.
+# To torch.compile this is an operator that it does not look into, of inputs whose strides it leaves alone.
 _norm_operator = torch.library.custom_op(
     "cmfast::group_norm_silu", group_norm_silu, mutates_args=(),
     schema="(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? scale, Tensor? shift, bool silu, "
     "Tensor? add) -> Tensor",
 )  # fmt: skip
-_sum_operator = torch.library.custom_op(
-    "cmfast::add_residual", add_residual, mutates_args=(),
-    schema="(Tensor x, Tensor h, Tensor bias, float gain) -> Tensor",
-)  # fmt: skip
 _norm_operator.register_fake(lambda x, *_: torch.empty_like(x))
-_sum_operator.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 def gate(silu: bool) -> float:
@@ -350,15 +322,3 @@ def _apply_kernel(
     _write(y, statistics, x, first, last, mean, squares, weight, bias, scale, shift, scale_stride, shift_stride,
            has_scale, gate, eps, pixels, per_group, channels, width, image, block, chunk % chunks == 0, inside, c,
            group, pivot, added, ROWS)  # fmt: skip
-
-
-@triton.jit
-def _sum_kernel(y, x, h, bias, values, gain, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    place = tl.arange(0, BLOCK)
-    inside = place < values - first
-    c = ((first % CHANNELS).to(tl.int32) + place) % CHANNELS
-    total = tl.load(x + first + place, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(h + first + place, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(bias + c, mask=inside, other=0.0)
-    tl.store(y + first + place, (total * gain).to(y.dtype.element_ty), mask=inside)
