@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from cmfast.errors import EngineError
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.kernels import fuse as fuse_module
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks import adm, edm
 from cmfast_train.networks.adm import AdmConfig, randomise
@@ -335,6 +336,16 @@ def test_without_triton_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = new("adm")
     before = denoiser.network
     with pytest.raises(EngineError, match="need triton, which is not installed: pip install triton"):
+        fuse(denoiser)
+    assert denoiser.network is before
+
+
+def test_where_triton_does_not_work_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fuse_module, "why_no_kernels", lambda _: "triton does not work here (no C compiler)")
+    denoiser = new("adm")
+    before = denoiser.network
+    with pytest.raises(EngineError, match=r"^the fused kernels do not run here: .*\(no C compiler\); use another"):
         fuse(denoiser)
     assert denoiser.network is before
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmfast import noise as portable
-from cmfast.errors import CmfastError
+from cmfast.errors import CmfastError, CmfastWarning
 from cmfast_train import torch_noise
 from cmfast_train.torch_noise import key_of
 
@@ -184,6 +185,31 @@ def test_the_triton_kernel_would_be_fused_if_the_launch_did_not_forbid_it(
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert "fma.rn.f64" in double_operations(ptx_of(90, fuses=True))
+
+
+def test_a_kernel_that_does_not_run_is_one_warning_and_not_an_error() -> None:
+    pytest.importorskip("triton")
+    torch_noise.kernel_works.cache_clear()
+    with pytest.warns(CmfastWarning, match=r"^Triton does not work on cpu \(.+\); noise is drawn without it") as caught:
+        torch_noise.kernel_works(torch.device("cpu"))  # which Triton has no driver for
+    assert not torch_noise.kernel_works(torch.device("cpu"))
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_kernel_draws_only_where_it_works(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from cmfast_train.kernels import noise
+
+    asked = []
+    monkeypatch.setattr(torch_noise, "kernel_works", lambda device: (asked.append(device.type), works)[1])
+    monkeypatch.setattr(torch_noise, "_by_operations", lambda *_: torch.zeros(2, 3, 4))
+    monkeypatch.setattr(noise, "gaussian", lambda *_: torch.ones(2, 3, 4))
+    with FakeTensorMode():  # of a card that is not here
+        samples = torch.empty(3, dtype=torch.int64, device="cuda")
+    assert bool(torch_noise.gaussian(key_of(0), samples, 2, (4,)).all()) == works
+    assert asked == ["cuda"]
 
 
 def test_engine_and_noise_are_imported_and_used_where_there_is_no_triton() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The portable noise of `cmfast.noise` in tensor operations, the same bits, on any device of PyTorch.
 
-On CUDA one Triton kernel draws it where Triton can be imported (`cmfast_train.kernels.noise`). Everywhere else it is
-made of the eager operations below: integers in int64, the quantile in float64. An eager operation rounds once, so no
+On CUDA one Triton kernel draws it where Triton works (`cmfast_train.kernels.noise`). Everywhere else it is made of the
+eager operations below: integers in int64, the quantile in float64. An eager operation rounds once, so no
 multiplication is fused with an addition; do not compile this module, because a compiler fuses them. On a CPU numpy
 draws several times faster; there this module is for tests.
 
@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmfast.errors import CmfastWarning, one_line
 from cmfast.noise import ATANH, CENTRE, FACTORS, LABEL_STEP, LN2, TAIL, WEYL, check_seed, polynomial
 
 _WORD = 0xFFFFFFFF
@@ -35,14 +37,11 @@ def gaussian(key: Tensor, samples: Tensor, slices: int, shape: Sequence[int], *,
     first    the first of the steps, which all stay below 2**32
     """
     size = math.prod(shape)
-    if samples.device.type == "cuda" and has_triton():
+    if samples.device.type == "cuda" and has_triton() and kernel_works(samples.device):
         from cmfast_train.kernels.noise import gaussian as on_card
 
         return on_card(key, samples, slices, size, first).view(slices, len(samples), *shape)
-    noise = torch.empty(slices, len(samples), size, dtype=torch.float32, device=samples.device)
-    for k in range(slices):  # one at a time: what is in between is several times as large
-        noise[k] = quantile(_bits(key, samples, first + k, (size + 3) // 4)[:, :size])
-    return noise.view(slices, len(samples), *shape)
+    return _by_operations(key, samples, slices, size, first).view(slices, len(samples), *shape)
 
 
 def labels(key: Tensor, samples: Tensor, classes: int) -> Tensor:
@@ -62,6 +61,31 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def kernel_works(device: torch.device) -> bool:
+    """Whether the Triton kernel draws on a device: a few numbers are drawn and compared. If not, warn once.
+
+    Triton comes with PyTorch, but needs a C compiler, Python's headers and a card that it knows.
+    """
+    key, samples = key_of(0).to(device), torch.arange(2, device=device)
+    try:
+        from cmfast_train.kernels.noise import gaussian as on_card
+
+        same = torch.equal(on_card(key, samples, 1, 5), _by_operations(key, samples, 1, 5, 0))
+        why = "" if same else "its kernel draws other numbers"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as err:
+        why = one_line(err, 200)
+    if why:
+        warnings.warn(
+            f"Triton does not work on {device} ({why}); noise is drawn without it: the same bits, more slowly",
+            CmfastWarning,
+            stacklevel=2,
+        )
+    return not why
+
+
 def quantile(bits: Tensor) -> Tensor:
     """Return the normal quantile of the uniform (bits + 1/2) / 2**32, float64: `cmfast.noise._normal_quantile`.
 
@@ -73,6 +97,13 @@ def quantile(bits: Tensor) -> Tensor:
     r = _sqrt(-_log(0.5 - q.abs())) - 1.6
     tail = (polynomial(TAIL[0], r) / polynomial(TAIL[1], r)).copysign(q)
     return torch.where(q.abs() > 0.425, tail, centre)
+
+
+def _by_operations(key: Tensor, samples: Tensor, slices: int, size: int, first: int) -> Tensor:
+    noise = torch.empty(slices, len(samples), size, dtype=torch.float32, device=samples.device)
+    for k in range(slices):  # one at a time: what is in between is several times as large
+        noise[k] = quantile(_bits(key, samples, first + k, (size + 3) // 4)[:, :size])
+    return noise
 
 
 def _sqrt(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from cmfast.errors import EngineError
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.fused import why_no_kernels
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 
@@ -16,7 +17,7 @@ def fuse(denoiser: Denoiser) -> None:
     the tensors of the old one, has no state dict of its own, and no derivative; `networks` says what it leaves out.
 
     Raises:
-        EngineError: Triton is not installed, or the network is none of adm, song, dhariwal.
+        EngineError: Triton is not installed or does not work, or the network is none of adm, song, dhariwal.
     """
     kind = type(denoiser.network)
     if kind not in (AdmUnet, SongUnet, DhariwalUnet):
@@ -28,6 +29,8 @@ def fuse(denoiser: Denoiser) -> None:
         import triton  # noqa: F401
     except ImportError:
         raise EngineError("the fused kernels need triton, which is not installed: pip install triton") from None
+    if why := why_no_kernels(next(denoiser.parameters()).device):
+        raise EngineError(f"the fused kernels do not run here: {why}; use another variant")
     from cmfast_train.kernels.networks import fused
 
     denoiser.network = fused(denoiser.network)
