@@ -75,7 +75,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option("--batch", type=INTS, default="1,8", show_default=True, help="Images at a time.")
 @click.option("--compile", "compiled", is_flag=True, help="Also the variant compiled (a minute or more each).")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Counted time of each at each setting.")
-@click.option("--budget", type=float, help="Seconds for everything, most to the first settings; default: no limit.")
+@click.option("--budget", type=float, help="Seconds for everything, shared among the settings; default: no limit.")
 @click.option("--starts/--no-starts", default=True, show_default=True, help="Start each in a process of its own too.")
 @click.option("--threads", type=int, help="CPU threads; default: each engine's choice.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
