@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cmfast
 from cmfast import float32
+from cmfast.cli._bench_contenders import _check_float32
 from cmfast.engines import _onnxruntime_float32 as in_onnxruntime
 from cmfast.errors import EngineError
 from cmfast.float32 import Floats
@@ -95,6 +98,22 @@ def test_onnx_runtime_on_a_cpu_is_float32() -> None:
     assert errors.keys() == {"product", "convolution"}
     assert max(errors.values()) < float32.LIMIT / 10
     in_onnxruntime.check_float32("cpu")
+
+
+def test_float32_by_onnx_runtimes_tensorrt_is_timed_only_where_tensorfloat_is_off(
+    handmade_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = cmfast.load(handmade_onnx()).engine  # on a CPU: nothing is run
+    assert engine.manifest.dtype == "float32"
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    with pytest.raises(EngineError, match=r"multiplies float32 as TensorFloat-32 .*NVIDIA_TF32_OVERRIDE=0") as caught:
+        _check_float32(engine, "cuda", "tensorrt")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(engine, "manifest", replace(engine.manifest, dtype="float16"))
+    _check_float32(engine, "cuda", "tensorrt")
+    monkeypatch.undo()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    _check_float32(engine, "cuda", "tensorrt")
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ What becomes of a contender that fails is decided in `_bench_failures`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
             engine = open_engine(
                 wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
             )
-            _check_float32(engine, options.device)
+            _check_float32(engine, options.device, wanted.variant)
         except Exception as err:
             if not (options.keep_going or (isinstance(err, EngineError) and not wanted.asked)):
                 raise
@@ -126,16 +127,24 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
     return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
 
 
-def _check_float32(engine: Engine, device: str) -> None:
+def _check_float32(engine: Engine, device: str, variant: str) -> None:
     """Raise EngineError where ONNX Runtime would run a float32 file on a GPU as TensorFloat-32: rates of two kinds."""
     if device != "cuda" or engine.manifest.dtype != "float32" or not engine.name.startswith("ONNX Runtime"):
         return
     from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 
-    if isinstance(engine, OnnxRuntimeEngine):
-        from cmfast.engines._onnxruntime_float32 import check_float32
+    if not isinstance(engine, OnnxRuntimeEngine):
+        return
+    if variant == "tensorrt":  # until that provider has an option for it: github.com/microsoft/onnxruntime/issues/26029
+        if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+            raise EngineError(
+                f"{engine.name} multiplies float32 as TensorFloat-32 and has no option against it; set "
+                "NVIDIA_TF32_OVERRIDE=0 in the environment, or time a file in fp16"
+            )
+        return
+    from cmfast.engines._onnxruntime_float32 import check_float32
 
-        check_float32(device)
+    check_float32(device)
 
 
 def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:

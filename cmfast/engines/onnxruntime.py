@@ -54,7 +54,8 @@ class OnnxRuntimeEngine:
              takes what TensorRT does not
 
     The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
-    TensorFloat-32 (`artifact.may_use_tf32`). `_onnxruntime_float32` measures whether it is so on a GPU.
+    TensorFloat-32 (`artifact.may_use_tf32`). `_onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
+    TensorFloat-32 for both unless NVIDIA_TF32_OVERRIDE=0 is in the environment: it has no option.
 
     One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
     the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
@@ -351,7 +352,7 @@ def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[st
     for_cuda = {**common, "use_tf32": str(int(may_use_tf32(dtype)))}
     if variant == "cuda_graph":
         for_cuda["enable_cuda_graph"] = "1"
-    # TensorRT takes the types of the file, as long as no option asks for another precision.
+    # TensorRT takes the types of the file, TensorFloat-32 apart, as long as no option asks for another precision.
     return [(name, for_cuda if name == CUDA else common) for name in PROVIDERS[variant]]
 
 
