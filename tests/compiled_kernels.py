@@ -8,7 +8,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a block at most, by capability
+
+
+def for_every_card(*kernels: Any) -> list[Any]:
+    """Return pairs of a kernel and a capability, those slow that are neither the first kernel's nor for an H100."""
+    return [
+        pytest.param(kernel, capability, marks=[pytest.mark.slow] if kernel != kernels[0] and capability != 90 else [])
+        for kernel in kernels
+        for capability in SHARED
+    ]
 
 
 def wide_reads(

@@ -53,6 +53,24 @@ def pytest_make_collect_report(
     return report
 
 
+# Where files go to processes whole (--dist loadfile), these go first: a long one at the end would leave a core idle.
+LONG = (
+    "test_kernels", "test_loop_methods", "test_loop", "test_to_tensorrt", "test_benchmarks_gpu", "test_loop_processes",
+    "test_run", "test_precision", "test_parallel", "test_loop_stops", "test_export", "test_kernels_training",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist, where there is one, keep our order; its own begins with files of many tests, however short."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a factory of checkpoints with random weights, 8x8 images of one channel; treat the files as read-only."""

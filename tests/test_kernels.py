@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import SHARED, wide_reads
+from compiled_kernels import for_every_card, wide_reads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -95,8 +95,7 @@ CONSTANTS: dict[str, tuple[dict[str, int], ...]] = {
 }
 
 
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("kernel", CONSTANTS)
+@pytest.mark.parametrize(("kernel", "capability"), for_every_card(*CONSTANTS))
 def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capability: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from cmfast_train.kernels import group_norm

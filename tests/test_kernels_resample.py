@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import SHARED, wide_reads
+from compiled_kernels import SHARED, for_every_card, wide_reads
 from torch import nn
 
 from cmfast.spec import ModelSpec
@@ -71,17 +71,17 @@ def accesses(kernel: Any, constants: dict[str, Any], dtype: str, capability: int
     return reads, len(re.findall(r"st\.global\S*\.v4\.b32", code)), code
 
 
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("direction", "with_sum"), WIDE)
+@pytest.mark.parametrize(("case", "capability"), for_every_card(*WIDE))
 def test_resampling_compiles_for_every_card_with_wide_access_only(
-    direction: str, with_sum: bool, capability: int, tmp_path: Path
+    case: tuple[str, bool], capability: int, tmp_path: Path
 ) -> None:
     from cmfast_train.kernels.resample import DIRECTIONS, SMALL_TILE, TILE, _resample_kernel
 
+    direction, with_sum = case
     block = (SMALL_TILE if direction else TILE) // 8
     constants = {"DIRECTION": DIRECTIONS[direction], "SUM": with_sum, "VECTOR": 8, "BLOCK": block}
     reads, writes, code = accesses(_resample_kernel, constants, "*bf16", capability, tmp_path)
-    assert (reads, writes) == WIDE[direction, with_sum]
+    assert (reads, writes) == WIDE[case]
     assert len(re.findall(r"ld\.global", code)) == reads  # none is narrower
     assert len(re.findall(r"st\.global", code)) == writes
     assert ".shared" not in code  # nothing goes from thread to thread

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import SHARED, wide_reads
+from compiled_kernels import for_every_card, wide_reads
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, EngineError
@@ -94,8 +94,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "capability"), for_every_card(*KERNELS))
 def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capability: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from cmfast_train.kernels import group_norm_training
