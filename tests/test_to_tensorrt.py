@@ -30,29 +30,36 @@ from cmfast_export.to_tensorrt import BuildOptions, build_engine
 from cmfast_export.write import write_with_manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.engine import checkpoint_manifest
-from cmfast_train.networks.adm import AdmUnet, randomise
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.presets import PRESETS
 from cmfast_train.start import network_config
 
 rtx = pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
 LEVELS = (80.0, 0.8)
+FEW_LAYERS = AdmConfig(
+    image_size=8, channels=1, classes=10, model_channels=192, res_blocks=1, channel_mult=(1,), attention=(),
+    head_channels=32,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Factory:
-    """Return a factory of graphs of a preset's network, random weights, not verified: that is test_export's subject."""
+    """Return a factory of graphs of a network, random weights, not verified: that is test_export's subject.
+
+    network  "few layers", which are as wide as those of a large network, or a preset
+    """
     folder = tmp_path_factory.mktemp("onnx")
 
     @functools.cache
-    def make(preset: str, precision: str, kind: str) -> Path:
-        config = PRESETS[preset]
-        network = AdmUnet(network_config(config, 10))
+    def make(name: str, precision: str, kind: str) -> Path:
+        config = PRESETS["digits" if name == "few layers" else name]
+        network = AdmUnet(FEW_LAYERS if name == "few layers" else network_config(config, 10))
         randomise(network)
         model = Checkpoint(spec=config.spec(10), network=network.config, weights=network.state_dict())
         manifest = replace(checkpoint_manifest(model), dtype=PRECISIONS[precision])
         graph = denoiser_graph(model.denoiser().to_precision(precision))
-        names = {k: folder / f"{preset}_{precision}_{k}.onnx" for k in ("denoiser", "sampler")}
+        names = {k: folder / f"{name}_{precision}_{k}.onnx" for k in ("denoiser", "sampler")}
         write_with_manifest(graph, manifest, new(names["denoiser"]))
         one = replace(manifest, kind="sampler", spec=replace(model.spec, sigmas={2: LEVELS}))
         write_with_manifest(sampler_graph(graph, LEVELS, model.spec), one, new(names["sampler"]))
@@ -91,13 +98,19 @@ def test_the_digits_network_becomes_an_engine_with_a_dynamic_batch_that_describe
     assert os.listdir(tmp_path) == ["model.engine"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_two_steps_of_the_mnist_network_are_at_most_a_tenth_larger_than_one(
-    precision: str, onnx_file: Factory, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("few layers", "fp16"),
+        *(pytest.param("mnist", precision, marks=pytest.mark.slow) for precision in ("fp32", "fp16")),
+    ],
+)
+def test_two_steps_of_a_network_are_at_most_a_tenth_larger_than_one(
+    name: str, precision: str, onnx_file: Factory, tmp_path: Path
 ) -> None:
     sizes = {}
     for kind in ("denoiser", "sampler"):
-        onnx = onnx_file("mnist", precision, kind)
+        onnx = onnx_file(name, precision, kind)
         sizes[kind] = build_engine(onnx, tmp_path / f"{kind}.engine", BuildOptions()).path.stat().st_size
         assert sizes[kind] > 0.9 * onnx.stat().st_size  # the weights are inside
     assert sizes["sampler"] <= 1.1 * sizes["denoiser"]
