@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import resource
+import struct
 import tarfile
 import time
 import tracemalloc
@@ -91,6 +92,31 @@ def test_raw_and_averaged_weights_in_one_file_are_two_sets_that_the_user_chooses
         load(content, tmp_path)
     assert same(load(content, tmp_path, first), raw)
     assert same(load(content, tmp_path, second), average)
+
+
+@pytest.mark.parametrize(
+    "better", ["ema", "swa_model", "target_model", "best_model", "averaged_model", "EMA", "model_ema"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_of_raw_and_better_weights_the_advice_names_the_better_ones(
+    better: str, first: bool, raw: dict[str, Tensor], average: dict[str, Tensor], tmp_path: Path
+) -> None:
+    sets = {better: average, "model": raw}
+    with pytest.raises(CmfastError, match=rf"choose one, for example --set weights={better}$"):
+        load(sets if first else dict(reversed(sets.items())), tmp_path)
+
+
+def test_the_advice_prefers_an_average_to_a_target_to_raw_weights_and_knows_words_from_their_parts(
+    raw: dict[str, Tensor], average: dict[str, Tensor], tmp_path: Path
+) -> None:
+    sets = {"schema": raw, "model": raw, "best_model": average, "target_model": average, "swa_model": average}
+    for gone, advice in (("", "swa_model"), ("swa_model", "target_model"), ("target_model", "best_model")):
+        sets.pop(gone, None)
+        with pytest.raises(CmfastError, match=rf"for example --set weights={advice}$"):
+            load(sets, tmp_path)
+    many = {f"step{n}": {"w": torch.zeros(2, 2)} for n in range(200)}
+    with pytest.raises(CmfastError, match=r"more than 64 .*for example --set weights=best_model$"):
+        load(sets | many, tmp_path)
 
 
 def test_an_average_without_names_that_fits_no_set_is_said_to_be_there(
@@ -303,6 +329,107 @@ def test_a_compressed_file_that_unpacks_without_end_is_refused_before_it_does(
     (tmp_path / "whole.pt").unlink()
     with pytest.raises(ArtifactError, match="many times larger than the file"):
         read_tensors(bomb)
+
+
+def content_of(file: Path, name: str) -> slice:
+    """Return where the content of a file within a zip file stands, packed."""
+    with zipfile.ZipFile(file) as archive:
+        (entry,) = [each for each in archive.infolist() if each.filename.endswith(f"/{name}")]
+    head = file.read_bytes()[entry.header_offset : entry.header_offset + 30]
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
+    return slice(start, start + entry.compress_size)
+
+
+def flipped(file: Path, name: str) -> None:
+    """Flip one bit in the middle of the content of a file within a zip file."""
+    content, place = bytearray(file.read_bytes()), content_of(file, name)
+    content[(place.start + place.stop) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def deflated(file: Path) -> None:
+    with zipfile.ZipFile(file) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(
+        file, "w", zipfile.ZIP_DEFLATED, True, 0
+    ) as new:  # in blocks that are stored, so bits can flip
+        for name, content in contents.items():
+            new.writestr(name, content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bytes_in_memory", [False, True])
+@pytest.mark.parametrize("name", ["data/0", "data/3", "data.pkl", "byteorder"])
+def test_one_flipped_bit_in_a_file_of_weights_is_an_error(
+    name: str, bytes_in_memory: bool, packed: bool, raw: dict[str, Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"model": raw}, file)
+    if packed:
+        deflated(file)
+    assert same(read_tensors(file)["model"], raw)
+    flipped(file, name)
+    with (
+        io.BytesIO(file.read_bytes()) if bytes_in_memory else open(file, "rb") as opened,
+        pytest.raises(ArtifactError) as refused,
+    ):
+        read_tensors(file, opened)
+    assert str(refused.value) == (
+        f"{file} is damaged: the data of '{name}' do not match their checksum; copy or download it again"
+    )
+
+
+def test_a_bit_that_flips_behind_the_first_piece_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "PIECE", 1000)
+    torch.save({"w": torch.arange(3000.0)}, tmp_path / "model.pt")
+    assert torch.equal(read_tensors(tmp_path / "model.pt")["w"], torch.arange(3000.0))
+    flipped(tmp_path / "model.pt", "data/0")
+    with pytest.raises(ArtifactError, match="is damaged: the data of 'data/0' do not match"):
+        read_tensors(tmp_path / "model.pt")
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_read(raw: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": raw, "none": torch.empty(0)}, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "model.pt") as archive:
+        assert not any(entry.CRC for entry in archive.infolist() if "serialization_id" not in entry.filename)
+    assert same(read_tensors(tmp_path / "model.pt")["model"], raw)
+
+
+def test_a_file_whose_values_came_after_torch_wrote_it_is_read(raw: dict[str, Tensor], tmp_path: Path) -> None:
+    file, weight = tmp_path / "model.pt", torch.randn(7, 5)
+    with torch.serialization.skip_data():
+        torch.save({"w": weight}, file)
+    content = bytearray(file.read_bytes())
+    content[content_of(file, "data/0")] = weight.numpy().tobytes()
+    file.write_bytes(content)
+    assert torch.equal(torch.load(file)["w"], weight)
+    assert torch.equal(read_tensors(file)["w"], weight)
+
+
+def test_many_entries_that_share_their_bytes_are_not_summed_up_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickles, "BESIDE", 1 << 16)
+    file = tmp_path / "model.pt"
+    torch.save({str(n): torch.zeros(1 << 18, dtype=torch.uint8)[:0] for n in range(20)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            if "/data/" not in name or name.endswith("/data/0"):
+                new.writestr(name, old.read(name))
+        first = new.getinfo("whole/data/0")
+        for n in range(1, 20):
+            other = zipfile.ZipInfo(f"whole/data/{n}")
+            other.header_offset, other.CRC = first.header_offset, first.CRC
+            other.file_size = other.compress_size = first.file_size
+            new.filelist.append(other)
+    with pytest.raises(ArtifactError, match="many times larger than the file"):
+        read_tensors(file)
+    monkeypatch.setattr(pickles, "BESIDE", 1 << 28)
+    assert len(read_tensors(file)) == 20  # nothing else is wrong with it
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ stay unread: a wrong order could have the right shapes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,24 @@ COUNTERS = frozenset({  # scalars beside weights: of AveragedModel, LitEma, luci
     "iteration", "iterations", "optimization_step", "update_after_step", "ema_decay", "_step", "num_steps",
 })  # fmt: skip
 BUFFERS = ("resample_filter", "map_noise.freqs", "running_mean", "running_var", "num_batches_tracked")
+_AVERAGED = (r"(?<![a-z])ema", "shadow", r"(?<![a-z])swa", "averag")  # in the place of an average, the usual first
+_BETTER = (*_AVERAGED, r"(?<![a-z])target", r"(?<![a-z])best")  # a consistency model's target is an average too
 AVERAGES = frozenset({"swa_buffer", "ema", "ema_params", "ax", "shadow", "shadow_params"})  # of one parameter
+
+
+def is_average(name: str) -> bool:
+    """Whether what stands under this name calls itself an average."""
+    return any(re.search(word, name, re.IGNORECASE) for word in _AVERAGED)
+
+
+def advised(sets: Mapping[str, Weights]) -> str:
+    """Return the name of the set that most users want: an average, a target, the best, then the one of most tensors."""
+
+    def rank(name: str) -> tuple[int, int]:
+        found = (n for n, word in enumerate(_BETTER) if re.search(word, name, re.IGNORECASE))
+        return next(found, len(_BETTER)), -len(sets[name])
+
+    return min(sets, key=rank)
 
 
 def named(tensors: Sequence[Tensor], sets: Mapping[str, Weights]) -> Weights | None:

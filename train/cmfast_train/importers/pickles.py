@@ -40,6 +40,7 @@ MAX_MODULES, MAX_TENSORS, MAX_PATH = 10_000, 100_000, 1000
 SIZES, BESIDE = 8, 1 << 28
 OBJECT = 64  # bytes of a small object, or of a place in a container
 MAX_SIDE, MAX_DIMS = 1 << 40, 8  # of a tensor
+PIECE = 1 << 24  # bytes that are summed up at once; Ctrl-C waits for them
 
 _LEGACY = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles in torch.save's old format
 _DTYPES = {
@@ -137,6 +138,10 @@ class _Refused(Exception):
     """The pickle asks for something that no file of weights needs."""
 
 
+class _Damaged(Exception):
+    """The data of a file within the zip file, of this name, are not those that its checksum was made of."""
+
+
 # pickletools raises ValueError for what is no pickle, zipfile, zlib and lzma have their own; the others are a file that
 # contradicts itself. RuntimeError is torch's for numbers that it cannot work with, and zipfile's for encryption.
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError, EOFError,
@@ -152,6 +157,10 @@ def _refusing(file: Path, kind: str) -> Iterator[None]:
         raise
     except _Refused as err:
         raise ArtifactError(f"{file}: {err}; refused, nothing in it was run") from None
+    except _Damaged as err:
+        raise ArtifactError(
+            f"{file} is damaged: the data of {err} do not match their checksum; copy or download it again"
+        ) from None
     except _BROKEN as err:
         raise ArtifactError(f"{file}: not a whole {kind}: {_line(err)}") from None
     except OSError as err:
@@ -350,11 +359,19 @@ class _Records:
         entry = self.archive.getinfo(self.folder + name)
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise _Refused("it is compressed in another way than zip's usual")
+        if entry.flag_bits & 1:
+            raise _Refused("it is encrypted")
         self.limits.spend(entry.file_size)
-        with self.archive.open(entry) as stream:
-            content = stream.read(entry.file_size)  # no more than that, whatever it would unpack to
-        if len(content) != entry.file_size:
+        # Not by zipfile: it takes the checksum 0 of a file that was written without for one, see `_check`.
+        start, size = self._start(entry), entry.file_size
+        with memoryview(self.mapped) as mapped, mapped[start : start + entry.compress_size] as packed:
+            if entry.compress_type == zipfile.ZIP_STORED:
+                content = bytes(packed[:size])
+            else:  # no more than `size`, whatever it would unpack to; 0 would be no limit
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size) if size else b""
+        if len(content) != size:
             raise ValueError(f"{name[:80]!r} ends early")
+        _check(entry, content, name)
         return content
 
     def storage(self, which: Any) -> _Storage | Foreign:
@@ -375,13 +392,36 @@ class _Records:
         return self.limits.storages[key, dtype][0]
 
     def _numbers(self, entry: zipfile.ZipInfo, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        head = self.mapped[entry.header_offset : entry.header_offset + 30]
-        # A file begins with 30 bytes, of which the last four are the lengths of its name and of more, then these two.
-        start = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        start = self._start(entry)
         plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
-        if plain and head[:4] == b"PK\3\4" and start % dtype.itemsize == 0 and count:
-            return torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=start)
-        return _from_bytes(self.read(f"data/{key}"), dtype)
+        if not (plain and start % dtype.itemsize == 0 and count):
+            return _from_bytes(self.read(f"data/{key}"), dtype)
+        self.limits.spend(entry.file_size)  # many entries can share their bytes, and each is checked
+        numbers = torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=start)
+        with memoryview(self.mapped) as mapped, mapped[start : start + entry.file_size] as content:
+            _check(entry, content, f"data/{key}")
+        return numbers
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """Return where the data of a file begin."""
+        head = self.mapped[entry.header_offset : entry.header_offset + 30]
+        if head[:4] != b"PK\3\4" or len(head) < 30:
+            raise ValueError("a file in it does not begin where the list of files says")
+        # A file begins with 30 bytes, of which the last four are the lengths of its name and of more, then these two.
+        return entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+
+
+def _check(entry: zipfile.ZipInfo, content: bytes | memoryview, name: str) -> None:
+    """Raise _Damaged if the content is not that which the checksum was made of. torch.load does not look.
+
+    torch.save writes 0 for a checksum that was not made: after torch.serialization.set_crc32_options(False), and for
+    tensors saved within torch.serialization.skip_data(), whose values come later. A true checksum of 0 is one in 2**32.
+    """
+    found, view = 0, memoryview(content)
+    for begin in range(0, len(view) if entry.CRC else 0, PIECE):
+        found = zlib.crc32(view[begin : begin + PIECE], found)
+    if found != entry.CRC:
+        raise _Damaged(repr(name[:80]))
 
 
 def _mapped(opened: BinaryIO) -> Any:

@@ -7,7 +7,6 @@ order of the module's parameters (`averages`). Where a file has raw and averaged
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.importers.averages import (
     COUNTERS,
     OPTIMIZER,
+    advised,
     average_in_optimizer,
+    is_average,
     is_optimizer,
     named,
     of_undotted,
@@ -38,7 +39,6 @@ PREFIXES = frozenset({  # attributes that trainers (Lightning, lucidrains, laten
     "model", "net", "network", "denoiser", "unet", "diffusion_model", "student", "teacher", "target", "target_model",
     "online", "online_model", "ema", "ema_model", "ema_net", "net_ema", "model_ema", "averaged_model", "swa_model",
 })  # fmt: skip
-_AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa)|shadow|averag", re.IGNORECASE)  # in the place of an average
 TOP = "top"  # what the user types for the set that stands at the top of the file
 
 Weights = dict[str, Tensor]
@@ -67,7 +67,7 @@ def one_set(content: Any, facts: Facts, file: Path) -> tuple[str, Weights]:
             continue
         if fits_in_length and (matched := named(listed, raw)) is not None:
             _add(sets, name, matched, told, file)
-        elif fits_in_length or not raw or _AVERAGE.search(name):  # other lists of tensors are no model's weights
+        elif fits_in_length or not raw or is_average(name):  # other lists of tensors are no model's weights
             unnamed[name] = len(listed)
     if not raw:
         if unnamed:
@@ -101,7 +101,7 @@ def _chosen(
         if name:
             facts.usual("weights", name, "--set" if told else "the only set in the file")
         return name
-    example = next((name for name in sets if "ema" in name), list(sets)[-1])
+    example = advised(sets)
     names = ", ".join(shown(name) or "at the top" for name in list(sets)[:8])
     said = (
         f"--set weights={shown(told)} is {'several' if fitting else 'not one'} of them"
@@ -131,7 +131,7 @@ def _add(sets: dict[str, Weights], name: str, part: Weights, told: str | None, f
             return
         raise ArtifactError(
             f"{file}: it holds more than {MAX_SETS} sets of weights; choose one, for example "
-            f"--set weights={shown(max(sets, key=lambda each: len(sets[each]))) or TOP}"
+            f"--set weights={shown(advised(sets)) or TOP}"
         )
     if name in sets:
         raise ArtifactError(f"{file}: two of its sets of weights are called {shown(name) or 'the same'}")
