@@ -267,7 +267,11 @@ def test_other_networks_cost_what_pytorch_counts(config: SongConfig | DhariwalCo
 
 @pytest.mark.parametrize(
     ("preset", "flops"),
-    [("mnist", 3_303_702_528), pytest.param("cifar10", 14_207_025_152, marks=pytest.mark.slow)],
+    [
+        ("digits", 35_766_272),
+        pytest.param("mnist", 3_303_702_528, marks=pytest.mark.slow),
+        pytest.param("cifar10", 14_207_025_152, marks=pytest.mark.slow),
+    ],
 )
 def test_the_networks_of_the_presets_cost_what_pytorch_counts(preset: str, flops: int) -> None:
     config = PRESETS[preset]
@@ -275,4 +279,6 @@ def test_the_networks_of_the_presets_cost_what_pytorch_counts(preset: str, flops
     checkpoint = Checkpoint(spec=config.spec(0), network=network.config, weights=network.state_dict())
     found = graph_cost(denoiser_graph(checkpoint.denoiser()))
     assert found["flops"] == flops == counted(checkpoint.denoiser())
-    assert found["weight_bytes"] == pytest.approx(F32 * sum(p.numel() for p in network.parameters()), rel=0.001)
+    assert found["weight_bytes"] == pytest.approx(
+        F32 * sum(p.numel() for p in network.parameters()), rel=0.001, abs=6000
+    )  # and some kilobytes of constants, whatever the size

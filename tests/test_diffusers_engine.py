@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import cmfast
+from cmfast.artifact import model_bytes
 from cmfast.cli import bench
 from cmfast.engines import LoopEngine, open_engine
 from cmfast.errors import CmfastError, EngineError, MissingDependency
@@ -110,17 +111,19 @@ def test_without_diffusers_the_pip_line_is_given(folders: dict[int, Path], monke
         open_engine(folders[0], variant="diffusers")
 
 
+@pytest.mark.parametrize("starts", ["--no-starts", pytest.param("--starts", marks=pytest.mark.slow)])
 def test_the_pipeline_is_timed_beside_the_others(
-    folders: dict[int, Path], tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None]
+    starts: str, folders: dict[int, Path], tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None]
 ) -> None:
-    arguments = ("--baseline", folders[5], "--diffusers", "--batch", "1", "--seconds", "0.2")
+    arguments = ("--baseline", folders[5], "--diffusers", "--batch", "1", "--seconds", "0.2", starts)
     told = call(bench.main, *arguments, "--steps", "2", "--json", tmp_path / "bench.json")
     assert told.returncode == 0, told.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
     assert [row["contender"] for row in record["rows"]] == ["PyTorch cpu", "PyTorch cpu channels_last", "diffusers cpu"]
     assert all(row["median_ms"] > 0 and row["max_abs_diff"] < 1e-4 for row in record["rows"])
     weights = sum(file.stat().st_size for file in folders[5].rglob("*") if file.is_file())
-    assert {start["file_mib"] for start in record["starts"]} == {weights / 2**20}
+    assert model_bytes(folders[5]) == weights
+    assert [start["file_mib"] for start in record["starts"]] == [weights / 2**20] * (3 if starts == "--starts" else 0)
     assert record["rows"][0]["sigmas"] == list(cmfast.load(folders[5]).spec.levels(2))
     refused(call(bench.main, "--diffusers"), "nothing to time")
     refused(call(bench.main, tmp_path / "bench.json", "--diffusers"), "--diffusers runs the folder of --baseline")

@@ -179,7 +179,13 @@ def test_a_file_has_the_lowest_ir_version_of_its_opset(kind: str, exported: Fact
     assert onnx.load(exported(10, kind)).ir_version == 8  # of opset 18: ONNX Runtime 1.17 reads it
 
 
-@pytest.mark.parametrize(("opset", "least"), [(19, 9), (20, 9), (21, 10), (22, 10), (23, 11)])
+@pytest.mark.parametrize(
+    ("opset", "least"),
+    [
+        (19, 9), (21, 10), (23, 11),
+        *(pytest.param(opset, least, marks=pytest.mark.slow) for opset, least in ((20, 9), (22, 10))),
+    ],
+)  # fmt: skip
 def test_a_later_opset_has_the_lowest_ir_version_that_onnx_published_it_with(
     opset: int, least: int, tiny_checkpoint: Factory
 ) -> None:

@@ -140,7 +140,14 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_up_to_rounding(tmp_path: P
 # What it leaves goes through the same commands.
 
 
-@pytest.mark.parametrize("name", RUNS)
+# The others' networks and conventions are those of ect and of sct.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "edm, ect", "edm, pd", "sct", "mf",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ct", "edm, cd", "ict", "edm, scd")),
+    ],
+)  # fmt: skip
 def test_it_exports_and_samples(
     name: str, plain: Callable[[str], Path], tmp_path: Path, call: Callable[..., Any]
 ) -> None:
