@@ -23,14 +23,14 @@ except ModuleNotFoundError:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
-INPUTS, SECONDS = 5_000, 10.0  # of each reader, whichever ends first; nearly all end with the inputs, in one second
+SECONDS = 10.0  # of each reader
 SEED = int(os.environ.get("CMFAST_FUZZ_SEED", "0"))
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_a_reader_reads_mutated_files_or_refuses_them_in_one_line(name: str) -> None:
     with fuzz.scratch() as folder:
-        result = fuzz.fuzz(READERS[name], folder, seed=SEED, inputs=INPUTS, seconds=SECONDS)
+        result = fuzz.fuzz(READERS[name], folder, seed=SEED, seconds=SECONDS)
     assert result.findings == [], f"python benchmarks/fuzz.py --reader {name} --seed {SEED} --number ..."
     assert result.inputs > 100
     assert result.accepted > 0  # some are read, so the mutations reach what is behind the first check
