@@ -352,7 +352,7 @@ def test_the_command_ends_with_the_parity_table_and_the_next_commands(
     [
         (["--sigmas", "80,0.8"], "--kind sampler"),
         (["--kind", "sampler", "--sigmas", "0.8,80"], "0.8"),
-        (["--kind", "sampler", "--sigmas", "80,0.8,5"], "5 follows 0.8"),
+        (["--kind", "sampler", "--sigmas", "80,0.8,5"], "strictly decrease"),
         (["--kind", "sampler", "--sigmas", "90"], "90"),
         (["--kind", "sampler", "--steps", "7"], "--sigmas"),
         (["--kind", "sampler", "--steps", "0"], "at least 1"),

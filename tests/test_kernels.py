@@ -29,6 +29,8 @@ from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
 
+pytest.importorskip("triton")
+
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 SMALL: dict[str, Any] = {"image_size": 8, "model_channels": 32, "channel_mult": (1, 2), "res_blocks": 1}
 WIDE: dict[str, Any] = SMALL | {"model_channels": 64}  # EDM's ADM has heads of 64 channels
