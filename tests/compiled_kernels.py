@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Triton's kernels compiled for cards that are not here."""
+"""Triton's kernels without a card: interpreted on the CPU, and compiled for cards that are not here."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a block at most, by capability
+
+
+def interpret(script: Path) -> Any:
+    """Return what a script prints as JSON that runs kernels by Triton's interpreter, in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def for_every_card(*kernels: Any) -> list[Any]:

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import for_every_card, wide_reads
+from compiled_kernels import for_every_card, interpret, wide_reads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,8 +25,9 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.torch_noise import has_triton
 
-pytest.importorskip("triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 SMALL: dict[str, Any] = {"image_size": 8, "model_channels": 32, "channel_mult": (1, 2), "res_blocks": 1}
@@ -67,11 +65,7 @@ def inputs(denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor | None]:
 def interpreted() -> dict[str, dict[str, float]]:
     """Return, for each case, the largest error of a kernel and the tolerance that it is to be held against."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
-    result = subprocess.run([sys.executable, INTERPRETED], capture_output=True, text=True, timeout=240, env=environment)
-    assert result.returncode == 0, result.stderr
-    found: dict[str, dict[str, float]] = json.loads(result.stdout)
-    return found
+    return interpret(INTERPRETED)
 
 
 def test_the_kernels_compute_what_torch_does_in_float64(interpreted: dict[str, dict[str, float]]) -> None:
@@ -135,6 +129,7 @@ def test_every_shape_is_cut_into_what_the_kernels_can_hold() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@needs_triton
 def test_a_fused_network_computes_what_it_was_made_from(name: str) -> None:
     denoiser = new(name)
     x, sigma, label = inputs(denoiser)
@@ -169,6 +164,7 @@ def test_padded_convolutions_of_an_image_are_those_that_were_given(channels: int
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["adm", "adm sum", "song", "dhariwal"])
+@needs_triton
 def test_in_half_precision_it_is_no_further_from_float32_than_the_network_was(name: str, precision: str) -> None:
     full, denoiser = new(name), new(name).to_precision(precision)
     x, sigma, label = inputs(full)
@@ -182,6 +178,7 @@ def test_in_half_precision_it_is_no_further_from_float32_than_the_network_was(na
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@needs_triton
 def test_a_fused_network_computes_in_float32_what_its_convolutions_do_not_compute(name: str) -> None:
     denoiser = new(name).to_precision("bf16")
     fuse(denoiser)
@@ -208,6 +205,7 @@ class Calls(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", ["adm", "song", "dhariwal"])
+@needs_triton
 def test_all_layers_behind_the_embedding_are_one_product(name: str) -> None:
     denoiser = new(name)
     x, sigma, label = inputs(denoiser)
@@ -256,6 +254,7 @@ def test_heads_are_split_as_the_exported_graph_splits_them(form: torch.memory_fo
 
 
 @pytest.mark.parametrize("name", ["adm", "song", "dhariwal"])
+@needs_triton
 def test_so_they_are_in_a_fused_network(name: str) -> None:
     denoiser = new(name)
     x, sigma, label = inputs(denoiser)
@@ -269,6 +268,7 @@ def test_so_they_are_in_a_fused_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adm strided", "song residual", "dhariwal"])
+@needs_triton
 def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None:
     denoiser = new(name)
     fuse(denoiser)
@@ -288,6 +288,7 @@ def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["adm", "dhariwal"])
+@needs_triton
 def test_a_fused_network_can_be_compiled_whole(name: str) -> None:
     denoiser = new(name)
     fuse(denoiser)
@@ -315,6 +316,7 @@ def test_other_formats_than_channels_last_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["adm", "song residual", "dhariwal"])
+@needs_triton
 def test_the_weights_that_were_given_stay_as_they_were(name: str) -> None:
     denoiser = new(name)
     given = dict(denoiser.network.state_dict())  # a checkpoint's: other engines are made from it
@@ -351,6 +353,7 @@ def test_where_triton_does_not_work_that_is_said(monkeypatch: pytest.MonkeyPatch
     assert denoiser.network is before
 
 
+@needs_triton
 def test_a_network_is_fused_once() -> None:
     denoiser = new("adm")
     fuse(denoiser)

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import SHARED, for_every_card, wide_reads
+from compiled_kernels import SHARED, for_every_card, interpret, wide_reads
 from torch import nn
 
 from cmfast.spec import ModelSpec
@@ -33,11 +29,7 @@ SMALL: dict[str, Any] = {"image_size": 8, "model_channels": 64, "channel_mult": 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
-    result = subprocess.run([sys.executable, INTERPRETED], capture_output=True, text=True, timeout=240, env=environment)
-    assert result.returncode == 0, result.stderr
-    found: dict[str, dict[str, float]] = json.loads(result.stdout)
-    return found
+    return interpret(INTERPRETED)
 
 
 def test_the_kernels_compute_what_torch_does_in_float64(interpreted: dict[str, dict[str, float]]) -> None:

@@ -6,17 +6,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import for_every_card, wide_reads
+from compiled_kernels import for_every_card, interpret, wide_reads
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, EngineError
@@ -52,10 +49,7 @@ NETWORKS: dict[str, NetworkConfig] = {
 def interpreted() -> Any:
     """Return, for each case, the largest error of y and all gradients, and the tolerance it is to be held against."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
-    result = subprocess.run([sys.executable, INTERPRETED], capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return interpret(INTERPRETED)
 
 
 @pytest.mark.timeout(360)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 
@@ -13,6 +12,7 @@ from cmfast_train.config import TrainConfig
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.phase import CONTINUOUS, Phase
+from cmfast_train.torch_noise import has_triton
 
 
 def check_fused(config: TrainConfig, network: NetworkConfig, device: torch.device, processes: int) -> None:
@@ -49,7 +49,7 @@ def why_not_fused(
 @functools.cache
 def why_no_kernels(device: torch.device) -> str:
     """Return why Triton's kernels do not run on a device, "" if they do: a small one is compiled, run and compared."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     try:
         from cmfast_train.kernels.group_norm_training import norm_act
