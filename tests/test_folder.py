@@ -304,7 +304,8 @@ def test_curves_of_a_run_that_goes_on_replace_those_after_its_checkpoint(tmp_pat
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("phases=edm:32", 'another phases; repeat .* name another --out (phases: [{"method": "edm", "images": 16,'),
+        ("phases=edm:32", "another phases; repeat .* name another --out (phases: edm.images 16 there, 32 here)"),
+        ("phases=ect:16", 'name another --out (phases: [{"method": "edm", "images": 16,'),
         ("batch=16", "another batch; repeat .* or name another --out (batch: 8 there, 16 here)"),
         ("channels=3", "another channels; repeat"),
     ],

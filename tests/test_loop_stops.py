@@ -17,13 +17,14 @@ import pytest
 import torch
 from test_loop import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 
-from cmfast.errors import CheckFailed, CmfastError, CmfastWarning
+from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, EngineError
 from cmfast_train import loop, parallel, step_graph
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli import main
 from cmfast_train.config import override
 from cmfast_train.data import load_data
 from cmfast_train.presets import PRESETS
+from cmfast_train.run import Run
 
 SHORT = ["phases=edm:32", "checkpoint_images=8000", "grid=1"]
 Call = Callable[..., Any]
@@ -249,3 +250,22 @@ def test_a_run_of_an_older_version_does_not_go_on_with_its_classes_in_another_or
 def test_a_run_may_have_as_many_classes_as_there_are() -> None:
     names = tuple(f"n{i:06d}" for i in range(20_000))
     assert dataclasses.replace(PRESETS["folder"], class_names=names).spec(20_000).class_names == names
+
+
+# Memory of a GPU.
+
+
+@pytest.mark.parametrize("where", ["save", "set_lr"])
+def test_too_little_memory_in_a_step_or_at_a_checkpoint_is_one_line_with_two_ways_on(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.40 GiB")  # what PyTorch raises there
+
+    monkeypatch.setattr(Run, where, short)
+    with pytest.raises(EngineError) as raised:
+        run_here(tmp_path, *SHORT)
+    assert str(raised.value) == (
+        "the GPU has too little memory for batch=8; --set recompute=true continues this run with less of it and takes "
+        "longer; smaller pieces compute the same: --set accumulation=2 (begin in another --out folder)"
+    )

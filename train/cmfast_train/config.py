@@ -411,7 +411,9 @@ def _phases(value: str) -> tuple[Phase, ...]:
     for part in value.split(","):
         name, colon, images = part.partition(":")
         method, slash, steps = name.partition("/")
-        if not colon or method not in METHODS or (slash and method != "pd"):
+        if colon and method not in METHODS:
+            raise CmfastError(f"--set phases: no method {_cut(method)!r}; there are {', '.join(METHODS)}")
+        if not colon or (slash and method != "pd"):
             raise ValueError(part)
         values = {"method": method, "images": int(images), **PHASE_DEFAULTS[method]}
         if method != "pd":

@@ -151,9 +151,7 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
     again = _another_run(config, out)
     _check_order(config, before["class_names"], out)
     if names := sorted(set(changed) - _names_not_known(before, now)):
-        values = "".join(
-            f" ({name}: {_short(before[name])} there, {_short(now[name])} here)" for name in names if len(names) == 1
-        )
+        values = f" ({names[0]}: {_difference(before[names[0]], now[names[0]])})" if len(names) == 1 else ""
         raise CmfastError(
             f"{out} holds a run with another {', '.join(names)}; repeat the command that began it to continue, or name "
             f"another --out{values}{again}"
@@ -198,6 +196,20 @@ def _names_not_known(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
     """Return the fields that a run did not know, or that are not known yet: {"class_names"} or nothing."""
     names = {"class_names"} & now.keys()
     return {name for name in names if not (before[name] and now[name])}
+
+
+def _difference(there: Any, here: Any) -> str:
+    """Return two values of a field in words; of phases of the same methods only what differs."""
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(a, b) for a, b in zip(there, here, strict=True) if a != b]
+        if all(isinstance(a, dict) and isinstance(b, dict) and a["method"] == b["method"] for a, b in pairs):
+            return "; ".join(
+                f"{b['method']}.{name} {_short(a.get(name))} there, {_short(b.get(name))} here"
+                for a, b in pairs
+                for name in sorted({*a, *b})
+                if a.get(name) != b.get(name)
+            )
+    return f"{_short(there)} there, {_short(here)} here"
 
 
 def _short(value: Any) -> str:

@@ -96,7 +96,8 @@ def _go_on(run: Run, data: Any) -> None:
 
     def save() -> None:
         nonlocal saved
-        run.save()
+        with _memory_in_one_line(config):  # the recorded step still has its own
+            run.save()
         saved = run.images
         log.checkpoint(run.images, run.where())
 
@@ -153,12 +154,8 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                 run.next_phase()
                 take = step_of(run)
             try:
-                loss, sigma = take(step, images, label, share)
-            except torch.OutOfMemoryError:
-                raise EngineError(
-                    f"the GPU has too little memory for batch={config.batch}; smaller pieces compute the same: "
-                    f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
-                ) from None
+                with _memory_in_one_line(config):
+                    loss, sigma = take(step, images, label, share)
             except RuntimeError as err:
                 if accelerator.num_processes > 1 and _GONE.search(str(err)):
                     raise CmfastError(
@@ -172,6 +169,18 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                 unchecked.clear()
             run.step += 1
             yield loss
+
+
+@contextlib.contextmanager
+def _memory_in_one_line(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        less = "" if config.recompute else "--set recompute=true continues this run with less of it and takes longer; "
+        raise EngineError(
+            f"the GPU has too little memory for batch={config.batch}; {less}smaller pieces compute the same: "
+            f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
+        ) from None
 
 
 def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> None:
