@@ -30,7 +30,7 @@ StrPath = str | os.PathLike[str]
 # A lock tells nothing of another machine's processes, so their temporaries, on a shared disk, are left alone.
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _OWN_TEMPORARY = re.compile(rf"\..*\.{_HOST}-[0-9a-f]{{8}}\.cmfast-tmp(\.[^.]*)?", re.DOTALL)
-_YOUNG_S = 10.0  # a temporary that was changed so recently may just be about to be locked
+_YOUNG_S = 10.0  # an empty temporary that was made so recently may just be about to be locked
 _LONGEST = 180  # bytes of a target's name in that of its temporary; file systems end at 255
 _NO_SPACE = {
     errno.ENOSPC: "no space left in {folder}",
@@ -192,9 +192,12 @@ def _remove_if_left(path: Path) -> None:
     with contextlib.suppress(OSError):  # gone meanwhile, or another user's
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
-            if time.time() - os.fstat(descriptor).st_mtime < _YOUNG_S or not lock_shared_with_children(descriptor):
+            found = os.fstat(descriptor)
+            is_folder = stat.S_ISDIR(found.st_mode)
+            empty = not os.listdir(path) if is_folder else found.st_size == 0  # what has content was locked before
+            if (empty and time.time() - found.st_mtime < _YOUNG_S) or not lock_shared_with_children(descriptor):
                 return
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            if is_folder:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)

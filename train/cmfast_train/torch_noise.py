@@ -55,10 +55,12 @@ def key_of(seed: int) -> Tensor:
     return torch.tensor([seed & _WORD, seed >> 32], dtype=torch.int64)
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed, which is imported when the first kernel is launched."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # it is None in sys.modules: forbidden
+        return False
 
 
 @functools.cache
