@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every method of training on the digits: one network, four minutes on two cores each, and what comes of it.
+"""Every method of training on the digits: one network, some minutes on two cores each, and what comes of it.
 
     python benchmarks/methods.py --out runs/methods --json benchmarks/results/methods_digits.json
 
@@ -201,14 +201,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    colours = [*(f"C{n}" for n in range(10)), "black", "navy"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, row in enumerate(sorted(rows, key=lambda row: -row["rows"][-1]["fd"])):  # the legend from top to bottom
         calls, distances = [r["calls"] for r in row["rows"]], [r["fd"] for r in row["rows"]]
         line = "--" if row["name"] == TEACHER else "-"
-        axes.loglog(calls, distances, line, color=f"C{i % 10}", marker="os^Dv"[i % 5], label=row["name"])
+        name = row["name"].replace("ect, tuned", "ect from the teacher")
+        axes.loglog(calls, distances, line, color=colours[i % 12], marker="os^Dv<>phX*P"[i % 12], label=name)
     axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")
     axes.set(
-        xlabel="network calls an image", ylabel="Fréchet distance in pixel space", title="digits, four minutes each"
+        xlabel="network calls an image",
+        ylabel="Fréchet distance in pixel space",
+        title="digits, two to four and a half minutes each",
     )
     axes.set_xticks([1, 2, 4, 15, 35], ["1", "2", "4", "15", "35"], minor=False)
     axes.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"], minor=False)
