@@ -7,6 +7,7 @@ Run as a program by torch.distributed.run, this file is one process of a sharded
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.parallel import blocks, fill, fill_optimizer, jvp, recompute, shard, whole
+from cmfast_train.parallel import blocks, fill, fill_optimizer, jvp, leave, recompute, shard, whole
 
 SHAPE: dict[str, Any] = {"image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1}
 NETWORKS: dict[str, NetworkConfig] = {
@@ -299,7 +300,42 @@ def one_process(folder: Path) -> None:
     if accelerator.is_main_process:
         for name, state in states.items():
             torch.save(state, folder / f"{name}, once.pt")
-    accelerator.end_training()
+    leave(SystemExit(0))
+
+
+# The end of a process.
+
+EXCHANGING = """
+import atexit, sys, torch
+from torch.distributed import HashStore, all_reduce, group, init_process_group
+from cmfast_train import parallel
+from cmfast_train.cli import main
+init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+held = group.WORLD  # as DTensor's caches hold it
+for _ in range(2000):
+    all_reduce(torch.ones(1000), async_op=True)
+atexit.register(print, "the interpreter ends")
+"""
+ENDS = {
+    "done": ("parallel.leave(SystemExit(0))", 0, ""),
+    "an error of the user": ("sys.argv = ['', 'digits', '--out', 'out', '--set', 'lr=1']\nmain()", 2, "cmfast-train: "),
+    "a bug": ("parallel.leave(ZeroDivisionError('a bug'))", 1, "ZeroDivisionError: a bug\n"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_process_with_threads_of_gloo_ends_without_being_aborted(name: str) -> None:
+    last, code, said = ENDS[name]
+    script = f"{EXCHANGING}print('begun')\n{last}\n"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stderr  # -6 where the interpreter ends first, mostly
+    assert result.stdout == "begun\n"
+    assert said in result.stderr
+    assert "terminate" not in result.stderr
+
+
+def test_the_only_process_of_a_run_goes_on_to_its_plain_end() -> None:
+    leave(SystemExit(0))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,14 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 def main() -> None:
     """Run the command."""
-    run_command(command)
+    try:
+        run_command(command)
+    except (SystemExit, Exception) as end:
+        if "cmfast_train.parallel" in sys.modules:  # not before torch is: --help does without
+            from cmfast_train.parallel import leave
+
+            leave(end)
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 shard, whole, fill, fill_optimizer   the weights cut up over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
 together                             work of one process, whose failure all have to hear of
+leave                                the end of a process of a run of several
 recompute                            activations computed again in the backward pass instead of kept
 jvp                                  the derivative along a direction, forward mode
 
@@ -13,7 +14,10 @@ noise embedding to half precision. It keeps the processes, the optimiser and the
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -117,6 +121,28 @@ def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None
     if error is not None:
         raise error
     return result
+
+
+def leave(end: SystemExit | Exception) -> None:
+    """End this process as `end` would, if it is one of several; return if it is not.
+
+    The interpreter's own end is not safe there. A thread of Gloo that lets go of the last tensor of an exchange asks
+    for Python's lock; while the interpreter ends, that aborts the process ("terminate called without an active
+    exception", https://github.com/pytorch/pytorch/issues/190489). `destroy_process_group` joins these threads only if
+    nothing else holds the group, and DTensor's caches hold it to the end. So the process ends without the interpreter,
+    until PyTorch releases tensors safely then.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    code = end.code if isinstance(end, SystemExit) else 1
+    if not isinstance(end, SystemExit):
+        sys.excepthook(type(end), end, end.__traceback__)
+    if not code:  # after an error others may be in an exchange, and NCCL would wait for them
+        torch.distributed.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
 def recompute(network: nn.Module) -> None:
