@@ -44,8 +44,9 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms
+from cmfast_train.run import Run
 from cmfast_train.step import optimise
-from cmfast_train.step_graph import RecordedSteps, step_of, trying_algorithms, why_not
+from cmfast_train.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
 from cmfast_train.torch_cuda import OnCuda, arithmetic, capture
 
 Factory = Callable[..., Path]
@@ -515,6 +516,30 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
         # Another mask of dropout, or a step left out, changes a loss by tens of percent.
         ours, theirs = (our_loss.mean(), loss.mean()) if bf16 else (our_loss, loss)
         np.testing.assert_allclose(ours, theirs, rtol=0.1 if bf16 else 0.03, atol=1e-6, err_msg=f"step {step}")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda", "quickly", "any_precision")
+def test_a_checkpoint_gets_the_memory_of_the_recorded_step_if_it_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+
+    def save(_: Run) -> None:
+        reserved.append(torch.cuda.memory_reserved())
+        if len(reserved) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Run, "save", save)
+    run = new_run(tmp_path, "phases=edm:160", "device=cuda")
+    take = Steps(run)
+    take_steps(run, take, 8)
+    take.save()
+    before, after = reserved
+    assert after < before
+    take_steps(run, take, 8)
+    assert isinstance(take._take, RecordedSteps)
+    assert take._take.recordings == 2
 
 
 @pytest.mark.gpu

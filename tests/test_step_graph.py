@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from test_loop import assert_equal_to_the_bit, losses_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cmfast.errors import CmfastError, EngineError
+from cmfast_train import run as run_module
 from cmfast_train import step_graph
 from cmfast_train.config import override
 from cmfast_train.data import Batch, batches, load_data
@@ -26,7 +31,8 @@ from cmfast_train.networks.adm import randomise
 from cmfast_train.presets import PRESETS
 from cmfast_train.run import Run
 from cmfast_train.step import optimise
-from cmfast_train.step_graph import WARM_UPS, RecordedSteps, check_graph, why_not
+from cmfast_train.step_graph import RecordedSteps, check_graph, why_not
+from cmfast_train.torch_cuda import WARM_UPS
 
 pytestmark = pytest.mark.usefixtures("any_precision")
 ALL = slice(None)
@@ -219,6 +225,106 @@ def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
     run, graphs = new_run(tmp_path, "phases=edm:240"), Graphs()
     take_steps(run, RecordedSteps(run, graphs.record), 1000)
     assert (graphs.recorded, graphs.replayed) == (1, 30 - WARM_UPS)
+
+
+SAYS = [  # phases, and whether a step is recorded where 22 alike are not enough and 23 are
+    ("edm:176", False), ("edm:184", True), ("ect:352 ect.stages=0,1", False), ("ect:360 ect.stages=0,1", True),
+    ("ict:1600 ict.s0=4 ict.s1=8", True), ("ict:400 ict.s0=4 ict.s1=64", False), ("pd/4:352", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phases", "expected"), SAYS)
+def test_the_log_says_recorded_only_of_phases_of_which_a_step_will_be(
+    phases: str, expected: bool, tmp_path: Path
+) -> None:
+    name, *others = phases.split()
+    run: Any = new_run(tmp_path, f"phases={'edm:8,' if name.startswith('pd') else ''}{name}", *others)
+    begin_last_phase(run)
+    accelerator, run.accelerator = run.accelerator, Cuda()
+    said = step_graph.recorded(run, run.phase)
+    assert (said == "recorded") == expected
+    assert expected or "too short: a recording needs 23 steps that compute the same" in said
+    run.accelerator, graphs = accelerator, Graphs()
+    take_steps(run, RecordedSteps(run, graphs.record), run.config.steps(run.phase))
+    assert (graphs.recorded > 0) == expected
+
+
+def test_of_a_phase_that_is_resumed_only_the_steps_to_come_count(tmp_path: Path) -> None:
+    run: Any = new_run(tmp_path, "phases=edm:240,ect:80", lively=False)
+    run.accelerator = Cuda()
+    assert [step_graph.recorded(run, phase)[:9] for phase in run.config.phases] == ["recorded", "too short"]
+    run.step = 10
+    assert step_graph.recorded(run, run.phase).startswith("too short")
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch, quickly: None) -> list[weakref.ref[Any]]:
+    """Let this CPU's steps be recorded by imitation; give the recordings, dead ones too."""
+    found: list[weakref.ref[Any]] = []
+
+    def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        replay = Graphs().record(body)
+        found.append(weakref.ref(replay))
+        return replay
+
+    monkeypatch.setattr(step_graph, "why_not", lambda *_: "")
+    monkeypatch.setattr(step_graph, "record", record)
+    return found
+
+
+class Short:
+    """Something of a checkpoint for which a GPU has too little memory so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, look: Callable[[], Any] = lambda: None) -> None:
+        self.times, self.seen = times, []
+        self._enough, self._look = run_module.save_grid, look
+        monkeypatch.setattr(run_module, "save_grid", self)
+
+    def __call__(self, denoiser: Any, *arguments: Any) -> None:
+        self.seen.append((weakref.ref(denoiser), self._look(), [before() is not None for before, *_ in self.seen]))
+        if len(self.seen) <= self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self._enough(denoiser, *arguments)
+
+
+SAVED_TWICE = ["phases=edm:160", "checkpoint_images=80", "log_images=8"]
+
+
+def run_of(out: Path) -> Path:
+    return train(override(PRESETS["digits"], [*TINY[:-1], *SAVED_TWICE]), out, None).parent
+
+
+def test_a_checkpoint_for_which_memory_does_not_suffice_is_written_without_the_recorded_step(
+    tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as plain:
+        plain.setattr(step_graph, "why_not", lambda *_: "graph=false")
+        want = run_of(tmp_path / "plain")
+    assert recordings == []
+    gc.disable()  # memory that waits for it is not there for the second try
+    try:
+        short = Short(monkeypatch, 1, lambda: [recording() is not None for recording in recordings])
+        got = run_of(tmp_path / "short")
+    finally:
+        gc.enable()
+    # Of both tries and of the checkpoint at the end: which recordings there are, and which denoisers of tries before.
+    assert [seen for _, *seen in short.seen] == [[[True], []], [[False], [False]], [[False, True], [False, False]]]
+    assert losses_of(got) == losses_of(want)
+    assert_equal_to_the_bit(*(torch.load(out / "state.pt", weights_only=True) for out in (got, want)))
+    assert os.listdir(got / "samples") == os.listdir(want / "samples")
+
+
+def test_a_checkpoint_for_which_memory_never_suffices_is_one_line(
+    tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Short(monkeypatch, 100)
+    with pytest.raises(EngineError, match="too little memory for batch=8; --set recompute=true continues this run"):
+        run_of(tmp_path)
+    assert len(short.seen) == 2
+    monkeypatch.setattr(step_graph, "why_not", lambda *_: "graph=false")
+    with pytest.raises(EngineError, match="too little memory for batch=8"):
+        run_of(tmp_path)
+    assert len(short.seen) == 3, "without a recording there was nothing to free"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from cmfast_train.folder import begin_folder, check_folder, claimed, disk_errors
 from cmfast_train.log import TrainLog
 from cmfast_train.parallel import together
 from cmfast_train.run import Run
-from cmfast_train.step_graph import check_graph, step_of, trying_algorithms, why_not
+from cmfast_train.step_graph import Steps, check_graph, recorded, trying_algorithms
 
 SAVED = "saved"
 _GONE = re.compile(
@@ -93,11 +93,12 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
 def _go_on(run: Run, data: Any) -> None:
     """Take the remaining steps, with checkpoints, the log and the progress; stop at a signal."""
     config, accelerator, saved = run.config, run.accelerator, run.images
+    take = Steps(run)
 
     def save() -> None:
         nonlocal saved
-        with _memory_in_one_line(config):  # the recorded step still has its own
-            run.save()
+        with _memory_in_one_line(config):
+            take.save()
         saved = run.images
         log.checkpoint(run.images, run.where())
 
@@ -109,10 +110,10 @@ def _go_on(run: Run, data: Any) -> None:
     ):
         try:
             if accelerator.device.type == "cuda":
-                graph = {phase.name: why_not(run, phase) or "recorded" for phase in config.phases}
+                graph = {phase.name: recorded(run, phase) for phase in config.phases}
                 fused = {phase.name: run.why_not_fused(phase) or "fused" for phase in config.phases}
                 log.note(run.images, run.where(), graph=graph, fused=fused)
-            for loss_per_image in steps(run, data):
+            for loss_per_image in steps(run, data, take):
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
                 stop = _any(accelerator, bool(stopped), run)
@@ -130,14 +131,14 @@ def _go_on(run: Run, data: Any) -> None:
             raise err.with_advice(is_saved, run.out) from None
 
 
-def steps(run: Run, data: Any) -> Iterator[Tensor]:
+def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
     """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
+    take = take or Steps(run)
     config, accelerator = run.config, run.accelerator
     share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
     done, total = run.images // config.batch, config.images // config.batch
     pin = accelerator.device.type == "cuda"
     keep = accelerator.device if pin else None
-    take = step_of(run)
     unchecked: list[tuple[int, int, Tensor, Tensor]] = []
     with contextlib.closing(
         batches(data, config.batch, config.seed, done, total, share, config.workers, pin, keep)
@@ -150,9 +151,7 @@ def steps(run: Run, data: Any) -> Iterator[Tensor]:
                     _check_finite(run, unchecked)
                 raise NoBatch(err) from err
             if run.step == config.steps(run.phase):
-                del take  # a recording's memory is needed now
-                run.next_phase()
-                take = step_of(run)
+                take.next_phase()
             try:
                 with _memory_in_one_line(config):
                     loss, sigma = take(step, images, label, share)

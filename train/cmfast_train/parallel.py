@@ -119,7 +119,10 @@ def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None
         if error is None and any(said):
             raise CmfastError(f"another process has stopped: {next(filter(None, said))}")
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # a cycle with its traceback would keep what the work had on a GPU
     return result
 
 

@@ -21,19 +21,56 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from cmfast.errors import CmfastError, EngineError, one_line
+from cmfast.errors import CmfastError, EngineError
 from cmfast_train.config import TrainConfig
 from cmfast_train.methods import constants
 from cmfast_train.phase import CONTINUOUS, Phase
 from cmfast_train.run import Run
 from cmfast_train.step import Inputs, draw, gradients, optimise, seed_dropout
+from cmfast_train.torch_cuda import WARM_UPS  # steps taken as they are before one is recorded
+from cmfast_train.torch_cuda import record as record_graph
 
-WARM_UPS = 3  # steps taken as they are before one is recorded
 WORTH = 20  # steps that a recording must serve: it costs about ten
 
 aten = torch.ops.aten
 TakeStep = Callable[[int, Tensor, Tensor, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # what runs a computation -> what runs it again
+
+
+@final
+class Steps:
+    """Takes the optimiser steps of a run, phase after phase, recorded where they can be."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._take: TakeStep | None = None
+
+    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        if self._take is None:
+            self._take = step_of(self._run)
+        return self._take(step, images, label, share)
+
+    def next_phase(self) -> None:
+        """Let the run begin its next phase."""
+        self._take = None  # a recording's memory is needed now
+        self._run.next_phase()
+
+    def save(self) -> None:
+        """Let the run write a checkpoint; without the recorded step, if the GPU's memory does not suffice beside it.
+
+        Raises:
+            torch.OutOfMemoryError: it does not suffice either way.
+        """
+        try:
+            self._run.save()
+        except torch.OutOfMemoryError:
+            # None is recorded of a run of several processes: one alone must not begin a checkpoint again.
+            if not (isinstance(self._take, RecordedSteps) and self._take.release()):
+                raise
+        else:
+            return
+        torch.cuda.empty_cache()  # only here: the error held what the first try had made
+        self._run.save()
 
 
 def step_of(run: Run) -> TakeStep:
@@ -81,6 +118,33 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
     return ""
 
 
+def recorded(run: Run, phase: Phase) -> str:
+    """Return what the log says of the steps of a phase: "recorded", or why they are not."""
+    if why := why_not(run, phase):
+        return why
+    first = run.step if phase is run.phase else 0
+    if not _is_worth(phase, first, run.config.steps(phase)):
+        return f"too short: a recording needs {WARM_UPS + WORTH} steps that compute the same"
+    return "recorded"
+
+
+def _is_worth(phase: Phase, first: int, total: int) -> bool:
+    """Return whether one of the steps [first, total) will be recorded."""
+    before, stood = None, 0
+    for step in range(first, total):
+        now = constants(phase, step, total)
+        before, stood = now, stood + 1 if now == before else 0
+        if _is_due(phase, step, total, stood):
+            return True
+    return False
+
+
+def _is_due(phase: Phase, step: int, total: int, stood: int) -> bool:
+    """Return whether to record a step, after `stood` with the same constants."""
+    end = step + WORTH
+    return stood >= WARM_UPS and end <= total and constants(phase, end - 1, total) == constants(phase, step, total)
+
+
 @contextmanager
 def trying_algorithms(device: torch.device) -> Iterator[None]:
     """On CUDA, let cuDNN try its algorithms in this context: the shapes of a run's steps stay."""
@@ -121,16 +185,19 @@ class RecordedSteps:
         outside.wait_stream(self._stream)
         return losses
 
+    def release(self) -> bool:
+        """Free the recorded step, which a later one records anew; return whether there was one."""
+        had, self._replay = self._replay is not None, None
+        return had
+
     def _take(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
         run, total = self._run, self._run.config.steps(self._run.phase)
         now = constants(run.phase, run.step, total)
         if now != self._constants:
             self._constants, self._stood, self._replay = now, 0, None
-        if self._replay is None:
-            end = run.step + WORTH
-            if self._stood < WARM_UPS or end > total or constants(run.phase, end - 1, total) != now:
-                self._stood += 1
-                return optimise(run, step, images, label, share)
+        if self._replay is None and not _is_due(run.phase, run.step, total, self._stood):
+            self._stood += 1
+            return optimise(run, step, images, label, share)
         if self._inputs is None:
             self._inputs = _buffers(run, images, label)
         inputs = self._inputs
@@ -160,28 +227,13 @@ class RecordedSteps:
 
 
 def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a computation, which is not run, as one CUDA graph on the current stream; return what runs it.
-
-    Each run writes the same tensor. Other threads may go on pinning memory for batches meanwhile.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            output = body()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as err:
-        cause = err.__context__ or err  # the end of a recording that was broken off fails too
-        raise EngineError(
-            f"PyTorch could not record the training step as a CUDA graph ({one_line(cause, 300)}); train without: "
-            "--set graph=false"
-        ) from None
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
+    """Record a training step on the current stream; other threads may go on pinning memory for batches meanwhile."""
+    return record_graph(
+        body,
+        "PyTorch could not record the training step as a CUDA graph ({reason}); train without: --set graph=false",
+        stream=torch.cuda.current_stream(),
+        errors_of="thread_local",
+    )
 
 
 @final

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines._clock import Clock
-from cmfast.errors import EngineError
+from cmfast.errors import EngineError, one_line
 
 Floats = npt.NDArray[np.float32]
 Compute = Callable[[dict[str, Tensor]], Tensor]
@@ -30,7 +30,7 @@ ComputeAll = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 Result = TypeVar("Result")  # of a computation: one tensor, or several
 
 KEPT = 8  # shapes whose buffers, and captured graphs, are kept
-WARM_UPS = 3  # before a capture: cuDNN tries its algorithms, libraries allocate their workspaces
+WARM_UPS = 3  # runs before a recording: cuDNN tries its algorithms, libraries allocate their workspaces
 
 
 class OnCuda:
@@ -218,29 +218,55 @@ class _Call:
 
 
 def capture(compute: Callable[[], Result]) -> Callable[[], Result]:
-    """Record a computation as one CUDA graph; return what replays it, and gives the tensors that it writes each time.
+    """Warm a model's computation up and record it; return what replays it. See `record`."""
 
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". The graph has a memory
-    pool of its own, so that any order of replays is right.
-    """
-    try:
-        graph = torch.cuda.CUDAGraph()
+    def warm_up() -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 compute()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+
+    return record(
+        compute, "PyTorch could not capture this model as a CUDA graph; use another variant: {reason}", warm_up
+    )
+
+
+def record(
+    compute: Callable[[], Result],
+    error: str,
+    warm_up: Callable[[], None] = lambda: None,
+    *,
+    stream: torch.cuda.Stream | None = None,
+    errors_of: str = "global",
+) -> Callable[[], Result]:
+    """Record a computation as one CUDA graph; return what replays it, and gives the tensors that it writes each time.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". The graph has a memory
+    pool of its own, so that any order of replays is right.
+
+    Args:
+        compute: What is recorded; it is not run.
+        error: What to say if it cannot be, with `{reason}`.
+        warm_up: Runs the computation before, unless it has been: WARM_UPS times.
+        stream: The stream to record on; None: one of PyTorch's.
+        errors_of: Whose forbidden calls break the recording off: "global", or "thread_local" where others go on.
+
+    Raises:
+        EngineError: PyTorch cannot record it.
+        torch.OutOfMemoryError: the GPU has too little memory for it.
+    """
+    try:
+        graph = torch.cuda.CUDAGraph()
+        warm_up()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode=errors_of):
             output = compute()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as err:
-        cause = err.__context__ or err  # the end of a capture that was broken off fails too
-        reason = (str(cause).strip().splitlines() or ["?"])[0][:300]
-        raise EngineError(
-            f"PyTorch could not capture this model as a CUDA graph; use another variant: {reason}"
-        ) from None
+        cause = err.__context__ or err  # the end of a recording that was broken off fails too
+        raise EngineError(error.format(reason=one_line(cause, 300) or "?")) from None
 
     def replay() -> Result:
         graph.replay()
