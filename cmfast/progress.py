@@ -16,11 +16,14 @@ LINE_S = 30.0  # between lines where stderr is no terminal
 def progress_bar(what: str, total: int, unit: str, start: int = 0, show: bool = True) -> Iterator[Advance]:
     """Give the function that moves the progress of `what`, shown on stderr.
 
-    total, start  items in all, and already done when a run is resumed
+    total, start  items in all, and already done when a run is resumed: a line says so, and no speed counts them
     """
     if not show or sys.stderr is None:  # a program without standard streams
         yield lambda count, text: None
-    elif sys.stderr.isatty():
+        return
+    if 0 < start < total:
+        print(f"{what}: continuing at {start:,} {unit}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
         with _bar(what, total, unit, start) as advance:
             yield advance
     else:

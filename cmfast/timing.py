@@ -133,7 +133,8 @@ def noise_warning(
     spreads = {name: s.p90_ms / s.p10_ms for name, s in ((n, summarise(t)) for n, t in times.items()) if s.p10_ms > 0}
     worst = max(spreads, key=spreads.__getitem__, default="")
     if worst and spreads[worst] > MAX_SPREAD:
-        reasons.append(f"the calls of {worst} spread by {spreads[worst]:.2f} from p10 to p90 (above {MAX_SPREAD:g})")
+        spread = f"spread by a factor of {spreads[worst]:.2f} from p10 to p90 (above {MAX_SPREAD:g})"
+        reasons.append(f"the calls of {worst} {spread}")
     cores = usable_cores()
     if load is not None and load > MAX_LOAD * cores:
         reasons.append(f"the load average is {load:.1f} on {cores} core(s)")

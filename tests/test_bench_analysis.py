@@ -117,7 +117,10 @@ def test_without_a_measured_ceiling_there_is_no_fraction() -> None:
     assert diagnose(10, TIMES, floor("compute", 1), unknown).endswith("no roofline is known")
 
 
-def test_small_machines_are_described_in_small_units() -> None:
+def test_machines_are_described_in_units_of_their_size() -> None:
+    large = replace(H100, flops_per_s=2e15)
+    words = "compute-bound: 62 % of the measured matrix rate (1.24 of 2 PFLOP/s)"
+    assert diagnose(1, None, floor("compute", 1.24e12), large) == words
     slow = Ceilings(device="cpu", dtype="float32", flops_per_s=155e9, bytes_per_s=20e9, how="")
     words = "compute-bound: 62 % of the measured matrix rate (96 of 155 GFLOP/s)"
     assert diagnose(100, None, floor("compute", 9.6e9), slow) == words
@@ -252,6 +255,27 @@ def test_the_distance_from_the_roofline_is_recorded_and_shown(
     assert " roofline " in result.stdout
     assert "What takes the time" in result.stdout
     assert "On the GPU" not in result.stdout
+
+
+def test_what_is_far_from_the_roofline_is_explained_once(
+    handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fast(device: str, dtype: str, threads: int | None) -> Ceilings:
+        return Ceilings(device=device, dtype=dtype, flops_per_s=1e15, bytes_per_s=1e15, how="by hand")
+
+    monkeypatch.setattr(analysis, "measure_machine", fast)
+    files = [costly(handmade_onnx(8), tmp_path / f"{name}.onnx", sha256="a", cost=COST) for name in "ab"]
+    options = ("--steps", 2, "--batch", "1,8", "--threads", 1, *QUICK, "--json", tmp_path / "bench.json")
+    result = call(bench.main, *files, *options)
+    assert result.returncode == 0, result.stderr
+    found = [row["diagnosis"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]]
+    assert len(found) == 4
+    for diagnosis in found:
+        assert diagnosis.startswith("far from the roofline: 0.")
+    shown = " ".join(result.stdout.split())
+    assert shown.count("% of the measured matrix rate") == 4
+    once = "below 25% is far from the roofline: small or slow kernels and overhead take the time"
+    assert shown.count(once) == shown.count("far from") == shown.count("overhead") == 1
 
 
 def test_this_machine_itself_can_be_measured(

@@ -50,11 +50,22 @@ def test_a_resumed_run_counts_what_was_done_before_but_not_as_its_speed(capfd: p
     with progress_bar("drawing", 1_000_000, "images", start=900_000) as advance:
         time.sleep(0.1)
         advance(10, "")
-    line = LINE.fullmatch(capfd.readouterr().err.strip())
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "drawing: continuing at 900,000 images"
+    line = LINE.fullmatch(second)
     assert line
     assert number(line[1]) == 900_010
     assert number(line[3]) <= 10 / 0.1
     assert number(line[4]) == pytest.approx(99_990 / number(line[3]), rel=0.01), "4 digits of the speed are shown"
+
+
+@pytest.mark.parametrize(("start", "show"), [(0, True), (1000, True), (500, False)])
+def test_what_begins_or_is_done_or_is_not_shown_does_not_continue(
+    start: int, show: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("drawing", 1000, "images", start, show):
+        pass
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_log_is_not_flooded(capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,11 +104,14 @@ def test_a_terminal_gets_a_bar_with_the_numbers(
         with open(slave, "w") as terminal:
             monkeypatch.setattr(sys, "stderr", terminal)
             with progress_bar("drawing", 40_000, "images", start=1_000) as advance:
-                advance(2_500, "loss 0.25")
+                for count, text in ((500, ""), (2_000, "loss 0.25")):
+                    time.sleep(0.5)
+                    advance(count, text)
             terminal.flush()
             shown = os.read(master, 1 << 16).decode()
     finally:
         os.close(master)
-    for words in ("drawing", "3,500/40,000 images", "loss 0.25"):
+    for words in ("drawing: continuing at 1,000 images", "3,500/40,000 images", "loss 0.25"):
         assert words in shown
+    assert 0 < number(re.findall(r"([\d.,e+]+) images/s", shown)[-1]) <= 2_000 / 0.5, "not of what was done before"
     assert capfd.readouterr().out == ""

@@ -187,8 +187,18 @@ def test_a_quiet_machine_is_not_warned_of(times: dict[str, list[float]], load: f
 @pytest.mark.parametrize(
     ("times", "load", "steal", "words"),
     [
-        ({"wild": [1.0] * 5 + [2.0] * 5, **CALM}, None, None, "the calls of wild spread by 2.00 from p10 to p90"),
-        ({"wild": [1.0] * 5 + [2.0] * 5, "wilder": [1.0] * 5 + [3.0] * 5}, None, None, "wilder spread by 3.00"),
+        (
+            {"wild": [1.0] * 5 + [2.0] * 5, **CALM},
+            None,
+            None,
+            "the calls of wild spread by a factor of 2.00 from p10 to p90",
+        ),
+        (
+            {"wild": [1.0] * 5 + [2.0] * 5, "wilder": [1.0] * 5 + [3.0] * 5},
+            None,
+            None,
+            "wilder spread by a factor of 3.00",
+        ),
         (CALM, LIMIT + 1, None, f"the load average is {LIMIT + 1:.1f} on {timing.usable_cores()} core(s)"),
         (CALM, None, 0.02, "the host gave 2.0% of the CPU time to other machines"),
     ],

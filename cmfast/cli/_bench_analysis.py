@@ -25,6 +25,7 @@ DEVICE_CALLS, DEVICE_SECONDS, DEVICE_FEW = 20, 2.0, 3  # with device times, afte
 LAUNCH = 0.8
 REPLAYED = {"cuda_graph", "compiled", "reduce-overhead"}  # words of variants; torch.compile records CUDA graphs itself
 BUSY = 0.25  # of a ceiling: below, neither arithmetic nor memory is what the time goes to
+FAR, FAR_WHY = "far from the roofline", "small or slow kernels and overhead take the time"
 
 Cost = Mapping[str, float]
 
@@ -135,7 +136,7 @@ def diagnose(
     percent = 100 * rate / ceiling
     numbers = f"{percent:.{0 if percent >= 10 else 1}f} % of the measured {what} ({_pair(rate, ceiling, unit)})"
     if rate < BUSY * ceiling:
-        return f"far from the roofline: {numbers}; small or slow kernels and overhead take the time"
+        return f"{FAR}: {numbers}; {FAR_WHY}"
     return f"{floor.bound}-bound: {numbers}"
 
 
@@ -160,5 +161,5 @@ def _converted(donor: Manifest, dtype: str) -> Cost | None:
 
 def _pair(value: float, of: float, unit: str) -> str:
     """Return "412 of 660 TFLOP/s": both in the unit that suits the second."""
-    size, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if of >= s), (1.0, ""))
+    size, prefix = next(((s, p) for s, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if of >= s), (1.0, ""))
     return f"{value / size:.3g} of {of / size:.3g} {prefix}{unit}"

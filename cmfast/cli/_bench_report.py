@@ -40,8 +40,7 @@ def show(record: dict[str, Any]) -> None:
     columns = {part.replace("_", " "): functools.partial(_device_time, f"{part}_ms") for part in parts}
     _print("On the GPU: times of a batch, ms", _WHERE | columns, [row for row in rows if row["device_times"]])
 
-    columns = {"diagnosis": lambda row: row["diagnosis"]}
-    _print("What takes the time", _WHERE | columns, [row for row in rows if row["diagnosis"]])
+    _print_diagnoses([row for row in rows if row["diagnosis"]])
 
     columns = {
         "contender": lambda row: row["contender"],
@@ -69,8 +68,18 @@ _WHERE: Columns = {
 _TEXTS = ("contender", "diagnosis", "engine", "weights")  # the others are numbers
 
 
-def _print(title: str, columns: Columns, rows: list[dict[str, Any]]) -> None:
-    """Print one table, unless it would be empty."""
+def _print_diagnoses(rows: list[dict[str, Any]]) -> None:
+    """Print what takes the time; what is the same for all that are far from the roofline once, below."""
+    from cmfast.cli._bench_analysis import BUSY, FAR, FAR_WHY
+
+    columns: Columns = {"diagnosis": lambda row: row["diagnosis"].removeprefix(f"{FAR}: ").removesuffix(f"; {FAR_WHY}")}
+    far = any(row["diagnosis"].startswith(FAR) for row in rows)
+    below = f"below {BUSY:.0%} is {FAR}: {FAR_WHY}" if far else ""
+    _print("What takes the time", _WHERE | columns, rows, below)
+
+
+def _print(title: str, columns: Columns, rows: list[dict[str, Any]], below: str = "") -> None:
+    """Print one table with a line below it, unless it would be empty."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
@@ -78,7 +87,7 @@ def _print(title: str, columns: Columns, rows: list[dict[str, Any]]) -> None:
 
     if not rows:
         return
-    table = Table(box=SIMPLE, title=escape(title))
+    table = Table(box=SIMPLE, title=escape(title), caption=escape(below) or None)
     for name in columns:
         left = name in _TEXTS
         table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
