@@ -258,7 +258,8 @@ def test_a_checkpoint_without_space_is_one_line_and_the_one_before_stays(
     with files_of_at_most(size):
         result = call(main, *arguments(out, settings))
     assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
+    *continued, line = result.stderr.splitlines()
+    assert continued == (["training: continuing at 8 images"] if file == "model.pt" else [])
     assert line.startswith(f"cmfast-train: cannot write {out / file}: ")
     assert f"in {(out / file).parent}" in line
     kept = [name for name in ("model.pt", "state.pt") if name in before]
