@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_loop import assert_equal_to_the_bit, losses_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -297,6 +296,8 @@ def run_of(out: Path) -> Path:
 def test_a_checkpoint_for_which_memory_does_not_suffice_is_written_without_the_recorded_step(
     tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from test_loop import assert_equal_to_the_bit, losses_of  # which exports: test_gpu imports this file without
+
     with monkeypatch.context() as plain:
         plain.setattr(step_graph, "why_not", lambda *_: "graph=false")
         want = run_of(tmp_path / "plain")
