@@ -52,6 +52,8 @@ def may_use_tf32(dtype: str) -> bool:
 ROUNDING = {"float32": 1e-4, "tf32": 4e-2, "float16": 5e-2, "bfloat16": 3e-1}
 WINOGRAD = 1e-3  # for float32 where a library is free to choose such convolutions: on GPUs, and between any libraries
 ENGINE_SUFFIXES = (".engine", ".plan")  # TensorRT's and TensorRT-RTX's: cmfast.plan
+# In `made_by`: which runtime the nodes of an ONNX file are for. No entry: any; the names are cmfast_export.FLAVOURS.
+FLAVOUR = "flavour"
 _OBJECTS = ("source", "made_by", "parity", "cost", "engine")
 
 
@@ -217,6 +219,15 @@ def changed(file: Path) -> ArtifactError:
         f"{file}: its graph or its weights were changed since they were verified, so its manifest describes "
         "another file; export the model again with cmfast-export (--precision fp16 makes a verified half)"
     )
+
+
+def check_plain(file: Path, manifest: Manifest, what: str) -> None:
+    """Raise ArtifactError if the nodes of an ONNX file are for one runtime only, and `what` is another."""
+    if flavour := manifest.made_by.get(FLAVOUR):
+        raise ArtifactError(
+            f"{file}: a graph of the flavour {flavour}, for ONNX Runtime's CUDA provider, not for {what}; run it with "
+            "--device cuda --variant nhwc, or export the checkpoint again with --format onnx"
+        )
 
 
 def _not_whole(file: Path, err: pb.ProtobufError) -> ArtifactError:

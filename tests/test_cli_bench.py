@@ -568,7 +568,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "--precision", "fp16"], "--precision is what PyTorch runs the --baseline in, and none was given"),
         (["--baseline", "model.pt", "--precision", "int8"], "different names of fp32, tf32, fp16, bf16, got int8"),
         (["--baseline", "model.pt", "--precision", "fp16,fp16"], "--precision takes different names"),
-        (["a.onnx", "--variants", "fast"], "graph, channels_last cuda_graph, fused cuda_graph, tensorrt, got fast"),
+        (["a.onnx", "--variants", "fast"], "fused cuda_graph, nhwc, nhwc cuda_graph, tensorrt, got fast"),
         (["--baseline", "model.pt", "--variants", "fused cuda_graph"], "fused cuda_graph needs an NVIDIA GPU"),
         (["a.onnx", "--variants", "diffusers"], "--variants takes different names"),
         (["a.onnx", "--variants", "cuda_graph"], "--variants cuda_graph needs an NVIDIA GPU: add --device cuda"),

@@ -141,7 +141,7 @@ def test_a_variant_that_the_cpu_has_not_is_refused(variant: str, handmade_onnx: 
         cmfast.load(path, variant=variant)
     assert str(caught.value) == (
         f"{path}: ONNX Runtime on cpu has the variants '', not {variant!r}; "
-        "'cuda_graph' and 'tensorrt' need --device cuda"
+        "'nhwc', 'cuda_graph' and 'tensorrt' need --device cuda"
     )
 
 
@@ -150,7 +150,8 @@ def test_a_variant_that_cuda_has_not_is_refused(handmade_onnx: Factory) -> None:
     with pytest.raises(EngineError) as caught:
         cmfast.load(path, device="cuda", variant="compiled")
     assert str(caught.value) == (
-        f"{path}: ONNX Runtime on cuda has the variants '', 'cuda_graph', 'tensorrt', not 'compiled'"
+        f"{path}: ONNX Runtime on cuda has the variants '', 'nhwc', 'cuda_graph', 'nhwc cuda_graph', 'tensorrt', "
+        "not 'compiled'"
     )
 
 

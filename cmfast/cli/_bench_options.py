@@ -17,8 +17,8 @@ BASELINE_VARIANTS = (
     "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph", "channels_last cuda_graph",
     "fused cuda_graph",
 )  # fmt: skip
-ONNX_VARIANTS = ("cuda_graph", "tensorrt")
-CUDA_WORDS = {"fused", "reduce-overhead", "cuda_graph", "tensorrt"}
+ONNX_VARIANTS = ("cuda_graph", "nhwc", "nhwc cuda_graph", "tensorrt")
+CUDA_WORDS = {"fused", "reduce-overhead", "cuda_graph", "nhwc", "tensorrt"}
 
 MAX_VALUES = 100  # of --steps and of --batch
 MAX_SECONDS = 3600.0  # of each contender at each setting
@@ -99,7 +99,7 @@ class Options:
     def _check_variants(self) -> None:
         if self.variants is None:
             return
-        _check_names("variants", self.variants, (*BASELINE_VARIANTS, "tensorrt"))
+        _check_names("variants", self.variants, tuple(dict.fromkeys((*BASELINE_VARIANTS, *ONNX_VARIANTS))))
         onnx = any(file.suffix == ".onnx" for file in self.models)
         for variant in self.variants:
             if not CUDA_WORDS.isdisjoint(variant.split()) and self.device != "cuda":

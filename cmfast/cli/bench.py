@@ -68,7 +68,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     metavar="NAME,..",
     callback=_names,
     help="Also: channels_last (default), fused, compiled, reduce-overhead, cuda_graph, 'channels_last cuda_graph', "
-    "'fused cuda_graph' of the baseline; cuda_graph, tensorrt of an .onnx file.",
+    "'fused cuda_graph' of the baseline; cuda_graph, nhwc, 'nhwc cuda_graph', tensorrt of an .onnx file.",
 )
 @click.option("--diffusers", is_flag=True, help="Also diffusers' own pipeline; the baseline is its folder.")
 @click.option("--steps", type=INTS, default="1,2", show_default=True, help="Network calls an image.")

@@ -31,6 +31,7 @@ VARIANTS = {
     "": "the engine's plain way",
     "channels_last": "PyTorch with the memory format channels_last",
     "fused": "CUDA: PyTorch in channels_last, with kernels of cmfast in place of several operations",
+    "nhwc": "CUDA: ONNX Runtime with convolutions of [B, H, W, C], its option prefer_nhwc",
     "compiled": "PyTorch with torch.compile, on CUDA with mode max-autotune",
     "reduce-overhead": "CUDA: PyTorch with torch.compile in that mode, which compiles faster and tries fewer kernels",
     "cuda_graph": "CUDA: PyTorch's whole sampler, or ONNX Runtime's graph, captured once and replayed",

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import Manifest, may_use_tf32
+from cmfast.artifact import Manifest, check_plain, may_use_tf32
 from cmfast.checks import MAX_BATCH
 from cmfast.engines import DeviceTimes, Inputs
 from cmfast.engines import _cuda as cuda
@@ -35,7 +35,13 @@ from cmfast.engines._origin import Origin, pickled
 from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error, one_line
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-PROVIDERS = {"": [CUDA], "cuda_graph": [CUDA], "tensorrt": [TENSORRT, CUDA]}  # on CUDA, by variant, the first preferred
+PROVIDERS = {  # on CUDA, by variant, the first preferred
+    "": [CUDA],
+    "nhwc": [CUDA],
+    "cuda_graph": [CUDA],
+    "nhwc cuda_graph": [CUDA],
+    "tensorrt": [TENSORRT, CUDA],
+}
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
 _OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
 
@@ -44,6 +50,8 @@ class OnnxRuntimeEngine:
     """A graph run by ONNX Runtime. The contract: `cmfast.engines.Engine`, on CUDA `TimedEngine` and `ReleasingEngine`.
 
     variant  "": node by node. On CUDA also:
+             "nhwc": with `prefer_nhwc`, convolutions of [B, H, W, C], which a file of the flavour ort-cuda is made for;
+             "nhwc cuda_graph": both
              "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
              call) and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser
              in a Python loop is a launch a step and cannot be less: ONNX Runtime captures within one call of its own,
@@ -87,7 +95,7 @@ class OnnxRuntimeEngine:
     def _start(self, file: OnnxFile, device: str, threads: int | None, variant: str) -> None:
         path, self.manifest = file.path, file.manifest
         self._process = os.getpid()
-        _check_variant(path, device, variant, self.manifest.dtype)
+        _check_variant(path, device, variant, self.manifest)
         ort = _import(device, variant)
         self.name = f"ONNX Runtime {device} {variant}".rstrip()
         options = ort.SessionOptions()
@@ -105,7 +113,7 @@ class OnnxRuntimeEngine:
             with _quiet(ort):
                 self._session = _open(ort, file, options, self.manifest.dtype, wanted)
             self.batch = self._check_graph(path)
-            self._device = _Device(ort, self._session, self.manifest, stream, captures=variant == "cuda_graph")
+            self._device = _Device(ort, self._session, self.manifest, stream, captures="cuda_graph" in variant)
             self.timed, self.release = self._device.timed, self._device.release
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -314,12 +322,21 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
     return ArtifactError(f"{path}: {this} cannot open it: {why}")
 
 
-def _check_variant(path: Path, device: str, variant: str, dtype: str) -> None:
+def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) -> None:
+    dtype = manifest.dtype
     have = list(PROVIDERS) if device == "cuda" else [""]
     if variant not in have:
         there = ", ".join(map(repr, have))
-        also = "" if device == "cuda" else "; 'cuda_graph' and 'tensorrt' need --device cuda"
+        also = "" if device == "cuda" else "; 'nhwc', 'cuda_graph' and 'tensorrt' need --device cuda"
         raise EngineError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
+    if device == "cpu" or variant == "tensorrt":
+        check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT")
+    # Its NHWC kernels are float and float16 (core/providers/cuda/cuda_nhwc_kernels.cc); to be removed when there are more
+    if "nhwc" in variant and dtype == "bfloat16":
+        raise EngineError(
+            f"{path}: a file in bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out, or "
+            "export it with --precision fp16"
+        )
     if variant == "tensorrt" and dtype == "float32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         raise EngineError(
             f"{path}: a float32 file, and ONNX Runtime's TensorRT provider multiplies float32 as TensorFloat-32 "
@@ -350,7 +367,9 @@ def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[st
     """Return providers with their options. Float32 stays float32: TensorFloat-32 keeps ten bits of the mantissa."""
     common = {"user_compute_stream": str(stream)}
     for_cuda = {**common, "use_tf32": str(int(may_use_tf32(dtype)))}
-    if variant == "cuda_graph":
+    if "nhwc" in variant:
+        for_cuda["prefer_nhwc"] = "1"
+    if "cuda_graph" in variant:
         for_cuda["enable_cuda_graph"] = "1"
     # TensorRT takes the types of the file, TensorFloat-32 apart, as long as no option asks for another precision.
     return [(name, for_cuda if name == CUDA else common) for name in PROVIDERS[variant]]

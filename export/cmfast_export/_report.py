@@ -28,12 +28,28 @@ def onnx(exported: Exported, seconds: float, checkpoint: Path, told: str) -> Non
     )
     if exported.data:
         click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
+    if exported.rewritten:
+        _ort_cuda(exported, checkpoint, told)
+        return
     click.echo("next:")
     if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
         click.echo(f"  cmfast-export {exported.path} --format engine")
         return
     click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
     _bench(exported.path, checkpoint, told)
+
+
+def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
+    made = exported.rewritten
+    assert made
+    found = f"{made.group_norms} GroupNorm, {made.attentions} MultiHeadAttention"
+    kept = f"; {made.group_norms_left} norms stay: odd channels in a group" if made.group_norms_left else ""
+    click.echo(f"for ONNX Runtime's CUDA provider alone: {found}{kept}")
+    if "no CUDA kernel run" in exported.manifest.made_by["verified"]:
+        click.echo("its CUDA kernels have not been run here; --device cuda verifies them where there is a GPU")
+    click.echo("next, where there is one:")
+    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png --device cuda --variant nhwc")
+    _bench(exported.path, checkpoint, told, ' --device cuda --variants "nhwc,nhwc cuda_graph"')
 
 
 def parity(exported: Exported, path: Path) -> None:

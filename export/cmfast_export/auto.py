@@ -19,7 +19,7 @@ import numpy as np
 from cmfast.artifact import PRECISIONS, ROUNDING, rounding
 from cmfast.engines import open_engine
 from cmfast.engines.onnxruntime import check_cuda
-from cmfast.errors import CheckFailed, EngineError
+from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.model import Model
 from cmfast.noise import gaussian
@@ -74,6 +74,10 @@ def export_fastest(
     """
     target = check_target(out)
     check_tolerance(tolerance)
+    if options.get("flavour"):
+        raise CmfastError(
+            "--precision auto does not time the flavour ort-cuda; pass --precision fp16, or fp32 for exact weights"
+        )
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
     candidates = ON_CPU if timed and device == "cpu" else BY_RATE
     passed: dict[str, Exported] = {}

@@ -37,6 +37,7 @@ Examples:
   cmfast-export model.pt                                        model.onnx: the denoiser, any noise level
   cmfast-export model.pt --kind sampler --steps 2 -o two.onnx   the whole loop in one graph
   cmfast-export model.pt --precision fp16                       model_fp16.onnx: half precision, for GPUs
+  cmfast-export model.pt --format ort-cuda --precision fp16     for ONNX Runtime's CUDA provider
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
   cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
@@ -50,12 +51,14 @@ Examples:
 
 SUFFIXES = {
     "onnx": (".onnx",),
+    "ort-cuda": (".onnx",),
     "engine": ENGINE_SUFFIXES,
     "triton": (),
     "cmfast": (".pt", ".safetensors"),
     "diffusers": (),  # a folder may be called anything
 }
-GRAPHS = ("onnx", "engine", "triton")
+GRAPHS = ("onnx", "ort-cuda", "engine", "triton")
+FLAVOURED = ("ort-cuda",)  # formats that are flavours of the graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class Request:
     others: tuple[Path, ...]  # engines for other cards
     out: Path
     form: str
-    graph: dict[str, Any]  # arguments of export_onnx: kind, steps, sigmas, batch, opset, tolerance, device
+    graph: dict[str, Any]  # arguments of export_onnx: kind, steps, sigmas, batch, opset, tolerance, device, flavour
     precision: str
     build: tuple[str, ...]  # NAME=VALUE
     cache: Path | None
@@ -91,7 +94,8 @@ class Request:
     type=click.Choice(list(SUFFIXES)),
     default="onnx",
     show_default=True,
-    help="onnx: a graph; engine: TensorRT's; triton: a model repository; cmfast: a checkpoint; diffusers: its folder.",
+    help="onnx: a graph; ort-cuda: one for ONNX Runtime's CUDA provider; engine: TensorRT's; triton: a model "
+    "repository; cmfast: a checkpoint; diffusers: its folder.",
 )
 @click.option(
     "--kind",
@@ -183,6 +187,8 @@ def command(
         raise CmfastError(f"--serve is for --format triton, not for {form}")
     if form == "triton" and kind not in (None, "server"):
         raise CmfastError(f"--format triton serves files of kind server, not {kind}; leave --kind out")
+    if form in FLAVOURED and precision == "auto":
+        raise CmfastError(f"--format {form} needs a precision, and auto would not time it; add --precision fp16")
     kind = kind or ("server" if form == "triton" else "denoiser")
     out = out or _default_out(checkpoint, form, kind, precision)
     for file in others:
@@ -199,6 +205,7 @@ def command(
         graph={
             "kind": kind, "steps": steps, "sigmas": sigmas, "batch": size,
             "opset": opset, "tolerance": tolerance, "device": device,
+            "flavour": form if form in FLAVOURED else "",
         },
         precision=precision,
         build=(*build, *([f"target={target}"] if target is not None else [])),
@@ -276,6 +283,7 @@ def _check_options(request: Request) -> None:
 
 WRITERS = {
     "onnx": _write_onnx,
+    "ort-cuda": _write_onnx,
     "engine": _write_engine,
     "triton": _write_triton,
     "cmfast": _write_checkpoint,
@@ -328,7 +336,8 @@ def _default_out(checkpoint: Path, form: str, kind: str, precision: str) -> Path
         return checkpoint.with_name(f"{name}_cmfast.pt")
     name += "" if kind == "denoiser" else f"_{kind}"
     name += "" if precision in ("fp32", "auto") else f"_{precision}"
-    return checkpoint.with_name(f"{name}.{form}")
+    name += f"_{form.replace('-', '_')}" if form in FLAVOURED else ""
+    return checkpoint.with_name(f"{name}{SUFFIXES[form][0]}")
 
 
 def _name(checkpoint: Path) -> str:

@@ -86,7 +86,7 @@ def _round(graph: ir.Graph, node: ir.Node, to: ir.DataType, output: ir.Value | N
     wide = ir.node("Cast", [narrow.outputs[0]], {"to": ir.DataType.FLOAT})
     name = result.name
     narrow.outputs[0].name, wide.outputs[0].name = f"{name}.narrow", f"{name}.rounded"
-    narrow.name, wide.name = f"{node.name}.narrow", f"{node.name}.rounded"
+    narrow.name, wide.name = f"{name}.narrow", f"{name}.rounded"  # by the value: a Split has several
     wide.outputs[0].type, wide.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), result.shape
     result.replace_all_uses_with(wide.outputs[0], replace_graph_outputs=True)
     if output:

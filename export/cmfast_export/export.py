@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from cmfast.artifact import KINDS, MAX_CHARACTERS, PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
+from cmfast.artifact import FLAVOUR, KINDS, MAX_CHARACTERS, PRECISIONS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.engines import Engine, open_engine
 from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.spec import ModelSpec
-from cmfast_export import write
+from cmfast_export import FLAVOURS, write
 from cmfast_export._options import check_steps, check_tolerance
 from cmfast_export._target import one_writer
 from cmfast_export.compose import sampler_graph
 from cmfast_export.cost import graph_cost
 from cmfast_export.emulate import emulate_file
+from cmfast_export.ort_cuda_stand_in import stand_in_file
 from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export.to_ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
 from cmfast_export.to_server import server_graph
 from cmfast_export.verify import Parity, verify
 from cmfast_export.write import replace_manifest, replacing_data, weight_bytes, write_data
@@ -47,6 +49,7 @@ class Exported:
     tolerance: float  # largest difference that was allowed, data units
     denoiser: Agreement
     sampler: Agreement | None  # of the loop in one graph, with the Python loop over PyTorch's denoiser
+    rewritten: Rewritten | None = None  # for ONNX Runtime's CUDA provider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ def export_onnx(
     precision: str = "fp32",
     device: str = "cpu",
     tolerance: float | None = None,
+    flavour: str = "",
 ) -> Exported:
     """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
 
@@ -82,9 +86,11 @@ def export_onnx(
     device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
     tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
                file. None: what rounding to this precision may cost (`cmfast.artifact.rounding`)
+    flavour    ort-cuda: for ONNX Runtime's CUDA provider alone (`to_ort_cuda`). device cpu checks it with GroupNorm
+               written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself
     """
     with float32_weights():
-        return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance)
+        return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance, flavour)
 
 
 def _export(
@@ -98,6 +104,7 @@ def _export(
     precision: str,
     device: str,
     tolerance: float | None,
+    flavour: str,
 ) -> Exported:
     target = check_target(out)
     check_tolerance(tolerance)
@@ -107,6 +114,10 @@ def _export(
         check_steps(max(steps or 0, len(sigmas or ())))
     if precision not in PRECISIONS:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if flavour not in FLAVOURS:
+        raise CmfastError(f"flavour must be one of {', '.join(map(repr, FLAVOURS))}, got {flavour!r}")
+    if flavour:
+        check_ort_cuda(opset, precision)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
     references = [TorchEngine(loaded)]
     if precision in ("fp16", "bf16"):
@@ -117,18 +128,21 @@ def _export(
     if kind == "denoiser" and (steps is not None or sigmas is not None):
         raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")
     levels = spec.levels(steps, sigmas) if kind != "denoiser" else ()
-    check = _Check(references=references, device=device, tolerance=tolerance)
+    check = _Check(references=references, device=device, tolerance=tolerance, flavour=flavour)
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
+    made_by |= {FLAVOUR: flavour} if flavour else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
     manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
 
     graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
     manifest = replace(manifest, cost=graph_cost(graph))
     sampled = None
+    rewritten = ort_cuda_graph(graph) if flavour else None
+    written = rewritten.model if rewritten else graph
     with replacing_data(target) as announce:
-        data = write_data(graph, target, announce) if weight_bytes(graph) > write.MAX_BYTES else None
+        data = write_data(written, target, announce) if weight_bytes(written) > write.MAX_BYTES else None
         with atomic_file(target) as file:
-            size = write.write_with_manifest(graph, manifest, file, data)
+            size = write.write_with_manifest(written, manifest, file, data)
             agreement = check(file, "the denoiser graph")
             found = _summary(agreement)
             if kind != "denoiser":
@@ -136,14 +150,15 @@ def _export(
                 looped = server_graph(looped) if kind == "server" else looped
                 one = replace(manifest.spec, sigmas={len(levels): levels})
                 manifest = replace(manifest, kind=kind, spec=one, cost=graph_cost(looped))
-                size = write.write_with_manifest(looped, manifest, file, data)
+                rewritten = ort_cuda_graph(looped) if flavour else None
+                size = write.write_with_manifest(rewritten.model if rewritten else looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             _seal(file, size, manifest)
     return Exported(
         path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
-        sampler=sampled,
+        sampler=sampled, rewritten=rewritten,
     )  # fmt: skip
 
 
@@ -168,6 +183,7 @@ class _Check:
     references: Sequence[Engine]  # PyTorch in float32, then in the file's precision where that is a half
     device: str
     tolerance: float
+    flavour: str = ""
 
     def __call__(self, file: Path, what: str) -> Agreement:
         """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
@@ -177,7 +193,8 @@ class _Check:
             parity, *same = verify(engine, self.references)
             del engine
             as_is = None
-            if self.emulates(dtype) and dtype != "bfloat16":  # of which ONNX Runtime has no convolution on a CPU
+            # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
+            if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
                 (as_is,) = verify(OnnxRuntimeEngine(file), self.references[:1])
         for each in (parity, *same, *([as_is] if as_is else [])):
             if failure := each.failure(self.tolerance):
@@ -185,8 +202,13 @@ class _Check:
         return Agreement(parity=parity, same=same[0] if same else None, as_is=as_is)
 
     def _open(self, file: Path, folder: Path) -> Engine:
-        """Open what stands for the file: itself, or the same graph with emulated arithmetic, written to `folder`."""
-        if self.emulates(read_onnx(file)[0].dtype):
+        """Open what stands for the file: itself, or the same graph in what a CPU has, written to `folder`."""
+        emulates = self.emulates(read_onnx(file)[0].dtype)
+        if self.flavour and self.device == "cuda":
+            return open_engine(file, "cuda", variant="nhwc")
+        if self.flavour:
+            file = stand_in_file(file, folder / "stand_in.onnx")
+        if emulates:
             return OnnxRuntimeEngine(emulate_file(file, folder / "emulated.onnx"))
         return open_engine(file, self.device)
 
@@ -194,7 +216,10 @@ class _Check:
         return self.device == "cpu" and dtype != "float32"
 
     def how(self, dtype: str) -> str:
-        return f"onnxruntime {self.device}" + (f", {dtype} emulated" if self.emulates(dtype) else "")
+        how = f"onnxruntime {self.device}" + (f", {dtype} emulated" if self.emulates(dtype) else "")
+        if not self.flavour:
+            return how
+        return f"{how}, nhwc" if self.device == "cuda" else f"{how}, GroupNorm written out: no CUDA kernel run"
 
 
 def _seal(file: Path, size: int, manifest: Manifest) -> None:

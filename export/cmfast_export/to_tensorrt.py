@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast import _protobuf as pb
-from cmfast.artifact import Manifest, check_unchanged, file_sha256, read_onnx, rounding
+from cmfast.artifact import Manifest, check_plain, check_unchanged, file_sha256, read_onnx, rounding
 from cmfast.cache import check_cache, read_entry, write_entry
 from cmfast.checks import MAX_BATCH
 from cmfast.engines import _cuda as cuda
@@ -125,6 +125,7 @@ def build_engine(
     check_tolerance(tolerance)
     manifest, _ = read_onnx(onnx)
     check_unchanged(onnx, manifest)
+    check_plain(onnx, manifest, "TensorRT")
     library, trt = check_build(options, target, cache, [onnx])
     engine = _description(trt, onnx, options, library)
     name = f"{_key(engine)}.engine"

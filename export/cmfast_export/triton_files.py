@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from cmfast import _protobuf as pb
-from cmfast.artifact import ENGINE_SUFFIXES, Manifest, check_unchanged, read_manifest
+from cmfast.artifact import ENGINE_SUFFIXES, Manifest, check_plain, check_unchanged, read_manifest
 from cmfast.errors import ArtifactError, CmfastError
 
 AMPERE = "8.0+"  # the compute capabilities of a plan that was built to run on all GPUs from Ampere on
@@ -54,6 +54,7 @@ def _onnx(file: Path) -> Served:
     """Read an ONNX file of kind server, its batch dynamic or fixed."""
     manifest = _manifest(file, _MAKE_ONNX)
     check_unchanged(file, manifest)
+    check_plain(file, manifest, "Triton")
     spec = manifest.spec
     (steps,) = spec.sigmas
     inputs = _onnx_inputs(file)
