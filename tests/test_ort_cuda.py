@@ -25,6 +25,7 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast_export import cli, write
 from cmfast_export import export as exporting
 from cmfast_export.auto import export_fastest
+from cmfast_export.cost import graph_cost
 from cmfast_export.export import export_onnx
 from cmfast_export.ort_cuda_patterns import kernel_accepts
 from cmfast_export.ort_cuda_stand_in import written_out
@@ -53,6 +54,7 @@ NETWORKS: dict[str, NetworkConfig] = {
 
 def checkpoint(name: str) -> Checkpoint:
     config = NETWORKS[name]
+    torch.manual_seed(0)
     network = build_network(config)
     randomise(network)
     # The first implementation's network sees numbers of the size of sigma, so half precision rounds those.
@@ -135,15 +137,15 @@ def test_between_convolutions_nothing_is_transposed(name: str, most: int) -> Non
 
 @pytest.mark.parametrize("kind", ["sampler", "server"])
 def test_a_sampler_of_the_flavour_draws_what_the_python_loop_draws(kind: str, tmp_path: Path) -> None:
-    made = export_onnx(checkpoint("adm"), tmp_path / "model.onnx", kind=kind, steps=2, flavour="ort-cuda")
+    made = export_onnx(checkpoint("dhariwal"), tmp_path / "model.onnx", kind=kind, steps=2, flavour="ort-cuda")
     assert made.sampler
     assert made.sampler.parity.worst.max_abs < ROUNDING["float32"]
     model = onnx.load(made.path)
     assert len(nodes(model, "GroupNorm")) == 2 * 25
     weights = {value.name: value for value in model.graph.initializer}
     assert len({node.input[1] for node in nodes(model, "GroupNorm")} & weights.keys()) == 25  # shared by the steps
-    plain = export_onnx(checkpoint("adm"), tmp_path / "plain.onnx", kind=kind, steps=2)
-    assert made.manifest.cost == plain.manifest.cost  # the same work
+    plain = denoiser_graph(checkpoint("dhariwal").denoiser())
+    assert made.manifest.cost["flops"] == pytest.approx(2 * graph_cost(plain)["flops"], rel=0.01)
 
 
 def test_the_manifest_says_what_the_file_is_for_and_that_no_cuda_kernel_was_run(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) ->
         raise EngineError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
     if device == "cpu" or variant == "tensorrt":
         check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT")
-    # Its NHWC kernels are float and float16 (core/providers/cuda/cuda_nhwc_kernels.cc); to be removed when there are more
+    # Its NHWC kernels are float and float16: core/providers/cuda/cuda_nhwc_kernels.cc. To be removed when it has more.
     if "nhwc" in variant and dtype == "bfloat16":
         raise EngineError(
             f"{path}: a file in bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out, or "
