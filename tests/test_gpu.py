@@ -514,7 +514,7 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
         np.testing.assert_array_equal(our_sigma, sigma, err_msg=f"step {step}")
         # The same kernels, but sums whose order differs from run to run, and RAdam makes full steps of small gradients.
         # Another mask of dropout, or a step left out, changes a loss by tens of percent.
-        ours, theirs = (our_loss.mean(), loss.mean()) if bf16 else (our_loss, loss)
+        ours, theirs = (our_loss.mean(), loss.mean()) if bf16 or case == "cd" else (our_loss, loss)  # cd's are tiny
         np.testing.assert_allclose(ours, theirs, rtol=0.1 if bf16 else 0.03, atol=1e-6, err_msg=f"step {step}")
 
 
@@ -899,7 +899,9 @@ def test_a_network_with_fused_norms_on_cuda_has_the_same_gradients(name: str, pr
 def test_recorded_steps_with_fused_norms_follow_those_without(precision: str, method: str, tmp_path: Path) -> None:
     results = []
     for fused in ("false", "true"):
-        run = new_run(tmp_path, f"phases={method}:240", f"precision={precision}", f"fused={fused}", "device=cuda")
+        stages = ["ect.stages=0,1"] if method == "ect" else []  # a recording serves one
+        given = [f"phases={method}:240", f"precision={precision}", f"fused={fused}", *stages]
+        run = new_run(tmp_path, *given, "device=cuda")
         assert run.why_not_fused(run.phase) == ("" if fused == "true" else "fused=false")
         take = step_of(run)
         with trying_algorithms(run.accelerator.device):

@@ -69,23 +69,27 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 
 def test_the_kernels_compute_what_torch_does_in_float64(interpreted: dict[str, dict[str, float]]) -> None:
-    assert len(interpreted) == 20
+    assert len(interpreted) == 23
     assert {name: case for name, case in interpreted.items() if not case["error"] <= case["tolerance"]} == {}
     assert all(case["size"] > 1 for case in interpreted.values())
     chunks = [case["chunks"] for case in interpreted.values()]
-    assert min(chunks) == 1  # one kernel
-    assert max(chunks) > 2  # two
+    assert min(chunks) == 0  # values held
+    assert 1 in chunks  # read twice by one kernel
+    assert max(chunks) > 2  # by two
 
 
 def test_the_same_input_gives_the_same_bits(interpreted: dict[str, dict[str, float]]) -> None:
     assert all(case["again"] == 0 for case in interpreted.values())
 
 
-NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8}
-EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32}
-BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256}
+NARROW = {"UNIT": 2, "ROWS": 256, "BLOCK": 8, "EVEN": False}
+EVEN = {"UNIT": 8, "ROWS": 64, "BLOCK": 32, "EVEN": True}
+BROAD = {"UNIT": 8, "ROWS": 8, "BLOCK": 256, "EVEN": True}
+HELD = {"UNIT": 8, "ROWS": 256, "BLOCK": 32, "EVEN": True, "warps": 4}
+SMALL_HELD = {"UNIT": 8, "ROWS": 64, "BLOCK": 32, "EVEN": False, "warps": 1}
 CONSTANTS: dict[str, tuple[dict[str, int], ...]] = {
     "_one_kernel": (NARROW, EVEN),
+    "_held_kernel": (HELD, SMALL_HELD),
     "_parts_kernel": (EVEN, BROAD),
     "_apply_kernel": (EVEN, BROAD),
 }
@@ -98,27 +102,35 @@ def test_the_kernels_compile_for_every_card_with_wide_loads(kernel: str, capabil
 
     function = getattr(group_norm, kernel)
     images, floats = ("x", "y"), ("weight", "bias", "scale", "shift", "add", "parts", "statistics")
-    for constants, dtype in zip(CONSTANTS[kernel], itertools.cycle(["*fp16", "*bf16"])):
+    for known, dtype in zip(CONSTANTS[kernel], itertools.cycle(["*fp16", "*bf16"])):
+        constants = {name: value for name, value in known.items() if name != "warps"}
         signature = {
             name: "constexpr" if name in constants else dtype if name in images else "*fp32" if name in floats
             else "fp32" if name in ("eps", "gate") else "i32" for name in function.arg_names
         }  # fmt: skip
-        reads = wide_reads(function, signature, constants, capability, tmp_path, warps=8)
+        reads = wide_reads(function, signature, constants, capability, tmp_path, known.get("warps", 8))
         if constants["UNIT"] == 8:  # eight halves at once, in both directions where results are written
             assert reads >= (1 if kernel == "_parts_kernel" else 2)
 
 
 def test_every_shape_is_cut_into_what_the_kernels_can_hold() -> None:
     pytest.importorskip("triton")
-    from cmfast_train.kernels.plan import MOST_CHUNKS, MOST_GROUPS, TILE, make_plan
+    from cmfast_train.kernels.plan import AT_ONCE, FEW, HELD, MOST_CHUNKS, MOST_GROUPS, make_plan
 
     shapes = itertools.product((1, 8, 64, 256), (1, 4, 8, 16, 32, 64, 128, 256), (32, 96, 128, 192, 576, 1344, 2048))
     for batch, side, channels in shapes:
         for groups, itemsize in itertools.product((min(32, channels // 4), 8), (2, 4)):
-            plan = make_plan(batch, side**2, channels, groups, itemsize)
+            tensors = 1 + itemsize // 4
+            plan = make_plan(batch, side**2, channels, groups, itemsize, tensors)
             assert groups % plan.groups == 0
             assert plan.groups * channels // groups <= plan.block <= max(256, 2 * channels // groups)
-            assert plan.block * plan.rows <= TILE
+            if plan.held:
+                assert plan.chunks == 1
+                assert plan.rows >= side**2
+                assert plan.block * plan.rows <= min(HELD[tensors - 1], FEW)
+            else:
+                assert plan.block * plan.rows <= 32 * plan.warps * max(AT_ONCE, plan.block // (32 * plan.warps))
+            assert plan.even == (side**2 % plan.rows == 0)
             assert plan.groups <= MOST_GROUPS
             assert (plan.chunks - 1) * plan.pixels < side**2 <= plan.chunks * plan.pixels
             assert plan.chunks <= MOST_CHUNKS

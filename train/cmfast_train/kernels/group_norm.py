@@ -69,11 +69,12 @@ def norm_and_statistics(
     strides = [0 if e is None else e.stride(0) for e in rows]
     added = (add, strides[2], int(rows[2] is not None))
     scaled = (weight.contiguous(), bias.contiguous(), scale, shift, *strides[:2], int(rows[0] is not None))
-    sizes, constants = plan.sizes(height * width, channels), plan.constants(warps=8)
+    sizes, constants = plan.sizes(height * width, channels), plan.constants()
     programs = batch * plan.chunks * (groups // plan.groups)
     with torch.cuda.device_of(x):
         if plan.chunks == 1:
-            _one_kernel[(programs,)](y, statistics, x, *added, *scaled, gate(silu), eps, *sizes, **constants)
+            kernel = _held_kernel if plan.held else _one_kernel
+            kernel[(programs,)](y, statistics, x, *added, *scaled, gate(silu), eps, *sizes, **constants)
             return y, statistics
         parts = torch.empty(2 * batch * plan.chunks * groups, dtype=torch.float32, device=x.device)
         chunk = (plan.pixels, plan.chunks)
@@ -148,10 +149,52 @@ _MOST_GROUPS, _MOST_CHUNKS = tl.constexpr(MOST_GROUPS), tl.constexpr(MOST_CHUNKS
 
 
 @triton.jit
-def read(x, pixels, last, channels, inside, c):
-    """Return x at each channel and pixel, 0 where there is none."""
-    mask = inside[:, None] & (pixels < last)[None, :]
-    return tl.load(x + pixels[None, :] * channels + c[:, None], mask=mask, other=0.0)
+def within(start, last, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Return [BLOCK, ROWS], whether values from pixel `start` on are of the image, to before `last`.
+
+    EVEN  such a tile has ROWS pixels of the image or none, so no pixel needs to be looked at
+    """
+    if EVEN:
+        mask = tl.broadcast_to((inside & (start < last))[:, None], inside.shape[0], ROWS)
+    else:
+        mask = inside[:, None] & (start + tl.arange(0, ROWS) < last)[None, :]
+    return mask
+
+
+@triton.jit
+def places(start, channels, c, ROWS: tl.constexpr):
+    """Return [BLOCK, ROWS], where the values from pixel `start` on are."""
+    return (start + tl.arange(0, ROWS))[None, :] * channels + c[:, None]
+
+
+@triton.jit
+def read(x, start, last, channels, inside, c, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Return x [BLOCK, ROWS] from pixel `start` on, 0 where there is none."""
+    return tl.load(x + places(start, channels, c, ROWS), mask=within(start, last, inside, ROWS, EVEN), other=0.0)
+
+
+@triton.jit
+def counted(value, start, last, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Return the values of pixels that there are, and 0 for the others."""
+    if not EVEN:
+        value = tl.where(within(start, last, inside, ROWS, EVEN), value, 0.0)
+    return value
+
+
+@triton.jit
+def group_of(place, per_group):
+    """Return place // per_group, below 4096 both, without a division for each."""
+    return (place * ((1 << 24) // per_group + 1)) >> 24
+
+
+@triton.jit
+def sigmoid(value, gate):
+    """Return 1 / (1 + exp(-value)), or 1 if gate is -inf.
+
+    The root of a reciprocal, squared, is one instruction and a product where a division is ten; its error is 3e-7.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(value * -1.4426950408889634 + gate))
+    return root * root
 
 
 @triton.jit
@@ -177,85 +220,90 @@ def _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK
     place = tl.arange(0, BLOCK)
     inside = place < width
     c = block * width + place
-    group = place // per_group
+    group = group_of(place, per_group)
     pivot = tl.load(x + block * width + group * per_group, mask=inside, other=0.0).to(tl.float32)
     added = tl.load(add + image * add_stride + c, mask=inside & (has_add != 0), other=0.0)
     return inside, c, group, pivot, added
 
 
 @triton.jit
-def _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS: tl.constexpr):
+def _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS: tl.constexpr,
+             EVEN: tl.constexpr):  # fmt: skip
     """Return each group's mean, less its pivot, and its sum of squared deviations, over pixels from first to < last.
 
     Sums of x - near and of its square, near being a channel's mean over the first tile; then Chan's formula over the
     channels of a group. Should the other tiles lie elsewhere: of n tiles at a distance d, the variance is d^2 / n or
     more, so the difference between the two sums loses a factor of n, 16 as a rule.
     """
-    row = first + tl.arange(0, ROWS)
-    raw = read(x, row, last, channels, inside, c)
-    ahead = read(x, row + ROWS, last, channels, inside, c)  # two tiles on their way while sums wait for each other
-    beyond = read(x, row + 2 * ROWS, last, channels, inside, c)
-    mask = inside[:, None] & (row < last)[None, :]
-    value = tl.where(mask, raw.to(tl.float32) - pivot[:, None], 0.0)
-    near = pivot + tl.sum(value, 1) / tl.minimum(last - first, ROWS).to(tl.float32)
-    total = tl.where(mask, raw.to(tl.float32) - near[:, None], 0.0)
+    raw = read(x, first, last, channels, inside, c, ROWS, EVEN)
+    ahead = read(x, first + ROWS, last, channels, inside, c, ROWS, EVEN)  # two tiles on their way while sums wait
+    beyond = read(x, first + 2 * ROWS, last, channels, inside, c, ROWS, EVEN)
+    value = counted(raw.to(tl.float32) - pivot[:, None], first, last, inside, ROWS, EVEN)
+    near = pivot + tl.sum(value, 1) * (1.0 / tl.minimum(last - first, ROWS).to(tl.float32))
+    total = counted(raw.to(tl.float32) - near[:, None], first, last, inside, ROWS, EVEN)
     squares = total * total
-    for start in range(ROWS, last - first, ROWS):
-        mask = inside[:, None] & (row + start < last)[None, :]
-        value = tl.where(mask, ahead.to(tl.float32) - near[:, None], 0.0)
-        ahead, beyond = beyond, read(x, row + (start + 2 * ROWS), last, channels, inside, c)
+    for start in range(first + ROWS, last, ROWS):
+        value = counted(ahead.to(tl.float32) - near[:, None], start, last, inside, ROWS, EVEN)
+        ahead, beyond = beyond, read(x, start + 2 * ROWS, last, channels, inside, c, ROWS, EVEN)
         total += value
         squares += value * value
     pixels = (last - first).to(tl.float32)
-    off = tl.sum(total, 1) / pixels
+    off = tl.sum(total, 1) * (1.0 / pixels)
     squares_of_channel = tl.sum(squares, 1) - pixels * off * off
     squares_of_channel = tl.where(squares_of_channel < 0.0, 0.0, squares_of_channel)  # rounding; NaN stays
     of_channel = (near - pivot) + off + added
     member = members(group)
-    of_group = tl.sum(tl.where(member, of_channel[None, :], 0.0), 1) / per_group.to(tl.float32)
+    of_group = tl.sum(tl.where(member, of_channel[None, :], 0.0), 1) * (1.0 / per_group.to(tl.float32))
     off = of_channel[None, :] - of_group[:, None]
     squares_of_group = tl.sum(tl.where(member, squares_of_channel[None, :] + pixels * off * off, 0.0), 1)
     return of_group, squares_of_group
 
 
 @triton.jit
-def _write(y, statistics, x, first, last, of_group, squares_of_group, weight, bias, scale, shift, scale_stride,
-           shift_stride, has_scale, gate, eps, pixels, per_group, channels, width, image, block, keeps, inside, c,
-           group, pivot, added, ROWS: tl.constexpr):  # fmt: skip
-    """Write the result for the pixels from first to before last, given the statistics of the whole image.
-
-    Where `keeps`, store each group's mean, less its pivot, and the inverse of its deviation.
-    """
-    deviation = tl.sqrt_rn(squares_of_group / (pixels * per_group).to(tl.float32) + eps)
-    inverse = tl.div_rn(1.0, deviation)
+def _keep(statistics, of_group, squares_of_group, eps, pixels, per_group, channels, width, image, block, keeps):
+    """Return the inverse of each group's deviation; where `keeps`, store it and the mean, less its pivot."""
+    inverse = tl.rsqrt(squares_of_group * (1.0 / (pixels * per_group).to(tl.float32)) + eps)
     at = tl.arange(0, _MOST_GROUPS)
     groups, each = channels // per_group, width // per_group
     statistics += image * 2 * groups + block * each + at
     tl.store(statistics, of_group, mask=(at < each) & keeps)
     tl.store(statistics + groups, inverse, mask=(at < each) & keeps)
+    return inverse
+
+
+@triton.jit
+def _write(y, statistics, x, first, last, of_group, squares_of_group, weight, bias, scale, shift, scale_stride,
+           shift_stride, has_scale, gate, eps, pixels, per_group, channels, width, image, block, keeps, inside, c,
+           group, pivot, added, ROWS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Write the result for the pixels from first to before last, given the statistics of the whole image.
+
+    Where `keeps`, store that too.
+    """
+    inverse = _keep(
+        statistics, of_group, squares_of_group, eps, pixels, per_group, channels, width, image, block, keeps
+    )
     member = members(group)
     centre = tl.sum(tl.where(member, of_group[:, None], 0.0), 0)
     factor, offset = affine(weight, bias, scale, shift, image, scale_stride, shift_stride, has_scale, inside, c)
     factor *= tl.sum(tl.where(member, inverse[:, None], 0.0), 0)
     middle = pivot + (centre - added)  # rounded, and what that leaves goes to the offset
     offset += ((middle - pivot) - (centre - added)) * factor
-    row = first + tl.arange(0, ROWS)
-    ahead = read(x, row, last, channels, inside, c)
-    beyond = read(x, row + ROWS, last, channels, inside, c)
-    for start in range(0, last - first, ROWS):
-        pixel = row + start
+    ahead = read(x, first, last, channels, inside, c, ROWS, EVEN)
+    beyond = read(x, first + ROWS, last, channels, inside, c, ROWS, EVEN)
+    for start in range(first, last, ROWS):
         value = ahead.to(tl.float32)
-        ahead, beyond = beyond, read(x, pixel + 2 * ROWS, last, channels, inside, c)
+        ahead, beyond = beyond, read(x, start + 2 * ROWS, last, channels, inside, c, ROWS, EVEN)
         value = (value - middle[:, None]) * factor[:, None] + offset[:, None]
-        value = value / (1.0 + tl.exp(gate - value))
-        mask = inside[:, None] & (pixel < last)[None, :]
-        tl.store(y + pixel[None, :] * channels + c[:, None], value.to(y.dtype.element_ty), mask=mask)
+        value *= sigmoid(value, gate)
+        mask = within(start, last, inside, ROWS, EVEN)
+        tl.store(y + places(start, channels, c, ROWS), value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _one_kernel(
     y, statistics, x, add, add_stride, has_add, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
     eps, pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Statistics and result of some groups of one image. Programs: image, then block of groups, which runs faster."""
     width = units * UNIT
@@ -264,16 +312,49 @@ def _one_kernel(
     x += image.to(tl.int64) * pixels * channels
     y += image.to(tl.int64) * pixels * channels
     inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
-    mean, squares = _moments(x, 0, pixels, channels, per_group, inside, c, group, pivot, added, ROWS)
+    mean, squares = _moments(x, 0, pixels, channels, per_group, inside, c, group, pivot, added, ROWS, EVEN)
     _write(y, statistics, x, 0, pixels, mean, squares, weight, bias, scale, shift, scale_stride, shift_stride,
            has_scale, gate, eps, pixels, per_group, channels, width, image, block, True, inside, c, group, pivot,
-           added, ROWS)  # fmt: skip
+           added, ROWS, EVEN)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _held_kernel(
+    y, statistics, x, add, add_stride, has_add, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
+    eps, pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Statistics and result of some groups of one image, of ROWS pixels or fewer, each value read once.
+
+    Programs: image, then block of groups, which runs faster.
+    """
+    width = units * UNIT
+    channels = blocks * width
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    x += image.to(tl.int64) * pixels * channels
+    y += image.to(tl.int64) * pixels * channels
+    inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
+    value = read(x, 0, pixels, channels, inside, c, ROWS, EVEN).to(tl.float32)
+    value = counted(value - pivot[:, None], 0, pixels, inside, ROWS, EVEN)
+    member = members(group)
+    of_channel = tl.sum(value, 1) * (1.0 / pixels.to(tl.float32)) + added
+    of_group = tl.sum(tl.where(member, of_channel[None, :], 0.0), 1) * (1.0 / per_group.to(tl.float32))
+    centre = tl.sum(tl.where(member, of_group[:, None], 0.0), 0) - added
+    value = counted(value - centre[:, None], 0, pixels, inside, ROWS, EVEN)
+    squares = tl.sum(tl.where(member, tl.sum(value * value, 1)[None, :], 0.0), 1)
+    inverse = _keep(statistics, of_group, squares, eps, pixels, per_group, channels, width, image, block, True)
+    factor, offset = affine(weight, bias, scale, shift, image, scale_stride, shift_stride, has_scale, inside, c)
+    factor *= tl.sum(tl.where(member, inverse[:, None], 0.0), 0)
+    value = value * factor[:, None] + offset[:, None]
+    value *= sigmoid(value, gate)
+    mask = within(0, pixels, inside, ROWS, EVEN)
+    tl.store(y + places(0, channels, c, ROWS), value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _parts_kernel(
     parts, x, add, add_stride, has_add, pixels, per_group, units, blocks, pixels_each, chunks,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Write the statistics of a chunk of pixels: parts [B, chunks, 2, groups], means, then squared deviations."""
     width = units * UNIT
@@ -284,7 +365,7 @@ def _parts_kernel(
     last = tl.minimum(first + pixels_each, pixels)
     x += image.to(tl.int64) * pixels * channels
     inside, c, group, pivot, added = _channels(x, add, image, block, width, per_group, add_stride, has_add, BLOCK)
-    mean, squares = _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS)
+    mean, squares = _moments(x, first, last, channels, per_group, inside, c, group, pivot, added, ROWS, EVEN)
     at = tl.arange(0, _MOST_GROUPS)
     groups, each = channels // per_group, width // per_group
     parts += chunk * 2 * groups + block * each + at
@@ -296,7 +377,7 @@ def _parts_kernel(
 def _apply_kernel(
     y, statistics, parts, x, add, add_stride, has_add, weight, bias, scale, shift, scale_stride, shift_stride,
     has_scale, gate, eps, pixels, per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Put the statistics of all chunks together (Chan's formula) and write the result of one."""
     width = units * UNIT
@@ -316,9 +397,9 @@ def _apply_kernel(
     means = tl.load(parts + at, mask=known, other=0.0)
     squares = tl.load(parts + at + groups, mask=known, other=0.0)
     count = tl.maximum(tl.minimum(pixels - part * pixels_each, pixels_each), 0).to(tl.float32)[None, :]
-    mean = tl.sum(means * count, 1) / pixels.to(tl.float32)
+    mean = tl.sum(means * count, 1) * (1.0 / pixels.to(tl.float32))
     off = means - mean[:, None]
     squares = tl.sum(squares + count * per_group.to(tl.float32) * off * off, 1)
     _write(y, statistics, x, first, last, mean, squares, weight, bias, scale, shift, scale_stride, shift_stride,
            has_scale, gate, eps, pixels, per_group, channels, width, image, block, chunk % chunks == 0, inside, c,
-           group, pivot, added, ROWS)  # fmt: skip
+           group, pivot, added, ROWS, EVEN)  # fmt: skip

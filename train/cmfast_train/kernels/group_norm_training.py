@@ -26,11 +26,15 @@ from cmfast_train.kernels.group_norm import (
     affine,
     gate,
     group_norm_silu,
+    group_of,
     members,
     norm_and_statistics,
     normed,
     on_kernels,
+    places,
     read,
+    sigmoid,
+    within,
 )
 from cmfast_train.kernels.plan import make_plan
 
@@ -96,10 +100,11 @@ def gradients(
     strides = [0 if e is None else e.stride(0) for e in (scale, shift)]
     scaled = (weight.contiguous(), bias.contiguous(), *rows, *strides, int(scale is not None))
     inputs = (dy, x, statistics, *scaled, gate(silu), *plan.sizes(height * width, channels))
-    constants, programs = plan.constants(warps=4), batch * plan.chunks * (groups // plan.groups)
+    constants, programs = plan.constants(), batch * plan.chunks * (groups // plan.groups)
     with torch.cuda.device_of(x):
         if plan.chunks == 1:
-            _backward_kernel[(programs,)](dx, of_norm, of_rows, *inputs, **constants)
+            kernel = _backward_held_kernel if plan.held else _backward_kernel
+            kernel[(programs,)](dx, of_norm, of_rows, *inputs, **constants)
             return dx, of_norm, of_rows
         parts = torch.empty(batch, plan.chunks, 2, channels, dtype=torch.float32, device=x.device)
         chunk = (plan.pixels, plan.chunks)
@@ -123,7 +128,7 @@ def _channels(x, statistics, weight, bias, scale, shift, image, block, channels,
     place = tl.arange(0, BLOCK)
     inside = place < width
     c = block * width + place
-    group = place // per_group
+    group = group_of(place, per_group)
     pivot = tl.load(x + block * width + group * per_group, mask=inside, other=0.0).to(tl.float32)
     groups = channels // per_group
     statistics += image * 2 * groups + block * (width // per_group) + group
@@ -140,20 +145,20 @@ def _values(slope, x, middle, steep, offset, gate):
     """Return x - middle and dv, which is 0 where dy is."""
     off = x.to(tl.float32) - middle[:, None]
     value = off * steep[:, None] + offset[:, None]
-    share = 1.0 / (1.0 + tl.exp(gate - value))
+    share = sigmoid(value, gate)
     return off, slope.to(tl.float32) * (share * (1.0 + value * (1.0 - share)))
 
 
 @triton.jit
 def _sums(dy, x, first, last, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
+          BLOCK: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """Return each channel's sum of dv and of xhat dv over the pixels from first to before last."""
-    row = first + tl.arange(0, ROWS)
     plain = tl.zeros([BLOCK, ROWS], tl.float32)
     weighted = tl.zeros([BLOCK, ROWS], tl.float32)
-    for start in range(0, last - first, ROWS):
-        slope = read(dy, row + start, last, channels, inside, c)
-        off, slope = _values(slope, read(x, row + start, last, channels, inside, c), middle, steep, offset, gate)
+    for start in range(first, last, ROWS):
+        slope = read(dy, start, last, channels, inside, c, ROWS, EVEN)
+        value = read(x, start, last, channels, inside, c, ROWS, EVEN)
+        off, slope = _values(slope, value, middle, steep, offset, gate)
         plain += slope
         weighted += off * slope
     of_channel = tl.sum(plain, 1)
@@ -164,25 +169,30 @@ def _sums(dy, x, first, last, channels, inside, c, middle, inverse, rest, steep,
 def _of_group(values, pixels, per_group, group):
     """Return at each channel the mean over its group, given the channels' sums over all pixels."""
     member = members(group)
-    total = tl.sum(tl.where(member, values[None, :], 0.0), 1) / (pixels * per_group).to(tl.float32)
+    total = tl.sum(tl.where(member, values[None, :], 0.0), 1) * (1.0 / (pixels * per_group).to(tl.float32))
     return tl.sum(tl.where(member, total[:, None], 0.0), 0)
 
 
 @triton.jit
-def _write(dx, dy, x, first, last, plain, weighted, pixels, per_group, channels, inside, c, group, middle, inverse,
-           rest, steep, offset, gate, ROWS: tl.constexpr):  # fmt: skip
-    """Write dx for the pixels from first to before last, given the sums over the whole image."""
+def _means(plain, weighted, pixels, per_group, group, inverse, rest, steep):
+    """Return what dx lacks of dv steep at each channel: a constant, and a factor of x - middle."""
     tilt = _of_group(steep * weighted, pixels, per_group, group)  # over the deviation, which a group's channels share
     mean = _of_group(steep * plain, pixels, per_group, group) + rest * tilt
-    tilt *= inverse
-    row = first + tl.arange(0, ROWS)
-    for start in range(0, last - first, ROWS):
-        pixel = row + start
-        slope, value = read(dy, pixel, last, channels, inside, c), read(x, pixel, last, channels, inside, c)
+    return mean, tilt * inverse
+
+
+@triton.jit
+def _write(dx, dy, x, first, last, plain, weighted, pixels, per_group, channels, inside, c, group, middle, inverse,
+           rest, steep, offset, gate, ROWS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Write dx for the pixels from first to before last, given the sums over the whole image."""
+    mean, tilt = _means(plain, weighted, pixels, per_group, group, inverse, rest, steep)
+    for start in range(first, last, ROWS):
+        slope = read(dy, start, last, channels, inside, c, ROWS, EVEN)
+        value = read(x, start, last, channels, inside, c, ROWS, EVEN)
         off, slope = _values(slope, value, middle, steep, offset, gate)
         value = slope * steep[:, None] - mean[:, None] - off * tilt[:, None]
-        mask = inside[:, None] & (pixel < last)[None, :]
-        tl.store(dx + pixel[None, :] * channels + c[:, None], value.to(dx.dtype.element_ty), mask=mask)
+        mask = within(start, last, inside, ROWS, EVEN)
+        tl.store(dx + places(start, channels, c, ROWS), value.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -203,7 +213,7 @@ def _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, s
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward_kernel(
     dx, of_norm, of_rows, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
-    pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of some groups of one image. Programs: image, then block of groups, which runs faster."""
     width = units * UNIT
@@ -217,17 +227,50 @@ def _backward_kernel(
         x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
         has_scale, BLOCK)  # fmt: skip
     plain, weighted = _sums(dy, x, 0, pixels, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS,
-                            BLOCK)  # fmt: skip
+                            BLOCK, EVEN)  # fmt: skip
     _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, has_scale, channels,
                 inside, c)  # fmt: skip
     _write(dx, dy, x, 0, pixels, plain, weighted, pixels, per_group, channels, inside, c, group, middle, inverse, rest,
-           steep, offset, gate, ROWS)  # fmt: skip
+           steep, offset, gate, ROWS, EVEN)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _backward_held_kernel(
+    dx, of_norm, of_rows, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate,
+    pixels, per_group, units, blocks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """All gradients of some groups of one image, of ROWS pixels or fewer, each value read once.
+
+    Programs: image, then block of groups, which runs faster.
+    """
+    width = units * UNIT
+    channels = blocks * width
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    start = image.to(tl.int64) * pixels * channels
+    dx += start
+    dy += start
+    x += start
+    inside, c, group, middle, inverse, rest, steep, offset = _channels(
+        x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
+        has_scale, BLOCK)  # fmt: skip
+    slope = read(dy, 0, pixels, channels, inside, c, ROWS, EVEN)
+    value = read(x, 0, pixels, channels, inside, c, ROWS, EVEN)
+    off, slope = _values(slope, value, middle, steep, offset, gate)
+    plain = tl.sum(slope, 1)
+    weighted = inverse * tl.sum(off * slope, 1) + rest * plain
+    _write_sums(of_norm, of_rows, plain, weighted, weight, bias, scale, image, scale_stride, has_scale, channels,
+                inside, c)  # fmt: skip
+    mean, tilt = _means(plain, weighted, pixels, per_group, group, inverse, rest, steep)
+    value = slope * steep[:, None] - mean[:, None] - off * tilt[:, None]
+    mask = within(0, pixels, inside, ROWS, EVEN)
+    tl.store(dx + places(0, channels, c, ROWS), value.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward_parts_kernel(
     parts, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale, gate, pixels,
     per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of a chunk of pixels: parts [B, chunks, 2, C], of dv, then of xhat dv."""
     width = units * UNIT
@@ -243,7 +286,7 @@ def _backward_parts_kernel(
         x, statistics, weight, bias, scale, shift, image, block, channels, width, per_group, scale_stride, shift_stride,
         has_scale, BLOCK)  # fmt: skip
     plain, weighted = _sums(dy, x, first, last, channels, inside, c, middle, inverse, rest, steep, offset, gate, ROWS,
-                            BLOCK)  # fmt: skip
+                            BLOCK, EVEN)  # fmt: skip
     parts += chunk * 2 * channels + c
     tl.store(parts, plain, mask=inside)
     tl.store(parts + channels, weighted, mask=inside)
@@ -253,7 +296,7 @@ def _backward_parts_kernel(
 def _backward_apply_kernel(
     dx, of_norm, of_rows, parts, dy, x, statistics, weight, bias, scale, shift, scale_stride, shift_stride, has_scale,
     gate, pixels, per_group, units, blocks, pixels_each, chunks, UNIT: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of all chunks and write dx for one; the first writes the other gradients too."""
     width = units * UNIT
@@ -282,4 +325,4 @@ def _backward_apply_kernel(
         _write_sums(of_norm, of_rows, of_channel, weighted_of_channel, weight, bias, scale, image, scale_stride,
                     has_scale, channels, inside, c)  # fmt: skip
     _write(dx, dy, x, first, last, of_channel, weighted_of_channel, pixels, per_group, channels, inside, c, group,
-           middle, inverse, rest, steep, offset, gate, ROWS)  # fmt: skip
+           middle, inverse, rest, steep, offset, gate, ROWS, EVEN)  # fmt: skip
