@@ -167,6 +167,17 @@ def test_weights_that_one_file_cannot_hold_stand_beside_a_sampler_of_the_flavour
     assert made.path.stat().st_size < 400_000
 
 
+def test_what_overflows_in_fp16_attention_is_not_exported_for_the_provider_either(tmp_path: Path) -> None:
+    made = checkpoint("adm sum")
+    weights = dict(made.weights)
+    for name in [name for name in weights if name.endswith("qkv.bias")]:
+        qkv = weights[name].clone()
+        qkv[: 2 * len(qkv) // 3] = 110.0  # q . k / sqrt(32) = 32 * 110^2 / sqrt(32) > 65504, as in test_precision
+        weights[name] = qkv
+    with pytest.raises(CheckFailed, match="the denoiser graph differs from PyTorch by nan"):
+        export_onnx(replace(made, weights=weights), tmp_path / "model.onnx", precision="fp16", flavour="ort-cuda")
+
+
 def spoilt(change: Callable[[ir.Node], bool]) -> Callable[[ir.Model], Rewritten]:
     """Return a rewriter that changes the first node that `change` takes."""
 
