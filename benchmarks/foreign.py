@@ -23,15 +23,15 @@ import click
 import numpy as np
 import torch
 
-from cmfast.artifact import read_manifest
+from cmfast.backends import open_engine
+from cmfast.backends._onnxruntime_library import import_onnxruntime
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
-from cmfast.engines import open_engine
-from cmfast.engines._onnxruntime_library import import_onnxruntime
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
+from cmfast.formats.manifest import read_manifest
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast.timing import provenance
 from cmfast_train.importers.openai import HEAD_CHANNELS, NETWORKS, RELEASED
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import click
 
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_outputs, write_text
-from cmfast.timing import provenance
 from fuzz_corpus import READERS, Reader
 
 MAX_LINE = 3000  # characters of an error

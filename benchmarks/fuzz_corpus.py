@@ -17,10 +17,10 @@ import onnx
 import torch
 from onnx import helper
 
-from cmfast._protobuf import read_onnx_model
-from cmfast.artifact import Manifest, read_onnx, read_onnx_file
 from cmfast.cli.info import _lines
-from cmfast.plan import UNSEALED, check_engine, parse_plan, seal
+from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
+from cmfast.formats.protobuf import read_onnx_model
+from cmfast.formats.tensorrt_plan import UNSEALED, check_engine, parse_plan, seal
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.importers import identify
@@ -204,7 +204,7 @@ def _read_json_of_diffusers(data: bytes, folder: Path) -> object:
 
 
 def _diffusers(folder: Path) -> list[bytes]:
-    from cmfast_export.to_diffusers import export_diffusers
+    from cmfast_export.targets.diffusers_folder import export_diffusers
 
     config = AdmConfig(
         image_size=8, channels=3, classes=0, model_channels=32, res_blocks=1, channel_mult=(1, 1), attention=(4,),
@@ -230,7 +230,7 @@ def _arrays(folder: Path) -> list[bytes]:
 
 
 def _read_arrays(file: Path) -> object:
-    from cmfast_train.evaluate import read_samples
+    from cmfast_train.evaluation.evaluate import read_samples
 
     return read_samples(file, None)
 
@@ -242,15 +242,15 @@ def _lines_of_log(folder: Path) -> list[bytes]:
     log = "".join(
         json.dumps(line) + "\n" for line in [*lines, {"images": 128, "phase": "edm", "checkpoint": "model.pt"}]
     )
-    from cmfast_train.config import to_dict
-    from cmfast_train.presets import PRESETS
+    from cmfast_train.config.presets import PRESETS
+    from cmfast_train.config.train_config import to_dict
 
     return [json.dumps(to_dict(PRESETS["digits"])).encode() + b"\x1e" + log.encode()]
 
 
 def _read_run(data: bytes, folder: Path) -> object:
     """Read a run's config.json and log.jsonl."""
-    from cmfast_train.evaluate import training_of
+    from cmfast_train.evaluation.evaluate import training_of
 
     config, _, log = data.partition(b"\x1e")
     (folder / "config.json").write_bytes(config)
@@ -288,7 +288,7 @@ def _pictures(folder: Path) -> list[bytes]:
 
 
 def _read_picture(file: Path) -> object:
-    from cmfast_train.image_reader import read_image
+    from cmfast_train.data.image_reader import read_image
 
     return read_image(file)
 
@@ -321,7 +321,7 @@ def _zips(folder: Path) -> list[bytes]:
 def _read_data(file: Path) -> object:
     """Open images as --data of a run, and read a batch."""
     from cmfast.errors import CmfastError
-    from cmfast_train.data import image_data
+    from cmfast_train.data.images import image_data
 
     data = image_data(file, (8, 8), 1)
     batch = data.__getitems__(list(range(min(3, len(data)))))

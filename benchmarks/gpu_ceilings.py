@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The ceilings of a card in seconds: what `cmfast_train.ceilings` has to multiply and move, the fastest call of each.
+"""The ceilings of a card in seconds: what `cmfast_train.backends.ceilings` multiplies and moves, the fastest of each.
 
-`cmfast.roofline` measures the same with more calls, in turns with ONNX Runtime's, which takes a minute for four types.
+`cmfast.bench.roofline` measures the same with more calls, in turns with ONNX Runtime's, which takes a minute for four
+types.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cmfast.roofline import BYTES, Ceilings, Way
-from cmfast_train.ceilings import ways
+from cmfast.bench.roofline import BYTES, Ceilings, Way
+from cmfast_train.backends.ceilings import ways
 
 DTYPES = tuple(BYTES)
 CALLS, SECONDS = 5, 0.25  # of each way, at least

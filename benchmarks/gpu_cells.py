@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 import gpu_ceilings
-from cmfast import timing
-from cmfast.artifact import PRECISIONS, ROUNDING, WINOGRAD
+from cmfast.backends import DeviceTimes, TimedEngine
+from cmfast.bench import timing
+from cmfast.bench.roofline import floor_ms
 from cmfast.checks import NotFinite
-from cmfast.engines import DeviceTimes, TimedEngine
 from cmfast.errors import CheckFailed, EngineError
+from cmfast.formats.manifest import PRECISIONS, ROUNDING, WINOGRAD
 from cmfast.noise import gaussian, labels
-from cmfast.roofline import floor_ms
+from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.checkpoint import Checkpoint
-from cmfast_train.engine import TorchEngine
 from gpu_cost import count
 from gpu_items import NotHere
 from gpu_lines import Line, Lines

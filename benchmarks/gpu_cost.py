@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What one network call costs for one image, counted while PyTorch runs it: no export, which takes half a minute.
 
-The definitions are those of `cmfast_export.cost`, which counts the ONNX graph; a test compares the two.
+The definitions are those of `cmfast_export.graphs.cost`, which counts the ONNX graph; a test compares the two.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from cmfast.errors import CheckFailed
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast_train import torch_noise
+from cmfast_train.backends import torch_noise
 from gpu_ceilings import fastest
 from gpu_cells import Bench, Cell, median_compute_ms
 from gpu_items import Item, NotHere

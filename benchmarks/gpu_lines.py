@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cmfast.bench.timing import provenance
 from cmfast.errors import CmfastError
-from cmfast.timing import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = ("what", "device", "machine", "versions", "commit", "code")  # of a head: what makes two runs one

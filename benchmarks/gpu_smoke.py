@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import gpu_extra
-from cmfast.artifact import PRECISIONS
-from cmfast.timing import machine
+from cmfast.bench.timing import machine
+from cmfast.formats.manifest import PRECISIONS
+from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.networks.adm import Attention, randomise
-from cmfast_train.torch_cuda import arithmetic
 from gpu_bench import ceiling_items
 from gpu_cells import Bench, Cell
 from gpu_items import Item, NotHere
@@ -147,7 +147,7 @@ def masks(device: str) -> Line:
 
     ok: both draw the same dropout masks, in both memory formats. Other masks differ by about the size of the output.
     """
-    from cmfast_train.student import Asked, Student
+    from cmfast_train.training.step_networks import Asked, Student
 
     model = random_model("digits")
     config = dataclasses.replace(model.network, dropout=0.3, attention=(4,))  # type: ignore[type-var]
@@ -199,8 +199,8 @@ def train_steps(device: str, network: str, precision: str) -> Line:
     """
     from accelerate.state import AcceleratorState
 
-    from cmfast_train.loop import train
-    from cmfast_train.presets import PRESETS, phase
+    from cmfast_train.config.presets import PRESETS, phase
+    from cmfast_train.training.trainer import train
 
     if device == "cpu" and precision == "fp16":
         raise NotHere("training in fp16 needs CUDA")

@@ -2,9 +2,9 @@
 """What `gpu.py train` does: a preset trained in the seconds that there are, evaluated, its samples drawn.
 
 The speed of both phases is measured first, and their lengths are planned by it (`RECIPES`). The run is
-`cmfast_train.loop.train`, as `cmfast-train` starts it; where it is slower than planned, it is stopped by the signal
-that a user would send, and what it has is evaluated. It lies in a folder beside the lines, and a command that was
-killed goes on with it.
+`cmfast_train.training.trainer.train`, as `cmfast-train` starts it; where it is slower than planned, it is stopped by
+the signal that a user would send, and what it has is evaluated. It lies in a folder beside the lines, and a command
+that was killed goes on with it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import torch
 from cmfast.errors import CmfastError
 from cmfast.images import save_images
 from cmfast.model import Model
+from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.config import TrainConfig, override
-from cmfast_train.config import to_dict as config_to_dict
-from cmfast_train.engine import TorchEngine
-from cmfast_train.evaluate import Reference, data_images, few_steps, heun_steps
-from cmfast_train.features import default_features, features_record, load_features
-from cmfast_train.presets import PRESETS
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.config.train_config import to_dict as config_to_dict
+from cmfast_train.evaluation.evaluate import Reference, data_images, few_steps, heun_steps
+from cmfast_train.evaluation.features import default_features, features_record, load_features
 from gpu_items import Item, NotHere
 from gpu_lines import Line, Lines
 
@@ -285,7 +285,7 @@ class _Watch(threading.Thread):
 
 def run(config: TrainConfig, folder: Path, data_root: Path | None) -> None:
     """Train in a folder, or go on with what is in it."""
-    from cmfast_train.loop import train
+    from cmfast_train.training.trainer import train
 
     train(config, folder, data_root)
     if torch.cuda.is_available() and torch.cuda.is_initialized():

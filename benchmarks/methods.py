@@ -26,10 +26,10 @@ from typing import Any
 
 import click
 
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_outputs, write_text
-from cmfast.timing import provenance
 
 LIMIT_S = 240.0
 TEACHER = "edm"
@@ -55,7 +55,7 @@ def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
 
 # What starts from the teacher has its conventions, TrigFlow's; the rest have their method's own. ct is there as its
 # paper has it (to 150 levels), and with the fewer levels that suit so short a run. Few hyperparameters were tried of
-# each, on fewer images; the usual ones (cmfast_train.config) are those of networks a hundred times larger.
+# each, on fewer images; the usual ones (cmfast_train.config.train_config) are those of networks a hundred times larger.
 RECIPES: dict[str, Recipe] = {
     TEACHER: recipe("edm", 75_000, "scaling=trigflow", steps=(), heun=(8, 18)),
     "cd": recipe("cd", 60_000, "cd.lr=5e-4", from_teacher=True),
@@ -131,14 +131,14 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     words += [word for setting in recipe.settings for word in ("--set", setting)]
     words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
-    run("cmfast_train.cli", "digits", *words)
+    run("cmfast_train.cli.train", "digits", *words)
     seconds = time.perf_counter() - began
     run("cmfast_export.cli", str(folder / "model.pt"))
     steps = [] if not recipe.steps else ["--steps", ",".join(map(str, recipe.steps))]
     heun = [] if not recipe.heun else ["--heun", ",".join(map(str, recipe.heun))]
     record = folder / "evaluation.json"
     run(
-        "cmfast_train.eval_cli",
+        "cmfast_train.cli.evaluate",
         str(folder / "model.onnx"),
         "--data-set",
         "digits",

@@ -10,10 +10,10 @@ import torch
 
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.importers.openai import HEAD_CHANNELS, NETWORKS
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 NAMES = ("digits", "mnist", "cifar10", "imagenet64")  # 0.8M, 7.7M, 43M and OpenAI's 296M
 

@@ -19,14 +19,14 @@ from typing import Any
 import click
 import numpy as np
 
+from cmfast.backends import open_engine
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
-from cmfast.engines import open_engine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast.timing import provenance
 from cmfast_export.verify import verify_denoiser
 from cmfast_train.checkpoint import save_checkpoint
 from networks import parameters, random_model

@@ -4,7 +4,8 @@
     python benchmarks/precision.py runs/mnist/model.pt --json benchmarks/results/precision_mnist.json
 
 Images are drawn from the same noise by the ONNX files on the CPU: as ONNX Runtime runs them there, and with the
-roundings that a GPU makes (`cmfast_export.emulate`). Where TensorRT or TensorRT-RTX is installed, engines are built.
+roundings that a GPU makes (`cmfast_export.graphs.emulate`). Where TensorRT or TensorRT-RTX is installed, engines are
+built.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.artifact import PRECISIONS
+from cmfast.backends._tensorrt_library import LIBRARIES
+from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
-from cmfast.engines._tensorrt_library import LIBRARIES
-from cmfast.engines.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
+from cmfast.formats.manifest import PRECISIONS
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast.timing import provenance
-from cmfast_export.emulate import emulate_file
-from cmfast_export.export import export_onnx
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
+from cmfast_export.graphs.emulate import emulate_file
+from cmfast_export.pipeline import export_onnx
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from networks import NAMES, parameters, random_model

@@ -24,11 +24,11 @@ import click
 import numpy as np
 from PIL import Image
 
-from cmfast import timing
-from cmfast.artifact import check_file
+from cmfast.bench import timing
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
+from cmfast.formats.manifest import check_file
 
 
 @click.command("startup.py")
@@ -108,8 +108,9 @@ def random_model(path: Path) -> Path:
     """Write a checkpoint of the mnist preset with random weights, in a process of its own, and return its path."""
     code = (
         "import sys; from cmfast_train.checkpoint import Checkpoint, save_checkpoint\n"
-        "from cmfast_train.start import network_config; from cmfast_train.networks.adm import AdmUnet, randomise\n"
-        "from cmfast_train.presets import PRESETS\n"
+        "from cmfast_train.training.initial_model import network_config\n"
+        "from cmfast_train.networks.adm import AdmUnet, randomise\n"
+        "from cmfast_train.config.presets import PRESETS\n"
         "config = PRESETS['mnist']; shape = network_config(config, 10); network = AdmUnet(shape); randomise(network)\n"
         "made = Checkpoint(spec=config.spec(10), network=shape, weights=network.state_dict())\n"
         "save_checkpoint(made, sys.argv[1])\n"

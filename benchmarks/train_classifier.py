@@ -3,7 +3,7 @@
 
     python benchmarks/train_classifier.py cifar10 --data DIR
 
-leaves train/cmfast_train/features_data/cifar10.safetensors, which the package ships, and
+leaves train/cmfast_train/evaluation/features_data/cifar10.safetensors, which the package ships, and
 benchmarks/results/features_cifar10.json: some minutes on one core.
 """
 
@@ -18,13 +18,13 @@ import click
 import torch
 from torch import Tensor
 
+from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_outputs, check_target, write_text
-from cmfast.timing import provenance
-from cmfast_train.data import FolderImages, Images, load_data, to_unit_range
-from cmfast_train.features import Classifier, ClassifierConfig, save_classifier, shipped
-from cmfast_train.presets import PRESETS
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.data.images import FolderImages, Images, load_data, to_unit_range
+from cmfast_train.evaluation.features import Classifier, ClassifierConfig, save_classifier, shipped
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 HERE = Path(__file__).resolve().parent
@@ -151,7 +151,7 @@ def held_out(images: FolderImages) -> tuple[Images, tuple[Tensor, Tensor]]:
 
 
 def test_set(data_set: str, root: Path) -> tuple[Tensor, Tensor]:
-    """Return the test images, uint8 [N, C, 32, 32], and labels [N]; padded as cmfast_train.data pads them."""
+    """Return the test images, uint8 [N, C, 32, 32], and labels [N]; padded as cmfast_train.data.images pads them."""
     datasets = torchvision_datasets()
     kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
     try:

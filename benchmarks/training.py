@@ -6,9 +6,10 @@
 
 Theirs is `train` of their main.py, run as it stands from the clone, which has no licence and no copy here; one thing is
 replaced: their loader of 20 worker processes, by batches that lie ready in memory, so that its reading costs nothing.
-Ours is `cmfast_train.loop.steps` with its own loader. Both train the network of that project at their width (256, 26
-million weights) and batch (128) on MNIST, by consistency training at the noise levels of their first epoch (16; the
-number does not change what a step costs), each with its optimiser: AdamW there, RAdam and an average more here.
+Ours is `cmfast_train.training.trainer.steps` with its own loader. Both train the network of that project at their width
+(256, 26 million weights) and batch (128) on MNIST, by consistency training at the noise levels of their first epoch
+(16; the number does not change what a step costs), each with its optimiser: AdamW there, RAdam and an average more
+here.
 
 Each contender is a process, as a user starts it, and they take turns step by step, the order rotating; who has no turn
 sleeps. Before its first step, each of ours gets the loss and the gradient of some images, and their code those of the
@@ -41,18 +42,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmfast import timing
+from cmfast.bench import timing
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
-from cmfast_train.config import TrainConfig, override
-from cmfast_train.data import batches, load_data, to_unit_range
-from cmfast_train.loop import _accelerator, steps
-from cmfast_train.methods import METHODS, Step
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.data.images import batches, load_data, to_unit_range
+from cmfast_train.methods.objectives import METHODS, Step
 from cmfast_train.networks.build import build_network
-from cmfast_train.presets import PRESETS
-from cmfast_train.run import Run
 from cmfast_train.torchvision_cpu import torchvision_datasets
+from cmfast_train.training.run import Run
+from cmfast_train.training.trainer import _accelerator, steps
 
 REFERENCE = "the first public implementation"
 LEVELS = 16  # noise levels in the first of their 100 epochs

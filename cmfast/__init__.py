@@ -7,7 +7,7 @@
     images = model.sample(16, steps=2, seed=0)        # uint8 [16, H, W, C]
     x0 = model.denoise(x, sigma)                      # float32, the raw contract
 
-The names below are the public interface; each is imported when it is first used. The algorithm is in `cmfast.sampler`.
+The names below are the public interface; each is imported when it is first used. The algorithm is in `cmfast.sampling`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmfast.artifact import Manifest, read_manifest
     from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
+    from cmfast.formats.manifest import Manifest, read_manifest
     from cmfast.images import save_images
     from cmfast.model import Model, load
     from cmfast.noise import gaussian
-    from cmfast.sampler import sample
+    from cmfast.sampling import sample
     from cmfast.schedule import karras_sigmas
     from cmfast.spec import ModelSpec
 

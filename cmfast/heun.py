@@ -4,7 +4,7 @@
     x at sigma --> (churn: a little more noise) --> along the ODE to the next level --> ... --> x at 0
 
 A step goes along dx/dsigma = (x - f(x, sigma)) / sigma twice, the second time with the slope where the first one ended.
-The denoiser is any callable, as in `cmfast.sampler`, and only operators are used, so numpy and torch share the text.
+The denoiser is any callable, as in `cmfast.sampling`, and only operators are used, so numpy and torch share the text.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast import noise as portable
-from cmfast import sampler
+from cmfast import sampling
+from cmfast.backends import DrawEngine, Engine, LoopEngine, open_engine
 from cmfast.checks import (
     NotFinite,
     array_of_numbers,
@@ -23,7 +24,6 @@ from cmfast.checks import (
     shown,
     whole_number,
 )
-from cmfast.engines import DrawEngine, Engine, LoopEngine, open_engine
 from cmfast.errors import CmfastError, EngineError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
@@ -52,7 +52,7 @@ def load(
     device     cpu or cuda; one that cannot be had is an error, never a silent substitute. None: cuda for a TensorRT
                engine, which runs nowhere else, and cpu for everything else
     threads    CPU threads; None leaves the choice to the engine
-    variant    a way to run it, words of cmfast.engines.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
+    variant    a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
     precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
     sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust
     """
@@ -169,7 +169,7 @@ class Model:
             self._check_finite(x0, {"noise": noise}, sigmas)
             return x0
         if self.manifest.kind == "denoiser":
-            return np.asarray(sampler.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
+            return np.asarray(sampling.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
         inputs: dict[str, npt.NDArray[Any]] = {"noise": noise, **self._label(label, noise.shape[1])}
         if self.manifest.kind == "server":  # the batch is the first axis of everything
             inputs = {name: _batch_first(value) for name, value in inputs.items()}
@@ -299,7 +299,7 @@ class Model:
 
         for (_, label), z in _ahead(noise, batches):
             x0 = drawing.draw(z, label)
-            yield sampler.to_uint8(x0) if pixels else x0
+            yield sampling.to_uint8(x0) if pixels else x0
 
     def _draw_there(
         self, drawing: _Drawing, seed: int, batches: Sequence[_Batch], pixels: bool

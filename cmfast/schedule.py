@@ -3,7 +3,7 @@
 
 Published settings are often indices into a Karras grid: `ts` 0,22,39 with 40 steps in OpenAI's scripts,
 `timesteps=[22, 0]` in diffusers. Both mean the levels 80 and 1.382368; `sigmas_of_indices` converts.
-The schedules of training are in `cmfast_train.schedules`.
+The schedules of training are in `cmfast_train.methods.schedules`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """ModelSpec: everything about a model that is not a weight.
 
-It travels inside every checkpoint and every exported file (`cmfast.artifact`), because nothing in a
+It travels inside every checkpoint and every exported file (`cmfast.formats.manifest`), because nothing in a
 network's weights tells which of the field's conventions it was trained with.
 """
 
@@ -17,10 +17,10 @@ from cmfast.checks import whole_number
 from cmfast.errors import CmfastError, one_line, shown
 from cmfast.schedule import MAX_STEPS, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
 
-SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.precond
+SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.preconditioning
 C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
 MAX_NAME = 100  # characters of a class name
-RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampler
+RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 from onnx import helper
 
-from cmfast.artifact import Manifest
+from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise

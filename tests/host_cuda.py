@@ -26,7 +26,7 @@ CARD = 2**33  # bytes of memory of the card
 
 
 class HostCuda:
-    """What `cmfast.engines._cuda` uses of cuda.bindings.runtime."""
+    """What `cmfast.backends._cuda` uses of cuda.bindings.runtime."""
 
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
@@ -168,7 +168,7 @@ class HostCuda:
 
 
 class HostTensorRt:
-    """What `cmfast.engines.tensorrt` uses of TensorRT's runtime; `onnx` is what the plans were built from."""
+    """What `cmfast.backends.tensorrt` uses of TensorRT's runtime; `onnx` is what the plans were built from."""
 
     class ILogger:
         ERROR, INTERNAL_ERROR = "error", "internal error"

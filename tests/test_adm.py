@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast.errors import CmfastError
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import (
     AdmConfig,
     AdmUnet,
@@ -23,8 +24,7 @@ from cmfast_train.networks.adm import (
     randomise,
     timestep_embedding,
 )
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 IMAGENET64 = AdmConfig(
     image_size=64, classes=1000, model_channels=192, res_blocks=3, channel_mult=(1, 2, 3, 4), attention=(32, 16, 8)

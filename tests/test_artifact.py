@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
-from cmfast._protobuf import read_onnx_model
-from cmfast.artifact import MAX_CHARACTERS, Manifest, check_file, read_manifest, read_onnx
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
+from cmfast.formats.manifest import MAX_CHARACTERS, Manifest, check_file, read_manifest, read_onnx
+from cmfast.formats.protobuf import read_onnx_model
 from cmfast.spec import ModelSpec
 
 SPEC = ModelSpec(image=(1, 2, 2), classes=10)
@@ -526,7 +526,7 @@ def test_a_damaged_file_is_not_opened_where_its_sha256_was_said(
     handmade_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
     import cmfast
-    from cmfast.artifact import file_sha256
+    from cmfast.formats.manifest import file_sha256
 
     whole, short = handmade_onnx(8), tmp_path / "short.onnx"
     short.write_bytes(whole.read_bytes()[:-20])

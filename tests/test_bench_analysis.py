@@ -22,17 +22,17 @@ import onnx
 import pytest
 from onnx import helper
 
-import cmfast.engines
-from cmfast import timing
-from cmfast.artifact import Manifest
-from cmfast.cli import _bench_analysis as analysis
-from cmfast.cli import _probe, bench
-from cmfast.cli._bench_analysis import DEVICE_CALLS, DEVICE_FEW, costs, device_times, diagnose
-from cmfast.cli._bench_contenders import Contender, Job
-from cmfast.engines import DeviceTimes, TimedEngine
+import cmfast.backends
+from cmfast.backends import DeviceTimes, TimedEngine
+from cmfast.bench import diagnosis as analysis
+from cmfast.bench import probe, timing
+from cmfast.bench.contenders import Contender, Job
+from cmfast.bench.diagnosis import DEVICE_CALLS, DEVICE_FEW, costs, device_times, diagnose
+from cmfast.bench.roofline import Ceilings, Floor
+from cmfast.cli import bench
 from cmfast.errors import EngineError, engine_error
+from cmfast.formats.manifest import Manifest
 from cmfast.model import Model
-from cmfast.roofline import Ceilings, Floor
 from cmfast.spec import ModelSpec
 
 Factory = Callable[..., Path]
@@ -282,7 +282,7 @@ def test_this_machine_itself_can_be_measured(
     handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"SIDES": (64,), "NUMBERS": 2**12}.items():
-        monkeypatch.setattr(cmfast.roofline, name, {"cpu": value})
+        monkeypatch.setattr(cmfast.bench.roofline, name, {"cpu": value})
     model = costly(handmade_onnx(8), tmp_path / "model.onnx", cost=COST)
     options = ("--steps", 1, "--batch", 1, *QUICK, "--json", tmp_path / "bench.json")
     assert call(bench.main, model, *options).returncode == 0
@@ -308,7 +308,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory)
             names = {"contender": job.contender.name, "engine": "Fake cuda", "dtype": "float32"}
             return names | numbers | {"steps": len(job.sigmas), "batch": job.batch}
 
-        monkeypatch.setattr(cmfast.engines, "open_engine", open_engine)
+        monkeypatch.setattr(cmfast.backends, "open_engine", open_engine)
         monkeypatch.setattr(bench, "_start", start)
         monkeypatch.chdir(tmp_path)
         shutil.copy(handmade_onnx(8), "model.onnx")
@@ -498,7 +498,7 @@ def test_the_memory_of_who_runs_nowhere_is_given_back_before_the_timing(
     gone = weakref.ref(engines["model.onnx tensorrt"])
     seen: list[Any] = []
     gpu(engines)
-    monkeypatch.setattr(cmfast.engines, "open_engine", lambda file, *_, variant, precision: engines.pop(
+    monkeypatch.setattr(cmfast.backends, "open_engine", lambda file, *_, variant, precision: engines.pop(
         f"{file.name} {variant}".rstrip()))  # fmt: skip
     usual = timing.interleave
 
@@ -614,10 +614,10 @@ def test_the_probe_opens_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None
         opened.append((arguments, names))
         return FakeGpu(manifest())
 
-    monkeypatch.setattr(_probe, "open_engine", open_engine)
-    monkeypatch.setattr(_probe, "gpu_mib", lambda: 7.0)
+    monkeypatch.setattr(probe, "open_engine", open_engine)
+    monkeypatch.setattr(probe, "gpu_mib", lambda: 7.0)
     for device, memory in (("cpu", None), ("cuda", 7.0)):
-        found = _probe.probe("model.pt", device, 2, "cuda_graph", "fp16", [80.0, 0.8], 3)
+        found = probe.probe("model.pt", device, 2, "cuda_graph", "fp16", [80.0, 0.8], 3)
         assert opened.pop() == (("model.pt", device, 2), {"variant": "cuda_graph", "precision": "fp16"})
         assert list(found) == ["load_s", "first_call_ms", "peak_mib", "peak_gpu_mib"]
         assert found["peak_gpu_mib"] == memory
@@ -635,9 +635,9 @@ def test_the_gpu_memory_is_that_of_this_process(
     program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert _probe.gpu_mib() == found
+    assert probe.gpu_mib() == found
 
 
 def test_without_nvidia_smi_the_gpu_memory_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _probe.gpu_mib() is None
+    assert probe.gpu_mib() is None

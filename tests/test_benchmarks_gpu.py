@@ -245,7 +245,7 @@ def test_a_number_that_is_not_finite_is_written_as_a_word(tmp_path: Path) -> Non
 
 def test_a_copy_without_git_says_what_it_is_a_copy_of(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "cmfast", tmp_path / "cmfast", ignore=shutil.ignore_patterns("__pycache__"))
-    program = "import json; from cmfast.timing import commit; print(json.dumps(commit()))"
+    program = "import json; from cmfast.bench.timing import commit; print(json.dumps(commit()))"
 
     def commit(**environment: str) -> Any:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "CMFAST_"))}
@@ -263,7 +263,7 @@ def test_a_copy_without_git_says_what_it_is_a_copy_of(tmp_path: Path) -> None:
 def test_a_copy_with_the_history_of_another_day_is_of_the_commit_that_it_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cmfast import timing
+    from cmfast.bench import timing
 
     monkeypatch.setenv("CMFAST_COMMIT", "abc2")
     assert timing.commit() == {"commit": "abc2", "dirty": False}
@@ -280,8 +280,8 @@ def test_offline_gives_absolute_folders_and_the_entry_points_of_an_installation(
     assert all(folder.is_absolute() for folder in folders)
     offline.write_metadata(tmp_path)
     (found,) = distributions(path=[str(tmp_path)])
-    assert ("folder", "cmfast_train.engine:open_folder") in {
-        (entry.name, entry.value) for entry in found.entry_points if entry.group == "cmfast.engines"
+    assert ("folder", "cmfast_train.backends.pytorch:open_folder") in {
+        (entry.name, entry.value) for entry in found.entry_points if entry.group == "cmfast.backends"
     }
 
 
@@ -540,7 +540,7 @@ def test_the_count_of_a_network_is_that_of_its_exported_graph(
 ) -> None:
     import cmfast
     import gpu_cost
-    from cmfast_export.export import export_onnx
+    from cmfast_export.pipeline import export_onnx
     from cmfast_train.checkpoint import load_checkpoint
 
     model = load_checkpoint(tiny_checkpoint(10))

@@ -16,9 +16,9 @@ import pytest
 
 import cmfast
 from cmfast import checks
-from cmfast.artifact import Manifest
 from cmfast.checks import NotFinite
 from cmfast.errors import CmfastError, EngineError
+from cmfast.formats.manifest import Manifest
 from cmfast.heun import Churn
 from cmfast.images import MAX_GRID_PIXELS, check_images, check_output
 from cmfast.model import Model

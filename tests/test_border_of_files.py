@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from cmfast.errors import ArtifactError
-from cmfast_train import checkpoint, evaluate, image_arrays, image_folders, image_reader
+from cmfast_train import checkpoint
 from cmfast_train.border import naming, reading
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.data import image_data
-from cmfast_train.image_reader import read_image
+from cmfast_train.data import image_arrays, image_folders, image_reader
+from cmfast_train.data.image_reader import read_image
+from cmfast_train.data.images import image_data
+from cmfast_train.evaluation import evaluate
 from cmfast_train.importers import finish, identify, openai
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise

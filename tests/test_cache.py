@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cmfast.cache import check_cache, read_entry, write_entry
+from cmfast.backends.cache import check_cache, read_entry, write_entry
 from cmfast.errors import CmfastError, CmfastWarning
 
 Make = Callable[..., Path]
@@ -101,7 +101,7 @@ def test_a_missing_folder_is_not_made_before_there_is_something_to_keep(tmp_path
 def build(handmade_onnx: Make, tmp_path: Path) -> Callable[..., Any]:
     """Return a function that builds an engine of 8x8 images, its cache tmp_path/cache."""
     pytest.importorskip("tensorrt_rtx")
-    from cmfast_export.to_tensorrt import BuildOptions, build_engine
+    from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 
     def build(name: str = "model.engine", onnx: Path | None = None) -> Any:
         return build_engine(onnx or handmade_onnx(8), tmp_path / name, BuildOptions(), cache=tmp_path / "cache")
@@ -113,10 +113,10 @@ def build(handmade_onnx: Make, tmp_path: Path) -> Callable[..., Any]:
 def test_an_engine_whose_manifest_is_another_is_built_again(
     what: str, build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmfast_export import to_tensorrt
+    from cmfast_export.targets import tensorrt_engine
 
     first = build()
-    real = to_tensorrt.parse_plan
+    real = tensorrt_engine.parse_plan
     others: dict[str, Any] = {
         "kind": {"kind": "sampler", "spec": replace(first.manifest.spec, sigmas={1: (80.0,)})},
         "spec": {"spec": replace(first.manifest.spec, sigma_data=0.25)},
@@ -125,14 +125,14 @@ def test_an_engine_whose_manifest_is_another_is_built_again(
         "made_by": {"made_by": {}},
     }
     assert build("again.engine").cached
-    monkeypatch.setattr(to_tensorrt, "parse_plan", lambda *arguments: replace(real(*arguments), **others[what]))
+    monkeypatch.setattr(tensorrt_engine, "parse_plan", lambda *arguments: replace(real(*arguments), **others[what]))
     assert not build("other.engine").cached
 
 
 def test_a_plan_of_another_network_resealed_in_the_cache_is_not_copied(
     build: Callable[..., Any], handmade_onnx: Make, tmp_path: Path
 ) -> None:
-    from cmfast.plan import read_plan, seal
+    from cmfast.formats.tensorrt_plan import read_plan, seal
 
     first = build()
     other = build("other.engine", handmade_onnx(16))
@@ -152,10 +152,10 @@ def test_a_plan_of_another_network_resealed_in_the_cache_is_not_copied(
 def test_a_cache_that_cannot_take_an_engine_is_a_warning_and_the_engine_stands(
     why: str, build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmfast import cache
-    from cmfast_export import to_tensorrt
+    from cmfast.backends import cache
+    from cmfast_export.targets import tensorrt_engine
 
-    real = to_tensorrt._build
+    real = tensorrt_engine._build
 
     def then(*arguments: Any) -> Any:
         plan = real(*arguments)
@@ -172,7 +172,7 @@ def test_a_cache_that_cannot_take_an_engine_is_a_warning_and_the_engine_stands(
             (tmp_path / "cache").symlink_to("nothing")
         return plan
 
-    monkeypatch.setattr(to_tensorrt, "_build", then)
+    monkeypatch.setattr(tensorrt_engine, "_build", then)
     with pytest.warns(CmfastWarning, match="not kept in the cache"):
         built = build()
     assert built.path.stat().st_size > 0
@@ -198,9 +198,9 @@ def test_an_open_cache_is_refused_before_the_work(
 def test_two_builders_of_one_entry_both_have_their_engine(
     build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmfast_export import to_tensorrt
+    from cmfast_export.targets import tensorrt_engine
 
-    real, inner = to_tensorrt._build, []
+    real, inner = tensorrt_engine._build, []
 
     def while_another_builds(*arguments: Any) -> Any:
         if not inner:
@@ -208,7 +208,7 @@ def test_two_builders_of_one_entry_both_have_their_engine(
             build("second.engine")
         return real(*arguments)
 
-    monkeypatch.setattr(to_tensorrt, "_build", while_another_builds)
+    monkeypatch.setattr(tensorrt_engine, "_build", while_another_builds)
     first = build("first.engine")
     assert first.path.exists()
     assert (tmp_path / "second.engine").exists()

@@ -21,12 +21,12 @@ from onnx import helper
 from PIL import Image
 
 import cmfast
-from cmfast.artifact import Manifest
+from cmfast.backends import open_engine
+from cmfast.bench.timing import usable_cores
 from cmfast.cli import bench
 from cmfast.cli.bench import main
-from cmfast.engines import open_engine
+from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
-from cmfast.timing import usable_cores
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 

@@ -14,8 +14,8 @@ import pytest
 from onnx import helper
 
 import cmfast
-from cmfast.artifact import graph_sha256
 from cmfast.cli.info import _table, main
+from cmfast.formats.manifest import graph_sha256
 
 Factory = Callable[..., Path]
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
-from cmfast_train.config import (
+from cmfast_train.config.presets import ABOUT, PRESETS, phase
+from cmfast_train.config.train_config import (
     DATA,
     DISTILL,
     FREE_FIELDS,
@@ -27,8 +28,7 @@ from cmfast_train.config import (
 )
 from cmfast_train.networks.build import build_network
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import ABOUT, PRESETS, phase
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 DIGITS = PRESETS["digits"]
 

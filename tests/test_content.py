@@ -14,11 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cmfast.artifact import Manifest, as_verified, check_unchanged, graph_sha256, read_onnx
 from cmfast.errors import ArtifactError
+from cmfast.formats.manifest import Manifest, as_verified, check_unchanged, graph_sha256, read_onnx
 from cmfast.spec import ModelSpec
-from cmfast_export import cli, to_tensorrt
-from cmfast_export.to_triton import write_repository
+from cmfast_export import cli
+from cmfast_export.targets import tensorrt_engine
+from cmfast_export.targets.triton_repository import write_repository
 
 SPEC = ModelSpec(image=(1, 8, 8))
 WEIGHT = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
@@ -209,7 +210,7 @@ def test_neither_engines_nor_repositories_are_made_of_a_changed_file(server: Pat
     with pytest.raises(ArtifactError, match=words):
         write_repository(tmp_path / "repository", [changed])
     with pytest.raises(ArtifactError, match=words):
-        to_tensorrt.build_engine(changed, tmp_path / "model.engine", to_tensorrt.BuildOptions())
+        tensorrt_engine.build_engine(changed, tmp_path / "model.engine", tensorrt_engine.BuildOptions())
     assert set(tmp_path.iterdir()) == {changed, server}
     with pytest.raises(ArtifactError, match="the graph has"):  # it came further: this graph has no noise
         write_repository(tmp_path / "repository", [server])

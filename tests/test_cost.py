@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_export.compose import sampler_graph
-from cmfast_export.cost import graph_cost
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export.graphs.cost import graph_cost
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.sampler import sampler_graph
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 node = helper.make_node
 Shape = list[int | str]

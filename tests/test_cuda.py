@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Buffers, streams, events and graphs of `cmfast.engines._cuda`, with copies as the work: no library is needed for it.
+"""Buffers, streams, events and graphs of `cmfast.backends._cuda`, with copies as the work: no library is needed for it.
 
 Each test runs on `host_cuda`, and with `pytest -m gpu` on an NVIDIA GPU with cuda-bindings.
 """
@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pytest
 from host_cuda import HostCuda
 
-from cmfast.engines import DeviceTimes
-from cmfast.engines import _cuda as cuda
+from cmfast.backends import DeviceTimes
+from cmfast.backends import _cuda as cuda
 from cmfast.errors import EngineError, OutOfMemory, engine_error
 
 MIB = 2**20

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.artifact import model_bytes
+from cmfast.backends import LoopEngine, open_engine
 from cmfast.cli import bench
-from cmfast.engines import LoopEngine, open_engine
 from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.formats.manifest import model_bytes
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast_export.to_diffusers import export_diffusers
+from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise

@@ -18,7 +18,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.student import Asked, Student
+from cmfast_train.training.step_networks import Asked, Student
 
 SHAPE: dict[str, Any] = {
     "image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1, "model_channels": 32, "dropout": 0.5,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import randomise
 from cmfast_train.networks.edm import Block, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet

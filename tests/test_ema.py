@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from cmfast.errors import CmfastError
-from cmfast_train.ema import (
+from cmfast_train.training.ema import (
     MAX_STD,
     Averages,
     Snapshot,
@@ -32,7 +32,7 @@ from cmfast_train.ema import (
     update_ema,
     warm_decay,
 )
-from cmfast_train.parallel import fill
+from cmfast_train.training.parallel import fill
 
 
 def test_the_average_is_the_weighted_sum_of_all_that_came() -> None:

@@ -20,8 +20,8 @@ from test_folder import files_of_at_most
 from torch import Tensor
 
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.ema import Averages
-from cmfast_train.ema_cli import main
+from cmfast_train.cli.ema import main
+from cmfast_train.training.ema import Averages
 
 STDS, WANTED = (0.05, 0.1), 0.15
 BATCH, STEPS, EVERY = 4, 400, 100  # images; steps
@@ -245,7 +245,7 @@ def test_a_snapshot_is_not_written_over(
 def test_without_torch_there_is_help_and_the_line_that_installs_it(
     tmp_path: Path, refused: Callable[..., None]
 ) -> None:
-    code = "import sys; sys.modules['torch'] = None; from cmfast_train.ema_cli import main; main()"
+    code = "import sys; sys.modules['torch'] = None; from cmfast_train.cli.ema import main; main()"
 
     def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, *map(str, arguments)]

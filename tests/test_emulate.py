@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from cmfast.artifact import read_manifest
-from cmfast_export.emulate import eleven_bits, emulate_file, emulated
-from cmfast_export.export import export_onnx
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast.formats.manifest import read_manifest
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.emulate import eleven_bits, emulate_file, emulated
+from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
 
 HALVES = {"float16": (TensorProto.FLOAT16, np.float16), "bfloat16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}

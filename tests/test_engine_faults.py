@@ -24,12 +24,13 @@ import torch
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.artifact import Manifest, file_sha256, graph_sha256, read_onnx
-from cmfast.engines import MAX_THREADS, _onnx_file, _pinned, onnxruntime, open_engine
+from cmfast.backends import MAX_THREADS, _pinned, onnxruntime, open_engine
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
+from cmfast.formats import onnx_file
+from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_onnx
 from cmfast.spec import ModelSpec
-from cmfast_train import engine as torch_engine
-from cmfast_train.engine import TorchEngine
+from cmfast_train.backends import pytorch as torch_engine
+from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
@@ -87,19 +88,19 @@ def test_a_file_that_is_renamed_over_between_check_and_load_is_not_loaded(
     data: str, memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if memory:
-        monkeypatch.setattr(_onnx_file, "DESCRIPTORS", tmp_path / "none")
+        monkeypatch.setattr(onnx_file, "DESCRIPTORS", tmp_path / "none")
     path = write(tmp_path / "model.onnx", 2.0, data=data)
     other = tmp_path / "other"
     other.mkdir()
     write(other / "model.onnx", 3.0, data=data)
-    real = _onnx_file.OnnxFile.session
+    real = onnx_file.OnnxFile.session
 
     def swapped(self: Any, *arguments: Any, **more: Any) -> Any:
         for file in other.iterdir():
             os.replace(file, tmp_path / file.name)
         return real(self, *arguments, **more)
 
-    monkeypatch.setattr(_onnx_file.OnnxFile, "session", swapped)
+    monkeypatch.setattr(onnx_file.OnnxFile, "session", swapped)
     assert factor_of(cmfast.load(path, sha256=None if data else file_sha256(path))) == 2.0
     monkeypatch.undo()
     assert factor_of(cmfast.load(path)) == 3.0
@@ -109,7 +110,7 @@ def test_a_file_that_is_written_to_between_check_and_load_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "model.onnx")
-    real = _onnx_file.OnnxFile.session
+    real = onnx_file.OnnxFile.session
 
     def overwritten(self: Any, *arguments: Any, **more: Any) -> Any:
         with path.open("r+b") as file:
@@ -117,7 +118,7 @@ def test_a_file_that_is_written_to_between_check_and_load_is_refused(
         os.utime(path, ns=(1, 1))
         return real(self, *arguments, **more)
 
-    monkeypatch.setattr(_onnx_file.OnnxFile, "session", overwritten)
+    monkeypatch.setattr(onnx_file.OnnxFile, "session", overwritten)
     with pytest.raises(ArtifactError, match="written to while it was opened; open it again"):
         cmfast.load(path)
 
@@ -429,7 +430,7 @@ def test_a_graph_runs_in_a_forked_child_and_goes_there_without_a_crash(tmp_path:
 
 
 def test_a_gpu_is_not_used_after_a_fork() -> None:
-    from cmfast.engines._cuda import check_process
+    from cmfast.backends._cuda import check_process
 
     check_process(os.getpid(), "TensorRT cuda")
     with pytest.raises(EngineError, match=r"TensorRT cuda was opened before this process was forked.*spawn"):
@@ -543,7 +544,7 @@ def test_onnx_runtime_writes_nothing_to_the_home_folder_and_opens_no_socket(
 
 
 def test_a_user_who_wants_telemetry_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmfast.engines._onnxruntime_library import disable_telemetry
+    from cmfast.backends._onnxruntime_library import disable_telemetry
 
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     disable_telemetry()
@@ -564,4 +565,4 @@ def test_only_one_module_imports_onnx_runtime() -> None:
             for line in path.read_text().splitlines()
         )
     ]
-    assert found == ["cmfast/engines/_onnxruntime_library.py"]
+    assert found == ["cmfast/backends/_onnxruntime_library.py"]

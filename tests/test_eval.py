@@ -18,16 +18,16 @@ from onnx import helper
 from PIL import Image
 
 import cmfast
-from cmfast.artifact import Manifest
 from cmfast.errors import CmfastError, CmfastWarning
-from cmfast_train import evaluate
+from cmfast.formats.manifest import Manifest
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
-from cmfast_train.data import load_data
-from cmfast_train.eval_cli import main
-from cmfast_train.evaluate import Reference, few_steps, heun_steps
-from cmfast_train.features import SHIPPED, Pixels, load_features
-from cmfast_train.metrics import frechet_distance, precision_recall
-from cmfast_train.presets import PRESETS
+from cmfast_train.cli.evaluate import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.data.images import load_data
+from cmfast_train.evaluation import evaluate
+from cmfast_train.evaluation.evaluate import Reference, few_steps, heun_steps
+from cmfast_train.evaluation.features import SHIPPED, Pixels, load_features
+from cmfast_train.evaluation.metrics import frechet_distance, precision_recall
 
 Factory = Callable[..., Path]
 Call = Callable[..., Any]

@@ -24,21 +24,21 @@ import torch
 import traced_once
 
 import cmfast
-from cmfast.engines import open_engine
+from cmfast.backends import open_engine
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast_export import cli, export
-from cmfast_export.compose import sampler_graph
-from cmfast_export.emulate import emulated
-from cmfast_export.export import export_onnx
-from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_server import server_graph
+from cmfast_export import cli, pipeline
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.emulate import emulated
+from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.server import server_graph
+from cmfast_export.pipeline import export_onnx
 from cmfast_export.verify import Parity, Row, verify_denoiser
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 Factory = Callable[..., Path]
 
@@ -165,7 +165,7 @@ def test_a_file_is_valid_onnx_in_one_piece_and_describes_itself(kind: str, expor
 def test_a_file_carries_the_digest_of_what_was_verified_and_keeps_it_when_it_is_saved_again(
     exported: Factory, tmp_path: Path
 ) -> None:
-    from cmfast.artifact import check_unchanged, graph_sha256
+    from cmfast.formats.manifest import check_unchanged, graph_sha256
 
     manifest = cmfast.read_manifest(exported(10))
     assert manifest.graph_sha256 == graph_sha256(exported(10))
@@ -197,7 +197,7 @@ def test_a_later_opset_has_the_lowest_ir_version_that_onnx_published_it_with(
 
 
 def test_other_graphs_of_ours_have_that_version_too() -> None:
-    from cmfast.roofline import cast_model, chain_model
+    from cmfast.bench.roofline import cast_model, chain_model
 
     for made in (chain_model("Add", 2, 1), cast_model(10)):
         assert onnx.ModelProto.FromString(made).ir_version == 8
@@ -221,7 +221,7 @@ def test_too_many_steps_are_refused_before_the_work(
 def test_a_manifest_that_would_be_too_long_is_refused_before_the_work(
     tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "denoiser_graph", None)
+    monkeypatch.setattr(pipeline, "denoiser_graph", None)
     checkpoint = load_checkpoint(tiny_checkpoint(10))
     long = replace(checkpoint, source={"format": "cmfast", "note": "x" * 3500})
     with pytest.raises(cmfast.CmfastError, match=r"manifest would have about .* characters, and at most 4000"):
@@ -241,7 +241,7 @@ def test_an_export_works_where_torch_makes_float64(exported: Factory, tiny_check
 
 def test_conversions_work_where_torch_makes_float64(tiny_checkpoint: Factory, tmp_path: Path) -> None:
     """A diffusers folder, the same read again, and a cmfast checkpoint: the files of float32."""
-    from cmfast_export.to_diffusers import export_diffusers
+    from cmfast_export.targets.diffusers_folder import export_diffusers
 
     def converted(folder: Path) -> dict[str, bytes]:
         folder.mkdir()

@@ -22,7 +22,7 @@ from cmfast.errors import CmfastError
 from cmfast.locks import lock_beside
 from cmfast_export import _target, cli
 from cmfast_export._target import files_of, writing
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 from cmfast_train.checkpoint import load_checkpoint
 
 Make = Callable[..., Path]
@@ -165,14 +165,14 @@ def test_functions_lock_their_target_and_one_inside_the_other_is_one_writer(
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from cmfast_export import to_diffusers
+    from cmfast_export.targets import diffusers_folder
 
     out, checkpoint = tmp_path / "out", load_checkpoint(tiny_checkpoint(0))
     with writing(out):
         assert lock_beside(out).exists()
         with ThreadPoolExecutor() as pool, pytest.raises(CmfastError, match=f"out is being written .pid {os.getpid()}"):
-            pool.submit(to_diffusers.export_diffusers, checkpoint, out).result()
-        to_diffusers.export_diffusers(checkpoint, out)
+            pool.submit(diffusers_folder.export_diffusers, checkpoint, out).result()
+        diffusers_folder.export_diffusers(checkpoint, out)
     assert os.listdir(tmp_path) == ["out"]
     assert _target._ours.get() == frozenset()
 
@@ -262,14 +262,14 @@ def test_an_absurd_option_of_a_server_is_one_line_before_the_work(
 
 
 def test_a_timing_cache_must_not_be_what_is_read_or_written(handmade_onnx: Make, tmp_path: Path) -> None:
-    from cmfast_export import to_tensorrt
-    from cmfast_export.to_tensorrt import BuildOptions, check_build
+    from cmfast_export.targets import tensorrt_engine
+    from cmfast_export.targets.tensorrt_engine import BuildOptions, check_build
 
     onnx, out = tmp_path / "model.onnx", tmp_path / "model.engine"
     shutil.copyfile(handmade_onnx(8), onnx)
     os.mkfifo(tmp_path / "fifo")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(to_tensorrt, "import_library", lambda name, what: None)
+        patched.setattr(tensorrt_engine, "import_library", lambda name, what: None)
         for file, words in ((onnx, "is read by"), (out, "name the same file"), (tmp_path / "fifo", "is a FIFO")):
             options = BuildOptions(library="tensorrt", timing_cache=str(file))
             with pytest.raises(CmfastError, match=words):

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError, MissingDependency
-from cmfast_train.data import load_data, to_unit_range
-from cmfast_train.features import (
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.data.images import load_data, to_unit_range
+from cmfast_train.evaluation.features import (
     CHUNK,
     SHIPPED,
     Classifier,
@@ -30,7 +31,6 @@ from cmfast_train.features import (
     save_classifier,
     shipped,
 )
-from cmfast_train.presets import PRESETS
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 CONFIG = ClassifierConfig(data_set="mnist", image=(1, 16, 16), classes=3, width=4, features=8, test_accuracy=0.75)

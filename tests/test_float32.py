@@ -17,19 +17,19 @@ from torch import Tensor
 
 import cmfast
 from cmfast import float32
-from cmfast.cli._bench_contenders import _check_float32
-from cmfast.engines import _onnxruntime_float32 as in_onnxruntime
+from cmfast.backends import _onnxruntime_float32 as in_onnxruntime
+from cmfast.bench.contenders import _check_float32
 from cmfast.errors import EngineError
 from cmfast.float32 import Floats
 from cmfast.spec import ModelSpec
-from cmfast_train import float32 as in_torch
-from cmfast_train import loop, step_graph
-from cmfast_train.config import override
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.features import Pixels, extract
+from cmfast_train.evaluation.features import Pixels, extract
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
-from cmfast_train.presets import PRESETS
-from cmfast_train.student import Asked, Student
+from cmfast_train.training import float32 as in_torch
+from cmfast_train.training import step_graph, trainer
+from cmfast_train.training.step_networks import Asked, Student
 
 CPU = torch.device("cpu")
 
@@ -126,7 +126,7 @@ def test_the_option_of_onnx_runtime_turns_tensorfloat_off() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 def test_the_switches_of_pytorch_turn_tensorfloat_off_and_on() -> None:
-    from cmfast_train.torch_cuda import arithmetic
+    from cmfast_train.backends.torch_cuda import arithmetic
 
     device = torch.device("cuda")
     with in_torch.exact_float32(device):
@@ -219,7 +219,7 @@ def test_training_in_float32_is_in_float32(
     monkeypatch.setattr(step_graph, "optimise", watched)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first run of a process
     try:
-        loop.train(override(PRESETS["digits"], [*TINY, f"precision={precision}"]), tmp_path / "run", None)
+        trainer.train(override(PRESETS["digits"], [*TINY, f"precision={precision}"]), tmp_path / "run", None)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen) == 2

@@ -29,12 +29,12 @@ from cmfast import files
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.locks import exclusive
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.cli import main
-from cmfast_train.config import override
-from cmfast_train.folder import LOCK, read_config
-from cmfast_train.log import TrainLog
-from cmfast_train.loop import train
-from cmfast_train.presets import PRESETS
+from cmfast_train.cli.train import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
+from cmfast_train.training.folder import LOCK, read_config
+from cmfast_train.training.log import TrainLog
+from cmfast_train.training.trainer import train
 
 __all__ = ["finished"]  # a fixture
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_without_space_is_one_line_and_the_one_before_stays(
     settings = [*TINY, "phases=edm:16", "checkpoint_images=8", "grid=1", *settings]
     if file == "model.pt":
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("cmfast_train.loop._any", lambda *_: True)  # stopped after its first step
+            patched.setattr("cmfast_train.training.trainer._any", lambda *_: True)  # stopped after its first step
             assert call(main, *arguments(out, settings)).returncode == 130
     before = content(out) if out.exists() else {}
     with files_of_at_most(size):

@@ -28,26 +28,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
-from cmfast.engines import DrawEngine, TimedEngine, open_engine
-from cmfast.engines.onnxruntime import KEPT, OnnxRuntimeEngine
+from cmfast.backends import DrawEngine, TimedEngine, open_engine
+from cmfast.backends.onnxruntime import KEPT, OnnxRuntimeEngine
 from cmfast.errors import CmfastError, EngineError
 from cmfast.noise import _normal_quantile
-from cmfast.sampler import to_uint8
+from cmfast.sampling import to_uint8
 from cmfast.spec import ModelSpec
-from cmfast_train import torch_noise
+from cmfast_train.backends import torch_noise
+from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.torch_cuda import OnCuda, arithmetic, capture
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.data import batches
+from cmfast_train.data.images import batches
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.engine import TorchEngine
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms
-from cmfast_train.run import Run
-from cmfast_train.step import optimise
-from cmfast_train.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
-from cmfast_train.torch_cuda import OnCuda, arithmetic, capture
+from cmfast_train.training.run import Run
+from cmfast_train.training.step import optimise
+from cmfast_train.training.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
 
 Factory = Callable[..., Path]
 TOLERANCE = 1e-3  # two float32 libraries sum in other orders; cuDNN's transforms cost some digits more
@@ -88,10 +88,10 @@ def drawn(model: cmfast.Model, batch: int, seed: int, steps: int = 2) -> npt.NDA
 
 
 def export_onnx(*arguments: Any, **options: Any) -> None:
-    """Call `cmfast_export.export.export_onnx`, where the packages are that it needs: many GPU machines have none."""
+    """Call `cmfast_export.pipeline.export_onnx`, where the packages are that it needs: many GPU machines have none."""
     for package in ("onnx_ir", "onnxscript"):
         pytest.importorskip(package)
-    from cmfast_export.export import export_onnx
+    from cmfast_export.pipeline import export_onnx
 
     export_onnx(*arguments, **options)
 
@@ -453,7 +453,7 @@ def test_two_steps_of_training_have_finite_losses_in_every_precision(
     precision: str, method: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = settings(f"precision={precision}", f"phases={method}:16")
-    result = run("cmfast_train.cli", "digits", "--out", tmp_path, *options, timeout=240)
+    result = run("cmfast_train.cli.train", "digits", "--out", tmp_path, *options, timeout=240)
     assert result.returncode == 0, result.stderr
     found = losses(tmp_path)
     assert list(found) == [8, 16]
@@ -468,7 +468,7 @@ def test_two_steps_of_training_have_finite_losses_in_every_precision(
 def test_a_killed_run_goes_on_where_it_was(precision: str, run: Callable[..., Any], tmp_path: Path) -> None:
     options = settings(f"precision={precision}", "phases=edm:320,ect:320")
     arguments = ["digits", "--out", str(tmp_path), *options]
-    victim = subprocess.Popen([sys.executable, "-m", "cmfast_train.cli", *arguments], stderr=subprocess.DEVNULL)
+    victim = subprocess.Popen([sys.executable, "-m", "cmfast_train.cli.train", *arguments], stderr=subprocess.DEVNULL)
     log, end = tmp_path / "log.jsonl", time.monotonic() + 240
     while victim.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 20):
         assert time.monotonic() < end
@@ -479,7 +479,7 @@ def test_a_killed_run_goes_on_where_it_was(precision: str, run: Callable[..., An
     assert 0 < state["step"] < 40
     assert ("scaler" in state and bool(state["scaler"])) == (precision == "fp16")
     before = losses(tmp_path)
-    result = run("cmfast_train.cli", *arguments, timeout=240)
+    result = run("cmfast_train.cli.train", *arguments, timeout=240)
     assert result.returncode == 0, result.stderr
     found = losses(tmp_path)
     assert list(found) == list(range(8, 641, 8))
@@ -548,7 +548,7 @@ def test_a_run_says_which_phases_are_recorded(run: Callable[..., Any], tmp_path:
     found = {}
     for graph in ("auto", "false"):
         options = settings("phases=edm:320,sct:80", f"graph={graph}")
-        result = run("cmfast_train.cli", "digits", "--out", tmp_path / graph, *options, timeout=240)
+        result = run("cmfast_train.cli.train", "digits", "--out", tmp_path / graph, *options, timeout=240)
         assert result.returncode == 0, result.stderr
         found[graph] = losses(tmp_path / graph)
         said = json.loads((tmp_path / graph / "log.jsonl").read_text().splitlines()[0])["graph"]
@@ -557,7 +557,7 @@ def test_a_run_says_which_phases_are_recorded(run: Callable[..., Any], tmp_path:
     for images, loss in found["auto"].items():
         assert math.isclose(loss, found["false"][images], rel_tol=0.2), images  # bf16, and sums in another order
     options = settings("phases=edm:320,sct:80", "graph=true")
-    result = run("cmfast_train.cli", "digits", "--out", tmp_path / "none", *options, timeout=240)
+    result = run("cmfast_train.cli.train", "digits", "--out", tmp_path / "none", *options, timeout=240)
     assert result.returncode == 2
     assert "graph=true: the steps of sct cannot be a CUDA graph, sct differentiates in forward mode" in result.stderr
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.artifact import read_manifest
+from cmfast.formats.manifest import read_manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -49,7 +49,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that exports a network with random weights; where the packages are that it needs."""
     for package in ("onnx_ir", "onnxscript"):
         pytest.importorskip(package)
-    from cmfast_export.export import export_onnx
+    from cmfast_export.pipeline import export_onnx
 
     def make(name: str, **options: Any) -> Path:
         torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_the_kernel_of_group_norm_computes_pytorchs(channels: int, groups: int, 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 32), (96, 32), (1024, 1)])
 def test_the_kernel_refuses_what_the_rewrite_leaves_alone(channels: int, groups: int) -> None:
     pytest.importorskip("onnx_ir")
-    from cmfast_export.ort_cuda_patterns import kernel_accepts
+    from cmfast_export.targets.ort_cuda_patterns import kernel_accepts
 
     assert not kernel_accepts(channels, groups)
     x = np.zeros((1, 4, 4, channels), np.float32)

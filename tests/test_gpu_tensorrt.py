@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.engines import TimedEngine
-from cmfast.engines import _cuda as cuda
-from cmfast.engines._tensorrt_library import LIBRARIES, import_library
+from cmfast.backends import TimedEngine
+from cmfast.backends import _cuda as cuda
+from cmfast.backends._tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
 from cmfast_export import cli
-from cmfast_export.export import export_onnx
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
+from cmfast_export.pipeline import export_onnx
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 
 Factory = Callable[..., Path]
 BATCHES = (1, 3, 8)

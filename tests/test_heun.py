@@ -19,7 +19,7 @@ import cmfast
 from cmfast.errors import CmfastError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.noise import gaussian
-from cmfast.sampler import sample, to_uint8
+from cmfast.sampling import sample, to_uint8
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 

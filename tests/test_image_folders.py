@@ -24,10 +24,10 @@ from PIL import Image
 from torch.utils import data as torch_data
 
 from cmfast.errors import CmfastError, CmfastWarning
-from cmfast_train import image_arrays
-from cmfast_train.data import ArrayImages, FolderImages, batches, load_data
-from cmfast_train.evaluate import data_images
-from cmfast_train.presets import PRESETS
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.data import image_arrays
+from cmfast_train.data.images import ArrayImages, FolderImages, batches, load_data
+from cmfast_train.evaluation.evaluate import data_images
 
 
 def config(name: str = "folder", **values: Any) -> Any:
@@ -579,8 +579,8 @@ def test_workers_without_shared_memory_print_our_line_alone(tmp_path: Path) -> N
 import dataclasses, sys
 from pathlib import Path
 from cmfast.errors import CmfastError
-from cmfast_train.data import batches, load_data
-from cmfast_train.presets import PRESETS
+from cmfast_train.data.images import batches, load_data
+from cmfast_train.config.presets import PRESETS
 
 class Full:
     unlink = staticmethod(lambda name: None)

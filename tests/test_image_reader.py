@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from cmfast.errors import CmfastError
-from cmfast_train import image_reader
-from cmfast_train.image_reader import Fit, read_image, read_sample, to_rgb
+from cmfast_train.data import image_reader
+from cmfast_train.data.image_reader import Fit, read_image, read_sample, to_rgb
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 RED, GREEN = (255, 0, 0), (0, 128, 0)

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import cmfast
-from cmfast.artifact import read_manifest
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast.formats.manifest import read_manifest
 from cmfast_export import cli as export
-from cmfast_export.to_diffusers import export_diffusers
+from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
 from cmfast_train.importers.facts import Told

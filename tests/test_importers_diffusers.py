@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from test_adm import IMAGENET64, LSUN256
 from torch import Tensor
 
-from cmfast import sampler
+from cmfast import sampling
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.model import Model
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
+from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
-from cmfast_train.engine import TorchEngine
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.importers import diffusers_tensors as names
 from cmfast_train.importers.facts import Draft, Facts, Told
@@ -162,7 +162,7 @@ def with_denoiser(
     denoiser, generator = checkpoint.denoiser(), torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(n, *checkpoint.spec.image, generator=generator) for _ in sigmas])
     with torch.inference_mode():
-        return sampler.sample(lambda x, s: denoiser(x, torch.full((n,), s), label), noise, sigmas, checkpoint.spec)
+        return sampling.sample(lambda x, s: denoiser(x, torch.full((n,), s), label), noise, sigmas, checkpoint.spec)
 
 
 def labels(checkpoint: Checkpoint, n: int) -> Tensor | None:

@@ -90,7 +90,7 @@ def test_imports_only_go_along_the_arrows(package: str) -> None:
     [
         ("import torch", "torch"),
         ("import numpy, torch.nn as nn", "torch"),
-        ("from cmfast_train.config import Phase", "cmfast_train"),
+        ("from cmfast_train.config.train_config import Phase", "cmfast_train"),
         ("def f():\n    import torch", "torch"),
         ("class A:\n    def f(self):\n        from cmfast_export import x", "cmfast_export"),
         ("try:\n    import torch\nexcept ImportError:\n    pass", "torch"),
@@ -253,7 +253,9 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_classifiers(w
     names = set(wheel.namelist())
     for package, (folder, _, _) in ARROWS.items():
         assert {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")} <= names
-    classifiers = {f"cmfast_train/features_data/{name}.safetensors" for name in ("cifar10", "flowers32", "mnist")}
+    classifiers = {
+        f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in ("cifar10", "flowers32", "mnist")
+    }
     assert {name for name in names if name.endswith((".pt", ".onnx", ".safetensors", ".png", ".pyc"))} == classifiers
     sizes = {info.filename: info.file_size for info in wheel.infolist()}
     assert all(sizes[name] < 1_000_000 for name in classifiers)
@@ -268,9 +270,9 @@ def test_the_wheel_announces_its_commands_and_engines(wheel: zipfile.ZipFile) ->
     groups = configparser.ConfigParser()
     groups.read_string(text)
     suffixes = {"pt", "pth", "ckpt", "bin", "safetensors", "pkl", "folder"}
-    assert groups["cmfast.engines"].keys() == groups["cmfast.describe"].keys() == suffixes
+    assert groups["cmfast.backends"].keys() == groups["cmfast.describe"].keys() == suffixes
     for suffix in suffixes:  # each can be loaded
-        for group in ("cmfast.engines", "cmfast.describe"):
+        for group in ("cmfast.backends", "cmfast.describe"):
             assert callable(EntryPoint(suffix, groups[group][suffix], group).load())
 
 

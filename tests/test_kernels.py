@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from cmfast.errors import EngineError
 from cmfast.spec import ModelSpec
+from cmfast_train.backends.torch_noise import has_triton
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels import fuse as fuse_module
 from cmfast_train.kernels.fuse import fuse
@@ -25,7 +26,6 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.torch_noise import has_triton
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 

@@ -17,17 +17,17 @@ from compiled_kernels import for_every_card, interpret, wide_reads
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, EngineError
-from cmfast_train import fused
-from cmfast_train.config import TrainConfig, override
-from cmfast_train.fused import check_fused, why_no_kernels, why_not_fused
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import TrainConfig, override
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms, fuses
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.parallel import jvp, recompute
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training import fused
+from cmfast_train.training.fused import check_fused, why_no_kernels, why_not_fused
+from cmfast_train.training.initial_model import network_config
+from cmfast_train.training.parallel import jvp, recompute
 
 INTERPRETED = Path(__file__).parent / "interpreted_training_kernels.py"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

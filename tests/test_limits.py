@@ -17,18 +17,18 @@ import torch
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
-from cmfast_train.checks import check_types, shown
-from cmfast_train.cli import main
-from cmfast_train.config import LIMITS, TrainConfig, from_dict, override, to_dict
+from cmfast_train.cli.train import main
+from cmfast_train.config.checks import check_types, shown
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import LIMITS, TrainConfig, from_dict, override, to_dict
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.ema import Averages
+from cmfast_train.methods.schedules import ict_pair
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import build_network, check_weights, network_from_dict, network_to_dict
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import PRESETS
-from cmfast_train.schedules import ict_pair
-from cmfast_train.student import Student
+from cmfast_train.training.ema import Averages
+from cmfast_train.training.step_networks import Student
 
 DIGITS = PRESETS["digits"]
 ADM = AdmConfig(image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1, 2), head_channels=32)

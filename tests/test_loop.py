@@ -26,13 +26,13 @@ from torch import Tensor
 import cmfast
 from cmfast.errors import CmfastError
 from cmfast.images import grid_image
-from cmfast_export.export import export_onnx
+from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.cli import main
-from cmfast_train.config import override
-from cmfast_train.loop import train
+from cmfast_train.cli.train import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import PRESETS
+from cmfast_train.training.trainer import train
 
 # Steps of some ten milliseconds, a line of the log at each, a checkpoint every eight.
 QUICK = [
@@ -44,7 +44,7 @@ KILLED = [*TINY, "dropout=0.2", "phases=edm:160,ect:160", "edm.lr_decay=0.5", "e
 
 
 def command(out: Path, settings: list[str]) -> list[str]:
-    return [sys.executable, "-m", "cmfast_train.cli", *arguments(out, settings)]
+    return [sys.executable, "-m", "cmfast_train.cli.train", *arguments(out, settings)]
 
 
 def arguments(out: Path, settings: list[str]) -> list[str]:

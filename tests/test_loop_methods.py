@@ -18,15 +18,15 @@ import torch
 from test_loop import TINY, assert_equal_to_the_bit, losses_of, run_here, weights_of
 
 import cmfast
-from cmfast.artifact import read_manifest
 from cmfast.cli import sample
 from cmfast.errors import CheckFailed
+from cmfast.formats.manifest import read_manifest
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.config import DISTILL, METHODS, override
-from cmfast_train.loop import train
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import DISTILL, METHODS, override
 from cmfast_train.networks.adm import AdmConfig
-from cmfast_train.presets import PRESETS
+from cmfast_train.training.trainer import train
 
 
 def fast(*methods: str) -> list[str]:
@@ -67,7 +67,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def begin() -> Processes:
     """Return a function that begins a run in a process of its own, one that has not to import torch first."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["cmfast_train.loop", "sklearn.datasets"])
+    processes.set_forkserver_preload(["cmfast_train.training.trainer", "sklearn.datasets"])
 
     def begin(name: str, out: Path) -> Any:
         process = processes.Process(target=train, args=(override(PRESETS["digits"], [*TINY, *RUNS[name]]), out, None))

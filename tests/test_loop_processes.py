@@ -24,15 +24,15 @@ from torch import Tensor
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.cli import command
-from cmfast_train.config import override
-from cmfast_train.data import load_data
-from cmfast_train.folder import begin_folder
-from cmfast_train.loop import steps
+from cmfast_train.cli.train import command
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
+from cmfast_train.data.images import load_data
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.parallel import leave
-from cmfast_train.presets import PRESETS
-from cmfast_train.run import Run
+from cmfast_train.training.folder import begin_folder
+from cmfast_train.training.parallel import leave
+from cmfast_train.training.run import Run
+from cmfast_train.training.trainer import steps
 
 # Five steps a phase: RAdam does not divide by the gradient's size before its sixth, so rounding stays rounding. And all
 # from random weights: in a new network, where many are zero, few have a gradient.

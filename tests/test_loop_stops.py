@@ -18,13 +18,13 @@ import torch
 from test_loop import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, EngineError
-from cmfast_train import loop, parallel, step_graph
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.cli import main
-from cmfast_train.config import override
-from cmfast_train.data import load_data
-from cmfast_train.presets import PRESETS
-from cmfast_train.run import Run
+from cmfast_train.cli.train import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
+from cmfast_train.data.images import load_data
+from cmfast_train.training import parallel, step_graph, trainer
+from cmfast_train.training.run import Run
 
 SHORT = ["phases=edm:32", "checkpoint_images=8000", "grid=1"]
 Call = Callable[..., Any]
@@ -33,7 +33,7 @@ Call = Callable[..., Any]
 @pytest.fixture
 def batches_end_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
     """Return a function that lets the images of the fourth step end by what is called."""
-    whole = loop.batches
+    whole = trainer.batches
 
     def until(end: Callable[[], None]) -> None:
         def batches(*arguments: Any) -> Iterator[Any]:
@@ -42,7 +42,7 @@ def batches_end_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], No
                     end()
                 yield batch
 
-        monkeypatch.setattr(loop, "batches", batches)
+        monkeypatch.setattr(trainer, "batches", batches)
 
     return until
 
@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_not_saved_when_images_cannot_be_read(
 def test_a_signal_before_the_first_step_is_one_line_and_130(
     where: str, number: signal.Signals, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, where, lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(trainer, where, lambda *_: os.kill(os.getpid(), number))
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     result = call(main, *arguments(tmp_path / "run", [*TINY, *SHORT]))
     assert (result.returncode, result.stdout) == (130, "")
@@ -175,7 +175,7 @@ def test_a_process_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         accelerator = SimpleNamespace(num_processes=processes, process_index=0, device=torch.device("cpu"))
         run: Any = SimpleNamespace(config=config, accelerator=accelerator, images=0, step=0, phase=config.phases[0])
         with pytest.raises(error) as raised:
-            next(loop.steps(run, load_data(config, None)))
+            next(trainer.steps(run, load_data(config, None)))
         said = "another process of the run has ended or cannot be reached" in str(raised.value)
         assert said == ("\n" not in str(raised.value)) == (processes == 2)
 
@@ -196,7 +196,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             data.class_names = names
             return data
 
-        monkeypatch.setattr(loop, "load_data", load)
+        monkeypatch.setattr(trainer, "load_data", load)
 
     return name
 
@@ -215,7 +215,7 @@ def test_names_of_classes_are_in_the_configuration_and_the_model_also_of_a_run_b
     assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == list(NAMES)
     assert spec_of(run_here(tmp_path / "new", *SHORT)).class_names == NAMES
     plain = override(PRESETS["digits"], [*TINY, *SHORT, "conditional=false"])
-    assert loop._with_names(plain, loop.load_data(plain, None)).class_names == ()
+    assert trainer._with_names(plain, trainer.load_data(plain, None)).class_names == ()
     named(*NAMES[::-1])
     with pytest.raises(CmfastError, match=r'another class_names; repeat .*\(class_names: \["class 0", .* there'):
         run_here(tmp_path / "new", *SHORT)
@@ -236,7 +236,7 @@ def test_names_of_classes_go_on_from_a_model_and_a_contradiction_is_said(named: 
 
 
 def test_a_run_of_an_older_version_does_not_go_on_with_its_classes_in_another_order(tmp_path: Path) -> None:
-    from cmfast_train.folder import _check_order
+    from cmfast_train.training.folder import _check_order
 
     names = tuple(map(str, range(12)))
     config = dataclasses.replace(PRESETS["folder"], class_names=names)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.losses import (
+from cmfast_train.methods.losses import (
     consistency_loss,
     edm_loss,
     l1,
@@ -29,9 +29,9 @@ from cmfast_train.losses import (
     scm_target,
     weighted_by_itself,
 )
+from cmfast_train.methods.schedules import ct_pair, pd_steps
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.parallel import jvp
-from cmfast_train.schedules import ct_pair, pd_steps
+from cmfast_train.training.parallel import jvp
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 SHAPE = (2, 3, 3)

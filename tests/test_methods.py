@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.spec import ModelSpec
-from cmfast_train.config import CONTINUOUS, PHASE_DEFAULTS, Phase
-from cmfast_train.config import METHODS as NAMES
+from cmfast_train.config.train_config import CONTINUOUS, PHASE_DEFAULTS, Phase
+from cmfast_train.config.train_config import METHODS as NAMES
 from cmfast_train.denoiser import Denoiser, denoised
-from cmfast_train.ema import update_ema
-from cmfast_train.methods import METHODS, Step, distance_of, target_decay
+from cmfast_train.methods.objectives import METHODS, Step, distance_of, target_decay
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
-from cmfast_train.student import Asked, Student
+from cmfast_train.training.ema import update_ema
+from cmfast_train.training.step_networks import Asked, Student
 
 MEAN, STD = 0.3, 0.5  # of the data, one pixel
 SIGMAS = (0.02, 0.1, 0.5, 1.0, 3.0, 10.0, 80.0)  # where the model is compared with the solution

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast_train.metrics import (
+from cmfast_train.evaluation.metrics import (
     add_fake,
     all_are_data,
     check_numbers,
@@ -164,7 +164,7 @@ def test_the_chunks_of_a_large_set_are_put_together(monkeypatch: pytest.MonkeyPa
     whole = precision_recall(real, fake)
     assert 0 < whole[0] < 1
     assert 0 < whole[1] < 1
-    monkeypatch.setattr("cmfast_train.metrics.ROWS", 7)
+    monkeypatch.setattr("cmfast_train.evaluation.metrics.ROWS", 7)
     assert precision_recall(real, fake) == whole
 
 

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 import cmfast
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_export.export import export_onnx
-from cmfast_export.to_diffusers import export_diffusers
-from cmfast_train import loop
+from cmfast_export.pipeline import export_onnx
+from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.config import from_dict, override, to_dict
-from cmfast_train.data import Images
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import from_dict, override, to_dict
+from cmfast_train.data.images import Images
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict, network_to_dict
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import start_of
+from cmfast_train.training import trainer
+from cmfast_train.training.initial_model import start_of
 
 DIGITS = PRESETS["digits"]
 WIDE: dict[str, NetworkConfig] = {  # 8 high, 16 wide; attention at half the size
@@ -133,11 +133,11 @@ def test_either_side_that_cannot_be_halved_is_named(size: str, network: list[str
 
 def trained(out: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Path:
     pixels = torch.randint(0, 256, (20, 1, 8, 16), dtype=torch.uint8)
-    monkeypatch.setattr(loop, "load_data", lambda *_: Images(pixels, torch.arange(20) % 2, 2))
+    monkeypatch.setattr(trainer, "load_data", lambda *_: Images(pixels, torch.arange(20) % 2, 2))
     quick = ["batch=8", "grid=2", "device=cpu", "tensorboard=false"]
     config = override(DIGITS, ["image_size=8x16", *quick, *settings])
-    model = loop.train(config, out, None)
-    assert loop.train(config, out, None) == model  # reads its configuration back
+    model = trainer.train(config, out, None)
+    assert trainer.train(config, out, None) == model  # reads its configuration back
     assert load_checkpoint(model).spec.image == (1, 8, 16)
     return model
 

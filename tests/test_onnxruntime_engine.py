@@ -21,11 +21,11 @@ import pytest
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.artifact import Manifest
-from cmfast.engines import TimedEngine, _cuda, open_engine
-from cmfast.engines import onnxruntime as module
-from cmfast.engines.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends import TimedEngine, _cuda, open_engine
+from cmfast.backends import onnxruntime as module
+from cmfast.backends.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import ArtifactError, EngineError
+from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
 
 Factory = Callable[..., Path]

@@ -19,20 +19,21 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.artifact import ROUNDING, read_manifest
-from cmfast.engines import onnxruntime as engine
+from cmfast.backends import onnxruntime as engine
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
-from cmfast_export import cli, write
-from cmfast_export import export as exporting
-from cmfast_export.auto import export_fastest
-from cmfast_export.cost import graph_cost
-from cmfast_export.export import export_onnx
-from cmfast_export.ort_cuda_patterns import kernel_accepts
-from cmfast_export.ort_cuda_stand_in import written_out
-from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_ort_cuda import CONVERTED, FIRST, LAST, Rewritten, ort_cuda_graph
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
-from cmfast_export.to_triton import write_repository
+from cmfast.formats.manifest import ROUNDING, read_manifest
+from cmfast_export import cli
+from cmfast_export import pipeline as exporting
+from cmfast_export.graphs import writer
+from cmfast_export.graphs.cost import graph_cost
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.pipeline import export_onnx
+from cmfast_export.precision_search import export_fastest
+from cmfast_export.targets.ort_cuda import CONVERTED, FIRST, LAST, Rewritten, ort_cuda_graph
+from cmfast_export.targets.ort_cuda_patterns import kernel_accepts
+from cmfast_export.targets.ort_cuda_stand_in import written_out
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.triton_repository import write_repository
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -160,7 +161,7 @@ def test_the_manifest_says_what_the_file_is_for_and_that_no_cuda_kernel_was_run(
 def test_weights_that_one_file_cannot_hold_stand_beside_a_sampler_of_the_flavour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(writer, "MAX_BYTES", 100_000)
     made = export_onnx(checkpoint("song"), tmp_path / "model.onnx", kind="sampler", steps=2, flavour="ort-cuda")
     assert made.data is not None
     assert sorted(os.listdir(tmp_path)) == sorted(["model.onnx", made.data.name])

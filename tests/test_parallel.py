@@ -24,12 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.ema import update_ema
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.parallel import blocks, fill, fill_optimizer, jvp, leave, recompute, shard, whole
+from cmfast_train.training.ema import update_ema
+from cmfast_train.training.parallel import blocks, fill, fill_optimizer, jvp, leave, recompute, shard, whole
 
 SHAPE: dict[str, Any] = {"image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1}
 NETWORKS: dict[str, NetworkConfig] = {
@@ -309,7 +309,7 @@ EXCHANGING = """
 import atexit, sys, torch
 from torch.distributed import HashStore, all_reduce, group, init_process_group
 from cmfast_train import parallel
-from cmfast_train.cli import main
+from cmfast_train.cli.train import main
 init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 held = group.WORLD  # as DTensor's caches hold it
 for _ in range(2000):

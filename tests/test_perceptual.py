@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast_train.perceptual import NETS, load_lpips
+from cmfast_train.methods.perceptual import NETS, load_lpips
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 torchvision_datasets()

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmfast.artifact import Manifest, read_manifest
+from cmfast.backends._tensorrt_library import make_logger
 from cmfast.cli import info
-from cmfast.engines._tensorrt_library import make_logger
 from cmfast.errors import ArtifactError
-from cmfast.plan import DIGITS, NOT_RUN, UNSEALED, digest, read_plan, seal
+from cmfast.formats.manifest import Manifest, read_manifest
+from cmfast.formats.tensorrt_plan import DIGITS, NOT_RUN, UNSEALED, digest, read_plan, seal
 from cmfast.spec import ModelSpec
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
@@ -121,7 +121,7 @@ def test_any_changed_byte_is_refused(plan: Path, tmp_path: Path) -> None:
 
 def test_a_plan_altered_and_sealed_again_reads_but_is_another_file(plan: Path, tmp_path: Path) -> None:
     # A digest inside is no signature; the SHA-256 of the whole file, known from elsewhere, is what notices.
-    from cmfast.artifact import file_sha256
+    from cmfast.formats.manifest import file_sha256
 
     changed = bytearray(plan.read_bytes())
     changed[-100] ^= 1

@@ -19,13 +19,13 @@ import torch
 from onnx import TensorProto
 
 import cmfast
-from cmfast.artifact import PRECISIONS, ROUNDING, read_manifest
 from cmfast.errors import CheckFailed, CmfastError, EngineError
-from cmfast_export import auto, cli
-from cmfast_export import export as exporting
-from cmfast_export.auto import export_fastest
-from cmfast_export.export import Exported, export_onnx
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast.formats.manifest import PRECISIONS, ROUNDING, read_manifest
+from cmfast_export import cli, precision_search
+from cmfast_export import pipeline as exporting
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.pipeline import Exported, export_onnx
+from cmfast_export.precision_search import export_fastest
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -263,8 +263,8 @@ def test_without_a_clock_auto_takes_the_first_by_rate_inside_the_tolerance(
     assert choice.precision == precision
     assert read_manifest(tmp_path / "model.onnx").dtype == PRECISIONS[precision]
     assert choice.timed == ""
-    order = [each.precision for each in sorted(choice.tried, key=lambda t: auto.BY_RATE.index(t.precision))]
-    assert order == list(auto.BY_RATE[: auto.BY_RATE.index(precision) + 1])
+    order = [each.precision for each in sorted(choice.tried, key=lambda t: precision_search.BY_RATE.index(t.precision))]
+    assert order == list(precision_search.BY_RATE[: precision_search.BY_RATE.index(precision) + 1])
     assert all((each.max_abs is None) == (each.precision != precision) for each in choice.tried)
     assert os.listdir(tmp_path) == ["model.onnx"]
 
@@ -273,17 +273,21 @@ def test_without_a_clock_auto_takes_the_first_by_rate_inside_the_tolerance(
 def test_with_a_clock_auto_takes_the_fastest(
     fastest: str, tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto, "_times", lambda files, device: {p: 1.0 if p == fastest else 2.0 for p in files})
+    monkeypatch.setattr(
+        precision_search, "_times", lambda files, device: {p: 1.0 if p == fastest else 2.0 for p in files}
+    )
     choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", **options(timed=True))
     assert choice.precision == fastest
-    assert {t.precision: t.median_ms for t in choice.tried} == {p: 1.0 if p == fastest else 2.0 for p in auto.ON_CPU}
+    assert {t.precision: t.median_ms for t in choice.tried} == {
+        p: 1.0 if p == fastest else 2.0 for p in precision_search.ON_CPU
+    }
     assert read_manifest(tmp_path / "model.onnx").dtype == PRECISIONS[fastest]
 
 
 def test_auto_without_any_precision_inside_says_by_how_much_and_writes_nothing(
     tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto, "BY_RATE", ("fp16", "fp32"))
+    monkeypatch.setattr(precision_search, "BY_RATE", ("fp16", "fp32"))
     with pytest.raises(CheckFailed, match=r"no precision is to be had inside the tolerance: .*differs .*; .*differs "):
         export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", tolerance=1e-12, **options())
     assert os.listdir(tmp_path) == []
@@ -296,8 +300,8 @@ def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
     def fails() -> None:
         raise EngineError("device cuda was asked for, but there is none")
 
-    monkeypatch.setattr(auto, "check_cuda", fails)
-    monkeypatch.setattr(auto, "export_onnx", None)
+    monkeypatch.setattr(precision_search, "check_cuda", fails)
+    monkeypatch.setattr(precision_search, "export_onnx", None)
     options = ("-o", tmp_path / "model.onnx", "--precision", "auto", "--device", "cuda")
     refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was asked for, but there is none")
 

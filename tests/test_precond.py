@@ -12,7 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmfast.precond import boundary_scalings, edm_scalings, flow_scalings, noise_condition, scalings, seed_scalings
+from cmfast.preconditioning import (
+    boundary_scalings,
+    edm_scalings,
+    flow_scalings,
+    noise_condition,
+    scalings,
+    seed_scalings,
+)
 from cmfast.spec import C_NOISES, SCALINGS, ModelSpec
 
 # sigma, EDM c_skip, c_out, c_in, boundary c_skip, c_out, 250 ln sigma; sigma_data 0.5, sigma_min 0.002.

@@ -18,16 +18,16 @@ import onnx
 import pytest
 from onnx import helper
 
-from cmfast.artifact import SCHEMA, Manifest
 from cmfast.cli.bench import command as bench
 from cmfast.cli.info import command as info
 from cmfast.cli.sample import command as sample
+from cmfast.formats.manifest import SCHEMA, Manifest
 from cmfast_export.cli import command as export
-from cmfast_train.cli import command as train
-from cmfast_train.config import override
-from cmfast_train.eval_cli import command as evaluate
+from cmfast_train.cli.evaluate import command as evaluate
+from cmfast_train.cli.train import command as train
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
 from cmfast_train.importers.facts import Told
-from cmfast_train.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
@@ -57,8 +57,8 @@ def command_line(text: str) -> list[str] | None:
     """Return the words of a line that starts one of our programs, without comment and pipe; else None."""
     words = shlex.split(re.split(r"\s#\s|\s{3,}|\s\|\s", text)[0].replace("[", "").replace("]", ""))
     words = [word.removesuffix("...") for word in words if word != "..."]
-    if "-m" in words and "cmfast_train.cli" in words:
-        return ["cmfast-train", *words[words.index("cmfast_train.cli") + 1 :]]
+    if "-m" in words and "cmfast_train.cli.train" in words:
+        return ["cmfast-train", *words[words.index("cmfast_train.cli.train") + 1 :]]
     if words and words[0].removeprefix("$(BIN)/") in COMMANDS and len(words) > 1:
         return [words[0].removeprefix("$(BIN)/"), *words[1:]]
     if words[:1] in (["python"], ["$(BIN)/python"]) and words[1:2] and words[1].startswith("benchmarks/"):

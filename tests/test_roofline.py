@@ -15,11 +15,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from cmfast import _protobuf as pb
-from cmfast import roofline, timing
+from cmfast.bench import roofline, timing
+from cmfast.bench.roofline import Ceilings, Floor, cast_model, chain_model, floor_ms, measure_machine
 from cmfast.errors import CmfastError
-from cmfast.roofline import Ceilings, Floor, cast_model, chain_model, floor_ms, measure_machine
-from cmfast_train import ceilings as in_torch
+from cmfast.formats import protobuf as pb
+from cmfast_train.backends import ceilings as in_torch
 
 COST = {"flops": 3e9, "weight_bytes": 40e6, "activation_bytes": 10e6}  # of one image
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()

@@ -15,13 +15,13 @@ from test_loop import TINY, arguments, losses_of, run_here
 from test_perceptual import weights
 from test_start import Write, assert_equal_weights, save_images, write
 
-from cmfast_train import ema_cli
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.cli import main
-from cmfast_train.config import override
-from cmfast_train.loop import train
-from cmfast_train.presets import PRESETS
-from cmfast_train.schedules import pd_levels
+from cmfast_train.cli import ema
+from cmfast_train.cli.train import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
+from cmfast_train.methods.schedules import pd_levels
+from cmfast_train.training.trainer import train
 
 __all__ = ["weights", "write"]  # fixtures
 
@@ -71,7 +71,7 @@ def test_snapshots_of_a_run_combine_into_the_average_of_another_width(
     averaged: Path, tmp_path: Path, call: Callable[..., Any]
 ) -> None:
     out = tmp_path / "combined.pt"
-    result = call(ema_cli.main, averaged, "--std", 0.08, "-o", out)
+    result = call(ema.main, averaged, "--std", 0.08, "-o", out)
     assert (result.returncode, result.stderr) == (0, "")
     assert "at step 40, of 10 snapshots" in result.stdout  # those of the last phase
     run_here(tmp_path / "run", "phases=edm:64,ect:320", "ect.ema=0.9", "ema_stds=0.08", *LEARNS)
@@ -83,7 +83,7 @@ def test_snapshots_of_a_run_combine_into_the_average_of_another_width(
 
     assert distance(got) < 0.2 * distance(nearest)
     exact = tmp_path / "exact.pt"
-    assert call(ema_cli.main, averaged, "--std", 0.1, "-o", exact).returncode == 0
+    assert call(ema.main, averaged, "--std", 0.1, "-o", exact).returncode == 0
     assert_equal_weights(dict(load_checkpoint(exact).weights), dict(nearest))
 
 

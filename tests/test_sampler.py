@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmfast.errors import CmfastError
-from cmfast.sampler import renoise_std, sample, to_uint8
+from cmfast.sampling import renoise_std, sample, to_uint8
 from cmfast.spec import RENOISES, ModelSpec
-from cmfast_train.data import to_unit_range
+from cmfast_train.data.images import to_unit_range
 
 Floats = npt.NDArray[np.floating[Any]]
 SCHEDULES = [(80.0,), (80.0, 0.8), (80.0, 24.0, 5.0, 0.8)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.schedules import (
+from cmfast_train.methods.schedules import (
     ct_ema,
     ct_pair,
     ct_scales,

@@ -18,7 +18,7 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.search import (
+from cmfast_train.evaluation.search import (
     RATIO,
     bounds,
     check_writable,

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import cmfast
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast.sampler import sample
+from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
-from cmfast_export.export import export_onnx
+from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
 from cmfast_train.importers.facts import Draft, Told

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_export.to_diffusers import export_diffusers
+from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.cli import main
-from cmfast_train.config import override
-from cmfast_train.loop import train
+from cmfast_train.cli.train import main
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import SongConfig
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.presets import PRESETS
-from cmfast_train.run import Run
-from cmfast_train.start import start_of
+from cmfast_train.training.initial_model import start_of
+from cmfast_train.training.run import Run
+from cmfast_train.training.trainer import train
 
 __all__ = ["persistent", "snapshot"]  # fixtures
 

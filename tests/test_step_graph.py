@@ -20,18 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cmfast.errors import CmfastError, EngineError
-from cmfast_train import run as run_module
-from cmfast_train import step_graph
-from cmfast_train.config import override
-from cmfast_train.data import Batch, batches, load_data
-from cmfast_train.loop import _accelerator, train
-from cmfast_train.methods import constants
+from cmfast_train.backends.torch_cuda import WARM_UPS
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import override
+from cmfast_train.data.images import Batch, batches, load_data
+from cmfast_train.methods.objectives import constants
 from cmfast_train.networks.adm import randomise
-from cmfast_train.presets import PRESETS
-from cmfast_train.run import Run
-from cmfast_train.step import optimise
-from cmfast_train.step_graph import RecordedSteps, check_graph, why_not
-from cmfast_train.torch_cuda import WARM_UPS
+from cmfast_train.training import run as run_module
+from cmfast_train.training import step_graph
+from cmfast_train.training.run import Run
+from cmfast_train.training.step import optimise
+from cmfast_train.training.step_graph import RecordedSteps, check_graph, why_not
+from cmfast_train.training.trainer import _accelerator, train
 
 pytestmark = pytest.mark.usefixtures("any_precision")
 ALL = slice(None)

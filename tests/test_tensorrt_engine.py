@@ -18,13 +18,13 @@ import pytest
 from host_cuda import HostCuda, HostTensorRt
 
 import cmfast
-from cmfast.artifact import file_sha256, read_manifest
-from cmfast.engines import ReleasingEngine, _cuda, open_engine, tensorrt
-from cmfast.engines.tensorrt import KEPT, check_gpu, check_host, check_version
+from cmfast.backends import ReleasingEngine, _cuda, open_engine, tensorrt
+from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
+from cmfast.formats.manifest import file_sha256, read_manifest
 from cmfast.noise import gaussian
-from cmfast_export.export import export_onnx
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
+from cmfast_export.pipeline import export_onnx
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]

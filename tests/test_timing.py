@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cmfast
-from cmfast import timing
+from cmfast.bench import timing
 from cmfast.errors import CmfastError
 
 
@@ -303,7 +303,7 @@ def test_the_commit_is_that_of_the_code_and_dirty_where_the_code_differs(tmp_pat
         return done.stdout.strip()
 
     def commit() -> dict[str, object] | None:
-        program = "import json; from cmfast.timing import commit; print(json.dumps(commit()))"
+        program = "import json; from cmfast.bench.timing import commit; print(json.dumps(commit()))"
         found: dict[str, object] | None = json.loads(output(sys.executable, "-c", program))
         return found
 

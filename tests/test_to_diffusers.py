@@ -31,11 +31,11 @@ from test_importers_diffusers import (
 )
 from torch import Tensor
 
-from cmfast.engines import open_engine
+from cmfast.backends import open_engine
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
 from cmfast.spec import ModelSpec
-from cmfast_export.to_diffusers import Timesteps, export_diffusers, nearest_timesteps, unet_config
+from cmfast_export.targets.diffusers_folder import Timesteps, export_diffusers, nearest_timesteps, unet_config
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
@@ -186,7 +186,7 @@ def test_views_of_one_buffer_transposed_and_with_gradients_are_written(tmp_path:
 def test_neither_way_imports_diffusers(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     code = f"""
 import sys
-from cmfast_export.to_diffusers import export_diffusers
+from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import load_checkpoint
 export_diffusers(load_checkpoint({str(tiny_checkpoint())!r}), {str(tmp_path / "out")!r})
 assert "cmfast_train.importers.diffusers" in sys.modules
@@ -274,7 +274,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_read_back_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    from cmfast_export import to_diffusers
+    from cmfast_export.targets import diffusers_folder
 
     def changed(real: Callable[..., dict[str, Any]], change: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
         def call(*arguments: Any) -> dict[str, Any]:
@@ -288,17 +288,19 @@ def test_a_folder_that_does_not_read_back_is_not_left(
         tensors["conv_out.bias"] = (tensors["conv_out.bias"].view(torch.int32) ^ 1).view(torch.float32)
 
     if what == "weight":
-        monkeypatch.setattr(to_diffusers, "to_diffusers", changed(to_diffusers.to_diffusers, last_bit))
+        monkeypatch.setattr(diffusers_folder, "to_diffusers", changed(diffusers_folder.to_diffusers, last_bit))
     elif what == "network":
-        real = to_diffusers._write_json
+        real = diffusers_folder._write_json
 
         def write(file: Path, values: dict[str, Any]) -> None:
             real(file, {**values, "dropout": 0.5} if file.name == "config.json" else values)
 
-        monkeypatch.setattr(to_diffusers, "_write_json", write)
+        monkeypatch.setattr(diffusers_folder, "_write_json", write)
     else:
         monkeypatch.setattr(
-            to_diffusers, "_scheduler", changed(to_diffusers._scheduler, lambda values: values.update(sigma_max=79.0))
+            diffusers_folder,
+            "_scheduler",
+            changed(diffusers_folder._scheduler, lambda values: values.update(sigma_max=79.0)),
         )
     with pytest.raises(CheckFailed, match={"weight": r"out\.2\.bias"}.get(what, what)):
         export_diffusers(checkpoint_of(), tmp_path / "out")

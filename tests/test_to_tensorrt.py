@@ -17,22 +17,23 @@ from typing import Any
 
 import pytest
 
-from cmfast.artifact import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
-from cmfast.engines import _tensorrt_library as library
+from cmfast.backends import _tensorrt_library as library
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
-from cmfast.plan import read_plan
-from cmfast_export import cli, to_tensorrt
+from cmfast.formats.manifest import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
+from cmfast.formats.tensorrt_plan import read_plan
+from cmfast_export import cli
 from cmfast_export._options import parse_options
-from cmfast_export.compose import sampler_graph
-from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_tensorrt import BuildOptions, build_engine
-from cmfast_export.write import write_with_manifest
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.writer import write_with_manifest
+from cmfast_export.targets import tensorrt_engine
+from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_train.backends.pytorch import checkpoint_manifest
 from cmfast_train.checkpoint import Checkpoint
-from cmfast_train.engine import checkpoint_manifest
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
-from cmfast_train.presets import PRESETS
-from cmfast_train.start import network_config
+from cmfast_train.training.initial_model import network_config
 
 rtx = pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
@@ -142,8 +143,8 @@ def test_ctrl_c_ends_a_build_and_leaves_no_engine(
                 signal.raise_signal(signal.SIGINT)
             super().log(severity, message)
 
-    monkeypatch.setattr(to_tensorrt, "make_logger", lambda _: Log())
-    monkeypatch.setattr(to_tensorrt, "ctrl_c_ends_build", build)
+    monkeypatch.setattr(tensorrt_engine, "make_logger", lambda _: Log())
+    monkeypatch.setattr(tensorrt_engine, "ctrl_c_ends_build", build)
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         build_engine(handmade_onnx(8), tmp_path / "m.engine", BuildOptions())
@@ -182,14 +183,14 @@ def test_float32_is_not_multiplied_in_tf32_unless_the_file_says_so(
     handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    real = to_tensorrt._configure
+    real = tensorrt_engine._configure
 
     def configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> None:
         assert config.get_flag(trt.BuilderFlag.TF32)  # the library's default
         real(trt, config, options, tf32=tf32)
         seen.append(config.get_flag(trt.BuilderFlag.TF32))
 
-    monkeypatch.setattr(to_tensorrt, "_configure", configure)
+    monkeypatch.setattr(tensorrt_engine, "_configure", configure)
     build_engine(handmade_onnx(8), tmp_path / "a.engine", BuildOptions())
     build_engine(
         with_manifest(handmade_onnx(8), tmp_path / "tf32.onnx", dtype="tf32"), tmp_path / "b.engine", BuildOptions()
@@ -236,7 +237,7 @@ def test_names_of_classes_that_an_engine_has_no_room_for_are_left_out_with_a_war
 
 def test_options_reach_the_builder(handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    real = to_tensorrt._add_profile
+    real = tensorrt_engine._add_profile
 
     def look(builder: Any, network: Any, config: Any, kind: str, options: BuildOptions) -> Any:
         seen.update(
@@ -246,7 +247,7 @@ def test_options_reach_the_builder(handmade_onnx: Factory, tmp_path: Path, monke
         )
         return real(builder, network, config, kind, options)
 
-    monkeypatch.setattr(to_tensorrt, "_add_profile", look)
+    monkeypatch.setattr(tensorrt_engine, "_add_profile", look)
     options = BuildOptions(batch=(2,), level=1, workspace_mib=256, target=("8.9", "12.0"))
     built = build_engine(handmade_onnx(8), tmp_path / "model.engine", options)
     assert seen == {"level": 1, "workspace": 256 << 20, "target": ["SM89", "SM120"]}
@@ -309,7 +310,7 @@ def test_options_are_said_as_texts() -> None:
 
 
 def test_a_fixed_batch_is_the_file_s_own(onnx_file: Factory, tiny_checkpoint: Factory, tmp_path: Path) -> None:
-    from cmfast_export.export import export_onnx
+    from cmfast_export.pipeline import export_onnx
 
     export_onnx(tiny_checkpoint(0), tmp_path / "model.onnx", batch=3)
     built = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", BuildOptions())
@@ -322,14 +323,14 @@ def test_a_file_that_changes_while_it_is_built_gives_no_engine(
     handmade_onnx: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copyfile(handmade_onnx(8), tmp_path / "model.onnx")
-    real = to_tensorrt._build
+    real = tensorrt_engine._build
 
     def build(*arguments: Any) -> Any:
         plan = real(*arguments)
         shutil.copyfile(handmade_onnx(16), tmp_path / "model.onnx")
         return plan
 
-    monkeypatch.setattr(to_tensorrt, "_build", build)
+    monkeypatch.setattr(tensorrt_engine, "_build", build)
     with pytest.raises(CheckFailed, match="changed while its engine was built; no file was written"):
         build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", BuildOptions())
     assert os.listdir(tmp_path) == ["model.onnx"]
@@ -363,10 +364,10 @@ def test_the_same_engine_is_built_once_and_found_by_content_not_by_name(handmade
     ("where", "name", "value"),
     [
         (rtx, "__version__", "1.7.1.999"),
-        (to_tensorrt, "this_platform", lambda: "windows_amd64"),
-        (to_tensorrt, "cuda_major", lambda name: "14"),
-        (to_tensorrt, "_default_targets", lambda trt: ["8.9"]),
-        (to_tensorrt, "BUILDER", to_tensorrt.BUILDER + 1),
+        (tensorrt_engine, "this_platform", lambda: "windows_amd64"),
+        (tensorrt_engine, "cuda_major", lambda name: "14"),
+        (tensorrt_engine, "_default_targets", lambda trt: ["8.9"]),
+        (tensorrt_engine, "BUILDER", tensorrt_engine.BUILDER + 1),
     ],
 )
 def test_another_version_system_card_or_builder_is_another_engine(
@@ -412,7 +413,7 @@ def test_a_build_that_dies_leaves_the_old_engine(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(to_tensorrt, "seal", fail)
+    monkeypatch.setattr(tensorrt_engine, "seal", fail)
     with pytest.raises(KeyboardInterrupt):
         build_engine(handmade_onnx(8), path, BuildOptions(), cache=tmp_path / "cache")
     assert path.read_bytes() == b"old"

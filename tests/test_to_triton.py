@@ -25,17 +25,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast import gaussian, save_images
-from cmfast.artifact import Manifest, read_manifest
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast.formats.manifest import Manifest, read_manifest
+from cmfast.formats.tensorrt_plan import NOT_RUN, UNSEALED, seal
 from cmfast.model import load
-from cmfast.plan import NOT_RUN, UNSEALED, seal
 from cmfast.spec import ModelSpec
-from cmfast_export.compose import sampler_graph
-from cmfast_export.to_onnx import denoiser_graph
-from cmfast_export.to_server import server_graph
-from cmfast_export.to_triton import Written, check_repository, client_example, model_name, write_repository
-from cmfast_export.triton_config import MAX_BATCH, ServeOptions, check_name
-from cmfast_export.write import write_data, write_with_manifest
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.server import server_graph
+from cmfast_export.graphs.writer import write_data, write_with_manifest
+from cmfast_export.targets.triton_config import MAX_BATCH, ServeOptions, check_name
+from cmfast_export.targets.triton_repository import (
+    Written,
+    check_repository,
+    client_example,
+    model_name,
+    write_repository,
+)
 from cmfast_train.checkpoint import load_checkpoint
 
 Make = Callable[..., Path]

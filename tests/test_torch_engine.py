@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 import cmfast
-from cmfast import sampler
-from cmfast.engines import VARIANTS, DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine, variant_words
+from cmfast import sampling
+from cmfast.backends import VARIANTS, DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine, variant_words
 from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
-from cmfast_train import engine as engine_module
-from cmfast_train import torch_cuda, torch_noise
+from cmfast_train.backends import pytorch as engine_module
+from cmfast_train.backends import torch_cuda, torch_noise
+from cmfast_train.backends.pytorch import TorchEngine, open_folder
+from cmfast_train.backends.torch_cuda import OnCuda, arithmetic
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.engine import TorchEngine, open_folder
 from cmfast_train.kernels.fuse import fuse
-from cmfast_train.torch_cuda import OnCuda, arithmetic
 
 Factory = Callable[..., Path]
 U64 = 2**64 - 1
@@ -54,7 +54,7 @@ def test_the_loop_on_tensors_draws_the_images_of_the_loop_on_arrays_to_the_bit(
     assert isinstance(model.engine, LoopEngine)
     noise, label = noise_of(model, steps, 3), np.array([3, 1, 4])
     got = model.from_noise(noise, LEVELS[steps], label)
-    want = sampler.sample(lambda x, sigma: model.denoise(x, sigma, label), noise, LEVELS[steps], model.spec)
+    want = sampling.sample(lambda x, sigma: model.denoise(x, sigma, label), noise, LEVELS[steps], model.spec)
     # numpy and torch round the same float32 operations alike: x0 + std z, and the clip.
     np.testing.assert_array_equal(got, want)
     assert (np.abs(got) < 0.99).mean() > 0.5, "only what clipping makes equal"
@@ -557,7 +557,7 @@ def test_what_is_drawn_on_the_device_is_what_the_loop_makes_of_noise_from_numpy(
         want = drawn_by_hand(plain, **request)
         assert np.ptp(want) > 0.1
         np.testing.assert_array_equal(model.sample_float(**request), want)
-        np.testing.assert_array_equal(model.sample(**request), sampler.to_uint8(want))
+        np.testing.assert_array_equal(model.sample(**request), sampling.to_uint8(want))
     assert (recorded != []) is captures
 
 

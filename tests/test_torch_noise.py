@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmfast import noise as portable
 from cmfast.errors import CmfastError, CmfastWarning
-from cmfast_train import torch_noise
-from cmfast_train.torch_noise import key_of
+from cmfast_train.backends import torch_noise
+from cmfast_train.backends.torch_noise import key_of
 
 GOLDEN: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
 U32, U64 = 2**32 - 1, 2**64 - 1
@@ -116,7 +116,7 @@ INTERPRETED = """
 import numpy as np, torch
 from cmfast import noise as portable
 from cmfast_train.kernels import noise as kernels
-from cmfast_train.torch_noise import key_of
+from cmfast_train.backends.torch_noise import key_of
 
 def compare(seed, samples, slices, size, first):
     samples = np.array(samples, np.uint64)
@@ -214,7 +214,8 @@ def test_the_kernel_draws_only_where_it_works(works: bool, monkeypatch: pytest.M
 
 def test_engine_and_noise_are_imported_and_used_where_there_is_no_triton() -> None:
     script = (
-        "import sys; sys.modules['triton'] = None; import cmfast_train.engine; from cmfast_train.torch_noise import *; "
+        "import sys; sys.modules['triton'] = None; import cmfast_train.backends.pytorch; "
+        "from cmfast_train.backends.torch_noise import *; "
         "assert not has_triton(); gaussian(key_of(0), torch.arange(2), 1, (4,))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)

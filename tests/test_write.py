@@ -17,13 +17,14 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from cmfast import _protobuf as pb
-from cmfast.artifact import model_bytes
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
+from cmfast.formats import protobuf as pb
+from cmfast.formats.manifest import model_bytes
 from cmfast.model import load
-from cmfast_export import export, write
-from cmfast_export.export import export_onnx
-from cmfast_export.to_onnx import denoiser_graph
+from cmfast_export import pipeline
+from cmfast_export.graphs import writer
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
 
 Make = Callable[..., Path]
@@ -33,7 +34,7 @@ Make = Callable[..., Path]
 def one_file_is_too_small() -> Iterator[None]:
     """Let 10,000 bytes be what two gigabytes are: the code behind is the same, the test takes no 2 GB."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "MAX_BYTES", 10_000)
+        patch.setattr(writer, "MAX_BYTES", 10_000)
         yield
 
 
@@ -49,7 +50,7 @@ def test_a_file_written_weight_by_weight_is_the_graph_that_onnx_would_have_writt
     tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
     graph = denoiser_graph(load_checkpoint(tiny_checkpoint()).denoiser())
-    size = write.write_model(graph, tmp_path / "ours.onnx")
+    size = writer.write_model(graph, tmp_path / "ours.onnx")
     assert size == (tmp_path / "ours.onnx").stat().st_size
     ours, theirs = onnx.load(tmp_path / "ours.onnx"), ir.to_proto(graph)
     assert [node.SerializeToString() for node in ours.graph.node] == [n.SerializeToString() for n in theirs.graph.node]
@@ -107,7 +108,7 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
         raise CheckFailed("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(export, "verify", fails)
+        failing.setattr(pipeline, "verify", fails)
         with pytest.raises(CheckFailed):
             export_onnx(tiny_checkpoint(classes=0), target)
     assert set(tmp_path.iterdir()) == {target, old, bystander}
@@ -121,9 +122,9 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
 KILLED = """
 import os, signal, sys
 from cmfast_export import export, write
-write.MAX_BYTES = 10_000
-export.verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
-export.export_onnx(sys.argv[1], sys.argv[2])
+writer.MAX_BYTES = 10_000
+pipeline.verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
+pipeline.export_onnx(sys.argv[1], sys.argv[2])
 """
 
 
@@ -170,7 +171,7 @@ def test_a_note_cannot_name_another_kind_of_file(text: str, tmp_path: Path) -> N
     for file in files:
         file.write_text("precious")
     (folder / ".model.onnx.cmfast-data").write_text(text, encoding="latin-1")
-    with write.replacing_data(folder / "model.onnx"):
+    with writer.replacing_data(folder / "model.onnx"):
         pass
     assert [file.read_text() for file in files] == ["precious"] * 3
     assert not list(folder.glob(".*"))
@@ -197,13 +198,13 @@ def test_a_file_that_was_replaced_cannot_name_what_is_deleted(location: str, tmp
     graph = onnx.GraphProto(name="g", initializer=[weight])
     (folder / "model.onnx").write_bytes(onnx.ModelProto(ir_version=8, graph=graph).SerializeToString())
     assert pb.read_onnx_model(folder / "model.onnx").external == [location]  # that is what the file says
-    assert write.data_files(folder / "model.onnx") == set()
+    assert writer.data_files(folder / "model.onnx") == set()
 
 
 def test_a_sha256_of_the_graph_holds_for_the_weights_beside_it_by_the_digest_in_it(
     two_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from cmfast.artifact import file_sha256
+    from cmfast.formats.manifest import file_sha256
 
     file = Path(shutil.copy(two_files[0], tmp_path))
     data = Path(shutil.copy(two_files[1], tmp_path))

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from cmfast_export import to_onnx
+from cmfast_export.graphs import denoiser
 from cmfast_train.denoiser import Denoiser
 
-trace = to_onnx.denoiser_graph
+trace = denoiser.denoiser_graph
 _graphs: dict[Any, Any] = {}
 KEPT_BYTES = 8 << 20  # of a network's weights; larger ones are traced every time
 
 
 def traced_once(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> Any:
-    """Return what `to_onnx.denoiser_graph` returns."""
+    """Return what `denoiser.denoiser_graph` returns."""
     state = denoiser.state_dict()
     if sum(tensor.nbytes for tensor in state.values()) > KEPT_BYTES:
         return trace(denoiser, batch, opset)
@@ -36,4 +36,4 @@ def traced_once(denoiser: Denoiser, batch: int | None = None, opset: int | None 
     return _graphs[key].clone()
 
 
-to_onnx.denoiser_graph = traced_once
+denoiser.denoiser_graph = traced_once

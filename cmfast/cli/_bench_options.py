@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
 from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
+from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, check_model
 from cmfast.schedule import MAX_STEPS
 
-# Of cmfast.engines.VARIANTS, besides the plain way: single words, and what is worth combining.
+# Of cmfast.backends.VARIANTS, besides the plain way: single words, and what is worth combining.
 BASELINE_VARIANTS = (
     "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph", "channels_last cuda_graph",
     "fused cuda_graph",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """cmfast-bench: how fast model files sample, against each other and against eager PyTorch, and why.
 
-Everything is checked and opened first, then outputs are compared, then times are taken (`cmfast.timing`): a wrong
-answer is not timed. After the timing, and not in it, a GPU's own times and the machine's ceilings (`cmfast.roofline`)
-say what the time goes to. A contender that fails is named with its setting (`cmfast.cli._bench_failures`). The method
-is described in benchmarks/README.md.
+Everything is checked and opened first, then outputs are compared, then times are taken (`cmfast.bench.timing`): a wrong
+answer is not timed. After the timing, and not in it, a GPU's own times and the machine's ceilings
+(`cmfast.bench.roofline`) say what the time goes to. A contender that fails is named with its setting
+(`cmfast.bench.failures`). The method is described in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import click
 
-from cmfast.cli._bench_contenders import Agreed, Contender, Job, check_all_run, compare, open_contenders, plan
-from cmfast.cli._bench_failures import Failures, LeftOut
+from cmfast.bench.contenders import Agreed, Contender, Job, check_all_run, compare, open_contenders, plan
+from cmfast.bench.failures import Failures, LeftOut
+from cmfast.bench.report import draw, need_matplotlib, show
+from cmfast.bench.turns import Budget, Times, time_setting
 from cmfast.cli._bench_options import Options
-from cmfast.cli._bench_report import draw, need_matplotlib, show
-from cmfast.cli._bench_timing import Budget, Times, time_setting
 from cmfast.cli._run import run_command
 from cmfast.cli._types import INTS
 from cmfast.errors import CmfastError, EngineError
@@ -160,8 +160,8 @@ def measure(
     contenders: list[Contender], settings: list[list[Job]], options: Options, failures: Failures
 ) -> dict[str, Any]:
     """Compare, probe, time, ask the devices; return the record."""
-    from cmfast import timing
-    from cmfast.cli import _bench_analysis as analysis
+    from cmfast.bench import diagnosis as analysis
+    from cmfast.bench import timing
 
     # A live progress bar would redraw on the core that is being timed, so there are lines instead.
     budget = Budget(options.budget)
@@ -256,7 +256,7 @@ def _starts(
 
 def _rows(setting: list[Agreed], times: Times) -> Iterator[dict[str, Any]]:
     """Yield the rows of one setting, as far as they are about its times."""
-    from cmfast import timing
+    from cmfast.bench import timing
 
     jobs = [each.job for each in setting]
     medians = {job.name: timing.summarise(times.calls_ms[job.name]).median_ms for job in jobs}
@@ -285,7 +285,7 @@ def _rows(setting: list[Agreed], times: Times) -> Iterator[dict[str, Any]]:
 
 
 def _start(job: Job, options: Options) -> dict[str, Any]:
-    from cmfast.artifact import model_bytes
+    from cmfast.formats.manifest import model_bytes
 
     contender = job.contender
     request = {
@@ -299,7 +299,7 @@ def _start(job: Job, options: Options) -> dict[str, Any]:
     }
     # Without this torch.compile would find what this process has just compiled, and its first call would look cheap.
     cold = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    program = [sys.executable, "-P", "-m", "cmfast.cli._probe", json.dumps(request)]
+    program = [sys.executable, "-P", "-m", "cmfast.bench.probe", json.dumps(request)]
     done = subprocess.run(program, capture_output=True, text=True, env=cold)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

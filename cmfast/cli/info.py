@@ -10,7 +10,10 @@ from pathlib import Path
 
 import click
 
-from cmfast.artifact import (
+from cmfast.cli._run import needs, run_command
+from cmfast.cli._types import SET, SOURCE
+from cmfast.errors import CmfastError, CmfastWarning, printable
+from cmfast.formats.manifest import (
     ENGINE_SUFFIXES,
     Manifest,
     as_verified,
@@ -20,9 +23,6 @@ from cmfast.artifact import (
     read_manifest,
     read_onnx,
 )
-from cmfast.cli._run import needs, run_command
-from cmfast.cli._types import SET, SOURCE
-from cmfast.errors import CmfastError, CmfastWarning, printable
 
 NAMES = 20  # of classes that are shown
 CHANGED = "its graph or its weights were changed since they were verified"
@@ -62,7 +62,7 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
 
     found = entry_points(group="cmfast.describe", name="folder" if file.is_dir() else file.suffix.removeprefix("."))
     if not found:
-        from cmfast.engines import open_engine
+        from cmfast.backends import open_engine
 
         manifest = open_engine(file).manifest
         click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, {})))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from cmfast.artifact import PRECISIONS
 from cmfast.checks import check_threads, shown
 from cmfast.cli._run import run_command
 from cmfast.cli._types import FLOATS, INTS
 from cmfast.errors import CmfastError
+from cmfast.formats.manifest import PRECISIONS
 
 EPILOG = """\b
 Examples:

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from cmfast.artifact import read_onnx_file
+from cmfast.formats.manifest import read_onnx_file
 from cmfast.locks import exclusive, lock_beside
 
 P = ParamSpec("P")

@@ -16,13 +16,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from cmfast.artifact import ENGINE_SUFFIXES, PRECISIONS, check_model
 from cmfast.checks import MAX_BATCH
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder, temporary_folder
-from cmfast_export import OPSETS, _report
+from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, check_model
+from cmfast_export import OPSETS, report
 from cmfast_export._options import (
     check_steps,
     check_tolerance,
@@ -234,48 +234,48 @@ def _write_checkpoint(request: Request) -> None:
 
 def _write_diffusers(request: Request) -> None:
     model = _load(request)
-    from cmfast_export.to_diffusers import export_diffusers
+    from cmfast_export.targets.diffusers_folder import export_diffusers
 
-    _report.folder(export_diffusers(model, request.out), model.spec)
+    report.folder(export_diffusers(model, request.out), model.spec)
 
 
 def _write_onnx(request: Request) -> None:
     start = time.perf_counter()
     exported = _export(request, request.out, timed=True)
-    _report.onnx(exported, time.perf_counter() - start, request.checkpoint, request.told)
+    report.onnx(exported, time.perf_counter() - start, request.checkpoint, request.told)
 
 
 def _write_engine(request: Request) -> None:
-    from cmfast_export.to_tensorrt import BuildOptions, build_engine
+    from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
 
     options = parse_options(BuildOptions, "--build", request.build)
     with _graph(request) as onnx:
         tolerance = request.graph["tolerance"]
         built = build_engine(onnx, request.out, options, cache=request.cache, tolerance=tolerance)
-    _report.engine(built, request.checkpoint, request.told)
+    report.engine(built, request.checkpoint, request.told)
 
 
 def _write_triton(request: Request) -> None:
-    from cmfast_export.to_triton import client_example, write_repository
-    from cmfast_export.triton_config import ServeOptions
+    from cmfast_export.targets.triton_config import ServeOptions
+    from cmfast_export.targets.triton_repository import client_example, write_repository
 
     options = parse_options(ServeOptions, "--serve", request.serve)
     with _graph(request) as file:
         written = write_repository(request.out, [file, *request.others], options)
-    _report.repository(written, client_example(written))
+    report.repository(written, client_example(written))
 
 
 def _check_options(request: Request) -> None:
     """Refuse what engines and repositories do not take, before the work of exporting."""
     with needs("cmfast-export", "export,cpu"):
         if request.form == "engine":
-            from cmfast_export.to_tensorrt import BuildOptions, check_build
+            from cmfast_export.targets.tensorrt_engine import BuildOptions, check_build
 
             options = parse_options(BuildOptions, "--build", request.build)
             check_build(options, request.out, request.cache, [request.checkpoint])
         elif request.form == "triton":
-            from cmfast_export.to_triton import check_repository, model_name
-            from cmfast_export.triton_config import ServeOptions
+            from cmfast_export.targets.triton_config import ServeOptions
+            from cmfast_export.targets.triton_repository import check_repository, model_name
 
             served = parse_options(ServeOptions, "--serve", request.serve)
             check_repository(request.out, model_name(_name(request.checkpoint), served))
@@ -301,7 +301,7 @@ def _graph(request: Request) -> Iterator[Path]:
     with temporary_folder(os.path.realpath(request.out)) as folder:
         onnx = folder / f"{_name(request.checkpoint)}.onnx"  # a repository's model is called so
         exported = _export(request, onnx, timed=False)
-        _report.parity(exported, request.out)
+        report.parity(exported, request.out)
         yield onnx
 
 
@@ -309,12 +309,12 @@ def _export(request: Request, out: Path, *, timed: bool) -> Any:
     """Return what export_onnx returns; `timed`: the graph is what will be run, so that auto may measure it."""
     model = _load(request)
     with needs("cmfast-export", "export,cpu"):
-        from cmfast_export.auto import export_fastest
-        from cmfast_export.export import export_onnx
+        from cmfast_export.pipeline import export_onnx
+        from cmfast_export.precision_search import export_fastest
     if request.precision != "auto":
         return export_onnx(model, out, precision=request.precision, **request.graph)
     choice = export_fastest(model, out, timed=timed or request.graph["device"] == "cuda", **request.graph)
-    _report.choice(choice)
+    report.choice(choice)
     return choice.exported
 
 

@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from cmfast.backends import Engine
 from cmfast.checks import NotFinite
-from cmfast.engines import Engine
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast.spec import ModelSpec

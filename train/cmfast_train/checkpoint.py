@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError, one_line, printable
 from cmfast.files import atomic_file
+from cmfast.formats.manifest import check_file
 from cmfast.spec import ModelSpec
 from cmfast_train.border import naming
 from cmfast_train.denoiser import Denoiser

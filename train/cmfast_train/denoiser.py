@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmfast.precond import noise_condition, scalings
+from cmfast.preconditioning import noise_condition, scalings
 from cmfast.spec import ModelSpec
 from cmfast_train.networks.precision import TRUNKS, cast, convert_trunk
 
@@ -14,7 +14,7 @@ from cmfast_train.networks.precision import TRUNKS, cast, convert_trunk
 class Denoiser(nn.Module):
     """f(x, sigma, label): x [B, C, H, W] float32, sigma [B] noise levels, label [B] int64 -> x0 [B, C, H, W].
 
-    Everything outside the network is float32, whatever the network runs in. Formulas: `cmfast.precond`.
+    Everything outside the network is float32, whatever the network runs in. Formulas: `cmfast.preconditioning`.
     """
 
     def __init__(self, network: nn.Module, spec: ModelSpec) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import zipfile
 from typing import BinaryIO
 
-from cmfast.artifact import what_it_is_instead
+from cmfast.formats.manifest import what_it_is_instead
 
 HEAD = 4096  # bytes that are looked at
 _MAGIC = (  # what only those meet who look for weights; the rest is the runtime's

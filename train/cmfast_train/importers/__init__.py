@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
+from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
 from cmfast_train.importers import diffusers, edm, openai, pickles, seed

@@ -4,7 +4,7 @@
 Such a folder says everything: the shape of the network, the scheduler's noise levels; the conventions are what
 CMStochasticIterativeScheduler computes. What our U-Net cannot compute is refused by the name of the field. An
 option that this version does not know is let pass where it is switched off (null, false, 0, empty), else refused.
-The tensors are the affair of `diffusers_tensors`; `cmfast_export.to_diffusers` writes the same folders.
+The tensors are the affair of `diffusers_tensors`; `cmfast_export.targets.diffusers_folder` writes the same folders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The tensors of diffusers' UNet2DModel: their files, and their names and shapes in our U-Net and back.
 
-`diffusers` reads the configuration beside them, `cmfast_export.to_diffusers` writes both.
+`diffusers` reads the configuration beside them, `cmfast_export.targets.diffusers_folder` writes both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast.artifact import check_file
 from cmfast.errors import ArtifactError, one_line
+from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming, reading
 from cmfast_train.checkpoint import read_tensors
 from cmfast_train.importers.facts import shown

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from cmfast.errors import EngineError
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.fused import why_no_kernels
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
+from cmfast_train.training.fused import why_no_kernels
 
 
 def fuse(denoiser: Denoiser) -> None:

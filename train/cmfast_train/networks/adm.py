@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
-from cmfast_train.checks import check_types
+from cmfast_train.config.checks import check_types
 from cmfast_train.networks.count import adm_sizes, check_values
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.fused import fuses, normalised

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
-from cmfast_train.checks import shown
+from cmfast_train.config.checks import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.count import adm_sizes, edm_sizes, seed_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
-from cmfast_train.checks import check_types
+from cmfast_train.config.checks import check_types
 from cmfast_train.networks.count import check_values, edm_sizes
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm_layers import FILTERS, Conv, ConvDown, FourierWaves, GroupNorm, PositionalWaves, Resample

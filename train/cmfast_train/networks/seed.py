@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
-from cmfast_train.checks import check_types
+from cmfast_train.config.checks import check_types
 from cmfast_train.networks.adm import GroupNorm32
 from cmfast_train.networks.count import check_values, seed_sizes
 from cmfast_train.networks.precision import cast, full_precision

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cmfast.errors import CmfastError
-from cmfast_train.checks import shown
+from cmfast_train.config.checks import shown
 from cmfast_train.networks.count import check_blocks
 
 GROUPS = 32  # of every GroupNorm

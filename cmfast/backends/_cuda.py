@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""As much of CUDA's runtime as an engine needs: buffers, a stream, events, graphs. Over cuda-bindings, without torch.
+
+Everything here belongs to device 0; which card that is, CUDA_VISIBLE_DEVICES says. An error of CUDA is an EngineError
+in one line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.backends import DeviceTimes, Inputs
+from cmfast.errors import EngineError, MissingDependency, engine_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The card that engines run on."""
+
+    name: str
+    compute_capability: str  # "8.9"
+
+
+def runtime() -> Any:
+    """Return cuda.bindings.runtime, or raise with the line that installs it."""
+    try:
+        from cuda.bindings import runtime as bindings
+    except ModuleNotFoundError:
+        raise MissingDependency("running an engine on an NVIDIA GPU", "cuda-bindings", "gpu") from None
+    return bindings
+
+
+def open_gpu() -> Gpu:
+    """Select device 0 and return what it is, or raise EngineError saying why there is none."""
+    cuda = runtime()
+    error, count = cuda.cudaGetDeviceCount()
+    if int(error) or not count:
+        why = _words(cuda, error) if int(error) else "no device is visible"
+        raise EngineError(f"no NVIDIA GPU can be used here ({why}); check the driver: nvidia-smi")
+    call(cuda.cudaSetDevice, 0)
+    attribute = cuda.cudaDeviceAttr
+    major = call(cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, 0)
+    minor = call(cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, 0)
+    name = call(cuda.cudaGetDeviceProperties, 0).name
+    return Gpu(name=name.decode() if isinstance(name, bytes) else str(name), compute_capability=f"{major}.{minor}")
+
+
+def check_process(opened: int, name: str) -> None:
+    """Raise EngineError in a child of fork, where CUDA does not work; `opened`: the process that opened the engine."""
+    if opened != os.getpid():
+        raise EngineError(
+            f"{name} was opened before this process was forked, and CUDA does not survive that; open the model here, "
+            'in a process started by "spawn" (multiprocessing.set_start_method)'
+        )
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of the runtime; return what it returns besides the error, or raise the error."""
+    error, *values = function(*arguments)
+    if int(error):
+        cuda = runtime()
+        raise engine_error(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
+    return values[0] if values else None
+
+
+class Stream:
+    """A stream of its own, which does not wait for the default one."""
+
+    def __init__(self) -> None:
+        self._cuda = runtime()
+        self.handle = call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
+        self.close = _freed_with(self, self._cuda.cudaStreamDestroy, self.handle)
+
+    def run(
+        self,
+        values: Inputs,
+        inputs: Mapping[str, Buffer],
+        output: Buffer,
+        work: Callable[[], object],
+        times: list[DeviceTimes] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Copy values into the device's inputs, hand over `work`, copy the output back; return it, waited for.
+
+        times  what it cost is appended here; None: no clock runs
+        """
+        begun = time.perf_counter()
+        for name, buffer in inputs.items():
+            np.copyto(buffer.host, values[name], casting="no")
+        handing = time.perf_counter()
+        events: list[Any] = []
+        try:
+            events += self._mark(times)
+            for buffer in inputs.values():
+                self.to_device(buffer)
+            events += self._mark(times)
+            work()
+            events += self._mark(times)
+            self.to_host(output)
+            events += self._mark(times)
+            enqueued = time.perf_counter()
+            self.wait()
+        except BaseException:
+            self._forget(events)
+            raise
+        result: npt.NDArray[np.float32] = output.host.copy()
+        if times is not None:
+            host_ms, enqueue_ms = 1000 * (time.perf_counter() - begun), 1000 * (enqueued - handing)
+            device = dict(zip(("copy_in_ms", "compute_ms", "copy_out_ms"), self.times_ms(events), strict=True))
+            times.append(DeviceTimes(host_ms=host_ms, enqueue_ms=enqueue_ms, **device))
+        return result
+
+    def wait(self) -> None:
+        """Block until everything that was handed over is done."""
+        call(self._cuda.cudaStreamSynchronize, self.handle)
+
+    def to_device(self, buffer: Buffer) -> None:
+        """Hand over the copy of a buffer's host side to its device side."""
+        self._copy(buffer.device, buffer.pinned, buffer.size, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def to_host(self, buffer: Buffer) -> None:
+        """Hand over the copy of a buffer's device side to its host side."""
+        self._copy(buffer.pinned, buffer.device, buffer.size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def mark(self) -> Any:
+        """Return an event that happens when everything handed over so far is done."""
+        event = call(self._cuda.cudaEventCreate)
+        call(self._cuda.cudaEventRecord, event, self.handle)
+        return event
+
+    def times_ms(self, events: list[Any]) -> list[float]:
+        """Return the device time between each event and the next, ms, and destroy them. The last one has happened."""
+        try:
+            return [float(call(self._cuda.cudaEventElapsedTime, start, end)) for start, end in pairwise(events)]
+        finally:
+            self._forget(events)
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Record what `work` hands over, without running it, as a graph."""
+        # Thread-local: other threads may go on allocating, as other engines do.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
+        try:
+            work()
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
+            raise
+        graph = call(self._cuda.cudaStreamEndCapture, self.handle)
+        try:
+            return Graph(call(self._cuda.cudaGraphInstantiate, graph, 0))
+        finally:
+            call(self._cuda.cudaGraphDestroy, graph)
+
+    def launch(self, graph: Graph) -> None:
+        """Hand over a graph."""
+        call(self._cuda.cudaGraphLaunch, graph.handle, self.handle)
+
+    def _mark(self, times: list[DeviceTimes] | None) -> list[Any]:
+        return [] if times is None else [self.mark()]
+
+    def _forget(self, events: list[Any]) -> None:
+        for event in events:
+            self._cuda.cudaEventDestroy(event)
+
+    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
+        call(self._cuda.cudaMemcpyAsync, to, source, size, kind, self.handle)
+
+
+class Graph:
+    """A recorded sequence of work, launched as one; freed with its last reference, or by `close`."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.close = _freed_with(self, runtime().cudaGraphExecDestroy, handle)
+
+
+class Buffer:
+    """One array at two fixed addresses: on the device, and in page-locked host memory, which copies need.
+
+    Freed with its last reference, or by `close`; then `host` must not be used any more.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        cuda = runtime()
+        self.size = prod(shape) * np.dtype(dtype).itemsize
+        self.device = int(call(cuda.cudaMalloc, self.size))
+        free_device = _freed_with(self, cuda.cudaFree, self.device)
+        self.pinned = int(call(cuda.cudaHostAlloc, self.size, cuda.cudaHostAllocDefault))
+        free_pinned = _freed_with(self, cuda.cudaFreeHost, self.pinned)
+        self._frees = (free_device, free_pinned)
+        raw = memoryview((ctypes.c_byte * self.size).from_address(self.pinned))
+        self.host: npt.NDArray[Any] = np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
+
+    def close(self) -> None:
+        """Free both sides."""
+        for free in self._frees:
+            free()
+
+
+def _freed_with(owner: object, function: Callable[[Any], Any], handle: Any) -> Callable[[], object]:
+    """Free CUDA's side of an object when it goes; not when the process ends, which does it anyway.
+
+    An error of it, of work long past, has nobody to go to.
+    """
+    finalizer = weakref.finalize(owner, function, handle)
+    finalizer.atexit = False
+    return finalizer
+
+
+def _words(cuda: Any, error: Any) -> str:
+    _, text = cuda.cudaGetErrorString(error)
+    return text.decode() if isinstance(text, bytes) else str(text)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Where an engine came from: a process pool gets that instead of the engine, and opens the file again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmfast.errors import ArtifactError, CmfastError
+
+if TYPE_CHECKING:
+    from cmfast.backends import Engine
+
+Files = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The file and the options that an engine was opened with."""
+
+    path: Path  # absolute
+    device: str
+    threads: int | None
+    variant: str
+    precision: str
+    sha256: str | None
+    files: Files  # name, size and time of the last change, ns: another file is not opened as if it were this one
+
+    def reopen(self) -> Engine:
+        """Open the same file again, in another process; ArtifactError where it is gone or has changed."""
+        from cmfast.backends import open_engine
+
+        if not self.path.exists() or states_of(self.path) != self.files:
+            raise ArtifactError(f"{self.path}: it was changed or removed since the model was pickled; load it again")
+        return open_engine(
+            self.path, self.device, self.threads, variant=self.variant, precision=self.precision, sha256=self.sha256
+        )
+
+
+def reopened(origin: Origin) -> Engine:
+    """Return `origin.reopen()`: what pickle calls."""
+    return origin.reopen()
+
+
+def pickled(engine: object) -> tuple[object, tuple[Origin]]:
+    """Return what `__reduce__` of an engine returns, or raise CmfastError where it was not opened from a file."""
+    origin = getattr(engine, "origin", None)
+    if origin is None:
+        raise CmfastError("only a model that was opened by cmfast.load can be pickled: its file is opened again")
+    return reopened, (origin,)
+
+
+def states_of(path: Path) -> Files:
+    """Return name, size and time of the last change, ns, of a file, or of all files in a folder."""
+    parts = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    found = [(part, part.stat()) for part in parts]
+    return tuple((part.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for part, stat in found)

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: MIT
+"""ONNX Runtime, on the CPU or on CUDA.
+
+On CUDA the arrays stay at fixed addresses on the device, bound once a batch size, and everything goes over one stream
+of ours: the copy in, the graph, the copy out. Handed over without waiting in between, it costs ONNX Runtime no copies
+of its own, and events on that stream tell what the device did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import itertools
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.backends import DeviceTimes, Inputs
+from cmfast.backends import _cuda as cuda
+from cmfast.backends._clock import Clock
+from cmfast.backends._onnxruntime_library import cause, import_onnxruntime
+from cmfast.backends._origin import Origin, pickled
+from cmfast.checks import MAX_BATCH
+from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error, one_line
+from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
+from cmfast.formats.onnx_file import OnnxFile
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {  # on CUDA, by variant, the first preferred
+    "": [CUDA],
+    "nhwc": [CUDA],
+    "cuda_graph": [CUDA],
+    "nhwc cuda_graph": [CUDA],
+    "tensorrt": [TENSORRT, CUDA],
+}
+KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
+_OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
+
+
+class OnnxRuntimeEngine:
+    """A graph run by ONNX Runtime. The contract: `cmfast.backends.Engine`, on CUDA `TimedEngine` and `ReleasingEngine`.
+
+    variant  "": node by node. On CUDA also:
+             "nhwc": with `prefer_nhwc`, convolutions of [B, H, W, C], which a file of the flavour ort-cuda is made for;
+             "nhwc cuda_graph": both
+             "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
+             call) and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser
+             in a Python loop is a launch a step and cannot be less: ONNX Runtime captures within one call of its own,
+             and does not allow a capture around several of them (CUDA error 900; its pull request 32081 would).
+             One launch for all steps needs a sampler graph
+             "tensorrt": by ONNX Runtime's TensorRT provider, which builds its engine at the first call, again where a
+             batch size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA
+             takes what TensorRT does not
+
+    The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
+    TensorFloat-32 (`artifact.may_use_tf32`). `_onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
+    TensorFloat-32 for both unless NVIDIA_TF32_OVERRIDE=0 is in the environment: it has no option.
+
+    One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
+    the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
+    nearly all.
+    """
+
+    timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
+    release: Callable[[], None]  # on CUDA only
+    origin: Origin | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        variant: str = "",
+        sha256: str | None = None,
+    ) -> None:
+        file = OnnxFile(path, sha256)
+        try:
+            self._start(file, device, threads, variant)
+        finally:
+            file.close()
+        _OPENED.add(self)
+
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
+
+    def _start(self, file: OnnxFile, device: str, threads: int | None, variant: str) -> None:
+        path, self.manifest = file.path, file.manifest
+        self._process = os.getpid()
+        _check_variant(path, device, variant, self.manifest)
+        ort = _import(device, variant)
+        self.name = f"ONNX Runtime {device} {variant}".rstrip()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # it also raises what it logs as errors, and then our line says it
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session: Any = None  # before the device, so that it goes before the stream that it runs on
+        self._device: _Device | None = None
+        if device == "cpu":
+            self._session = _open(ort, file, options, self.manifest.dtype, [(CPU, {})])
+            self.batch = self._check_graph(path)
+        else:
+            stream = _check_gpu(ort, path, variant, self.manifest.dtype)
+            wanted = _providers(variant, self.manifest.dtype, int(stream.handle))
+            with _quiet(ort):
+                self._session = _open(ort, file, options, self.manifest.dtype, wanted)
+            self.batch = self._check_graph(path)
+            self._device = _Device(ort, self._session, self.manifest, stream, captures="cuda_graph" in variant)
+            self.timed, self.release = self._device.timed, self._device.release
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return the graph's output, float32 [B, C, H, W]."""
+        try:
+            if self._device is not None:
+                cuda.check_process(self._process, self.name)
+                return self._device.run(inputs)
+            (output,) = self._session.run(None, dict(inputs))
+        except CmfastError:
+            raise
+        except Exception as err:  # the exceptions of ONNX Runtime share no public base class
+            raise engine_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
+        first = inputs["noise" if "noise" in inputs else "x"]
+        want = (first.shape[_batch_axis(self.manifest.kind)], *self.manifest.spec.image)
+        if output.dtype != np.float32 or output.shape != want:
+            raise ArtifactError(
+                f"{self.name}: the graph returned {output.dtype} {list(output.shape)}, its manifest promises float32 "
+                f"{list(want)}; export the model again with cmfast-export"
+            )
+        result: npt.NDArray[np.float32] = output
+        return result
+
+    def _check_graph(self, path: Path) -> int | None:
+        """Raise unless the graph takes and gives what its manifest says; return its fixed batch size, if it has one."""
+        spec, kind = self.manifest.spec, self.manifest.kind
+        nodes = self._session.get_inputs()
+        have = {node.name: list(node.shape) for node in nodes}
+        names = ["x", "sigma"] if kind == "denoiser" else ["noise"]
+        names += ["label"] if spec.classes else []
+        if list(have) != names:
+            raise ArtifactError(
+                f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}"
+            )
+        for node in nodes:
+            self._check_value(path, node, "int64" if node.name == "label" else "float")
+        shape = have[names[0]]  # x [B, C, H, W], a sampler's noise [K, B, C, H, W], a server's [B, K, C, H, W]
+        axis, before = _batch_axis(kind), 1 if kind == "denoiser" else 2
+        if len(shape) != before + len(spec.image):
+            raise ArtifactError(f"{path}: the graph's {names[0]} is {shape}, and needs {before + len(spec.image)} axes")
+        batch, image = shape[axis], shape[before:]
+        if image != list(spec.image):
+            raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")
+        outputs = self._session.get_outputs()
+        if len(outputs) != 1:
+            raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one, the images")
+        self._check_value(path, outputs[0], "float")
+        given = list(outputs[0].shape)  # empty: the file does not say; `run` looks at each
+        sides = given[1:] if len(given) == 1 + len(spec.image) else None
+        if given and (
+            sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, spec.image, strict=True))
+        ):
+            raise ArtifactError(f"{path}: the graph returns {given}, its manifest says images of {list(spec.image)}")
+        if isinstance(batch, int) and not 0 < batch <= MAX_BATCH:
+            raise ArtifactError(
+                f"{path}: the graph's batch size is fixed at {batch}; at most {MAX_BATCH:,} are run: export it again"
+            )
+        return batch if isinstance(batch, int) else None
+
+    def _check_value(self, path: Path, node: Any, element: str) -> None:
+        if node.type != f"tensor({element})":
+            raise ArtifactError(f"{path}: the graph's {node.name} is {node.type}, and needs tensor({element})")
+
+
+def _keep_inherited() -> None:
+    """In a child of fork, never free a session: it would wait for threads that only the parent has, and crash.
+
+    It still runs there, on the thread that calls it.
+    """
+    for engine in _OPENED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
+def check_cuda() -> None:
+    """Raise EngineError unless this ONNX Runtime, card and driver can run files on CUDA."""
+    _check_gpu(_import("cuda", ""), Path(), "", "float32")
+
+
+class _Device:
+    """A session on CUDA with its buffers, a set of them for each batch size that was used."""
+
+    def __init__(
+        self, ort: Any, session: Any, manifest: Manifest, stream: cuda.Stream, *, captures: bool, place: str = "cuda"
+    ) -> None:
+        self._ort, self._session, self._manifest, self._stream = ort, session, manifest, stream
+        self._place = place  # where the buffers' device side is, in ONNX Runtime's words
+        # A captured graph reads and writes the addresses that it was captured with, so a set of buffers has an id of
+        # its own, which is never given again. ONNX Runtime keeps 0 for itself.
+        self._ids = itertools.count(1) if captures else None
+        self._names = [node.name for node in session.get_inputs()]
+        self._ready: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        self._clock = Clock()
+        self.timed = self._clock.timed
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return the output for these inputs, which are copied in and out."""
+        if sorted(inputs) != sorted(self._names):
+            raise EngineError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
+        key = tuple(inputs[name].shape for name in self._names)
+        new = key not in self._ready
+        bound = self._bind(inputs) if new else self._ready.pop(key)
+
+        def work() -> None:
+            self._session.run_with_iobinding(bound.binding, bound.options)
+
+        try:
+            result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
+        except Exception as err:
+            self._close(bound)
+            raise engine_error(f"{self._failure(new)}: {cause(err)}") from None
+        self._ready[key] = bound  # the last used last
+        return result
+
+    def release(self) -> None:
+        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingEngine`."""
+        while self._ready:
+            self._close(self._ready.popitem()[1])
+
+    def _bind(self, inputs: Inputs) -> _Bound:
+        """Return buffers for inputs of these shapes, bound to the session."""
+        while len(self._ready) >= KEPT:
+            self._close(self._ready.pop(next(iter(self._ready))))
+        types = {name: np.int64 if name == "label" else np.float32 for name in self._names}
+        buffers = {name: cuda.Buffer(inputs[name].shape, types[name]) for name in self._names}
+        batch = inputs[self._names[0]].shape[_batch_axis(self._manifest.kind)]
+        output = cuda.Buffer((batch, *self._manifest.spec.image), np.float32)
+        binding = self._session.io_binding()
+        for name, buffer in buffers.items():
+            binding.bind_input(name, self._place, 0, types[name], buffer.host.shape, buffer.device)
+        (node,) = self._session.get_outputs()
+        binding.bind_output(node.name, self._place, 0, np.float32, output.host.shape, output.device)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # our stream waits, once
+        number = next(self._ids) if self._ids else None
+        if number is not None:
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        return _Bound(inputs=buffers, output=output, binding=binding, options=options, graph=number)
+
+    def _close(self, bound: _Bound) -> None:
+        """Free a set of buffers, after the graph that uses them."""
+        if bound.graph is not None and hasattr(self._session, "release_captured_graph"):  # ONNX Runtime 1.31
+            with contextlib.suppress(Exception):  # of a graph whose capture failed
+                self._session.release_captured_graph(bound.graph)
+        for buffer in (*bound.inputs.values(), bound.output):
+            buffer.close()
+
+    def _failure(self, new: bool) -> str:
+        if new and self._ids:
+            return "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph"
+        return "ONNX Runtime failed on cuda; if memory is short, try a smaller batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """What one batch size needs, at fixed addresses."""
+
+    inputs: dict[str, cuda.Buffer]
+    output: cuda.Buffer
+    binding: Any  # onnxruntime.IOBinding
+    options: Any  # onnxruntime.RunOptions
+    graph: int | None  # the captured graph's id
+
+
+def _open(ort: Any, file: OnnxFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+    """Return a session on these providers, or raise with the reason why it is not to be had."""
+    path = file.path
+    names = [name for name, _ in wanted]
+    try:
+        # Without enable_fallback=0 it prints what is wrong and goes on with other providers.
+        session = file.session(ort, options, providers=wanted, enable_fallback=0)
+    except CmfastError:
+        raise
+    except Exception as err:
+        raise _refusal(ort, path, dtype, names, cause(err)) from None
+    if list(session.get_providers())[: len(names)] != names:  # it falls back without a word, which would be a lie
+        raise _refusal(ort, path, dtype, names, "")
+    return session
+
+
+def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> CmfastError:
+    """Return the error for a session that could not be made; `why` is what ONNX Runtime said, if anything."""
+    this = f"ONNX Runtime {ort.__version__}"
+    if names != [CPU]:
+        for name, extra, fix in (
+            (TENSORRT, "TensorRT", "install that version of TensorRT, or build an engine file: --format engine"),
+            (CUDA, "CUDA", "install what it needs: pip install 'onnxruntime-gpu[cuda,cudnn]'"),
+        ):
+            if name in names and (missing := _missing_library(ort, extra)):
+                return EngineError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
+        if not why or any(f"{library} failure" in why for library in ("CUDA", "CUBLAS", "CUDNN")):
+            said = f": {why}" if why else " and fell back to another provider"
+            return EngineError(f"device cuda was asked for, but {this} could not start it{said}; see nvidia-smi")
+        if "graph capture" in why:
+            fix = "use it without that variant, or export it with a fixed --batch"
+            return EngineError(f"{path}: {this} cannot run it as a CUDA graph; {fix}: {why}")
+    if dtype == "bfloat16" and "NOT_IMPLEMENTED" in why:
+        use = "use a GPU (--device cuda), or " if names == [CPU] else ""
+        return EngineError(
+            f"{path}: {this} lacks bfloat16 operations of this file on this device; "
+            f"{use}export it with --precision fp16 or fp32: {why}"
+        )
+    return ArtifactError(f"{path}: {this} cannot open it: {why}")
+
+
+def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) -> None:
+    dtype = manifest.dtype
+    have = list(PROVIDERS) if device == "cuda" else [""]
+    if variant not in have:
+        there = ", ".join(map(repr, have))
+        also = "" if device == "cuda" else "; 'nhwc', 'cuda_graph' and 'tensorrt' need --device cuda"
+        raise EngineError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
+    if device == "cpu" or variant == "tensorrt":
+        check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT")
+    # Its NHWC kernels are float and float16: core/providers/cuda/cuda_nhwc_kernels.cc. To be removed when it has more.
+    if "nhwc" in variant and dtype == "bfloat16":
+        raise EngineError(
+            f"{path}: a file in bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out, or "
+            "export it with --precision fp16"
+        )
+    if variant == "tensorrt" and dtype == "float32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        raise EngineError(
+            f"{path}: a float32 file, and ONNX Runtime's TensorRT provider multiplies float32 as TensorFloat-32 "
+            "without a switch for it; set NVIDIA_TF32_OVERRIDE=0 in the environment, or export with --precision tf32"
+        )
+
+
+def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
+    """Raise unless this build, this card and its driver can run such a file; return a stream to run it on."""
+    for name in PROVIDERS[variant]:
+        if not _has(ort, name):
+            what = "TensorRT" if name == TENSORRT else "CUDA"
+            asked = "variant tensorrt" if name == TENSORRT else "device cuda"
+            raise EngineError(
+                f"{asked} was asked for, but the installed onnxruntime {ort.__version__} is a build without {what}; "
+                "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
+            )
+    gpu = cuda.open_gpu()
+    if dtype in ("tf32", "bfloat16") and int(gpu.compute_capability.split(".")[0]) < 8:
+        raise EngineError(
+            f"{path}: a file in {dtype}, which the {gpu.name} lacks (compute capability {gpu.compute_capability}, "
+            "needed 8.0); export it with --precision fp16 or fp32"
+        )
+    return cuda.Stream()
+
+
+def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[str, str]]]:
+    """Return providers with their options. Float32 stays float32: TensorFloat-32 keeps ten bits of the mantissa."""
+    common = {"user_compute_stream": str(stream)}
+    for_cuda = {**common, "use_tf32": str(int(may_use_tf32(dtype)))}
+    if "nhwc" in variant:
+        for_cuda["prefer_nhwc"] = "1"
+    if "cuda_graph" in variant:
+        for_cuda["enable_cuda_graph"] = "1"
+    # TensorRT takes the types of the file, TensorFloat-32 apart, as long as no option asks for another precision.
+    return [(name, for_cuda if name == CUDA else common) for name in PROVIDERS[variant]]
+
+
+def _has(ort: Any, provider: str) -> bool:
+    """Return whether a provider is compiled in, or registered: newer builds have CUDA as a plugin of that name."""
+    devices = ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else []
+    return provider in ort.get_available_providers() or any(device.ep_name == provider for device in devices)
+
+
+def _missing_library(ort: Any, provider: str) -> str | None:
+    """Return why the library of a provider cannot be loaded, in the words of the loader; None: it can.
+
+    ONNX Runtime says it to its log only. To be asked after it has tried: the libraries take from it what it prepares.
+    """
+    folder = Path(ort.__file__).parent / "capi"
+    name = f"onnxruntime_providers_{provider.lower()}"
+    try:
+        ctypes.CDLL(str(folder / (f"{name}.dll" if os.name == "nt" else f"lib{name}.so")))
+    except OSError as err:
+        return one_line(err)
+    return None
+
+
+@contextmanager
+def _quiet(ort: Any) -> Iterator[None]:
+    """Keep off stderr what is raised as one line, and that a registered plugin is not among what is compiled in."""
+    ort.set_default_logger_severity(4)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified provider")
+            yield
+    finally:
+        ort.set_default_logger_severity(2)  # the default; what it was cannot be asked
+
+
+def _import(device: str, variant: str) -> Any:
+    onnxruntime = import_onnxruntime(extra="gpu" if device == "cuda" else "cpu")
+    if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints of libraries that are missing
+            onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    if variant == "tensorrt":
+        with contextlib.suppress(ImportError, OSError, RuntimeError):
+            import tensorrt  # noqa: F401  loads the libraries that pip installed
+    return onnxruntime
+
+
+def _batch_axis(kind: str) -> int:
+    """Return the axis of the batch in the first input."""
+    return 1 if kind == "sampler" else 0

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""TensorRT and TensorRT-RTX: engine files, on an NVIDIA GPU, without torch.
+
+    model = cmfast.load("model.engine")       # a sampler: the whole few-step loop is one CUDA graph a batch size
+
+An engine file is native code for the GPU and the host: load only what you trust, and say its SHA-256 where it has to
+travel (`cmfast.load(path, sha256=...)`). Before anything is deserialized the file is checked
+(`cmfast.formats.tensorrt_plan`) and what it was built for is compared with what is here. Building is
+`cmfast_export.targets.tensorrt_engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.backends import Inputs
+from cmfast.backends import _cuda as cuda
+from cmfast.backends._clock import Clock
+from cmfast.backends._origin import Origin, pickled
+from cmfast.backends._tensorrt_library import (
+    LIBRARIES,
+    cuda_major,
+    import_library,
+    make_logger,
+    reason,
+    this_platform,
+)
+from cmfast.backends.cache import check_cache, read_entry, write_entry
+from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
+from cmfast.formats.manifest import Manifest, check_file, compare_sha256
+from cmfast.formats.tensorrt_plan import parse_plan
+
+KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
+
+
+class TensorRtEngine:
+    """A plan, run by the library that built it. The contracts are `cmfast.backends.Engine` and `TimedEngine`.
+
+    A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
+    TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
+    set, for the next process. Larger batches than the engine was built for are run in parts. One thread at a time.
+
+    sha256  what the file must hash to; the bytes that were hashed are those that are loaded
+    """
+
+    origin: Origin | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cuda",
+        threads: int | None = None,
+        variant: str = "",
+        sha256: str | None = None,
+    ) -> None:
+        if device != "cuda":
+            raise EngineError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
+        if variant:
+            raise EngineError(f"{path}: a TensorRT engine runs one way only, not {variant}")
+        self._process = os.getpid()
+        plan = check_file(path).read_bytes()
+        if sha256 is not None:
+            compare_sha256(path, hashlib.sha256(plan).hexdigest(), sha256)
+        self.manifest = parse_plan(plan, path)
+        built = self.manifest.engine
+        check_host(path, self.manifest)
+        library = str(built["library"])
+        self._trt = import_library(library, f"running {path.name}")
+        check_version(path, self.manifest, str(self._trt.__version__), cuda_major(library))
+        gpu = cuda.open_gpu()
+        check_gpu(path, self.manifest, gpu)
+        self.name = f"{LIBRARIES[library]} cuda"
+        self._least, _, self._most = built["batch"]
+        self.batch = self._most if self._least == self._most else None
+        self._log = make_logger(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        if built.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True  # the runtime of the older version travels in the plan
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
+        self._stream = cuda.Stream()
+        self._ready: dict[int, _Ready] = {}
+        self._clock = Clock()
+        self.timed = self._clock.timed
+        self._kernels = _kernel_file(self.manifest, gpu)
+        self._compiled: Any = None  # TensorRT-RTX's cache of kernels, kept in that file
+
+    def __reduce__(self) -> tuple[object, tuple[Origin]]:
+        return pickled(self)
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Return the graph's output, float32 [B, C, H, W]."""
+        cuda.check_process(self._process, self.name)
+        axes = {name: 1 if name == "noise" and self.manifest.kind == "sampler" else 0 for name in inputs}
+        name = next(iter(inputs))
+        n = inputs[name].shape[axes[name]]
+        parts = []
+        for start in range(0, n, self._most):
+            size = min(self._most, n - start)
+            wanted = max(size, self._least)
+            part = {k: _part(v, axes[k], start, size, wanted) for k, v in inputs.items()}
+            parts.append(self._run(part, wanted)[:size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def release(self) -> None:
+        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingEngine`."""
+        while self._ready:
+            self._ready.popitem()[1].close()
+
+    def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
+        ready = self._ready.pop(batch, None) or self._prepare(batch)
+        self._ready[batch] = ready  # the last used last
+        return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._clock.times)
+
+    def _enqueue(self, ready: _Ready) -> None:
+        if ready.graph is not None:
+            self._stream.launch(ready.graph)
+        elif not ready.context.execute_async_v3(int(self._stream.handle)):
+            raise EngineError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
+
+    def _prepare(self, batch: int) -> _Ready:
+        """Return a context for one batch size, its buffers bound, and its CUDA graph where we capture one."""
+        while len(self._ready) >= KEPT:
+            self._ready.pop(next(iter(self._ready))).close()
+        context = self._context()
+        if context is None:
+            raise OutOfMemory(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
+        buffers: dict[str, cuda.Buffer] = {}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        input_mode = self._trt.TensorIOMode.INPUT
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == input_mode]
+        for name in inputs:
+            shape = tuple(batch if side < 0 else side for side in self._engine.get_tensor_shape(name))
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
+            buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
+        outputs = [name for name in names if name not in inputs]
+        shapes = [tuple(context.get_tensor_shape(name)) for name in outputs]
+        if shapes != [(batch, *self.manifest.spec.image)]:
+            want = [batch, *self.manifest.spec.image]
+            raise EngineError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
+        (output,) = outputs
+        buffers[output] = cuda.Buffer(shapes[0], np.float32)
+        for name, buffer in buffers.items():
+            if not context.set_tensor_address(name, buffer.device):
+                raise EngineError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")
+        ready = _Ready(context=context, inputs={name: buffers[name] for name in inputs}, output=buffers[output])
+        for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
+            buffer.host[...] = 0
+            self._stream.to_device(buffer)
+        self._enqueue(ready)  # what is allocated at the first run must not be captured
+        self._stream.wait()
+        if not self._captures_itself():
+            ready.graph = self._stream.capture(lambda: self._enqueue(ready))
+        elif self._kernels is not None:
+            write_entry(self._kernels.parent, self._kernels.name, bytes(self._compiled.serialize()))
+        return ready
+
+    def _context(self) -> Any:
+        if not self._captures_itself():
+            return self._engine.create_execution_context()
+        # TensorRT-RTX captures and replays by itself, because it changes kernels behind a capture of ours: it starts
+        # with general ones unless told to compile those for the shape at once.
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        if self._kernels is not None:
+            if self._compiled is None:
+                self._compiled = config.create_runtime_cache()
+                kept = read_entry(self._kernels.parent, self._kernels.name)
+                if kept is not None:  # what does not suit this card or driver it refuses, and compiles again
+                    self._compiled.deserialize(kept)
+            if not config.set_runtime_cache(self._compiled):
+                raise EngineError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
+        return self._engine.create_execution_context(config)
+
+    def _captures_itself(self) -> bool:
+        return bool(self.manifest.engine["library"] == "tensorrt_rtx")
+
+
+class _Ready:
+    """What one batch size needs, at fixed addresses."""
+
+    def __init__(self, *, context: Any, inputs: dict[str, cuda.Buffer], output: cuda.Buffer) -> None:
+        self.context, self.inputs, self.output = context, inputs, output
+        self.graph: cuda.Graph | None = None
+
+    def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+        self.context = None  # before the buffers that it points to
+        for buffer in (*self.inputs.values(), self.output):
+            buffer.close()
+
+
+REBUILD = "build it here: cmfast-export model.onnx --format engine"
+
+
+def check_host(path: Path, manifest: Manifest) -> None:
+    """Raise EngineError unless the plan was built for this operating system and processor."""
+    built = manifest.engine["platform"]
+    portable = manifest.engine["library"] == "tensorrt_rtx"  # its plans run on Linux and Windows alike
+    if not portable and built != this_platform():
+        raise EngineError(f"{path}: built for {built}, this is {this_platform()}; {REBUILD}")
+
+
+def check_version(path: Path, manifest: Manifest, here: str, cuda_here: str) -> None:
+    """Raise EngineError unless this version of the library, for this major version of CUDA, can load the plan."""
+    built, library = str(manifest.engine["version"]), LIBRARIES[str(manifest.engine["library"])]
+    cuda_built = manifest.engine.get("cuda")
+    if cuda_built and cuda_here and cuda_built != cuda_here:
+        raise EngineError(f"{path}: built for CUDA {cuda_built}, the {library} here is for CUDA {cuda_here}; {REBUILD}")
+    if built == here or (manifest.engine.get("version_compatible") and _number(built) <= _number(here)):
+        return
+    raise EngineError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {REBUILD}")
+
+
+def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
+    """Raise EngineError unless the plan was built for a card like this one; warn if it was tuned on another model."""
+    if why := other_card(manifest.engine, gpu):
+        raise EngineError(f"{path}: {why}; {REBUILD}")
+    tuned_on = manifest.engine.get("gpu")
+    if tuned_on and tuned_on != gpu.name:
+        warnings.warn(f"{path} was tuned on the {tuned_on}; here is the {gpu.name}", CmfastWarning, stacklevel=2)
+
+
+def other_card(built: Any, gpu: cuda.Gpu) -> str:
+    """Return why a plan with this "engine" in its manifest is not for the card, or an empty string."""
+    if gpu.compute_capability in built["compute_capability"]:
+        return ""
+    if built.get("hardware_compatible") == "ampere+" and _number(gpu.compute_capability) >= (8, 0):
+        return ""
+    cards = ", ".join(built["compute_capability"])
+    return f"built for compute capability {cards}, the {gpu.name} here has {gpu.compute_capability}"
+
+
+def _kernel_file(manifest: Manifest, gpu: cuda.Gpu) -> Path | None:
+    """Return where TensorRT-RTX's compiled kernels are kept between processes: in $CMFAST_CACHE, if it is set."""
+    folder = os.environ.get("CMFAST_CACHE")
+    if not folder or manifest.engine["library"] != "tensorrt_rtx":
+        return None
+    # Not the plan's digest: it changes when the plan is sealed again with what was measured.
+    of_file = {k: v for k, v in manifest.engine.items() if k not in ("plan_sha256", "max_abs")}
+    key = json.dumps([of_file, gpu.name, gpu.compute_capability], sort_keys=True)
+    try:
+        return check_cache(folder, make=True) / f"{hashlib.sha256(key.encode()).hexdigest()}.kernels"
+    except CmfastError as err:  # the engine runs without; it compiles again
+        warnings.warn(f"kernels are not kept: {err}", CmfastWarning, stacklevel=2)
+        return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _part(values: npt.NDArray[Any], axis: int, start: int, size: int, wanted: int) -> npt.NDArray[Any]:
+    """Return `size` of the batch from `start` on, the last repeated until there are `wanted`."""
+    index = np.minimum(np.arange(start, start + wanted), start + size - 1)
+    return values if wanted == values.shape[axis] else np.take(values, index, axis=axis)

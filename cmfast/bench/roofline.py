@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""The roofline: how fast this machine multiplies and moves, measured, and the least time that a model needs on it.
+
+    ceilings = measure_machine("cuda", "float16")
+    floor = floor_ms(manifest.cost, ceilings, batch=8, steps=1)      # at least so long; why: floor.bound
+
+Nothing is taken from a data sheet: ceilings are what well-known libraries reach here and now. Operations and bytes are
+counted at export (`cmfast_export.graphs.cost`). The model: Williams, Waterman, Patterson, "Roofline", 2009.
+
+A ceiling is what can be reached, so the fastest call counts and not the median: what else the machine does slows calls
+down and never speeds them up. Matrices of several sizes multiply, and no convolution: one by Winograd's method does
+fewer operations than are counted, and its rate would be none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast.bench import timing
+from cmfast.checks import check_threads
+from cmfast.errors import CmfastError, one_line
+from cmfast.formats.manifest import may_use_tf32
+from cmfast.formats.protobuf import encode_head, encode_varint
+
+COST = ("flops", "weight_bytes", "activation_bytes")  # the keys of a manifest's cost
+# By a manifest's dtype: bytes of a number, and its type in ONNX. tf32 is float32 in memory.
+BYTES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
+_ELEMENT = {"float32": 1, "tf32": 1, "float16": 10, "bfloat16": 16}
+
+CALLS, SECONDS = 6, 0.3  # counted, of each way to measure, at least; six are two turns
+# By device. Large enough that starting does not count and that no cache holds it; on a GPU a call is several of them
+# in a row, because starting one takes as long there as a tenth of it.
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # rows and columns of the matrices
+NUMBERS = {"cpu": 2**25, "cuda": 2**27}  # float32, of each array that is moved
+PRODUCTS = {"cpu": 1, "cuda": 4}
+SUMS = {"cpu": 1, "cuda": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What a device reaches at most in a type: the fastest calls of this machine, this minute.
+
+    None: could not be measured.
+    """
+
+    device: str
+    dtype: str  # a manifest's
+    flops_per_s: float | None  # matrix product; a multiplication and an addition are two
+    bytes_per_s: float | None  # of memory, read and written
+    how: str  # in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least time of some work, and what sets it."""
+
+    ms: float
+    bound: str  # compute or memory
+    flops: float
+    bytes: float
+
+
+def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> Ceilings:
+    """Measure matrix product and memory of a device: seconds of work, the ways to do it interleaved.
+
+    What counts is the fastest call of the fastest way.
+
+    dtype    a manifest's: float32, tf32, float16, bfloat16
+    threads  of the CPU; None: as many as each library takes by itself
+
+    On a GPU, ONNX Runtime does it, or where it cannot what the entry points "cmfast.ceilings" bring: PyTorch. Where
+    neither can, the ceilings are None and `how` says why.
+    """
+    if device not in SIDES or dtype not in BYTES:
+        raise CmfastError(
+            f"need a device of {', '.join(SIDES)} and a dtype of {', '.join(BYTES)}, got {device!r} and {dtype!r}"
+        )
+    ways, missing = _ways(device, dtype, check_threads(threads))
+    if not ways:
+        return Ceilings(device=device, dtype=dtype, flops_per_s=None, bytes_per_s=None, how=f"not measured: {missing}")
+    times = timing.interleave({way.name: way.call for way in ways}, seconds=SECONDS, calls=CALLS)
+    rates = {way: 1000 * way.amount / min(times[way.name]) for way in ways}
+    product, copy = (
+        max((way for way in ways if way.unit == unit), key=rates.__getitem__, default=None)
+        for unit in ("flops", "bytes")
+    )
+    calls = sum(len(each) for each in times.values())
+    how = [way.name for way in (product, copy) if way] + ([f"the rest was not measured: {missing}"] if missing else [])
+    return Ceilings(
+        device=device,
+        dtype=dtype,
+        flops_per_s=rates[product] if product else None,
+        bytes_per_s=rates[copy] if copy else None,
+        how=f"the fastest of {calls} calls of {len(ways)} way(s) in turns: {'; '.join(how)}",
+    )
+
+
+def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: int = 1) -> Floor | None:
+    """Return the larger of operations over rate and bytes over bandwidth; None where either is not known.
+
+    cost   of one image and one run of the graph, as a manifest has it
+    steps  runs of the graph: the steps that a denoiser is called for, 1 for a sampler, which has them inside
+
+    The bandwidth is that of memory. What fits into a cache can be faster than this floor, and so can a convolution that
+    multiplies less often than its definition (Winograd's).
+    """
+    if not cost.keys() >= set(COST):
+        return None
+    if ceilings.flops_per_s is None or ceilings.bytes_per_s is None:
+        return None
+    flops = steps * batch * cost["flops"]
+    moved = steps * (cost["weight_bytes"] + batch * cost["activation_bytes"])
+    compute_ms, memory_ms = 1000 * flops / ceilings.flops_per_s, 1000 * moved / ceilings.bytes_per_s
+    bound = "compute" if compute_ms >= memory_ms else "memory"
+    return Floor(ms=max(compute_ms, memory_ms), bound=bound, flops=flops, bytes=moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to measure: what one call multiplies or moves."""
+
+    name: str
+    unit: str  # flops or bytes
+    amount: float  # of one call
+    call: Callable[[], object]  # returns when the device is done
+
+
+def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]:
+    """Return all ways to measure, each tried once, and why some are missing, in words."""
+    ways: list[Way] = []
+    reasons: list[str] = []
+    makers: list[Callable[[], Way]] = [partial(_product, side, device, dtype, threads) for side in SIDES[device]]
+    makers.append(partial(_sum, device, threads))
+    for make in makers:
+        try:
+            _need_provider(device)
+            way = make()
+            way.call()  # memory can be short only now
+        except Exception as err:  # the exceptions of ONNX Runtime share no public base class
+            reasons.append(one_line(err))
+        else:
+            ways.append(way)
+    if device != "cpu":
+        ways += _others(device, dtype, {"flops", "bytes"} - {way.unit for way in ways}, reasons)
+    if device == "cpu":
+        # numpy cannot be told how many threads to multiply with, so where that is asked for it is the last resort.
+        if dtype in ("float32", "tf32") and (threads is None or reasons):
+            ways += [_numpy_product(side) for side in SIDES["cpu"]]
+        ways.append(_numpy_copy(threads))
+    return ways, "; ".join(dict.fromkeys(reasons))
+
+
+def _others(device: str, dtype: str, units: set[str], reasons: list[str]) -> list[Way]:
+    """Return the ways of what is installed beside the runtime, in units that ONNX Runtime could not measure.
+
+    An entry point of the group "cmfast.ceilings" is named like a device, and called with (dtype) it returns makers of
+    ways, by unit; what it or a maker raises is why there are none.
+    """
+    from importlib.metadata import entry_points
+
+    ways: list[Way] = []
+    for entry in entry_points(group="cmfast.ceilings", name=device) if units else ():
+        try:
+            makers: list[tuple[str, Callable[[], Way]]] = entry.load()(dtype)
+        except Exception as err:  # the library is missing, or has no such device
+            reasons.append(one_line(err))
+            continue
+        for make in (make for unit, make in makers if unit in units):
+            try:
+                way = make()
+                way.call()
+            except Exception as err:  # out of memory, commonly
+                reasons.append(one_line(err))
+            else:
+                ways.append(way)
+    return ways
+
+
+def _product(side: int, device: str, dtype: str, threads: int | None) -> Way:
+    count = PRODUCTS[device]
+    call = _graph_call("MatMul", count, _matrix(side), device, dtype, threads)
+    name = f"product of {side} x {side} {dtype} matrices by ONNX Runtime {device}"
+    return Way(name=name, unit="flops", amount=2 * count * side**3, call=call)
+
+
+def _sum(device: str, threads: int | None) -> Way:
+    array = np.ones(NUMBERS[device], np.float32)
+    call = _graph_call("Add", SUMS[device], array, device, "float32", threads)
+    name = f"sum of arrays of {array.nbytes / 2**20:g} MiB by ONNX Runtime {device}"
+    return Way(name=name, unit="bytes", amount=3 * SUMS[device] * array.nbytes, call=call)  # two read, one written
+
+
+def _numpy_product(side: int) -> Way:
+    matrix = _matrix(side)
+    product = np.empty_like(matrix)
+    name = f"product of {side} x {side} float32 matrices by numpy, all its threads"
+    return Way(name=name, unit="flops", amount=2 * side**3, call=lambda: np.matmul(matrix, matrix, out=product))
+
+
+def _numpy_copy(threads: int | None) -> Way:
+    workers = threads or timing.usable_cores()
+    pool = ThreadPoolExecutor(workers)  # one core alone does not use up the memory of many
+    source = np.ones(NUMBERS["cpu"], np.float32)
+    parts = [np.array_split(array, workers) for array in (np.empty_like(source), source)]
+    name = f"copy of {source.nbytes / 2**20:g} MiB by numpy, {workers} thread(s)"
+    return Way(name=name, unit="bytes", amount=2 * source.nbytes, call=lambda: list(pool.map(np.copyto, *parts)))
+
+
+def _matrix(side: int) -> npt.NDArray[np.float32]:
+    """Return random numbers, whose products stay of their size; a GPU multiplies zeros faster."""
+    return np.random.default_rng(0).standard_normal((side, side), dtype=np.float32) / np.float32(side**0.5)
+
+
+def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: int | None) -> Callable[[], object]:
+    """Return a call that runs y = op(... op(b, b) ..., b) in ONNX Runtime, everything on the device, and waits."""
+    from cmfast.backends.onnxruntime import CPU, CUDA, _import, _missing_library, _quiet
+
+    ort, element, provider = _import(device, ""), _ELEMENT[dtype], {"cpu": CPU, "cuda": CUDA}[device]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # What a graph of one operator on one array could be simplified to is not what is to be measured.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    settings = {"use_tf32": str(int(may_use_tf32(dtype)))} if device == "cuda" else {}
+
+    def bind(model: bytes, inputs: dict[str, Any]) -> tuple[Callable[[], object], Any]:
+        with _quiet(ort):
+            session = ort.InferenceSession(model, options, providers=[(provider, settings)], enable_fallback=0)
+        if session.get_providers()[0] != provider:
+            why = _missing_library(ort, "CUDA") or "it does not say why"
+            raise CmfastError(f"onnxruntime {ort.__version__} could not start {device}: {why}")
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        y = ort.OrtValue.ortvalue_from_shape_and_type(next(iter(inputs.values())).shape(), element, device, 0)
+        binding.bind_ortvalue_output("y", y)
+
+        def call() -> None:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return call, y
+
+    value = ort.OrtValue.ortvalue_from_numpy(b, device, 0)
+    if element != _ELEMENT["float32"]:  # numpy has no bfloat16, so the device converts
+        convert, converted = bind(cast_model(element), {"a": value})
+        convert()
+        value = converted
+    call, _ = bind(chain_model(op, count, element), {"a": value, "b": value})
+    return call
+
+
+def _need_provider(device: str) -> None:
+    """Raise, before arrays are made, where ONNX Runtime is missing or has no kernels for the device."""
+    from cmfast.backends.onnxruntime import CUDA, _has, _import
+
+    ort = _import(device, "")
+    if device == "cuda" and not _has(ort, CUDA):
+        raise CmfastError(f"the installed onnxruntime {ort.__version__} is a build without CUDA")
+
+
+# ONNX without onnx: the field numbers are those of onnx.proto, as in cmfast.formats.protobuf, which reads what this
+# writes.
+
+
+def chain_model(op: str, count: int, element: int) -> bytes:
+    """Return the ONNX model y = op(... op(op(a, b), b) ..., b) with `count` nodes, all of one element type."""
+    names = ["a", *(f"t{i}" for i in range(1, count)), "y"]
+    nodes = [_node(op, [names[i], "b"], names[i + 1]) for i in range(count)]
+    return _model(nodes, {"a": element, "b": element}, element)
+
+
+def cast_model(element: int) -> bytes:
+    """Return the ONNX model y = a, float32 converted to another element type."""
+    to = _field(1, "to") + _field(3, element) + _field(20, 2)  # AttributeProto: name, i, type INT
+    return _model([_node("Cast", ["a"], "y") + _field(5, to)], {"a": 1}, element)
+
+
+def _model(nodes: list[bytes], inputs: dict[str, int], output: int) -> bytes:
+    graph = b"".join(_field(1, node) for node in nodes) + _field(2, "roofline")  # GraphProto: node, name, input, output
+    graph += b"".join(_field(11, _value(name, element)) for name, element in inputs.items())
+    graph += _field(12, _value("y", output))
+    opset = _field(1, "") + _field(2, 18)  # OperatorSetIdProto: domain, version
+    return _field(1, 8) + _field(7, graph) + _field(8, opset)  # ModelProto: ir_version, graph, opset_import
+
+
+def _node(op: str, inputs: list[str], output: str) -> bytes:
+    return b"".join(_field(1, name) for name in inputs) + _field(2, output) + _field(4, op)  # NodeProto
+
+
+def _value(name: str, element: int) -> bytes:
+    tensor = _field(1, _field(1, element))  # TypeProto.tensor_type, and its elem_type; shapes are left open
+    return _field(1, name) + _field(2, tensor)  # ValueInfoProto
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        return encode_varint(number << 3) + encode_varint(value)
+    content = value.encode() if isinstance(value, str) else value
+    return encode_head(number, len(content)) + content

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoint in, verified ONNX file out. Nothing stands under the final name before it has been checked."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from cmfast.backends import Engine, open_engine
+from cmfast.backends._onnxruntime_library import import_onnxruntime
+from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.errors import CheckFailed, CmfastError
+from cmfast.files import atomic_file, check_target
+from cmfast.formats.manifest import (
+    FLAVOUR,
+    KINDS,
+    MAX_CHARACTERS,
+    PRECISIONS,
+    Manifest,
+    graph_sha256,
+    read_onnx,
+    rounding,
+)
+from cmfast.spec import ModelSpec
+from cmfast_export import FLAVOURS
+from cmfast_export._options import check_steps, check_tolerance
+from cmfast_export._target import one_writer
+from cmfast_export.graphs import writer
+from cmfast_export.graphs.cost import graph_cost
+from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.emulate import emulate_file
+from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.server import server_graph
+from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight_bytes, write_data
+from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
+from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
+from cmfast_export.verify import Parity, verify
+from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import load_model
+from cmfast_train.networks.precision import float32_weights
+
+ROOM = 300  # characters of a manifest for parity and cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export made and how well it agrees."""
+
+    path: Path
+    manifest: Manifest
+    data: Path | None  # the weights, where one file cannot hold them
+    tolerance: float  # largest difference that was allowed, data units
+    denoiser: Agreement
+    sampler: Agreement | None  # of the loop in one graph, with the Python loop over PyTorch's denoiser
+    rewritten: Rewritten | None = None  # for ONNX Runtime's CUDA provider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far a graph is from PyTorch."""
+
+    parity: Parity  # from PyTorch in float32
+    same: Parity | None  # from PyTorch in the same half precision
+    as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
+
+
+@one_writer(check_target)
+def export_onnx(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    kind: str = "denoiser",
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    batch: int | None = None,
+    opset: int | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    tolerance: float | None = None,
+    flavour: str = "",
+) -> Exported:
+    """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
+
+    kind       denoiser; sampler: the whole loop, at the defaults for `steps` or at `sigmas`; server: a sampler whose
+               inputs have the batch first
+    batch      fixed batch size; None: dynamic
+    opset      None: the oldest that can say it
+    precision  fp32, tf32, fp16 or bf16: what the network's trunk computes in (`Denoiser.to_precision`)
+    device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
+    tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
+               file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`)
+    flavour    ort-cuda: for ONNX Runtime's CUDA provider alone (`to_ort_cuda`). device cpu checks it with GroupNorm
+               written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself
+    """
+    with float32_weights():
+        return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance, flavour)
+
+
+def _export(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    kind: str,
+    steps: int | None,
+    sigmas: Sequence[float] | None,
+    batch: int | None,
+    opset: int | None,
+    precision: str,
+    device: str,
+    tolerance: float | None,
+    flavour: str,
+) -> Exported:
+    target = check_target(out)
+    check_tolerance(tolerance)
+    if kind not in KINDS:
+        raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind != "denoiser":  # before the work
+        check_steps(max(steps or 0, len(sigmas or ())))
+    if precision not in PRECISIONS:
+        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if flavour not in FLAVOURS:
+        raise CmfastError(f"flavour must be one of {', '.join(map(repr, FLAVOURS))}, got {flavour!r}")
+    if flavour:
+        check_ort_cuda(opset, precision)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
+    references = [TorchEngine(loaded)]
+    if precision in ("fp16", "bf16"):
+        references.append(TorchEngine(loaded, precision=precision))
+    dtype = PRECISIONS[precision]
+    tolerance = rounding(dtype, device) if tolerance is None else tolerance
+    spec = references[0].manifest.spec
+    if kind == "denoiser" and (steps is not None or sigmas is not None):
+        raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")
+    levels = spec.levels(steps, sigmas) if kind != "denoiser" else ()
+    check = _Check(references=references, device=device, tolerance=tolerance, flavour=flavour)
+    made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
+    made_by |= {FLAVOUR: flavour} if flavour else {}
+    manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
+    manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
+
+    graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
+    manifest = replace(manifest, cost=graph_cost(graph))
+    sampled = None
+    rewritten = ort_cuda_graph(graph) if flavour else None
+    written = rewritten.model if rewritten else graph
+    with replacing_data(target) as announce:
+        data = write_data(written, target, announce) if weight_bytes(written) > writer.MAX_BYTES else None
+        with atomic_file(target) as file:
+            size = writer.write_with_manifest(written, manifest, file, data)
+            agreement = check(file, "the denoiser graph")
+            found = _summary(agreement)
+            if kind != "denoiser":
+                looped = sampler_graph(graph, levels, spec)
+                looped = server_graph(looped) if kind == "server" else looped
+                one = replace(manifest.spec, sigmas={len(levels): levels})
+                manifest = replace(manifest, kind=kind, spec=one, cost=graph_cost(looped))
+                rewritten = ort_cuda_graph(looped) if flavour else None
+                size = writer.write_with_manifest(rewritten.model if rewritten else looped, manifest, file, data)
+                sampled = check(file, "the sampler graph")
+                found |= _summary(sampled)
+            manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
+            _seal(file, size, manifest)
+    return Exported(
+        path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
+        sampler=sampled, rewritten=rewritten,
+    )  # fmt: skip
+
+
+def _fitting(manifest: Manifest, kind: str, levels: Sequence[float]) -> ModelSpec:
+    """Return the spec that the file's manifest can hold, checked before the work; names may be left out of it."""
+    room = len('"graph_sha256": "", ') + 64 + ROOM
+    spec = manifest.fitting(room).spec
+    last = replace(spec, sigmas={len(levels): tuple(levels)}) if kind != "denoiser" else spec
+    length = len(replace(manifest, kind=kind, spec=last).to_json(0)) + room
+    if length > MAX_CHARACTERS:
+        raise CmfastError(
+            f"the file's manifest would have about {length} characters, and at most {MAX_CHARACTERS} are allowed; "
+            "give fewer noise levels, or leave default levels out of the checkpoint"
+        )
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """How a file just written is compared with PyTorch."""
+
+    references: Sequence[Engine]  # PyTorch in float32, then in the file's precision where that is a half
+    device: str
+    tolerance: float
+    flavour: str = ""
+
+    def __call__(self, file: Path, what: str) -> Agreement:
+        """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
+        dtype = read_onnx(file)[0].dtype
+        with tempfile.TemporaryDirectory() as folder:
+            engine = self._open(file, Path(folder))
+            parity, *same = verify(engine, self.references)
+            del engine
+            as_is = None
+            # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
+            if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
+                (as_is,) = verify(OnnxRuntimeEngine(file), self.references[:1])
+        for each in (parity, *same, *([as_is] if as_is else [])):
+            if failure := each.failure(self.tolerance):
+                raise CheckFailed(f"{what} {failure}; no file was written")
+        return Agreement(parity=parity, same=same[0] if same else None, as_is=as_is)
+
+    def _open(self, file: Path, folder: Path) -> Engine:
+        """Open what stands for the file: itself, or the same graph in what a CPU has, written to `folder`."""
+        emulates = self.emulates(read_onnx(file)[0].dtype)
+        if self.flavour and self.device == "cuda":
+            return open_engine(file, "cuda", variant="nhwc")
+        if self.flavour:
+            file = stand_in_file(file, folder / "stand_in.onnx")
+        if emulates:
+            return OnnxRuntimeEngine(emulate_file(file, folder / "emulated.onnx"))
+        return open_engine(file, self.device)
+
+    def emulates(self, dtype: str) -> bool:
+        return self.device == "cpu" and dtype != "float32"
+
+    def how(self, dtype: str) -> str:
+        how = f"onnxruntime {self.device}" + (f", {dtype} emulated" if self.emulates(dtype) else "")
+        if not self.flavour:
+            return how
+        return f"{how}, nhwc" if self.device == "cuda" else f"{how}, GroupNorm written out: no CUDA kernel run"
+
+
+def _seal(file: Path, size: int, manifest: Manifest) -> None:
+    """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
+    before = _digest(file, size)
+    replace_manifest(file, size, manifest)
+    if _digest(file, size) != before or read_onnx(file)[0].to_json() != manifest.to_json():
+        raise CheckFailed("the file changed between its verification and its last writing; no file was written")
+
+
+def _digest(file: Path, size: int) -> str:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)[:size]
+        digest = hashlib.sha256(view).hexdigest()
+        view.release()
+    return digest
+
+
+def _summary(agreement: Agreement) -> dict[str, float]:
+    """Return what the manifest records."""
+    values = agreement.parity.to_dict()
+    if agreement.same:
+        values["same_precision"] = agreement.same.to_dict()["max_abs"]
+    return values
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("onnx", "onnxscript")} | {"onnxruntime": _onnxruntime()}
+
+
+def _onnxruntime() -> str:
+    return str(import_onnxruntime("exporting").__version__)  # its package is called onnxruntime or onnxruntime-gpu

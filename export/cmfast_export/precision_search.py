@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""--precision auto: the fastest precision whose file stays inside the tolerance.
+
+Where the file can be run it is timed; an engine for a card that is not here is chosen by the rates of its matrix units,
+fp16 and bf16 alike before TF32 before float32, fp16 first because it rounds eight times finer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmfast.backends import open_engine
+from cmfast.backends.onnxruntime import check_cuda
+from cmfast.bench.timing import interleave, summarise
+from cmfast.errors import CheckFailed, CmfastError, EngineError
+from cmfast.files import atomic_file, check_target, temporary_folder
+from cmfast.formats.manifest import PRECISIONS, ROUNDING, rounding
+from cmfast.model import Model
+from cmfast.noise import gaussian
+from cmfast_export._options import check_tolerance
+from cmfast_export._target import one_writer
+from cmfast_export.graphs.writer import replacing_data
+from cmfast_export.pipeline import Exported, export_onnx
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import load_model
+
+TOLERANCE = ROUNDING["float16"]  # data units, unless another is asked for
+BY_RATE = ("fp16", "bf16", "tf32", "fp32")
+ON_CPU = ("fp32", "fp16")  # what ONNX Runtime runs on a CPU
+SECONDS = 1.0  # of timing, each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One precision, and what became of it."""
+
+    precision: str
+    max_abs: float | None  # from float32 PyTorch, data units; None: it is out
+    median_ms: float | None  # of one image; None: not timed
+    why: str = ""  # it is out: its check failed, or it cannot be run here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What `export_fastest` found."""
+
+    exported: Exported
+    precision: str
+    tried: Sequence[Tried]
+    timed: str  # by what: ONNX Runtime cpu; empty: chosen by the rates of matrix units
+
+
+@one_writer(check_target)
+def export_fastest(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    device: str,
+    timed: bool,
+    tolerance: float | None = None,
+    **options: Any,
+) -> Choice:
+    """Export in each precision, keep the fastest file that is inside the tolerance; `options` as of `export_onnx`.
+
+    device  where files are run, for their check and for the clock
+    timed   whether `device` is what the file is for; if not, the first of BY_RATE that passes is taken
+    """
+    target = check_target(out)
+    check_tolerance(tolerance)
+    if options.get("flavour"):
+        raise CmfastError(
+            "--precision auto does not time the flavour ort-cuda; pass --precision fp16, or fp32 for exact weights"
+        )
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
+    candidates = ON_CPU if timed and device == "cpu" else BY_RATE
+    passed: dict[str, Exported] = {}
+    failed: list[Tried] = []
+    if device == "cuda":  # once, and not by a whole export of each
+        check_cuda()
+    with temporary_folder(target) as folder:
+        for precision in candidates:
+            file = folder / precision / target.name
+            file.parent.mkdir()
+            # What rounding explains is the limit of each; more than float32's in float32 would be a wrong graph.
+            limit = min(TOLERANCE, rounding(PRECISIONS[precision], device)) if tolerance is None else tolerance
+            try:
+                passed[precision] = export_onnx(
+                    loaded, file, precision=precision, device=device, tolerance=limit, **options
+                )
+            except (CheckFailed, EngineError) as err:
+                failed.append(Tried(precision=precision, max_abs=None, median_ms=None, why=str(err)))
+            if passed and not timed:
+                break
+        if not passed:
+            reasons = "; ".join(dict.fromkeys(each.why for each in failed))
+            raise CheckFailed(f"no precision is to be had inside the tolerance: {reasons}")
+        times = _times({name: exported.path for name, exported in passed.items()}, device) if timed else {}
+        best = min(passed, key=lambda name: times.get(name, 0.0))
+        exported = _move(passed[best], target)
+    tried = [_tried(name, each, times.get(name)) for name, each in passed.items()]
+    by = f"ONNX Runtime {device}" if timed else ""
+    return Choice(exported=exported, precision=best, tried=[*tried, *failed], timed=by)
+
+
+def _times(files: dict[str, Path], device: str) -> dict[str, float]:
+    """Return the median time of one image from each file, ms, interleaved."""
+    calls = {}
+    for name, file in files.items():
+        model = Model(open_engine(file, device))
+        sigmas = model.levels()
+        noise = np.stack([gaussian(0, range(1), k, model.spec.image) for k in range(len(sigmas))])
+        label = model.labels(1)
+        calls[name] = lambda m=model, z=noise, s=sigmas, c=label: m.from_noise(z, s, c)
+    return {name: summarise(each).median_ms for name, each in interleave(calls, seconds=SECONDS).items()}
+
+
+def _move(exported: Exported, target: Path) -> Exported:
+    """Put the chosen file under its final name; weights beside it keep theirs, which the file refers to."""
+    data = exported.data and target.with_name(exported.data.name)
+    with replacing_data(target) as announce:
+        if exported.data and data:
+            announce(data)
+            os.replace(exported.data, data)
+        with atomic_file(target) as file:
+            shutil.copyfile(exported.path, file)
+    return replace(exported, path=target, data=data)
+
+
+def _tried(precision: str, exported: Exported, median_ms: float | None) -> Tried:
+    agreement = exported.sampler or exported.denoiser
+    return Tried(precision=precision, max_abs=agreement.parity.worst.max_abs, median_ms=median_ms)

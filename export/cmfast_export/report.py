@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""What cmfast-export says at the end: how far the file is from PyTorch, and what to type next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cmfast.spec import ModelSpec
+    from cmfast_export.pipeline import Exported
+    from cmfast_export.precision_search import Choice
+    from cmfast_export.targets.diffusers_folder import Written as Folder
+    from cmfast_export.targets.tensorrt_engine import Built
+    from cmfast_export.targets.triton_repository import Written as Repository
+
+
+def onnx(exported: Exported, seconds: float, checkpoint: Path, told: str) -> None:
+    """Report an ONNX file; `told`: what was said of a foreign checkpoint."""
+    parity(exported, exported.path)
+    size = exported.path.stat().st_size / 2**20
+    manifest = exported.manifest
+    click.echo(
+        f"{exported.path}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and verified in {seconds:.1f} s"
+    )
+    if exported.data:
+        click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
+    if exported.rewritten:
+        _ort_cuda(exported, checkpoint, told)
+        return
+    click.echo("next:")
+    if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
+        click.echo(f"  cmfast-export {exported.path} --format engine")
+        return
+    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
+    _bench(exported.path, checkpoint, told)
+
+
+def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
+    made = exported.rewritten
+    assert made
+    found = f"{made.group_norms} GroupNorm, {made.attentions} MultiHeadAttention"
+    kept = f"; {made.group_norms_left} norms stay: odd channels in a group" if made.group_norms_left else ""
+    click.echo(f"for ONNX Runtime's CUDA provider alone: {found}{kept}")
+    if "no CUDA kernel run" in exported.manifest.made_by["verified"]:
+        click.echo("its CUDA kernels have not been run here; --device cuda verifies them where there is a GPU")
+    click.echo("next, where there is one:")
+    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png --device cuda --variant nhwc")
+    _bench(exported.path, checkpoint, told, ' --device cuda --variants "nhwc,nhwc cuda_graph"')
+
+
+def parity(exported: Exported, path: Path) -> None:
+    """Print the table of differences from PyTorch; `path` is what the user asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = [part for part in (exported.denoiser, exported.sampler) if part]
+    columns = ["compared at", "float32 PyTorch"]
+    if parts[0].same:
+        columns.append(f"{exported.manifest.dtype} PyTorch")
+    if parts[0].as_is:
+        columns.append("as this CPU runs it")
+    how = exported.manifest.made_by["verified"]
+    click.echo(f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}")
+    table = Table(*columns)
+    for part in parts:
+        others = [each.rows for each in (part.same, part.as_is) if each]
+        for index, row in enumerate(part.parity.rows):
+            table.add_row(row.where, *(f"{rows[index].max_abs:.1e}" for rows in (part.parity.rows, *others)))
+        if part.parity.boundary is not None:
+            table.add_row("boundary: f(x, sigma_min) against x", f"{part.parity.boundary:.1e}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def choice(chosen: Choice) -> None:
+    """Say which precision auto took, and why."""
+    for each in chosen.tried:
+        time = "" if each.median_ms is None else f", {each.median_ms:.2f} ms an image"
+        far = each.why if each.max_abs is None else f"{each.max_abs:.1e} from float32 PyTorch"
+        click.echo(f"{each.precision}: {far}{time}")
+    why = f"the fastest, by {chosen.timed}" if chosen.timed else "not timed here; first by the rates of matrix units"
+    click.echo(f"precision {chosen.precision}: {why}")
+
+
+def engine(built: Built, source: Path, told: str) -> None:
+    """Report an engine file, made of `source`; `told`: what was said of a foreign checkpoint."""
+    about = built.manifest.engine
+    cards = ", ".join(about["compute_capability"]) or "all cards that it supports"
+    least, often, most = about["batch"]
+    made = "copied from the cache" if built.cached else "built"
+    size = built.path.stat().st_size / 2**20
+    batch = f"batch {least} to {most}, best at {often}" if least < most else f"batch {most}"
+    click.echo(
+        f"{built.path}: {built.manifest.kind}, {built.manifest.dtype}, {size:.1f} MiB, {batch}\n"
+        f"{made} in {built.seconds:.1f} s, by {about['library']} {about['version']} for {cards}"
+    )
+    if built.parity:
+        worst = built.parity.worst
+        click.echo(f"run here, at most {worst.max_abs:.1e} from its ONNX file, at {worst.where}")
+    elif about["max_abs"][:1].isdigit():
+        click.echo(f"not run here: {built.not_run}; where it was, it was {about['max_abs']} from its ONNX file")
+    else:
+        click.echo(f"not run: {built.not_run}; the ONNX file that it was built from is verified")
+    click.echo(f"sha256 {built.sha256}")
+    click.echo("An engine is native code: load only what you trust.")
+    click.echo("next, where there is such a card:" if built.not_run else "next:")
+    click.echo(f"  cmfast-info {built.path}")
+    click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
+    if source.suffix != ".onnx":
+        _bench(built.path, source, told, " --device cuda")
+
+
+def _bench(path: Path, checkpoint: Path, told: str, more: str = "") -> None:
+    if told:  # cmfast-bench does not take what was said of a foreign file
+        baseline = path.with_suffix(".pt")
+        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
+        checkpoint = baseline
+    click.echo(f"  cmfast-bench {path} --baseline {checkpoint}{more}")
+
+
+def repository(written: Repository, client: str) -> None:
+    """Report a model repository of Triton."""
+    images = f"exactly {written.batch}" if written.batch else f"at most {written.max_batch}"
+    about = f"{written.name}, {written.backend}, {images} images a request"
+    click.echo(f"{written.path}: a model repository with {about}")
+    if written.tensorrt:
+        cards = ", ".join(written.capabilities) or "any card"
+        click.echo(f"the server must have TensorRT {written.tensorrt}; its plans are for {cards}")
+    click.echo("next:")
+    click.echo(" ".join([f"  tritonserver --model-repository {written.path}", *written.arguments]))
+    click.echo("and in Python:")
+    click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
+
+
+def folder(written: Folder, spec: ModelSpec) -> None:
+    """Report a folder of diffusers."""
+    click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
+    if not spec.grid:
+        click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
+    if written.limits:
+        click.echo(written.limits)
+    more = ', output_type="np"' if "output_type" in written.limits else ""
+    click.echo("next, in Python:")
+    click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
+    for steps, timesteps in written.timesteps.items():
+        levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
+        click.echo(f"  pipeline(timesteps={list(timesteps.indices)}{more})    # {steps} step(s), at {levels}")

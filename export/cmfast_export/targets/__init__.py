@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What is made of a graph: one module a format."""

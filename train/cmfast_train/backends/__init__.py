@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Models run by PyTorch, as the runtime's backends."""

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""cmfast-train: the command. torch is imported after the arguments have been understood."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cmfast.cli._run import needs, run_command
+from cmfast_train.config.presets import ABOUT, PRESETS
+from cmfast_train.config.train_config import override, said_once, to_dict
+
+EPILOG = (
+    "\b\nPresets:\n"
+    + "".join(f"  {name:<13} {about}\n" for name, about in ABOUT.items())
+    + """
+\b
+Examples:
+  cmfast-train digits --out runs/digits
+  cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
+  cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
+  cmfast-train digits --out runs/cd --set phases=edm:40000,cd:100000
+  cmfast-train cifar10 --data DIR --out runs/ect --init edm.pkl --set conditional=false --set phases=ect:25600000
+  accelerate launch --num_processes 8 -m cmfast_train.cli.train cifar10 --data DIR --out runs/cifar10
+"""
+)
+
+
+@click.command("cmfast-train", epilog=EPILOG)
+@click.argument("preset", type=click.Choice(sorted(PRESETS)))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the run: model.pt, samples, log.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="CMFAST_DATA",
+    help="Images: a folder, .zip, .npy or .npz; not needed for digits. Also CMFAST_DATA.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.",
+)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="Start from this model, of any format that cmfast-export reads: its network, its conventions, its weights.",
+)
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="Distil this model; default: the one that a phase starts from.",
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
+def command(
+    preset: str,
+    out: Path,
+    data: Path | None,
+    assignments: tuple[str, ...],
+    init: Path | None,
+    teacher: Path | None,
+    dry_run: bool,
+) -> None:
+    """Train a consistency model. The same command again continues a run that was stopped or killed.
+
+    A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
+    from nothing or any model ct, ict, ect, sct; from nothing mf.
+    """
+    models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
+    assignments = (*(f"{name}={file}" for name, file in models.items()), *assignments)
+    said_once(assignments)
+    config = override(PRESETS[preset], assignments)
+    if dry_run:
+        click.echo(json.dumps(to_dict(config), indent=1))
+        return
+    with _termination_as_interrupt():
+        try:
+            with needs("cmfast-train", "train"):
+                from cmfast_train.training.trainer import train
+            model = train(config, out, data)
+        except KeyboardInterrupt as stopped:
+            raise click.exceptions.Exit(_interrupted(out, saved=bool(stopped.args))) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo(f"{model} is trained on {config.images:,} images; samples are in {out / 'samples'}")
+        click.echo(f"next: cmfast-export {model}")
+
+
+def _interrupted(out: Path, saved: bool) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        which = "a checkpoint of the last step" if saved else "a checkpoint"
+        held = f"{out} holds {which}, the same command continues"
+        what = held if (out / "state.pt").exists() else "before the first checkpoint; the same command begins again"
+        click.echo(f"cmfast-train: stopped; {what}", err=True)
+    return 130
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as SIGINT does, also before the first step and after the last."""
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second kills
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        run_command(command)
+    except (SystemExit, Exception) as end:
+        if "cmfast_train.training.parallel" in sys.modules:  # not before torch is: --help does without
+            from cmfast_train.training.parallel import leave
+
+            leave(end)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""Runs that are known to work: overrides of one dataclass. Each says what it costs and what to expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cmfast_train.config.phase import PHASE_DEFAULTS, Phase
+from cmfast_train.config.train_config import TrainConfig
+
+
+def phase(method: str, images: int, **values: Any) -> Phase:
+    """Return a phase with the method's usual values, changed by `values`."""
+    return Phase(**{"method": method, "images": images, **PHASE_DEFAULTS[method], **values})
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "digits": TrainConfig(
+        data="digits",
+        image_size=8,
+        channels=1,
+        model_channels=32,
+        res_blocks=1,
+        channel_mult=(1, 2),
+        attention=(),
+        c_noise="trig",  # smooth: a short run learns little of 250 ln(sigma), which turns hundreds of times
+        batch=64,
+        phases=(
+            phase("edm", 40_000, ema=0.998),
+            phase("ect", 50_000, lr=5e-4, ema=0.998, stages=(1, 6)),
+        ),
+        checkpoint_images=20_000,
+        log_images=5_000,
+    ),
+    "mnist": TrainConfig(
+        data="mnist",
+        image_size=32,
+        channels=1,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        batch=128,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+    ),
+    "fashion-mnist": TrainConfig(
+        data="fashion-mnist",
+        image_size=32,
+        channels=1,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        batch=128,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+    ),
+    "cifar10": TrainConfig(
+        data="cifar10",
+        image_size=32,
+        channels=3,
+        flip=True,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        attention=(16,),
+        dropout=0.2,
+        batch=128,
+        phases=(phase("edm", 50_000_000, ema=0.9999), phase("ect", 25_600_000, ema=0.9999)),
+    ),
+    "folder": TrainConfig(
+        data="folder",
+        image_size=32,
+        channels=3,
+        flip=True,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        batch=64,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+        workers=2,
+    ),
+    "flowers32": TrainConfig(
+        data="folder",
+        image_size=32,
+        channels=3,
+        flip=True,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(8,),
+        dropout=0.2,
+        batch=64,
+        phases=(phase("edm", 2_000_000, lr=5e-4), phase("ect", 4_000_000, lr=2e-4)),
+        workers=2,
+    ),
+    "imagenet9": TrainConfig(
+        data="imagenet9",
+        image_size=64,
+        channels=3,
+        flip=True,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        attention=(16, 8),
+        dropout=0.1,
+        batch=128,
+        phases=(phase("edm", 50_000_000, lr=5e-4, ema=0.9999), phase("ect", 25_600_000, ema=0.9999)),
+        workers=8,
+    ),
+    # Network, lr and ema of edm: OpenAI's consistency_models. Length of edm: EDM, Table 7. q: ECT's on ImageNet, where
+    # 4 stages end at the gap of CIFAR-10's 8.
+    "imagenet64": TrainConfig(
+        data="imagenet64",
+        image_size=64,
+        channels=3,
+        flip=True,
+        model_channels=192,
+        res_blocks=3,
+        channel_mult=(1, 2, 3, 4),
+        attention=(32, 16, 8),
+        dropout=0.1,
+        batch=2048,
+        accumulation=32,  # 64 images at once on one GPU, 8 on each of eight
+        phases=(
+            phase("edm", 2_500_000_000, lr=1e-4, ema=0.999943),
+            phase("ect", 102_400_000, q=4.0, stages=(0, 3), ema=0.9999),
+        ),
+        workers=8,
+    ),
+}
+
+# What each costs and what to expect; shown by cmfast-train --help. A figure has a record in benchmarks/results.
+ABOUT: dict[str, str] = {
+    "digits": "0.8M parameters, built-in 8x8 digits; about 3 minutes on 2 CPU cores",
+    "mnist": "7.7M parameters, 1x32x32; not run; a sixth of its length with other settings: README, Results",
+    "fashion-mnist": "7.7M parameters, 1x32x32; not run",
+    "cifar10": "43M parameters, 3x32x32; not run",
+    "folder": "7.7M parameters, 3x32x32, any DIR/class/image.png; not run",
+    "flowers32": "7.7M parameters, 3x32x32, 1500 photographs of 5 flowers as DIR/class/image.png; not run",
+    "imagenet9": "44M parameters, 3x64x64, 9 classes of 42 synsets of ImageNet-1k; not run",
+    "imagenet64": "296M parameters, 3x64x64, the 1000 classes of ImageNet-1k; for many GPUs; not run",
+}

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: MIT
+"""Everything that decides what a training run computes, and how a command line changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+from cmfast.errors import CmfastError
+from cmfast.spec import ModelSpec
+from cmfast_train.config.checks import check_types, shown
+from cmfast_train.config.phase import CONTINUOUS, DISTILL, METHODS, PD_STEPS, PHASE_DEFAULTS, Phase, check_positive
+from cmfast_train.networks.count import adm_sizes, check_values, seed_sizes
+from cmfast_train.networks.shape import (
+    Size,
+    check_image,
+    check_network,
+    check_seed_network,
+    plain_size,
+    sides,
+    size_text,
+)
+
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
+NETWORKS = ("adm", "seed")  # cmfast_train.networks
+LIMITS: dict[str, int] = {  # of numbers and of the lengths of lists; a larger one is a slip of the hand
+    "batch": 2**20,  # images
+    "grid": 4096,  # images
+    "workers": 256,  # processes
+    "phases": 100,
+    "emas": 32,  # copies of the weights
+    "ema_stds": 32,
+    "attention": 32,
+    "sigmas": 32,
+}
+MOST_VALUES = 2**31  # of the images of a batch or a grid: 8 GB in float32
+MOST_LEVELS = 256  # in a list of default noise levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run. Saved as config.json beside its checkpoints. Lengths are in images, noise levels in data units."""
+
+    # data
+    data: str  # one of DATA: cmfast_train.data.images
+    image_size: Size  # pixels: one number of square images, else (height, width), --set image_size=32x64; images are
+    # padded (mnist) or resized and cropped (folder) to it
+    channels: int  # 1 or 3
+    conditional: bool = True  # class-conditional where the data have classes
+    flip: bool = False  # mirror images at random
+    class_names: tuple[str, ...] = ()  # of the data's classes, filled in by the run
+    download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
+    # network
+    init: str = ""  # a model to start from, which brings its network and its conventions; cmfast-train --init
+    teacher: str = ""  # a model to distil, instead of the one that a phase starts from; cmfast-train --teacher
+    network: str = "adm"  # adm or seed: the first public implementation's, unconditional
+    model_channels: int = 128  # width of the first level; of seed, all there is to choose (its D)
+    res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    attention: tuple[int, ...] = (16,)  # heights of the feature maps with attention, pixels
+    head_channels: int = 64
+    dropout: float = 0.0
+    # noise levels (data units) and conventions: cmfast.spec
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    scaling: str = "auto"  # auto: trigflow for sct and scd, flow for mf, else boundary
+    c_noise: str = "auto"  # auto: trig for sct and scd, flow for mf, else 250ln
+    sigmas: tuple[tuple[float, ...], ...] = ((80.0,), (80.0, 0.8), (80.0, 5.0, 0.8, 0.2))  # defaults for 1, 2, .. steps
+    # optimisation
+    phases: tuple[Phase, ...] = ()
+    batch: int = 128  # images per optimiser step, summed over processes
+    accumulation: int = 1  # micro-batches per optimiser step and process
+    precision: str = "auto"  # fp32, bf16, fp16; auto is bf16 on CUDA and fp32 on a CPU
+    channels_last: bool = True  # memory layout of the convolutions
+    compile: bool = False  # torch.compile the network
+    graph: str = "auto"  # record optimiser steps as CUDA graphs: true, false; auto is true where they can be recorded
+    fused: str = "auto"  # norms by fused kernels (Triton): true, false; auto is true where they can be used, on CUDA
+    recompute: bool = False  # keep few activations, compute them again in the backward pass: less memory, more time
+    shard: bool = False  # spread weights, averages and optimiser over the processes (FSDP)
+    emas: tuple[float, ...] = ()  # decays of more averages, kept in DIR/ema
+    ema_stds: tuple[
+        float, ...
+    ] = ()  # widths of power-function averages, whose snapshots in DIR/ema cmfast-ema combines
+    lpips: str = ""  # NET:FILE, torchvision's weights of vgg, alex or squeeze, for loss=lpips
+    device: str = "auto"  # cpu or cuda; auto is CUDA where there is one
+    seed: int = 0
+    # records
+    checkpoint_images: int = 1_000_000  # between checkpoints
+    log_images: int = 10_000  # between lines of log.jsonl
+    grid: int = 64  # images in the sample grid of a checkpoint
+    workers: int = 0  # processes that read images; 0: a thread. On CUDA small data sets are on the card, without either
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", plain_size(self.image_size))
+        check_types(self)
+        for name, value in zip(("scaling", "c_noise"), self.conventions(), strict=True):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, value)
+        if self.data not in DATA:
+            raise CmfastError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
+        if self.channels not in (1, 3):
+            raise CmfastError(f"channels must be 1 or 3, got {self.channels}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise CmfastError(f"precision must be auto, fp32, bf16 or fp16, got {self.precision!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise CmfastError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        for name in ("graph", "fused"):
+            if getattr(self, name) not in ("auto", "true", "false"):
+                raise CmfastError(f"{name} must be auto, true or false, got {getattr(self, name)!r}")
+        if not self.phases:
+            raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
+        check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
+        check_image(self.channels, self.image_size)
+        self._check_limits()
+        if self.workers < 0 or not 0 <= self.seed < 2**32:
+            raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
+        if not all(0 <= decay < 1 for decay in self.emas):
+            raise CmfastError(f"emas are decays from 0 and below 1, got {self.emas}")
+        if not all(0 < std <= 0.288 for std in self.ema_stds):
+            raise CmfastError(f"ema_stds are fractions of a phase above 0 and up to 0.288, got {self.ema_stds}")
+        if len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
+            raise CmfastError(f"ema_stds must differ by 0.001 at least, got {self.ema_stds}")
+        self._check_network()
+        self._check_methods()
+        if self.batch % self.accumulation:
+            raise CmfastError(f"batch={self.batch} does not divide into accumulation={self.accumulation} micro-batches")
+        if any(s[0] != self.sigma_max for s in self.sigmas if s):
+            raise CmfastError(f"default noise levels must begin with sigma_max={self.sigma_max:g}, got {self.sigmas}")
+        self.spec(0)  # checks the noise levels
+        for phase in self.phases:
+            law = NormalDist(phase.p_mean, phase.p_std)
+            if phase.method == "ict" and not law.cdf(math.log(self.sigma_max)) > law.cdf(math.log(self.sigma_min)):
+                raise CmfastError(
+                    f"ict.p_mean={phase.p_mean:g} with ict.p_std={phase.p_std:g} draws no noise level from "
+                    f"{self.sigma_min:g} to {self.sigma_max:g}; p_mean is the mean of ln(sigma), such as -1.1"
+                )
+
+    def spec(self, classes: int) -> ModelSpec:
+        """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
+        classes = classes if self.conditional else 0
+        return ModelSpec(
+            image=(self.channels, *self.image_sides),
+            classes=classes,
+            class_names=self.class_names if classes else (),
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            sigma_data=self.sigma_data,
+            scaling=self.scaling,
+            c_noise=self.c_noise,
+            sigmas={len(s): s for s in self.sigmas},
+        )
+
+    def network_fields(self) -> dict[str, Any]:
+        """Return the fields of `networks.adm.AdmConfig` or `networks.seed.SeedConfig`, apart from the classes."""
+        if self.network == "seed":
+            return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
+        names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
+        two_times = any(phase.method == "mf" for phase in self.phases)
+        return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
+
+    def conventions(self) -> tuple[str, str]:
+        """Return the usual scaling and c_noise of the phases' methods."""
+        methods = {phase.method for phase in self.phases}
+        if methods & set(CONTINUOUS):
+            return "trigflow", "trig"
+        return ("flow", "flow") if "mf" in methods else ("boundary", "250ln")
+
+    def _check_methods(self) -> None:
+        """Raise unless the phases' methods fit the conventions and have the teachers that they need."""
+        methods = [phase.method for phase in self.phases]
+        self._check_teachers()
+        if any(phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect") for phase in self.phases):
+            network, colon, file = self.lpips.partition(":")
+            if network not in ("vgg", "alex", "squeeze") or not (colon and file):
+                raise CmfastError(
+                    f"loss=lpips needs weights: --set lpips=vgg:FILE (or alex, squeeze), got {self.lpips!r}"
+                )
+        if self.compile and self.dropout and set(methods) & {*CONTINUOUS, "mf"}:
+            raise CmfastError("compile=true draws other dropout masks than derivatives do; add --set dropout=0")
+        if "mf" in methods and self.network != "adm":
+            raise CmfastError(f"mf needs a network that takes two times; network={self.network} takes one")
+        if self.init:
+            return  # its conventions are the file's
+        if set(methods) & set(CONTINUOUS) and self.scaling not in ("trigflow", "edm"):
+            raise CmfastError(f"sct and scd need scaling trigflow or edm, got {self.scaling}")
+        if "mf" in methods and (self.scaling != "flow" or self.c_noise not in ("flow", "trig", "raw")):
+            raise CmfastError(
+                f"mf needs scaling flow and a c_noise that is finite at 0 (flow, trig, raw), got {self.scaling} and "
+                f"{self.c_noise}"
+            )
+
+    def _check_limits(self) -> None:
+        """Raise if a number is larger than any run needs and would fill memory, or never end."""
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            number = value if isinstance(value, int) else len(value)
+            if number > limit:
+                what = name if isinstance(value, int) else f"the number of {name}"
+                raise CmfastError(f"{what} must be at most {limit:,}, got {number:,}")
+        for name in ("batch", "grid"):
+            values = getattr(self, name) * self.channels * math.prod(self.image_sides)
+            if values > MOST_VALUES:
+                raise CmfastError(
+                    f"{name}={getattr(self, name)} images of {size_text(self.image_size)} px are {values:,} values, "
+                    f"more than {MOST_VALUES:,}; make {name} smaller"
+                )
+        lengths = [len(levels) for levels in self.sigmas]
+        if max(lengths, default=0) > MOST_LEVELS or len(set(lengths)) < len(lengths):
+            raise CmfastError(
+                f"sigmas must be lists of different lengths, for 1 to {MOST_LEVELS} steps; got lists of "
+                f"{', '.join(map(str, lengths))}"
+            )
+
+    def _check_network(self) -> None:
+        if self.network not in NETWORKS:
+            raise CmfastError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        if self.network == "adm":
+            fields = self.network_fields()
+            check_network(fields)
+            check_values(adm_sizes({"classes": 0, "scale_shift": True, "resblock_updown": True, **fields}))
+            return
+        if self.conditional:
+            raise CmfastError("network=seed takes no label; add --set conditional=false")
+        if self.dropout != 0:
+            raise CmfastError(f"network=seed has no dropout, got dropout={self.dropout}; add --set dropout=0")
+        check_seed_network(self.network_fields())
+        check_values(seed_sizes(self.network_fields()))
+
+    def _check_teachers(self) -> None:
+        """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
+        if self.teacher and not any(phase.method in DISTILL for phase in self.phases):
+            raise CmfastError(f"--teacher: none of these phases distils; {', '.join(DISTILL)} do")
+        for before, phase in zip((None, *self.phases), self.phases, strict=False):
+            if phase.method not in DISTILL:
+                continue
+            if before is not None and before.method == phase.method == "pd" and before.steps != 2 * phase.steps:
+                raise CmfastError(f"pd/{phase.steps} halves the steps of pd/{2 * phase.steps}, not of {before.name}")
+            taught = before.method in ("edm", phase.method if phase.method == "pd" else "edm") if before else self.init
+            if not (taught or self.teacher):
+                raise CmfastError(
+                    f"{phase.name} distils a diffusion model: let a phase edm come before it (--set phases=edm:50000,"
+                    f"{phase.name}:100000), or say a model, --init FILE or --teacher FILE"
+                )
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        return sides(self.image_size)
+
+    @property
+    def images(self) -> int:
+        """Length of the run, in images."""
+        return sum(self.steps(phase) for phase in self.phases) * self.batch
+
+    def steps(self, phase: Phase) -> int:
+        """Return the optimiser steps of a phase: its images over the batch, rounded up."""
+        return -(-phase.images // self.batch)
+
+
+# Fields that a model of --init brings with it.
+OF_THE_MODEL = frozenset(
+    {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
+)
+
+# Fields that may change between a run and its continuation: they do not decide what is computed.
+FREE_FIELDS = frozenset(
+    {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute", "graph",
+     "fused"}
+)  # fmt: skip
+
+
+def said_once(assignments: Iterable[str]) -> None:
+    """Raise CmfastError if two NAME=VALUE strings are for the same field: one of them would count for nothing."""
+    seen: dict[str, str] = {}
+    for text in assignments:
+        name = text.partition("=")[0]
+        if name in seen:
+            raise CmfastError(f"--set {_cut(text)}: {name} is already set by {_cut(seen[name])}; remove one of the two")
+        seen[name] = text
+
+
+def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
+    """Return `config` changed by NAME=VALUE strings; METHOD.NAME=VALUE changes every phase of that method.
+
+    Lists are written with commas (channel_mult=1,2,2), the default noise levels with colons between the lists
+    (sigmas=80:80,0.8), phases as METHOD:IMAGES (phases=edm:50000,ect:100000). pd/4:IMAGES is progressive distillation
+    to 4 steps, pd:IMAGES to 8, 4, 2 and 1, one phase each.
+    """
+    changes: dict[str, Any] = {}
+    of_phases: dict[str, dict[str, Any]] = {}
+    said_of: dict[str, str] = {}  # a method and the first text about it
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise CmfastError(f"--set {text}: expected NAME=VALUE")
+        if name == "class_names":
+            raise CmfastError(
+                f"--set {text}: the names of the classes are given by the data (their folders); remove it"
+            )
+        method, dot, field = name.partition(".")
+        if dot:
+            said_of.setdefault(method, text)
+            of_phases.setdefault(method, {})[field] = parse_field(text, Phase, field, value)
+        else:
+            changes[name] = parse_field(text, TrainConfig, name, value)
+    if "phases" in changes:  # other methods have other conventions, unless some were said
+        usual = dict(zip(("scaling", "c_noise"), config.conventions(), strict=True))
+        changes = {name: "auto" for name, value in usual.items() if getattr(config, name) == value} | changes
+    # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
+    phases = changes.get("phases", config.phases)
+    have = [phase.method for phase in phases]
+    for method, text in said_of.items():
+        if method not in have:
+            raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
+    if changes.get("init", config.init) and (said := sorted(changes.keys() & OF_THE_MODEL)):
+        raise CmfastError(f"--set {said[0]}: the model of --init says it; leave it out")
+    changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
+    return dataclasses.replace(config, **changes)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration as plain containers, ready for JSON; `from_dict` reads them back."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Read what `to_dict` wrote; CmfastError unless it is the configuration of a run."""
+
+    fields = _fields(values, TrainConfig, "the configuration")
+    phases = fields.get("phases", ())
+    if not isinstance(phases, tuple) or len(phases) > LIMITS["phases"]:
+        raise CmfastError(f"phases must be a list of at most {LIMITS['phases']} phases, got {shown(phases)}")
+    fields["phases"] = tuple(Phase(**_fields(phase, Phase, "a phase of the configuration")) for phase in phases)
+    return TrainConfig(**fields)
+
+
+def _fields(values: Any, owner: type, what: str) -> dict[str, Any]:
+    """Return the fields of a dataclass from plain containers; CmfastError unless they are such fields."""
+
+    def frozen(value: Any, depth: int = 2) -> Any:
+        return tuple(frozen(v, depth - 1) for v in value) if isinstance(value, (list, tuple)) and depth else value
+
+    if not isinstance(values, Mapping):
+        raise CmfastError(f"{what} must be names and values, got {shown(values)}")
+    needed = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(owner)}
+    if unknown := [name for name in values if name not in needed]:
+        raise CmfastError(f"{what} has no field {shown(unknown[0])}; is it of a newer cmfast?")
+    if missing := [name for name, must in needed.items() if must and name not in values]:
+        raise CmfastError(f"{what} lacks {missing[0]}")
+    return {name: frozen(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def parse_field(text: str, owner: type, name: str, value: str) -> Any:
+    """Return `value` as the type of the field `name` of a dataclass; `text` is what the error quotes."""
+    kinds = typing.get_type_hints(owner)
+    if name not in kinds:
+        phases = owner is TrainConfig and name in typing.get_type_hints(Phase)
+        here = f" of the run, but of its phases: --set METHOD.{_cut(text)}" if phases else ""
+        raise CmfastError(f"--set {_cut(text)}: no such field{here}; there are {', '.join(sorted(kinds))}")
+    kind = kinds[name]
+    if type(None) in typing.get_args(kind):  # "int | None": what is written is an int
+        kind = functools.reduce(operator.or_, (k for k in typing.get_args(kind) if k is not type(None)))
+    try:
+        return _READERS[str(kind) if typing.get_origin(kind) else kind.__name__](value)
+    except (ValueError, KeyError):
+        readable = str(kind) if typing.get_origin(kind) else kind.__name__
+        example = f" ({_EXAMPLES[readable]})" if readable in _EXAMPLES else ""
+        raise CmfastError(f"--set {_cut(text)}: {_cut(value)!r} does not convert to {readable}{example}") from None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _bool(value: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+
+
+def _size(value: str) -> Size:
+    height, x, width = value.lower().partition("x")
+    return plain_size((int(height), int(width))) if x else int(value.replace("_", ""))
+
+
+def _floats(value: str) -> tuple[float, ...]:
+    return tuple(float(v) for v in value.split(","))
+
+
+def _ints(value: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in value.split(",")) if value else ()
+
+
+def _phases(value: str) -> tuple[Phase, ...]:
+    phases: list[Phase] = []
+    if value.count(",") >= LIMITS["phases"]:
+        raise CmfastError(f"--set phases: there are {value.count(',') + 1:,}, more than {LIMITS['phases']}")
+    for part in value.split(","):
+        name, colon, images = part.partition(":")
+        method, slash, steps = name.partition("/")
+        if colon and method not in METHODS:
+            raise CmfastError(f"--set phases: no method {_cut(method)!r}; there are {', '.join(METHODS)}")
+        if not colon or (slash and method != "pd"):
+            raise ValueError(part)
+        values = {"method": method, "images": int(images), **PHASE_DEFAULTS[method]}
+        if method != "pd":
+            phases.append(Phase(**values))
+        elif slash:
+            phases.append(Phase(**values | {"steps": int(steps)}))
+        else:
+            each = values["images"] // len(PD_STEPS)
+            phases += [Phase(**values | {"steps": n, "images": each}) for n in PD_STEPS]
+    return tuple(phases)
+
+
+_EXAMPLES = {  # what each reader reads
+    "int": "a whole number, such as 1000",
+    "float": "a number, such as 0.5 or 1e-4",
+    "bool": "true or false",
+    "int | tuple[int, int]": "pixels of square images, such as 32, or HEIGHTxWIDTH, such as 32x64",
+    "tuple[int, ...]": "whole numbers with commas between, such as 1,2,2",
+    "tuple[int, int]": "two whole numbers, such as 0,7",
+    "tuple[float, ...]": "numbers with commas between, such as 0.99,0.999",
+    "tuple[tuple[float, ...], ...]": "lists with colons between, such as 80:80,0.8",
+    "tuple[cmfast_train.config.phase.Phase, ...]": "METHOD:IMAGES, such as edm:50000,ect:100000",
+}
+
+_READERS: dict[str, Any] = {
+    "int": lambda value: int(value.replace("_", "")),
+    "float": float,
+    "int | tuple[int, int]": _size,
+    "str": str,
+    "bool": _bool,
+    "tuple[int, ...]": _ints,
+    "tuple[int, int]": _ints,
+    "tuple[float, ...]": _floats,
+    "tuple[tuple[float, ...], ...]": lambda value: tuple(_floats(part) for part in value.split(":")),
+    "tuple[cmfast_train.config.phase.Phase, ...]": _phases,
+}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""What a checkpoint is, of any format, for cmfast-info: what is known, what says so, and what has to be told.
+
+The runtime finds it through the entry point group "cmfast.describe".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cmfast.formats.manifest import Manifest
+from cmfast_train.backends.pytorch import checkpoint_manifest
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.importers import finish, identify
+from cmfast_train.importers.facts import Told
+
+
+def describe(
+    path: str | os.PathLike[str], source: str, assignments: Sequence[str], manifest_needed: bool
+) -> tuple[Manifest | None, list[tuple[str, str]]]:
+    """Return the manifest of a checkpoint, or of a foreign file lines (name, text); both where both are wanted.
+
+    source, assignments  what the user says of a foreign file, as for cmfast-export
+    manifest_needed      a foreign file's weights are read too, and what is missing is an error
+    """
+    found = identify(path, source, Told.parse(assignments))
+    if isinstance(found, Checkpoint):
+        return checkpoint_manifest(found), []
+    lines = [("format", f"{found.format}: {found.what}")]
+    lines += [(fact.name, f"{_text(fact.value)}   ({fact.where})") for fact in found.facts.known]
+    lines += [("warning", text) for text in found.warnings]
+    if found.facts.missing:
+        lines.append(("to be told", found.to_say))
+    return (checkpoint_manifest(finish(found, path)) if manifest_needed else None), lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (tuple, list)):
+        return (": " if value and isinstance(value[0], (tuple, list)) else ", ").join(_text(part) for part in value)
+    return str(value)

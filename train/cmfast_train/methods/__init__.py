@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The training methods, their losses and schedules."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""A run: the trainer, its networks, averages, folder and log."""

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""What a run starts from: a new network, or a model of any format with its conventions; and the teacher it distils."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cmfast.errors import CmfastError, CmfastWarning
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.config.phase import CONTINUOUS, Phase
+from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.importers import load_model
+from cmfast_train.methods.schedules import pd_levels
+from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
+from cmfast_train.networks.shape import plain_size, size_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Conventions and network of the model in training, the weights it begins with, and the teacher of --teacher."""
+
+    spec: ModelSpec
+    network: NetworkConfig
+    weights: Mapping[str, Tensor] | None  # None: new ones
+    model_spec: ModelSpec | None  # of --init, as it was trained; `spec` is what its student becomes
+    teacher: Checkpoint | None
+    sha256: tuple[str, str]  # of the weights of --init and --teacher: a continuation must find the same
+
+    def first_weights(self) -> Mapping[str, Tensor]:
+        """Return the weights of the model that the run starts from, or newly drawn ones."""
+        return build_network(self.network).state_dict() if self.weights is None else self.weights
+
+
+def start_of(config: TrainConfig, classes: int) -> Start:
+    """Return what the run starts from, on data of that many classes."""
+    spec = config.spec(classes)
+    teacher = _load(config.teacher, "--teacher", spec) if config.teacher else None
+    digests = ("", teacher.sha256() if teacher else "")
+    if not config.init:
+        return Start(
+            spec=_inside(teacher, spec, config),
+            network=network_config(config, spec.classes),
+            weights=None,
+            model_spec=None,
+            teacher=teacher,
+            sha256=digests,
+        )
+    model = _load(config.init, "--init", spec)
+    if config.conditional and model.spec.classes != spec.classes:
+        raise CmfastError(
+            f"--init {config.init}: a model of {model.spec.classes} classes, the data have {spec.classes}; "
+            "--set conditional=false trains without them"
+        )
+    network = model.network
+    if not getattr(network, "two_times", False) and any(phase.method == "mf" for phase in config.phases):
+        raise CmfastError(f"--init {config.init}: mf needs a network that takes two times; this one takes one")
+    if "dropout" in {field.name for field in dataclasses.fields(network)}:
+        network = dataclasses.replace(network, dropout=config.dropout)
+    elif config.dropout:
+        raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
+    return Start(
+        spec=_inside(teacher, _student_spec(model.spec, config, spec.class_names), config),
+        network=network,
+        weights=model.weights,
+        model_spec=model.spec,
+        teacher=teacher,
+        sha256=(model.sha256(), digests[1]),
+    )
+
+
+def network_config(config: TrainConfig, classes: int) -> NetworkConfig:
+    """Return the shape of the new network of a run, on data of that many classes."""
+    return network_from_dict({"type": config.network, "classes": classes, **config.network_fields()})
+
+
+def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
+    """Return the spec of the model that a phase leaves: after progressive distillation, sampling is deterministic."""
+    if phase.method != "pd":
+        return spec
+    levels = pd_levels(phase.steps, spec.sigma_min, spec.sigma_max)
+    return dataclasses.replace(spec, renoise="ddim", sigmas={phase.steps: levels})
+
+
+def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*teacher", CmfastWarning)  # a diffusion model is one, and wanted
+        try:
+            model = load_model(path)
+        except CmfastError as err:
+            if "--set" not in str(err) and "--source" not in str(err):
+                raise
+            raise CmfastError(
+                f"{option} {path}: the file does not say all that has to be known; make a checkpoint of it, "
+                f"cmfast-export {path} --format cmfast, which asks: {err}"
+            ) from None
+    if model.spec.image != spec.image:
+        raise CmfastError(
+            f"{option} {path}: a model of images {list(model.spec.image)}, the run has {list(spec.image)}: "
+            f"--set image_size={size_text(plain_size(model.spec.image[1:]))} --set channels={model.spec.image[0]}"
+        )
+    if model.spec.classes not in (0, spec.classes):
+        raise CmfastError(
+            f"{option} {path}: a model of {model.spec.classes} classes, the run has {spec.classes}; "
+            "a label of the one means nothing to the other"
+        )
+    _check_names(f"{option} {path}", model.spec.class_names, spec.class_names, bool(model.spec.classes))
+    return model
+
+
+def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], labelled: bool) -> None:
+    """Raise CmfastError if labels mean other classes of the same names, and warn if the names differ."""
+    if not names and list(of_data) != sorted(of_data) and labelled:
+        warnings.warn(
+            f"{model}: it does not name its classes; if it was trained on these folders by an older version, they were "
+            "in the order of text, and its labels are others",
+            CmfastWarning, stacklevel=4,
+        )  # fmt: skip
+    if not names or not of_data or names == of_data:
+        return
+    i = next(i for i, (one, other) in enumerate(zip(names, of_data, strict=True)) if one != other)
+    difference = f"label {i} is {names[i]!r} there and {of_data[i]!r} in the data"
+    if set(names) == set(of_data):
+        raise CmfastError(
+            f"{model}: its classes have another order: {difference}; name the folders so that they sort as there"
+        )
+    warnings.warn(
+        f"{model}: its classes have other names: {difference}; the data's are trained", CmfastWarning, stacklevel=4
+    )
+
+
+def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) -> ModelSpec:
+    """Return the conventions of a student that starts from a model of `spec`. names: of the data's classes, or ().
+
+    Consistency models hold the boundary condition; a diffusion model's scaling, which continuous-time methods and
+    progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
+    """
+    methods = {phase.method for phase in config.phases}
+    scaling = spec.scaling
+    if methods & set(CONTINUOUS):
+        if scaling not in ("trigflow", "edm", "boundary"):
+            raise CmfastError(f"sct and scd need a model with scaling trigflow, edm or boundary, not {scaling}")
+        scaling = "edm" if scaling == "boundary" else scaling
+    elif "mf" in methods and scaling != "flow":
+        raise CmfastError(f"mf continues models of mf only; this one has scaling {scaling}")
+    elif methods & {"ct", "cd", "ict", "ect"}:
+        scaling = "boundary" if scaling == "edm" else scaling
+    if config.sigma_max != spec.sigma_max:
+        raise CmfastError(
+            f"--init {config.init}: its noise levels end at {spec.sigma_max:g}, the run's at {config.sigma_max:g}; add "
+            f"--set sigma_max={spec.sigma_max:g} --set sigmas={spec.sigma_max:g}:{spec.sigma_max:g},0.8"
+        )
+    sigmas = {len(s): s for s in config.sigmas}
+    return dataclasses.replace(
+        spec,
+        class_names=names or spec.class_names,
+        scaling=scaling,
+        sigmas=sigmas,
+        renoise=_consistent(spec.renoise),
+        grid=0,
+    )
+
+
+def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    """Return the student's spec, whose noise levels must be a teacher's as well."""
+    if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
+        raise CmfastError(
+            f"--teacher {config.teacher}: it knows noise levels from {teacher.spec.sigma_min:g} to "
+            f"{teacher.spec.sigma_max:g}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
+            "--set sigma_min, sigma_max"
+        )
+    return spec
+
+
+def _consistent(renoise: str) -> str:
+    return "sqrt" if renoise == "ddim" else renoise

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Sample grids of a torch denoiser: the same images that `cmfast-sample` draws from the exported file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cmfast.files import atomic_file
+from cmfast.images import grid_image
+from cmfast.noise import gaussian, labels
+from cmfast.sampling import sample, to_uint8
+from cmfast.spec import ModelSpec
+
+
+def draw(
+    denoise: Any, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device
+) -> np.ndarray:
+    """Return n images, float32 [n, C, H, W] in data units, from denoise(x, sigma [B], label)."""
+    indices = range(n)
+    noise = torch.from_numpy(np.stack([gaussian(seed, indices, k, spec.image) for k in range(len(sigmas))])).to(device)
+    label = torch.from_numpy(labels(seed, indices, spec.classes)).to(device) if spec.classes else None
+    with torch.inference_mode():
+        x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), label), noise, sigmas, spec)
+    return x0.float().cpu().numpy()
+
+
+def save_grid(denoise: Any, spec: ModelSpec, path: Path, n: int, device: torch.device) -> None:
+    """Write a grid of n images of seed 0, drawn in the model's default two steps, or fewest."""
+    sigmas = spec.sigmas.get(2) or spec.levels()
+    with atomic_file(path) as temporary:
+        grid_image(to_uint8(draw(denoise, spec, n, tuple(sigmas), 0, device))).save(temporary, format="PNG")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""One optimiser step: its random numbers, its losses and gradients, the update of weights and averages.
+
+`loop` takes steps one after the other; `step_graph` records one on a GPU and replays it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmfast_train.data.images import to_unit_range
+from cmfast_train.methods.objectives import METHODS, Step
+from cmfast_train.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the arithmetic of a step starts from: this process's share of the batch, on the device."""
+
+    images: Tensor  # uint8 [b, C, H, W]
+    label: Tensor  # int64 [b]
+    noise: Tensor  # unit Gaussian [b, C, H, W]
+    uniform: Tensor  # [b, 4] in [0, 1)
+
+
+def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+    """Take one optimiser step on this process's images [b, C, H, W]; return the loss and noise level of each, [b]."""
+    config, device = run.config, run.accelerator.device
+    noise = torch.empty(config.batch, *run.spec.image, device=device)
+    uniform = torch.empty(config.batch, 4, device=device)
+    draw(run, step, noise, uniform)
+    inputs = Inputs(
+        images=images.to(device, non_blocking=True),
+        label=label.to(device, non_blocking=True),
+        noise=noise[share],
+        uniform=uniform[share],
+    )
+    run.set_lr()
+    seed_dropout(run, step)
+    losses = gradients(run, inputs)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.update_averages()
+    return losses
+
+
+def draw(run: Run, step: int, noise: Tensor, uniform: Tensor) -> None:
+    """Fill noise [B, C, H, W] and uniform [B, 4] with the numbers of this step, for the whole batch."""
+    generator = torch.Generator(noise.device).manual_seed(_step_seed(run.config.seed, step))
+    noise.normal_(generator=generator)
+    uniform.uniform_(generator=generator)
+
+
+def seed_dropout(run: Run, step: int) -> None:
+    """Set the random state that this step's dropout masks are drawn from."""
+    torch.manual_seed(_step_seed(run.config.seed, step) + 1 + run.accelerator.process_index)
+
+
+def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Leave the gradients of the mean loss, clipped, in the student's weights; return loss and noise levels, [b]."""
+    config, accelerator = run.config, run.accelerator
+    x0 = to_unit_range(inputs.images)
+    if config.flip:
+        x0 = torch.where((inputs.uniform[:, 3] < 0.5)[:, None, None, None], x0.flip(3), x0)
+    losses, levels = [], []
+    size = len(x0) // config.accumulation
+    for i in range(config.accumulation):
+        part = slice(i * size, (i + 1) * size)
+        with run.gradients(last=i == config.accumulation - 1), accelerator.autocast():
+            loss, sigma = METHODS[run.phase.method](
+                Step(
+                    phase=run.phase,
+                    spec=run.spec,
+                    networks=run.networks,
+                    distance=run.distance,
+                    done=run.step,
+                    steps=config.steps(run.phase),
+                    x0=x0[part],
+                    noise=inputs.noise[part],
+                    uniform=inputs.uniform[part],
+                    label=inputs.label[part] if run.spec.classes else None,
+                )
+            )
+            accelerator.backward(loss.sum() / len(x0))
+        losses.append(loss.detach())
+        levels.append(sigma)
+    if run.phase.clip_norm:
+        accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
+    return torch.cat(losses), torch.cat(levels)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=6).digest(), "little")

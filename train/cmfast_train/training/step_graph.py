@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""Optimiser steps as CUDA graphs: a small network's step is thousands of launches, which cost more than they compute.
+
+Recorded are the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
+tensors at fixed addresses, filled before each replay: the images, the random numbers, RAdam's two factors. Python
+numbers that a method computes with (`methods.constants`) are part of the recording, so a change of them records anew.
+The averages of the weights follow outside, in few launches: their decays change with every step.
+
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Before a recording come
+steps of the same kind that are taken as they are: in them cuDNN tries its algorithms, grids of noise levels and the
+optimiser's state are made. `step` says what a step is; its numbers are the same either way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from cmfast.errors import CmfastError, EngineError
+from cmfast_train.backends.torch_cuda import WARM_UPS  # steps taken as they are before one is recorded
+from cmfast_train.backends.torch_cuda import record as record_graph
+from cmfast_train.config.phase import CONTINUOUS, Phase
+from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.methods.objectives import constants
+from cmfast_train.training.run import Run
+from cmfast_train.training.step import Inputs, draw, gradients, optimise, seed_dropout
+
+WORTH = 20  # steps that a recording must serve: it costs about ten
+
+aten = torch.ops.aten
+TakeStep = Callable[[int, Tensor, Tensor, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # what runs a computation -> what runs it again
+
+
+@final
+class Steps:
+    """Takes the optimiser steps of a run, phase after phase, recorded where they can be."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._take: TakeStep | None = None
+
+    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        if self._take is None:
+            self._take = step_of(self._run)
+        return self._take(step, images, label, share)
+
+    def next_phase(self) -> None:
+        """Let the run begin its next phase."""
+        self._take = None  # a recording's memory is needed now
+        self._run.next_phase()
+
+    def save(self) -> None:
+        """Let the run write a checkpoint; without the recorded step, if the GPU's memory does not suffice beside it.
+
+        Raises:
+            torch.OutOfMemoryError: it does not suffice either way.
+        """
+        try:
+            self._run.save()
+        except torch.OutOfMemoryError:
+            # None is recorded of a run of several processes: one alone must not begin a checkpoint again.
+            if not (isinstance(self._take, RecordedSteps) and self._take.release()):
+                raise
+        else:
+            return
+        torch.cuda.empty_cache()  # only here: the error held what the first try had made
+        self._run.save()
+
+
+def step_of(run: Run) -> TakeStep:
+    """Return what takes the optimiser steps of the run's present phase."""
+    if not why_not(run, run.phase):
+        return RecordedSteps(run, record)
+    return functools.partial(optimise, run)
+
+
+def check_graph(run: Run) -> None:
+    """Raise if graph=true was asked for and a phase of the run cannot be recorded."""
+    if run.config.graph != "true":
+        return
+    for phase in run.config.phases:
+        if why := why_not(run, phase):
+            kind = EngineError if run.accelerator.device.type != "cuda" else CmfastError
+            raise kind(f"graph=true: the steps of {phase.name} cannot be a CUDA graph, {why}; use --set graph=auto")
+
+
+def why_not(run: Run, phase: Phase) -> str:
+    """Return why the steps of a phase are not recorded, "" if they are."""
+    accelerator = run.accelerator
+    if run.config.graph == "false":
+        return "graph=false"
+    if accelerator.device.type != "cuda":
+        return f"the device is {accelerator.device.type}"
+    if accelerator.num_processes > 1:
+        return "the run has more than one process"
+    if accelerator.mixed_precision == "fp16":
+        return "precision=fp16 looks at each step's gradients"
+    return _why_not(run.config, phase, dropout=run.dropout > 0)
+
+
+def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
+    if config.accumulation > 1:
+        return "accumulation is above 1"
+    if config.recompute:
+        return "recompute=true restores random states"
+    if phase.method in (*CONTINUOUS, "mf"):
+        return f"{phase.method} differentiates in forward mode"
+    if dropout and phase.method != "edm":
+        return "its evaluations share dropout masks, which restores random states"
+    if phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect"):
+        return "loss=lpips is a network of another library"
+    return ""
+
+
+def recorded(run: Run, phase: Phase) -> str:
+    """Return what the log says of the steps of a phase: "recorded", or why they are not."""
+    if why := why_not(run, phase):
+        return why
+    first = run.step if phase is run.phase else 0
+    if not _is_worth(phase, first, run.config.steps(phase)):
+        return f"too short: a recording needs {WARM_UPS + WORTH} steps that compute the same"
+    return "recorded"
+
+
+def _is_worth(phase: Phase, first: int, total: int) -> bool:
+    """Return whether one of the steps [first, total) will be recorded."""
+    before, stood = None, 0
+    for step in range(first, total):
+        now = constants(phase, step, total)
+        before, stood = now, stood + 1 if now == before else 0
+        if _is_due(phase, step, total, stood):
+            return True
+    return False
+
+
+def _is_due(phase: Phase, step: int, total: int, stood: int) -> bool:
+    """Return whether to record a step, after `stood` with the same constants."""
+    end = step + WORTH
+    return stood >= WARM_UPS and end <= total and constants(phase, end - 1, total) == constants(phase, step, total)
+
+
+@contextmanager
+def trying_algorithms(device: torch.device) -> Iterator[None]:
+    """On CUDA, let cuDNN try its algorithms in this context: the shapes of a run's steps stay."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@final
+class RecordedSteps:
+    """The steps of a phase: some as they are, then replays of a recorded one.
+
+    All are on a CUDA stream of their own: the default one cannot be recorded, and a backward pass must not reach back
+    to another stream that the weights were used on. The caller's stream waits for each step, and each step for it.
+    """
+
+    def __init__(self, run: Run, record: Record) -> None:
+        self._run, self._record = run, record
+        device = run.accelerator.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.recordings = 0
+        self._constants: Any = None
+        self._stood = 0  # steps with these constants
+        self._replay: Callable[[], Tensor] | None = None
+        self._inputs: Inputs | None = None
+        self._radam: _Radam | None = None
+
+    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        if self._stream is None:
+            return self._take(step, images, label, share)
+        outside = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            losses = self._take(step, images, label, share)
+        outside.wait_stream(self._stream)
+        return losses
+
+    def release(self) -> bool:
+        """Free the recorded step, which a later one records anew; return whether there was one."""
+        had, self._replay = self._replay is not None, None
+        return had
+
+    def _take(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+        run, total = self._run, self._run.config.steps(self._run.phase)
+        now = constants(run.phase, run.step, total)
+        if now != self._constants:
+            self._constants, self._stood, self._replay = now, 0, None
+        if self._replay is None and not _is_due(run.phase, run.step, total, self._stood):
+            self._stood += 1
+            return optimise(run, step, images, label, share)
+        if self._inputs is None:
+            self._inputs = _buffers(run, images, label)
+        inputs = self._inputs
+        draw(run, step, inputs.noise, inputs.uniform)
+        inputs.images.copy_(images, non_blocking=True)
+        inputs.label.copy_(label, non_blocking=True)
+        if self._replay is None:
+            self._radam = _Radam(run.optimizer)
+            self._replay = self._record(self._body)
+            self.recordings += 1
+        run.set_lr()
+        assert self._radam is not None
+        self._radam.begin_step()
+        seed_dropout(run, step)
+        loss, sigma = self._replay().clone()  # which the next step writes over
+        run.update_averages()
+        return loss, sigma
+
+    def _body(self) -> Tensor:
+        """Compute losses, gradients and new weights from the buffers; return loss and noise levels, [2, B]."""
+        assert self._inputs is not None
+        assert self._radam is not None
+        loss, sigma = gradients(self._run, self._inputs)
+        self._radam.update()
+        self._run.optimizer.zero_grad(set_to_none=True)  # their memory serves the rest of the recording
+        return torch.stack([loss, sigma])
+
+
+def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record a training step on the current stream; other threads may go on pinning memory for batches meanwhile."""
+    return record_graph(
+        body,
+        "PyTorch could not record the training step as a CUDA graph ({reason}); train without: --set graph=false",
+        stream=torch.cuda.current_stream(),
+        errors_of="thread_local",
+    )
+
+
+@final
+class _Radam:
+    """The update of torch.optim.RAdam, whose state it works on, with the numbers that change in tensors.
+
+    Its own `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights have taken the
+    same number of steps. The rest is the order of operations of its `foreach` form: the same bits.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        (self._group,) = optimizer.param_groups
+        self._weights = [weight for weight in self._group["params"] if weight in optimizer.state]
+        states = [optimizer.state[weight] for weight in self._weights]
+        self._steps = [state["step"] for state in states]  # on the CPU
+        self._means = [state["exp_avg"] for state in states]
+        self._squares = [state["exp_avg_sq"] for state in states]
+        self._one = torch.tensor(1.0)
+        self._divisor, self._summand = torch.zeros(2, device=self._weights[0].device)
+
+    def begin_step(self) -> None:
+        """Count a step and set the factors that its update takes."""
+        torch._foreach_add_(self._steps, self._one, alpha=1.0)
+        divisor, summand = radam_factors(float(self._steps[0]), self._group["lr"], *self._group["betas"])
+        self._divisor.fill_(divisor)  # a number travels with the launch; a copy would wait, or need memory of its own
+        self._summand.fill_(summand)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the weights from their gradients."""
+        beta1, beta2 = self._group["betas"]
+        slopes = [weight.grad for weight in self._weights]
+        torch._foreach_lerp_(self._means, slopes, 1 - beta1)
+        torch._foreach_mul_(self._squares, beta2)
+        torch._foreach_addcmul_(self._squares, slopes, slopes, 1 - beta2)
+        sizes = torch._foreach_sqrt(self._squares)
+        torch._foreach_add_(sizes, self._group["eps"])
+        aten._foreach_div_.Tensor(sizes, self._divisor)  # by name: else a tensor may be read as a Python number
+        torch._foreach_reciprocal_(sizes)
+        aten._foreach_add_.Tensor(sizes, self._summand)
+        torch._foreach_addcmul_(self._weights, self._means, sizes)
+
+
+def radam_factors(step: float, lr: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """Return (d, s) of RAdam's update (arXiv:1908.03265, Algorithm 2), weight += m (1 / ((sqrt(v) + eps) / d) + s).
+
+    step  counted from 1. While the variance cannot be rectified, d is -0 and s the step's size; afterwards s is -0.
+    """
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * (beta2**step) / (1 - beta2**step)
+    rectified = 0.0
+    if length > 5:
+        rectified = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
+    plain = 0.0 if rectified > 0 else 1.0
+    correction = 1 - beta1**step
+    return ((1 - beta2**step) ** 0.5) * (lr * rectified / correction) * -1, (lr * plain / correction) * -1
+
+
+def _buffers(run: Run, images: Tensor, label: Tensor) -> Inputs:
+    device = run.accelerator.device
+    return Inputs(
+        images=torch.empty_like(images, device=device),
+        label=torch.empty_like(label, device=device),
+        noise=torch.empty(len(images), *run.spec.image, device=device),
+        uniform=torch.empty(len(images), 4, device=device),
+    )

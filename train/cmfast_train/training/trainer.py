@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: MIT
+"""The training loop: phases of steps, with checkpoints that lose nothing.
+
+Everything random in a step is drawn from (seed, step) for the whole batch, and each process takes its share. So
+a run that was killed and resumed computes what the plain run computes, on one CPU to the bit; and, where there is
+no dropout, so does a run spread over processes or cut into micro-batches, up to rounding.
+
+DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was asked
+DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
+DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
+
+A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; what it asks networks for
+in `student`; what is saved in `run`; whose the folder is in `folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
+from cmfast.progress import progress_bar
+from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.data.images import batches, load_data
+from cmfast_train.training.float32 import exact_float32
+from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
+from cmfast_train.training.log import TrainLog
+from cmfast_train.training.parallel import together
+from cmfast_train.training.run import Run
+from cmfast_train.training.step_graph import Steps, check_graph, recorded, trying_algorithms
+
+SAVED = "saved"
+_GONE = re.compile(
+    "gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE
+)  # what libraries say of a lost process
+CHECK_EVERY = 32  # steps between looks at what a GPU or another process has to be waited for
+
+
+class NoBatch(Exception):
+    """The next images cannot be read; the run stands after its last step. Its cause is what is raised in the end."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def with_advice(self, saved: bool, out: Path) -> Exception:
+        """Return the cause; of an error that the user can fix, with what continues the run."""
+        if not isinstance(self.cause, CmfastError) or not saved:
+            return self.cause
+        return CmfastError(f"{self.cause}; {out} holds a checkpoint of the last step, the same command continues")
+
+
+def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
+    """Train, or continue, the run in folder `out`; return the path of model.pt.
+
+    Raises:
+        CmfastError: the run cannot be, cannot begin or continue in this folder, or cannot go on.
+        KeyboardInterrupt: a signal stopped it; with SAVED, if a checkpoint of its last step was written.
+    """
+    accelerator = _accelerator(config)
+    with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
+
+        def claim() -> None:
+            check_folder(config, out, data_root)
+            whole_run.enter_context(claimed(out))
+
+        main = accelerator.is_main_process
+        together(accelerator, claim if main else None)
+        if accelerator.mixed_precision == "no":  # the default of cuDNN is TensorFloat-32
+            together(accelerator, lambda: whole_run.enter_context(exact_float32(accelerator.device)))
+        data = _load_data(config, data_root, accelerator)
+        config = _with_names(config, data)
+        run = Run(config, out, accelerator, len(data), data.classes)
+        together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
+        check_graph(run)
+        run.resume()
+        together(accelerator, (lambda: begin_folder(config, out)) if main else None)
+        _go_on(run, data)
+    return out / "model.pt"
+
+
+def _go_on(run: Run, data: Any) -> None:
+    """Take the remaining steps, with checkpoints, the log and the progress; stop at a signal."""
+    config, accelerator, saved = run.config, run.accelerator, run.images
+    take = Steps(run)
+
+    def save() -> None:
+        nonlocal saved
+        with _memory_in_one_line(config):
+            take.save()
+        saved = run.images
+        log.checkpoint(run.images, run.where())
+
+    with (
+        _stop_signals() as stopped,
+        TrainLog(run.out, run.images, config, accelerator) as log,
+        trying_algorithms(accelerator.device),
+        progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
+    ):
+        try:
+            if accelerator.device.type == "cuda":
+                graph = {phase.name: recorded(run, phase) for phase in config.phases}
+                fused = {phase.name: run.why_not_fused(phase) or "fused" for phase in config.phases}
+                log.note(run.images, run.where(), graph=graph, fused=fused)
+            for loss_per_image in steps(run, data, take):
+                log.add(loss_per_image.mean(), run.images, run.where())
+                advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
+                stop = _any(accelerator, bool(stopped), run)
+                due = run.images // config.checkpoint_images > (run.images - config.batch) // config.checkpoint_images
+                if due or stop or run.images == config.images:
+                    save()
+                if stop:
+                    raise KeyboardInterrupt(SAVED)
+        except NoBatch as err:
+            if run.images > saved and accelerator.num_processes == 1:  # others cannot be asked now
+                save()
+            is_saved = run.images == saved > 0
+            if stopped:  # which may have ended the readers of images as well
+                raise KeyboardInterrupt(*([SAVED] if is_saved else [])) from None
+            raise err.with_advice(is_saved, run.out) from None
+
+
+def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
+    """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
+    take = take or Steps(run)
+    config, accelerator = run.config, run.accelerator
+    share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
+    done, total = run.images // config.batch, config.images // config.batch
+    pin = accelerator.device.type == "cuda"
+    keep = accelerator.device if pin else None
+    unchecked: list[tuple[int, int, Tensor, Tensor]] = []
+    with contextlib.closing(
+        batches(data, config.batch, config.seed, done, total, share, config.workers, pin, keep)
+    ) as stream:
+        for step in range(done, total):
+            try:
+                images, label = next(stream)
+            except Exception as err:  # between two steps: the run can be saved
+                if unchecked:
+                    _check_finite(run, unchecked)
+                raise NoBatch(err) from err
+            if run.step == config.steps(run.phase):
+                take.next_phase()
+            try:
+                with _memory_in_one_line(config):
+                    loss, sigma = take(step, images, label, share)
+            except RuntimeError as err:
+                if accelerator.num_processes > 1 and _GONE.search(str(err)):
+                    raise CmfastError(
+                        f"another process of the run has ended or cannot be reached ({one_line(err, 120)}); the last "
+                        "checkpoint is untouched, the same command continues from it"
+                    ) from None
+                raise
+            unchecked.append((run.step, run.images, loss, sigma))
+            if not pin or len(unchecked) == CHECK_EVERY or run.step + 1 == config.steps(run.phase):
+                _check_finite(run, unchecked)  # on a GPU this waits for it
+                unchecked.clear()
+            run.step += 1
+            yield loss
+
+
+@contextlib.contextmanager
+def _memory_in_one_line(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        less = "" if config.recompute else "--set recompute=true continues this run with less of it and takes longer; "
+        raise EngineError(
+            f"the GPU has too little memory for batch={config.batch}; {less}smaller pieces compute the same: "
+            f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
+        ) from None
+
+
+def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> None:
+    """Raise unless all losses of some steps are finite: (step of the phase, images before, loss and level of each).
+
+    The step with the first bad one is past, its checkpoint is not: weights that are not finite are not saved.
+    """
+    if bool(torch.stack([loss.isfinite().all() for _, _, loss, _ in losses]).all()):
+        return
+    step, images, loss, sigma = next(entry for entry in losses if not bool(entry[2].isfinite().all()))
+    levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
+    raise CheckFailed(
+        f"the loss is not finite at step {step} of {run.phase.method} ({images:,} images), "
+        f"noise levels {levels}; the last checkpoint is untouched; {run.advice()}"
+    )
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise CmfastError("the launcher asks for Accelerate's FSDP; leave that out and say --set shard=true")
+    if torch.get_default_dtype() != torch.float32:
+        raise CmfastError(
+            f"training needs PyTorch's default dtype, float32, not {torch.get_default_dtype()}: "
+            "torch.set_default_dtype(torch.float32)"
+        )
+    if config.shard and config.precision == "fp16":
+        raise CmfastError("shard=true needs precision bf16 or fp32, not fp16")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
+    if precision == "fp16" and cpu:
+        raise EngineError("precision=fp16 needs CUDA; on a CPU use fp32 or bf16")
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if config.batch % (accelerator.num_processes * config.accumulation):
+        raise CmfastError(
+            f"batch={config.batch} does not divide among {accelerator.num_processes} processes "
+            f"and {config.accumulation} micro-batches"
+        )
+    return accelerator
+
+
+def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator) -> Any:
+    """Return the data set, which one process of each machine loads before the others: it may have to download."""
+    first = accelerator.is_local_main_process
+    data = together(accelerator, (lambda: load_data(config, root)) if first else None)
+    return data if first else load_data(config, root)
+
+
+def _with_names(config: TrainConfig, data: Any) -> TrainConfig:
+    """Return the configuration with the names of the data's classes, where they have names and labels are used."""
+    names = tuple(data.class_names)
+    return dataclasses.replace(config, class_names=names) if config.conditional else config
+
+
+def _any(accelerator: Accelerator, flag: bool, run: Run) -> bool:
+    """Return whether the flag is set in any process: they must stop after the same step, or they wait for ever.
+
+    They ask each other after every CHECK_EVERY steps and before the last.
+    """
+    if accelerator.num_processes == 1:
+        return flag
+    if run.images // run.config.batch % CHECK_EVERY and run.images != run.config.images:
+        return False
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(total > 0)
+
+
+def _share(batch: int, index: int, processes: int) -> slice:
+    each = batch // processes
+    return slice(index * each, (index + 1) * each)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step.
+
+    The second signal kills as usual, should the first not get through. Signals reach the main thread alone, so a run
+    in another one leaves them as they are.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before[number])
+
+    # None: a handler that is not Python's, which cannot be put back.
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
