@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = ("errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "model")  # of these names
 __all__ = [
     "ArtifactError",
     "CheckFailed",
@@ -48,9 +49,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from cmfast import _api
-
-        globals()[name] = getattr(_api, name)
+        modules = (import_module(f"cmfast.{module}") for module in _MODULES)
+        globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
         return globals()[name]
     if not name.startswith("_") and find_spec(f"cmfast.{name}"):  # cmfast.noise is there without its own import
         return import_module(f"cmfast.{name}")
