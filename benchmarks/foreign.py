@@ -29,7 +29,7 @@ from cmfast.bench.timing import provenance
 from cmfast.cli._run import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
-from cmfast.formats.manifest import read_manifest
+from cmfast.formats.table import read_manifest
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_train.importers.openai import HEAD_CHANNELS, NETWORKS, RELEASED

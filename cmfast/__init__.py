@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
-    from cmfast.formats.manifest import Manifest, read_manifest
+    from cmfast.formats.manifest import Manifest
+    from cmfast.formats.table import read_manifest
     from cmfast.images import save_images
     from cmfast.model import Model, load
     from cmfast.noise import gaussian
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "model")  # of these names
+# Where the names below are looked for.
+_MODULES = ("errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table", "model")
 __all__ = [
     "ArtifactError",
     "CheckFailed",

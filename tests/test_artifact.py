@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
-from cmfast.formats.manifest import MAX_CHARACTERS, Manifest, check_file, read_manifest, read_onnx
+from cmfast.formats.manifest import MAX_CHARACTERS, Manifest, check_file, read_onnx
 from cmfast.formats.protobuf import read_onnx_model
+from cmfast.formats.table import read_manifest
 from cmfast.spec import ModelSpec
 
 SPEC = ModelSpec(image=(1, 2, 2), classes=10)

@@ -280,7 +280,7 @@ def test_offline_gives_absolute_folders_and_the_entry_points_of_an_installation(
     assert all(folder.is_absolute() for folder in folders)
     offline.write_metadata(tmp_path)
     (found,) = distributions(path=[str(tmp_path)])
-    assert ("folder", "cmfast_train.backends.pytorch:open_folder") in {
+    assert ("folder", "cmfast_train.backends.diffusers_pipeline:open_folder") in {
         (entry.name, entry.value) for entry in found.entry_points if entry.group == "cmfast.backends"
     }
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from cmfast.formats.manifest import read_manifest
+from cmfast.formats.table import read_manifest
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.graphs.emulate import eleven_bits, emulate_file, emulated
 from cmfast_export.pipeline import export_onnx

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.formats.manifest import read_manifest
+from cmfast.formats.table import read_manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network

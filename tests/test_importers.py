@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import cmfast
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast.formats.manifest import read_manifest
+from cmfast.formats.table import read_manifest
 from cmfast_export import cli as export
 from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint

@@ -20,7 +20,7 @@ from test_loop import TINY, assert_equal_to_the_bit, losses_of, run_here, weight
 import cmfast
 from cmfast.cli import sample
 from cmfast.errors import CheckFailed
-from cmfast.formats.manifest import read_manifest
+from cmfast.formats.table import read_manifest
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.config.presets import PRESETS

@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 import cmfast
 from cmfast.backends import onnxruntime as engine
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
-from cmfast.formats.manifest import ROUNDING, read_manifest
+from cmfast.formats.manifest import ROUNDING
+from cmfast.formats.table import read_manifest
 from cmfast_export import cli
 from cmfast_export import pipeline as exporting
 from cmfast_export.graphs import writer

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from cmfast.backends._tensorrt_library import make_logger
 from cmfast.cli import info
 from cmfast.errors import ArtifactError
-from cmfast.formats.manifest import Manifest, read_manifest
+from cmfast.formats.manifest import Manifest
+from cmfast.formats.table import read_manifest
 from cmfast.formats.tensorrt_plan import DIGITS, NOT_RUN, UNSEALED, digest, read_plan, seal
 from cmfast.spec import ModelSpec
 from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine

@@ -14,7 +14,8 @@ import torch
 
 from cmfast.cli import info
 from cmfast.errors import ArtifactError
-from cmfast.formats.manifest import read_manifest, what_it_is_instead
+from cmfast.formats.manifest import what_it_is_instead
+from cmfast.formats.table import read_manifest
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456789\n"
 PAGE = b"\n<!DOCTYPE html>\n<html lang='en'><head><title>Sign in</title></head></html>"

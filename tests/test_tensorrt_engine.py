@@ -21,7 +21,8 @@ import cmfast
 from cmfast.backends import ReleasingEngine, _cuda, open_engine, tensorrt
 from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
-from cmfast.formats.manifest import file_sha256, read_manifest
+from cmfast.formats.manifest import file_sha256
+from cmfast.formats.table import read_manifest
 from cmfast.noise import gaussian
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from cmfast import gaussian, save_images
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast.formats.manifest import Manifest, read_manifest
+from cmfast.formats.manifest import Manifest
+from cmfast.formats.table import read_manifest
 from cmfast.formats.tensorrt_plan import NOT_RUN, UNSEALED, seal
 from cmfast.model import load
 from cmfast.spec import ModelSpec

@@ -22,7 +22,8 @@ from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
 from cmfast_train.backends import pytorch as engine_module
 from cmfast_train.backends import torch_cuda, torch_noise
-from cmfast_train.backends.pytorch import TorchEngine, open_folder
+from cmfast_train.backends.diffusers_pipeline import open_folder
+from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.backends.torch_cuda import OnCuda, arithmetic
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.denoiser import Denoiser

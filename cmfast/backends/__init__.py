@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Engines: what runs a model file. Chosen by suffix, or said by name; one file each.
+"""Backends: what runs a model file. Chosen by suffix; one module each, by the protocols of `cmfast.backends.protocol`.
 
-An engine that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix, or "folder", as an entry
+A backend that lives outside the runtime (PyTorch's, in cmfast_train) announces its suffix, or "folder", as an entry
 point of the group "cmfast.backends", so the runtime never imports it by name. It is called with (path, device, threads,
 variant, precision).
 """
@@ -10,117 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-import numpy.typing as npt
 
 from cmfast.backends._origin import Origin, states_of
+from cmfast.backends.protocol import VARIANTS as VARIANTS
+from cmfast.backends.protocol import DeviceTimes as DeviceTimes
+from cmfast.backends.protocol import DrawEngine as DrawEngine
+from cmfast.backends.protocol import Drawn as Drawn
+from cmfast.backends.protocol import Engine as Engine
+from cmfast.backends.protocol import Inputs as Inputs
+from cmfast.backends.protocol import LoopEngine as LoopEngine
+from cmfast.backends.protocol import ReleasingEngine as ReleasingEngine
+from cmfast.backends.protocol import TimedEngine as TimedEngine
+from cmfast.backends.protocol import variant_words as variant_words
 from cmfast.checks import MAX_THREADS as MAX_THREADS
-from cmfast.checks import check_threads, shown
+from cmfast.checks import check_threads
 from cmfast.errors import CmfastError, EngineError, MissingDependency
-from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, Manifest, check_model
+from cmfast.formats.manifest import PRECISIONS, check_model
+from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
 
-Inputs = Mapping[str, npt.NDArray[Any]]
-# Ways to run the same weights; which exist, and which of them combine, is the engine's affair.
-VARIANTS = {
-    "": "the engine's plain way",
-    "channels_last": "PyTorch with the memory format channels_last",
-    "fused": "CUDA: PyTorch in channels_last, with kernels of cmfast in place of several operations",
-    "nhwc": "CUDA: ONNX Runtime with convolutions of [B, H, W, C], its option prefer_nhwc",
-    "compiled": "PyTorch with torch.compile, on CUDA with mode max-autotune",
-    "reduce-overhead": "CUDA: PyTorch with torch.compile in that mode, which compiles faster and tries fewer kernels",
-    "cuda_graph": "CUDA: PyTorch's whole sampler, or ONNX Runtime's graph, captured once and replayed",
-    "tensorrt": "ONNX Runtime with its TensorRT provider",
-    "diffusers": "diffusers' own pipeline of its folder",
+# The backend of each format of `cmfast.formats.table`: module and class, called with (path, device, threads, variant,
+# sha256).
+BACKENDS = {
+    ONNX.name: ("cmfast.backends.onnxruntime", "OnnxRuntimeEngine"),
+    ENGINE.name: ("cmfast.backends.tensorrt", "TensorRtEngine"),
 }
-
-
-class Engine(Protocol):
-    """A model file, opened. Opening is slow, calling is not; an engine is never changed after it was opened."""
-
-    manifest: Manifest
-    name: str  # engine and device in words, for tables: "ONNX Runtime cpu"
-    batch: int | None  # the only batch size that it takes; None: any
-
-    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's one output, float32 [B, C, H, W].
-
-        Inputs of a denoiser are x, sigma and, when class-conditional, label; of a sampler noise and label.
-        """
-        ...
-
-
-@runtime_checkable
-class LoopEngine(Protocol):
-    """An engine of a denoiser that brings the few-step loop with it, because it runs it faster or its own way."""
-
-    def loop(
-        self, noise: npt.NDArray[np.float32], sigmas: Sequence[float], label: npt.NDArray[np.int64] | None
-    ) -> npt.NDArray[np.float32]:
-        """Return what `cmfast.sampling.sample` returns: images [B, C, H, W] from unit noise [K, B, C, H, W]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A batch that an engine drew."""
-
-    images: npt.NDArray[Any]  # uint8 [B, H, W, C], as `cmfast.sampling.to_uint8` rounds; or float32 [B, C, H, W]
-    finite: bool  # whether all of it was, before it was rounded
-
-
-@runtime_checkable
-class DrawEngine(Protocol):
-    """An engine of a denoiser that draws whole batches where it runs, the noise too; only images come back."""
-
-    def draw(
-        self,
-        seed: int,
-        batches: Sequence[tuple[range, npt.NDArray[np.int64] | None]],
-        sigmas: Sequence[float],
-        *,
-        pixels: bool,
-    ) -> Iterator[Drawn]:
-        """Yield each batch, while the next one is drawn: what `loop` returns for the noise of `cmfast.noise`.
-
-        batches  indices of the images, and a label for each of them, int64 [B], where the model has classes
-        pixels   uint8 is wanted, else float32
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceTimes:
-    """One call on a GPU, ms. Device times are between CUDA events on the engine's stream."""
-
-    host_ms: float  # wall clock of the whole call: arrays in host memory to arrays in host memory
-    enqueue_ms: float  # of it, host time of handing over all work: after the inputs are in page-locked memory
-    copy_in_ms: float  # device time: host to device
-    compute_ms: float  # device time from the first kernel to the last, gaps included
-    copy_out_ms: float  # device time: device to host
-
-
-@runtime_checkable
-class TimedEngine(Protocol):
-    """An engine on a GPU that can say what a call costs there."""
-
-    def timed(self) -> AbstractContextManager[list[DeviceTimes]]:
-        """Return a context in which every `run`, `loop` and batch of `draw` appends its times to its list."""
-        ...
-
-
-@runtime_checkable
-class ReleasingEngine(Protocol):
-    """An engine on a GPU that keeps memory for the batch sizes it was called with."""
-
-    def release(self) -> None:
-        """Free buffers and captured graphs, but not the weights; the next call makes its own again."""
-        ...
 
 
 def open_engine(
@@ -145,17 +60,17 @@ def open_engine(
     """
     file = _path(path)
     if device is None:
-        device = "cuda" if file.suffix in ENGINE_SUFFIXES else "cpu"
+        device = known.device if (known := format_of(file)) else "cpu"
     _check(device, threads, variant, precision, sha256)
     variant = " ".join(variant_words(variant))
-    if file.suffix in (".onnx", *ENGINE_SUFFIXES) and precision:
+    if format_of(file) and precision:
         raise EngineError(
             f"{file}: an exported file runs in the precision that it was exported with; "
             f"make another: cmfast-export model.pt --precision {precision}"
         )
     origin = Origin(
         path=file.absolute(), device=device, threads=threads, variant=variant, precision=precision, sha256=sha256,
-        files=states_of(file),
+        files=states_of(file), opener=open_engine,
     )  # fmt: skip
     engine = _open(file, device, threads, variant, precision, sha256)
     with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it
@@ -163,26 +78,11 @@ def open_engine(
     return engine
 
 
-def variant_words(variant: object) -> tuple[str, ...]:
-    """Return the words of a variant, separated by spaces or commas, in the order of VARIANTS; () for ""."""
-    words = variant.replace(",", " ").split() if isinstance(variant, str) else [""]
-    if not set(words) < VARIANTS.keys() or "" in words:
-        have = ", ".join(filter(None, VARIANTS))
-        raise CmfastError(
-            f"variant must be one of {have}, or several as in 'channels_last cuda_graph', got {shown(variant)}"
-        )
-    return tuple(word for word in VARIANTS if word in words)
-
-
 def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Engine:
-    if file.suffix == ".onnx":
-        from cmfast.backends.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(file, device, threads, variant, sha256)
-    if file.suffix in ENGINE_SUFFIXES:
-        from cmfast.backends.tensorrt import TensorRtEngine
-
-        return TensorRtEngine(file, device, threads, variant, sha256)
+    if known := format_of(file):
+        module, name = BACKENDS[known.name]
+        backend: Engine = getattr(import_module(module), name)(file, device, threads, variant, sha256)
+        return backend
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")
@@ -202,7 +102,7 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
             engine = engine_type(same, device, threads, variant, precision)
         return engine
     names = sorted("." + entry.name for entry in entry_points(group="cmfast.backends") if entry.name != "folder")
-    have = ", ".join([".onnx", *ENGINE_SUFFIXES, *names])
+    have = ", ".join([*all_suffixes(), *names])
     raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cmfast.backends import DeviceTimes
+from cmfast.backends.protocol import DeviceTimes
 
 
 class Clock:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import DeviceTimes, Inputs
+from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.errors import EngineError, MissingDependency, engine_error
 
 

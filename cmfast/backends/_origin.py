@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from cmfast.errors import ArtifactError, CmfastError
 
 if TYPE_CHECKING:
-    from cmfast.backends import Engine
+    from cmfast.backends.protocol import Engine
 
 Files = tuple[tuple[str, int, int], ...]
 
@@ -25,15 +26,14 @@ class Origin:
     variant: str
     precision: str
     sha256: str | None
+    opener: Callable[..., Engine]  # `cmfast.backends.open_engine`, which knows this module
     files: Files  # name, size and time of the last change, ns: another file is not opened as if it were this one
 
     def reopen(self) -> Engine:
         """Open the same file again, in another process; ArtifactError where it is gone or has changed."""
-        from cmfast.backends import open_engine
-
         if not self.path.exists() or states_of(self.path) != self.files:
             raise ArtifactError(f"{self.path}: it was changed or removed since the model was pickled; load it again")
-        return open_engine(
+        return self.opener(
             self.path, self.device, self.threads, variant=self.variant, precision=self.precision, sha256=self.sha256
         )
 

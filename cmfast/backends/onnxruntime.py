@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import DeviceTimes, Inputs
 from cmfast.backends import _cuda as cuda
 from cmfast.backends._clock import Clock
 from cmfast.backends._onnxruntime_library import cause, import_onnxruntime
 from cmfast.backends._origin import Origin, pickled
+from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.checks import MAX_BATCH
 from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error, one_line
 from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import Inputs
 from cmfast.backends import _cuda as cuda
 from cmfast.backends._clock import Clock
 from cmfast.backends._origin import Origin, pickled
@@ -34,6 +33,7 @@ from cmfast.backends._tensorrt_library import (
     this_platform,
 )
 from cmfast.backends.cache import check_cache, read_entry, write_entry
+from cmfast.backends.protocol import Inputs
 from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
 from cmfast.formats.manifest import Manifest, check_file, compare_sha256
 from cmfast.formats.tensorrt_plan import parse_plan

@@ -18,6 +18,7 @@ from cmfast.checks import NotFinite, need_memory
 from cmfast.cli._bench_options import Options
 from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
+from cmfast.formats.table import ONNX, format_of
 
 if TYPE_CHECKING:
     from cmfast.backends import Engine
@@ -254,15 +255,16 @@ def _wanted(options: Options) -> Iterator[_Wanted]:
     same = [file.name for file in options.models]
     for file in options.models:
         name = file.name if same.count(file.name) == 1 else str(file)
-        for variant in ("", *(options.onnx_variants() if file.suffix == ".onnx" else ())):
+        for variant in ("", *(options.onnx_variants() if format_of(file) is ONNX else ())):
             yield _Wanted(name=f"{name} {variant}".rstrip(), file=file, variant=variant)
 
 
 def _precisions(models: tuple[Path, ...]) -> list[str]:
     """Return what the exported files say that they compute in, each once, by the name of the option."""
-    from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, read_manifest
+    from cmfast.formats.manifest import PRECISIONS
+    from cmfast.formats.table import read_manifest
 
-    dtypes = {read_manifest(file).dtype for file in models if file.suffix in (".onnx", *ENGINE_SUFFIXES)}
+    dtypes = {read_manifest(file).dtype for file in models if format_of(file)}
     return [name for name, dtype in PRECISIONS.items() if dtype in dtypes]
 
 

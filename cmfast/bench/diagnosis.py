@@ -14,7 +14,7 @@ import click
 from cmfast.backends import DeviceTimes, TimedEngine
 from cmfast.bench.roofline import BYTES, COST, Ceilings, Floor, floor_ms, measure_machine
 from cmfast.errors import EngineError
-from cmfast.formats.manifest import ENGINE_SUFFIXES
+from cmfast.formats.table import ENGINE, format_of
 
 if TYPE_CHECKING:
     from cmfast.bench.contenders import Contender, Job
@@ -87,7 +87,7 @@ def explain(
     steps = len(job.sigmas)
     times, calls = on_device or (None, 0)
     floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
-    replayed = not REPLAYED.isdisjoint(job.contender.variant.split()) or job.contender.file.suffix in ENGINE_SUFFIXES
+    replayed = not REPLAYED.isdisjoint(job.contender.variant.split()) or format_of(job.contender.file) is ENGINE
     return {
         "device_times": times and asdict(times) | {"calls": calls},
         "flops": cost and steps * job.batch * cost["flops"],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
-from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, check_model
+from cmfast.formats.manifest import PRECISIONS, check_model
+from cmfast.formats.table import ENGINE, ONNX, format_of
 from cmfast.schedule import MAX_STEPS
 
 # Of cmfast.backends.VARIANTS, besides the plain way: single words, and what is worth combining.
@@ -52,9 +53,9 @@ class Options:
             if file.resolve() in [other.resolve() for other in files[:i]]:
                 raise CmfastError(f"{file} is named twice")
             check_model(file)
-            if file.suffix in ENGINE_SUFFIXES and self.device != "cuda":
+            if format_of(file) is ENGINE and self.device != "cuda":
                 raise CmfastError(f"{file}: a TensorRT engine runs on an NVIDIA GPU only; add --device cuda")
-        if self.baseline is not None and self.baseline.suffix in (".onnx", *ENGINE_SUFFIXES):
+        if self.baseline is not None and format_of(self.baseline) is not None:
             raise CmfastError(
                 f"--baseline takes a checkpoint that PyTorch runs, got {self.baseline}; name it as a MODEL"
             )
@@ -100,7 +101,7 @@ class Options:
         if self.variants is None:
             return
         _check_names("variants", self.variants, tuple(dict.fromkeys((*BASELINE_VARIANTS, *ONNX_VARIANTS))))
-        onnx = any(file.suffix == ".onnx" for file in self.models)
+        onnx = any(format_of(file) is ONNX for file in self.models)
         for variant in self.variants:
             if not CUDA_WORDS.isdisjoint(variant.split()) and self.device != "cuda":
                 raise CmfastError(f"--variants {variant} needs an NVIDIA GPU: add --device cuda")

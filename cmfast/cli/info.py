@@ -13,16 +13,8 @@ import click
 from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import SET, SOURCE
 from cmfast.errors import CmfastError, CmfastWarning, printable
-from cmfast.formats.manifest import (
-    ENGINE_SUFFIXES,
-    Manifest,
-    as_verified,
-    check_model,
-    file_sha256,
-    model_bytes,
-    read_manifest,
-    read_onnx,
-)
+from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, model_bytes, read_onnx
+from cmfast.formats.table import ONNX, format_of, read_manifest
 
 NAMES = 20  # of classes that are shown
 CHANGED = "its graph or its weights were changed since they were verified"
@@ -48,11 +40,11 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
     MODEL is an exported file, a checkpoint, a foreign file of weights or a diffusers folder.
     """
     file = check_model(model)
-    if file.suffix in (".onnx", *ENGINE_SUFFIXES):
+    if known := format_of(file):
         if source or assignments:
             raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
-        manifest, versions = read_onnx(file) if file.suffix == ".onnx" else (read_manifest(file), {})
-        verified = as_verified(file, manifest) if file.suffix == ".onnx" else True
+        manifest, versions = read_onnx(file) if known is ONNX else (read_manifest(file), {})
+        verified = as_verified(file, manifest) if known is ONNX else True
         if as_json and verified is False:
             warnings.warn(f"{file}: {CHANGED}; its parity and cost are left out", CmfastWarning, stacklevel=1)
             manifest = replace(manifest, parity={}, cost={})

@@ -51,7 +51,6 @@ def may_use_tf32(dtype: str) -> bool:
 # sums only differ in their order, it is a hundred times what is seen.
 ROUNDING = {"float32": 1e-4, "tf32": 4e-2, "float16": 5e-2, "bfloat16": 3e-1}
 WINOGRAD = 1e-3  # for float32 where a library is free to choose such convolutions: on GPUs, and between any libraries
-ENGINE_SUFFIXES = (".engine", ".plan")  # TensorRT's and TensorRT-RTX's: cmfast.formats.tensorrt_plan
 # In `made_by`: which runtime the nodes of an ONNX file are for. No entry: any; the names are cmfast_export.FLAVOURS.
 FLAVOUR = "flavour"
 _OBJECTS = ("source", "made_by", "parity", "cost", "engine")
@@ -68,12 +67,8 @@ class Manifest:
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions of the programs that wrote the file
     parity: Mapping[str, float] = field(default_factory=dict)  # against PyTorch, worst over levels and batches
     graph_sha256: str = ""  # of the graph and the weights that were verified: cmfast.formats.content; "": not recorded
-    cost: Mapping[str, float] = field(
-        default_factory=dict
-    )  # operations and bytes of one image: cmfast_export.graphs.cost
-    engine: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of a built engine: what built it, for what: cmfast.formats.tensorrt_plan
+    cost: Mapping[str, float] = field(default_factory=dict)  # operations and bytes of an image: `graphs.cost`
+    engine: Mapping[str, Any] = field(default_factory=dict)  # what built it, for what: `cmfast.formats.tensorrt_plan`
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -138,21 +133,6 @@ class Manifest:
             return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), graph_sha256=digest, **parts)
         except CmfastError as err:
             raise ArtifactError(f"{where}: {err}") from None
-
-
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Return the manifest of an exported file, or raise ArtifactError saying what the file is and what to type."""
-    file = check_file(path)
-    if file.suffix == ".onnx":
-        return read_onnx(file)[0]
-    if file.suffix in ENGINE_SUFFIXES:
-        from cmfast.formats.tensorrt_plan import read_plan
-
-        return read_plan(file)
-    raise ArtifactError(
-        f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; "
-        f"need .onnx or {' or '.join(ENGINE_SUFFIXES)}"
-    )
 
 
 def read_onnx(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, int]]:

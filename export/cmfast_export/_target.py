@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from cmfast.formats.manifest import read_onnx_file
+from cmfast.formats.table import ONNX, format_of
 from cmfast.locks import exclusive, lock_beside
 
 P = ParamSpec("P")
@@ -62,6 +63,6 @@ def files_of(model: Path) -> list[Path]:
     """Return what a model is read from: its file, the weights beside an ONNX file, a folder and what is in it."""
     if model.is_dir():
         return [model, *sorted(model.glob("*")), *sorted(model.glob("*/*"))]
-    if model.suffix.lower() != ".onnx":
+    if format_of(model) is not ONNX:
         return [model]
     return [model, *(model.parent / name for name in sorted(set(read_onnx_file(model).external)))]

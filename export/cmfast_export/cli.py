@@ -21,7 +21,8 @@ from cmfast.cli._run import needs, run_command
 from cmfast.cli._types import FLOATS, SET, SOURCE
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder, temporary_folder
-from cmfast.formats.manifest import ENGINE_SUFFIXES, PRECISIONS, check_model
+from cmfast.formats.manifest import PRECISIONS, check_model
+from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
 from cmfast_export import OPSETS, report
 from cmfast_export._options import (
     check_steps,
@@ -50,9 +51,9 @@ Examples:
 """
 
 SUFFIXES = {
-    "onnx": (".onnx",),
-    "ort-cuda": (".onnx",),
-    "engine": ENGINE_SUFFIXES,
+    "onnx": ONNX.suffixes,
+    "ort-cuda": ONNX.suffixes,
+    "engine": ENGINE.suffixes,
     "triton": (),
     "cmfast": (".pt", ".safetensors"),
     "diffusers": (),  # a folder may be called anything
@@ -167,7 +168,7 @@ def command(
     cmfast-info says what a file is.
     """
     check_model(checkpoint)
-    if others and not (form == "triton" and checkpoint.suffix in ENGINE_SUFFIXES):
+    if others and not (form == "triton" and format_of(checkpoint) is ENGINE):
         raise CmfastError(f"{others[0]}: one file at a time; several engines can be put into one --format triton")
     of_graph = (kind, steps, sigmas, opset)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
@@ -175,7 +176,7 @@ def command(
         raise CmfastError(
             f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
         )
-    ready = checkpoint.suffix in (".onnx", *ENGINE_SUFFIXES)  # a graph already
+    ready = format_of(checkpoint) is not None  # a graph already
     if ready and form not in ("engine", "triton"):
         raise CmfastError(f"{checkpoint}: exported already; --format engine or --format triton takes it further")
     if ready and (graph_asked or source or assignments):
@@ -294,7 +295,7 @@ WRITERS = {
 @contextmanager
 def _graph(request: Request) -> Iterator[Path]:
     """Give the verified graph that an engine or a repository is made from: the given file, or one exported for now."""
-    if request.checkpoint.suffix in (".onnx", *ENGINE_SUFFIXES):
+    if format_of(request.checkpoint) is not None:
         yield request.checkpoint
         return
     # Beside a repository, also where that is ".": Triton takes what is in it for models.
@@ -349,7 +350,7 @@ def _check_out(out: Path, inputs: Sequence[Path], form: str) -> None:
     need = SUFFIXES[form]
     if need and out.suffix not in need:
         raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(need)}")
-    if not need and out.suffix.lower() in (".onnx", ".pt", ".safetensors", *ENGINE_SUFFIXES):
+    if not need and out.suffix.lower() in (".pt", ".safetensors", *all_suffixes()):
         raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
     for read in inputs:
         if read.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(read)):

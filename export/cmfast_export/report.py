@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cmfast.formats.table import ONNX, format_of
+
 if TYPE_CHECKING:
     from cmfast.spec import ModelSpec
     from cmfast_export.pipeline import Exported
@@ -109,7 +111,7 @@ def engine(built: Built, source: Path, told: str) -> None:
     click.echo("next, where there is such a card:" if built.not_run else "next:")
     click.echo(f"  cmfast-info {built.path}")
     click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
-    if source.suffix != ".onnx":
+    if format_of(source) is not ONNX:
         _bench(built.path, source, told, " --device cuda")
 
 

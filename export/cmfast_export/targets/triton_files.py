@@ -15,7 +15,8 @@ import onnx
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.formats import protobuf as pb
-from cmfast.formats.manifest import ENGINE_SUFFIXES, Manifest, check_plain, check_unchanged, read_manifest
+from cmfast.formats.manifest import Manifest, check_plain, check_unchanged
+from cmfast.formats.table import ENGINE, ONNX, format_of, read_manifest
 
 AMPERE = "8.0+"  # the compute capabilities of a plan that was built to run on all GPUs from Ampere on
 _VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"  # without it Triton refuses such plans
@@ -39,13 +40,13 @@ class Served:
 
 def read_served(files: Sequence[Path]) -> Served:
     """Read one .onnx file of kind server, or plans of one, each for compute capabilities of its own; else raise."""
-    suffixes = [file.suffix for file in files]
-    if suffixes == [".onnx"]:
+    formats = [format_of(file) for file in files]
+    if formats == [ONNX]:
         return _onnx(files[0])
-    if files and all(suffix in ENGINE_SUFFIXES for suffix in suffixes):
+    if files and all(each is ENGINE for each in formats):
         return _plans(files)
     raise CmfastError(
-        f"a repository serves one .onnx file, or TensorRT plans of one model ({' or '.join(ENGINE_SUFFIXES)}); "
+        f"a repository serves one .onnx file, or TensorRT plans of one model ({' or '.join(ENGINE.suffixes)}); "
         f"got {', '.join(map(str, files)) or 'nothing'}"
     )
 

@@ -9,24 +9,41 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cmfast.backends import Inputs
 from cmfast.backends._cuda import check_process
 from cmfast.backends._origin import Origin, pickled
+from cmfast.backends.protocol import Inputs, variant_words
 from cmfast.errors import CmfastError, EngineError, MissingDependency, OutOfMemory, one_line
 from cmfast.formats.manifest import Manifest
 from cmfast.schedule import karras_sigmas
-from cmfast_train.backends.pytorch import out_of_memory, set_threads
+from cmfast_train.backends.pytorch import TorchEngine, out_of_memory, set_threads
 from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.importers import identify
 from cmfast_train.importers.facts import Draft
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 Floats = npt.NDArray[np.float32]
+
+
+def open_folder(
+    folder: Path, device: str, threads: int | None, variant: str, precision: str
+) -> TorchEngine | DiffusersEngine:
+    """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
+    if "diffusers" not in variant_words(variant):
+        return TorchEngine(folder, device, threads, variant, precision)
+    if variant_words(variant) != ("diffusers",):
+        raise EngineError(f"the variant diffusers combines with no other, got {variant!r}")
+    if precision not in ("", "fp32"):
+        raise EngineError(
+            f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
+            "our U-Net runs the folder in any"
+        )
+    return DiffusersEngine(folder, device, threads)
 
 
 class DiffusersEngine:

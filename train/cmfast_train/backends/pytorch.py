@@ -13,8 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +36,6 @@ from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.precision import accumulate_in_float32
-
-if TYPE_CHECKING:
-    from cmfast_train.backends.diffusers_pipeline import DiffusersEngine
 
 Floats = npt.NDArray[np.float32]
 VARIANTS = {
@@ -230,24 +226,6 @@ def _watch_forks() -> None:
     """From the first engine on, notice when this process is a child: the threads of its parent are not there."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
-
-
-def open_folder(
-    folder: Path, device: str, threads: int | None, variant: str, precision: str
-) -> TorchEngine | DiffusersEngine:
-    """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
-    if "diffusers" not in variant_words(variant):
-        return TorchEngine(folder, device, threads, variant, precision)
-    if variant_words(variant) != ("diffusers",):
-        raise EngineError(f"the variant diffusers combines with no other, got {variant!r}")
-    if precision not in ("", "fp32"):
-        raise EngineError(
-            f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
-            "our U-Net runs the folder in any"
-        )
-    from cmfast_train.backends.diffusers_pipeline import DiffusersEngine  # diffusers takes seconds to import
-
-    return DiffusersEngine(folder, device, threads)
 
 
 def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import check_target
-from cmfast.formats.manifest import ENGINE_SUFFIXES, read_manifest
+from cmfast.formats.table import format_of, read_manifest
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, is_own, load_checkpoint, read_tensors, save_checkpoint
@@ -122,7 +122,7 @@ def exported_with_others(path: Path, sha256: str, levels: tuple[float, float]) -
     """Return the exported files beside a checkpoint, of weights with this SHA-256, with other levels for 2 steps."""
     found = []
     for file in sorted(path.parent.iterdir()):
-        if file.suffix in (".onnx", *ENGINE_SUFFIXES) and file.is_file():
+        if format_of(file) and file.is_file():
             try:
                 manifest = read_manifest(file)
             except ArtifactError:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The table of file formats that models are exported to. What a suffix means is decided here and nowhere else.
+
+    format_of("model.onnx") is ONNX            # None: not an exported model, a checkpoint perhaps
+    read_manifest("model.engine")
+
+A new format is a module beside this one that reads its manifest, a row here, and a backend that runs it
+(`cmfast.backends`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmfast.errors import ArtifactError
+from cmfast.formats.manifest import Manifest, check_file, read_onnx
+from cmfast.formats.tensorrt_plan import read_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A file format.
+
+    Attributes:
+        name: as `cmfast-export --format` calls it.
+        suffixes: of its files, the usual one first.
+        device: where a file runs unless another device is asked for.
+        read: returns the manifest of a file, or raises ArtifactError.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    device: str
+    read: Callable[[Path], Manifest]
+
+
+ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=lambda file: read_onnx(file)[0])
+ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=read_plan)  # also TensorRT-RTX's
+FORMATS = (ONNX, ENGINE)
+
+
+def format_of(path: str | os.PathLike[str]) -> Format | None:
+    """Return the format that a file's suffix stands for, None for what is not an exported model."""
+    suffix = Path(path).suffix
+    return next((each for each in FORMATS if suffix in each.suffixes), None)
+
+
+def all_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of all formats."""
+    return tuple(suffix for each in FORMATS for suffix in each.suffixes)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of an exported file, or raise ArtifactError saying what the file is and what to type."""
+    file = check_file(path)
+    if found := format_of(file):
+        return found.read(file)
+    raise ArtifactError(
+        f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; "
+        f"need .onnx or {' or '.join(ENGINE.suffixes)}"
+    )
