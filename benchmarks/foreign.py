@@ -26,7 +26,7 @@ import torch
 from cmfast.backends import open_engine
 from cmfast.backends._onnxruntime_library import import_onnxruntime
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.formats.table import read_manifest

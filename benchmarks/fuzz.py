@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_outputs, write_text
 from fuzz_corpus import READERS, Reader

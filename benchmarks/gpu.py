@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_target, write_text
 from gpu_items import Item, supervise, work

@@ -27,7 +27,7 @@ from typing import Any
 import click
 
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_outputs, write_text
 

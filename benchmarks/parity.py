@@ -21,8 +21,8 @@ import numpy as np
 
 from cmfast.backends import open_engine
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
-from cmfast.cli._types import INTS
+from cmfast.cli.parameters import INTS
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.model import Model

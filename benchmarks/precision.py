@@ -24,7 +24,7 @@ import numpy.typing as npt
 from cmfast.backends._tensorrt_library import LIBRARIES
 from cmfast.backends.onnxruntime import OnnxRuntimeEngine
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.formats.manifest import PRECISIONS

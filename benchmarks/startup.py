@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from cmfast.bench import timing
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.formats.manifest import check_file

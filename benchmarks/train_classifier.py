@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmfast.bench.timing import provenance
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_outputs, check_target, write_text
 from cmfast_train.config.presets import PRESETS

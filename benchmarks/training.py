@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmfast.bench import timing
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast_train.config.presets import PRESETS

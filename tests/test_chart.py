@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cmfast.cli._chart import chart_text, save_chart
+from cmfast.bench.chart import chart_text, save_chart
 
 pytest.importorskip("matplotlib")
 

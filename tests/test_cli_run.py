@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError, CmfastWarning, printable
 
 Result = subprocess.CompletedProcess
@@ -44,7 +44,7 @@ def test_a_command_works_with_standard_streams_closed(
 def test_messages_of_libraries_do_not_get_into_a_file_when_stderr_is_closed(tmp_path: Path) -> None:
     code = f"""
 import click, os
-from cmfast.cli._run import run_command
+from cmfast.cli.running import run_command
 @click.command("cmfast-test")
 def test():
     with open({str(tmp_path / "out")!r}, "w") as file:
@@ -132,7 +132,7 @@ def test_ctrl_c_in_an_import_that_hides_it_is_one_line(body: str, handler: str, 
         f"try:\n    r = {body}\nexcept KeyboardInterrupt:\n    {handler}\n".replace("r = signal", "signal")
     )
     code = """
-from cmfast.cli._interrupt import interruptible
+from cmfast.cli.interrupt import interruptible
 with interruptible("cmfast-sample"):
     import hides
 """

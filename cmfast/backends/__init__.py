@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cmfast.backends._origin import Origin, states_of
 from cmfast.backends.protocol import VARIANTS as VARIANTS
@@ -30,12 +31,21 @@ from cmfast.errors import CmfastError, EngineError, MissingDependency
 from cmfast.formats.manifest import PRECISIONS, check_model
 from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
 
-# The backend of each format of `cmfast.formats.table`: module and class, called with (path, device, threads, variant,
-# sha256).
-BACKENDS = {
-    ONNX.name: ("cmfast.backends.onnxruntime", "OnnxRuntimeEngine"),
-    ENGINE.name: ("cmfast.backends.tensorrt", "TensorRtEngine"),
-}
+
+def _onnxruntime(*arguments: Any) -> Engine:
+    from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(*arguments)
+
+
+def _tensorrt(*arguments: Any) -> Engine:
+    from cmfast.backends.tensorrt import TensorRtEngine
+
+    return TensorRtEngine(*arguments)
+
+
+# What opens a file of each format of `cmfast.formats.table`; called with (path, device, threads, variant, sha256).
+BACKENDS: dict[str, Callable[..., Engine]] = {ONNX.name: _onnxruntime, ENGINE.name: _tensorrt}
 
 
 def open_engine(
@@ -80,9 +90,7 @@ def open_engine(
 
 def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Engine:
     if known := format_of(file):
-        module, name = BACKENDS[known.name]
-        backend: Engine = getattr(import_module(module), name)(file, device, threads, variant, sha256)
-        return backend
+        return BACKENDS[known.name](file, device, threads, variant, sha256)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmfast.bench.failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
+from cmfast.bench.options import Options
 from cmfast.checks import NotFinite, need_memory
-from cmfast.cli._bench_options import Options
 from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.table import ONNX, format_of

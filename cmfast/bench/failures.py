@@ -16,7 +16,7 @@ from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 
 if TYPE_CHECKING:
     from cmfast.bench.contenders import Job
-    from cmfast.cli._bench_options import Options
+    from cmfast.bench.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)

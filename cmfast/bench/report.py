@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmfast.cli._chart import chart_text, save_chart
+from cmfast.bench.chart import chart_text, save_chart
 from cmfast.errors import MissingDependency
 
 

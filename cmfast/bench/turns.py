@@ -13,7 +13,7 @@ import click
 
 from cmfast.bench.contenders import Agreed, Job, compare
 from cmfast.bench.failures import ContenderFailed, Failures
-from cmfast.cli._bench_options import Options
+from cmfast.bench.options import Options
 from cmfast.errors import EngineError
 
 if TYPE_CHECKING:

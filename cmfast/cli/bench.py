@@ -23,11 +23,11 @@ import click
 
 from cmfast.bench.contenders import Agreed, Contender, Job, check_all_run, compare, open_contenders, plan
 from cmfast.bench.failures import Failures, LeftOut
+from cmfast.bench.options import Options
 from cmfast.bench.report import draw, need_matplotlib, show
 from cmfast.bench.turns import Budget, Times, time_setting
-from cmfast.cli._bench_options import Options
-from cmfast.cli._run import run_command
-from cmfast.cli._types import INTS
+from cmfast.cli.parameters import INTS
+from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError, EngineError
 
 EPILOG = """\b

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from cmfast.cli._interrupt import interruptible
+from cmfast.cli.interrupt import interruptible
 
 
 def sample() -> None:

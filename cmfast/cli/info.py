@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from cmfast.cli._run import needs, run_command
-from cmfast.cli._types import SET, SOURCE
+from cmfast.cli.parameters import SET, SOURCE
+from cmfast.cli.running import needs, run_command
 from cmfast.errors import CmfastError, CmfastWarning, printable
 from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, model_bytes, read_onnx
 from cmfast.formats.table import ONNX, format_of, read_manifest

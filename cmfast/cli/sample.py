@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from cmfast.checks import check_threads, shown
-from cmfast.cli._run import run_command
-from cmfast.cli._types import FLOATS, INTS
+from cmfast.cli.parameters import FLOATS, INTS
+from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.formats.manifest import PRECISIONS
 

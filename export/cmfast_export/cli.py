@@ -17,8 +17,8 @@ import click
 from click.core import ParameterSource
 
 from cmfast.checks import MAX_BATCH
-from cmfast.cli._run import needs, run_command
-from cmfast.cli._types import FLOATS, SET, SOURCE
+from cmfast.cli.parameters import FLOATS, SET, SOURCE
+from cmfast.cli.running import needs, run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder, temporary_folder
 from cmfast.formats.manifest import PRECISIONS, check_model

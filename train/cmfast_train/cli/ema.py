@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmfast.cli._run import needs, run_command
+from cmfast.cli.running import needs, run_command
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import check_target
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from cmfast.cli._run import needs, run_command
-from cmfast.cli._types import FLOATS, INTS
+from cmfast.cli.parameters import FLOATS, INTS
+from cmfast.cli.running import needs, run_command
 from cmfast.formats.manifest import check_model
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.evaluation.config import METRICS, EvalConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cmfast.cli._run import needs, run_command
+from cmfast.cli.running import needs, run_command
 from cmfast_train.config.presets import ABOUT, PRESETS
 from cmfast_train.config.train_config import override, said_once, to_dict
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmfast.cli._chart import chart_text, save_chart
+from cmfast.bench.chart import chart_text, save_chart
 
 COLUMNS = {  # of a row: heading, format
     "fd": ("Frechet", "{:.4g}"),
