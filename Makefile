@@ -1,6 +1,7 @@
 # `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
 # `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour.
+# `make docs` builds the site into site/ and fails on every warning.
 # `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint fuzz gpu clean
+.PHONY: demo test lint docs fuzz gpu clean
 
 demo: $(INSTALLED)
 	@mkdir -p demo
@@ -29,6 +30,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
@@ -49,4 +53,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist site
