@@ -162,14 +162,14 @@ def record(files: tuple[Path, ...], json_file: Path) -> None:
 
 
 @command.command("table")
-@click.option("--write", is_flag=True, help="Into README.md and benchmarks/README.md.")
+@click.option("--write", is_flag=True, help="Into docs/results.md and benchmarks/README.md.")
 def table(write: bool) -> None:
     """Print the tables of the records in benchmarks/results."""
     from gpu_record import fill, full_tables, records, short_table
 
     found = records()
     click.echo(full_tables(found))
-    for file, text in (("README.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
+    for file, text in (("docs/results.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
         if write:
             document = ROOT / file
             write_text(document, fill(document.read_text(encoding="utf-8"), text))

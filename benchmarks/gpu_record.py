@@ -149,7 +149,7 @@ def full_tables(found: Sequence[dict[str, Any]]) -> str:
 
 
 def short_table(found: Sequence[dict[str, Any]]) -> str:
-    """Return the table of README.md."""
+    """Return the tables of docs/results.md."""
     return _per_record(found, (_best, _training))
 
 

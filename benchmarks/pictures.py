@@ -32,7 +32,7 @@ SHOWN = {  # rows of the record in the chart, and their names there; the others 
 
 
 @click.command("pictures.py")
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=ROOT / "docs", help="Folder of the pictures.")
 def command(run: Path, out: Path) -> None:
     """Draw samples of RUN, the folder that `make demo` leaves, and the chart of benchmarks/results."""
@@ -50,7 +50,7 @@ def samples_by_calls(run: Path, path: Path) -> None:
     rows.append(("teacher,\n35 calls", teacher.sample_heun(COLUMNS, steps=18, label=labels)))
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
-        strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=60) for image in images], axis=1)
+        strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=255) for image in images], axis=1)
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
         axes.set(xticks=[], yticks=[])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Write docs/cli.md: what each command prints with --help.
 
-    python docs/make_cli.py            # a test fails when the page differs
+python docs/make_cli.py            # a test fails when the page differs
 """
 
 from __future__ import annotations

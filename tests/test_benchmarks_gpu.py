@@ -530,7 +530,7 @@ def test_documents_have_the_tables_of_the_records_that_there_are() -> None:
     from gpu_record import fill, full_tables, records, short_table
 
     found = records()
-    for file, text in (("README.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
+    for file, text in (("docs/results.md", short_table(found)), ("benchmarks/README.md", full_tables(found))):
         document = (ROOT / file).read_text(encoding="utf-8")
         assert document == fill(document, text), f"{file} differs from benchmarks/results: gpu.py table --write"
 

@@ -30,7 +30,10 @@ from cmfast_train.config.train_config import override
 from cmfast_train.importers.facts import Told
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+SITE = tuple(  # cli.md is --help itself, which test_docs.py compares; benchmarks.md includes benchmarks/README.md
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in ("cli", "benchmarks")
+)
+PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *SITE)
 COMMANDS = {str(command.name): command for command in (train, export, sample, info, bench, evaluate)}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the repository")
@@ -136,10 +139,10 @@ def test_every_page_and_every_command_has_lines_to_check() -> None:
         assert where != "cmfast-train --help" or (command_line(line) or [""])[0] == "cmfast-train"
 
 
-def test_settings_that_the_readme_names_are_fields_of_the_configuration() -> None:
+def test_settings_that_the_pages_name_are_fields_of_the_configuration() -> None:
     """Those of whole command lines are checked with their command, above."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    loose = [span for span in spans(page) if not command_line(span)]
+    every = (span for name in PAGES for span in spans((ROOT / name).read_text(encoding="utf-8")))
+    loose = [span for span in every if not command_line(span)]
     settings = [text for span in loose for text in re.findall(r"--set (\S+=\S+)", span)]
     training, foreign = 0, 0
     for text in settings:
@@ -154,7 +157,7 @@ def test_settings_that_the_readme_names_are_fields_of_the_configuration() -> Non
 
 
 def test_presets_of_the_table_are_those_that_there_are() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     table = page[page.index("| preset |") :].split("\n\n")[0]
     assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == list(PRESETS)
 
@@ -193,8 +196,8 @@ def test_links_and_pictures_are_files_of_the_repository(name: str) -> None:
 
 
 def test_modules_and_folders_of_the_map_exist() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    where = page[page.index("## Map of the repository") :]
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    where = page[page.index("## Where things are") :]
     folders = re.findall(r"(?:^    |\s{3,})(\w+)/ ", where, re.MULTILINE)
     assert {"cmfast", "train", "export", "benchmarks", "tests", "docs"} == set(folders)
     assert all((ROOT / folder).is_dir() for folder in folders)
@@ -211,25 +214,27 @@ def conditional_denoiser(unconditional: Path, path: Path) -> None:
     onnx.save(model, path)
 
 
-def test_the_python_of_the_readme_runs_and_gives_the_shapes_of_its_comments(
-    handmade_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_the_python_of_the_first_pages_runs_and_gives_the_shapes_of_its_comments(
+    name: str, handmade_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     (path,) = re.findall(r'load\("([^"]+)"\)', source)
     monkeypatch.chdir(tmp_path)
     Path(path).parent.mkdir(parents=True)
     conditional_denoiser(handmade_onnx(8), Path(path))
     names: dict[str, Any] = {}
-    exec(compile(source, "README.md", "exec"), names)
+    exec(compile(source, name, "exec"), names)
     assert (names["images"].dtype, names["images"].shape) == (np.uint8, (16, 8, 8, 1))
     assert (names["x0"].dtype, names["x0"].shape) == (np.float32, (16, 1, 8, 8))
     np.testing.assert_allclose(names["x0"], 0.8 * names["noise"], rtol=1e-5)  # 0.01 x
+    assert (tmp_path / "grid.png").stat().st_size > 0
 
 
-def test_the_manifest_of_the_readme_is_one_that_this_version_writes_and_reads() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_manifest_of_the_format_page_is_one_that_this_version_writes_and_reads() -> None:
+    page = (ROOT / "docs/format.md").read_text(encoding="utf-8")
     start = page.index('{"schema"')
     text = page[start : page.index("\n\n", start)].replace("{...}", "{}")
-    manifest = Manifest.from_json(text, "README.md")
+    manifest = Manifest.from_json(text, "format.md")
     assert json.loads(manifest.to_json()) == json.loads(text)
     assert json.loads(text)["schema"] == SCHEMA
