@@ -17,8 +17,8 @@ import click
 import numpy as np
 
 import cmfast
-from cmfast.cli._chart import save_chart
-from cmfast.cli._run import run_command
+from cmfast.bench.chart import save_chart
+from cmfast.cli.running import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "methods_digits.json"
