@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Checks of what callers pass, made once where it enters: numbers, arrays, labels, memory. All raise CmfastError.
+"""Checks of what callers pass and engines return, made once where it enters: numbers, arrays, labels, memory.
 
-`cmfast.model` calls them before the work; noise levels are checked in `cmfast.schedule`, files in `cmfast.files`.
+All raise CmfastError. `cmfast.model` calls them before and after the work; noise levels are checked in
+`cmfast.schedule`, files in `cmfast.files`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmfast.errors import CheckFailed, CmfastError, printable
+from cmfast.errors import CheckFailed, CmfastError, EngineError, printable
 
 if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read without it
     import numpy as np
@@ -141,6 +142,27 @@ def class_numbers(label: Any, n: int, classes: int, names: tuple[str, ...] = ())
         for each in given
     ]
     return np.resize(np.array(found, np.int64), n)
+
+
+def returned_array(engine: str, images: object, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
+    """Return what an engine of this name returned, if it is an array of this shape and type."""
+    import numpy as np
+
+    if not isinstance(images, np.ndarray) or images.shape != tuple(shape) or images.dtype != dtype:
+        raise EngineError(
+            f"{engine} returned {shown(images)}, and its manifest promises {dtype.__name__} {list(shape)}; "
+            "export the model again with cmfast-export"
+        )
+    return images
+
+
+def not_finite(engine: str, sigmas: Sequence[float]) -> NotFinite:
+    """Return the error for an engine of this name that returned NaN or infinity at these noise levels."""
+    some = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", .." if len(sigmas) > 8 else "")
+    return NotFinite(
+        f"{engine} returned values that are not finite (NaN or infinity) at noise level {some}; "
+        "the weights are damaged, or the precision is too low: try it in fp32"
+    )
 
 
 def shown(value: object) -> str:

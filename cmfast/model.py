@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,24 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast import sampling
-from cmfast.backends import DrawEngine, Engine, LoopEngine, open_engine
+from cmfast.backends import Engine, LoopEngine, open_engine
 from cmfast.checks import (
-    NotFinite,
     array_of_numbers,
     check_range,
     class_numbers,
     need_memory,
+    not_finite,
+    returned_array,
     shown,
     whole_number,
 )
-from cmfast.errors import CmfastError, EngineError
+from cmfast.drawing import Drawing, Floats, Labels, check_noise, draw_batches
+from cmfast.errors import CmfastError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
 from cmfast.schedule import as_levels, karras_sigmas
 from cmfast.spec import ModelSpec
 
-Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
-_Batch = tuple[range, Labels | None]  # indices of its images, their classes
 Label = int | str | Sequence[int | str]  # a class or one an image, by number, or by name where the model has names
 # The highest noise level that `denoise` takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
 CHURNED = math.sqrt(2)
@@ -165,7 +163,8 @@ class Model:
             classes = self._label(label, noise.shape[1]).get("label")
             if not noise.shape[1]:
                 return np.empty(noise.shape[1:], np.float32)
-            x0 = self._checked(self.engine.loop(noise, sigmas, classes), noise.shape[1:])
+            x0 = self.engine.loop(noise, sigmas, classes)
+            x0 = returned_array(self.engine.name, x0, noise.shape[1:], np.float32)
             self._check_finite(x0, {"noise": noise}, sigmas)
             return x0
         if self.manifest.kind == "denoiser":
@@ -234,10 +233,10 @@ class Model:
         need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
         return class_numbers(label, n, classes, self.spec.class_names)
 
-    def _few_steps(self, levels: tuple[float, ...]) -> _Drawing:
-        return _Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label), levels)
+    def _few_steps(self, levels: tuple[float, ...]) -> Drawing:
+        return Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label), levels)
 
-    def _heun_steps(self, steps: int, churn: float | Churn) -> _Drawing:
+    def _heun_steps(self, steps: int, churn: float | Churn) -> Drawing:
         self._check_denoiser()
         heun_calls(steps)
         levels = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
@@ -247,12 +246,12 @@ class Model:
         def draw(noise: Floats, label: Labels | None) -> Floats:
             return np.asarray(heun(lambda x, sigma: self.denoise(x, sigma, label), noise, levels, churn=full))
 
-        return _Drawing(noise_slices(steps, full), draw)
+        return Drawing(noise_slices(steps, full), draw)
 
     def _images_of(
         self,
         n: int,
-        drawing: _Drawing,
+        drawing: Drawing,
         seed: int,
         label: Label | None,
         batch: int,
@@ -265,54 +264,20 @@ class Model:
         n, batch = self._images(n, 1 if pixels else 4), whole_number("batch", batch, 1)
         first, seed = check_range(first, n), portable.check_seed(seed)
         batch = min(self.engine.batch or batch, n)
-        there = bool(drawing.levels) and isinstance(self.engine, DrawEngine)
-        if not there:
-            # Two batches of noise at a time, one of them also in parts, and what it takes to draw one slice.
-            numbers = batch * math.prod(self.spec.image)
-            need_memory(
-                (3 * drawing.slices * 4 + portable.PEAK) * numbers,
-                f"{drawing.slices} slice(s) of noise for a batch of {batch}",
-                "use a smaller batch",
-            )
+        check_noise(self.engine, drawing, batch)
         every = self.labels(n, seed=seed, label=label, first=first)
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
         batches = [(range(first + p.start, first + p.stop), None if every is None else every[p]) for p in parts]
-        draw = self._draw_there if there else self._draw_here
         channels, *sides = self.spec.image
         images: npt.NDArray[Any] = (
             np.empty((n, *sides, channels), np.uint8) if pixels else np.empty((n, channels, *sides), np.float32)
         )
+        drawn = draw_batches(self.engine, drawing, batches, seed, pixels=pixels)
         with progress_bar("sampling", n, "images", show=progress) as advance:
-            for part, drawn in zip(parts, draw(drawing, seed, batches, pixels), strict=True):
-                images[part] = drawn  # batch by batch: floats take four times the memory of pixels
+            for part, some in zip(parts, drawn, strict=True):
+                images[part] = some  # batch by batch: floats take four times the memory of pixels
                 advance(part.stop - part.start, "")
         return images
-
-    def _draw_here(
-        self, drawing: _Drawing, seed: int, batches: Sequence[_Batch], pixels: bool
-    ) -> Iterator[npt.NDArray[Any]]:
-        """Yield the images of each batch, from noise that is drawn here while the engine has the batch before."""
-
-        def noise(batch: _Batch) -> Floats:
-            samples, _ = batch
-            return np.stack([portable.gaussian(seed, samples, k, self.spec.image) for k in range(drawing.slices)])
-
-        for (_, label), z in _ahead(noise, batches):
-            x0 = drawing.draw(z, label)
-            yield sampling.to_uint8(x0) if pixels else x0
-
-    def _draw_there(
-        self, drawing: _Drawing, seed: int, batches: Sequence[_Batch], pixels: bool
-    ) -> Iterator[npt.NDArray[Any]]:
-        """Yield the images of each batch, which the engine draws from the noise on."""
-        assert isinstance(self.engine, DrawEngine)
-        channels, *sides = self.spec.image
-        shape, dtype = ((*sides, channels), np.uint8) if pixels else ((channels, *sides), np.float32)
-        results = self.engine.draw(seed, batches, drawing.levels, pixels=pixels)
-        for (samples, _), drawn in zip(batches, results, strict=True):
-            if not drawn.finite:
-                raise self._not_finite(drawing.levels)
-            yield self._checked(drawn.images, (len(samples), *shape), dtype)
 
     def _check_denoiser(self) -> None:
         if self.manifest.kind != "denoiser":
@@ -367,17 +332,10 @@ class Model:
             need_memory(2 * whole, only, "export it with a smaller --batch")
             axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
             inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
-        x0 = self._checked(self.engine.run(inputs), (n + short, *self.spec.image))[:n]
+        x0 = self.engine.run(inputs)
+        x0 = returned_array(self.engine.name, x0, (n + short, *self.spec.image), np.float32)[:n]
         self._check_finite(x0, inputs, sigmas)
         return x0
-
-    def _checked(self, images: Any, shape: tuple[int, ...], dtype: type = np.float32) -> npt.NDArray[Any]:
-        if not isinstance(images, np.ndarray) or images.shape != tuple(shape) or images.dtype != dtype:
-            raise EngineError(
-                f"{self.engine.name} returned {shown(images)}, and its manifest promises {dtype.__name__} "
-                f"{list(shape)}; export the model again with cmfast-export"
-            )
-        return images
 
     def _check_finite(self, x0: Floats, inputs: dict[str, npt.NDArray[Any]], sigmas: Floats | Sequence[float]) -> None:
         """Raise NotFinite, with the noise level, where an engine returned NaN or infinity."""
@@ -388,37 +346,7 @@ class Model:
                 raise CmfastError(f"{name} has values that are not finite (NaN or infinity)")
         if isinstance(sigmas, np.ndarray):  # one an image
             sigmas = sorted(set(sigmas[~np.isfinite(x0).all(axis=(1, 2, 3))].tolist()), reverse=True)
-        raise self._not_finite(sigmas)
-
-    def _not_finite(self, sigmas: Sequence[float]) -> NotFinite:
-        some = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", .." if len(sigmas) > 8 else "")
-        return NotFinite(
-            f"{self.engine.name} returned values that are not finite (NaN or infinity) at noise level {some}; "
-            "the weights are damaged, or the precision is too low: try it in fp32"
-        )
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """A way to draw a batch: slices of unit noise [slices, b, C, H, W] and labels [b] in, x0 [b, C, H, W] out."""
-
-    slices: int
-    draw: Callable[[Floats, Labels | None], Floats]
-    levels: tuple[float, ...] = ()  # of the few-step loop, which some engines have; () for another algorithm
-
-
-def _ahead(make: Callable[[_Batch], Floats], parts: Sequence[_Batch]) -> Iterator[tuple[_Batch, Floats]]:
-    """Yield each part with make(part), which a thread makes while the part before is used."""
-    if len(parts) == 1:
-        yield parts[0], make(parts[0])
-        return
-    from concurrent.futures import ThreadPoolExecutor  # slow to import, and one batch does without
-
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(make, parts[0])
-        for part, following in zip(parts, (*parts[1:], None), strict=True):
-            ready, coming = coming, thread.submit(make, following) if following else coming
-            yield part, ready.result()
+        raise not_finite(self.engine.name, sigmas)
 
 
 def _lengthen(values: npt.NDArray[Any], axis: int, by: int) -> npt.NDArray[Any]:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cmfast
-from cmfast import float32
 from cmfast.backends import _onnxruntime_float32 as in_onnxruntime
+from cmfast.backends import float32
+from cmfast.backends.float32 import Floats
 from cmfast.bench.contenders import _check_float32
 from cmfast.errors import EngineError
-from cmfast.float32 import Floats
 from cmfast.spec import ModelSpec
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import override

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether ONNX Runtime multiplies float32 as float32 on a device, by a number (`cmfast.float32`).
+"""Whether ONNX Runtime multiplies float32 as float32 on a device, by a number (`cmfast.backends.float32`).
 
 `use_tf32=0` reaches cuBLAS and cuDNN (onnxruntime 1.18; pull requests 19357 and 19426), and is dropped in silence
 where cuDNN has no convolution without tensor cores (conv.cc, "Try fallback"). NVIDIA_TF32_OVERRIDE=0 cannot be.
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 
-from cmfast import float32
+from cmfast.backends import float32
+from cmfast.backends.float32 import Floats
 from cmfast.backends.onnxruntime import CPU, CUDA, _import, _quiet
 from cmfast.bench.roofline import chain_model
-from cmfast.float32 import Floats
 from cmfast.formats.manifest import may_use_tf32
 
 

@@ -22,7 +22,8 @@ from cmfast.formats.table import ONNX, format_of
 
 if TYPE_CHECKING:
     from cmfast.backends import Engine
-    from cmfast.model import Floats, Model
+    from cmfast.drawing import Floats
+    from cmfast.model import Model
 
 # Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype. In float32 more than an export is
 # allowed: convolutions by Winograd's method, which libraries choose by themselves, cost some digits.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Float32 as float32 in PyTorch: the switches off in a context, on a GPU checked by a number (`cmfast.float32`)."""
+"""Float32 in PyTorch as float32: switches off in a context; checked on a GPU (`cmfast.backends.float32`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from cmfast import float32
-from cmfast.float32 import Floats
+from cmfast.backends import float32
+from cmfast.backends.float32 import Floats
 from cmfast_train.backends.torch_cuda import arithmetic
 
 
