@@ -74,6 +74,23 @@ def test_the_site_documents_every_public_name(site: Path) -> None:
     html = (site / "api.html").read_text(encoding="utf-8")
     assert {name for name in public_names() if f'id="{name}"' not in html} == set()
     assert 'id="cmfast.no_such_name"' not in html
+    text = " ".join(re.sub("<[^>]+>", " ", html).split())
+    assert (
+        "noise level, data units; the model is the identity here" in text
+    )  # from the comment behind ModelSpec.sigma_min
+    assert "Parameters:" in text
+
+
+def test_aligned_arguments_of_a_docstring_become_googles(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe", reason="needs griffe: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(DOCS)
+    from api_extension import google
+
+    text = "Draw.\n\nx      array\n       of floats\nsigma  noise level\n\nThe rest."
+    assert google(text, ["x", "sigma"]) == (
+        "Draw.\n\n\nArgs:\n    x: array\n        of floats\n    sigma: noise level\n\n\nThe rest."
+    )
+    assert google(text, ["y"]) == text  # a table of something else
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
@@ -143,6 +160,13 @@ def test_distances_of_the_methods_are_those_of_the_record() -> None:
 def test_drawings_are_wellformed_and_have_a_title_for_those_who_do_not_see_them(picture: str) -> None:
     root = ElementTree.parse(DOCS / picture).getroot()
     assert root.find("{http://www.w3.org/2000/svg}title") is not None
+
+
+def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
+    """Here or in test_readme.py, which runs those of the README and of quickstart.md."""
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
+    found = {page: len(examples(page)) for page in pages if examples(page)}
+    assert found == {"README.md": 1, "docs/edge.md": 1, "docs/extending.md": 3, "docs/quickstart.md": 1}
 
 
 def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
