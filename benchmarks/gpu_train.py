@@ -32,8 +32,9 @@ from cmfast.images import save_images
 from cmfast.model import Model
 from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.config.train_config import to_dict as config_to_dict
 from cmfast_train.evaluation.evaluate import Reference, data_images, few_steps, heun_steps
 from cmfast_train.evaluation.features import default_features, features_record, load_features

@@ -46,8 +46,9 @@ from cmfast.bench import timing
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.images import batches, load_data, to_unit_range
 from cmfast_train.methods.objectives import METHODS, Step
 from cmfast_train.networks.build import build_network

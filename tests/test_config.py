@@ -13,19 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
+from cmfast_train.config.overrides import override
+from cmfast_train.config.phase import DISTILL, METHODS, PHASE_DEFAULTS, Phase
 from cmfast_train.config.presets import ABOUT, PRESETS, phase
-from cmfast_train.config.train_config import (
-    DATA,
-    DISTILL,
-    FREE_FIELDS,
-    METHODS,
-    PHASE_DEFAULTS,
-    Phase,
-    TrainConfig,
-    from_dict,
-    override,
-    to_dict,
-)
+from cmfast_train.config.train_config import DATA, FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.networks.build import build_network
 from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training.initial_model import network_config

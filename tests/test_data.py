@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cmfast.errors import CmfastError, MissingDependency
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.images import AHEAD, IMAGENET9, Batch, FolderImages, Images, batches, load_data, to_unit_range
 
 EVERYTHING = slice(None)

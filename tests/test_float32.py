@@ -22,8 +22,8 @@ from cmfast.backends.float32 import Floats
 from cmfast.bench.contenders import _check_float32
 from cmfast.errors import EngineError
 from cmfast.spec import ModelSpec
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.evaluation.features import Pixels, extract
 from cmfast_train.networks.adm import AdmConfig, AdmUnet

@@ -30,8 +30,8 @@ from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.locks import exclusive
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.training.folder import LOCK, read_config
 from cmfast_train.training.log import TrainLog
 from cmfast_train.training.trainer import train

@@ -17,8 +17,9 @@ from compiled_kernels import for_every_card, interpret, wide_reads
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, EngineError
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import TrainConfig, override
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig

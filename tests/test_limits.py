@@ -19,8 +19,9 @@ from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.checks import check_types, shown
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import LIMITS, TrainConfig, from_dict, override, to_dict
+from cmfast_train.config.train_config import LIMITS, TrainConfig, from_dict, to_dict
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.methods.schedules import ict_pair
 from cmfast_train.networks.adm import AdmConfig

@@ -29,8 +29,8 @@ from cmfast.images import grid_image
 from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training.trainer import train
 

@@ -23,8 +23,9 @@ from cmfast.errors import CheckFailed
 from cmfast.formats.table import read_manifest
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import load_checkpoint
+from cmfast_train.config.overrides import override
+from cmfast_train.config.phase import DISTILL, METHODS
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import DISTILL, METHODS, override
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.trainer import train
 

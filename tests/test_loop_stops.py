@@ -20,8 +20,8 @@ from test_loop import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, EngineError
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.data.images import load_data
 from cmfast_train.training import parallel, step_graph, trainer
 from cmfast_train.training.run import Run

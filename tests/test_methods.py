@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.spec import ModelSpec
-from cmfast_train.config.train_config import CONTINUOUS, PHASE_DEFAULTS, Phase
-from cmfast_train.config.train_config import METHODS as NAMES
+from cmfast_train.config.phase import CONTINUOUS, PHASE_DEFAULTS, Phase
+from cmfast_train.config.phase import METHODS as NAMES
 from cmfast_train.denoiser import Denoiser, denoised
 from cmfast_train.methods.objectives import METHODS, Step, distance_of, target_decay
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise

@@ -20,8 +20,9 @@ from cmfast.spec import ModelSpec
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import from_dict, override, to_dict
+from cmfast_train.config.train_config import from_dict, to_dict
 from cmfast_train.data.images import Images
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told

@@ -25,8 +25,8 @@ from cmfast.formats.manifest import SCHEMA, Manifest
 from cmfast_export.cli import command as export
 from cmfast_train.cli.evaluate import command as evaluate
 from cmfast_train.cli.train import command as train
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.importers.facts import Told
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from test_start import Write, assert_equal_weights, save_images, write
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli import ema
 from cmfast_train.cli.train import main
+from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import override
 from cmfast_train.methods.schedules import pd_levels
 from cmfast_train.training.trainer import train
 

@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from cmfast.cli.running import needs, run_command
+from cmfast_train.config.overrides import override, said_once
 from cmfast_train.config.presets import ABOUT, PRESETS
-from cmfast_train.config.train_config import override, said_once, to_dict
+from cmfast_train.config.train_config import to_dict
 
 EPILOG = (
     "\b\nPresets:\n"

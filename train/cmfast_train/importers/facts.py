@@ -16,7 +16,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, is_finite
-from cmfast_train.config.train_config import parse_field
+from cmfast_train.config.overrides import parse_field
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.shape import Size, check_image_size
 
