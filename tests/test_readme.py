@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -22,11 +23,16 @@ from cmfast.cli.bench import command as bench
 from cmfast.cli.info import command as info
 from cmfast.cli.sample import command as sample
 from cmfast.formats.manifest import SCHEMA, Manifest
+from cmfast_export._options import parse_options
 from cmfast_export.cli import command as export
+from cmfast_export.targets.tensorrt_engine import BuildOptions
+from cmfast_export.targets.triton_config import ServeOptions
 from cmfast_train.cli.evaluate import command as evaluate
 from cmfast_train.cli.train import command as train
 from cmfast_train.config.overrides import override
+from cmfast_train.config.phase import Phase
 from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.importers.facts import Told
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,20 +146,44 @@ def test_every_page_and_every_command_has_lines_to_check() -> None:
 
 
 def test_settings_that_the_pages_name_are_fields_of_the_configuration() -> None:
-    """Those of whole command lines are checked with their command, above."""
-    every = (span for name in PAGES for span in spans((ROOT / name).read_text(encoding="utf-8")))
-    loose = [span for span in every if not command_line(span)]
-    settings = [text for span in loose for text in re.findall(r"--set (\S+=\S+)", span)]
+    """Those of whole command lines are checked with their command, above. importing.md names those of foreign files."""
     training, foreign = 0, 0
-    for text in settings:
-        if text.startswith("NAME=VALUE"):
-            continue
-        if text.partition("=")[0] in ("image_size", "qkv", "heads"):  # of a foreign file
-            foreign += bool(Told.parse([text]))
-        else:
-            training += bool(override(PRESETS["mnist"], ["conditional=false", text]))
+    for name in PAGES:
+        loose = [span for span in spans((ROOT / name).read_text(encoding="utf-8")) if not command_line(span)]
+        for text in (text for span in loose for text in re.findall(r"--set (\S+=\S+)", span)):
+            if "NAME=VALUE" in text:
+                continue
+            if name == "docs/importing.md":
+                foreign += bool(Told.parse([text]))
+            else:
+                training += bool(override(PRESETS["mnist"], ["conditional=false", text]))
     assert training >= 3
     assert foreign >= 1
+
+
+def test_fields_of_the_table_of_the_configuration_exist() -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    table = page[page.index("| field | meaning |") :].split("\n\n")[0]
+    named = [text for row in table.splitlines()[2:] for text in re.findall("`([^`]+)`", row.split("|")[1])]
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert len(named) > 20
+    assert {text for text in named if "." not in text} <= fields
+    of_phases = {text.removeprefix("METHOD.") for text in named if "." in text}
+    assert of_phases <= {field.name for field in dataclasses.fields(Phase)}
+
+
+def test_options_of_engines_and_of_servers_in_the_tables_exist() -> None:
+    found: dict[str, list[str]] = {}
+    for name, start in (("docs/gpu.md", "| `--build` |"), ("docs/serving.md", "| option |")):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        table = page[page.index(start) :].split("\n\n")[0]
+        found[name] = re.findall(r"^\| `(?:--serve )?(\w+=[^`]+)`", table, re.MULTILINE)
+    build, serve = found["docs/gpu.md"], found["docs/serving.md"]
+    for text in build:  # one at a time: some are of one library only
+        assert parse_options(BuildOptions, "--build", [text])
+    assert parse_options(ServeOptions, "--serve", serve)
+    assert {text.partition("=")[0] for text in build} == {f.name for f in dataclasses.fields(BuildOptions)} - {"target"}
+    assert {text.partition("=")[0] for text in serve} == {f.name for f in dataclasses.fields(ServeOptions)}
 
 
 def test_presets_of_the_table_are_those_that_there_are() -> None:
