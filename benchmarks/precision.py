@@ -32,7 +32,8 @@ from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.pipeline import export_onnx
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from networks import NAMES, parameters, random_model

@@ -49,7 +49,8 @@ from cmfast.files import check_outputs, write_text
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
-from cmfast_train.data.images import batches, load_data, to_unit_range
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import load_data, to_unit_range
 from cmfast_train.methods.objectives import METHODS, Step
 from cmfast_train.networks.build import build_network
 from cmfast_train.torchvision_cpu import torchvision_datasets

@@ -330,7 +330,7 @@ class Model:
             whole = sum(value.nbytes for value in inputs.values()) // n * (n + short)
             only = f"batches of {self.engine.batch} images, the only size that this file takes,"
             need_memory(2 * whole, only, "export it with a smaller --batch")
-            axis = 1 if self.manifest.kind == "sampler" else 0  # of the batch, in noise
+            axis = self.manifest.batch_axis
             inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
         x0 = self.engine.run(inputs)
         x0 = returned_array(self.engine.name, x0, (n + short, *self.spec.image), np.float32)[:n]

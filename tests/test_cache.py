@@ -101,7 +101,8 @@ def test_a_missing_folder_is_not_made_before_there_is_something_to_keep(tmp_path
 def build(handmade_onnx: Make, tmp_path: Path) -> Callable[..., Any]:
     """Return a function that builds an engine of 8x8 images, its cache tmp_path/cache."""
     pytest.importorskip("tensorrt_rtx")
-    from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+    from cmfast_export.targets.tensorrt_engine import build_engine
+    from cmfast_export.targets.tensorrt_options import BuildOptions
 
     def build(name: str = "model.engine", onnx: Path | None = None) -> Any:
         return build_engine(onnx or handmade_onnx(8), tmp_path / name, BuildOptions(), cache=tmp_path / "cache")

@@ -30,7 +30,8 @@ from cmfast.errors import CmfastError, MissingDependency
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
-from cmfast_train.data.images import AHEAD, IMAGENET9, Batch, FolderImages, Images, batches, load_data, to_unit_range
+from cmfast_train.data.batches import AHEAD, batches
+from cmfast_train.data.images import IMAGENET9, Batch, FolderImages, Images, load_data, to_unit_range
 
 EVERYTHING = slice(None)
 
@@ -467,7 +468,8 @@ def test_a_damaged_image_is_named_in_its_turn_and_no_thread_stays(folder: Path) 
 INTERRUPTED = """
 import signal, sys, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
-from cmfast_train.data.images import Images, batches
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import Images
 data = Images(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8), 0)
 stream = batches(data, 4, 0, 0, 10**9, slice(None), 0, False)
 next(stream)

@@ -22,7 +22,8 @@ from cmfast.errors import CmfastError
 from cmfast.locks import lock_beside
 from cmfast_export import _target, cli
 from cmfast_export._target import files_of, writing
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 from cmfast_train.checkpoint import load_checkpoint
 
 Make = Callable[..., Path]
@@ -263,7 +264,8 @@ def test_an_absurd_option_of_a_server_is_one_line_before_the_work(
 
 def test_a_timing_cache_must_not_be_what_is_read_or_written(handmade_onnx: Make, tmp_path: Path) -> None:
     from cmfast_export.targets import tensorrt_engine
-    from cmfast_export.targets.tensorrt_engine import BuildOptions, check_build
+    from cmfast_export.targets.tensorrt_engine import check_build
+    from cmfast_export.targets.tensorrt_options import BuildOptions
 
     onnx, out = tmp_path / "model.onnx", tmp_path / "model.engine"
     shutil.copyfile(handmade_onnx(8), onnx)

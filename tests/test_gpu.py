@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.backends import DrawEngine, TimedEngine, open_engine
-from cmfast.backends.onnxruntime import KEPT, OnnxRuntimeEngine
+from cmfast.backends._onnxruntime_cuda import KEPT
+from cmfast.backends.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import CmfastError, EngineError
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import to_uint8
@@ -38,7 +39,7 @@ from cmfast_train.backends import torch_noise
 from cmfast_train.backends.pytorch import TorchEngine
 from cmfast_train.backends.torch_cuda import OnCuda, arithmetic, capture
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.data.images import batches
+from cmfast_train.data.batches import batches
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise

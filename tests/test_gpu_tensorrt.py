@@ -21,7 +21,8 @@ from cmfast.backends._tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
 from cmfast_export import cli
 from cmfast_export.pipeline import export_onnx
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 
 Factory = Callable[..., Path]
 BATCHES = (1, 3, 8)

@@ -26,7 +26,8 @@ from torch.utils import data as torch_data
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data import image_arrays
-from cmfast_train.data.images import ArrayImages, FolderImages, batches, load_data
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import ArrayImages, FolderImages, load_data
 from cmfast_train.evaluation.evaluate import data_images
 
 
@@ -579,7 +580,8 @@ def test_workers_without_shared_memory_print_our_line_alone(tmp_path: Path) -> N
 import dataclasses, sys
 from pathlib import Path
 from cmfast.errors import CmfastError
-from cmfast_train.data.images import batches, load_data
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import load_data
 from cmfast_train.config.presets import PRESETS
 
 class Full:

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 import cmfast
 from cmfast.backends import TimedEngine, _cuda, open_engine
 from cmfast.backends import onnxruntime as module
+from cmfast.backends._onnxruntime_cuda import KEPT, CudaSession
 from cmfast.backends.onnxruntime import OnnxRuntimeEngine
 from cmfast.errors import ArtifactError, EngineError
 from cmfast.formats.manifest import Manifest
@@ -250,7 +251,7 @@ def test_a_precision_that_the_card_lacks_is_refused(
 def test_what_onnx_runtime_says_of_cuda_becomes_the_error_it_is(
     said: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_missing_library", lambda ort, provider: None)
+    monkeypatch.setattr(module, "missing_library", lambda ort, provider: None)
     found = module._refusal(onnxruntime, Path("model.onnx"), "float32", [module.CUDA], said)
     assert type(found) is error
     assert words in str(found)
@@ -261,10 +262,10 @@ def test_a_provider_that_is_registered_as_a_plugin_is_found() -> None:
         devices = [SimpleNamespace(ep_name=name) for name in ("CPUExecutionProvider", *plugins)]
         return SimpleNamespace(get_available_providers=lambda: compiled, get_ep_devices=lambda: devices)
 
-    assert module._has(build([module.CUDA]), module.CUDA)
-    assert module._has(build(["CPUExecutionProvider"], module.CUDA), module.CUDA)
-    assert not module._has(build(["CPUExecutionProvider"]), module.CUDA)
-    assert not module._has(SimpleNamespace(get_available_providers=list), module.CUDA)
+    assert module.has_provider(build([module.CUDA]), module.CUDA)
+    assert module.has_provider(build(["CPUExecutionProvider"], module.CUDA), module.CUDA)
+    assert not module.has_provider(build(["CPUExecutionProvider"]), module.CUDA)
+    assert not module.has_provider(SimpleNamespace(get_available_providers=list), module.CUDA)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), [("float32", "0"), ("tf32", "1"), ("float16", "1"), ("bfloat16", "1")])
@@ -325,7 +326,7 @@ class Bench:
     def __init__(self, path: Path, *, captures: bool) -> None:
         self.plain = OnnxRuntimeEngine(path)
         self.stream = HostStream()
-        self.device = module._Device(
+        self.device = CudaSession(
             onnxruntime, self.plain._session, self.plain.manifest, self.stream, captures=captures, place="cpu"  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -382,18 +383,18 @@ def test_the_oldest_batch_size_is_dropped_and_its_graph_id_is_not_given_again(
     bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
     both = bench(denoiser(tmp_path / "model.onnx"), captures=True)
-    for batch in range(1, module.KEPT + 1):
+    for batch in range(1, KEPT + 1):
         both.device.run(inputs_of_denoiser(batch))
     both.device.run(inputs_of_denoiser(1))  # the last used is the last to go
     both.device.run(inputs_of_denoiser(20))
-    assert len(both.device._ready) == module.KEPT
-    assert len(HostBuffer.alive) == 3 * module.KEPT
+    assert len(both.device._ready) == KEPT
+    assert len(HostBuffer.alive) == 3 * KEPT
     sizes = [key[0][0] for key in both.device._ready]
     assert 2 not in sizes
     assert sizes[-2:] == [1, 20]
     inputs = inputs_of_denoiser(2, seed=4)
     np.testing.assert_array_equal(both.device.run(inputs), both.plain.run(inputs))
-    assert both.graph_ids()[-1] == str(module.KEPT + 2), "replaying graph 2 would write where its buffers were"
+    assert both.graph_ids()[-1] == str(KEPT + 2), "replaying graph 2 would write where its buffers were"
 
 
 def test_released_memory_is_freed_and_made_again(bench: Callable[..., Bench], tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from cmfast_export.precision_search import export_fastest
 from cmfast_export.targets.ort_cuda import CONVERTED, FIRST, LAST, Rewritten, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_patterns import kernel_accepts
 from cmfast_export.targets.ort_cuda_stand_in import written_out
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 from cmfast_export.targets.triton_repository import write_repository
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmfast.errors import ArtifactError
-from cmfast_train.importers import pickles
-from cmfast_train.importers.pickles import Foreign, Global, module_tensors, read_pickle, read_torch
+from cmfast_train.importers import pickle_opcodes
+from cmfast_train.importers.pickle_opcodes import Foreign, Global
+from cmfast_train.importers.pickles import module_tensors, read_pickle, read_torch
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -403,7 +404,7 @@ def test_what_a_file_can_make_is_bounded_by_its_size(name: str, tmp_path: Path) 
 def test_a_network_takes_few_times_its_file(
     protocol: int, persistent: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pickles, "BESIDE", 0)
+    monkeypatch.setattr(pickle_opcodes, "BESIDE", 0)
     content = persistent({"ema": nn.Linear(300, 300), "net": nn.Linear(300, 300)}, protocol)
     assert list(module_tensors(read(tmp_path, content)["net"], tmp_path)) == ["weight", "bias"]
 
@@ -618,7 +619,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_in_one_line(
 
 
 def test_a_checkpoint_that_unpacks_without_end_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pickles, "BESIDE", 1 << 20)
+    monkeypatch.setattr(pickle_opcodes, "BESIDE", 1 << 20)
     file = tmp_path / "model.pt"
     torch.save([torch.zeros(1 << 20), torch.zeros(1 << 20)], file)
     assert len(read_torch(file)) == 2

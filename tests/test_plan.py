@@ -23,7 +23,8 @@ from cmfast.formats.manifest import Manifest
 from cmfast.formats.table import read_manifest
 from cmfast.formats.tensorrt_plan import DIGITS, NOT_RUN, UNSEALED, digest, read_plan, seal
 from cmfast.spec import ModelSpec
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]

@@ -23,7 +23,8 @@ from cmfast.errors import CmfastError, EngineError
 from cmfast_train.backends.torch_cuda import WARM_UPS
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.data.images import Batch, batches, load_data
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import Batch, load_data
 from cmfast_train.methods.objectives import constants
 from cmfast_train.networks.adm import randomise
 from cmfast_train.training import run as run_module

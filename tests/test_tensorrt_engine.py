@@ -25,7 +25,8 @@ from cmfast.formats.manifest import file_sha256
 from cmfast.formats.table import read_manifest
 from cmfast.noise import gaussian
 from cmfast_export.pipeline import export_onnx
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]

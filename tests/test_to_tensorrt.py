@@ -28,7 +28,8 @@ from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.graphs.sampler import sampler_graph
 from cmfast_export.graphs.writer import write_with_manifest
 from cmfast_export.targets import tensorrt_engine
-from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+from cmfast_export.targets.tensorrt_engine import build_engine
+from cmfast_export.targets.tensorrt_options import BuildOptions
 from cmfast_train.backends.pytorch import checkpoint_manifest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS

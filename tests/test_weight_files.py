@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.checkpoint import load_checkpoint, read_tensors, save_checkpoint
-from cmfast_train.importers import load_model, pickles
+from cmfast_train.importers import load_model, pickle_opcodes, pickles
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
@@ -317,7 +317,7 @@ def test_a_small_file_makes_nothing_large_and_ends_soon(place: str, tiny_checkpo
 def test_a_compressed_file_that_unpacks_without_end_is_refused_before_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickles, "BESIDE", 1 << 20)
+    monkeypatch.setattr(pickle_opcodes, "BESIDE", 1 << 20)
     torch.save({"w": torch.zeros(1 << 21)}, tmp_path / "whole.pt")
     bomb = tmp_path / "model.pt"
     with (
@@ -413,7 +413,7 @@ def test_a_file_whose_values_came_after_torch_wrote_it_is_read(raw: dict[str, Te
 def test_many_entries_that_share_their_bytes_are_not_summed_up_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickles, "BESIDE", 1 << 16)
+    monkeypatch.setattr(pickle_opcodes, "BESIDE", 1 << 16)
     file = tmp_path / "model.pt"
     torch.save({str(n): torch.zeros(1 << 18, dtype=torch.uint8)[:0] for n in range(20)}, tmp_path / "whole.pt")
     with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(file, "w") as new:
@@ -428,7 +428,7 @@ def test_many_entries_that_share_their_bytes_are_not_summed_up_without_end(
             new.filelist.append(other)
     with pytest.raises(ArtifactError, match="many times larger than the file"):
         read_tensors(file)
-    monkeypatch.setattr(pickles, "BESIDE", 1 << 28)
+    monkeypatch.setattr(pickle_opcodes, "BESIDE", 1 << 28)
     assert len(read_tensors(file)) == 20  # nothing else is wrong with it
 
 

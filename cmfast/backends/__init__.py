@@ -64,8 +64,8 @@ def open_engine(
     threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
     variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the engine
     precision  one of cmfast.formats.manifest.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its
-    own sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes
-    that
+               own
+    sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
                were hashed is loaded
     """
     file = _path(path)

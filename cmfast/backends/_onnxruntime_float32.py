@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 
 from cmfast.backends import float32
+from cmfast.backends._onnxruntime_library import CPU, CUDA, import_for, quiet
 from cmfast.backends.float32 import Floats
-from cmfast.backends.onnxruntime import CPU, CUDA, _import, _quiet
 from cmfast.bench.roofline import chain_model
 from cmfast.formats.manifest import may_use_tf32
 
@@ -24,13 +24,13 @@ def check_float32(device: str) -> None:
 
 def errors(device: str, dtype: str = "float32") -> dict[str, float]:
     """Return the relative error of a float32 product and of a convolution, with the options of a file of this dtype."""
-    ort = _import(device, "")
+    ort = import_for(device, "")
     options = ort.SessionOptions()
     options.log_severity_level = 4
     provider = (CUDA, {"use_tf32": str(int(may_use_tf32(dtype)))}) if device == "cuda" else (CPU, {})
 
     def run(op: str, a: Floats, b: Floats) -> Floats:
-        with _quiet(ort):
+        with quiet(ort):
             session = ort.InferenceSession(chain_model(op, 1, 1), options, providers=[provider], enable_fallback=0)
         result: Floats = session.run(None, {"a": a, "b": b})[0]
         return result

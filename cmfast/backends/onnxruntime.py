@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""ONNX Runtime, on the CPU or on CUDA.
-
-On CUDA the arrays stay at fixed addresses on the device, bound once a batch size, and everything goes over one stream
-of ours: the copy in, the graph, the copy out. Handed over without waiting in between, it costs ONNX Runtime no copies
-of its own, and events on that stream tell what the device did.
-"""
+"""ONNX Runtime, on the CPU or on CUDA (`_onnxruntime_cuda`)."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import io
-import itertools
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends import _cuda as cuda
-from cmfast.backends._clock import Clock
-from cmfast.backends._onnxruntime_library import cause, import_onnxruntime
+from cmfast.backends._onnxruntime_cuda import CudaSession
+from cmfast.backends._onnxruntime_library import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    cause,
+    has_provider,
+    import_for,
+    missing_library,
+    quiet,
+)
 from cmfast.backends._origin import Origin, pickled
 from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.checks import MAX_BATCH
-from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error, one_line
+from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error
 from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {  # on CUDA, by variant, the first preferred
     "": [CUDA],
     "nhwc": [CUDA],
@@ -42,7 +40,6 @@ PROVIDERS = {  # on CUDA, by variant, the first preferred
     "nhwc cuda_graph": [CUDA],
     "tensorrt": [TENSORRT, CUDA],
 }
-KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
 _OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
 
 
@@ -96,24 +93,24 @@ class OnnxRuntimeEngine:
         path, self.manifest = file.path, file.manifest
         self._process = os.getpid()
         _check_variant(path, device, variant, self.manifest)
-        ort = _import(device, variant)
+        ort = import_for(device, variant)
         self.name = f"ONNX Runtime {device} {variant}".rstrip()
         options = ort.SessionOptions()
         options.log_severity_level = 4  # it also raises what it logs as errors, and then our line says it
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session: Any = None  # before the device, so that it goes before the stream that it runs on
-        self._device: _Device | None = None
+        self._device: CudaSession | None = None
         if device == "cpu":
             self._session = _open(ort, file, options, self.manifest.dtype, [(CPU, {})])
             self.batch = self._check_graph(path)
         else:
             stream = _check_gpu(ort, path, variant, self.manifest.dtype)
             wanted = _providers(variant, self.manifest.dtype, int(stream.handle))
-            with _quiet(ort):
+            with quiet(ort):
                 self._session = _open(ort, file, options, self.manifest.dtype, wanted)
             self.batch = self._check_graph(path)
-            self._device = _Device(ort, self._session, self.manifest, stream, captures="cuda_graph" in variant)
+            self._device = CudaSession(ort, self._session, self.manifest, stream, captures="cuda_graph" in variant)
             self.timed, self.release = self._device.timed, self._device.release
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -128,7 +125,7 @@ class OnnxRuntimeEngine:
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
             raise engine_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
         first = inputs["noise" if "noise" in inputs else "x"]
-        want = (first.shape[_batch_axis(self.manifest.kind)], *self.manifest.spec.image)
+        want = (first.shape[self.manifest.batch_axis], *self.manifest.spec.image)
         if output.dtype != np.float32 or output.shape != want:
             raise ArtifactError(
                 f"{self.name}: the graph returned {output.dtype} {list(output.shape)}, its manifest promises float32 "
@@ -151,7 +148,7 @@ class OnnxRuntimeEngine:
         for node in nodes:
             self._check_value(path, node, "int64" if node.name == "label" else "float")
         shape = have[names[0]]  # x [B, C, H, W], a sampler's noise [K, B, C, H, W], a server's [B, K, C, H, W]
-        axis, before = _batch_axis(kind), 1 if kind == "denoiser" else 2
+        axis, before = self.manifest.batch_axis, 1 if kind == "denoiser" else 2
         if len(shape) != before + len(spec.image):
             raise ArtifactError(f"{path}: the graph's {names[0]} is {shape}, and needs {before + len(spec.image)} axes")
         batch, image = shape[axis], shape[before:]
@@ -193,92 +190,7 @@ if hasattr(os, "register_at_fork"):
 
 def check_cuda() -> None:
     """Raise EngineError unless this ONNX Runtime, card and driver can run files on CUDA."""
-    _check_gpu(_import("cuda", ""), Path(), "", "float32")
-
-
-class _Device:
-    """A session on CUDA with its buffers, a set of them for each batch size that was used."""
-
-    def __init__(
-        self, ort: Any, session: Any, manifest: Manifest, stream: cuda.Stream, *, captures: bool, place: str = "cuda"
-    ) -> None:
-        self._ort, self._session, self._manifest, self._stream = ort, session, manifest, stream
-        self._place = place  # where the buffers' device side is, in ONNX Runtime's words
-        # A captured graph reads and writes the addresses that it was captured with, so a set of buffers has an id of
-        # its own, which is never given again. ONNX Runtime keeps 0 for itself.
-        self._ids = itertools.count(1) if captures else None
-        self._names = [node.name for node in session.get_inputs()]
-        self._ready: dict[tuple[tuple[int, ...], ...], _Bound] = {}
-        self._clock = Clock()
-        self.timed = self._clock.timed
-
-    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the output for these inputs, which are copied in and out."""
-        if sorted(inputs) != sorted(self._names):
-            raise EngineError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
-        key = tuple(inputs[name].shape for name in self._names)
-        new = key not in self._ready
-        bound = self._bind(inputs) if new else self._ready.pop(key)
-
-        def work() -> None:
-            self._session.run_with_iobinding(bound.binding, bound.options)
-
-        try:
-            result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
-        except Exception as err:
-            self._close(bound)
-            raise engine_error(f"{self._failure(new)}: {cause(err)}") from None
-        self._ready[key] = bound  # the last used last
-        return result
-
-    def release(self) -> None:
-        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingEngine`."""
-        while self._ready:
-            self._close(self._ready.popitem()[1])
-
-    def _bind(self, inputs: Inputs) -> _Bound:
-        """Return buffers for inputs of these shapes, bound to the session."""
-        while len(self._ready) >= KEPT:
-            self._close(self._ready.pop(next(iter(self._ready))))
-        types = {name: np.int64 if name == "label" else np.float32 for name in self._names}
-        buffers = {name: cuda.Buffer(inputs[name].shape, types[name]) for name in self._names}
-        batch = inputs[self._names[0]].shape[_batch_axis(self._manifest.kind)]
-        output = cuda.Buffer((batch, *self._manifest.spec.image), np.float32)
-        binding = self._session.io_binding()
-        for name, buffer in buffers.items():
-            binding.bind_input(name, self._place, 0, types[name], buffer.host.shape, buffer.device)
-        (node,) = self._session.get_outputs()
-        binding.bind_output(node.name, self._place, 0, np.float32, output.host.shape, output.device)
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # our stream waits, once
-        number = next(self._ids) if self._ids else None
-        if number is not None:
-            options.add_run_config_entry("gpu_graph_id", str(number))
-        return _Bound(inputs=buffers, output=output, binding=binding, options=options, graph=number)
-
-    def _close(self, bound: _Bound) -> None:
-        """Free a set of buffers, after the graph that uses them."""
-        if bound.graph is not None and hasattr(self._session, "release_captured_graph"):  # ONNX Runtime 1.31
-            with contextlib.suppress(Exception):  # of a graph whose capture failed
-                self._session.release_captured_graph(bound.graph)
-        for buffer in (*bound.inputs.values(), bound.output):
-            buffer.close()
-
-    def _failure(self, new: bool) -> str:
-        if new and self._ids:
-            return "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph"
-        return "ONNX Runtime failed on cuda; if memory is short, try a smaller batch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bound:
-    """What one batch size needs, at fixed addresses."""
-
-    inputs: dict[str, cuda.Buffer]
-    output: cuda.Buffer
-    binding: Any  # onnxruntime.IOBinding
-    options: Any  # onnxruntime.RunOptions
-    graph: int | None  # the captured graph's id
+    _check_gpu(import_for("cuda", ""), Path(), "", "float32")
 
 
 def _open(ort: Any, file: OnnxFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
@@ -305,7 +217,7 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
             (TENSORRT, "TensorRT", "install that version of TensorRT, or build an engine file: --format engine"),
             (CUDA, "CUDA", "install what it needs: pip install 'onnxruntime-gpu[cuda,cudnn]'"),
         ):
-            if name in names and (missing := _missing_library(ort, extra)):
+            if name in names and (missing := missing_library(ort, extra)):
                 return EngineError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
         if not why or any(f"{library} failure" in why for library in ("CUDA", "CUBLAS", "CUDNN")):
             said = f": {why}" if why else " and fell back to another provider"
@@ -347,7 +259,7 @@ def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) ->
 def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
     """Raise unless this build, this card and its driver can run such a file; return a stream to run it on."""
     for name in PROVIDERS[variant]:
-        if not _has(ort, name):
+        if not has_provider(ort, name):
             what = "TensorRT" if name == TENSORRT else "CUDA"
             asked = "variant tensorrt" if name == TENSORRT else "device cuda"
             raise EngineError(
@@ -373,51 +285,3 @@ def _providers(variant: str, dtype: str, stream: int) -> list[tuple[str, dict[st
         for_cuda["enable_cuda_graph"] = "1"
     # TensorRT takes the types of the file, TensorFloat-32 apart, as long as no option asks for another precision.
     return [(name, for_cuda if name == CUDA else common) for name in PROVIDERS[variant]]
-
-
-def _has(ort: Any, provider: str) -> bool:
-    """Return whether a provider is compiled in, or registered: newer builds have CUDA as a plugin of that name."""
-    devices = ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else []
-    return provider in ort.get_available_providers() or any(device.ep_name == provider for device in devices)
-
-
-def _missing_library(ort: Any, provider: str) -> str | None:
-    """Return why the library of a provider cannot be loaded, in the words of the loader; None: it can.
-
-    ONNX Runtime says it to its log only. To be asked after it has tried: the libraries take from it what it prepares.
-    """
-    folder = Path(ort.__file__).parent / "capi"
-    name = f"onnxruntime_providers_{provider.lower()}"
-    try:
-        ctypes.CDLL(str(folder / (f"{name}.dll" if os.name == "nt" else f"lib{name}.so")))
-    except OSError as err:
-        return one_line(err)
-    return None
-
-
-@contextmanager
-def _quiet(ort: Any) -> Iterator[None]:
-    """Keep off stderr what is raised as one line, and that a registered plugin is not among what is compiled in."""
-    ort.set_default_logger_severity(4)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Specified provider")
-            yield
-    finally:
-        ort.set_default_logger_severity(2)  # the default; what it was cannot be asked
-
-
-def _import(device: str, variant: str) -> Any:
-    onnxruntime = import_onnxruntime(extra="gpu" if device == "cuda" else "cpu")
-    if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # what it prints of libraries that are missing
-            onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-    if variant == "tensorrt":
-        with contextlib.suppress(ImportError, OSError, RuntimeError):
-            import tensorrt  # noqa: F401  loads the libraries that pip installed
-    return onnxruntime
-
-
-def _batch_axis(kind: str) -> int:
-    """Return the axis of the batch in the first input."""
-    return 1 if kind == "sampler" else 0

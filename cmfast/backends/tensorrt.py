@@ -100,7 +100,7 @@ class TensorRtEngine:
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, C, H, W]."""
         cuda.check_process(self._process, self.name)
-        axes = {name: 1 if name == "noise" and self.manifest.kind == "sampler" else 0 for name in inputs}
+        axes = {name: self.manifest.batch_axis if name == "noise" else 0 for name in inputs}
         name = next(iter(inputs))
         n = inputs[name].shape[axes[name]]
         parts = []

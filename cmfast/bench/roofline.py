@@ -220,9 +220,9 @@ def _matrix(side: int) -> npt.NDArray[np.float32]:
 
 def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: int | None) -> Callable[[], object]:
     """Return a call that runs y = op(... op(b, b) ..., b) in ONNX Runtime, everything on the device, and waits."""
-    from cmfast.backends.onnxruntime import CPU, CUDA, _import, _missing_library, _quiet
+    from cmfast.backends._onnxruntime_library import CPU, CUDA, import_for, missing_library, quiet
 
-    ort, element, provider = _import(device, ""), _ELEMENT[dtype], {"cpu": CPU, "cuda": CUDA}[device]
+    ort, element, provider = import_for(device, ""), _ELEMENT[dtype], {"cpu": CPU, "cuda": CUDA}[device]
     options = ort.SessionOptions()
     options.log_severity_level = 4
     # What a graph of one operator on one array could be simplified to is not what is to be measured.
@@ -232,10 +232,10 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
     settings = {"use_tf32": str(int(may_use_tf32(dtype)))} if device == "cuda" else {}
 
     def bind(model: bytes, inputs: dict[str, Any]) -> tuple[Callable[[], object], Any]:
-        with _quiet(ort):
+        with quiet(ort):
             session = ort.InferenceSession(model, options, providers=[(provider, settings)], enable_fallback=0)
         if session.get_providers()[0] != provider:
-            why = _missing_library(ort, "CUDA") or "it does not say why"
+            why = missing_library(ort, "CUDA") or "it does not say why"
             raise CmfastError(f"onnxruntime {ort.__version__} could not start {device}: {why}")
         binding = session.io_binding()
         for name, value in inputs.items():
@@ -260,10 +260,10 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
 
 def _need_provider(device: str) -> None:
     """Raise, before arrays are made, where ONNX Runtime is missing or has no kernels for the device."""
-    from cmfast.backends.onnxruntime import CUDA, _has, _import
+    from cmfast.backends._onnxruntime_library import CUDA, has_provider, import_for
 
-    ort = _import(device, "")
-    if device == "cuda" and not _has(ort, CUDA):
+    ort = import_for(device, "")
+    if device == "cuda" and not has_provider(ort, CUDA):
         raise CmfastError(f"the installed onnxruntime {ort.__version__} is a build without CUDA")
 
 

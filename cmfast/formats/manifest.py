@@ -76,6 +76,11 @@ class Manifest:
         if self.kind != "denoiser" and len(self.spec.sigmas) != 1:
             raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
 
+    @property
+    def batch_axis(self) -> int:
+        """Axis of the batch in the first input: x [B, ...], a sampler's noise [K, B, ...], a server's [B, K, ...]."""
+        return 1 if self.kind == "sampler" else 0
+
     def to_json(self, limit: int = MAX_CHARACTERS) -> str:
         """Return the manifest as JSON, at most 4,000 characters; 0: of any length, for a checkpoint's."""
         values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}

@@ -247,7 +247,8 @@ def _write_onnx(request: Request) -> None:
 
 
 def _write_engine(request: Request) -> None:
-    from cmfast_export.targets.tensorrt_engine import BuildOptions, build_engine
+    from cmfast_export.targets.tensorrt_engine import build_engine
+    from cmfast_export.targets.tensorrt_options import BuildOptions
 
     options = parse_options(BuildOptions, "--build", request.build)
     with _graph(request) as onnx:
@@ -270,7 +271,8 @@ def _check_options(request: Request) -> None:
     """Refuse what engines and repositories do not take, before the work of exporting."""
     with needs("cmfast-export", "export,cpu"):
         if request.form == "engine":
-            from cmfast_export.targets.tensorrt_engine import BuildOptions, check_build
+            from cmfast_export.targets.tensorrt_engine import check_build
+            from cmfast_export.targets.tensorrt_options import BuildOptions
 
             options = parse_options(BuildOptions, "--build", request.build)
             check_build(options, request.out, request.cache, [request.checkpoint])

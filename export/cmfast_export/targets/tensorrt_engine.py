@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,6 @@ from typing import Any
 from cmfast.backends import _cuda as cuda
 from cmfast.backends import open_engine
 from cmfast.backends._tensorrt_library import (
-    LIBRARIES,
     ctrl_c_ends_build,
     cuda_major,
     import_library,
@@ -36,64 +34,20 @@ from cmfast.backends._tensorrt_library import (
 from cmfast.backends.cache import check_cache, read_entry, write_entry
 from cmfast.backends.onnxruntime import OnnxRuntimeEngine
 from cmfast.backends.tensorrt import other_card
-from cmfast.checks import MAX_BATCH
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.formats import protobuf as pb
 from cmfast.formats.manifest import Manifest, check_plain, check_unchanged, file_sha256, read_onnx, rounding
 from cmfast.formats.tensorrt_plan import NOT_RUN, UNSEALED, parse_plan, read_plan, seal
-from cmfast_export._options import check_range, check_tolerance, shorten
+from cmfast_export._options import check_tolerance
 from cmfast_export._target import files_of, one_writer
 from cmfast_export.graphs.emulate import emulate_file
+from cmfast_export.targets.tensorrt_options import HARDWARE, BuildOptions, check_options, library_of
 from cmfast_export.verify import Parity, compare_batches, verify
 
 BUILDER = 1  # changes when this module builds other engines from the same options
 MODERATE = 8  # images that the CPU computes to compare with
-MAX_WORKSPACE_MIB = 2**20  # 1 TiB, more than any card has
 _FILLED = ("batch", "max_abs", "plan_sha256")  # by the build; a fixed batch is the ONNX file's, not the options'
-HARDWARE = {"": "NONE", "ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How an engine is built; `cmfast-export --build NAME=VALUE` sets a field."""
-
-    library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it and a card for it are, else tensorrt_rtx
-    batch: tuple[int, ...] = ()  # smallest, most frequent and largest batch; one number: only that; empty: 1,8,64
-    workspace_mib: int = 0  # scratch memory that kernels may use at most, MiB; 0: the library's default
-    level: int = -1  # 0 to 5, how long the builder tries; -1: the library's default
-    timing_cache: str = ""  # file with measurements of kernels, read and written; TensorRT only
-    version_compatible: bool = False  # also for later versions of TensorRT
-    hardware_compatible: str = ""  # also for other cards: "ampere+" or "same" (compute capability); TensorRT only
-    target: tuple[str, ...] = ()  # compute capabilities such as 8.9; TensorRT-RTX only; empty: all from 8.0 on
-
-    def __post_init__(self) -> None:
-        if self.library not in ("", *LIBRARIES):
-            raise CmfastError(f"library must be one of {', '.join(LIBRARIES)}, got {self.library!r}")
-        if self.batch and (
-            len(self.batch) not in (1, 3) or list(self.batch) != sorted(self.batch) or self.batch[0] < 1
-        ):
-            raise CmfastError(
-                f"batch must be the smallest, the most frequent and the largest number of images, or one number, got "
-                f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
-            )
-        if self.batch:
-            check_range("the largest batch", self.batch[-1], 1, MAX_BATCH, "images")
-        if self.level not in range(-1, 6):
-            raise CmfastError(f"level must be from 0 to 5, got {self.level}")
-        check_range("workspace_mib", self.workspace_mib, 0, MAX_WORKSPACE_MIB, "MiB (0: the library's default)")
-        if self.hardware_compatible not in HARDWARE:
-            raise CmfastError(f"hardware_compatible must be ampere+ or same, got {self.hardware_compatible!r}")
-        different = len(set(self.target)) == len(self.target)
-        if not different or not all(re.fullmatch(r"[1-9][0-9]*\.[0-9]", each) for each in self.target):
-            said = shorten(",".join(self.target))
-            raise CmfastError(f"target takes different compute capabilities such as 8.9,12.0, got {said}")
-
-    @property
-    def profile(self) -> tuple[int, int, int]:
-        """Smallest, most frequent and largest batch."""
-        batch = self.batch or (1, 8, 64)
-        return (batch[0], batch[len(batch) // 2], batch[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +124,9 @@ def check_build(options: BuildOptions, out: Path, cache: Path | None, inputs: It
 
     inputs  what the engine is built from; the timing cache must not replace it
     """
-    library = options.library or _library(options)
+    library = library_of(options)
     trt = import_library(library, f"building {out.name}")
-    _check_options(options, library)
+    check_options(options, library)
     if options.target:
         _capabilities(trt, options)
     if options.timing_cache:
@@ -247,7 +201,7 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
         raise EngineError(f"{onnx}: the library cannot read it: {'; '.join(errors)[:400] or reason(log)}")
     config = builder.create_builder_config()
     _configure(trt, config, options, tf32=manifest.dtype == "tf32")
-    batch = _add_profile(builder, network, config, manifest.kind, options)
+    batch = _add_profile(builder, network, config, manifest.batch_axis, options)
     engine = {**manifest.engine, "batch": list(batch), "max_abs": NOT_RUN, "plan_sha256": UNSEALED}
     network.name = replace(manifest, engine=engine).fitting().to_json()
     cache = _timing_cache(config, options)
@@ -299,10 +253,10 @@ def _configure(trt: Any, config: Any, options: BuildOptions, *, tf32: bool) -> N
                 raise CmfastError(f"target {options.target[index]}: the library does not take it here; leave it out")
 
 
-def _add_profile(builder: Any, network: Any, config: Any, kind: str, options: BuildOptions) -> tuple[int, int, int]:
+def _add_profile(builder: Any, network: Any, config: Any, axis: int, options: BuildOptions) -> tuple[int, int, int]:
     """Tell the builder which batches there will be; return them: those of the options, or the file's only one."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    fixed = tuple(inputs[0].shape)[1 if kind == "sampler" else 0]
+    fixed = tuple(inputs[0].shape)[axis]
     if fixed >= 0:
         if options.batch not in ((), (fixed,)):
             raise CmfastError(f"the ONNX file takes batches of {fixed} only; leave batch out, or export it as dynamic")
@@ -325,31 +279,6 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
     if cache is None or not config.set_timing_cache(cache, False):
         raise CmfastError(f"timing_cache {file}: not a cache of this version and card; name a new file")
     return cache
-
-
-def _library(options: BuildOptions) -> str:
-    """Return the library that can build here: TensorRT needs a card, TensorRT-RTX does not, and only it has targets."""
-    from importlib.util import find_spec
-
-    there = [name for name in LIBRARIES if find_spec(name)] or ["tensorrt"]
-    if options.target or "tensorrt" not in there:
-        return "tensorrt_rtx"
-    if len(there) == 1:
-        return "tensorrt"
-    try:
-        cuda.open_gpu()
-    except CmfastError:
-        return "tensorrt_rtx"
-    return "tensorrt"
-
-
-def _check_options(options: BuildOptions, library: str) -> None:
-    """Refuse what the library has no use for, instead of ignoring it."""
-    rtx = library == "tensorrt_rtx"
-    names = ("timing_cache", "hardware_compatible", "version_compatible") if rtx else ("target",)
-    for name in names:
-        if getattr(options, name):
-            raise CmfastError(f"{LIBRARIES[library]} has no {name}; leave it out, or set library")
 
 
 def _description(trt: Any, onnx: Path, options: BuildOptions, library: str) -> dict[str, Any]:

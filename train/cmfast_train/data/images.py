@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Images to train on: uint8 [N, C, H, W] with labels, in an order that depends on the step alone.
+"""Images to train on: uint8 [N, C, H, W] with labels, from the data sets that are known by name, or files of one's own.
 
-The order is a function of (seed, step), so a resumed run sees what an uninterrupted one would have seen,
-and any number of processes share one batch. Batches are made ahead of the step that needs them, in a thread or in
-other processes. Nothing is downloaded unless it is asked for. What is in a folder or .zip is found by `image_folders`,
-in a .npy or .npz by `image_arrays`; `image_reader` reads the files.
+Nothing is downloaded unless it is asked for. What is in a folder or .zip is found by `image_folders`, in a .npy or .npz
+by `image_arrays`; `image_reader` reads the files. In what order they are trained on: `data.batches`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import struct
 import zipfile
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +28,8 @@ from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.image_arrays import read_arrays
 from cmfast_train.data.image_folders import find_images, find_zipped
 from cmfast_train.data.image_reader import MAX_FILE, Fit, check_shape, read_image, to_rgb
-from cmfast_train.data.workers import from_workers
 
 Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
-
-AHEAD = 2  # batches that wait, at most, for the step that needs them
-ON_DEVICE = 2 * 10**9  # bytes of images that are kept on a GPU, at most; CIFAR-10 has 154 million
-INDICES = 2**15  # that are copied to a GPU at once
 
 SYNSETS = 1000  # classes of ImageNet-1k, a folder each
 
@@ -177,7 +167,7 @@ def load_data(config: TrainConfig, root: Path | None) -> Data:
         data = _imagenet(config, root)
     else:
         data = _torchvision(config, root)
-    check_shape(tuple(_batch(data.__getitems__([0]))[0].shape[1:]), (config.channels, *config.image_sides))
+    check_shape(tuple(check_batch(data.__getitems__([0]))[0].shape[1:]), (config.channels, *config.image_sides))
     return data
 
 
@@ -194,124 +184,16 @@ def image_data(
     return ArrayImages(root, size, channels, labelled=labelled)
 
 
-def batches(
-    data: Data,
-    batch: int,
-    seed: int,
-    start: int,
-    stop: int,
-    share: slice,
-    workers: int,
-    pin: bool,
-    keep: torch.device | None = None,
-) -> Generator[Batch, None, None]:
-    """Yield this process's share of the batches of steps start .. stop - 1.
-
-    batch    images per step, summed over processes
-    share    which of them this process takes
-    workers  processes that make the batches; 0: a thread, which ends when the generator does
-    pin      put them in pinned memory, from which a GPU copies while it computes
-    keep     a device that makes them itself from a copy of the data, if those are in memory and not too large for it
-
-    Raises:
-        CmfastError: An image cannot be read, or a worker process has died.
-    """
-    order = _StepIndices(len(data), batch, seed, start, stop, share)
-    if keep is not None and isinstance(data, Images) and data.images.nbytes < ON_DEVICE:
-        yield from _device_batches(data, order, keep)
-        return
-    if workers:
-        yield from map(_batch, from_workers(data, order, workers, pin))
-        return
-
-    def make(step: int) -> Batch | str:
-        made = data.__getitems__(order.at(step))
-        return made if isinstance(made, str) or not pin else (_pinned(made[0]), _pinned(made[1]))
-
-    with contextlib.closing(_ahead(make, range(start, stop), pin)) as stream:
-        yield from map(_batch, stream)
+def check_batch(batch: Batch | str) -> Batch:
+    """Return a batch that a data set made, or raise CmfastError with what it says is wrong."""
+    if isinstance(batch, str):
+        raise CmfastError(batch)
+    return batch
 
 
 def to_unit_range(images: Tensor) -> Tensor:
     """Return uint8 images as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
-
-
-def _device_batches(data: Images, order: _StepIndices, device: torch.device) -> Generator[Batch, None, None]:
-    """Yield the batches of an order from a copy of the data on the device, which makes them there.
-
-    Indices are copied for many steps at once: what a GPU waits for least often.
-    """
-    images, labels = data.images.to(device), data.labels.to(device)
-    steps = max(1, INDICES // order.batch)
-    for first in range(order.start, order.stop, steps):
-        block = torch.stack([order.tensor(step) for step in range(first, min(first + steps, order.stop))])
-        if device.type == "cuda":
-            block = block.pin_memory()
-        for indices in block.to(device, non_blocking=True):
-            yield images.index_select(0, indices), labels.index_select(0, indices)
-
-
-class _StepIndices:
-    """The indices of each step: one shuffle of the data an epoch, epochs end to end."""
-
-    def __init__(self, n: int, batch: int, seed: int, start: int, stop: int, share: slice) -> None:
-        self.n, self.batch, self.seed, self.start, self.stop, self.share = n, batch, seed, start, stop, share
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.at, range(self.start, self.stop))
-
-    def at(self, step: int) -> list[int]:
-        """Return the indices of any step, whatever came before."""
-        indices: list[int] = self.tensor(step).tolist()
-        return indices
-
-    def tensor(self, step: int) -> Tensor:
-        """Return the indices of any step as int64."""
-        position, stop = step * self.batch, (step + 1) * self.batch
-        parts = []
-        while position < stop:  # once, or once for each epoch that the batch touches
-            epoch, first = divmod(position, self.n)
-            parts.append(self._shuffled(epoch)[first : first + stop - position])
-            position += len(parts[-1])
-        return torch.cat(parts)[self.share]
-
-    def _shuffled(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
-        return self._order
-
-
-def _ahead(make: Callable[[int], Batch | str], steps: range, pin: bool) -> Generator[Batch | str, None, None]:
-    """Yield make(step) for each step, made in order by one thread while the caller works.
-
-    What the thread raises is raised here, in its turn. However the caller leaves, nothing more is begun and the thread
-    has ended.
-    """
-    # A thread begins on the first GPU, whichever its process uses, and pinning memory would take a piece of that one.
-    device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())
-    thread = ThreadPoolExecutor(1, "cmfast-batches", *device)
-    waiting: deque[Future[Batch | str]] = deque()
-    try:
-        for step in steps:
-            waiting.append(thread.submit(make, step))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def _pinned(values: Tensor) -> Tensor:
-    pinned = torch.empty_like(values, pin_memory=True)
-    pinned.numpy()[...] = values.numpy()  # by numpy: see Images
-    return pinned
 
 
 def _digits() -> Images:
@@ -391,12 +273,6 @@ def _imagenet(config: TrainConfig, root: Path) -> FolderImages:
 
 def _synsets(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("n*") if re.fullmatch(r"n\d{8}", path.name) and path.is_dir())
-
-
-def _batch(batch: Batch | str) -> Batch:
-    if isinstance(batch, str):
-        raise CmfastError(batch)
-    return batch
 
 
 class _Zip:

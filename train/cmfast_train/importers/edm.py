@@ -19,7 +19,8 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.checkpoint import check_count
 from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
-from cmfast_train.importers.pickles import Foreign, module_tensors
+from cmfast_train.importers.pickle_opcodes import Foreign
+from cmfast_train.importers.pickles import module_tensors
 from cmfast_train.networks.edm import HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.edm_layers import FILTERS
 

@@ -27,7 +27,8 @@ from cmfast_train.importers.averages import (
     parameters,
 )  # fmt: skip
 from cmfast_train.importers.facts import Facts, shown
-from cmfast_train.importers.pickles import Foreign, module_tensors
+from cmfast_train.importers.pickle_opcodes import Foreign
+from cmfast_train.importers.pickles import module_tensors
 from cmfast_train.safe_load import unusual
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -21,22 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmfast_train.kernels.group_norm import (
-    NUMBERS,
-    affine,
-    gate,
-    group_norm_silu,
-    group_of,
-    members,
-    norm_and_statistics,
-    normed,
-    on_kernels,
-    places,
-    read,
-    sigmoid,
-    within,
-)
+from cmfast_train.kernels.group_norm import gate, group_norm_silu, norm_and_statistics, normed, on_kernels
 from cmfast_train.kernels.plan import make_plan
+from cmfast_train.kernels.tiles import NUMBERS, affine, group_of, members, places, read, sigmoid, within
 
 AT_ONCE = 1024  # values of chunks that a program adds up at once
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.progress import progress_bar
 from cmfast_train.config.train_config import TrainConfig
-from cmfast_train.data.images import batches, load_data
+from cmfast_train.data.batches import batches
+from cmfast_train.data.images import load_data
 from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.training.log import TrainLog
