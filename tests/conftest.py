@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+import types
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import onnx
 import pytest
@@ -21,9 +25,10 @@ from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from helpers.only_installed import OPTIONAL
 
 if find_spec("onnx_ir") and find_spec("onnxscript"):  # else nothing is exported here: see only_installed
-    import traced_once  # noqa: F401  before anything imports what it replaces
+    from helpers import traced_once  # noqa: F401  before anything imports what it replaces
 
 # The networks are tiny: a second thread brings nothing, and on a busy machine the two wait for each other, spinning.
 torch.set_num_threads(1)
@@ -33,8 +38,6 @@ settings.register_profile("cmfast", deadline=None)  # a busy machine is not a fa
 settings.load_profile("cmfast")
 
 Result = subprocess.CompletedProcess
-# What test modules may import although a machine lacks it: `only_installed` imitates one.
-OPTIONAL = {"google", "ml_dtypes", "onnx_ir", "onnxscript", "tensorboard", "torchvision", "triton", "tritonclient"}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -161,3 +164,70 @@ def refused() -> Callable[..., None]:
             assert word in line
 
     return refused
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs are recorded as well."""
+    from cmfast_train.training import step_graph
+
+    monkeypatch.setattr(step_graph, "WORTH", 5)
+
+
+@pytest.fixture
+def persistent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+    """Return a function that pickles modules as EDM does; plain pickle can read what it returns."""
+    from helpers.edm_pickles import PersistentPickler, reconstruct
+
+    module = types.ModuleType("torch_utils.persistence")
+    function = types.FunctionType(reconstruct.__code__, globals(), "_reconstruct_persistent_obj")
+    function.__module__, function.__qualname__ = module.__name__, "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+    def dumps(content: Any, protocol: int = 4, source: str = PersistentPickler.source) -> bytes:
+        buffer = io.BytesIO()
+        pickler = PersistentPickler(buffer, protocol)
+        pickler.source = source
+        pickler.dump(content)
+        return buffer.getvalue()
+
+    return dumps
+
+
+@pytest.fixture
+def snapshot(persistent: Callable[..., bytes], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a network snapshot as EDM and ECT do, of the weights of a case."""
+    from helpers.edm import CASES, Precond, new, weights_of
+
+    def write(name: str, kind: str, key: str = "ema", **attributes: Any) -> Path:
+        network = new(CASES[name])
+        network.load_state_dict(weights_of(name))
+        model = type(kind, (Precond,), {})(network, **attributes)
+        file = tmp_path / "network-snapshot-000100.pkl"
+        file.write_bytes(persistent({key: model, "loss_fn": None, "dataset_kwargs": {"path": "cifar10.zip"}}))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def diffusers() -> ModuleType:
+    from cmfast_train.torchvision_cpu import torchvision_datasets
+
+    torchvision_datasets()  # diffusers imports torchvision
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How edm_golden.npz was made: python tests/data/edm_golden.py CHECKOUT_OF_NVLABS_EDM CHECKOUT_OF_LOCUSLAB_ECT
 
-Their code runs, with the weights and inputs of tests/test_edm_networks.py; none of it is in this repository.
+Their code runs, with the weights and inputs of tests/helpers/edm.py; none of it is in this repository.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_edm_networks import CASES, golden_inputs, golden_weights
-
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
+from helpers.edm import CASES, golden_inputs, golden_weights
 
 
 def networks_of(checkout: str) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Schedules of training: which noise levels a step compares, and how the target follows.
 
-Plain functions of the step; golden values are in tests/test_schedules.py. The formulas that work on noise
+Plain functions of the step; golden values are in test_schedules.py. The formulas that work on noise
 levels use operators, floats included, where they can.
 """
 

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""The site: it builds without warnings, its generated page is up to date, its examples run, figures have records."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cmfast
+from helpers import ROOT
+
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("cmfast", "cmfast_train", "cmfast_export")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="needs the repository")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def examples(page: str, language: str = "python") -> list[tuple[str, str]]:
+    """Return (title or "", text) of each fenced block of a language."""
+    found = re.findall(rf'^```{language}(?: title="([^"]+)")?\n(.*?)^```', read(page), re.DOTALL | re.MULTILINE)
+    return [(str(title), str(text)) for title, text in found]
+
+
+def public_names() -> set[str]:
+    packages = ((name, importlib.import_module(name)) for name in PACKAGES)
+    return {f"{package}.{name}" for package, module in packages for name in getattr(module, "__all__", [])}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the built site."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        if not find_spec(package):
+            pytest.skip(f"needs {package}: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_the_site_builds_without_warnings_and_has_every_page_of_its_menu(site: Path) -> None:
+    menu = read("mkdocs.yml").partition("\nnav:")[2].partition("\n\n")[0]
+    pages = re.findall(r"([\w-]+)\.md$", menu, re.MULTILINE)
+    assert len(pages) >= 13
+    assert {f"{page}.html" for page in pages} <= {path.name for path in site.glob("*.html")}
+    assert not list(site.glob("*.py"))
+
+
+def test_the_site_documents_every_public_name(site: Path) -> None:
+    html = (site / "api.html").read_text(encoding="utf-8")
+    assert {name for name in public_names() if f'id="{name}"' not in html} == set()
+    assert 'id="cmfast.no_such_name"' not in html
+    text = " ".join(re.sub("<[^>]+>", " ", html).split())
+    assert (
+        "noise level, data units; the model is the identity here" in text
+    )  # from the comment behind ModelSpec.sigma_min
+    assert "Parameters:" in text
+
+
+def test_aligned_arguments_of_a_docstring_become_googles(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe", reason="needs griffe: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(DOCS)
+    from api_extension import google
+
+    text = "Draw.\n\nx      array\n       of floats\nsigma  noise level\n\nThe rest."
+    assert google(text, ["x", "sigma"]) == (
+        "Draw.\n\n\nArgs:\n    x: array\n        of floats\n    sigma: noise level\n\n\nThe rest."
+    )
+    assert google(text, ["y"]) == text  # a table of something else
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    pattern = re.compile(r'<(?:script|img|link)\b[^>]*?(?:src|href)="(https?://[^"]+)"')
+    assert pattern.findall('<link rel="stylesheet" href="https://example.org/font.css">')
+    loaded = {page.name: pattern.findall(page.read_text(encoding="utf-8")) for page in site.glob("*.html")}
+    assert {name: urls for name, urls in loaded.items() if urls} == {}
+
+
+def test_the_reference_lists_the_public_names_that_there_are() -> None:
+    listed = set(re.findall(r"^::: (\S+)$", read("docs/api.md"), re.MULTILINE))
+    assert listed == public_names()
+
+
+def test_the_page_of_commands_is_what_help_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    import make_cli
+
+    scripts = tomllib.loads(read("pyproject.toml"))["project"]["scripts"]
+    page = make_cli.page()
+    assert re.findall(r"^## (\S+)$", page, re.MULTILINE) == list(scripts)
+    assert page.count("Examples:") == len(scripts)
+    assert read("docs/cli.md") == page, "docs/cli.md differs from --help: python docs/make_cli.py"
+
+
+def test_the_readme_fits_three_screens_and_links_every_page() -> None:
+    page = read("README.md")
+    assert page.count("\n") <= 130
+    linked = set(re.findall(r"\]\(docs/(\w+)\.md", page))
+    assert linked >= {path.stem for path in DOCS.glob("*.md")} - {"index", "benchmarks"}
+
+
+def test_the_headline_of_the_readme_is_in_its_record() -> None:
+    rows = {
+        (line["network"], line["batch"], line["way"]): line
+        for line in result("gpu_h200.json")["lines"]
+        if line["kind"] == "row" and (line["precision"], line["steps"]) == ("bf16", 1)
+    }
+    fast, eager = (rows["mnist", 1, way]["wall"]["median_ms"] for way in ("fused cuda_graph", "eager"))
+    large = rows["imagenet64", 256, "fused cuda_graph"]
+    ratio = rows["imagenet64", 256, "eager"]["wall"]["median_ms"] / large["wall"]["median_ms"]
+    page = " ".join(read("README.md").split())
+    assert f"**{eager / fast:.0f} times as fast as eager PyTorch**" in page
+    assert f"takes {fast:.2f} ms instead of {eager:.1f} ms" in page
+    assert f"{ratio:.1f} times as fast on 256 images" in page
+    assert f"at {large['of_roofline']:.0%}".replace("%", " %") in page
+
+
+def test_times_of_starting_are_those_of_the_record() -> None:
+    rows = result("startup.json")["rows"]
+    cells = [f"{row['median_ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f})" for row in rows]
+    assert f"| {' | '.join(cells)} |" in read("benchmarks/README.md")
+    onnx, pt = (row["median_ms"] / 1000 for row in rows[-2:])
+    for page in ("docs/edge.md", "docs/results.md"):
+        assert re.search(rf"{onnx:.2f} s from ONNX(,| and) {pt:.1f} s through PyTorch", read(page)), page
+
+
+def test_distances_of_the_methods_are_those_of_the_record() -> None:
+    page = read("docs/training.md")
+    table = page[page.index("| method | 1 call |") :].split("\n\n")[0]
+    printed = set(re.findall(r"\d+\.\d\d", table))
+    measured = {f"{cell['fd']:.2f}" for row in result("methods_digits.json")["rows"] for cell in row["rows"]}
+    assert printed == measured
+
+
+@pytest.mark.parametrize("picture", [path.name for path in sorted(DOCS.glob("*.svg"))])
+def test_drawings_are_wellformed_and_have_a_title_for_those_who_do_not_see_them(picture: str) -> None:
+    root = ElementTree.parse(DOCS / picture).getroot()
+    assert root.find("{http://www.w3.org/2000/svg}title") is not None
+
+
+def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
+    """Here or in test_readme.py, which runs those of the README and of quickstart.md."""
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
+    found = {page: len(examples(page)) for page in pages if examples(page)}
+    assert found == {"README.md": 1, "docs/edge.md": 1, "docs/extending.md": 3, "docs/quickstart.md": 1}
+
+
+def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
+    ((_, text),) = examples("docs/edge.md")
+    names: dict[str, Any] = {}
+    exec(compile(text, "edge.md", "exec"), names)
+    assert (names["x0"].dtype, names["x0"].shape) == (np.float32, (4, 1, 8, 8))
+
+
+def test_a_denoiser_of_ones_own_is_sampled() -> None:
+    text = examples("docs/extending.md")[0][1]
+    names: dict[str, Any] = {}
+    exec(compile(text, "extending.md", "exec"), names)
+    x0 = names["x0"]
+    assert (x0.dtype, x0.shape) == (np.float32, (4, 1, 8, 8))
+    # Two steps by hand: 80 z0 shrunk, raised to 0.8 by sqrt(0.8^2 - 0.002^2) z1, shrunk again.
+    z0, z1 = names["noise"]
+    first = 80 * z0 * 0.25 / (0.25 + 80**2)
+    second = (first + (0.8**2 - 0.002**2) ** 0.5 * z1) * 0.25 / (0.25 + 0.8**2)
+    np.testing.assert_allclose(x0, np.clip(second, -1, 1), rtol=1e-5, atol=1e-6)  # float32 in another order
+
+
+def test_the_example_of_an_algorithm_keeps_the_known_pixels(handmade_onnx: Callable[..., Path]) -> None:
+    text = examples("docs/extending.md")[1][1]
+    names: dict[str, Any] = {}
+    exec(compile(text, "extending.md", "exec"), names)
+    model = cmfast.load(handmade_onnx(8))
+    known = np.full((2, 1, 8, 8), 0.5, np.float32)
+    mask = np.zeros((2, 1, 8, 8), np.float32)
+    mask[..., :4] = 1
+    drawn = names["inpaint"](model, known, mask, [80.0, 0.8])
+    assert (drawn.dtype, drawn.shape) == (np.float32, known.shape)
+    assert (drawn[..., :4] == 0.5).all()
+    assert not (drawn[..., 4:] == 0.5).any()
+
+
+def installed_backend(folder: Path) -> None:
+    """Install the backend of the page as pip would: its module and its entry points."""
+    ((name, module),) = [(title, text) for title, text in examples("docs/extending.md") if title]
+    ((_, project),) = examples("docs/extending.md", "toml")
+    (folder / name).write_text(module, encoding="utf-8")
+    info = folder / "shrink-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shrink\nVersion: 1.0\n")
+    groups = tomllib.loads(project)["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def test_the_backend_of_the_page_runs_its_files_in_python_and_in_commands(tmp_path: Path) -> None:
+    installed_backend(tmp_path)
+    model = tmp_path / "data.shrink"
+    model.write_text('{"variance": 0.25}')
+    paths = [str(tmp_path), *(str(ROOT / part) for part in (".", "train", "export"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    code = (
+        "import cmfast, sys\n"
+        "model = cmfast.load('data.shrink')\n"
+        "images = model.sample(4, steps=2)\n"
+        "assert (images.shape, str(images.dtype)) == ((4, 8, 8, 1), 'uint8'), images.shape\n"
+        "assert images.std() > 1\n"
+        "try:\n"
+        "    cmfast.load('data.shrink', variant='cuda_graph')\n"
+        "except cmfast.EngineError as error:\n"
+        "    print(error)\n"
+        "from cmfast.cli.commands import sample\n"
+        "sys.argv = ['cmfast-sample', 'data.shrink', '-n', '4', '--steps', '2', '-o', 'grid.png']\n"
+        "sample()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "runs on the CPU only" in ran.stdout
+    assert (tmp_path / "grid.png").exists()
