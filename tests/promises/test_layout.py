@@ -54,9 +54,7 @@ def test_such_an_import_is_seen(source: str) -> None:
 def test_no_folder_of_tests_has_more_than_14_modules() -> None:
     counts = Counter(path.parent.relative_to(TESTS).as_posix() for path in MODULES)
     assert {folder: count for folder, count in counts.items() if count > MOST} == {}
-    assert counts["."] == 1, (
-        "a test module stands in the folder of what it tests; promises across packages in promises/"
-    )
+    assert counts["."] == 1, "a test stands in the folder of what it tests, promises across packages in promises"
 
 
 def test_names_of_test_modules_are_unique() -> None:

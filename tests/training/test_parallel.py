@@ -311,7 +311,7 @@ def one_process(folder: Path) -> None:
 EXCHANGING = """
 import atexit, sys, torch
 from torch.distributed import HashStore, all_reduce, group, init_process_group
-from cmfast_train import parallel
+from cmfast_train.training import parallel
 from cmfast_train.cli.train import main
 init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 held = group.WORLD  # as DTensor's caches hold it
