@@ -285,7 +285,7 @@ def _rows(setting: list[Agreed], times: Times) -> Iterator[dict[str, Any]]:
 
 
 def _start(job: Job, options: Options) -> dict[str, Any]:
-    from cmfast.formats.manifest import model_bytes
+    from cmfast.formats.table import model_bytes
 
     contender = job.contender
     request = {

@@ -13,8 +13,8 @@ import click
 from cmfast.cli.parameters import SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.errors import CmfastError, CmfastWarning, printable
-from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, model_bytes, read_onnx
-from cmfast.formats.table import ONNX, format_of, read_manifest
+from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, read_onnx
+from cmfast.formats.table import ONNX, format_of, model_bytes, read_manifest
 
 NAMES = 20  # of classes that are shown
 CHANGED = "its graph or its weights were changed since they were verified"

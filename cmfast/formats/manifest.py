@@ -262,15 +262,6 @@ def check_model(path: str | os.PathLike[str]) -> Path:
     return Path(path) if Path(path).is_dir() else check_file(path)
 
 
-def model_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the size of a model, bytes: of a folder all files in it, of an ONNX file also the weights beside it."""
-    file = Path(path)
-    if file.is_dir():
-        return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
-    beside = read_onnx_file(file).external if file.suffix == ".onnx" else []
-    return file.stat().st_size + sum(external_file(file, name, hard_links=True).stat().st_size for name in set(beside))
-
-
 def external_file(file: Path, location: str, *, hard_links: bool = False) -> Path:
     """Return the file with the weights that an ONNX file says are at `location`; anything but beside it is refused.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmfast.errors import ArtifactError
-from cmfast.formats.manifest import Manifest, check_file, read_onnx
+from cmfast.formats.manifest import Manifest, check_file, external_file, read_onnx, read_onnx_file
 from cmfast.formats.tensorrt_plan import read_plan
 
 
@@ -62,3 +62,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; "
         f"need .onnx or {' or '.join(ENGINE.suffixes)}"
     )
+
+
+def model_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the size of a model, bytes: of a folder all files in it, of an ONNX file also the weights beside it."""
+    file = Path(path)
+    if file.is_dir():
+        return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
+    beside = read_onnx_file(file).external if format_of(file) is ONNX else []
+    return file.stat().st_size + sum(external_file(file, name, hard_links=True).stat().st_size for name in set(beside))

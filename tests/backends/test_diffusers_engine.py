@@ -18,7 +18,7 @@ import cmfast
 from cmfast.backends import LoopEngine, open_engine
 from cmfast.cli import bench
 from cmfast.errors import CmfastError, EngineError, MissingDependency
-from cmfast.formats.manifest import model_bytes
+from cmfast.formats.table import model_bytes
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export.targets.diffusers_folder import export_diffusers

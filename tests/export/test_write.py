@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.formats import protobuf as pb
-from cmfast.formats.manifest import model_bytes
+from cmfast.formats.table import model_bytes
 from cmfast.model import load
 from cmfast_export import pipeline
 from cmfast_export.graphs import writer
@@ -121,7 +121,8 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
 
 KILLED = """
 import os, signal, sys
-from cmfast_export import export, write
+from cmfast_export import pipeline
+from cmfast_export.graphs import writer
 writer.MAX_BYTES = 10_000
 pipeline.verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
 pipeline.export_onnx(sys.argv[1], sys.argv[2])

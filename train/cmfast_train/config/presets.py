@@ -127,7 +127,7 @@ PRESETS: dict[str, TrainConfig] = {
 # What each costs and what to expect; shown by cmfast-train --help. A figure has a record in benchmarks/results.
 ABOUT: dict[str, str] = {
     "digits": "0.8M parameters, built-in 8x8 digits; about 3 minutes on 2 CPU cores",
-    "mnist": "7.7M parameters, 1x32x32; not run; a sixth of its length with other settings: README, Results",
+    "mnist": "7.7M parameters, 1x32x32; not run; a quarter of its length with other settings: docs/results.md",
     "fashion-mnist": "7.7M parameters, 1x32x32; not run",
     "cifar10": "43M parameters, 3x32x32; not run",
     "folder": "7.7M parameters, 3x32x32, any DIR/class/image.png; not run",

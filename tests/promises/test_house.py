@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""The layout of the packages: no circles of modules, small folders and modules, one place that knows suffixes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+HOMES = {"cmfast": ROOT, "cmfast_train": ROOT / "train", "cmfast_export": ROOT / "export"}
+LOWEST_FIRST = tuple(HOMES)
+MOST_MODULES, MOST_LINES = 14, 400
+
+
+def modules() -> dict[str, Path]:
+    """Return the file of each module of the three packages, by its dotted name."""
+    files = [(home, file) for package, home in HOMES.items() for file in (home / package).rglob("*.py")]
+    return {
+        ".".join(file.relative_to(home).with_suffix("").parts).removesuffix(".__init__"): file for home, file in files
+    }
+
+
+def statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield all imports that run, also those inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from (found for branch in node.orelse for found in statements(branch))
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        yield from statements(node)
+
+
+def uses(source: str, known: Mapping[str, object]) -> set[str]:
+    """Return which of the known modules a module imports."""
+    found = set()
+    for node in statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            package = node.module or ""
+            names = {f"{package}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else package for name in names}
+    return found & known.keys()
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return the modules that can be reached from themselves, those of one circle together."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        front = set(graph[start])
+        while front:
+            seen |= front
+            front = {module for each in front for module in graph[each]} - seen
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    found = {frozenset(other for other in reach[m] if m in reach[other]) for m in graph if m in reach[m]}
+    return sorted(sorted(circle) for circle in found)
+
+
+def graph_of(files: Mapping[str, Path]) -> dict[str, set[str]]:
+    return {module: uses(file.read_text(), files) - {module} for module, file in files.items()}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = graph_of(modules())
+    assert len(graph) > 150
+    assert sum(map(len, graph.values())) > 500, "the walk sees the imports"
+    assert circles(graph) == []
+
+
+def test_a_circle_is_seen() -> None:
+    sources = {"a": "def f():\n    from b import x", "b": "import c", "c": "import a", "d": "import a"}
+    assert circles({module: uses(source, sources) for module, source in sources.items()}) == [["a", "b", "c"]]
+    checked = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a"
+    assert uses(checked, sources) == set()
+
+
+def test_no_arrow_goes_up() -> None:
+    level = {module: LOWEST_FIRST.index(module.partition(".")[0]) for module in modules()}
+    up = [
+        (module, other)
+        for module, found in graph_of(modules()).items()
+        for other in found
+        if level[other] > level[module]
+    ]
+    assert up == []
+
+
+def test_libraries_do_not_import_commands() -> None:
+    graph = graph_of(modules())
+    commands = {module for module in graph if "cli" in module.split(".") or module.endswith(".commands")}
+    assert len(commands) > 8
+    assert [(module, other) for module in graph.keys() - commands for other in graph[module] & commands] == []
+
+
+def test_no_folder_has_more_than_14_modules_and_no_module_more_than_400_lines() -> None:
+    files = [file for file in modules().values() if file.name != "__init__.py"]
+    counts = Counter(file.parent.relative_to(ROOT).as_posix() for file in files)
+    assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
+    lines = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in modules().values()}
+    assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+# What a suffix of an exported model means is decided in cmfast/formats/table.py.
+DECIDES = re.compile(r"""(suffix|suffixes|endswith)\b[^#\n]*["']\.(onnx|engine|plan)["']""")
+MAY = {
+    "cmfast/formats/table.py": "the table",
+    "cmfast/images.py": "names that an image file must not have",
+    "cmfast/backends/cache.py": "entries of a cache, which are no models",
+    "train/cmfast_train/recognise.py": "what a file is that was given as weights, told by its content",
+}
+
+
+def test_only_the_table_of_formats_says_what_a_suffix_means() -> None:
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in modules().values()
+        if any(DECIDES.search(line) for line in file.read_text().splitlines())
+    }
+    assert found <= MAY.keys()
+
+
+@pytest.mark.parametrize(
+    "line", ['if file.suffix == ".onnx":', "if name.endswith('.engine'):", 'x.suffix in (".pt", ".plan")']
+)
+def test_such_a_line_is_seen(line: str) -> None:
+    assert DECIDES.search(line)
