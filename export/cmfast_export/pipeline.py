@@ -167,7 +167,7 @@ def _export(
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             _seal(file, size, manifest)
     return Exported(
-        path=target, manifest=manifest, data=data and data.path, tolerance=tolerance, denoiser=agreement,
+        path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,
         sampler=sampled, rewritten=rewritten,
     )  # fmt: skip
 

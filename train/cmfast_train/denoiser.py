@@ -48,10 +48,12 @@ class Denoiser(nn.Module):
             inputs.append(label if self.spec.classes else None)
         if second is not None:
             inputs.append(noise_condition(second, self.spec, torch))
-        return self.network(*inputs)
+        output: Tensor = self.network(*inputs)
+        return output
 
 
 def denoised(output: Tensor, x: Tensor, sigma: Tensor, spec: ModelSpec) -> Tensor:
     """Return f = c_skip x + c_out F, [B, C, H, W], from what the network said."""
     c_skip, c_out, _ = scalings(sigma[:, None, None, None], spec)
-    return c_skip * x + c_out * output
+    f: Tensor = c_skip * x + c_out * output
+    return f

@@ -34,4 +34,5 @@ def torchvision_datasets() -> ModuleType:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
         import torchvision.datasets
-    return torchvision.datasets
+    datasets: ModuleType = torchvision.datasets
+    return datasets

@@ -115,7 +115,7 @@ def _flops(node: ir.Node) -> int:
         return 2 * output * math.prod(_shape(second)[1:])
     if node.op_type == "ConvTranspose":  # weight [in, out / groups, *kernel]: each input goes into so many outputs
         return 2 * math.prod(_shape(first)) * math.prod(_shape(second)[1:])
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transA", 0)
+    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
     return 2 * output * _shape(first)[0 if transposed else -1]
 
 
@@ -125,10 +125,11 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
-    shape = value.shape
-    if shape is None or not shape.is_static():
+    shape = value.shape.dims if value.shape is not None else (None,)
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    if len(sizes) != len(shape):
         raise CmfastError(f"the shape of {value.name} cannot be told, so the cost of the graph is not known")
-    return tuple(int(size) for size in shape)
+    return sizes
 
 
 def _exactly(total: int, parts: int) -> int:

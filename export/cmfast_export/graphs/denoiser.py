@@ -22,13 +22,15 @@ import onnx_ir.passes.common as passes
 import torch
 from onnx import helper
 from onnx.helper import find_min_ir_version_for
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
+
+op: Any = opset18  # untyped: its annotations ask for element types, which differ from file to file
 
 
 def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> ir.Model:

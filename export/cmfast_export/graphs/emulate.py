@@ -129,7 +129,8 @@ def _eleven_bits(graph: ir.Graph, before: ir.Node, x: ir.Value, splitter: ir.Val
 def eleven_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return float32 numbers rounded to TF32's eleven significant bits, half to even."""
     scaled = x.astype(np.float32) * np.float32(SPLITTER)
-    return scaled - (scaled - x)
+    rounded: np.ndarray[Any, Any] = scaled - (scaled - x)
+    return rounded
 
 
 def _set(value: ir.Value, content: Any) -> None:

@@ -79,7 +79,7 @@ class _Builder:
         if name not in self.initializers:
             tensor = ir.tensor(np.asarray(content), name=name)
             self.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
             )
         return self.initializers[name]
 

@@ -317,7 +317,7 @@ class _Rewriter:
         if name not in self._initializers:
             tensor = ir.tensor(np.ascontiguousarray(content), name=name)
             self._initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
             )
         return self._initializers[name]
 

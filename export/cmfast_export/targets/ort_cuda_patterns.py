@@ -175,7 +175,9 @@ def _described(
     head, pixels, width = (axis for axis in perm[1:] if axis != three)
     if pixels != 4 or shape[three] != 3:
         return None
-    sizes = [int(size) for size in shape[1:4]]
+    sizes = [size for size in shape[1:4] if isinstance(size, int)]
+    if len(sizes) != 3:
+        return None
     rows = np.arange(math.prod(sizes)).reshape(sizes).transpose(three - 1, head - 1, width - 1).reshape(-1)
     order = None if (np.diff(rows) == 1).all() else rows
     if any(_known(value).const_value is None for value in conv.inputs[1:3]):

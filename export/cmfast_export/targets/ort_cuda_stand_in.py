@@ -74,7 +74,7 @@ class _Nodes:
         name = f"{self._name}.{len(self.nodes)}.{len(self._graph.initializers)}"
         tensor = ir.tensor(content, name=name)
         value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
         )  # fmt: skip
         self._graph.register_initializer(value)
         return value

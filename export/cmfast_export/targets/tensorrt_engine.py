@@ -100,6 +100,7 @@ def build_engine(
             except CmfastError:
                 if not cached:
                     raise
+        assert plan is not None
         if parity is not None:
             seal(plan, parity.worst.max_abs)
             file.write_bytes(plan)

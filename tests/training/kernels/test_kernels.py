@@ -161,7 +161,7 @@ def test_a_fused_network_computes_what_it_was_made_from(name: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 7, 8])
 def test_padded_convolutions_of_an_image_are_those_that_were_given(channels: int) -> None:
     pytest.importorskip("triton")
-    from cmfast_train.kernels.networks import FirstConv, LastConv
+    from cmfast_train.kernels.layers import FirstConv, LastConv
 
     first, last = nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, channels, 3, padding=1)
     x = torch.randn(2, channels, 5, 7)

@@ -164,7 +164,7 @@ NETWORKS: dict[str, tuple[NetworkConfig, int, int, int]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmfast_train.kernels import networks
+    from cmfast_train.kernels import layers, networks
 
     config, apart, within, joins = NETWORKS[name]
     network = build_network(config).eval().requires_grad_(False)
@@ -177,7 +177,7 @@ def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, m
     joined_sums = 0
 
     def counted(function: str) -> Callable[..., Any]:
-        before = getattr(networks, function)
+        before = getattr(where[function], function)
 
         def count(*args: Any) -> Any:
             nonlocal joined_sums
@@ -187,21 +187,22 @@ def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, m
 
         return count
 
-    for function in ("resampled", "add_shortcut", "joined"):
-        monkeypatch.setattr(networks, function, counted(function))
+    where = {"resampled": layers, "add_shortcut": layers, "joined": networks}
+    for function in where:
+        monkeypatch.setattr(where[function], function, counted(function))
     np.testing.assert_allclose(denoiser.output(x, sigma), want, rtol=0, atol=1e-5)  # as in test_kernels
     directions = {function: [d for f, d in calls if f == function] for function, _ in calls}
     assert sum(d != "" for d in directions.get("resampled", [])) == apart
     assert sum(d != "" for d in directions["add_shortcut"]) == within
-    blocks = [module for module in denoiser.network.modules() if isinstance(module, networks.Block)]
-    attentions = [module for module in denoiser.network.modules() if isinstance(module, networks.Attention)]
+    blocks = [module for module in denoiser.network.modules() if isinstance(module, layers.Block)]
+    attentions = [module for module in denoiser.network.modules() if isinstance(module, layers.Attention)]
     assert len(directions["add_shortcut"]) == len(blocks) + len(attentions)
     assert joined_sums == joins
     assert len(directions.get("joined", [])) == 4 - joins
 
 
 def test_a_pointwise_convolution_commutes_with_doubling() -> None:
-    from cmfast_train.kernels.networks import Box, Pointwise
+    from cmfast_train.kernels.layers import Box, Pointwise
 
     layer, double = Pointwise(nn.Conv2d(32, 48, 1), bias=False), Box("up")
     x = torch.randn(2, 32, 4, 6).contiguous(memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,7 @@ class DiffusersEngine:
         if self._pipeline.device.type == "cuda":
             check_process(self._process, self.name)
         timesteps = self._timesteps(sigmas)
-        steps = [torch.from_numpy(np.require(z, requirements="CW")).to(self._pipeline.device) for z in noise]
+        steps = [torch.from_numpy(np.require(z, requirements=["C", "W"])).to(self._pipeline.device) for z in noise]
         try:
             with _noise(steps[1:]), arithmetic(tf32=False):
                 (images,) = self._pipeline(
@@ -129,8 +130,9 @@ class DiffusersEngine:
 @contextmanager
 def _noise(steps: Sequence[torch.Tensor]) -> Iterator[None]:
     """Let the scheduler take its noise from `steps`: the pipeline itself takes the first only."""
-    from diffusers.schedulers import scheduling_consistency_models as module
+    from diffusers.schedulers import scheduling_consistency_models
 
+    module: Any = scheduling_consistency_models  # it imports the function that is replaced here
     rest = iter(steps)
     original = module.randn_tensor
 

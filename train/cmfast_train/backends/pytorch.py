@@ -85,7 +85,7 @@ class TorchEngine:
         if precision == "fp16" and device == "cpu":
             accumulate_in_float32(self.denoiser.network)
         if "channels_last" in words or "fused" in words:
-            self.denoiser.to(memory_format=torch.channels_last)
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if "fused" in words:
             fuse(self.denoiser)
         self._call, self._execute = _callable(self.denoiser, device, words), _on_cpu
@@ -292,7 +292,7 @@ def _on_cpu(what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
     """Return compute(inputs); the contract is `torch_cuda.OnCuda.__call__`."""
     with torch.inference_mode():
         # writable, which PyTorch warns of otherwise: it has no tensors that are not
-        return compute({k: torch.from_numpy(np.require(v, requirements="CW")) for k, v in inputs.items()}).numpy()
+        return compute({k: torch.from_numpy(np.require(v, requirements=["C", "W"])) for k, v in inputs.items()}).numpy()
 
 
 def _line(err: Exception) -> str:

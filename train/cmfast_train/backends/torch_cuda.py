@@ -285,7 +285,8 @@ def compiled(denoiser: torch.nn.Module, mode: str = "max-autotune") -> Callable[
 
     def run(**tensors: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # what the call before returned has been used
-        return call(**tensors)
+        result: Tensor = call(**tensors)
+        return result
 
     return run
 
@@ -301,7 +302,8 @@ def arithmetic(*, tf32: bool, benchmark: bool | None = True) -> Iterator[None]:
     sets both, torch.compile reads both, and restores by the new one, which can always be read.
     """
     backends = torch.backends
-    fine = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    cudnn: Any = backends.cudnn  # a module of a class whose attributes its types lack
+    fine = (cudnn.conv, cudnn.rnn, backends.cuda.matmul)
     before, tried = [each.fp32_precision for each in fine], backends.cudnn.benchmark
     backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = tf32
     backends.cudnn.benchmark = tried if benchmark is None else benchmark

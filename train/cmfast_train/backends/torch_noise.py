@@ -118,7 +118,8 @@ def _log(x: Tensor) -> Tensor:
     low = m < 0.70710678118654752
     m = torch.where(low, m * 2.0, m)
     s = (m - 1.0) / (m + 1.0)
-    return (e - low.int()).double() * LN2 + s * polynomial(ATANH, s * s)
+    log: Tensor = (e - low.int()).double() * LN2 + s * polynomial(ATANH, s * s)
+    return log
 
 
 def _bits(key: Tensor, samples: Tensor, step: int, blocks: int) -> Tensor:

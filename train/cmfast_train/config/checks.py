@@ -24,7 +24,7 @@ LONGEST = 4096  # characters of any text in a configuration: a path
 
 def check_types(owner: Any, prefix: str = "") -> None:
     """Raise CmfastError unless every field of a dataclass is of its type; `prefix` stands before the field's name."""
-    for name, kind in _kinds(type(owner)).items():
+    for name, kind in _kinds(type(owner)).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(owner, name)
         if not _is(value, kind, MOST_NAMES if name == "class_names" else MOST):
             raise CmfastError(f"{prefix}{name} must be {in_words(kind)}, got {shown(value)}")

@@ -137,9 +137,9 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
                 "fewer images, or as --data of a run save them as .npy, which is read from disk"
             )
         values = np.empty(head.nbytes, np.uint8)
-        view, done = memoryview(values), 0
+        view, done = memoryview(values.data), 0
         while done < len(values):
-            count = opened.readinto(view[done : done + (1 << 20)])
+            count = opened.readinto(view[done : done + (1 << 20)])  # type: ignore[attr-defined]  # a ZipExtFile
             if not count:
                 raise ArtifactError(f"{path}: not a whole .npz file: {name} ends early")
             done += count

@@ -12,7 +12,7 @@ import errno
 import signal
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ def _from_workers(
         # What DataLoader asks the system for. It fails here first: its own half-made iterator prints a traceback.
         asked = [torch.multiprocessing.Event(), *(torch.multiprocessing.Queue() for _ in range(workers + 1))]
         del asked
+        collate: Callable[[Any], Any] = _Storing(folder)  # of a whole batch: the data set has `__getitems__`
         loader = DataLoader(
-            data, batch_sampler=order, collate_fn=_Storing(folder), num_workers=workers, pin_memory=pin,
+            data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin,
             persistent_workers=True,
         )  # fmt: skip
         iterator = iter(loader)

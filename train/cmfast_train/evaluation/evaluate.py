@@ -107,7 +107,7 @@ class Reference:
             found["kid_mean"], found["kid_std"] = kernel_distance(real, fake, self.seed)
         if "pr" in self.metrics:
             found["precision"], found["recall"] = precision_recall(real, fake)
-        if "is" in self.metrics:
+        if "is" in self.metrics and self._features.head is not None:
             with torch.inference_mode():
                 logits = self._features.head(fake.to(self._device)).cpu()
             found["is_mean"], found["is_std"] = inception_score(logits, self.seed)

@@ -46,7 +46,10 @@ class Features(Protocol):
 
     image: tuple[int, int, int]  # channels, height, width of the images that they take
     num_features: int
-    head: nn.Module | None  # features -> logits; None: they are no classifier's
+
+    @property
+    def head(self) -> nn.Module | None:
+        """Features -> logits; None: they are no classifier's."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -152,7 +155,8 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-        return self.network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)[0]
+        features: Tensor = self.network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)[0]
+        return features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +186,12 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features."""
-        return self.penultimate(self.body(images).flatten(1)).relu()
+        features: Tensor = self.penultimate(self.body(images).flatten(1)).relu()
+        return features
 
     def logits(self, images: Tensor) -> Tensor:
-        return self.head(self(images))
+        logits: Tensor = self.head(self(images))
+        return logits
 
 
 def save_classifier(model: Classifier, config: ClassifierConfig, path: Path) -> None:
@@ -202,7 +208,9 @@ def _classifier(file: Path, image: tuple[int, int, int]) -> Classifier:
     head, weights = _read(file)
     with reading(file, "a damaged classifier"):
         names = {field.name for field in dataclasses.fields(ClassifierConfig)}
-        values = {key: tuple(value) if key == "image" else value for key, value in head.items() if key in names}
+        values: dict[str, Any] = {
+            key: tuple(value) if key == "image" else value for key, value in head.items() if key in names
+        }
         config = ClassifierConfig(**values)
         with torch.device("meta"):  # no memory for what the head announces: the weights bring theirs
             model = Classifier(config)

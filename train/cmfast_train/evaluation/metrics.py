@@ -134,7 +134,7 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
 def _given(num_features: int) -> nn.Module:
     """Return the module that takes features for the features of an image."""
     module = nn.Identity()
-    module.num_features = num_features
+    module.num_features = num_features  # type: ignore[assignment]
     return module
 
 

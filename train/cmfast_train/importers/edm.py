@@ -216,7 +216,7 @@ def _read_shape(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
     emb, waves = shapes["map_layer0.weight"]
     is_song = f"dec.{sides[0]}x{sides[0]}_aux_conv.weight" in shapes
     width = first if is_song else waves
-    common = {
+    common: dict[str, Any] = {
         "image_size": sides[0],
         "channels": channels,
         "classes": shapes.get("map_label.weight", (0, 0))[1],

@@ -205,9 +205,9 @@ def to_3hd(rows: Tensor, order: str, head_channels: int) -> Tensor:
     """Return the rows [3 C, ...] of a qkv layer, given in `order`, as all queries, all keys, all values."""
     heads = rows.shape[0] // 3 // head_channels
     if order == "h3d":
-        return rows.unflatten(0, (heads, 3, head_channels)).transpose(0, 1).flatten(0, 2)
-    if order == "hd3":
-        return rows.unflatten(0, (heads, head_channels, 3)).movedim(2, 0).flatten(0, 2)
+        rows = rows.unflatten(0, (heads, 3, head_channels)).transpose(0, 1).flatten(0, 2)
+    elif order == "hd3":
+        rows = rows.unflatten(0, (heads, head_channels, 3)).movedim(2, 0).flatten(0, 2)
     return rows
 
 

@@ -90,7 +90,7 @@ def interpret(data: Any, limits: Limits, persistent: Callable[[Any], Any] | None
     """
     stack: list[Any] = []
     marks: list[int] = []  # where groups of items begin
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}  # by number
 
     def since_mark() -> list[Any]:
         place = marks.pop()

@@ -45,7 +45,7 @@ def norm_act(
         return normed(x, groups, weight, bias, eps, scale, shift, silu)
     if not torch.is_grad_enabled():
         return group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu)
-    result: Tensor = _NormAct.apply(x, weight, bias, scale, shift, groups, eps, silu)  # type: ignore[no-untyped-call]
+    result: Tensor = _NormAct.apply(x, weight, bias, scale, shift, groups, eps, silu)
     return result
 
 
@@ -61,7 +61,7 @@ class _NormAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, scale, shift = ctx.saved_tensors
         dx, of_norm, of_rows = gradients(dy, x, statistics, ctx.groups, weight, bias, scale, shift, ctx.silu)

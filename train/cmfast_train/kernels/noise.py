@@ -35,7 +35,7 @@ def gaussian(key: Tensor, samples: Tensor, slices: int, size: int, first: int = 
 
 
 @triton.jit
-def draw(noise, key, samples, images, size, first, tiles, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def draw(noise, key, samples, images, size, first, tiles, BLOCK: tl.constexpr):
     """Fill one tile, 4 BLOCK numbers of one row of the noise [slices * images, size]."""
     program = tl.program_id(0)
     row, tile = program // tiles, program % tiles
@@ -51,7 +51,7 @@ def draw(noise, key, samples, images, size, first, tiles, BLOCK: tl.constexpr): 
 
 
 @triton.jit
-def quantile(bits):  # type: ignore[no-untyped-def]
+def quantile(bits):
     """`cmfast.noise._normal_quantile` of uint32; centre and tail are both computed, as threads do together anyway."""
     q = bits.to(tl.float64) * 2.0**-32 + 2.0**-33 - 0.5
     r = 0.180625 - q * q
@@ -62,7 +62,7 @@ def quantile(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _log(x):  # type: ignore[no-untyped-def]
+def _log(x):
     word = x.to(tl.int64, bitcast=True)  # frexp, for x is positive and not tiny
     e = (word >> 52) - 1022
     m = (word & 0xFFFFFFFFFFFFF | 0x3FE0000000000000).to(tl.float64, bitcast=True)
@@ -73,7 +73,7 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _polynomial(coefficients: tl.constexpr, degree: tl.constexpr, x):  # type: ignore[no-untyped-def]
+def _polynomial(coefficients: tl.constexpr, degree: tl.constexpr, x):
     total = tl.full(x.shape, coefficients[degree], tl.float64)
     for i in tl.static_range(1, degree + 1):
         total = total * x + coefficients[degree - i]

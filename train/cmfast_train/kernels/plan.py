@@ -66,10 +66,10 @@ def _held(
     batch: int, pixels: int, channels: int, groups: int, itemsize: int, tensors: int, fitting: list[int]
 ) -> Plan | None:
     """Return a plan for a kernel that reads each value once, where its threads can keep them."""
-    per_group, rows = channels // groups, triton.next_power_of_2(pixels)
+    per_group, rows = channels // groups, int(triton.next_power_of_2(pixels))
 
     def values(n: int) -> int:
-        return triton.next_power_of_2(n * per_group) * rows
+        return int(triton.next_power_of_2(n * per_group)) * rows
 
     most, of_thread = HELD[tensors - 1], HELD_EACH[tensors - 1]
     dense = [n for n in fitting if n * per_group * pixels >= DENSE * values(n)]

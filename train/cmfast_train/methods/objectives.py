@@ -99,7 +99,8 @@ class Step:
 
     def normal(self, column: int = 0) -> Tensor:
         """Return unit Gaussian numbers [B] from a column of `uniform`."""
-        return torch.special.ndtri(self.uniform[:, column].double().clamp(1e-6, 1 - 1e-6)).to(self.uniform)
+        normal: Tensor = torch.special.ndtri(self.uniform[:, column].double().clamp(1e-6, 1 - 1e-6))
+        return normal.to(self.uniform)
 
     def at(self, sigma: Tensor) -> Tensor:
         """Return the images with their noise at level sigma [B]."""

@@ -49,7 +49,7 @@ def ict_scales(k: int, total: int, s0: int, s1: int) -> int:
     s0 + 1 at first, doubling (s0 = 10: 11, 21, 41, ..) at even intervals up to s1 + 1.
     """
     period = max(1, int(total / (math.log2(s1 // s0) + 1)))
-    return min(s0 * 2 ** (k // period), s1) + 1
+    return int(min(s0 * 2 ** (k // period), s1)) + 1
 
 
 def ict_pair(

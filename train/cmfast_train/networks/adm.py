@@ -87,7 +87,9 @@ class AdmUnet(nn.Module):
                 width = mult * mc
                 skips.append(width)
             if level < len(config.channel_mult) - 1:
-                down = block(width, width, height, "down") if config.resblock_updown else [Downsample(width)]
+                down: list[nn.Module] = [Downsample(width)]
+                if config.resblock_updown:
+                    down = block(width, width, height, "down")
                 self.input_blocks.append(Stage(down))
                 skips.append(width)
                 height //= 2
@@ -116,7 +118,9 @@ class AdmUnet(nn.Module):
     ) -> Tensor:
         # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
         with full_precision(x):
-            wide = self.time_embed[0].weight.dtype  # float32, or float64 where all of the network is
+            first = self.time_embed[0]
+            assert isinstance(first, nn.Linear)
+            wide = first.weight.dtype  # float32, or float64 where all of the network is
             emb = self.time_embed(timestep_embedding(cast(c_noise, wide), self.config.model_channels))
             if self.config.two_times:
                 second = torch.zeros_like(c_noise) if c_second is None else c_second
@@ -141,7 +145,7 @@ class Stage(nn.Sequential):
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__(*layers)
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
         return h
@@ -169,17 +173,20 @@ class ResBlock(nn.Module):
         h = conv(self.resample(normalised(norm, x) if fuses(norm, x) else act(norm(x))))
         x = self.resample(x)
         norm, act, dropout, conv = self.out_layers
+        assert isinstance(conv, nn.Conv2d)
         e = self.emb_layers(emb)
         if fuses(norm, h):
             h = normalised(norm, h, e) if self.scale_shift else normalised(norm, h + cast(e[..., None, None], h.dtype))
-            return self.skip_connection(x) + conv(dropped(dropout, h, conv))
+            by_kernels: Tensor = self.skip_connection(x) + conv(dropped(dropout, h, conv))
+            return by_kernels
         e = cast(e[..., None, None], h.dtype)
         if self.scale_shift:
             channels = h.shape[1]
             h = norm(h) * (1 + e.narrow(1, 0, channels)) + e.narrow(1, channels, channels)  # scale, shift
         else:
             h = norm(h + e)
-        return self.skip_connection(x) + conv(dropped(dropout, act(h), conv))
+        y: Tensor = self.skip_connection(x) + conv(dropped(dropout, act(h), conv))
+        return y
 
 
 class Attention(nn.Module):
@@ -201,7 +208,8 @@ class Attention(nn.Module):
             h = F.scaled_dot_product_attention(qkv.select(1, 0), qkv.select(1, 1), qkv.select(1, 2))
         else:
             h = F.scaled_dot_product_attention(*split_heads(qkv, self.heads))
-        return x + self.proj_out(h.transpose(2, 3).reshape(-1, channels, height, width))
+        y: Tensor = x + self.proj_out(h.transpose(2, 3).reshape(-1, channels, height, width))
+        return y
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -224,7 +232,8 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        y: Tensor = self.op(x)
+        return y
 
 
 class Upsample(nn.Module):
@@ -235,7 +244,8 @@ class Upsample(nn.Module):
         self.conv = _conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2))
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2))
+        return y
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,5 +297,6 @@ def _conv(c_in: int, c_out: int) -> nn.Conv2d:
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer

@@ -178,6 +178,7 @@ class SongUnet(nn.Module):
             half = emb.shape[1] // 2
             emb = torch.cat([emb.narrow(1, half, half), emb.narrow(1, 0, half)], dim=1)  # here it is [sin, cos]
             if self.map_label is not None:  # the one-hot label is scaled to unit variance
+                assert label is not None
                 row = F.embedding(label, self.map_label.weight.t())
                 emb = emb + (row * math.sqrt(self.config.classes) + self.map_label.bias)
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -205,8 +206,8 @@ class DhariwalUnet(nn.Module):
 
         width = config.channel_mult[0] * mc
         self.enc, self.dec = _trunk(config, first=width, block=block, attend_going_up="all")
-        self.out_norm = GroupNorm(width, eps=1e-5)
-        self.out_conv = _zero(Conv(width, config.channels, 3))
+        self.out_norm: nn.Module = GroupNorm(width, eps=1e-5)
+        self.out_conv: nn.Module = _zero(Conv(width, config.channels, 3))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         emb = self._embedding(c_noise, label)
@@ -232,6 +233,7 @@ class DhariwalUnet(nn.Module):
             emb = self.map_noise(cast(c_noise, torch.float32))
             emb = self.map_layer1(F.silu(self.map_layer0(emb)))
             if self.map_label is not None:
+                assert label is not None
                 emb = emb + F.embedding(label, self.map_label.weight.t())
             return F.silu(emb)
 

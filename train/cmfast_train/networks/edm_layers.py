@@ -17,6 +17,8 @@ FILTERS = ((1, 1), (1, 3, 3, 1))  # taps of the resampling filters
 class Conv(nn.Conv2d):
     """A convolution that keeps the side, after halving or doubling it where `resample` says so."""
 
+    resample_filter: Tensor  # None where it does not resample
+
     def __init__(self, c_in: int, c_out: int, kernel: int, resample: str = "", taps: tuple[int, ...] = (1, 1)) -> None:
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.resample = resample
@@ -29,6 +31,8 @@ class Conv(nn.Conv2d):
 class ConvDown(nn.Conv2d):
     """A 3x3 convolution, then halving the side: the other order than `Conv`, with all padding before both."""
 
+    resample_filter: Tensor
+
     def __init__(self, c_in: int, c_out: int, taps: tuple[int, ...]) -> None:
         super().__init__(c_in, c_out, 3, padding=1 + (len(taps) - 1) // 2)
         self.register_buffer("resample_filter", _square(taps))
@@ -39,6 +43,8 @@ class ConvDown(nn.Conv2d):
 
 class Resample(nn.Module):
     """Halve or double the side. [B, C, H, W]."""
+
+    resample_filter: Tensor
 
     def __init__(self, resample: str, taps: tuple[int, ...]) -> None:
         super().__init__()
@@ -67,7 +73,7 @@ class PositionalWaves(nn.Module):
 
     def __init__(self, width: int, endpoint: bool) -> None:
         super().__init__()
-        self.half, self.steps = width // 2, width // 2 - (1 if endpoint else 0)
+        self.count, self.steps = width // 2, width // 2 - (1 if endpoint else 0)
 
     def forward(self, t: Tensor) -> Tensor:
         args = t[:, None] * self.frequencies(t.device)
@@ -75,12 +81,14 @@ class PositionalWaves(nn.Module):
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Return the frequencies, [width / 2] float32."""
-        steps = torch.arange(self.half, dtype=torch.float32, device=device)
+        steps = torch.arange(self.count, dtype=torch.float32, device=device)
         return torch.exp(steps * (-math.log(10000) / self.steps))
 
 
 class FourierWaves(nn.Module):
     """[cos, sin] of t [B] at `width` / 2 frequencies that were drawn once, before training (arXiv:2006.10739)."""
+
+    freqs: Tensor  # [width / 2]
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -22,10 +22,10 @@ def fuse_norms(network: nn.Module) -> None:
 def fuses(norm: nn.Module, x: Tensor) -> bool:
     """Return whether `normalised` is to be called with x [B, C, H, W] instead of the norm."""
     return (
-        getattr(norm, "fused", False)
+        bool(getattr(norm, "fused", False))
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and forward_ad.unpack_dual(x).tangent is None
     )
 

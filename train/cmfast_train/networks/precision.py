@@ -54,7 +54,7 @@ def accumulate_in_float32(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.weight.dtype != torch.float32:
-            module._conv_forward = MethodType(_convolve_in_float32, module)
+            module._conv_forward = MethodType(_convolve_in_float32, module)  # type: ignore[method-assign]
 
 
 def _convolve_in_float32(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,7 +63,7 @@ def _convolve_in_float32(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tenso
         weight.float(),
         None if bias is None else bias.float(),
         conv.stride,
-        conv.padding,  # type: ignore[arg-type]
+        conv.padding,
         conv.dilation,
         conv.groups,
     )

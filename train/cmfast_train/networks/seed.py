@@ -76,6 +76,7 @@ class SeedUnet(nn.Module):
             e0, e1, e2, e3 = (linear(emb)[..., None, None] for linear in self.time_downs)
         d0, d1, d2, d3 = self.down
         u0, u1, u2, u3 = self.up
+        assert isinstance(u3, nn.Conv2d)
 
         half = d0(x)  # [B, D, H/2, W/2]
         h = half + cast(e0, half.dtype)
@@ -126,6 +127,7 @@ def _last_two(before: nn.Conv2d, last: nn.Conv2d, h: Tensor, x: Tensor) -> Tenso
     3x3. A sum is a convolution of h, by a product of weights, float32. Then each moves to the pixel that it is for,
     and those at pixels beyond the edge, which are padding, count nothing.
     """
+    assert before.bias is not None
     c, between = last.out_channels, before.out_channels
     with full_precision(h):
         last_weight = cast(last.weight, torch.float32)

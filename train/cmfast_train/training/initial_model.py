@@ -61,7 +61,7 @@ def start_of(config: TrainConfig, classes: int) -> Start:
     if not getattr(network, "two_times", False) and any(phase.method == "mf" for phase in config.phases):
         raise CmfastError(f"--init {config.init}: mf needs a network that takes two times; this one takes one")
     if "dropout" in {field.name for field in dataclasses.fields(network)}:
-        network = dataclasses.replace(network, dropout=config.dropout)
+        network = dataclasses.replace(network, dropout=config.dropout)  # type: ignore[arg-type]
     elif config.dropout:
         raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
     return Start(

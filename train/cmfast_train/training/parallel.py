@@ -176,7 +176,7 @@ def jvp(
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         with forward_ad.dual_level():  # torch.func.jvp wraps whatever is made in it, also FSDP's buffers
             duals = map(forward_ad.make_dual, primals, tangents)
-            output, tangent = forward_ad.unpack_dual(function(*duals))  # type: ignore[no-untyped-call]
+            output, tangent = forward_ad.unpack_dual(function(*duals))
     return output, torch.zeros_like(output) if tangent is None else tangent
 
 

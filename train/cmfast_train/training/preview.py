@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cmfast.files import atomic_file
@@ -25,7 +26,8 @@ def draw(
     label = torch.from_numpy(labels(seed, indices, spec.classes)).to(device) if spec.classes else None
     with torch.inference_mode():
         x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), label), noise, sigmas, spec)
-    return x0.float().cpu().numpy()
+    images: npt.NDArray[np.float32] = x0.float().cpu().numpy()
+    return images
 
 
 def save_grid(denoise: Any, spec: ModelSpec, path: Path, n: int, device: torch.device) -> None:

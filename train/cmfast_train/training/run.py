@@ -93,7 +93,8 @@ class Run:
     @property
     def ema(self) -> dict[str, Tensor]:
         """The averaged weights that the model is saved with."""
-        return self.averages[str(self.phase.ema)]
+        averaged: dict[str, Tensor] = self.averages[str(self.phase.ema)]
+        return averaged
 
     def where(self) -> dict[str, Any]:
         """Return where the run is, for a line of the log."""
@@ -321,7 +322,7 @@ class Run:
         if self._mesh is not None:
             shard(network, self._mesh)
         elif self.config.channels_last:
-            denoiser.to(memory_format=torch.channels_last)
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return denoiser.to(self.accelerator.device)
 
 

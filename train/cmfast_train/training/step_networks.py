@@ -78,22 +78,26 @@ class Asked:
 
     def target(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         assert self._target is not None
-        return self._aside(self._target, x, sigma, label)
+        f: Tensor = self._aside(self._target, x, sigma, label)
+        return f
 
     def teacher(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         assert self._teacher is not None
-        return self._aside(self._teacher, x, sigma, label if self._teacher.spec.classes else None)
+        f: Tensor = self._aside(self._teacher, x, sigma, label if self._teacher.spec.classes else None)
+        return f
 
     def output(
         self, x: Tensor, sigma: Tensor, label: Tensor | None, second: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self._model(x, sigma, label, second)
+        output, log_variance = self._model(x, sigma, label, second)
+        return output, log_variance
 
     def output_along(
         self, x: Tensor, sigma: Tensor, label: Tensor | None, second: Tensor | None, dx: Tensor, dsigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         def output(x: Tensor, sigma: Tensor) -> Tensor:
-            return self._aside(self._student, x, sigma, label, second)[0]
+            f: Tensor = self._aside(self._student, x, sigma, label, second)[0]
+            return f
 
         if self._finite:
             return output(x, sigma), central_difference(self._exactly(label, second), x, sigma, dx, dsigma)
@@ -105,7 +109,8 @@ class Asked:
         def output(x: Tensor, sigma: Tensor) -> Tensor:
             # Not cudnn.flags: what it is not given it sets to defaults of its own, among them enabled=False.
             with torch.autocast(x.device.type, enabled=False), arithmetic(tf32=False, benchmark=None):
-                return self._aside(self._student.denoiser.output, x, sigma, label, second)
+                f: Tensor = self._aside(self._student.denoiser.output, x, sigma, label, second)
+            return f
 
         return output
 

@@ -269,7 +269,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def catch(number: int, _: Any) -> None:
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before[number])
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before[signal.Signals(number)])
 
     # None: a handler that is not Python's, which cannot be put back.
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
