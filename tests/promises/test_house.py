@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -134,3 +135,37 @@ def test_only_the_table_of_formats_says_what_a_suffix_means() -> None:
 )
 def test_such_a_line_is_seen(line: str) -> None:
     assert DECIDES.search(line)
+
+
+def untyped(source: str) -> list[str]:
+    """Return the functions that are no Triton kernels and lack a type of an argument or of the result."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        given = [each for each in arguments if each is not None and each.arg != "self"]
+        if node.returns is None or any(each.annotation is None for each in given):
+            found.append(node.name)
+    return found
+
+
+def test_mypy_is_strict_everywhere_but_in_kernels() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert config["strict"]
+    assert set(config["packages"]) == set(HOMES)
+    assert all((home / package / "py.typed").exists() for package, home in HOMES.items())
+    relaxed = [each for each in config["overrides"] if each.keys() - {"module", "ignore_missing_imports"}]
+    files = modules()
+    for module in (name for override in relaxed for name in override["module"]):
+        source = files[module].read_text()
+        assert "@triton.jit" in source, f"{module} has no kernels, so mypy need not be less strict there"
+        assert untyped(source) == [], module
+
+
+def test_a_function_without_types_beside_kernels_is_seen() -> None:
+    typed = "def f(x: int, *, y: int) -> int: ...\n@triton.jit\ndef g(x): ...\n"
+    assert untyped(typed) == []
+    assert untyped(typed + "def h(x, y: int) -> None: ...\ndef k(x: int): ...\n") == ["h", "k"]

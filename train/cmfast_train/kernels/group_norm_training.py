@@ -45,7 +45,7 @@ def norm_act(
         return normed(x, groups, weight, bias, eps, scale, shift, silu)
     if not torch.is_grad_enabled():
         return group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu)
-    result: Tensor = _NormAct.apply(x, weight, bias, scale, shift, groups, eps, silu)
+    result: Tensor = _NormAct.apply(x, weight, bias, scale, shift, groups, eps, silu)  # type: ignore[no-untyped-call]
     return result
 
 
