@@ -23,7 +23,7 @@ import click
 import numpy as np
 import torch
 
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.backends._onnxruntime_library import import_onnxruntime
 from cmfast.bench.timing import provenance
 from cmfast.cli.running import run_command
@@ -100,7 +100,7 @@ def _export(checkpoint: Path, onnx: Path) -> tuple[float, float]:
 def _large_batch(checkpoint: Path, onnx: Path, batch: int) -> dict[str, Any]:
     """Run the file at one large batch, noise levels mixed, and compare some of its images with PyTorch."""
     levels = np.resize(np.geomspace(0.002, 80, 16).astype(np.float32), batch)
-    reference = Model(open_engine(checkpoint))
+    reference = Model(open_backend(checkpoint))
     x = levels[:, None, None, None] * gaussian(5, range(batch), 0, reference.spec.image)
     label = reference.labels(batch, seed=5)
     theirs = reference.denoise(x[:COMPARED], levels[:COMPARED], None if label is None else label[:COMPARED])

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 import gpu_ceilings
-from cmfast.backends import DeviceTimes, TimedEngine
+from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench import timing
 from cmfast.bench.roofline import floor_ms
 from cmfast.checks import NotFinite
 from cmfast.errors import CheckFailed, EngineError
 from cmfast.formats.manifest import PRECISIONS, ROUNDING, WINOGRAD
 from cmfast.noise import gaussian, labels
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from gpu_cost import count
 from gpu_items import NotHere
@@ -58,7 +58,7 @@ class Bench:
 
     def __init__(self, lines: Lines, device: str, seconds: float = SECONDS) -> None:
         self.lines, self.device, self.seconds = lines, device, seconds
-        self._eager: tuple[tuple[str, str], TorchEngine] | None = None
+        self._eager: tuple[tuple[str, str], TorchBackend] | None = None
         self._models: dict[str, Checkpoint] = {}
         self._costs: dict[tuple[str, str], dict[str, float]] = {}
 
@@ -89,12 +89,12 @@ class Bench:
         return line | self.roofline(cell, (device or summary)[mine]["median_ms"]) | self.memory()
 
     def timed(
-        self, calls: dict[str, Any], engines: dict[str, TorchEngine]
+        self, calls: dict[str, Any], engines: dict[str, TorchBackend]
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Return the wall times of counted calls, ms, and the computing times on the device of all calls, ms."""
         with contextlib.ExitStack() as stack:
             clocks: dict[str, list[DeviceTimes]] = {
-                name: stack.enter_context(engine.timed()) if isinstance(engine, TimedEngine) else []
+                name: stack.enter_context(engine.timed()) if isinstance(engine, TimedBackend) else []
                 for name, engine in engines.items()
             }
             wall = timing.interleave(calls, seconds=self.seconds, calls=CALLS, warmup_s=0.0)
@@ -124,17 +124,17 @@ class Bench:
             self._models[network] = _OnDevice(spec=model.spec, network=model.network, weights=model.weights)
         return self._models[network]
 
-    def eager(self, network: str, precision: str) -> TorchEngine:
+    def eager(self, network: str, precision: str) -> TorchBackend:
         """Return eager PyTorch, kept until another network or precision is asked for."""
         if self._eager is None or self._eager[0] != (network, precision):
             self._eager = None
             self._eager = ((network, precision), self.open(network, precision, EAGER))
         return self._eager[1]
 
-    def open(self, network: str, precision: str, way: str) -> TorchEngine:
+    def open(self, network: str, precision: str, way: str) -> TorchBackend:
         """Return an engine, or raise NotHere where this version or this card has no such way."""
         try:
-            return TorchEngine(self.model(network), self.device, None, way, precision)
+            return TorchBackend(self.model(network), self.device, None, way, precision)
         except EngineError as err:
             raise NotHere(str(err)) from None
 

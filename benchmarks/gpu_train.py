@@ -30,7 +30,7 @@ import torch
 from cmfast.errors import CmfastError
 from cmfast.images import save_images
 from cmfast.model import Model
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
@@ -204,7 +204,7 @@ class Training:
         """Return the distance of the first phase's model, by 18 steps of Heun's method."""
         reference, about = self.reference()
         (file,) = (self.request.run / "phases").glob("1_edm.pt")
-        row = heun_steps(Model(TorchEngine(load_checkpoint(file), self.request.device)), 18, n, seed=0, batch=256)
+        row = heun_steps(Model(TorchBackend(load_checkpoint(file), self.request.device)), 18, n, seed=0, batch=256)
         row |= reference.measure(row.pop("images"))
         return {"kind": "evaluation", "model": "teacher", **row, **about}
 
@@ -213,7 +213,7 @@ class Training:
         file = self.request.run / "model.pt"
         if not file.exists():
             raise NotHere("there is no model, for the reason on the line of the training")
-        return Model(TorchEngine(load_checkpoint(file), self.request.device))
+        return Model(TorchBackend(load_checkpoint(file), self.request.device))
 
     def reference(self) -> tuple[Reference, Line]:
         """Return the data's side of the comparison, and what a line says of it."""

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.bench.timing import provenance
 from cmfast.cli.parameters import INTS
 from cmfast.cli.running import run_command
@@ -55,7 +55,7 @@ def _measure(preset: str, batches: tuple[int, ...]) -> dict[str, Any]:
         save_checkpoint(checkpoint, model)
         seconds = _export(model, "-o", denoiser)
         _export(model, "--kind", "sampler", "--steps", "2", "-o", sampler)
-        reference, ours = open_engine(model), open_engine(denoiser)
+        reference, ours = open_backend(model), open_backend(denoiser)
         found = [verify_denoiser(ours, reference, (batch,)) for batch in batches]
         return {
             "network": preset,
@@ -63,8 +63,8 @@ def _measure(preset: str, batches: tuple[int, ...]) -> dict[str, Any]:
             "max_abs": {str(b): parity.worst.max_abs for b, parity in zip(batches, found, strict=True)},
             "boundary": max(parity.boundary for parity in found if parity.boundary is not None),
             "export_and_verify_s": round(seconds, 1),
-            "sampler_against_python_loop": _loop_difference(Model(open_engine(sampler)), Model(ours)),
-            "sampler_against_pytorch_loop": _loop_difference(Model(open_engine(sampler)), Model(reference)),
+            "sampler_against_python_loop": _loop_difference(Model(open_backend(sampler)), Model(ours)),
+            "sampler_against_pytorch_loop": _loop_difference(Model(open_backend(sampler)), Model(reference)),
             "denoiser_bytes": denoiser.stat().st_size,
             "sampler_bytes": sampler.stat().st_size,
             "sampler_over_denoiser": round(sampler.stat().st_size / denoiser.stat().st_size, 4),

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends._tensorrt_library import LIBRARIES
-from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.bench.timing import provenance
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
@@ -89,7 +89,7 @@ def _measure(checkpoint: Checkpoint, steps: int, number: int, engines: bool, fol
             ways["roundings of a GPU"] = emulated
         found = {}
         for way, each in ways.items():
-            images = _images({kind: Model(OnnxRuntimeEngine(file)) for kind, file in each.items()}, steps, number)
+            images = _images({kind: Model(OnnxRuntimeBackend(file)) for kind, file in each.items()}, steps, number)
             exact = exact or images
             found[way] = {name: _difference(images[name], exact[name]) for name in images}
         yield {

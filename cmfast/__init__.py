@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmfast.backends.protocol import Backend
     from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
     from cmfast.formats.manifest import Manifest
     from cmfast.formats.table import read_manifest
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Where the names below are looked for.
-_MODULES = ("errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table", "model")
+_MODULES = (
+    "errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table",
+    "backends.protocol", "model",
+)  # fmt: skip
 __all__ = [
     "ArtifactError",
+    "Backend",
     "CheckFailed",
     "CmfastError",
     "EngineError",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Images batch by batch: the noise of one is made while the engine has the one before.
 
-What a `Drawing` does to a batch, `cmfast.model` says; an engine that draws few-step samples itself (`DrawEngine`) is
+What a `Drawing` does to a batch, `cmfast.model` says; an engine that draws few-step samples itself (`DrawBackend`) is
 given the indices of the images instead of their noise.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast import sampling
-from cmfast.backends import DrawEngine, Engine
+from cmfast.backends import Backend, DrawBackend
 from cmfast.checks import need_memory, not_finite, returned_array
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class Drawing:
     levels: tuple[float, ...] = ()  # of the few-step loop, which some engines have; () for another algorithm
 
 
-def check_noise(engine: Engine, drawing: Drawing, batch: int) -> None:
+def check_noise(engine: Backend, drawing: Drawing, batch: int) -> None:
     """Raise CmfastError unless the noise of `draw_batches` fits into memory, for batches of so many images."""
     if _drawn_by_engine(engine, drawing):
         return
@@ -48,7 +48,7 @@ def check_noise(engine: Engine, drawing: Drawing, batch: int) -> None:
 
 
 def draw_batches(
-    engine: Engine, drawing: Drawing, batches: Sequence[Batch], seed: int, *, pixels: bool
+    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, *, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
     """Yield the images of each batch: uint8 [b, H, W, C] when `pixels`, else float32 [b, C, H, W].
 
@@ -59,12 +59,12 @@ def draw_batches(
     return (_on_engine if _drawn_by_engine(engine, drawing) else _here)(engine, drawing, batches, seed, pixels)
 
 
-def _drawn_by_engine(engine: Engine, drawing: Drawing) -> bool:
-    return bool(drawing.levels) and isinstance(engine, DrawEngine)
+def _drawn_by_engine(engine: Backend, drawing: Drawing) -> bool:
+    return bool(drawing.levels) and isinstance(engine, DrawBackend)
 
 
 def _here(
-    engine: Engine, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
+    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
     """Yield the images of each batch, from noise that is drawn here."""
     image = engine.manifest.spec.image
@@ -79,10 +79,10 @@ def _here(
 
 
 def _on_engine(
-    engine: Engine, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
+    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
     """Yield the images of each batch, which the engine draws from the noise on."""
-    assert isinstance(engine, DrawEngine)
+    assert isinstance(engine, DrawBackend)
     channels, *sides = engine.manifest.spec.image
     shape, dtype = ((*sides, channels), np.uint8) if pixels else ((channels, *sides), np.float32)
     results = engine.draw(seed, batches, drawing.levels, pixels=pixels)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast import sampling
-from cmfast.backends import Engine, LoopEngine, open_engine
+from cmfast.backends import Backend, LoopBackend, open_backend
 from cmfast.checks import (
     array_of_numbers,
     check_range,
@@ -54,13 +54,13 @@ def load(
     precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
     sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust
     """
-    return Model(open_engine(path, device, threads, variant=variant, precision=precision, sha256=sha256))
+    return Model(open_backend(path, device, threads, variant=variant, precision=precision, sha256=sha256))
 
 
 class Model:
     """A consistency model on an engine. `load` makes one."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Backend) -> None:
         self.engine = engine
         self.manifest = engine.manifest
         self.spec: ModelSpec = engine.manifest.spec
@@ -159,7 +159,7 @@ class Model:
             )
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
-        if isinstance(self.engine, LoopEngine):
+        if isinstance(self.engine, LoopBackend):
             classes = self._label(label, noise.shape[1]).get("label")
             if not noise.shape[1]:
                 return np.empty(noise.shape[1:], np.float32)

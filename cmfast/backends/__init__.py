@@ -16,14 +16,14 @@ from typing import Any
 
 from cmfast.backends._origin import Origin, states_of
 from cmfast.backends.protocol import VARIANTS as VARIANTS
+from cmfast.backends.protocol import Backend as Backend
 from cmfast.backends.protocol import DeviceTimes as DeviceTimes
-from cmfast.backends.protocol import DrawEngine as DrawEngine
+from cmfast.backends.protocol import DrawBackend as DrawBackend
 from cmfast.backends.protocol import Drawn as Drawn
-from cmfast.backends.protocol import Engine as Engine
 from cmfast.backends.protocol import Inputs as Inputs
-from cmfast.backends.protocol import LoopEngine as LoopEngine
-from cmfast.backends.protocol import ReleasingEngine as ReleasingEngine
-from cmfast.backends.protocol import TimedEngine as TimedEngine
+from cmfast.backends.protocol import LoopBackend as LoopBackend
+from cmfast.backends.protocol import ReleasingBackend as ReleasingBackend
+from cmfast.backends.protocol import TimedBackend as TimedBackend
 from cmfast.backends.protocol import variant_words as variant_words
 from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads
@@ -32,23 +32,23 @@ from cmfast.formats.manifest import PRECISIONS, check_model
 from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
 
 
-def _onnxruntime(*arguments: Any) -> Engine:
-    from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+def _onnxruntime(*arguments: Any) -> Backend:
+    from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeEngine(*arguments)
+    return OnnxRuntimeBackend(*arguments)
 
 
-def _tensorrt(*arguments: Any) -> Engine:
-    from cmfast.backends.tensorrt import TensorRtEngine
+def _tensorrt(*arguments: Any) -> Backend:
+    from cmfast.backends.tensorrt import TensorRtBackend
 
-    return TensorRtEngine(*arguments)
+    return TensorRtBackend(*arguments)
 
 
 # What opens a file of each format of `cmfast.formats.table`; called with (path, device, threads, variant, sha256).
-BACKENDS: dict[str, Callable[..., Engine]] = {ONNX.name: _onnxruntime, ENGINE.name: _tensorrt}
+BACKENDS: dict[str, Callable[..., Backend]] = {ONNX.name: _onnxruntime, ENGINE.name: _tensorrt}
 
 
-def open_engine(
+def open_backend(
     path: str | os.PathLike[str],
     device: str | None = None,
     threads: int | None = None,
@@ -56,7 +56,7 @@ def open_engine(
     variant: str = "",
     precision: str = "",
     sha256: str | None = None,
-) -> Engine:
+) -> Backend:
     """Open a model file with the engine that its suffix stands for.
 
     device     cpu or cuda; one that cannot be had is an error. None: cuda for a TensorRT engine, which runs nowhere
@@ -80,7 +80,7 @@ def open_engine(
         )
     origin = Origin(
         path=file.absolute(), device=device, threads=threads, variant=variant, precision=precision, sha256=sha256,
-        files=states_of(file), opener=open_engine,
+        files=states_of(file), opener=open_backend,
     )  # fmt: skip
     engine = _open(file, device, threads, variant, precision, sha256)
     with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it
@@ -88,7 +88,7 @@ def open_engine(
     return engine
 
 
-def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Engine:
+def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Backend:
     if known := format_of(file):
         return BACKENDS[known.name](file, device, threads, variant, sha256)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
@@ -100,7 +100,7 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
         except ModuleNotFoundError as err:
             what = "running a model folder" if file.is_dir() else f"running a {file.suffix} file"
             raise MissingDependency(what, (err.name or "?").split(".")[0], "train") from None
-        engine: Engine
+        engine: Backend
         if sha256 is None:
             engine = engine_type(file, device, threads, variant, precision)
             return engine

@@ -10,7 +10,7 @@ from cmfast.backends.protocol import DeviceTimes
 
 
 class Clock:
-    """Where calls leave what they cost. `timed` is the method of `cmfast.backends.TimedEngine`."""
+    """Where calls leave what they cost. `timed` is the method of `cmfast.backends.TimedBackend`."""
 
     def __init__(self) -> None:
         self.times: list[DeviceTimes] | None = None  # None: nobody asks, and no clock needs to run

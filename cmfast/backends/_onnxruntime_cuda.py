@@ -62,7 +62,7 @@ class CudaSession:
         return result
 
     def release(self) -> None:
-        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingEngine`."""
+        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
         while self._ready:
             self._close(self._ready.popitem()[1])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cmfast.errors import ArtifactError, CmfastError
 
 if TYPE_CHECKING:
-    from cmfast.backends.protocol import Engine
+    from cmfast.backends.protocol import Backend
 
 Files = tuple[tuple[str, int, int], ...]
 
@@ -26,10 +26,10 @@ class Origin:
     variant: str
     precision: str
     sha256: str | None
-    opener: Callable[..., Engine]  # `cmfast.backends.open_engine`, which knows this module
+    opener: Callable[..., Backend]  # `cmfast.backends.open_backend`, which knows this module
     files: Files  # name, size and time of the last change, ns: another file is not opened as if it were this one
 
-    def reopen(self) -> Engine:
+    def reopen(self) -> Backend:
         """Open the same file again, in another process; ArtifactError where it is gone or has changed."""
         if not self.path.exists() or states_of(self.path) != self.files:
             raise ArtifactError(f"{self.path}: it was changed or removed since the model was pickled; load it again")
@@ -38,7 +38,7 @@ class Origin:
         )
 
 
-def reopened(origin: Origin) -> Engine:
+def reopened(origin: Origin) -> Backend:
     """Return `origin.reopen()`: what pickle calls."""
     return origin.reopen()
 

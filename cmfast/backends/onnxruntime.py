@@ -40,11 +40,11 @@ PROVIDERS = {  # on CUDA, by variant, the first preferred
     "nhwc cuda_graph": [CUDA],
     "tensorrt": [TENSORRT, CUDA],
 }
-_OPENED: weakref.WeakSet[OnnxRuntimeEngine] = weakref.WeakSet()
+_OPENED: weakref.WeakSet[OnnxRuntimeBackend] = weakref.WeakSet()
 
 
-class OnnxRuntimeEngine:
-    """A graph run by ONNX Runtime. The contract: `cmfast.backends.Engine`, on CUDA `TimedEngine` and `ReleasingEngine`.
+class OnnxRuntimeBackend:
+    """A graph run by ONNX Runtime: a `cmfast.Backend`, on CUDA also a `TimedBackend` and a `ReleasingBackend`.
 
     variant  "": node by node. On CUDA also:
              "nhwc": with `prefer_nhwc`, convolutions of [B, H, W, C], which a file of the flavour ort-cuda is made for;

@@ -16,9 +16,9 @@ from cmfast.errors import CmfastError
 from cmfast.formats.manifest import Manifest
 
 Inputs = Mapping[str, npt.NDArray[Any]]
-# Ways to run the same weights; which exist, and which of them combine, is the engine's affair.
+# Ways to run the same weights; which exist, and which of them combine, is the affair of the backend.
 VARIANTS = {
-    "": "the engine's plain way",
+    "": "the plain way",
     "channels_last": "PyTorch with the memory format channels_last",
     "fused": "CUDA: PyTorch in channels_last, with kernels of cmfast in place of several operations",
     "nhwc": "CUDA: ONNX Runtime with convolutions of [B, H, W, C], its option prefer_nhwc",
@@ -30,11 +30,11 @@ VARIANTS = {
 }
 
 
-class Engine(Protocol):
-    """A model file, opened. Opening is slow, calling is not; an engine is never changed after it was opened."""
+class Backend(Protocol):
+    """A model file, opened. Opening is slow, calling is not; a backend never changes after it was opened."""
 
     manifest: Manifest
-    name: str  # engine and device in words, for tables: "ONNX Runtime cpu"
+    name: str  # backend and device in words, for tables: "ONNX Runtime cpu"
     batch: int | None  # the only batch size that it takes; None: any
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -46,8 +46,8 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class LoopEngine(Protocol):
-    """An engine of a denoiser that brings the few-step loop with it, because it runs it faster or its own way."""
+class LoopBackend(Protocol):
+    """A backend of a denoiser that brings the few-step loop with it, because it runs it faster or its own way."""
 
     def loop(
         self, noise: npt.NDArray[np.float32], sigmas: Sequence[float], label: npt.NDArray[np.int64] | None
@@ -58,15 +58,15 @@ class LoopEngine(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch that an engine drew."""
+    """A batch that a backend drew."""
 
     images: npt.NDArray[Any]  # uint8 [B, H, W, C], as `cmfast.sampling.to_uint8` rounds; or float32 [B, C, H, W]
     finite: bool  # whether all of it was, before it was rounded
 
 
 @runtime_checkable
-class DrawEngine(Protocol):
-    """An engine of a denoiser that draws whole batches where it runs, the noise too; only images come back."""
+class DrawBackend(Protocol):
+    """A backend of a denoiser that draws whole batches where it runs, the noise too; only images come back."""
 
     def draw(
         self,
@@ -86,7 +86,7 @@ class DrawEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTimes:
-    """One call on a GPU, ms. Device times are between CUDA events on the engine's stream."""
+    """One call on a GPU, ms. Device times are between CUDA events on the stream of the backend."""
 
     host_ms: float  # wall clock of the whole call: arrays in host memory to arrays in host memory
     enqueue_ms: float  # of it, host time of handing over all work: after the inputs are in page-locked memory
@@ -96,8 +96,8 @@ class DeviceTimes:
 
 
 @runtime_checkable
-class TimedEngine(Protocol):
-    """An engine on a GPU that can say what a call costs there."""
+class TimedBackend(Protocol):
+    """A backend on a GPU that can say what a call costs there."""
 
     def timed(self) -> AbstractContextManager[list[DeviceTimes]]:
         """Return a context in which every `run`, `loop` and batch of `draw` appends its times to its list."""
@@ -105,8 +105,8 @@ class TimedEngine(Protocol):
 
 
 @runtime_checkable
-class ReleasingEngine(Protocol):
-    """An engine on a GPU that keeps memory for the batch sizes it was called with."""
+class ReleasingBackend(Protocol):
+    """A backend on a GPU that keeps memory for the batch sizes it was called with."""
 
     def release(self) -> None:
         """Free buffers and captured graphs, but not the weights; the next call makes its own again."""

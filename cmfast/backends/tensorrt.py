@@ -41,8 +41,8 @@ from cmfast.formats.tensorrt_plan import parse_plan
 KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
 
 
-class TensorRtEngine:
-    """A plan, run by the library that built it. The contracts are `cmfast.backends.Engine` and `TimedEngine`.
+class TensorRtBackend:
+    """A plan, run by the library that built it. The contracts are `cmfast.backends.Backend` and `TimedBackend`.
 
     A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
     TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
@@ -112,7 +112,7 @@ class TensorRtEngine:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def release(self) -> None:
-        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingEngine`."""
+        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
         while self._ready:
             self._ready.popitem()[1].close()
 

@@ -21,7 +21,7 @@ from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.table import ONNX, format_of
 
 if TYPE_CHECKING:
-    from cmfast.backends import Engine
+    from cmfast.backends import Backend
     from cmfast.drawing import Floats
     from cmfast.model import Model
 
@@ -48,9 +48,9 @@ class Contender:
 
     def release(self) -> None:
         """Free what the engine keeps on a GPU for batch sizes, graphs above all; calling it makes them again."""
-        from cmfast.backends import ReleasingEngine
+        from cmfast.backends import ReleasingBackend
 
-        if isinstance(self.model.engine, ReleasingEngine):
+        if isinstance(self.model.engine, ReleasingBackend):
             self.model.engine.release()
 
 
@@ -93,13 +93,13 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
 
     What was not asked for by name and cannot be had is left out, and said to `failures`.
     """
-    from cmfast.backends import open_engine
+    from cmfast.backends import open_backend
     from cmfast.model import Model
 
     contenders: list[Contender] = []
     for wanted in _wanted(options):
         try:
-            engine = open_engine(
+            engine = open_backend(
                 wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
             )
             _check_float32(engine, options.device, wanted.variant)
@@ -129,13 +129,13 @@ def open_contenders(options: Options, failures: Failures) -> list[Contender]:
     return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
 
 
-def _check_float32(engine: Engine, device: str, variant: str) -> None:
+def _check_float32(engine: Backend, device: str, variant: str) -> None:
     """Raise EngineError where ONNX Runtime would run a float32 file on a GPU as TensorFloat-32: rates of two kinds."""
     if device != "cuda" or engine.manifest.dtype != "float32" or not engine.name.startswith("ONNX Runtime"):
         return
-    from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+    from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 
-    if not isinstance(engine, OnnxRuntimeEngine):
+    if not isinstance(engine, OnnxRuntimeBackend):
         return
     if variant == "tensorrt":  # until that provider has an option for it: github.com/microsoft/onnxruntime/issues/26029
         if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":

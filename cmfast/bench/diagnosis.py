@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmfast.backends import DeviceTimes, TimedEngine
+from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench.roofline import BYTES, COST, Ceilings, Floor, floor_ms, measure_machine
 from cmfast.errors import EngineError
 from cmfast.formats.table import ENGINE, format_of
@@ -31,7 +31,7 @@ Cost = Mapping[str, float]
 
 
 def device_times(
-    engine: TimedEngine, call: Callable[[], object], calls: int = DEVICE_CALLS, seconds: float = DEVICE_SECONDS
+    engine: TimedBackend, call: Callable[[], object], calls: int = DEVICE_CALLS, seconds: float = DEVICE_SECONDS
 ) -> tuple[DeviceTimes, int]:
     """Return the medians over `calls` calls, and how many they were; DEVICE_FEW are enough after so many seconds.
 

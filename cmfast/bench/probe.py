@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.model import Model
 from cmfast.noise import gaussian
 
@@ -31,7 +31,7 @@ def probe(
 ) -> dict[str, float | None]:
     """Load a model, sample once, and return load time (s), time of that call (ms), peak memory of the process (MiB)."""
     start = time.perf_counter()
-    model = Model(open_engine(file, device, threads, variant=variant, precision=precision))
+    model = Model(open_backend(file, device, threads, variant=variant, precision=precision))
     loaded = time.perf_counter()
     noise = np.stack([gaussian(0, range(batch), step, model.spec.image) for step in range(len(sigmas))])
     label = model.labels(batch)

@@ -102,11 +102,11 @@ def _turns(jobs: Sequence[Job], options: Options, times: Times, seconds: float) 
 
 def _ask(job: Job, options: Options, failures: Failures, times: Times) -> None:
     """Ask the engine of a job for its times on the device, where it tells; that it fails then costs only those."""
-    from cmfast.backends import TimedEngine
+    from cmfast.backends import TimedBackend
     from cmfast.bench import diagnosis as analysis
 
     engine = job.contender.model.engine
-    if options.device != "cuda" or not isinstance(engine, TimedEngine):
+    if options.device != "cuda" or not isinstance(engine, TimedBackend):
         return
     try:
         times.on_device[job.name] = analysis.device_times(engine, job.call)

@@ -54,9 +54,9 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
 
     found = entry_points(group="cmfast.describe", name="folder" if file.is_dir() else file.suffix.removeprefix("."))
     if not found:
-        from cmfast.backends import open_engine
+        from cmfast.backends import open_backend
 
-        manifest = open_engine(file).manifest
+        manifest = open_backend(file).manifest
         click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, {})))
         return
     with needs(f"reading {'a model folder' if file.is_dir() else f'a {file.suffix} file'}", "train"):

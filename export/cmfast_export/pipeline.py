@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from cmfast.backends import Engine, open_engine
+from cmfast.backends import Backend, open_backend
 from cmfast.backends._onnxruntime_library import import_onnxruntime
-from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.formats.manifest import (
@@ -41,7 +41,7 @@ from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
 from cmfast_export.verify import Parity, verify
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks.precision import float32_weights
@@ -129,9 +129,9 @@ def _export(
     if flavour:
         check_ort_cuda(opset, precision)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
-    references = [TorchEngine(loaded)]
+    references = [TorchBackend(loaded)]
     if precision in ("fp16", "bf16"):
-        references.append(TorchEngine(loaded, precision=precision))
+        references.append(TorchBackend(loaded, precision=precision))
     dtype = PRECISIONS[precision]
     tolerance = rounding(dtype, device) if tolerance is None else tolerance
     spec = references[0].manifest.spec
@@ -190,7 +190,7 @@ def _fitting(manifest: Manifest, kind: str, levels: Sequence[float]) -> ModelSpe
 class _Check:
     """How a file just written is compared with PyTorch."""
 
-    references: Sequence[Engine]  # PyTorch in float32, then in the file's precision where that is a half
+    references: Sequence[Backend]  # PyTorch in float32, then in the file's precision where that is a half
     device: str
     tolerance: float
     flavour: str = ""
@@ -205,22 +205,22 @@ class _Check:
             as_is = None
             # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
             if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
-                (as_is,) = verify(OnnxRuntimeEngine(file), self.references[:1])
+                (as_is,) = verify(OnnxRuntimeBackend(file), self.references[:1])
         for each in (parity, *same, *([as_is] if as_is else [])):
             if failure := each.failure(self.tolerance):
                 raise CheckFailed(f"{what} {failure}; no file was written")
         return Agreement(parity=parity, same=same[0] if same else None, as_is=as_is)
 
-    def _open(self, file: Path, folder: Path) -> Engine:
+    def _open(self, file: Path, folder: Path) -> Backend:
         """Open what stands for the file: itself, or the same graph in what a CPU has, written to `folder`."""
         emulates = self.emulates(read_onnx(file)[0].dtype)
         if self.flavour and self.device == "cuda":
-            return open_engine(file, "cuda", variant="nhwc")
+            return open_backend(file, "cuda", variant="nhwc")
         if self.flavour:
             file = stand_in_file(file, folder / "stand_in.onnx")
         if emulates:
-            return OnnxRuntimeEngine(emulate_file(file, folder / "emulated.onnx"))
-        return open_engine(file, self.device)
+            return OnnxRuntimeBackend(emulate_file(file, folder / "emulated.onnx"))
+        return open_backend(file, self.device)
 
     def emulates(self, dtype: str) -> bool:
         return self.device == "cpu" and dtype != "float32"

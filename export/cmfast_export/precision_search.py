@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.backends.onnxruntime import check_cuda
 from cmfast.bench.timing import interleave, summarise
 from cmfast.errors import CheckFailed, CmfastError, EngineError
@@ -113,7 +113,7 @@ def _times(files: dict[str, Path], device: str) -> dict[str, float]:
     """Return the median time of one image from each file, ms, interleaved."""
     calls = {}
     for name, file in files.items():
-        model = Model(open_engine(file, device))
+        model = Model(open_backend(file, device))
         sigmas = model.levels()
         noise = np.stack([gaussian(0, range(1), k, model.spec.image) for k in range(len(sigmas))])
         label = model.labels(1)

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import Engine
+from cmfast.backends import Backend
 from cmfast.checks import NotFinite
 from cmfast.model import Model
 from cmfast.noise import gaussian
@@ -68,7 +68,7 @@ class Parity:
         return values if self.boundary is None else {**values, "boundary": float(f"{self.boundary:.3g}")}
 
 
-def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] | None = None) -> Parity:
+def verify_denoiser(file: Backend, torch_engine: Backend, batches: Sequence[int] | None = None) -> Parity:
     """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
 
     batches  default: 1 and 5, of large images 1 and 2, which is half the memory; of a file of one batch size that one
@@ -77,12 +77,12 @@ def verify_denoiser(file: Engine, torch_engine: Engine, batches: Sequence[int] |
     return verify(file, [torch_engine], batches)[0]
 
 
-def verify_sampler(file: Engine, denoiser: Engine, batches: Sequence[int] | None = None) -> Parity:
+def verify_sampler(file: Backend, denoiser: Backend, batches: Sequence[int] | None = None) -> Parity:
     """Compare a sampler graph with the Python loop over a denoiser, on the same noise. `batches` as above."""
     return verify(file, [denoiser], batches)[0]
 
 
-def verify(file: Engine, references: Sequence[Engine], batches: Sequence[int] | None = None) -> list[Parity]:
+def verify(file: Backend, references: Sequence[Backend], batches: Sequence[int] | None = None) -> list[Parity]:
     """Compare a file of any kind with each reference on the same inputs; the references are denoisers."""
     spec = file.manifest.spec
     ours, theirs = Model(file), [Model(engine) for engine in references]
@@ -117,7 +117,7 @@ def _or_nan(call: Callable[[], Floats], shape: tuple[int, ...]) -> Floats:
         return np.full(shape, np.nan, np.float32)
 
 
-def compare_batches(file: Engine, few: int, most: int) -> Row:
+def compare_batches(file: Backend, few: int, most: int) -> Row:
     """Compare an engine's images at a large batch with its own at a small one, the same noise: the first and the last.
 
     Another batch size is other kernels, and a machine that can compute many images for comparison is not always there.
@@ -132,7 +132,7 @@ def compare_batches(file: Engine, few: int, most: int) -> Row:
     return _row(f"batch {most} against batch {few}", got, np.concatenate(some))
 
 
-def _batches(file: Engine, batches: Sequence[int] | None) -> Sequence[int]:
+def _batches(file: Backend, batches: Sequence[int] | None) -> Sequence[int]:
     _, height, width = file.manifest.spec.image
     return (file.batch,) if file.batch else batches or ((1, 5) if height * width <= LARGE else (1, 2))
 

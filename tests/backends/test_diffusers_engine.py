@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import LoopEngine, open_engine
+from cmfast.backends import LoopBackend, open_backend
 from cmfast.cli import bench
 from cmfast.errors import CmfastError, EngineError, MissingDependency
 from cmfast.formats.table import model_bytes
@@ -61,12 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_the_pipeline_draws_the_images_that_our_loop_draws_from_the_same_noise(
     classes: int, indices: list[int], folders: dict[int, Path]
 ) -> None:
-    theirs = Model(open_engine(folders[classes], variant="diffusers"))
+    theirs = Model(open_backend(folders[classes], variant="diffusers"))
     ours = cmfast.load(folders[classes])
     sigmas = ours.spec.levels_at(indices)
     noise = np.stack([gaussian(2, range(3), step, (3, 8, 8)) for step in range(len(sigmas))])
     label = ours.labels(3, seed=2)
-    assert isinstance(theirs.engine, LoopEngine)
+    assert isinstance(theirs.engine, LoopBackend)
     got, want = theirs.from_noise(noise, sigmas, label), ours.from_noise(noise, sigmas, label)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # float32
     assert (np.abs(want) < 0.99).mean() > 0.5  # not only what clipping makes equal
@@ -78,13 +78,13 @@ def test_the_scheduler_draws_its_own_noise_again_afterwards(folders: dict[int, P
     from diffusers.schedulers import scheduling_consistency_models as module
 
     before = module.randn_tensor
-    model = Model(open_engine(folders[0], variant="diffusers"))
+    model = Model(open_backend(folders[0], variant="diffusers"))
     model.sample(1, sigmas=model.spec.levels_at([22, 0]))
     assert module.randn_tensor is before
 
 
 def test_what_the_pipeline_cannot_do_is_refused(folders: dict[int, Path], tiny_checkpoint: Callable[..., Path]) -> None:
-    model = Model(open_engine(folders[0], variant="diffusers"))
+    model = Model(open_backend(folders[0], variant="diffusers"))
     with pytest.raises(CmfastError, match=r"1\.5 is none of them"):
         model.sample(1, sigmas=(80, 1.5))
     with pytest.raises(CmfastError, match="starts at sigma_max, 80, not at"):
@@ -92,7 +92,7 @@ def test_what_the_pipeline_cannot_do_is_refused(folders: dict[int, Path], tiny_c
     with pytest.raises(EngineError, match="whole loop only"):
         model.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0)
     with pytest.raises(EngineError, match="diffusers runs folders"):
-        open_engine(tiny_checkpoint(), variant="diffusers")
+        open_backend(tiny_checkpoint(), variant="diffusers")
 
 
 def test_a_model_that_is_not_clipped_is_not_compared_with_a_pipeline_that_clips(
@@ -102,13 +102,13 @@ def test_a_model_that_is_not_clipped_is_not_compared_with_a_pipeline_that_clips(
     spec = dataclasses.replace(checkpoint.spec, clip=False)
     export_diffusers(dataclasses.replace(checkpoint, spec=spec), tmp_path / "unclipped")
     with pytest.raises(EngineError, match="clips its images"):
-        open_engine(tmp_path / "unclipped", variant="diffusers")
+        open_backend(tmp_path / "unclipped", variant="diffusers")
 
 
 def test_without_diffusers_the_pip_line_is_given(folders: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingDependency, match=r"pip install 'cmfast\[diffusers\]'"):
-        open_engine(folders[0], variant="diffusers")
+        open_backend(folders[0], variant="diffusers")
 
 
 @pytest.mark.parametrize("starts", ["--no-starts", pytest.param("--starts", marks=pytest.mark.slow)])

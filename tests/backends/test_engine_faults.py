@@ -24,13 +24,13 @@ import torch
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import MAX_THREADS, _pinned, onnxruntime, open_engine
+from cmfast.backends import MAX_THREADS, _pinned, onnxruntime, open_backend
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.formats import onnx_file
 from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_onnx
 from cmfast.spec import ModelSpec
 from cmfast_train.backends import pytorch as torch_engine
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
@@ -345,8 +345,8 @@ def test_what_onnx_runtime_reports_while_it_runs_is_one_line_with_the_cause_and_
 def open_with_any_output(path: Path) -> Any:
     """Open a graph whose output is wrong already by its inferred shape."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(onnxruntime.OnnxRuntimeEngine, "_check_graph", lambda self, path: None)
-        return open_engine(path)
+        patched.setattr(onnxruntime.OnnxRuntimeBackend, "_check_graph", lambda self, path: None)
+        return open_backend(path)
 
 
 # Pickles and forks.
@@ -379,7 +379,7 @@ def test_a_pickled_model_opens_the_same_file_with_the_same_options(
 
 def test_an_engine_that_was_not_opened_from_a_file_is_not_pickled(tiny_checkpoint: Factory) -> None:
     with pytest.raises(CmfastError, match=r"opened by cmfast\.load"):
-        pickle.dumps(TorchEngine(tiny_checkpoint(0)))
+        pickle.dumps(TorchBackend(tiny_checkpoint(0)))
 
 
 def in_child(work: Callable[[], bool]) -> int:

@@ -21,10 +21,10 @@ import pytest
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import TimedEngine, _cuda, open_engine
+from cmfast.backends import TimedBackend, _cuda, open_backend
 from cmfast.backends import onnxruntime as module
 from cmfast.backends._onnxruntime_cuda import KEPT, CudaSession
-from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.errors import ArtifactError, EngineError
 from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
@@ -124,12 +124,12 @@ def test_a_sampler_and_a_server_graph_draw_the_same_images(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["sampler", "server"])
 def test_the_fixed_batch_is_found_at_the_axis_of_the_batch(kind: str, tmp_path: Path) -> None:
-    engine = open_engine(sampler(tmp_path / "fixed.onnx", kind, batch=4))
+    engine = open_backend(sampler(tmp_path / "fixed.onnx", kind, batch=4))
     assert engine.batch == 4
 
 
 def test_an_engine_on_the_cpu_has_no_times_of_a_device(handmade_onnx: Factory) -> None:
-    assert not isinstance(open_engine(handmade_onnx()), TimedEngine)
+    assert not isinstance(open_backend(handmade_onnx()), TimedBackend)
 
 
 # What is refused, and how that is said.
@@ -324,7 +324,7 @@ class Bench:
     """A file, opened the way of a GPU, and beside it on the CPU."""
 
     def __init__(self, path: Path, *, captures: bool) -> None:
-        self.plain = OnnxRuntimeEngine(path)
+        self.plain = OnnxRuntimeBackend(path)
         self.stream = HostStream()
         self.device = CudaSession(
             onnxruntime, self.plain._session, self.plain.manifest, self.stream, captures=captures, place="cpu"  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import ReleasingEngine, _cuda, open_engine, tensorrt
+from cmfast.backends import ReleasingBackend, _cuda, open_backend, tensorrt
 from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.formats.manifest import file_sha256
@@ -97,7 +97,7 @@ def test_released_memory_and_graphs_are_freed_and_made_again(on_host: Open) -> N
     noise = np.stack([gaussian(0, range(4), k, (1, 8, 8)) for k in range(2)])
     before = [model.from_noise(noise[:, :n], (80.0, 0.8), np.arange(n)) for n in (4, 3)]
     assert cuda.graphs
-    assert isinstance(model.engine, ReleasingEngine)
+    assert isinstance(model.engine, ReleasingBackend)
     model.engine.release()
     assert not cuda.graphs
     assert not cuda.memory
@@ -264,7 +264,7 @@ def test_without_a_gpu_that_is_said_in_one_line(plans: dict[str, Path]) -> None:
 )
 def test_what_an_engine_cannot_do_is_refused(options: dict[str, Any], words: str, plans: dict[str, Path]) -> None:
     with pytest.raises(CmfastError, match=words):
-        open_engine(plans["denoiser"], **options)
+        open_backend(plans["denoiser"], **options)
 
 
 def test_the_right_sha256_lets_it_through(on_host: Open, plans: dict[str, Path]) -> None:

@@ -17,13 +17,13 @@ from torch import nn
 
 import cmfast
 from cmfast import sampling
-from cmfast.backends import VARIANTS, DrawEngine, Drawn, LoopEngine, TimedEngine, open_engine, variant_words
+from cmfast.backends import VARIANTS, DrawBackend, Drawn, LoopBackend, TimedBackend, open_backend, variant_words
 from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
 from cmfast_train.backends import pytorch as engine_module
 from cmfast_train.backends import torch_cuda, torch_noise
 from cmfast_train.backends.diffusers_pipeline import open_folder
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.backends.torch_cuda import OnCuda, arithmetic
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.denoiser import Denoiser
@@ -51,8 +51,8 @@ def noise_of(model: Model, steps: int, batch: int, seed: int = 1) -> npt.NDArray
 def test_the_loop_on_tensors_draws_the_images_of_the_loop_on_arrays_to_the_bit(
     steps: int, variant: str, precision: str, tiny_checkpoint: Factory
 ) -> None:
-    model = Model(open_engine(tiny_checkpoint(10), variant=variant, precision=precision))
-    assert isinstance(model.engine, LoopEngine)
+    model = Model(open_backend(tiny_checkpoint(10), variant=variant, precision=precision))
+    assert isinstance(model.engine, LoopBackend)
     noise, label = noise_of(model, steps, 3), np.array([3, 1, 4])
     got = model.from_noise(noise, LEVELS[steps], label)
     want = sampling.sample(lambda x, sigma: model.denoise(x, sigma, label), noise, LEVELS[steps], model.spec)
@@ -63,7 +63,7 @@ def test_the_loop_on_tensors_draws_the_images_of_the_loop_on_arrays_to_the_bit(
 
 
 def test_the_loop_checks_the_label_as_the_denoiser_does(tiny_checkpoint: Factory) -> None:
-    model = Model(TorchEngine(tiny_checkpoint(10)))
+    model = Model(TorchBackend(tiny_checkpoint(10)))
     noise = noise_of(model, 1, 2)
     with pytest.raises(CmfastError, match="class-conditional; give a label from 0 to 9"):
         model.from_noise(noise, (80.0,))
@@ -71,22 +71,22 @@ def test_the_loop_checks_the_label_as_the_denoiser_does(tiny_checkpoint: Factory
         model.from_noise(noise, (80.0,), np.array([0, 10]))
     with pytest.raises(CmfastError, match="one class or 2 of them"):
         model.from_noise(noise, (80.0,), np.array([0, 1, 2]))
-    unconditional = Model(TorchEngine(tiny_checkpoint(0)))
+    unconditional = Model(TorchBackend(tiny_checkpoint(0)))
     assert unconditional.from_noise(noise, (80.0,)).shape == (2, 1, 8, 8)
     with pytest.raises(CmfastError, match="the model is unconditional"):
         unconditional.from_noise(noise, (80.0,), np.array([0, 1]))
 
 
 def test_an_engine_on_the_cpu_has_no_times_of_a_device(tiny_checkpoint: Factory) -> None:
-    assert not isinstance(TorchEngine(tiny_checkpoint(0)), TimedEngine)
+    assert not isinstance(TorchBackend(tiny_checkpoint(0)), TimedBackend)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_compiled_model_draws_the_images_of_the_eager_one(tiny_checkpoint: Factory) -> None:
-    compiled = Model(TorchEngine(tiny_checkpoint(10), variant="compiled"))
+    compiled = Model(TorchBackend(tiny_checkpoint(10), variant="compiled"))
     assert compiled.engine.name == "PyTorch cpu compiled"
-    got, want = (m.sample_float(2, steps=2, seed=3) for m in (compiled, Model(TorchEngine(tiny_checkpoint(10)))))
+    got, want = (m.sample_float(2, steps=2, seed=3) for m in (compiled, Model(TorchBackend(tiny_checkpoint(10)))))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fused operations round less often
 
 
@@ -95,8 +95,8 @@ def test_a_compiled_model_draws_the_images_of_the_eager_one(tiny_checkpoint: Fac
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_checkpoint: Factory) -> None:
-    exact = Model(TorchEngine(tiny_checkpoint(10)))
-    model = Model(TorchEngine(tiny_checkpoint(10), precision=precision))
+    exact = Model(TorchBackend(tiny_checkpoint(10)))
+    model = Model(TorchBackend(tiny_checkpoint(10), precision=precision))
     label = np.arange(5) % 10
     worst = 0.0
     for sigma in (0.1, 1.0, 10.0, 80.0):
@@ -126,7 +126,7 @@ def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_
 def test_the_manifest_and_the_name_say_the_precision(
     precision: str, dtype: str, trunk: torch.dtype, tiny_checkpoint: Factory
 ) -> None:
-    engine = TorchEngine(tiny_checkpoint(10), variant="channels_last", precision=precision)
+    engine = TorchBackend(tiny_checkpoint(10), variant="channels_last", precision=precision)
     assert engine.manifest.dtype == dtype
     assert engine.name == " ".join(filter(None, ["PyTorch", "cpu", precision, "channels_last"]))
     types = {type(m): m.weight.dtype for m in engine.denoiser.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -136,12 +136,12 @@ def test_the_manifest_and_the_name_say_the_precision(
 def test_a_checkpoint_stays_float32_when_an_engine_of_it_is_not(tiny_checkpoint: Factory) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(10))
     before = {name: weight.clone() for name, weight in checkpoint.weights.items()}
-    engine = TorchEngine(checkpoint, precision="fp16")
+    engine = TorchBackend(checkpoint, precision="fp16")
     Model(engine).sample(1)
     for name, weight in checkpoint.weights.items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, before[name])
-    assert engine.manifest.source["sha256"] == TorchEngine(checkpoint).manifest.source["sha256"]
+    assert engine.manifest.source["sha256"] == TorchBackend(checkpoint).manifest.source["sha256"]
 
 
 # What is refused.
@@ -149,7 +149,7 @@ def test_a_checkpoint_stays_float32_when_an_engine_of_it_is_not(tiny_checkpoint:
 
 def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(EngineError) as caught:
-        TorchEngine(path, **options)
+        TorchBackend(path, **options)
     return str(caught.value)
 
 
@@ -236,11 +236,11 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_variant_on_cuda_does_what_each_of_its_words_says(
     variant: str, name: str, want: str, tiny_checkpoint: Factory, no_card: list[str]
 ) -> None:
-    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision="fp16")
+    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision="fp16")
     assert engine.name == f"PyTorch cuda fp16 {name}".rstrip()
-    assert isinstance(engine, TorchEngine)
-    assert isinstance(engine, DrawEngine)
-    assert isinstance(engine, TimedEngine)
+    assert isinstance(engine, TorchBackend)
+    assert isinstance(engine, DrawBackend)
+    assert isinstance(engine, TimedBackend)
     assert isinstance(engine._execute, OnCuda)
     assert no_card == ["cuda", *(word for word in want.split() if word != "captures")]
     assert engine._execute._captures is ("captures" in want)
@@ -249,9 +249,9 @@ def test_a_variant_on_cuda_does_what_each_of_its_words_says(
 @pytest.mark.usefixtures("no_card")
 def test_a_fused_engine_draws_the_images_of_the_plain_one(tiny_checkpoint: Factory, recorded: list[str]) -> None:
     pytest.importorskip("triton")
-    engine = TorchEngine(tiny_checkpoint(10), "cuda", variant="fused cuda_graph")
+    engine = TorchBackend(tiny_checkpoint(10), "cuda", variant="fused cuda_graph")
     engine._run_on(OnCuda(captures=True, tf32=False, device="cpu"))
-    got, want = (Model(e).sample_float(3, steps=2, seed=3) for e in (engine, TorchEngine(tiny_checkpoint(10))))
+    got, want = (Model(e).sample_float(3, steps=2, seed=3) for e in (engine, TorchBackend(tiny_checkpoint(10))))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # sums in another order
     assert recorded[0] == "captured"
 
@@ -289,7 +289,7 @@ def test_diffusers_pipeline_is_run_in_float32_only(tmp_path: Path) -> None:
 
 
 def test_too_large_a_batch_is_an_error_that_says_so(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine(tiny_checkpoint(0))
+    engine = TorchBackend(tiny_checkpoint(0))
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
@@ -495,7 +495,7 @@ def test_every_call_inside_timed_is_timed_and_none_outside(monkeypatch: pytest.M
 def test_every_batch_of_a_draw_is_timed(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Factory) -> None:
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
     engine = drawing_engine(tiny_checkpoint(0))
-    assert isinstance(engine, TimedEngine)
+    assert isinstance(engine, TimedBackend)
     with engine.timed() as times:
         Model(engine).sample(5, batch=2, steps=1)
     assert len(times) == 3
@@ -509,8 +509,8 @@ def test_every_batch_of_a_draw_is_timed(monkeypatch: pytest.MonkeyPatch, tiny_ch
 def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
     variant: str, precision: str, tiny_checkpoint: Factory, recorded: list[str]
 ) -> None:
-    engine = TorchEngine(tiny_checkpoint(10), precision=precision)
-    plain = Model(TorchEngine(tiny_checkpoint(10), precision=precision))
+    engine = TorchBackend(tiny_checkpoint(10), precision=precision)
+    plain = Model(TorchBackend(tiny_checkpoint(10), precision=precision))
     engine._execute = OnCuda(captures=variant == "cuda_graph", tf32=False, device="cpu")
     model = Model(engine)
     for seed, (steps, batch) in enumerate([(2, 3), (1, 3), (2, 1), (4, 3), (2, 3)]):
@@ -525,11 +525,11 @@ def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
 # Whole draws on the device.
 
 
-def drawing_engine(path: Path, precision: str = "", *, captures: bool = False) -> TorchEngine:
+def drawing_engine(path: Path, precision: str = "", *, captures: bool = False) -> TorchBackend:
     """Return an engine that draws as it does on CUDA, with the CPU as the device."""
-    engine = TorchEngine(path, precision=precision)
+    engine = TorchBackend(path, precision=precision)
     engine._run_on(OnCuda(captures=captures, tf32=False, device="cpu"))
-    assert isinstance(engine, DrawEngine)
+    assert isinstance(engine, DrawBackend)
     return engine
 
 
@@ -550,8 +550,8 @@ def test_what_is_drawn_on_the_device_is_what_the_loop_makes_of_noise_from_numpy(
 ) -> None:
     path = tiny_checkpoint(classes)
     model = Model(drawing_engine(path, precision, captures=captures))
-    plain = Model(TorchEngine(path, precision=precision))
-    assert not isinstance(plain.engine, DrawEngine)
+    plain = Model(TorchBackend(path, precision=precision))
+    assert not isinstance(plain.engine, DrawBackend)
     for request in REQUESTS:
         if "label" in request and not classes:
             continue
@@ -661,7 +661,7 @@ def test_an_engine_that_draws_something_else_than_it_was_asked_for_is_named(tiny
 
 
 def test_an_engine_goes_with_its_last_reference_and_with_it_what_it_keeps(tiny_checkpoint: Factory) -> None:
-    engine = TorchEngine(tiny_checkpoint(10))
+    engine = TorchBackend(tiny_checkpoint(10))
     engine._run_on(kept := OnCuda(captures=False, tf32=False, device="cpu"))
     model = Model(engine)
     model.from_noise(noise_of(model, 1, 2), (80.0,), np.array([0, 1]))

@@ -23,7 +23,7 @@ import pytest
 from onnx import helper
 
 import cmfast.backends
-from cmfast.backends import DeviceTimes, TimedEngine
+from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench import diagnosis as analysis
 from cmfast.bench import probe, timing
 from cmfast.bench.contenders import Contender, Job
@@ -131,7 +131,7 @@ def test_machines_are_described_in_units_of_their_size() -> None:
 
 def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -> None:
     engine = FakeGpu(manifest())
-    assert isinstance(engine, TimedEngine)
+    assert isinstance(engine, TimedBackend)
     x = np.ones((1, 1, 8, 8), np.float32)
     calls = 0
 
@@ -299,7 +299,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory)
     opened: list[Any] = []
 
     def install(engines: dict[str, FakeGpu]) -> list[Any]:
-        def open_engine(file: Path, device: str, threads: int | None, *, variant: str, precision: str) -> FakeGpu:
+        def open_backend(file: Path, device: str, threads: int | None, *, variant: str, precision: str) -> FakeGpu:
             opened.append((file.name, device, threads, variant, precision))
             return engines[f"{file.name} {variant}".rstrip()]
 
@@ -308,7 +308,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory)
             names = {"contender": job.contender.name, "engine": "Fake cuda", "dtype": "float32"}
             return names | numbers | {"steps": len(job.sigmas), "batch": job.batch}
 
-        monkeypatch.setattr(cmfast.backends, "open_engine", open_engine)
+        monkeypatch.setattr(cmfast.backends, "open_backend", open_backend)
         monkeypatch.setattr(bench, "_start", start)
         monkeypatch.chdir(tmp_path)
         shutil.copy(handmade_onnx(8), "model.onnx")
@@ -498,7 +498,7 @@ def test_the_memory_of_who_runs_nowhere_is_given_back_before_the_timing(
     gone = weakref.ref(engines["model.onnx tensorrt"])
     seen: list[Any] = []
     gpu(engines)
-    monkeypatch.setattr(cmfast.backends, "open_engine", lambda file, *_, variant, precision: engines.pop(
+    monkeypatch.setattr(cmfast.backends, "open_backend", lambda file, *_, variant, precision: engines.pop(
         f"{file.name} {variant}".rstrip()))  # fmt: skip
     usual = timing.interleave
 
@@ -610,11 +610,11 @@ def test_who_has_no_memory_alone_either_is_left_out(gpu: Callable[..., list[Any]
 def test_the_probe_opens_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
 
-    def open_engine(*arguments: Any, **names: Any) -> FakeGpu:
+    def open_backend(*arguments: Any, **names: Any) -> FakeGpu:
         opened.append((arguments, names))
         return FakeGpu(manifest())
 
-    monkeypatch.setattr(probe, "open_engine", open_engine)
+    monkeypatch.setattr(probe, "open_backend", open_backend)
     monkeypatch.setattr(probe, "gpu_mib", lambda: 7.0)
     for device, memory in (("cpu", None), ("cuda", 7.0)):
         found = probe.probe("model.pt", device, 2, "cuda_graph", "fp16", [80.0, 0.8], 3)

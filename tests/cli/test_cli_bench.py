@@ -21,7 +21,7 @@ from onnx import helper
 from PIL import Image
 
 import cmfast
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.bench.timing import usable_cores
 from cmfast.cli import bench
 from cmfast.cli.bench import main
@@ -739,7 +739,7 @@ def test_the_variants_of_the_baseline_draw_what_it_draws(tiny_checkpoint: Factor
     noise = cmfast.gaussian(0, range(2), 0, (1, 8, 8))
     inputs = {"x": 80 * noise, "sigma": np.full(2, 80, np.float32)}
     plain, channels_last = (
-        open_engine(tiny_checkpoint(0), variant=variant).run(inputs) for variant in ("", "channels_last")
+        open_backend(tiny_checkpoint(0), variant=variant).run(inputs) for variant in ("", "channels_last")
     )
     np.testing.assert_allclose(channels_last, plain, rtol=0, atol=1e-5)  # another memory layout sums in another order
 

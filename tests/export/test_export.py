@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import cmfast
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export import cli, pipeline
@@ -62,7 +62,7 @@ def test_a_file_computes_what_pytorch_computes_at_every_noise_level_and_batch(
     classes: int, exported: Factory, tiny_checkpoint: Factory
 ) -> None:
     parity = verify_denoiser(
-        open_engine(exported(classes)), open_engine(tiny_checkpoint(classes)), batches=(1, 2, 3, 64, 256)
+        open_backend(exported(classes)), open_backend(tiny_checkpoint(classes)), batches=(1, 2, 3, 64, 256)
     )
     assert parity.worst.max_abs <= 1e-4  # the promise of the README; float32 rounding is two orders below
     assert parity.boundary is not None
@@ -323,7 +323,7 @@ def test_verification_sees_one_changed_weight(exported: Factory, tiny_checkpoint
     values[3, 2, 1, 1] += 0.1
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "changed.onnx")
-    parity = verify_denoiser(open_engine(tmp_path / "changed.onnx"), open_engine(tiny_checkpoint(0)))
+    parity = verify_denoiser(open_backend(tmp_path / "changed.onnx"), open_backend(tiny_checkpoint(0)))
     assert "differs from PyTorch" in (parity.failure(1e-4) or "")
 
 
@@ -434,7 +434,7 @@ def onnx_bytes(model: object) -> int:
 def test_the_checkpoint_is_not_changed_by_an_export(tiny_checkpoint: Factory, exported: Factory) -> None:
     before = cmfast.read_manifest(exported(0)).source["sha256"]
     assert load_checkpoint(tiny_checkpoint(0)).sha256() == before
-    assert Model(open_engine(tiny_checkpoint(0))).manifest.source["sha256"] == before
+    assert Model(open_backend(tiny_checkpoint(0))).manifest.source["sha256"] == before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
 from cmfast.spec import ModelSpec
@@ -133,7 +133,7 @@ def test_what_the_pipeline_cannot_do_with_other_channels_is_said_and_true(
                 pipeline(1)
             assert pipeline(1, output_type="np").images.shape == (1, 16, 16, channels)
         with pytest.raises(EngineError, match=f"a fault of diffusers, and this model's images have {channels}"):
-            open_engine(out, variant="diffusers")
+            open_backend(out, variant="diffusers")
     assert export_diffusers(checkpoint_of(), tmp_path / "3").limits == ""
 
 

@@ -27,15 +27,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
-from cmfast.backends import DrawEngine, TimedEngine, open_engine
+from cmfast.backends import DrawBackend, TimedBackend, open_backend
 from cmfast.backends._onnxruntime_cuda import KEPT
-from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.errors import CmfastError, EngineError
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import to_uint8
 from cmfast.spec import ModelSpec
 from cmfast_train.backends import torch_noise
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.backends.torch_cuda import OnCuda, arithmetic, capture
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.data.batches import batches
@@ -129,8 +129,8 @@ def test_onnx_runtime_on_cuda_computes_what_it_computes_on_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("onnx_cuda")
 def test_onnx_runtime_gets_the_device_that_was_asked_for_without_tensorfloat(handmade_onnx: Factory) -> None:
-    engine = open_engine(handmade_onnx(8), "cuda")
-    assert isinstance(engine, OnnxRuntimeEngine)
+    engine = open_backend(handmade_onnx(8), "cuda")
+    assert isinstance(engine, OnnxRuntimeBackend)
     assert engine.name == "ONNX Runtime cuda"
     session = engine._session
     assert session.get_providers()[0] == "CUDAExecutionProvider"
@@ -174,8 +174,8 @@ def test_onnx_runtime_draws_the_right_images_whatever_the_order_of_batch_sizes(
 @pytest.mark.usefixtures("onnx_cuda")
 def test_a_tensorfloat_file_is_run_so(sampler_file: Callable[[str], Path]) -> None:
     need("tf32")
-    engine = open_engine(sampler_file("tf32"), "cuda")
-    assert isinstance(engine, OnnxRuntimeEngine)
+    engine = open_backend(sampler_file("tf32"), "cuda")
+    assert isinstance(engine, OnnxRuntimeBackend)
     assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "1"
 
 
@@ -212,7 +212,7 @@ def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(
     precision: str, variant: str, tiny_checkpoint: Factory
 ) -> None:
     need(precision)
-    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
+    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
     assert engine.name == f"PyTorch cuda {precision} {variant}".rstrip()
     before = torch.cuda.memory_allocated()
     assert before > 0, "the weights are elsewhere"
@@ -230,7 +230,7 @@ def test_pytorch_compiled_on_cuda_computes_what_it_computes_on_the_cpu(
     variant: str, precision: str, tiny_checkpoint: Factory
 ) -> None:
     need(precision)
-    engine = open_engine(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
+    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # what the compiler says is its affair
         assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
@@ -298,7 +298,7 @@ def test_a_class_that_does_not_exist_is_an_error_and_the_gpu_is_of_use_afterward
 def assert_timed(model: cmfast.Model, calls: int) -> None:
     """Assert that sampling three images is `calls` timed calls, each of which took some time of everything."""
     drawn(model, 3, 0)
-    assert isinstance(model.engine, TimedEngine)
+    assert isinstance(model.engine, TimedBackend)
     with model.engine.timed() as times:
         drawn(model, 3, 1)
     drawn(model, 3, 2)
@@ -374,7 +374,7 @@ def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
 ) -> None:
     need(precision)
     model = cmfast.load(tiny_checkpoint(10), device="cuda", variant=variant, precision=precision)
-    assert isinstance(model.engine, DrawEngine)
+    assert isinstance(model.engine, DrawBackend)
     n, batch, first = 7, 3, 2**63 - 4
     for seed, steps in [(1, 2), (2**64 - 1, 1), (1, 2)]:
         levels = model.levels(steps)
@@ -403,8 +403,8 @@ def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
 def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
     variant: str, tiny_checkpoint: Factory
 ) -> None:
-    engine = open_engine(tiny_checkpoint(0), "cuda", variant=variant)
-    assert isinstance(engine, DrawEngine)
+    engine = open_backend(tiny_checkpoint(0), "cuda", variant=variant)
+    assert isinstance(engine, DrawBackend)
     model = cmfast.Model(engine)
     batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
     want = {seed: model.sample_float(8, batch=2, seed=seed, sigmas=(80.0, 0.8)) for seed in (1, 2)}
@@ -425,7 +425,7 @@ def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
 @pytest.mark.parametrize("variant", ["", "cuda_graph"])
 def test_a_draw_on_the_card_that_is_not_finite_is_an_error(variant: str, tiny_checkpoint: Factory) -> None:
     model = cmfast.load(tiny_checkpoint(0), device="cuda", variant=variant)
-    assert isinstance(model.engine, TorchEngine)
+    assert isinstance(model.engine, TorchBackend)
     with torch.no_grad():
         next(model.engine.denoiser.parameters()).fill_(float("inf"))
     with pytest.raises(CmfastError, match="returned values that are not finite"):

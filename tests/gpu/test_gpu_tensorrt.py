@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import TimedEngine
+from cmfast.backends import TimedBackend
 from cmfast.backends import _cuda as cuda
 from cmfast.backends._tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
@@ -90,7 +90,7 @@ def test_an_engine_says_what_a_call_cost(library: str, onnx_file: Factory, tmp_p
     build_engine(onnx_file("fp16", "sampler"), path, BuildOptions(library=library, batch=BATCHES))
     model = cmfast.load(path)
     model.sample(3)
-    assert isinstance(model.engine, TimedEngine)
+    assert isinstance(model.engine, TimedBackend)
     with model.engine.timed() as times:
         model.sample(3)
     (cost,) = times

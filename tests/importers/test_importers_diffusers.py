@@ -23,7 +23,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.model import Model
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.importers import diffusers_tensors as names
@@ -162,7 +162,7 @@ def test_a_saved_import_gives_the_same_images_through_the_runtime(
 ) -> None:
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(saved["imagenet64"])
     save_checkpoint(imported(saved["imagenet64"]), tmp_path / "model.pt")
-    model = Model(TorchEngine(tmp_path / "model.pt"))
+    model = Model(TorchBackend(tmp_path / "model.pt"))
     noise = torch.randn(1, 2, *model.spec.image, generator=torch.Generator().manual_seed(1)).numpy()
     images = model.from_noise(noise, (80.0,), np.array([0, 1]))
     theirs = with_pipeline(pipeline, 2, torch.tensor([0, 1]), num_inference_steps=1)

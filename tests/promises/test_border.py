@@ -48,7 +48,7 @@ class Scaled:
 
 
 class Looped(Scaled):
-    """A LoopEngine."""
+    """A LoopBackend."""
 
     def loop(self, noise: Any, sigmas: Any, label: Any) -> npt.NDArray[np.float32]:
         assert all(type(sigma) is float for sigma in sigmas)

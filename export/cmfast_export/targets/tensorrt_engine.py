@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.backends import _cuda as cuda
-from cmfast.backends import open_engine
+from cmfast.backends import open_backend
 from cmfast.backends._tensorrt_library import (
     ctrl_c_ends_build,
     cuda_major,
@@ -32,7 +32,7 @@ from cmfast.backends._tensorrt_library import (
     this_platform,
 )
 from cmfast.backends.cache import check_cache, read_entry, write_entry
-from cmfast.backends.onnxruntime import OnnxRuntimeEngine
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.tensorrt import other_card
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
@@ -153,11 +153,11 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
     """
     manifest = read_plan(file)
     allowed = rounding(manifest.dtype, "cuda") if tolerance is None else tolerance
-    engine = open_engine(file, "cuda")
+    engine = open_backend(file, "cuda")
     least, often, most = manifest.engine["batch"]
     with temporary_folder(file) as folder:
         exact = manifest.dtype == "float32"
-        reference = OnnxRuntimeEngine(onnx if exact else emulate_file(onnx, folder / "emulated.onnx"))
+        reference = OnnxRuntimeBackend(onnx if exact else emulate_file(onnx, folder / "emulated.onnx"))
         batches = sorted({least, max(least, min(often, MODERATE))})
         (parity,) = verify(engine, [reference], batches)
     if most > (few := max(batches)):

@@ -22,7 +22,7 @@ from cmfast.backends.protocol import Inputs, variant_words
 from cmfast.errors import CmfastError, EngineError, MissingDependency, OutOfMemory, one_line
 from cmfast.formats.manifest import Manifest
 from cmfast.schedule import karras_sigmas
-from cmfast_train.backends.pytorch import TorchEngine, out_of_memory, set_threads
+from cmfast_train.backends.pytorch import TorchBackend, out_of_memory, set_threads
 from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.importers import identify
 from cmfast_train.importers.facts import Draft
@@ -33,10 +33,10 @@ Floats = npt.NDArray[np.float32]
 
 def open_folder(
     folder: Path, device: str, threads: int | None, variant: str, precision: str
-) -> TorchEngine | DiffusersEngine:
+) -> TorchBackend | DiffusersBackend:
     """Open a diffusers folder: our U-Net with its weights, or as the variant says diffusers' own pipeline."""
     if "diffusers" not in variant_words(variant):
-        return TorchEngine(folder, device, threads, variant, precision)
+        return TorchBackend(folder, device, threads, variant, precision)
     if variant_words(variant) != ("diffusers",):
         raise EngineError(f"the variant diffusers combines with no other, got {variant!r}")
     if precision not in ("", "fp32"):
@@ -44,11 +44,11 @@ def open_folder(
             f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
             "our U-Net runs the folder in any"
         )
-    return DiffusersEngine(folder, device, threads)
+    return DiffusersBackend(folder, device, threads)
 
 
-class DiffusersEngine:
-    """A diffusers folder run by diffusers; the contract is `cmfast.backends.LoopEngine`."""
+class DiffusersBackend:
+    """A diffusers folder run by diffusers; the contract is `cmfast.backends.LoopBackend`."""
 
     batch: int | None = None
     origin: Origin | None = None

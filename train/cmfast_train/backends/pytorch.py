@@ -45,11 +45,11 @@ VARIANTS = {
 MODES = {"compiled": "max-autotune", "reduce-overhead": "reduce-overhead"}  # of torch.compile, by variant
 
 
-class TorchEngine:
+class TorchBackend:
     """A model of any format that is known, run by PyTorch.
 
-    The contracts are `cmfast.backends.Engine` and `LoopEngine`, on CUDA also `TimedEngine`, `DrawEngine` and
-    `ReleasingEngine`.
+    The contracts are `cmfast.backends.Backend` and `LoopBackend`, on CUDA also `TimedBackend`, `DrawBackend` and
+    `ReleasingBackend`.
 
     variant    words, separated by spaces or commas. None: eager. "channels_last": with that memory format. "fused", on
                CUDA: with kernels that do the work of several operations, in that format. "compiled": by torch.compile,
@@ -146,7 +146,7 @@ def _draw(
     *,
     pixels: bool,
 ) -> Iterator[Drawn]:
-    """Yield batches drawn on the device from the noise on; the contract is `cmfast.backends.DrawEngine.draw`."""
+    """Yield batches drawn on the device from the noise on; the contract is `cmfast.backends.DrawBackend.draw`."""
     levels = tuple(float(sigma) for sigma in sigmas)
     most = max((len(samples) for samples, _ in batches), default=0)
     key = torch_noise.key_of(seed).numpy()

@@ -71,7 +71,7 @@ class OnCuda:
             yield self._wait(before)
 
     def release(self) -> None:
-        """Free what is kept for shapes; the contract is `cmfast.backends.ReleasingEngine`.
+        """Free what is kept for shapes; the contract is `cmfast.backends.ReleasingBackend`.
 
         What torch.compile recorded itself stays: only compiling again would make it anew.
         """

@@ -19,7 +19,7 @@ from cmfast.errors import CmfastError
 from cmfast.files import write_text
 from cmfast.heun import heun_calls
 from cmfast.model import Model
-from cmfast_train.backends.pytorch import TorchEngine
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.evaluation.config import METRICS, MOST, EvalConfig
@@ -130,7 +130,7 @@ def _model(config: EvalConfig) -> _Subject:
         bounds(checkpoint.spec, config.search_bounds)
         if config.write:
             check_writable(config.model)
-        model = Model(TorchEngine(checkpoint, config.device or "cpu"))
+        model = Model(TorchBackend(checkpoint, config.device or "cpu"))
     else:
         model = cmfast.load(config.model, config.device)
     steps = config.steps
