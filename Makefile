@@ -1,5 +1,6 @@
 # `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
+# `make quick` checks what says most in under a minute on two cores: lint, types, and the tests of QUICK below.
 # `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour.
 # `make docs` builds the site into site/ and fails on every warning.
 # `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint docs fuzz gpu clean
+.PHONY: demo test quick lint docs fuzz gpu clean
 
 demo: $(INSTALLED)
 	@mkdir -p demo
@@ -25,6 +26,16 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+# The formulas, the arrows between the packages, the borders; one run killed and continued, one export against PyTorch.
+QUICK := tests/runtime tests/backends/test_onnxruntime_engine.py tests/evaluation/test_metrics.py tests/cli/test_cli_info.py
+QUICK += $(addprefix tests/promises/test_,house.py imports.py layout.py border.py readme.py)
+QUICK += $(addprefix tests/training/,test_config.py test_ema.py networks/test_adm.py methods/test_losses.py methods/test_schedules.py)
+QUICK += tests/training/loop/test_loop.py::test_a_run_killed_at_any_step_and_begun_again_ends_with_the_same_bits
+QUICK += 'tests/export/test_export.py::test_a_file_computes_what_pytorch_computes_at_every_noise_level_and_batch[10]'
+
+quick: lint
+	$(BIN)/python -m pytest -q -n logical --dist loadfile $(QUICK)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

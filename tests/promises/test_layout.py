@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import ast
+import shlex
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from helpers import TESTS
+from helpers import ROOT, TESTS
 
 MODULES = sorted(path for path in TESTS.rglob("*.py") if "frozen" not in path.parts)  # frozen: old versions' own code
 MOST = 14  # modules of a folder
@@ -61,3 +64,15 @@ def test_names_of_test_modules_are_unique() -> None:
     """Lists name a test file by its last part alone, in conftest.py and on the command line."""
     counts = Counter(path.name for path in MODULES if path.name.startswith("test_"))
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_quick_runs_tests_that_exist() -> None:
+    told = subprocess.run(["make", "-n", "quick"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    words = shlex.split(told.splitlines()[-1])
+    chosen = [word for word in words if word.startswith("tests/")]
+    assert len(chosen) > 10
+    for word in chosen:
+        path, _, test = word.partition("::")
+        assert (ROOT / path).exists(), word
+        assert not test or f"def {test.partition('[')[0]}(" in (ROOT / path).read_text(), word
