@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Who takes part in cmfast-bench: files opened in each way that was asked for, their jobs, and whether they agree.
 
-What becomes of a contender that fails is decided in `_bench_failures`.
+What becomes of a contender that fails is decided in `failures`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Export of consistency models, and the proof that the file computes what PyTorch computed.
 
-`to_onnx` traces the denoiser, `compose` builds the sampler from it, `verify` compares, `export` puts it together.
+`graphs.denoiser` traces the denoiser, `graphs.sampler` builds the sampler from it, `verify` compares, and `pipeline`
+puts it together.
 """
 
 OPSETS = range(18, 24)

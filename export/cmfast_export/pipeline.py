@@ -96,7 +96,7 @@ def export_onnx(
     device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
     tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
                file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`)
-    flavour    ort-cuda: for ONNX Runtime's CUDA provider alone (`to_ort_cuda`). device cpu checks it with GroupNorm
+    flavour    ort-cuda: only for ONNX Runtime's CUDA provider (`ort_cuda`). device cpu checks it with GroupNorm
                written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself
     """
     with float32_weights():

@@ -5,7 +5,7 @@
 
 A model that was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
 runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another
-file (`loop`).
+file (`training.trainer`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The server graph: the sampler graph of `compose` with the batch first in every input, as servers batch requests.
+"""The server graph: the sampler graph of `sampler` with the batch first in every input, as servers batch requests.
 
     noise [B, K, C, H, W] float32, label [B, 1] int64 (class-conditional)  ->  images [B, C, H, W] float32
 
-`to_triton` puts such a file into a model repository.
+`targets.triton_repository` puts such a file into a model repository.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ class Rewritten:
 
 
 def ort_cuda_graph(model: ir.Model) -> Rewritten:
-    """Return the graph for ONNX Runtime's CUDA provider; `model`, a graph of `to_onnx` or `compose`, stays as it is.
+    """Return the graph for ONNX Runtime's CUDA provider; `model`, a denoiser or sampler, stays as it is.
 
     Raises:
-        CmfastError: the provider has no kernels for the opset, or a norm has another form than `to_onnx` writes.
+        CmfastError: the provider has no kernels for the opset, or a norm has an unknown form.
     """
     check_ort_cuda(model.graph.opset_imports[""])
     source = model.clone()

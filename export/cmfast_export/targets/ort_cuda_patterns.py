@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Group norms and attentions in the graphs of `to_onnx`, found for `to_ort_cuda`, and what the CUDA kernels accept."""
+"""Group norms and attentions in exported graphs, found for `ort_cuda`, and what the CUDA kernels accept."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ def _group_norm(add: _Nodes, node: ir.Node) -> ir.Value:
 def _attention(add: _Nodes, node: ir.Node) -> ir.Value:
     """Write out softmax(scale q k^T) v; q, k, v [B, pixels, heads * width].
 
-    In half precision every product is rounded, and the scale is divided between q and k, as `to_onnx` does it: kernels
-    that keep the scores in float32 round less.
+    In half precision every product is rounded, and the scale is divided between q and k, as `graphs.denoiser` does it:
+    kernels that keep the scores in float32 round less.
     """
     q, k, v = _inputs(node, 3)
     _, pixels, channels = _sizes(q)

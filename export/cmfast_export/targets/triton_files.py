@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the files of a Triton model say of themselves: one .onnx file of kind server, or TensorRT plans of one.
 
-Only manifests and the shapes of inputs are read, no weights and no networks. `to_triton` copies the files.
+Only manifests and the shapes of inputs are read, no weights and no networks. `triton_repository` copies the files.
 """
 
 from __future__ import annotations

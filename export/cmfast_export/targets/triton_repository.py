@@ -3,7 +3,7 @@
 
     OUT/NAME/config.pbtxt    OUT/NAME/1/model.onnx, or model.plan, or a plan for each GPU: model_sm89.plan ...
 
-Triton batches along the first axis of everything and of nothing else, so a server graph (`to_server`) takes noise
+Triton batches along the first axis of everything and of nothing else, so a server graph (`graphs.server`) takes noise
 [B, K, C, H, W] and label [B, 1] and gives images [B, C, H, W]. One request is one call: K steps are inside.
 What the files say of themselves is read by `triton_files`, config.pbtxt is written by `triton_config`.
 """

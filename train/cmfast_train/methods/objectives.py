@@ -3,7 +3,7 @@
 
 A method is a function of a `Step`. It chooses noise levels, asks the networks, and returns the loss of each image with
 its (larger) noise level, both [B]. Distances and targets are in `losses`, formulas of noise levels in `schedules`; what
-a method's hyperparameters mean, and their usual values, in `phase`; the loop that calls them in `loop`.
+a method's hyperparameters mean, and their usual values, in `config.phase`; the loop in `training.trainer`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def dropped(dropout: nn.Module, x: Tensor, conv: nn.Conv2d) -> Tensor:
     The mask depends on the random state and the shape alone. PyTorch's own is drawn in the order of memory and, on
     CUDA, in groups that depend on the dtype, and neither is the same in all passes of a step: a group norm returns
     NCHW on CUDA whatever it was given, its forward derivative (`parallel.jvp`) does not, and central differences are
-    float32 (`student`). So the mask has a dtype of its own and x the memory format of the convolution's weights,
+    float32 (`step_networks`). So the mask has a dtype of its own and x the memory format of the convolution's weights,
     into which the convolution would have copied it.
     """
     if not (isinstance(dropout, nn.Dropout) and dropout.training):

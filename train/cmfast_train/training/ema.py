@@ -7,7 +7,7 @@ Appendix C), whose width is a fraction of the run and whose snapshots combine in
     profile of width std after T updates:   p(t) = (gamma + 1) t^gamma / T^(gamma + 1),   0 <= t <= T
 
 The update with decay (1 - 1/t)^(gamma + 1) gives the weights of step t exactly the integral of p from t - 1 to t.
-`loop` keeps the averages, `ema_cli` combines snapshots.
+`trainer` keeps the averages, `cli.ema` combines snapshots.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The folder of a run: whose it is, and who writes in it. What is in it: `loop`.
+"""The folder of a run: whose it is, and who writes in it. What is in it: `trainer`.
 
 A run replaces only files of the same run. So a folder is refused, before anything in it changes, if it holds a
 config.json that is not of a run, models or logs without one, or models of a run with another configuration.

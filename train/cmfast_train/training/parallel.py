@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a network is trained that is too large or too slow for one device as it is: what `loop` asks for by name.
+"""How a network is trained that is too large or too slow for one device as it is: what `trainer` asks for by name.
 
 shard, whole, fill, fill_optimizer   the weights cut up over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
 together                             work of one process, whose failure all have to hear of

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The state of a training run: where it is, the weights, their averages, target, teacher and optimiser; saved, resumed.
 
-Files: see `loop`. A model file is written before the state that goes on from it, so a kill loses no finished work.
+Files: see `trainer`. A model file is written before the state that goes on from it, so a kill loses no finished work.
 """
 
 from __future__ import annotations

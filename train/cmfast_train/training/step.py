@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One optimiser step: its random numbers, its losses and gradients, the update of weights and averages.
 
-`loop` takes steps one after the other; `step_graph` records one on a GPU and replays it.
+`trainer` takes steps one after the other; `step_graph` records one on a GPU and replays it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Recorded are the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
 tensors at fixed addresses, filled before each replay: the images, the random numbers, RAdam's two factors. Python
-numbers that a method computes with (`methods.constants`) are part of the recording, so a change of them records anew.
+numbers that a method computes with (`objectives.constants`) are part of the recording; if they change, it is made anew.
 The averages of the weights follow outside, in few launches: their decays change with every step.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Before a recording come

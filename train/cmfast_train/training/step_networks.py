@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is trained, what is asked on the way, and how: the other side of `methods.Networks`."""
+"""What is trained, what is asked on the way, and how: the other side of `objectives.Networks`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Student(nn.Module):
 
 
 class Asked:
-    """The networks of a step (`methods.Networks`). All evaluations of one step draw the same dropout masks.
+    """The networks of a step (`objectives.Networks`). All evaluations of one step draw the same dropout masks.
 
     model    the student as Accelerate wrapped it: gradients go through it alone
     student  the module inside

@@ -9,8 +9,8 @@ DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was 
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
-A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; what it asks networks for
-in `student`; what is saved in `run`; whose the folder is in `folder`.
+A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods.objectives`; what it asks
+networks for in `step_networks`; what is saved in `run`; whose the folder is in `folder`.
 """
 
 from __future__ import annotations
