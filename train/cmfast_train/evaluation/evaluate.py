@@ -5,8 +5,8 @@
     row = few_steps(cmfast.load("model.onnx"), (80.0, 0.8), n=10_000, ...)
     row |= reference.measure(row.pop("images"))
 
-The metrics are in `metrics`, what they look at in `features`; `cli.evaluate` is the command. Samples are 8-bit images, as
-they are written to files, so that a file of samples has the numbers of the model that drew it.
+The metrics are in `metrics`, what they look at in `features`; `cli.evaluate` is the command. Samples are 8-bit images,
+as they are written to files, so that a file of samples has the numbers of the model that drew it.
 """
 
 from __future__ import annotations
