@@ -64,7 +64,7 @@ class Recipe:
     samples: tuple[int, ...]
 
 
-# What 200 seconds need, which are 5,000 to 60,000 steps of batch 128, where published recipes have 200,000 and more.
+# What 200 seconds need, which are some 6,000 steps on an H200, where published recipes have 200,000 and more.
 # * c_noise=trig: between the two noise levels of a pair whose gap is 1/128, 250 ln(sigma) turns by two radians. A short
 #   run does not learn to smooth that; the preset of the digits has trig for the same reason.
 # * lr_decay=0.5: so every run of methods_digits.json ends. The average of some 1,000 steps then has little noise left
@@ -73,7 +73,8 @@ class Recipe:
 #   0.31 apart. Stage 0 pairs nearly every level with the image, which edm has taught; the gap of stage 6, 1/128, has as
 #   many levels between 80 and 0.002 as iCT ends with, 1,280.
 # * batch=256: a fifth more images a second than with 128, and the gradients of ect are noisy.
-# * lr: ECT's 1e-4 is for 200,000 steps; the digits took 5e-4 with a tenth of the weights, so between the two.
+# * lr: ECT's 1e-4 is for 200,000 steps; a tenth of the weights took 5e-4 on the digits. edm had 5e-4 and ect 3e-4 with
+#   half the batch: these are 1.4 times that.
 # * edm 0.35: with 0.4, a batch of 128 and 141 seconds, two steps of ect came nearer to the data than one did (2.2 and
 #   4.1), so what lacked was ect.
 RECIPES: dict[str, Recipe] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What can go wrong and a user can mend. Bugs are not here: they keep their traceback.
+"""Errors that a user can fix. Bugs are not here: they keep their traceback.
 
 The commands print the message as one line; `exit_code` is what they exit with.
 """

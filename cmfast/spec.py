@@ -120,7 +120,7 @@ class ModelSpec:
             some = karras_sigmas(min(steps, 50) + 1, self.sigma_min, self.sigma_max)[1:-1]
             example = ",".join([repr(self.sigma_max), *(f"{s:.4g}" for s in some)]) + (",.." if steps > 50 else "")
             raise CmfastError(
-                f"this model has default noise levels for these numbers of steps: {have}; for {steps}, say them, "
+                f"this model has default noise levels for these numbers of steps: {have}; for {steps}, pass them, "
                 f"for example --sigmas {example}"
             )
         return tuple(self.sigmas[steps])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who times the calls of an engine on a GPU: nobody, unless somebody asks."""
+"""The clock of a backend on a GPU; it runs only while someone asks for the times."""
 
 from __future__ import annotations
 

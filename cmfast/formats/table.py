@@ -60,7 +60,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         return found.read(file)
     raise ArtifactError(
         f"{file}: files ending in {file.suffix or 'nothing'} are not exported models; "
-        f"need .onnx or {' or '.join(ENGINE.suffixes)}"
+        f"need {' or '.join(all_suffixes())}"
     )
 
 

@@ -189,7 +189,7 @@ def command(
     if form == "triton" and kind not in (None, "server"):
         raise CmfastError(f"--format triton serves files of kind server, not {kind}; leave --kind out")
     if form in FLAVOURED and precision == "auto":
-        raise CmfastError(f"--format {form} needs a precision, and auto would not time it; add --precision fp16")
+        raise CmfastError(f"--precision auto is not supported with --format {form}; pass --precision fp16")
     kind = kind or ("server" if form == "triton" else "denoiser")
     out = out or _default_out(checkpoint, form, kind, precision)
     for file in others:

@@ -45,7 +45,7 @@ def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
     made = exported.rewritten
     assert made
     found = f"{made.group_norms} GroupNorm, {made.attentions} MultiHeadAttention"
-    kept = f"; {made.group_norms_left} norms stay: odd channels in a group" if made.group_norms_left else ""
+    kept = f"; {made.group_norms_left} norms stay, whose groups the kernel refuses" if made.group_norms_left else ""
     click.echo(f"for ONNX Runtime's CUDA provider alone: {found}{kept}")
     if "no CUDA kernel run" in exported.manifest.made_by["verified"]:
         click.echo("its CUDA kernels have not been run here; --device cuda verifies them where there is a GPU")

@@ -320,7 +320,7 @@ def test_auto_does_not_choose_for_the_flavour(
     with pytest.raises(CmfastError, match="auto does not time the flavour ort-cuda; pass --precision fp16"):
         export_fastest(tiny_checkpoint(0), out, device="cpu", timed=False, flavour="ort-cuda")
     result = call(cli.main, tiny_checkpoint(0), "--format", "ort-cuda", "--precision", "auto", "-o", out)
-    refused(result, "--format ort-cuda needs a precision", "--precision fp16")
+    refused(result, "--precision auto is not supported with --format ort-cuda", "--precision fp16")
 
 
 def test_the_command_names_the_file_after_the_flavour_and_says_what_was_not_run(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cmfast.backends import BACKENDS
+from cmfast.formats.table import FORMATS
 from helpers import ROOT
 
 HOMES = {"cmfast": ROOT, "cmfast_train": ROOT / "train", "cmfast_export": ROOT / "export"}
@@ -45,6 +47,7 @@ def uses(source: str, known: Mapping[str, object]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
+            assert not node.level, f"{ast.unparse(node)}: imports name their package"
             package = node.module or ""
             names = {f"{package}.{alias.name}" for alias in node.names}
             found |= {name if name in known else package for name in names}
@@ -85,6 +88,11 @@ def test_a_circle_is_seen() -> None:
     assert uses(checked, sources) == set()
 
 
+def test_a_relative_import_is_refused() -> None:
+    with pytest.raises(AssertionError, match="imports name their package"):
+        uses("from . import a", {"a": ""})
+
+
 def test_no_arrow_goes_up() -> None:
     level = {module: LOWEST_FIRST.index(module.partition(".")[0]) for module in modules()}
     up = [
@@ -109,6 +117,10 @@ def test_no_folder_has_more_than_14_modules_and_no_module_more_than_400_lines() 
     assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
     lines = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in modules().values()}
     assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_each_format_has_a_backend() -> None:
+    assert set(BACKENDS) == {each.name for each in FORMATS}
 
 
 # What a suffix of an exported model means is decided in cmfast/formats/table.py.

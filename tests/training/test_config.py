@@ -262,7 +262,7 @@ def test_only_meanflow_has_a_network_of_two_times() -> None:
         (["phases=edm:800,ect:800,cd:800"], "cd distils a diffusion model"),
         (["phases=edm:800,pd/8:800,pd/2:800"], "pd/2 halves the steps of pd/4, not of pd/8"),
         (["teacher=model.pt"], "--teacher: none of these phases distils; cd, pd, scd do"),
-        (["init=model.pt", "res_blocks=3"], "--set res_blocks: the model of --init says it; leave it out"),
+        (["init=model.pt", "res_blocks=3"], "--set res_blocks: already set by the model of --init; leave it out"),
         (["phases=sct:800", "compile=true", "dropout=0.1"], "compile=true draws other dropout masks .* dropout=0"),
         (["phases=sct:800", "scaling=boundary"], "sct and scd need scaling trigflow or edm, got boundary"),
         (["phases=edm:800,scd:800", "scaling=flow"], "sct and scd need scaling trigflow or edm, got flow"),

@@ -44,7 +44,7 @@ class Rewritten:
 
     model: ir.Model
     group_norms: int  # nodes of com.microsoft.GroupNorm
-    group_norms_left: int  # of the graph before, which the kernel refuses: an odd number of channels in a group
+    group_norms_left: int  # of the graph before, which the kernel refuses: by the channels of a group
     attentions: int  # nodes of com.microsoft.MultiHeadAttention
 
 

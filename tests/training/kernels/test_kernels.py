@@ -138,6 +138,16 @@ def test_every_shape_is_cut_into_what_the_kernels_can_hold() -> None:
             assert plan.block & (plan.block - 1) == plan.rows & (plan.rows - 1) == 0
 
 
+def test_a_group_that_the_kernels_would_divide_wrongly_is_refused() -> None:
+    pytest.importorskip("triton")
+    from cmfast_train.kernels.group_norm import group_norm_silu
+
+    x = torch.randn(1, 8192, 1, 1).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="a group can have 4096 channels at most, got 8192"):
+        group_norm_silu(x, 1, torch.ones(8192), torch.zeros(8192), 1e-5)
+    assert group_norm_silu(x, 2, torch.ones(8192), torch.zeros(8192), 1e-5).shape == x.shape
+
+
 # Fused networks.
 
 

@@ -60,7 +60,7 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
         if method not in have:
             raise CmfastError(f"--set {text}: this run has no phase {method!r}; its phases: {', '.join(have)}")
     if changes.get("init", config.init) and (said := sorted(changes.keys() & OF_THE_MODEL)):
-        raise CmfastError(f"--set {said[0]}: the model of --init says it; leave it out")
+        raise CmfastError(f"--set {said[0]}: already set by the model of --init; leave it out")
     changes["phases"] = tuple(dataclasses.replace(phase, **of_phases.get(phase.method, {})) for phase in phases)
     return dataclasses.replace(config, **changes)
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
-METRICS = ("fd", "kid", "pr", "is")
 KID_SUBSETS, KID_SUBSET = 100, 1000  # as published
 NEIGHBOUR = 3  # precision and recall: which neighbour's distance is the radius; as published
 PR_IMAGES = 10_000  # precision and recall: at most so many of each, for all pairs are compared

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from cmfast_train.kernels.plan import make_plan
+from cmfast_train.kernels.plan import MOST_PER_GROUP, make_plan
 from cmfast_train.kernels.tiles import (
     CHUNKS,
     GROUPS,
@@ -70,6 +70,8 @@ def norm_and_statistics(
     batch, channels, height, width = x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels are no multiple of {groups} groups")
+    if channels // groups > MOST_PER_GROUP:
+        raise ValueError(f"a group can have {MOST_PER_GROUP} channels at most, got {channels // groups}")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together")
     rows = [_rows(e, batch, channels) for e in (scale, shift, add)]

@@ -25,7 +25,7 @@ from cmfast_train.kernels.group_norm import gate, group_norm_silu, norm_and_stat
 from cmfast_train.kernels.plan import make_plan
 from cmfast_train.kernels.tiles import NUMBERS, affine, group_of, members, places, read, sigmoid, within
 
-AT_ONCE = 1024  # values of chunks that a program adds up at once
+CHUNKS_AT_ONCE = 1024  # values of chunks that a program adds up at once
 
 
 def norm_act(
@@ -96,12 +96,12 @@ def gradients(
         parts = torch.empty(batch, plan.chunks, 2, channels, dtype=torch.float32, device=x.device)
         chunk = (plan.pixels, plan.chunks)
         _backward_parts_kernel[(programs,)](parts, *inputs, *chunk, **constants)
-        at_once = max(AT_ONCE // plan.block, 1)
+        at_once = max(CHUNKS_AT_ONCE // plan.block, 1)
         _backward_apply_kernel[(programs,)](dx, of_norm, of_rows, parts, *inputs, *chunk, **constants, AT_ONCE=at_once)
     return dx, of_norm, of_rows
 
 
-# As in `group_norm`, a program has `width` neighbouring channels of one image, whole groups, padded to BLOCK. Why so
+# As in `tiles`, a program has `width` neighbouring channels of one image, whole groups, padded to BLOCK. Why so
 # little is a constant stands there.
 
 

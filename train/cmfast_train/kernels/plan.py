@@ -16,6 +16,7 @@ AT_ONCE = 16  # values that a thread has in hand where programs read twice, so t
 LARGE = 24576  # values of a program that is worth 256 threads; fewer are worth 128
 MOST_CHANNELS = 256  # of a program
 MOST_GROUPS = 8  # of a program; a power of 2
+MOST_PER_GROUP = 4096  # channels: `tiles.group_of` divides by no more
 ONE_PASS = 32768  # values of a program that reads them twice and finds them in the L2 cache the second time
 FEW = 16384  # the same where there are too few programs to fill a GPU
 ENOUGH = 512  # programs: about four for each multiprocessor of a large GPU
