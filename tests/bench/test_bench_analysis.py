@@ -334,7 +334,7 @@ def test_the_times_of_a_gpu_are_recorded_shown_and_explained(
     assert plain["device_times"] == replayed["device_times"] == want
     assert plain["diagnosis"].startswith("launch-bound: the host needs 7.5 ms to hand over 8 ms of work")
     assert replayed["diagnosis"].startswith("compute-bound: above the measured matrix rate (3 of 1 GFLOP/s)")
-    assert plain["calls"] >= 20, "the timing itself is without them"
+    assert plain["calls"] >= timing.FEW, "the timing itself is without them"
     shown = " ".join(result.stdout.split())
     assert "On the GPU: times of a batch, ms" in shown
     assert "1 8 model.onnx cuda_graph 10.000 7.500 0.500 8.000 0.250" in shown
@@ -579,7 +579,7 @@ def test_who_has_no_memory_beside_the_others_is_timed_alone(
     assert [(row["contender"], row["alone"]) for row in record["rows"]] == [
         ("model.onnx", False), ("model.onnx tensorrt", True),
     ]  # fmt: skip
-    assert all(row["calls"] >= 20 and row["device_times"] for row in record["rows"])
+    assert all(row["calls"] >= timing.FEW and row["device_times"] for row in record["rows"])
     assert record["left_out"] == []
     assert "timing model.onnx tensorrt at 1 step(s), batch 1 alone: beside the others memory was short" in result.stderr
 

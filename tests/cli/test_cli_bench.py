@@ -22,7 +22,7 @@ from PIL import Image
 
 import cmfast
 from cmfast.backends import open_backend
-from cmfast.bench.timing import usable_cores
+from cmfast.bench.timing import FEW, usable_cores
 from cmfast.cli import bench
 from cmfast.cli.bench import main
 from cmfast.formats.manifest import Manifest
@@ -160,7 +160,7 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
         assert row["engine"] == (row["contender"] if "PyTorch" in row["contender"] else "ONNX Runtime cpu")
         assert row["sigmas"] == [80.0, 0.8][: row["steps"]]
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] <= row["max_ms"]
-        assert row["calls"] >= 20
+        assert row["calls"] >= FEW  # 20, unless these take three times --seconds
         assert row["images_per_s"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
         assert row["times_as_fast"] == pytest.approx(eager[row["steps"]] / row["median_ms"])
         assert row["max_abs_diff"] <= 1e-6  # one formula, rounded twice
