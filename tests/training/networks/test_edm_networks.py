@@ -23,7 +23,8 @@ from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.networks.adm import randomise
+from cmfast_train.networks.adm import AdmConfig, randomise
+from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import Block, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.edm_layers import Conv, ConvDown, GroupNorm, PositionalWaves, resampled
 from helpers.edm import (
@@ -271,3 +272,22 @@ def test_a_shape_that_cannot_be_is_named(values: dict[str, Any], words: str) -> 
 def test_the_heads_of_an_adm_have_64_channels() -> None:
     with pytest.raises(CmfastError, match="the middle block has 96 channels, no multiple of head_channels=64"):
         dhariwal(model_channels=96, channel_mult=(2, 1))
+
+
+SEEDED: dict[str, Any] = {"image_size": 8, "model_channels": 32, "channel_mult": (1, 2), "res_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "following"),
+    [
+        (AdmConfig(**SEEDED, attention=(4,), head_channels=32), 1806390265),
+        (AdmConfig(**SEEDED, attention=(), head_channels=32, resblock_updown=False), 1004675792),
+        (SongConfig(**SEEDED, attention=(8,), classes=3), 2076498347),
+        (DhariwalConfig(**SEEDED | {"model_channels": 64}, attention=(8,), classes=3), 797846950),
+    ],
+    ids=["adm", "adm strided", "song", "dhariwal"],
+)
+def test_a_new_network_takes_as_many_random_numbers_as_in_0_1_0(config: NetworkConfig, following: int) -> None:
+    torch.manual_seed(0)
+    build_network(config)
+    assert int(torch.randint(0, 2**31, (1,))) == following, "runs of one seed would begin with other weights"

@@ -87,9 +87,8 @@ class AdmUnet(nn.Module):
                 width = mult * mc
                 skips.append(width)
             if level < len(config.channel_mult) - 1:
-                down: list[nn.Module] = [Downsample(width)]
-                if config.resblock_updown:
-                    down = block(width, width, height, "down")
+                down: list[nn.Module]
+                down = block(width, width, height, "down") if config.resblock_updown else [Downsample(width)]
                 self.input_blocks.append(Stage(down))
                 skips.append(width)
                 height //= 2
