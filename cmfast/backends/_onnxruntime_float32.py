@@ -12,8 +12,8 @@ import functools
 from cmfast.backends import float32
 from cmfast.backends._onnxruntime_library import CPU, CUDA, import_for, quiet
 from cmfast.backends.float32 import Floats
-from cmfast.bench.roofline import chain_model
 from cmfast.formats.manifest import may_use_tf32
+from cmfast.formats.small_onnx import chain_model
 
 
 @functools.cache

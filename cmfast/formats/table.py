@@ -17,7 +17,6 @@ from pathlib import Path
 
 from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest, check_file, external_file, read_onnx, read_onnx_file
-from cmfast.formats.tensorrt_plan import read_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,18 @@ class Format:
     read: Callable[[Path], Manifest]
 
 
-ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=lambda file: read_onnx(file)[0])
-ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=read_plan)  # also TensorRT-RTX's
+def _read_onnx(file: Path) -> Manifest:
+    return read_onnx(file)[0]
+
+
+def _read_plan(file: Path) -> Manifest:
+    from cmfast.formats.tensorrt_plan import read_plan  # a reader is imported when a file needs it
+
+    return read_plan(file)
+
+
+ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=_read_onnx)
+ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=_read_plan)  # also TensorRT-RTX's
 FORMATS = (ONNX, ENGINE)
 
 

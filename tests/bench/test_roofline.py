@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from cmfast.bench import roofline, timing
-from cmfast.bench.roofline import Ceilings, Floor, cast_model, chain_model, floor_ms, measure_machine
+from cmfast.bench.roofline import Ceilings, Floor, floor_ms, measure_machine
 from cmfast.errors import CmfastError
 from cmfast.formats import protobuf as pb
+from cmfast.formats.small_onnx import cast_model, chain_model
 from cmfast_train.backends import ceilings as in_torch
 
 COST = {"flops": 3e9, "weight_bytes": 40e6, "activation_bytes": 10e6}  # of one image

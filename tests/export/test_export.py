@@ -197,7 +197,7 @@ def test_a_later_opset_has_the_lowest_ir_version_that_onnx_published_it_with(
 
 
 def test_other_graphs_of_ours_have_that_version_too() -> None:
-    from cmfast.bench.roofline import cast_model, chain_model
+    from cmfast.formats.small_onnx import cast_model, chain_model
 
     for made in (chain_model("Add", 2, 1), cast_model(10)):
         assert onnx.ModelProto.FromString(made).ir_version == 8

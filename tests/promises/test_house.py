@@ -104,6 +104,21 @@ def test_no_arrow_goes_up() -> None:
     assert up == []
 
 
+@pytest.mark.parametrize(
+    ("below", "above"),
+    [
+        ("cmfast.formats", "cmfast.backends"), ("cmfast.backends", "cmfast.bench"),
+        ("cmfast_train.kernels", "cmfast_train.training"), ("cmfast_train.networks", "cmfast_train.training"),
+        ("cmfast_export.graphs", "cmfast_export.targets"),
+    ],
+)  # fmt: skip
+def test_a_folder_does_not_import_what_is_built_on_it(below: str, above: str) -> None:
+    graph = graph_of(modules())
+    assert any(module.startswith(f"{below}.") for module in graph)
+    found = {module: {other for other in graph[module] if f"{other}.".startswith(f"{above}.")} for module in graph}
+    assert {module: up for module, up in found.items() if f"{module}.".startswith(f"{below}.") and up} == {}
+
+
 def test_libraries_do_not_import_commands() -> None:
     graph = graph_of(modules())
     commands = {module for module in graph if "cli" in module.split(".") or module.endswith(".commands")}

@@ -10,7 +10,7 @@ from pathlib import Path
 from cmfast.errors import CmfastError, MissingDependency
 from cmfast.files import check_outputs, check_target
 
-METRICS = ("fd", "kid", "pr", "is")  # cmfast_train.evaluation.metrics
+METRICS = ("fd", "kid", "pr", "is")  # computed in `metrics`
 MOST_CALLS = 100  # levels of a search: each narrows the interval to 0.618 of it, and after 75 float64 has no more
 MOST = 10_000  # samples, unless more are asked for
 

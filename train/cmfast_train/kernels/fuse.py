@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from cmfast.errors import EngineError
+import functools
+
+import torch
+
+from cmfast.errors import EngineError, one_line
+from cmfast_train.backends.torch_noise import has_triton
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
-from cmfast_train.training.fused import why_no_kernels
 
 
 def fuse(denoiser: Denoiser) -> None:
@@ -34,3 +38,20 @@ def fuse(denoiser: Denoiser) -> None:
     from cmfast_train.kernels.networks import fused
 
     denoiser.network = fused(denoiser.network)
+
+
+@functools.cache
+def why_no_kernels(device: torch.device) -> str:
+    """Return why Triton's kernels do not run on a device, "" if they do: a small one is compiled, run and compared."""
+    if not has_triton():
+        return "triton is not installed"
+    try:
+        from cmfast_train.kernels.group_norm_training import norm_act
+
+        x = torch.arange(128.0, device=device).view(1, 32, 2, 2).to(memory_format=torch.channels_last)
+        one = torch.ones(32, device=device)
+        with torch.no_grad():
+            off = norm_act(x, 8, one, one, 1e-5) - norm_act(x.cpu(), 8, one.cpu(), one.cpu(), 1e-5).to(device)
+        return "" if float(off.abs().max()) < 1e-4 else "its kernels compute something else here"
+    except Exception as err:  # no compiler of C for Triton's launchers, no such card, ...
+        return f"triton does not work here ({one_line(err, 200)})"

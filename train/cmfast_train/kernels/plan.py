@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class Plan:
         return {"UNIT": unit, "ROWS": self.rows, "BLOCK": self.block, "EVEN": self.even, "num_warps": self.warps}
 
 
+@functools.lru_cache(maxsize=1024)  # every norm asks at every call
 def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int, tensors: int = 1) -> Plan:
     """Return how a shape is cut up; itemsize in bytes. It depends on the shape only, not on the GPU.
 

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from cmfast.errors import CmfastError, EngineError, one_line
-from cmfast_train.backends.torch_noise import has_triton
+from cmfast.errors import CmfastError, EngineError
 from cmfast_train.config.phase import CONTINUOUS, Phase
 from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.seed import SeedConfig
 
@@ -44,20 +42,3 @@ def why_not_fused(
     if config.shard and processes > 1:
         return "shard=true keeps no channels_last"
     return why_no_kernels(device)
-
-
-@functools.cache
-def why_no_kernels(device: torch.device) -> str:
-    """Return why Triton's kernels do not run on a device, "" if they do: a small one is compiled, run and compared."""
-    if not has_triton():
-        return "triton is not installed"
-    try:
-        from cmfast_train.kernels.group_norm_training import norm_act
-
-        x = torch.arange(128.0, device=device).view(1, 32, 2, 2).to(memory_format=torch.channels_last)
-        one = torch.ones(32, device=device)
-        with torch.no_grad():
-            off = norm_act(x, 8, one, one, 1e-5) - norm_act(x.cpu(), 8, one.cpu(), one.cpu(), 1e-5).to(device)
-        return "" if float(off.abs().max()) < 1e-4 else "its kernels compute something else here"
-    except Exception as err:  # no compiler of C for Triton's launchers, no such card, ...
-        return f"triton does not work here ({one_line(err, 200)})"
