@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from cmfast.errors import CmfastError
+from cmfast_export import OPSETS
 
 Options = TypeVar("Options")
 
@@ -56,6 +57,12 @@ def check_steps(steps: int) -> None:
             f"a sampler graph has at most {MAX_SAMPLER_STEPS} steps, got {steps}; export the denoiser, which runs any "
             "number: --kind denoiser"
         )
+
+
+def check_opset(opset: int | None) -> None:
+    """Raise CmfastError for an ONNX opset that is not offered; None is the oldest that a graph can be written in."""
+    if opset is not None and opset not in OPSETS:
+        raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {shorten(str(opset))}")
 
 
 def check_tolerance(tolerance: float | None) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,7 +20,6 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.formats.manifest import (
     FLAVOUR,
-    KINDS,
     MAX_CHARACTERS,
     PRECISIONS,
     Manifest,
@@ -27,9 +27,8 @@ from cmfast.formats.manifest import (
     read_onnx,
     rounding,
 )
+from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
-from cmfast_export import FLAVOURS
-from cmfast_export._options import check_steps, check_tolerance
 from cmfast_export._target import one_writer
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.cost import graph_cost
@@ -38,6 +37,7 @@ from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.graphs.sampler import sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight_bytes, write_data
+from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
 from cmfast_export.verify import Parity, verify
@@ -59,6 +59,7 @@ class Exported:
     tolerance: float  # largest difference that was allowed, data units
     denoiser: Agreement
     sampler: Agreement | None  # of the loop in one graph, with the Python loop over PyTorch's denoiser
+    seconds: float = 0.0  # that it took
     rewritten: Rewritten | None = None  # for ONNX Runtime's CUDA provider
 
 
@@ -71,7 +72,6 @@ class Agreement:
     as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
 
 
-@one_writer(check_target)
 def export_onnx(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str],
@@ -88,63 +88,61 @@ def export_onnx(
 ) -> Exported:
     """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
 
-    kind       denoiser; sampler: the whole loop, at the defaults for `steps` or at `sigmas`; server: a sampler whose
-               inputs have the batch first
-    batch      fixed batch size; None: dynamic
-    opset      None: the oldest that can say it
-    precision  fp32, tf32, fp16 or bf16: what the network's trunk computes in (`Denoiser.to_precision`)
-    device     where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda
-    tolerance  largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
-               file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`)
-    flavour    ort-cuda: only for ONNX Runtime's CUDA provider (`ort_cuda`). device cpu checks it with GroupNorm
-               written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself
+    Args:
+        checkpoint: the model, or the path of one.
+        out: the .onnx file; nothing has this name before it has been verified.
+        kind: as in `cmfast_export.request.GraphRequest`, and so is all that follows.
+        steps: see kind.
+        sigmas: see kind.
+        batch: see kind.
+        opset: see kind.
+        precision: see kind.
+        device: see kind.
+        tolerance: see kind.
+        flavour: see kind.
+
+    Raises:
+        CmfastError: the request cannot be fulfilled.
+        CheckFailed: the file differs from PyTorch by more than the tolerance.
     """
-    with float32_weights():
-        return _export(checkpoint, out, kind, steps, sigmas, batch, opset, precision, device, tolerance, flavour)
+    graph = GraphRequest(
+        kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), batch=batch, opset=opset,
+        precision=precision, device=device, tolerance=tolerance, flavour=flavour,
+    )  # fmt: skip
+    return export_onnx_as(checkpoint, out, graph)
 
 
-def _export(
-    checkpoint: str | os.PathLike[str] | Checkpoint,
-    out: str | os.PathLike[str],
-    kind: str,
-    steps: int | None,
-    sigmas: Sequence[float] | None,
-    batch: int | None,
-    opset: int | None,
-    precision: str,
-    device: str,
-    tolerance: float | None,
-    flavour: str,
+@one_writer(check_target)
+def export_onnx_as(
+    checkpoint: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], request: GraphRequest
 ) -> Exported:
-    target = check_target(out)
-    check_tolerance(tolerance)
-    if kind not in KINDS:
-        raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind != "denoiser":  # before the work
-        check_steps(max(steps or 0, len(sigmas or ())))
+    """Export as `export_onnx` does, one precision."""
+    with float32_weights():
+        return _export(checkpoint, check_target(out), request)
+
+
+def _export(checkpoint: str | os.PathLike[str] | Checkpoint, target: Path, request: GraphRequest) -> Exported:
+    begun, kind, precision = time.perf_counter(), request.kind, request.precision
     if precision not in PRECISIONS:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if flavour not in FLAVOURS:
-        raise CmfastError(f"flavour must be one of {', '.join(map(repr, FLAVOURS))}, got {flavour!r}")
-    if flavour:
-        check_ort_cuda(opset, precision)
+    if request.flavour:
+        check_ort_cuda(request.opset, precision)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
     references = [TorchBackend(loaded)]
     if precision in ("fp16", "bf16"):
         references.append(TorchBackend(loaded, precision=precision))
     dtype = PRECISIONS[precision]
-    tolerance = rounding(dtype, device) if tolerance is None else tolerance
+    tolerance = rounding(dtype, request.device) if request.tolerance is None else request.tolerance
     spec = references[0].manifest.spec
-    if kind == "denoiser" and (steps is not None or sigmas is not None):
-        raise CmfastError("noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler")
-    levels = spec.levels(steps, sigmas) if kind != "denoiser" else ()
-    check = _Check(references=references, device=device, tolerance=tolerance, flavour=flavour)
+    levels = spec.levels(request.steps, request.sigmas) if kind != "denoiser" else ()
+    flavour = request.flavour
+    check = _Check(references=references, device=request.device, tolerance=tolerance, flavour=flavour)
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
     made_by |= {FLAVOUR: flavour} if flavour else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
     manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
 
-    graph = denoiser_graph(loaded.denoiser().to_precision(precision), batch, opset)
+    graph = denoiser_graph(loaded.denoiser().to_precision(precision), request.batch, request.opset)
     manifest = replace(manifest, cost=graph_cost(graph))
     sampled = None
     rewritten = ort_cuda_graph(graph) if flavour else None
@@ -168,7 +166,7 @@ def _export(
             _seal(file, size, manifest)
     return Exported(
         path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,
-        sampler=sampled, rewritten=rewritten,
+        sampler=sampled, seconds=time.perf_counter() - begun, rewritten=rewritten,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,10 +23,10 @@ from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.formats.manifest import PRECISIONS, ROUNDING, rounding
 from cmfast.model import Model
 from cmfast.noise import gaussian
-from cmfast_export._options import check_tolerance
 from cmfast_export._target import one_writer
 from cmfast_export.graphs.writer import replacing_data
-from cmfast_export.pipeline import Exported, export_onnx
+from cmfast_export.pipeline import Exported, export_onnx_as
+from cmfast_export.request import AUTO, GraphRequest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 
@@ -49,32 +48,38 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What `export_fastest` found."""
+    """What `export_graph` made, and of which precisions it was chosen."""
 
     exported: Exported
     precision: str
-    tried: Sequence[Tried]
+    tried: Sequence[Tried]  # (): it was asked for
     timed: str  # by what: ONNX Runtime cpu; empty: chosen by the rates of matrix units
+
+
+def export_graph(
+    model: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool
+) -> Choice:
+    """Export at the precision that was asked for; `auto`: the fastest, see `export_fastest`."""
+    if graph.precision == AUTO:
+        return export_fastest(model, out, graph, timed=timed)
+    exported = export_onnx_as(model, out, graph)
+    return Choice(exported=exported, precision=graph.precision, tried=(), timed="")
 
 
 @one_writer(check_target)
 def export_fastest(
-    checkpoint: str | os.PathLike[str] | Checkpoint,
-    out: str | os.PathLike[str],
-    *,
-    device: str,
-    timed: bool,
-    tolerance: float | None = None,
-    **options: Any,
+    checkpoint: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool
 ) -> Choice:
-    """Export in each precision, keep the fastest file that is inside the tolerance; `options` as of `export_onnx`.
+    """Export in each precision, keep the fastest file that is inside the tolerance.
 
-    device  where files are run, for their check and for the clock
-    timed   whether `device` is what the file is for; if not, the first of BY_RATE that passes is taken
+    Args:
+        checkpoint: as in `export_onnx`.
+        out: the .onnx file.
+        graph: what the graph shall be; its precision plays no part.
+        timed: whether the graph's device is what the file is for; if not, the first of BY_RATE that passes is taken.
     """
-    target = check_target(out)
-    check_tolerance(tolerance)
-    if options.get("flavour"):
+    target, device, tolerance = check_target(out), graph.device, graph.tolerance
+    if graph.flavour:
         raise CmfastError(
             "--precision auto does not time the flavour ort-cuda; pass --precision fp16, or fp32 for exact weights"
         )
@@ -91,9 +96,8 @@ def export_fastest(
             # What rounding explains is the limit of each; more than float32's in float32 would be a wrong graph.
             limit = min(TOLERANCE, rounding(PRECISIONS[precision], device)) if tolerance is None else tolerance
             try:
-                passed[precision] = export_onnx(
-                    loaded, file, precision=precision, device=device, tolerance=limit, **options
-                )
+                one = replace(graph, precision=precision, tolerance=limit)
+                passed[precision] = export_onnx_as(loaded, file, one)
             except (CheckFailed, EngineError) as err:
                 failed.append(Tried(precision=precision, max_abs=None, median_ms=None, why=str(err)))
             if passed and not timed:

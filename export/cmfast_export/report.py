@@ -10,23 +10,41 @@ from typing import TYPE_CHECKING
 import click
 
 from cmfast.formats.table import ONNX, format_of
+from cmfast_export.targets.table import at
 
 if TYPE_CHECKING:
-    from cmfast.spec import ModelSpec
     from cmfast_export.pipeline import Exported
     from cmfast_export.precision_search import Choice
+    from cmfast_export.request import Request
     from cmfast_export.targets.diffusers_folder import Written as Folder
     from cmfast_export.targets.tensorrt_engine import Built
     from cmfast_export.targets.triton_repository import Written as Repository
 
 
-def onnx(exported: Exported, seconds: float, checkpoint: Path, told: str) -> None:
-    """Report an ONNX file; `told`: what was said of a foreign checkpoint."""
-    parity(exported, exported.path)
+def finished(found: object, request: Request) -> None:
+    """Print what a target's writer returned, as its row says."""
+    if request.target.report:
+        at(request.target.report)(found, request)
+    else:
+        click.echo(f"{request.out}: written, {request.target.name}")
+
+
+def graph(found: Choice, request: Request) -> None:
+    """Report the graph that a target is made from."""
+    if found.tried:
+        choice(found)
+    parity(found.exported, request.out)
+
+
+def onnx(found: Choice, request: Request) -> None:
+    """Report an ONNX file."""
+    exported, checkpoint, told = found.exported, request.model, request.told
+    graph(found, request)
     size = exported.path.stat().st_size / 2**20
     manifest = exported.manifest
     click.echo(
-        f"{exported.path}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and verified in {seconds:.1f} s"
+        f"{exported.path}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and verified in "
+        f"{exported.seconds:.1f} s"
     )
     if exported.data:
         click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
@@ -87,8 +105,9 @@ def choice(chosen: Choice) -> None:
     click.echo(f"precision {chosen.precision}: {why}")
 
 
-def engine(built: Built, source: Path, told: str) -> None:
-    """Report an engine file, made of `source`; `told`: what was said of a foreign checkpoint."""
+def engine(built: Built, request: Request) -> None:
+    """Report an engine file."""
+    source, told = request.model, request.told
     about = built.manifest.engine
     cards = ", ".join(about["compute_capability"]) or "all cards that it supports"
     least, often, most = about["batch"]
@@ -123,8 +142,11 @@ def _bench(path: Path, checkpoint: Path, told: str, more: str = "") -> None:
     click.echo(f"  cmfast-bench {path} --baseline {checkpoint}{more}")
 
 
-def repository(written: Repository, client: str) -> None:
+def repository(written: Repository, request: Request) -> None:
     """Report a model repository of Triton."""
+    from cmfast_export.targets.triton_repository import client_example
+
+    client = client_example(written)
     images = f"exactly {written.batch}" if written.batch else f"at most {written.max_batch}"
     about = f"{written.name}, {written.backend}, {images} images a request"
     click.echo(f"{written.path}: a model repository with {about}")
@@ -137,10 +159,15 @@ def repository(written: Repository, client: str) -> None:
     click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
 
 
-def folder(written: Folder, spec: ModelSpec) -> None:
+def checkpoint(_: None, request: Request) -> None:
+    """Report a cmfast checkpoint."""
+    click.echo(f"{request.out}: a cmfast checkpoint of {request.model}\nnext: cmfast-export {request.out}")
+
+
+def folder(written: Folder, request: Request) -> None:
     """Report a folder of diffusers."""
     click.echo(f"{written.path}: a folder of diffusers, read back and equal to the bit")
-    if not spec.grid:
+    if not written.trained_grid:
         click.echo(f"diffusers samples on a grid, and this model has none: it was given one of {written.grid} levels")
     if written.limits:
         click.echo(written.limits)

@@ -19,7 +19,7 @@ import pytest
 
 from cmfast.errors import CmfastError
 from cmfast.locks import lock_beside
-from cmfast_export import _target, cli
+from cmfast_export import _target, cli, conversion
 from cmfast_export._target import files_of, writing
 from cmfast_export.targets.tensorrt_engine import build_engine
 from cmfast_export.targets.tensorrt_options import BuildOptions
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="FIFOs, permissions and 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every way of working fail: what is refused is refused before."""
-    monkeypatch.setattr(cli, "WRITERS", {})
+    monkeypatch.setattr(conversion, "at", None)
 
 
 @pytest.mark.parametrize("form", ["onnx", "cmfast", "engine"])
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     refused(export("-o", parent / "out"), "out is a ")
     monkeypatch.undo()
     if form == "diffusers":
-        monkeypatch.setattr(cli, "WRITERS", {})
+        monkeypatch.setattr(conversion, "at", None)
         monkeypatch.chdir(parent / "out")
         refused(export("-o", "."), "a folder in use")
 

@@ -30,6 +30,7 @@ from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.precision_search import export_fastest
+from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import CONVERTED, FIRST, LAST, Rewritten, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_patterns import kernel_accepts
 from cmfast_export.targets.ort_cuda_stand_in import written_out
@@ -318,7 +319,7 @@ def test_auto_does_not_choose_for_the_flavour(
 ) -> None:
     out = tmp_path / "model.onnx"
     with pytest.raises(CmfastError, match="auto does not time the flavour ort-cuda; pass --precision fp16"):
-        export_fastest(tiny_checkpoint(0), out, device="cpu", timed=False, flavour="ort-cuda")
+        export_fastest(tiny_checkpoint(0), out, GraphRequest(flavour="ort-cuda"), timed=False)
     result = call(cli.main, tiny_checkpoint(0), "--format", "ort-cuda", "--precision", "auto", "-o", out)
     refused(result, "--precision auto is not supported with --format ort-cuda", "--precision fp16")
 

@@ -27,6 +27,7 @@ from cmfast_export import pipeline as exporting
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.pipeline import Exported, export_onnx
 from cmfast_export.precision_search import export_fastest
+from cmfast_export.request import GraphRequest
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -223,7 +224,7 @@ def test_bf16_needs_an_opset_that_has_it(tiny_checkpoint: Factory) -> None:
 
 
 def test_an_unknown_precision_is_refused(tiny_checkpoint: Factory, tmp_path: Path) -> None:
-    with pytest.raises(CmfastError, match="precision must be one of fp32, tf32, fp16, bf16, got 'int8'"):
+    with pytest.raises(CmfastError, match="precision must be one of fp32, tf32, fp16, bf16, auto, got 'int8'"):
         export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx", precision="int8")
 
 
@@ -252,15 +253,11 @@ def exporting_tensor(content: Any) -> Any:
 # --precision auto.
 
 
-def options(**values: Any) -> dict[str, Any]:
-    return {"device": "cpu", "timed": False, "kind": "denoiser", **values}
-
-
 @pytest.mark.parametrize(("tolerance", "precision"), [(None, "fp16"), (1e-5, "fp32")])
 def test_without_a_clock_auto_takes_the_first_by_rate_inside_the_tolerance(
     tolerance: float | None, precision: str, tiny_checkpoint: Factory, tmp_path: Path
 ) -> None:
-    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", tolerance=tolerance, **options())
+    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(tolerance=tolerance), timed=False)
     assert choice.precision == precision
     assert read_manifest(tmp_path / "model.onnx").dtype == PRECISIONS[precision]
     assert choice.timed == ""
@@ -277,7 +274,7 @@ def test_with_a_clock_auto_takes_the_fastest(
     monkeypatch.setattr(
         precision_search, "_times", lambda files, device: {p: 1.0 if p == fastest else 2.0 for p in files}
     )
-    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", **options(timed=True))
+    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(), timed=True)
     assert choice.precision == fastest
     assert {t.precision: t.median_ms for t in choice.tried} == {
         p: 1.0 if p == fastest else 2.0 for p in precision_search.ON_CPU
@@ -290,7 +287,7 @@ def test_auto_without_any_precision_inside_says_by_how_much_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr(precision_search, "BY_RATE", ("fp16", "fp32"))
     with pytest.raises(CheckFailed, match=r"no precision is to be had inside the tolerance: .*differs .*; .*differs "):
-        export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", tolerance=1e-12, **options())
+        export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(tolerance=1e-12), timed=False)
     assert os.listdir(tmp_path) == []
 
 
@@ -302,7 +299,7 @@ def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
         raise EngineError("device cuda was asked for, but there is none")
 
     monkeypatch.setattr(precision_search, "check_cuda", fails)
-    monkeypatch.setattr(precision_search, "export_onnx", None)
+    monkeypatch.setattr(precision_search, "export_onnx_as", None)
     options = ("-o", tmp_path / "model.onnx", "--precision", "auto", "--device", "cuda")
     refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was asked for, but there is none")
 

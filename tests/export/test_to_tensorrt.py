@@ -22,7 +22,7 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
 from cmfast.formats.manifest import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
 from cmfast.formats.tensorrt_plan import read_plan
-from cmfast_export import cli
+from cmfast_export import cli, conversion
 from cmfast_export._options import parse_options
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.graphs.sampler import sampler_graph
@@ -471,7 +471,7 @@ def test_what_cannot_be_built_is_refused_before_the_export(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file")
-    monkeypatch.setattr(cli, "_export", None)
+    monkeypatch.setattr(conversion, "export_graph", None)
     refused(call(cli.main, tiny_checkpoint(0), "--format", "engine", "-o", "model.engine", *arguments), words)
     assert os.listdir(tmp_path) == ["file"]
 

@@ -166,7 +166,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
     """Here or in test_readme.py, which runs those of the README and of quickstart.md."""
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
     found = {page: len(examples(page)) for page in pages if examples(page)}
-    assert found == {"README.md": 1, "docs/edge.md": 1, "docs/extending.md": 3, "docs/quickstart.md": 1}
+    assert found == {"README.md": 1, "docs/edge.md": 1, "docs/extending.md": 4, "docs/quickstart.md": 1}
 
 
 def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
@@ -203,21 +203,22 @@ def test_the_example_of_an_algorithm_keeps_the_known_pixels(handmade_onnx: Calla
     assert not (drawn[..., 4:] == 0.5).any()
 
 
-def installed_backend(folder: Path) -> None:
-    """Install the backend of the page as pip would: its module and its entry points."""
-    ((name, module),) = [(title, text) for title, text in examples("docs/extending.md") if title]
-    ((_, project),) = examples("docs/extending.md", "toml")
-    (folder / name).write_text(module, encoding="utf-8")
-    info = folder / "shrink-1.0.dist-info"
+def install(folder: Path, module: str, group: str) -> None:
+    """Install a module of the page as pip would: the file and the entry points of one group."""
+    (text,) = [text for title, text in examples("docs/extending.md") if title == module]
+    (folder / module).write_text(text, encoding="utf-8")
+    projects = [tomllib.loads(text)["project"]["entry-points"] for _, text in examples("docs/extending.md", "toml")]
+    (entries,) = [project[group] for project in projects if group in project]
+    name = module.removesuffix(".py")
+    info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shrink\nVersion: 1.0\n")
-    groups = tomllib.loads(project)["project"]["entry-points"]
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups.items()]
-    (info / "entry_points.txt").write_text("\n".join(lines))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = "".join(f"{key} = {value}\n" for key, value in entries.items())
+    (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
 
 
 def test_the_backend_of_the_page_runs_its_files_in_python_and_in_commands(tmp_path: Path) -> None:
-    installed_backend(tmp_path)
+    install(tmp_path, "shrink_backend.py", "cmfast.backends")
     model = tmp_path / "data.shrink"
     model.write_text('{"variance": 0.25}')
     paths = [str(tmp_path), *(str(ROOT / part) for part in (".", "train", "export"))]
@@ -242,3 +243,37 @@ def test_the_backend_of_the_page_runs_its_files_in_python_and_in_commands(tmp_pa
     assert ran.returncode == 0, ran.stderr
     assert "runs on the CPU only" in ran.stdout
     assert (tmp_path / "grid.png").exists()
+
+
+def test_the_target_of_the_page_is_written_by_the_command(
+    tiny_checkpoint: Callable[..., Path], call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("onnx")
+    from cmfast_export import cli
+
+    install(tmp_path, "weights_target.py", "cmfast.targets")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made = call(cli.main, tiny_checkpoint(0), "--format", "weights", "-o", "a.npz", "--precision", "fp16")
+    assert made.returncode == 0, made.stderr
+    assert "largest difference" in made.stdout, "the graph that it is made from was verified"
+    arrays = np.load("a.npz")
+    assert any(array.dtype == np.float16 and array.ndim == 4 for array in arrays.values())
+    wrong: list[tuple[list[str], str]] = [
+        (["-o", "a.onnx"], "for --format weights the name must end in .npz"),
+        (["--kind", "sampler"], "--format weights is made from files of kind denoiser, not sampler"),
+        (["--build", "level=1"], "not for weights"),
+        (["--serve", "name=a"], "not for weights"),
+    ]
+    for arguments, words in wrong:
+        refused(call(cli.main, tiny_checkpoint(0), "--format", "weights", *arguments), words)
+
+
+def test_an_unknown_target_is_named_with_those_that_there_are(
+    tiny_checkpoint: Callable[..., Path], call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    pytest.importorskip("onnx")
+    from cmfast_export import cli
+
+    refused(call(cli.main, tiny_checkpoint(0), "--format", "tflite"), "--format must be one of onnx, ", "'tflite'")

@@ -27,6 +27,7 @@ from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
+from cmfast_export._options import check_opset
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
 
@@ -41,10 +42,9 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     """
     least = BF16_OPSET if denoiser.trunk == torch.bfloat16 else OPSETS.start
     opset = max(least, DEFAULT_OPSET) if opset is None else opset
-    if opset in OPSETS and opset < least:
+    check_opset(opset)
+    if opset < least:
         raise CmfastError(f"bfloat16 convolutions exist from opset {least}, got {opset}; leave --opset out")
-    if opset not in OPSETS:
-        raise CmfastError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
     if batch is not None and batch < 1:
         raise CmfastError(f"the batch must be at least 1 or dynamic, got {batch}")
     spec = denoiser.spec

@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from cmfast_train.importers.facts import Facts, Told
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import network_type
 from cmfast_train.networks.shape import sides, size_text
+
+if TYPE_CHECKING:
+    from cmfast_export.request import Request
 
 COLOURS = 3  # channels of the first noise that diffusers' pipeline takes
 PIL_CHANNELS = 4  # at most, of an image
@@ -57,6 +60,7 @@ class Written:
     path: Path
     grid: int  # levels of the scheduler's grid, num_train_timesteps
     timesteps: Mapping[int, Timesteps]  # for each default number of steps that the grid can express
+    trained_grid: bool  # whether the model was trained on that grid, or given it
     limits: str  # what diffusers' pipeline cannot do with such images; empty: nothing
 
 
@@ -78,8 +82,14 @@ def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Wri
         path=Path(out),
         grid=grid,
         timesteps={steps: t for steps, t in nearest.items() if t},
+        trained_grid=bool(spec.grid),
         limits=pipeline_limits(spec.image[0]),
     )
+
+
+def write(model: Checkpoint, request: Request) -> Written:
+    """Write the folder of a request."""
+    return export_diffusers(model, request.out)
 
 
 def pipeline_limits(channels: int) -> str:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmfast.backends import _cuda as cuda
 from cmfast.backends import open_backend
@@ -44,6 +44,9 @@ from cmfast_export._target import files_of, one_writer
 from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.targets.tensorrt_options import HARDWARE, BuildOptions, check_options, library_of
 from cmfast_export.verify import Parity, compare_batches, verify
+
+if TYPE_CHECKING:
+    from cmfast_export.request import Request
 
 BUILDER = 1  # changes when this module builds other engines from the same options
 MODERATE = 8  # images that the CPU computes to compare with
@@ -118,6 +121,18 @@ def build_engine(
         seconds=time.perf_counter() - begun,
         cached=cached,
     )
+
+
+def write(onnx: Path, request: Request) -> Built:
+    """Write the engine of a request."""
+    assert isinstance(request.options, BuildOptions)
+    return build_engine(onnx, request.out, request.options, cache=request.cache, tolerance=request.tolerance)
+
+
+def check(request: Request) -> None:
+    """Raise CmfastError where the engine of a request cannot be built."""
+    assert isinstance(request.options, BuildOptions)
+    check_build(request.options, request.out, request.cache, [request.model])
 
 
 def check_build(options: BuildOptions, out: Path, cache: Path | None, inputs: Iterable[Path] = ()) -> tuple[str, Any]:

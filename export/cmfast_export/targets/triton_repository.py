@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmfast.errors import CmfastError
 from cmfast.files import atomic_folder, check_target_folder
@@ -30,6 +31,9 @@ from cmfast_export.targets.triton_config import (
     largest_batch,
 )
 from cmfast_export.targets.triton_files import Served, read_served
+
+if TYPE_CHECKING:
+    from cmfast_export.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,18 @@ def write_repository(
         capabilities=tuple(served.plans),
         arguments=served.arguments,
     )
+
+
+def write(model: Path, request: Request) -> Written:
+    """Write the repository of a request; `model` is a file of kind server."""
+    assert isinstance(request.options, ServeOptions)
+    return write_repository(request.out, [model, *request.engines], request.options)
+
+
+def check(request: Request) -> None:
+    """Raise CmfastError where the repository of a request cannot be written."""
+    assert isinstance(request.options, ServeOptions)
+    check_repository(request.out, model_name(request.name, request.options))
 
 
 def _write(repository: Path, name: str, served: Served, config: str) -> None:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""What an export was asked for: checked once, then handed on as it is.
+
+`GraphRequest` is what a graph shall be; the library's functions take it too. `Request` is a whole command, made by
+`make_request` from what was typed: which model, which target (`cmfast_export.targets.table`), which options.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from cmfast.checks import MAX_BATCH
+from cmfast.errors import CmfastError
+from cmfast.files import check_target, check_target_folder
+from cmfast.formats.manifest import KINDS, PRECISIONS, check_model
+from cmfast.formats.table import ENGINE, all_suffixes, format_of
+from cmfast_export import FLAVOURS
+from cmfast_export._options import (
+    check_opset,
+    check_range,
+    check_steps,
+    check_tolerance,
+    parse_options,
+    shorten,
+    whole_number,
+)
+from cmfast_export._target import files_of
+from cmfast_export.targets.table import Target, at, find_target
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRequest:
+    """What a graph shall be.
+
+    Attributes:
+        kind: denoiser; sampler: the whole loop; server: a sampler whose inputs have the batch first.
+        steps: of a sampler: network calls, at the model's default noise levels.
+        sigmas: of a sampler: noise levels, data units, decreasing, instead of steps.
+        batch: fixed batch size; None: dynamic.
+        opset: of ONNX; None: the oldest that can express it.
+        precision: fp32, tf32, fp16 or bf16: what the network computes in; auto: the fastest inside the tolerance.
+        device: where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda.
+        tolerance: largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
+            file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`).
+        flavour: ort-cuda: only for ONNX Runtime's CUDA provider (`targets.ort_cuda`). Device cpu checks it with
+            GroupNorm written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself.
+    """
+
+    kind: str = "denoiser"
+    steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    batch: int | None = None
+    opset: int | None = None
+    precision: str = "fp32"
+    device: str = "cpu"
+    tolerance: float | None = None
+    flavour: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("kind", self.kind, KINDS),
+            ("precision", self.precision, (*PRECISIONS, AUTO)),
+            ("device", self.device, ("cpu", "cuda")),
+            ("flavour", self.flavour, FLAVOURS),
+        ):
+            if value not in allowed:
+                raise CmfastError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
+        check_tolerance(self.tolerance)
+        if self.batch is not None:
+            check_range("the batch", self.batch, 1, MAX_BATCH, "samples, or dynamic")
+        if self.steps is not None and self.steps < 1:
+            raise CmfastError(f"--steps must be at least 1, got {shorten(str(self.steps))}")
+        check_steps(max(self.steps or 0, len(self.sigmas or ())))
+        falling = pairwise((math.inf, *(self.sigmas or ())))
+        if self.sigmas is not None and not all(0 < after < before for before, after in falling):
+            raise CmfastError(
+                f"--sigmas must be finite noise levels above 0 that strictly decrease, for example 80,0.8, got "
+                f"{shorten(','.join(f'{sigma:g}' for sigma in self.sigmas))}"
+            )
+        check_opset(self.opset)
+        if self.kind == "denoiser" and (self.steps is not None or self.sigmas is not None):
+            raise CmfastError(
+                "noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One export.
+
+    Attributes:
+        model: a checkpoint, a folder of diffusers, or an exported file.
+        engines: further engines, for other cards.
+        out: what is written.
+        target: the row of the table.
+        graph: what the graph shall be; None: the model is exported already, or the target has no graph.
+        tolerance: as in `GraphRequest`; an engine has one against its ONNX file too.
+        options: of the target, an instance of `target.options`.
+        cache: folder of engines built before.
+        source: what a foreign model is (`--source`).
+        assignments: what a foreign model does not say (`--set NAME=VALUE`).
+    """
+
+    model: Path
+    engines: tuple[Path, ...] = ()
+    out: Path
+    target: Target
+    graph: GraphRequest | None = None
+    tolerance: float | None = None
+    options: object = None
+    cache: Path | None = None
+    source: str = ""
+    assignments: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What is read."""
+        return (self.model, *self.engines)
+
+    @property
+    def name(self) -> str:
+        """Name of the model: of its file without the suffix, of its folder."""
+        return _stem(self.model)
+
+    @property
+    def told(self) -> str:
+        """What was said of a foreign file, as one would type it again."""
+        words = [f"--source {self.source}"] * bool(self.source) + [f"--set {text}" for text in self.assignments]
+        return " ".join(words)
+
+    @property
+    def what(self) -> str:
+        """What would be written, in a few words."""
+        if self.graph is None:
+            return self.target.name
+        batch = "dynamic" if self.graph.batch is None else self.graph.batch
+        return f"{self.graph.kind}, {self.graph.precision}, batch {batch}"
+
+    def check_out(self) -> None:
+        """Raise CmfastError unless the target can be written: before the work, not after it."""
+        out, suffixes, form = self.out, self.target.suffixes, self.target.name
+        if suffixes and out.suffix not in suffixes:
+            raise CmfastError(f"-o {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
+        if not suffixes and out.suffix.lower() in (".pt", ".safetensors", *all_suffixes()):
+            raise CmfastError(f"-o {out}: --format {form} writes a folder; give it a name without {out.suffix}")
+        for read in self.inputs:
+            if read.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(read)):
+                raise CmfastError(f"-o {out}: {read} is the model that is read; name a place outside it")
+        files = [file for read in self.inputs for file in files_of(read)]
+        if suffixes:
+            check_target(out, suffixes, files)
+        elif not self.target.check:  # which knows better what may be there already
+            check_target_folder(out, files)
+
+
+def make_request(
+    *,
+    model: Path,
+    engines: tuple[Path, ...] = (),
+    out: Path | None = None,
+    form: str = "onnx",
+    kind: str | None = None,
+    steps: int | None = None,
+    sigmas: tuple[float, ...] | None = None,
+    batch: str = "dynamic",
+    opset: int | None = None,
+    precision: str = "fp32",
+    tolerance: float | None = None,
+    device: str = "cpu",
+    build: Sequence[str] = (),
+    serve: Sequence[str] = (),
+    cache: Path | None = None,
+    cache_given: bool = False,
+    source: str = "",
+    assignments: tuple[str, ...] = (),
+) -> Request:
+    """Return what was asked for, checked as far as that is possible without the model.
+
+    Args:
+        model: what is exported.
+        engines: further engines, where the target takes several.
+        out: None: a name beside the model.
+        form: name of the target.
+        kind: None: the target's default.
+        steps: as in `GraphRequest`, and so are sigmas, batch, opset, precision, tolerance and device.
+        sigmas: see steps.
+        batch: see steps.
+        opset: see steps.
+        precision: see steps.
+        tolerance: see steps.
+        device: see steps.
+        build: NAME=VALUE, options of the target.
+        serve: NAME=VALUE, options of a target that is served.
+        cache: folder of engines built before.
+        cache_given: whether that was asked for, not only found in the environment.
+        source: what a foreign model is.
+        assignments: NAME=VALUE, what a foreign model does not say.
+
+    Raises:
+        CmfastError: options that do not go together, a value that is out of range, a target that cannot be written.
+    """
+    target = find_target(form)
+    check_model(model)
+    if engines and not (target.takes_engines and format_of(model) is ENGINE):
+        raise CmfastError(f"{engines[0]}: one file at a time; several engines can be put into one --format triton")
+    of_graph = (kind, steps, sigmas, opset)
+    graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
+    if not target.kinds and (graph_asked or tolerance is not None):
+        raise CmfastError(
+            f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
+        )
+    exported = format_of(model) is not None
+    if exported and not target.takes_files:
+        raise CmfastError(f"{model}: exported already; --format engine or --format triton takes it further")
+    if exported and (graph_asked or source or assignments):
+        raise CmfastError(f"{model}: exported already, so its kind and precision are in it; export the checkpoint")
+    _check_flags(target, build, serve, cache_given)
+    if kind is not None and target.kinds and kind not in target.kinds:
+        raise CmfastError(
+            f"--format {form} is made from files of kind {' or '.join(target.kinds)}, not {kind}; leave --kind out"
+        )
+    if precision == AUTO and not target.automatic:
+        raise CmfastError(f"--precision auto is not supported with --format {form}; pass --precision fp16")
+    kind = kind or (target.kinds or KINDS)[0]
+    for file in engines:
+        check_model(file)
+    request = Request(
+        model=model, engines=engines, out=out or _default_out(model, target, kind, precision), target=target,
+        tolerance=tolerance, cache=cache if target.caches else None, source=source, assignments=assignments,
+    )  # fmt: skip
+    request.check_out()
+    graph = GraphRequest(
+        kind=kind, steps=steps, sigmas=sigmas, batch=_batch(batch), opset=opset, precision=precision,
+        tolerance=tolerance, device=device, flavour=target.flavour,
+    )  # fmt: skip
+    given = build if target.flag == "--build" else serve
+    options = parse_options(at(target.options), target.flag, given) if target.options else None
+    request = replace(request, graph=graph if target.kinds and not exported else None, options=options)
+    if target.check:
+        at(target.check)(request)
+    return request
+
+
+def _check_flags(target: Target, build: Sequence[str], serve: Sequence[str], cache_given: bool) -> None:
+    """Refuse options that the target has no use for, instead of ignoring them."""
+    if (build and not (target.options and target.flag == "--build")) or (cache_given and not target.caches):
+        raise CmfastError(f"--build, --target and --cache are for --format engine, not for {target.name}")
+    if serve and not (target.options and target.flag == "--serve"):
+        raise CmfastError(f"--serve is for --format triton, not for {target.name}")
+
+
+def _default_out(model: Path, target: Target, kind: str, precision: str) -> Path:
+    model = model if model.name else model.resolve()  # "." has no name
+    if not model.name:
+        raise CmfastError(f"{model} has no name to call the file after; pass one: -o NAME")
+    name = _stem(model)
+    if target.needs == "graph" or target.kinds:
+        name += "" if kind == (target.kinds or KINDS)[0] else f"_{kind}"
+        name += "" if precision in ("fp32", AUTO) else f"_{precision}"
+    if not target.suffixes or not target.kinds or target.flavour:
+        name += f"_{target.name.replace('-', '_')}"
+    return model.with_name(f"{name}{target.suffixes[0] if target.suffixes else ''}")
+
+
+def _stem(model: Path) -> str:
+    return model.resolve().name if model.is_dir() else model.stem
+
+
+def _batch(text: str) -> int | None:
+    """Return the fixed batch size of --batch, None for a dynamic one."""
+    if text == "dynamic":
+        return None
+    try:
+        size = whole_number(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size <= MAX_BATCH:
+        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {MAX_BATCH:,}, or dynamic")
+    return size
