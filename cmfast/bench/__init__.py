@@ -1,2 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""Measuring as a library: contenders in turns, the machine, its ceilings, what a time goes to."""
+"""Measuring as a library: compare how fast model files sample, and why. `cmfast-bench` is the command on top.
+
+    from pathlib import Path
+    from cmfast.bench import Request, compare
+
+    record = compare(Request(models=(Path("model.onnx"),), baseline=Path("model.pt"), steps=(1, 2), batch=(8,)))
+    for row in record.rows:
+        print(f"{row.contender}, {row.steps} step(s): {row.median_ms:.2f} ms, {row.times_as_fast:.2f}x")
+    record.save(Path("bench.json"))
+
+The names below are public; each is imported when it is first used. `cmfast.bench.timing` times any two functions.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmfast.bench.comparison import compare
+    from cmfast.bench.record import Record, Row, Start
+    from cmfast.bench.request import Request
+    from cmfast.bench.roofline import Ceilings, measure_machine
+    from cmfast.bench.timing import interleave, summarise
+
+_HOMES = {  # the modules of the names below
+    "Ceilings": "roofline",
+    "Record": "record",
+    "Request": "request",
+    "Row": "record",
+    "Start": "record",
+    "compare": "comparison",
+    "interleave": "timing",
+    "measure_machine": "roofline",
+    "summarise": "timing",
+}
+__all__ = [
+    "Ceilings",
+    "Record",
+    "Request",
+    "Row",
+    "Start",
+    "compare",
+    "interleave",
+    "measure_machine",
+    "summarise",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cmfast.bench' has no attribute {name!r}")
+    return getattr(import_module(f"cmfast.bench.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

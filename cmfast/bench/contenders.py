@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Who takes part in cmfast-bench: files opened in each way that was asked for, their jobs, and whether they agree.
+"""The contenders: files opened in each requested way, their jobs at each setting, and whether their images agree.
 
-What becomes of a contender that fails is decided in `failures`.
+`failures` decides what becomes of a contender that fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmfast.bench.failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
-from cmfast.bench.options import Options
+from cmfast.bench.request import Request
 from cmfast.checks import NotFinite, need_memory
 from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cmfast.drawing import Floats
     from cmfast.model import Model
 
-# Largest difference of a pixel in [-1, 1] from the reference, by a manifest's dtype. In float32 more than an export is
-# allowed: convolutions by Winograd's method, which libraries choose by themselves, cost some digits.
+# Largest difference from the reference, images in [-1, 1], by a manifest's dtype. Float32 is allowed more than in an
+# export: libraries may choose Winograd's convolutions, which cost some digits.
 TOLERANCES = {**ROUNDING, "float32": WINOGRAD}
 
 
@@ -37,17 +37,17 @@ class Contender:
     name: str
     file: Path
     variant: str  # cmfast.backends.VARIANTS
-    precision: str  # that it was opened in, for a checkpoint; "": its own
+    precision: str  # of a checkpoint, as it was opened; "": its own
     model: Model
-    eager: bool = False  # the baseline, run by PyTorch as it is: what speed is compared with
+    eager: bool = False  # the baseline, run by eager PyTorch: what speed is compared with
 
     @property
     def dtype(self) -> str:
-        """What the trunk computes in, as a manifest says it."""
+        """What the network computes in, by a manifest's name."""
         return self.model.manifest.dtype
 
     def release(self) -> None:
-        """Free what the engine keeps on a GPU for batch sizes, graphs above all; calling it makes them again."""
+        """Free what the backend keeps on a GPU per batch size, such as CUDA graphs; the next call makes it again."""
         from cmfast.backends import ReleasingBackend
 
         if isinstance(self.model.engine, ReleasingBackend):
@@ -62,7 +62,7 @@ class Job:
     sigmas: tuple[float, ...]
     batch: int
     draw: Callable[[], Floats]
-    keep_going: bool = False  # a failure that nobody foresaw is the contender's too; else it keeps its traceback
+    keep_going: bool = False  # an unforeseen error counts as the contender's failure; else it keeps its traceback
 
     def call(self) -> Floats:
         """Sample a batch: numpy noise in, numpy images [B, C, H, W] out. Raises ContenderFailed or NotFinite."""
@@ -88,65 +88,68 @@ class Job:
         return f"{self.contender.name} at {self.where}"
 
 
-def open_contenders(options: Options, failures: Failures) -> list[Contender]:
-    """Open every file in every way; the first contender is the reference. All must draw the same kind of image.
+def open_contenders(request: Request, failures: Failures) -> list[Contender]:
+    """Open every file in every way; the first contender is the reference.
 
-    What was not asked for by name and cannot be had is left out, and said to `failures`.
+    A way that was not requested by name and is unavailable is left out; `failures` records it.
+
+    Raises:
+        CmfastError: a file or a requested way cannot be opened, or the files are not of one model.
     """
     from cmfast.backends import open_backend
     from cmfast.model import Model
 
     contenders: list[Contender] = []
-    for wanted in _wanted(options):
+    for way in _ways(request):
         try:
-            engine = open_backend(
-                wanted.file, options.device, options.threads, variant=wanted.variant, precision=wanted.precision
+            backend = open_backend(
+                way.file, request.device, request.threads, variant=way.variant, precision=way.precision
             )
-            _check_float32(engine, options.device, wanted.variant)
+            check_float32(backend, request.device, way.variant)
         except Exception as err:
-            if not (options.keep_going or (isinstance(err, EngineError) and not wanted.asked)):
+            if not (request.keep_going or (isinstance(err, EngineError) and not way.requested)):
                 raise
-            failures.note(LeftOut(contender=wanted.name, what="opening", why=reason(err)))
+            failures.note(LeftOut(contender=way.name, what="opening", why=reason(err)))
             continue
-        model = Model(engine)
+        model = Model(backend)
         first = contenders[0] if contenders else None
         if first and (model.spec.image, model.spec.classes) != (first.model.spec.image, first.model.spec.classes):
             raise CmfastError(
-                f"{wanted.file} draws images {list(model.spec.image)} of {model.spec.classes} classes, {first.file} "
+                f"{way.file} draws images {list(model.spec.image)} of {model.spec.classes} classes, {first.file} "
                 f"{list(first.model.spec.image)} of {first.model.spec.classes}; only the same model can be compared"
             )
         contenders.append(
             Contender(
-                name=wanted.name,
-                file=wanted.file,
-                variant=wanted.variant,
-                precision=wanted.precision,
+                name=way.name,
+                file=way.file,
+                variant=way.variant,
+                precision=way.precision,
                 model=model,
-                eager=wanted.file == options.baseline and not wanted.variant,
+                eager=way.file == request.baseline and not way.variant,
             )
         )
     # a denoiser runs at every setting
     return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
 
 
-def _check_float32(engine: Backend, device: str, variant: str) -> None:
-    """Raise EngineError where ONNX Runtime would run a float32 file on a GPU as TensorFloat-32: rates of two kinds."""
-    if device != "cuda" or engine.manifest.dtype != "float32" or not engine.name.startswith("ONNX Runtime"):
+def check_float32(backend: Backend, device: str, variant: str) -> None:
+    """Raise EngineError if ONNX Runtime would run a float32 file on a GPU as TensorFloat-32, whose rate is another."""
+    if device != "cuda" or backend.manifest.dtype != "float32" or not backend.name.startswith("ONNX Runtime"):
         return
     from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 
-    if not isinstance(engine, OnnxRuntimeBackend):
+    if not isinstance(backend, OnnxRuntimeBackend):
         return
     if variant == "tensorrt":  # until that provider has an option for it: github.com/microsoft/onnxruntime/issues/26029
         if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
             raise EngineError(
-                f"{engine.name} multiplies float32 as TensorFloat-32 and has no option against it; set "
+                f"{backend.name} multiplies float32 as TensorFloat-32 and has no option against it; set "
                 "NVIDIA_TF32_OVERRIDE=0 in the environment, or time a file in fp16"
             )
         return
-    from cmfast.backends._onnxruntime_float32 import check_float32
+    from cmfast.backends import _onnxruntime_float32
 
-    check_float32(device)
+    _onnxruntime_float32.check_float32(device)
 
 
 def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:
@@ -158,7 +161,7 @@ def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: boo
     running = [c for c in contenders if _runs(c, steps, batch)]
     if not running:
         return []
-    sigmas = _levels(running, steps)
+    sigmas = _sigmas(running, steps)
     image = contenders[0].model.spec.image
     need = (8 * steps + PEAK) * batch * math.prod(image)
     need_memory(need, f"--steps {steps} --batch {batch}: the noise of images {list(image)}", "use a smaller --batch")
@@ -173,33 +176,38 @@ def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: boo
     ]
 
 
-def check_all_run(contenders: list[Contender], settings: list[list[Job]], options: Options) -> None:
-    """Raise where a contender runs at none of the settings, saying which it needs."""
+def check_all_run(contenders: list[Contender], settings: list[list[Job]], request: Request) -> None:
+    """Raise CmfastError if a contender runs at none of the settings."""
     for contender in contenders:
         if any(job.contender is contender for jobs in settings for job in jobs):
             continue
         model = contender.model
-        steps = options.steps[0] if model.manifest.kind == "denoiser" else len(model.levels())
-        batch = model.engine.batch or options.batch[0]
+        steps = request.steps[0] if model.manifest.kind == "denoiser" else len(model.levels())
+        batch = model.engine.batch or request.batch[0]
         raise CmfastError(f"{contender.file} runs at none of these settings; it needs --steps {steps} --batch {batch}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """A job whose images are those of the reference."""
+    """A job whose images agree with the reference's."""
 
     job: Job
-    difference: float  # the largest of a pixel in [-1, 1]
+    difference: float  # the largest, images in [-1, 1]
     allowed: float
 
 
-def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> list[Agreed]:
-    """Return the jobs of one setting whose images agree with the first one's; what fails or differs `failures` gets.
+def compare_images(jobs: list[Job], tolerance: float | None, failures: Failures) -> list[Agreed]:
+    """Compare the images of one setting with those of its first job; if that fails, of the next.
 
-    tolerance  None: by the less precise type of the two
+    The jobs run one after the other and release their memory, so that each has the device's to itself.
 
-    Where the first one fails and that does not stop the command, the next is what the others are compared with. One
-    after the other they get the device's memory for themselves, beside the weights of all.
+    Args:
+        jobs: of one setting, the reference first.
+        tolerance: largest difference allowed; None: by the less precise type of the two.
+        failures: gets what fails or differs.
+
+    Returns:
+        The jobs that agree.
     """
     import numpy as np
 
@@ -212,11 +220,11 @@ def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> lis
             except NotFinite as err:
                 name = reference[0].contender.name if reference else job.contender.name
                 raise ContenderDiffers(job, f"differs from {name} by nan: {err}") from None
-            first, wanted = reference or (job, images)
-            difference = float(np.abs(images - wanted).max())
-            # A type that is not in the table is held to float32's.
+            first, expected = reference or (job, images)
+            difference = float(np.abs(images - expected).max())
+            # A type that is not in the table has float32's.
             allowed = tolerance or max(TOLERANCES.get(j.contender.dtype, TOLERANCES["float32"]) for j in (job, first))
-            if not difference <= allowed:  # also when it is not a number
+            if not difference <= allowed:  # also for NaN
                 ours, theirs = (j.contender.model.manifest.source.get("sha256") for j in (job, first))
                 why = "; it was exported from other weights" if ours and theirs and ours != theirs else ""
                 raise ContenderDiffers(
@@ -227,41 +235,41 @@ def compare(jobs: list[Job], tolerance: float | None, failures: Failures) -> lis
             continue
         finally:
             job.contender.release()
-        reference = first, wanted
+        reference = first, expected
         agreed.append(Agreed(job=job, difference=difference, allowed=allowed))
     return agreed
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class _Way:
     """A file and a way to open it."""
 
     name: str
     file: Path
     variant: str = ""
     precision: str = ""
-    asked: bool = True  # by name: if it cannot be had, that is an error
+    requested: bool = True  # by name: then it is an error if it is unavailable
 
 
-def _wanted(options: Options) -> Iterator[_Wanted]:
-    if options.baseline is not None:
-        extra = _precisions(options.models) if options.precision is None else options.precision
+def _ways(request: Request) -> Iterator[_Way]:
+    if request.baseline is not None:
+        extra = _precisions(request.models) if request.precision is None else request.precision
         for precision in ("", *(name for name in extra if name != "fp32")):  # "" is fp32, the reference
-            asked = options.precision is not None or not precision
-            for variant in ("", *options.baseline_variants()):
-                name = " ".join(filter(None, ("PyTorch", options.device, precision, variant)))  # as the engine's
-                yield _Wanted(name=name, file=options.baseline, variant=variant, precision=precision, asked=asked)
-        if options.diffusers:
-            yield _Wanted(name=f"diffusers {options.device}", file=options.baseline, variant="diffusers")
-    same = [file.name for file in options.models]
-    for file in options.models:
+            requested = request.precision is not None or not precision
+            for variant in ("", *request.baseline_variants()):
+                name = " ".join(filter(None, ("PyTorch", request.device, precision, variant)))  # as the backend's
+                yield _Way(name=name, file=request.baseline, variant=variant, precision=precision, requested=requested)
+        if request.diffusers:
+            yield _Way(name=f"diffusers {request.device}", file=request.baseline, variant="diffusers")
+    same = [file.name for file in request.models]
+    for file in request.models:
         name = file.name if same.count(file.name) == 1 else str(file)
-        for variant in ("", *(options.onnx_variants() if format_of(file) is ONNX else ())):
-            yield _Wanted(name=f"{name} {variant}".rstrip(), file=file, variant=variant)
+        for variant in ("", *(request.onnx_variants() if format_of(file) is ONNX else ())):
+            yield _Way(name=f"{name} {variant}".rstrip(), file=file, variant=variant)
 
 
 def _precisions(models: tuple[Path, ...]) -> list[str]:
-    """Return what the exported files say that they compute in, each once, by the name of the option."""
+    """Return the precisions of the exported files, each once, by the name of the option."""
     from cmfast.formats.manifest import PRECISIONS
     from cmfast.formats.table import read_manifest
 
@@ -275,12 +283,12 @@ def _runs(contender: Contender, steps: int, batch: int) -> bool:
     return (model.manifest.kind == "denoiser" or len(model.levels()) == steps) and model.engine.batch in (None, batch)
 
 
-def _levels(running: list[Contender], steps: int) -> tuple[float, ...]:
-    """Return the noise levels of a setting: those that its samplers were built with, else the model's own."""
+def _sigmas(running: list[Contender], steps: int) -> tuple[float, ...]:
+    """Return the noise levels of a setting: those of its samplers, else the model's default."""
     built = {c.model.levels(): c for c in running if c.model.manifest.kind != "denoiser"}
     if len(built) > 1:
         files = " and ".join(str(c.file) for c in list(built.values())[:2])
-        raise CmfastError(f"{files} are samplers of {steps} step(s) at different noise levels; time them one by one")
+        raise CmfastError(f"{files} are samplers of {steps} step(s) at different noise levels; time them separately")
     if built:
         return next(iter(built))
     defaults = running[0].model.spec.sigmas

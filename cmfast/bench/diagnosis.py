@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Why a contender of cmfast-bench takes as long as it does: times on the device, distance from the roofline, words."""
+"""Why a contender takes as long as it does: times on the device, distance from the roofline, a sentence."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
-
-import click
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench.roofline import BYTES, COST, Ceilings, Floor, floor_ms, measure_machine
@@ -18,10 +16,11 @@ from cmfast.formats.table import ENGINE, format_of
 
 if TYPE_CHECKING:
     from cmfast.bench.contenders import Contender, Job
+    from cmfast.bench.failures import Say
     from cmfast.formats.manifest import Manifest
 
-DEVICE_CALLS, DEVICE_SECONDS, DEVICE_FEW = 20, 2.0, 3  # with device times, after the timing: at most, and after a while
-# Of the device's time: a host that needs more to hand over work does not keep the device busy. trtexec warns from here.
+DEVICE_CALLS, DEVICE_SECONDS, DEVICE_FEW = 20, 2.0, 3  # calls with device times: all, or a few once so long has passed
+# Fraction of the device's time: a host that needs longer to enqueue does not keep the device busy. trtexec warns here.
 LAUNCH = 0.8
 REPLAYED = {"cuda_graph", "compiled", "reduce-overhead"}  # words of variants; torch.compile records CUDA graphs itself
 BUSY = 0.25  # of a ceiling: below, neither arithmetic nor memory is what the time goes to
@@ -30,30 +29,56 @@ FAR, FAR_WHY = "far from the roofline", "small or slow kernels and overhead take
 Cost = Mapping[str, float]
 
 
-def device_times(
-    engine: TimedBackend, call: Callable[[], object], calls: int = DEVICE_CALLS, seconds: float = DEVICE_SECONDS
-) -> tuple[DeviceTimes, int]:
-    """Return the medians over `calls` calls, and how many they were; DEVICE_FEW are enough after so many seconds.
+@dataclass(frozen=True, kw_only=True)
+class DeviceMedians(DeviceTimes):
+    """Medians over the calls of one contender at one setting, ms."""
 
-    A call that runs the engine several times counts all of them.
+    calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What is known about a time beside the host's clock; None: unknown."""
+
+    device_times: DeviceMedians | None
+    flops: float | None  # operations of the call, all steps and images
+    floor_ms: float | None  # the least time on this machine
+    floor_bound: str | None  # compute or memory
+    of_roofline: float | None  # floor_ms over the median
+    diagnosis: str | None
+
+
+def device_times(
+    backend: TimedBackend, call: Callable[[], object], calls: int = DEVICE_CALLS, seconds: float = DEVICE_SECONDS
+) -> DeviceMedians:
+    """Measure calls on the device; a call that runs the backend several times counts all of them.
+
+    Args:
+        backend: runs in `call`.
+        call: is measured.
+        calls: number of calls.
+        seconds: time after which DEVICE_FEW calls are enough.
+
+    Raises:
+        EngineError: the backend gave no times.
     """
     end = time.perf_counter() + seconds
     call()  # the first after another contender is not counted, as in cmfast.bench.timing
     rows: list[dict[str, float]] = []
     while len(rows) < calls and (len(rows) < DEVICE_FEW or time.perf_counter() < end):
-        with engine.timed() as times:
+        with backend.timed() as times:
             call()
         if not times:
-            raise EngineError("the engine promised the times of its calls and gave none")
+            raise EngineError("the backend promised the times of its calls and gave none")
         rows.append({name: sum(getattr(each, name) for each in times) for name in _TIMES})
-    return DeviceTimes(**{name: statistics.median(row[name] for row in rows) for name in _TIMES}), len(rows)
+    return DeviceMedians(**{name: statistics.median(row[name] for row in rows) for name in _TIMES}, calls=len(rows))
 
 
 def costs(contenders: Sequence[Contender]) -> list[Cost | None]:
-    """Return, for each contender, the cost of one image in one network call; None where nobody knows.
+    """Return, for each contender, the cost of one image in one network call; None: unknown.
 
-    A file without a cost (a checkpoint, an old export) has that of another file of the same weights, its bytes by the
-    size of the types: exact where both have the same, else close, for what stays float32 in half precision.
+    A file without a cost (a checkpoint, an old export) gets that of another file of the same weights, its bytes scaled
+    by the size of the types: exact for the same type, else close, because some of a half-precision graph is float32.
     """
     found = []
     for contender in contenders:
@@ -65,51 +90,60 @@ def costs(contenders: Sequence[Contender]) -> list[Cost | None]:
     return found
 
 
-def measure_ceilings(dtypes: set[str], device: str, threads: int | None) -> dict[str, Ceilings]:
-    """Measure the machine in each type."""
+def measure_ceilings(dtypes: set[str], device: str, threads: int | None, say: Say) -> dict[str, Ceilings]:
+    """Measure the machine in each type; seconds of work each."""
     ceilings = {}
     for dtype in sorted(dtypes & BYTES.keys()):
-        click.echo(f"measuring what {device} reaches in {dtype}", err=True)
+        say(f"measuring what {device} reaches in {dtype}")
         ceilings[dtype] = measure_machine(device, dtype, threads)
         if ceilings[dtype].flops_per_s is None or ceilings[dtype].bytes_per_s is None:
-            click.echo(f"no roofline in {dtype}: {ceilings[dtype].how}", err=True)
+            say(f"no roofline in {dtype}: {ceilings[dtype].how}")
     return ceilings
 
 
 def explain(
     job: Job,
     wall_ms: float,
-    on_device: tuple[DeviceTimes, int] | None,
+    times: DeviceMedians | None,
     cost: Cost | None,
     ceilings: Ceilings | None,
-) -> dict[str, Any]:
-    """Return what a row of the record says besides the times of its calls; None for what is not known."""
+) -> Explanation:
+    """Return what a row of the record says beside the times of its calls.
+
+    Args:
+        job: what was timed.
+        wall_ms: median of the whole call.
+        times: of the call on a GPU; None: unknown.
+        cost: of one image in one network call; None: unknown.
+        ceilings: of the device in the contender's type; None: not measured.
+    """
     steps = len(job.sigmas)
-    times, calls = on_device or (None, 0)
     floor = floor_ms(cost, ceilings, job.batch, steps) if cost and ceilings else None
     replayed = not REPLAYED.isdisjoint(job.contender.variant.split()) or format_of(job.contender.file) is ENGINE
-    return {
-        "device_times": times and asdict(times) | {"calls": calls},
-        "flops": cost and steps * job.batch * cost["flops"],
-        "floor_ms": floor and floor.ms,
-        "floor_bound": floor and floor.bound,
-        "of_roofline": floor and floor.ms / wall_ms,
-        "diagnosis": diagnose(wall_ms, times, floor, ceilings, replayed=replayed) or None,
-    }
+    return Explanation(
+        device_times=times,
+        flops=steps * job.batch * cost["flops"] if cost else None,
+        floor_ms=floor.ms if floor else None,
+        floor_bound=floor.bound if floor else None,
+        of_roofline=floor.ms / wall_ms if floor else None,
+        diagnosis=diagnose(wall_ms, times, floor, ceilings, replayed=replayed) or None,
+    )
 
 
 def diagnose(
     wall_ms: float, times: DeviceTimes | None, floor: Floor | None, ceilings: Ceilings | None, *, replayed: bool = False
 ) -> str:
-    """Return what sets the time of a call, with the numbers behind it; "" where nothing is known.
+    """Return what limits the speed of a call, with the numbers behind it; "": unknown.
 
-    wall_ms   median of the whole call
-    times     of the call on a GPU; None: on a CPU, or the engine does not tell
-    floor     of the call, by `ceilings`
-    replayed  the work is CUDA graphs already: handing one over is one launch, whatever the host's clock says of waiting
+    Launch-bound goes by enqueue_ms, which begins when the arrays are in page-locked memory: filling that takes longer
+    for a larger batch, and no graph would make it shorter.
 
-    Launch-bound goes by enqueue_ms, which begins when the arrays are in page-locked memory: filling that takes the host
-    longer the larger the batch, and no graph would make it shorter.
+    Args:
+        wall_ms: median of the whole call.
+        times: of the call on a GPU; None: on a CPU, or the backend has none.
+        floor: of the call, by `ceilings`.
+        ceilings: of the device.
+        replayed: the work is CUDA graphs already, and enqueuing one is a single launch.
     """
     if times is not None:
         copies_ms = times.copy_in_ms + times.copy_out_ms
@@ -117,7 +151,7 @@ def diagnose(
             return f"transfer-bound: {copies_ms:.3g} ms of copies for {times.compute_ms:.3g} ms of work on the GPU"
         if times.enqueue_ms > LAUNCH * times.compute_ms and not replayed:
             return (
-                f"launch-bound: the host needs {times.enqueue_ms:.3g} ms to hand over {times.compute_ms:.3g} ms of "
+                f"launch-bound: the host needs {times.enqueue_ms:.3g} ms to launch {times.compute_ms:.3g} ms of "
                 "work; a CUDA graph would help"
             )
     if floor is None or ceilings is None or ceilings.flops_per_s is None or ceilings.bytes_per_s is None:
@@ -127,7 +161,7 @@ def diagnose(
     seconds = (times.compute_ms if times is not None else wall_ms) / 1000
     if floor.bound == "compute":
         what, rate, ceiling, unit = "matrix rate", floor.flops / seconds, ceilings.flops_per_s, "FLOP/s"
-        above = "it multiplies less often than counted (Winograd), or the ceiling was measured on a busy machine"
+        above = "fewer multiplications than counted (Winograd), or the ceiling was measured on a busy machine"
     else:
         what, rate, ceiling, unit = "bandwidth", floor.bytes / seconds, ceilings.bytes_per_s, "B/s"
         above = "caches hold part of it"
@@ -144,7 +178,7 @@ _TIMES = tuple(field.name for field in fields(DeviceTimes))
 
 
 def _same(one: Manifest, other: Manifest) -> bool:
-    """Whether both were made from the same weights, as far as they say so."""
+    """Whether both files say that they have the same weights."""
     ours, theirs = one.source.get("sha256"), other.source.get("sha256")
     return one is other or (bool(ours) and ours == theirs)
 

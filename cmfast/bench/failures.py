@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What cmfast-bench does with a contender that fails: stop and name it, or with --keep-going leave it out and say so.
+"""What becomes of a contender that fails: an error that names it, or with keep_going a line in the record.
 
-The message begins with the contender and its setting, because engines cannot know which of many they are.
+The message begins with the contender and its setting, because a backend does not know which of many it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import click
 
 from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 
 if TYPE_CHECKING:
     from cmfast.bench.contenders import Job
-    from cmfast.bench.options import Options
+    from cmfast.bench.request import Request
+
+Say = Callable[[str], None]  # takes a line about the progress, to show to whoever waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,10 @@ class LeftOut:
     """What a record lacks, and why."""
 
     contender: str
-    what: str  # opening, images (they differ), run, budget (no time was left): no row; start, device_times: only that
+    what: str  # opening, images (they differ), run, budget (out of time): no row; start, device_times: only that
     why: str
-    steps: int | None = None  # network calls an image; None: all
-    batch: int | None = None  # images at a time; None: all
+    steps: int | None = None  # network calls per image; None: all
+    batch: int | None = None  # images per call; None: all
 
     def __str__(self) -> str:
         where = f" at {self.steps} step(s), batch {self.batch}" if self.steps else ""
@@ -41,31 +41,30 @@ class ContenderFailed(EngineError):
     def __init__(self, job: Job, why: str, *, memory: bool = False) -> None:
         super().__init__(f"{job.name}: {why}")
         self.job, self.why, self.what = job, why, "run"
-        self.memory = memory  # whether it was short, perhaps only beside the other contenders
+        self.memory = memory  # whether it ran out of memory, perhaps only beside the other contenders
 
 
 class ContenderDiffers(CheckFailed):
     """The images of a contender are not the reference's. The message begins with its name and the setting."""
 
     def __init__(self, job: Job, why: str) -> None:
-        super().__init__(
-            f"{job.name} {why}; nothing was timed; export it again, or allow for its precision with --tolerance"
-        )
+        super().__init__(f"{job.name} {why}; nothing was timed; export it again, or raise --tolerance")
         self.job, self.why, self.what = job, why, "images"
 
 
 class Failures:
-    """What to do about failures, and those that did not stop the command, in the order of their happening."""
+    """Handles failures as requested, and keeps those that did not stop the comparison, in order."""
 
-    def __init__(self, options: Options) -> None:
-        self._keep_going = options.keep_going
-        self._files = [*options.models, *([options.baseline] if options.baseline else [])]
+    def __init__(self, request: Request, say: Say) -> None:
+        self._keep_going, self._files, self._say = request.keep_going, request.files, say
         self.left_out: list[LeftOut] = []
 
     def met(self, failure: ContenderFailed | ContenderDiffers, what: str = "") -> None:
         """Raise the failure, or with keep_going note that the contender is left out at that setting.
 
-        what  it costs, if not the row
+        Args:
+            failure: what was raised.
+            what: what the record lacks because of it; "": the row.
         """
         if not self._keep_going:
             raise failure
@@ -81,7 +80,7 @@ class Failures:
         )
 
     def no_time(self, jobs: Sequence[Job], budget: float) -> None:
-        """Note that nothing of a setting was timed, because --budget was used up."""
+        """Note that a setting was not timed because --budget was used up."""
         for job in jobs:
             left = LeftOut(
                 contender=job.contender.name, what="budget", why=f"no time was left of --budget {budget:g} s",
@@ -90,21 +89,21 @@ class Failures:
             self.note(left)
 
     def note(self, left: LeftOut) -> None:
-        """Keep, and tell the user, what is left out; where the files lie is not for a record."""
+        """Keep and report what is left out; a record does not say in which folder the files were."""
         why = left.why
         for file in self._files:
             why = why.replace(str(file), file.name)
         self.left_out.append(replace(left, why=one_line(why, 500)))
-        click.echo(f"left out: {self.left_out[-1]}", err=True)
+        self._say(f"left out: {self.left_out[-1]}")
 
     def check_some_are_left(self, settings: Sequence[object]) -> None:
-        """Raise where there is nothing to time any more."""
+        """Raise EngineError if no contender is left."""
         if not settings:
             raise EngineError(f"no contender is left to time; the first that failed: {self.left_out[0]}")
 
 
 def reason(err: Exception) -> str:
-    """Return what went wrong in one line; for what is no error of cmfast's also its type, which names the library."""
+    """Return what went wrong in one line; with the type of an error that is not cmfast's, which names the library."""
     if isinstance(err, CmfastError):
         return str(err)
     return f"{type(err).__name__}: {one_line(err)}"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a model costs to start, measured in a process of its own: cmfast-bench runs this module, people do not.
+"""Measures what a model costs to start, in a process of its own that `starts` runs:
 
     python -m cmfast.bench.probe '{"file": "model.onnx", "device": "cpu", "threads": null, "variant": "",
                                   "precision": "", "sigmas": [80.0], "batch": 1}'
 
 prints {"load_s": ..., "first_call_ms": ..., "peak_mib": ..., "peak_gpu_mib": ...}. Loading includes the import of the
-engine's library.
+backend's library.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,28 +26,52 @@ from cmfast.model import Model
 from cmfast.noise import gaussian
 
 
-def probe(
-    file: str, device: str, threads: int | None, variant: str, precision: str, sigmas: list[float], batch: int
-) -> dict[str, float | None]:
-    """Load a model, sample once, and return load time (s), time of that call (ms), peak memory of the process (MiB)."""
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A file, the way to open it, and its first call."""
+
+    file: str
+    device: str
+    threads: int | None
+    variant: str
+    precision: str
+    sigmas: tuple[float, ...]  # noise levels, data units
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a process spent on it."""
+
+    load_s: float
+    first_call_ms: float
+    peak_mib: float | None  # largest resident memory
+    peak_gpu_mib: float | None
+
+
+def probe(launch: Launch) -> Cost:
+    """Load a model and sample once; return what that cost this process."""
     start = time.perf_counter()
-    model = Model(open_backend(file, device, threads, variant=variant, precision=precision))
+    model = Model(
+        open_backend(launch.file, launch.device, launch.threads, variant=launch.variant, precision=launch.precision)
+    )
     loaded = time.perf_counter()
-    noise = np.stack([gaussian(0, range(batch), step, model.spec.image) for step in range(len(sigmas))])
-    label = model.labels(batch)
+    image, images = model.spec.image, range(launch.batch)
+    noise = np.stack([gaussian(0, images, step, image) for step in range(len(launch.sigmas))])
+    label = model.labels(launch.batch)
     call = time.perf_counter()
-    model.from_noise(noise, sigmas, label)
+    model.from_noise(noise, launch.sigmas, label)
     end = time.perf_counter()
-    return {
-        "load_s": loaded - start,
-        "first_call_ms": 1000 * (end - call),
-        "peak_mib": peak_mib(),
-        "peak_gpu_mib": gpu_mib() if device == "cuda" else None,
-    }
+    return Cost(
+        load_s=loaded - start,
+        first_call_ms=1000 * (end - call),
+        peak_mib=peak_mib(),
+        peak_gpu_mib=gpu_mib() if launch.device == "cuda" else None,
+    )
 
 
 def peak_mib() -> float | None:
-    """Return the largest resident memory of this process so far, MiB; None where the system does not tell."""
+    """Return the largest resident memory of this process so far, MiB; None: the system does not report it."""
     try:
         # ru_maxrss of a child begins at the size of the parent that started it (Linux); this line begins anew.
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -63,9 +87,9 @@ def peak_mib() -> float | None:
 
 
 def gpu_mib() -> float | None:
-    """Return the GPU memory of this process, MiB; None where nvidia-smi does not tell, as in most containers.
+    """Return the GPU memory of this process, MiB; None: nvidia-smi does not report it, as in most containers.
 
-    It is the memory of now, CUDA's own included; after a call that is about the peak, because engines keep it.
+    It is the current memory, CUDA's own included; after a call that is about the peak, because backends keep it.
     """
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
@@ -77,9 +101,8 @@ def gpu_mib() -> float | None:
 
 
 def main() -> None:
-    """Read the request from the command line, print the costs as one line of JSON."""
-    request: dict[str, Any] = json.loads(sys.argv[1])
-    print(json.dumps(probe(**request)))
+    """Read a Launch as JSON from the command line; print its Cost as one line of JSON."""
+    print(json.dumps(asdict(probe(Launch(**json.loads(sys.argv[1]))))))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The clock of cmfast-bench: contenders of a setting in turns, their devices asked, their memory given back."""
+"""Times the contenders of one setting: in turns, then on their devices, then their memory is released."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-import click
-
-from cmfast.bench.contenders import Agreed, Job, compare
-from cmfast.bench.failures import ContenderFailed, Failures
-from cmfast.bench.options import Options
+from cmfast.bench.contenders import Agreed, Job, compare_images
+from cmfast.bench.diagnosis import DeviceMedians, device_times
+from cmfast.bench.failures import ContenderFailed, Failures, Say
+from cmfast.bench.request import Request
 from cmfast.errors import EngineError
 
-if TYPE_CHECKING:
-    from cmfast.backends import DeviceTimes
-
-MIN_CALLS = 20  # counted, of each contender at each setting, unless they take MOST times --seconds
+MIN_CALLS = 20  # counted, for each contender at each setting, unless they take MOST times --seconds
 MOST = 3
 
 
@@ -36,27 +31,36 @@ class Budget:
 
 @dataclass
 class Times:
-    """What was measured, by the names of jobs."""
+    """What was measured, by name of the job."""
 
-    calls_ms: dict[str, list[float]] = field(default_factory=dict)  # of every counted call
-    on_device: dict[str, tuple[DeviceTimes, int]] = field(default_factory=dict)  # medians, and of how many calls
-    alone: set[str] = field(default_factory=set)  # not in turns with the others: together memory was short
+    calls_ms: dict[str, list[float]] = field(default_factory=dict)  # every counted call
+    on_device: dict[str, DeviceMedians] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)  # timed alone, because memory was short beside the others
 
 
 def time_setting(
-    agreed: list[Agreed], options: Options, failures: Failures, times: Times, seconds: float
+    agreed: list[Agreed], request: Request, failures: Failures, times: Times, seconds: float, say: Say
 ) -> list[Agreed]:
-    """Time the jobs of one setting, and ask their engines; return those that came to the end, in their order.
+    """Time the jobs of one setting, by the host's clock and on their devices.
 
-    seconds  wall time that there is for it; each is called a few times in any case
+    A job that has no memory beside the others is timed after them, alone: each CUDA graph in PyTorch has its own pool.
 
-    Who has no memory beside the others is timed after them, alone: graphs of PyTorch have a pool of memory each.
+    Args:
+        agreed: jobs whose images agree.
+        request: what was requested.
+        failures: gets what fails.
+        times: gets the times.
+        seconds: wall time available; each job is called a few times in any case.
+        say: gets a line for each part.
+
+    Returns:
+        The jobs that were timed to the end, in their order.
     """
     end, setting, aside = time.perf_counter() + seconds, list(agreed), list[Agreed]()
     while agreed:
-        click.echo(f"timing {agreed[0].job.where}: {len(agreed)} contender(s)", err=True)
+        say(f"timing {agreed[0].job.where}: {len(agreed)} contender(s)")
         try:
-            _turns([each.job for each in agreed], options, times, end - time.perf_counter())
+            _turns([each.job for each in agreed], request, times, end - time.perf_counter())
         except ContenderFailed as failure:
             failed = [each for each in agreed if each.job is failure.job]
             others = [each for each in agreed if each.job is not failure.job]
@@ -65,51 +69,52 @@ def time_setting(
                 aside, agreed = aside + failed, others
                 continue
             failures.met(failure)
-            agreed = compare([each.job for each in others], options.tolerance, failures)  # anew: it may have been first
+            agreed = compare_images(
+                [each.job for each in others], request.tolerance, failures
+            )  # it may have been first
         else:
             break
     for each in agreed:
-        _ask(each.job, options, failures, times)
+        _time_on_device(each.job, request, failures, times)
     _release(agreed)
     for each in aside:
-        click.echo(f"timing {each.job.name} alone: beside the others memory was short", err=True)
+        say(f"timing {each.job.name} alone: memory was short beside the others")
         try:
-            _turns([each.job], options, times, end - time.perf_counter())
+            _turns([each.job], request, times, end - time.perf_counter())
         except ContenderFailed as failure:
             failures.met(failure)
         else:
             times.alone.add(each.job.name)
             agreed.append(each)
-            _ask(each.job, options, failures, times)
+            _time_on_device(each.job, request, failures, times)
         finally:
             _release([each])
     order = [each.job for each in setting]
     return sorted(agreed, key=lambda each: order.index(each.job))
 
 
-def _turns(jobs: Sequence[Job], options: Options, times: Times, seconds: float) -> None:
+def _turns(jobs: Sequence[Job], request: Request, times: Times, seconds: float) -> None:
     from cmfast.bench import timing
 
     calls = {job.name: job.call for job in jobs}
     times.calls_ms |= timing.interleave(
         calls,
-        seconds=options.seconds,
+        seconds=request.seconds,
         calls=MIN_CALLS,
-        most_s=MOST * options.seconds,
+        most_s=MOST * request.seconds,
         budget_s=max(0.0, seconds),
     )
 
 
-def _ask(job: Job, options: Options, failures: Failures, times: Times) -> None:
-    """Ask the engine of a job for its times on the device, where it tells; that it fails then costs only those."""
+def _time_on_device(job: Job, request: Request, failures: Failures, times: Times) -> None:
+    """Take the times on the device, if the backend has them; a failure here costs the job nothing else."""
     from cmfast.backends import TimedBackend
-    from cmfast.bench import diagnosis as analysis
 
-    engine = job.contender.model.engine
-    if options.device != "cuda" or not isinstance(engine, TimedBackend):
+    backend = job.contender.model.engine
+    if request.device != "cuda" or not isinstance(backend, TimedBackend):
         return
     try:
-        times.on_device[job.name] = analysis.device_times(engine, job.call)
+        times.on_device[job.name] = device_times(backend, job.call)
     except EngineError as err:
         failure = err if isinstance(err, ContenderFailed) else ContenderFailed(job, str(err))
         failures.met(failure, what="device_times")

@@ -126,4 +126,4 @@ def test_the_pipeline_is_timed_beside_the_others(
     assert [start["file_mib"] for start in record["starts"]] == [weights / 2**20] * (3 if starts == "--starts" else 0)
     assert record["rows"][0]["sigmas"] == list(cmfast.load(folders[5]).spec.levels(2))
     refused(call(bench.main, "--diffusers"), "nothing to time")
-    refused(call(bench.main, tmp_path / "bench.json", "--diffusers"), "--diffusers runs the folder of --baseline")
+    refused(call(bench.main, tmp_path / "bench.json", "--diffusers"), "--diffusers needs a diffusers folder")

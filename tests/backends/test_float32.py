@@ -19,7 +19,7 @@ import cmfast
 from cmfast.backends import _onnxruntime_float32 as in_onnxruntime
 from cmfast.backends import float32
 from cmfast.backends.float32 import Floats
-from cmfast.bench.contenders import _check_float32
+from cmfast.bench.contenders import check_float32
 from cmfast.errors import EngineError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.overrides import override
@@ -107,13 +107,13 @@ def test_float32_by_onnx_runtimes_tensorrt_is_timed_only_where_tensorfloat_is_of
     assert engine.manifest.dtype == "float32"
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     with pytest.raises(EngineError, match=r"multiplies float32 as TensorFloat-32 .*NVIDIA_TF32_OVERRIDE=0") as caught:
-        _check_float32(engine, "cuda", "tensorrt")
+        check_float32(engine, "cuda", "tensorrt")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(engine, "manifest", replace(engine.manifest, dtype="float16"))
-    _check_float32(engine, "cuda", "tensorrt")
+    check_float32(engine, "cuda", "tensorrt")
     monkeypatch.undo()
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    _check_float32(engine, "cuda", "tensorrt")
+    check_float32(engine, "cuda", "tensorrt")
 
 
 @pytest.mark.gpu

@@ -25,9 +25,10 @@ from onnx import helper
 import cmfast.backends
 from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench import diagnosis as analysis
-from cmfast.bench import probe, timing
+from cmfast.bench import probe, starts, timing
 from cmfast.bench.contenders import Contender, Job
-from cmfast.bench.diagnosis import DEVICE_CALLS, DEVICE_FEW, costs, device_times, diagnose
+from cmfast.bench.diagnosis import DEVICE_CALLS, DEVICE_FEW, DeviceMedians, costs, device_times, diagnose
+from cmfast.bench.record import Start
 from cmfast.bench.roofline import Ceilings, Floor
 from cmfast.cli import bench
 from cmfast.errors import EngineError, engine_error
@@ -82,7 +83,7 @@ def floor(bound: str, flops: float = 0, moved: float = 0) -> Floor:
     ("times", "work", "words"),
     [
         (replace(TIMES, enqueue_ms=7.3), floor("compute", 1e12),
-         "launch-bound: the host needs 7.3 ms to hand over 8 ms of work; a CUDA graph would help"),
+         "launch-bound: the host needs 7.3 ms to launch 8 ms of work; a CUDA graph would help"),
         (replace(TIMES, enqueue_ms=6.4), floor("compute", 3.296e12),  # 0.8 of the work is allowed
          "compute-bound: 62 % of the measured matrix rate (412 of 660 TFLOP/s)"),
         (replace(TIMES, enqueue_ms=9, copy_in_ms=7, copy_out_ms=2), floor("compute", 1e12),
@@ -90,8 +91,8 @@ def floor(bound: str, flops: float = 0, moved: float = 0) -> Floor:
         (TIMES, floor("memory", 1e9, 12e9), "memory-bound: 50 % of the measured bandwidth (1.5 of 3 TB/s)"),
         (TIMES, floor("memory", 1e9, 36e9),
          "memory-bound: above the measured bandwidth (4.5 of 3 TB/s): caches hold part of it"),
-        (TIMES, floor("compute", 6e12), "compute-bound: above the measured matrix rate (750 of 660 TFLOP/s): it "
-         "multiplies less often than counted (Winograd), or the ceiling was measured on a busy machine"),
+        (TIMES, floor("compute", 6e12), "compute-bound: above the measured matrix rate (750 of 660 TFLOP/s): fewer "
+         "multiplications than counted (Winograd), or the ceiling was measured on a busy machine"),
         (TIMES, floor("compute", 0.264e12), "far from the roofline: 5.0 % of the measured matrix rate (33 of 660 "
          "TFLOP/s); small or slow kernels and overhead take the time"),
         (TIMES, None, "bound by the GPU, at work for 8 of 10 ms; no roofline is known"),
@@ -142,17 +143,19 @@ def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -
             engine.run({"x": x})
 
     # Of three calls, two hold a run that is a hundred times slower: the median is 101 runs' time.
-    found, counted = device_times(engine, two_steps)
+    found = device_times(engine, two_steps)
     assert calls == DEVICE_CALLS + 1 >= 21
-    assert counted == DEVICE_CALLS
-    assert asdict(found) == pytest.approx({name: 101 * value for name, value in asdict(TIMES).items()})
-    one, _ = device_times(engine, lambda: engine.run({"x": x}))
-    assert one == TIMES, "a rare slow run does not move the median"
+    assert found.calls == DEVICE_CALLS
+    assert asdict(found) == pytest.approx(
+        {name: 101 * ms for name, ms in asdict(TIMES).items()} | {"calls": DEVICE_CALLS}
+    )
+    one = device_times(engine, lambda: engine.run({"x": x}))
+    assert one == DeviceMedians(**asdict(TIMES), calls=DEVICE_CALLS), "a rare slow run does not move the median"
 
 
 def test_slow_calls_are_asked_a_few_times_only() -> None:
     engine, x = FakeGpu(manifest()), np.ones((1, 1, 8, 8), np.float32)
-    assert device_times(engine, lambda: engine.run({"x": x}), seconds=0)[1] == DEVICE_FEW
+    assert device_times(engine, lambda: engine.run({"x": x}), seconds=0).calls == DEVICE_FEW
 
 
 def test_an_engine_that_keeps_its_times_to_itself_is_an_error() -> None:
@@ -303,13 +306,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory)
             opened.append((file.name, device, threads, variant, precision))
             return engines[f"{file.name} {variant}".rstrip()]
 
-        def start(job: Any, _: object) -> dict[str, Any]:
-            numbers = {"file_mib": 1.0, "load_s": 1.0, "first_call_ms": 1.0, "peak_mib": None, "peak_gpu_mib": 512.0}
-            names = {"contender": job.contender.name, "engine": "Fake cuda", "dtype": "float32"}
-            return names | numbers | {"steps": len(job.sigmas), "batch": job.batch}
+        def start(job: Any, _: object) -> Start:
+            return Start(
+                contender=job.contender.name, file="model.onnx", file_mib=1.0, kind="denoiser", dtype="float32",
+                image=[1, 8, 8], source={}, backend="Fake cuda", variant="", steps=len(job.sigmas), batch=job.batch,
+                load_s=1.0, first_call_ms=1.0, peak_mib=None, peak_gpu_mib=512.0,
+            )  # fmt: skip
 
         monkeypatch.setattr(cmfast.backends, "open_backend", open_backend)
-        monkeypatch.setattr(bench, "_start", start)
+        monkeypatch.setattr(starts, "start", start)
         monkeypatch.chdir(tmp_path)
         shutil.copy(handmade_onnx(8), "model.onnx")
         return opened
@@ -332,7 +337,7 @@ def test_the_times_of_a_gpu_are_recorded_shown_and_explained(
     assert (plain["contender"], replayed["contender"]) == ("model.onnx", "model.onnx cuda_graph")
     want = asdict(TIMES) | {"enqueue_ms": 7.5, "calls": DEVICE_CALLS}
     assert plain["device_times"] == replayed["device_times"] == want
-    assert plain["diagnosis"].startswith("launch-bound: the host needs 7.5 ms to hand over 8 ms of work")
+    assert plain["diagnosis"].startswith("launch-bound: the host needs 7.5 ms to launch 8 ms of work")
     assert replayed["diagnosis"].startswith("compute-bound: above the measured matrix rate (3 of 1 GFLOP/s)")
     assert plain["calls"] >= timing.FEW, "the timing itself is without them"
     shown = " ".join(result.stdout.split())
@@ -348,15 +353,18 @@ def test_the_times_of_a_gpu_are_recorded_shown_and_explained(
 def test_what_replays_graphs_itself_is_not_advised_to(variant: str, launches: bool) -> None:
     (contender,) = contenders(manifest())
     job = Job(contender=replace(contender, variant=variant), sigmas=(80.0,), batch=1, draw=lambda: np.zeros(1))
-    found = analysis.explain(job, 10, (replace(TIMES, enqueue_ms=9), 20), None, None)["diagnosis"]
+    times = DeviceMedians(**asdict(replace(TIMES, enqueue_ms=9)), calls=20)
+    found = analysis.explain(job, 10, times, None, None).diagnosis
+    assert found is not None
     assert found.startswith("launch-bound" if launches else "bound by the GPU")
 
 
-def test_that_there_is_no_roofline_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_that_there_is_no_roofline_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
     unknown = replace(H100, flops_per_s=None, how="not measured: no CUDA here")
     monkeypatch.setattr(analysis, "measure_machine", lambda *_: unknown)
-    assert analysis.measure_ceilings({"float16", "int4"}, "cuda", None) == {"float16": unknown}
-    assert capsys.readouterr().err.splitlines()[1:] == ["no roofline in float16: not measured: no CUDA here"]
+    assert analysis.measure_ceilings({"float16", "int4"}, "cuda", None, said.append) == {"float16": unknown}
+    assert said[1:] == ["no roofline in float16: not measured: no CUDA here"]
 
 
 def test_on_a_cpu_nobody_is_asked_for_times_of_a_gpu(
@@ -464,7 +472,7 @@ def test_times_on_the_gpu_that_cannot_be_had_cost_the_row_nothing_else(
             return super().run(inputs)
 
     failed = bench_two(gpu, call, FakeGpu(manifest()), Shy(manifest()))
-    words = "the engine promised the times of its calls and gave none" if silent else str(SHORT)
+    words = "the backend promised the times of its calls and gave none" if silent else str(SHORT)
     last = failed.stderr.splitlines()[-1]
     assert (failed.returncode, last) == (2, f"cmfast-bench: model.onnx tensorrt at 1 step(s), batch 1: {words}")
     assert bench_two(gpu, call, FakeGpu(manifest()), Shy(manifest()), "--keep-going").returncode == 0
@@ -482,7 +490,7 @@ def test_a_start_that_fails_beside_the_others_costs_the_row_nothing_else(
     def start(*_: object) -> Any:
         raise EngineError("no memory is left for a second process")
 
-    monkeypatch.setattr(bench, "_start", start)
+    monkeypatch.setattr(starts, "start", start)
     assert call(bench.main, "model.onnx", *ON_GPU).returncode == 2
     assert call(bench.main, "model.onnx", *ON_GPU, "--keep-going").returncode == 0
     record = json.loads(Path("bench.json").read_text())
@@ -581,7 +589,7 @@ def test_who_has_no_memory_beside_the_others_is_timed_alone(
     ]  # fmt: skip
     assert all(row["calls"] >= timing.FEW and row["device_times"] for row in record["rows"])
     assert record["left_out"] == []
-    assert "timing model.onnx tensorrt at 1 step(s), batch 1 alone: beside the others memory was short" in result.stderr
+    assert "timing model.onnx tensorrt at 1 step(s), batch 1 alone: memory was short beside the others" in result.stderr
 
 
 def test_who_has_no_memory_alone_either_is_left_out(gpu: Callable[..., list[Any]], call: Callable[..., Any]) -> None:
@@ -617,10 +625,19 @@ def test_the_probe_opens_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(probe, "open_backend", open_backend)
     monkeypatch.setattr(probe, "gpu_mib", lambda: 7.0)
     for device, memory in (("cpu", None), ("cuda", 7.0)):
-        found = probe.probe("model.pt", device, 2, "cuda_graph", "fp16", [80.0, 0.8], 3)
+        launch = probe.Launch(
+            file="model.pt",
+            device=device,
+            threads=2,
+            variant="cuda_graph",
+            precision="fp16",
+            sigmas=(80.0, 0.8),
+            batch=3,
+        )
+        found = probe.probe(launch)
         assert opened.pop() == (("model.pt", device, 2), {"variant": "cuda_graph", "precision": "fp16"})
-        assert list(found) == ["load_s", "first_call_ms", "peak_mib", "peak_gpu_mib"]
-        assert found["peak_gpu_mib"] == memory
+        assert list(asdict(found)) == ["load_s", "first_call_ms", "peak_mib", "peak_gpu_mib"]
+        assert found.peak_gpu_mib == memory
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from PIL import Image
 
 import cmfast
 from cmfast.backends import open_backend
+from cmfast.bench import comparison
 from cmfast.bench.timing import FEW, usable_cores
-from cmfast.cli import bench
 from cmfast.cli.bench import main
 from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
@@ -157,7 +157,7 @@ def test_a_checkpoint_and_files_of_it_are_compared_timed_shown_and_recorded(
     eager = {row["steps"]: row["median_ms"] for row in record["rows"] if row["contender"] == "PyTorch cpu"}
     for row in record["rows"]:
         assert row["reference"] == "PyTorch cpu"
-        assert row["engine"] == (row["contender"] if "PyTorch" in row["contender"] else "ONNX Runtime cpu")
+        assert row["backend"] == (row["contender"] if "PyTorch" in row["contender"] else "ONNX Runtime cpu")
         assert row["sigmas"] == [80.0, 0.8][: row["steps"]]
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] <= row["max_ms"]
         assert row["calls"] >= FEW  # 20, unless these take three times --seconds
@@ -542,40 +542,40 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "nothing to time: name a MODEL or a --baseline, for example cmfast-bench model.onnx"),
+        ([], "nothing to time: pass a MODEL or a --baseline, for example cmfast-bench model.onnx"),
         (["nowhere.onnx"], "nowhere.onnx: no such file"),
         (["a.onnx", "--baseline", "nowhere.pt"], "nowhere.pt: no such file"),
         (["a.onnx", "empty.onnx"], "empty.onnx: the file is empty"),
-        (["a.onnx", "a.onnx"], "a.onnx is named twice"),
-        (["a.onnx", "./folder/../a.onnx"], "a.onnx is named twice"),
+        (["a.onnx", "a.onnx"], "a.onnx is given twice"),
+        (["a.onnx", "./folder/../a.onnx"], "a.onnx is given twice"),
         (["noise.onnx"], "noise.onnx: not a whole ONNX file"),
         (["model.tflite"], "no engine runs files ending in .tflite"),
         (["a.onnx", "small.onnx"], "small.onnx draws images [1, 4, 4] of 0"),
-        (["--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx; name it as a MODEL"),
-        (["a.onnx", "--compile"], "--compile compiles the checkpoint of --baseline, and none was given"),
+        (["--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx; pass it as a MODEL"),
+        (["a.onnx", "--compile"], "--compile needs a checkpoint to compile; add --baseline model.pt"),
         (["a.onnx", "--seconds", "0"], "--seconds must be greater than 0, got 0"),
         (["a.onnx", "--seconds", "nan"], "--seconds must be greater than 0, got nan"),
         (["a.onnx", "--seconds", "inf"], "--seconds must be greater than 0, got inf"),
-        (["a.onnx", "--steps", "0"], "--steps takes different whole numbers from 1, got 0"),
-        (["a.onnx", "--steps", "1,1"], "--steps takes different whole numbers from 1, got 1,1"),
+        (["a.onnx", "--steps", "0"], "--steps takes distinct whole numbers from 1, got 0"),
+        (["a.onnx", "--steps", "1,1"], "--steps takes distinct whole numbers from 1, got 1,1"),
         (["a.onnx", "--steps", "3"], "a.onnx has no default noise levels for 3 step(s); use --steps 1,2"),
         (["a.onnx", "--steps", "two"], "'two' is not a list of numbers"),
-        (["a.onnx", "--batch", "1,0"], "--batch takes different whole numbers from 1, got 1,0"),
+        (["a.onnx", "--batch", "1,0"], "--batch takes distinct whole numbers from 1, got 1,0"),
         (["a.onnx", "--threads", "0"], "threads must be at least 1, got 0"),
         (["a.onnx", "--tolerance", "0"], "--tolerance must be greater than 0, got 0"),
         (["a.onnx", "--budget", "0"], "--budget must be greater than 0, got 0"),
         (["a.onnx", "--tolerance", "nan"], "--tolerance must be greater than 0, got nan"),
-        (["a.onnx", "--precision", "fp16"], "--precision is what PyTorch runs the --baseline in, and none was given"),
-        (["--baseline", "model.pt", "--precision", "int8"], "different names of fp32, tf32, fp16, bf16, got int8"),
-        (["--baseline", "model.pt", "--precision", "fp16,fp16"], "--precision takes different names"),
+        (["a.onnx", "--precision", "fp16"], "--precision needs a checkpoint that PyTorch runs; add --baseline"),
+        (["--baseline", "model.pt", "--precision", "int8"], "distinct names from fp32, tf32, fp16, bf16, got int8"),
+        (["--baseline", "model.pt", "--precision", "fp16,fp16"], "--precision takes distinct names"),
         (["a.onnx", "--variants", "fast"], "fused cuda_graph, nhwc, nhwc cuda_graph, tensorrt, got fast"),
         (["--baseline", "model.pt", "--variants", "fused cuda_graph"], "fused cuda_graph needs an NVIDIA GPU"),
-        (["a.onnx", "--variants", "diffusers"], "--variants takes different names"),
+        (["a.onnx", "--variants", "diffusers"], "--variants takes distinct names"),
         (["a.onnx", "--variants", "cuda_graph"], "--variants cuda_graph needs an NVIDIA GPU: add --device cuda"),
         (["a.onnx", "--variants", "tensorrt"], "--variants tensorrt needs an NVIDIA GPU: add --device cuda"),
-        (["a.onnx", "--variants", "compiled"], "is a way to run the checkpoint of --baseline, and none was given"),
-        (["--baseline", "model.pt", "--device", "cuda", "--variants", "tensorrt"], "an .onnx file, and none was given"),
-        (["model.pt", "--device", "cuda", "--variants", "cuda_graph"], "of --baseline or an .onnx file, and none"),
+        (["a.onnx", "--variants", "compiled"], "compiled needs a checkpoint (--baseline model.pt), and"),
+        (["--baseline", "model.pt", "--device", "cuda", "--variants", "tensorrt"], "needs an .onnx file as a MODEL"),
+        (["model.pt", "--device", "cuda", "--variants", "cuda_graph"], "or an .onnx file as a MODEL"),
         (["model.engine"], "model.engine: a TensorRT engine runs on an NVIDIA GPU only; add --device cuda"),
         (["model.engine", "--device", "cuda"], "model.engine: not a TensorRT engine"),
         (["--baseline", "model.engine", "--device", "cuda"], "--baseline takes a checkpoint that PyTorch runs"),
@@ -588,7 +588,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "--quality", "9"], "No such option"),
         (["two.onnx", "--steps", "1"], "two.onnx runs at none of these settings; it needs --steps 2 --batch 1"),
         (["three.onnx"], "three.onnx runs at none of these settings; it needs --steps 2 --batch 3"),
-        (["two.onnx", "other.onnx"], "are samplers of 2 step(s) at different noise levels; time them one by one"),
+        (["two.onnx", "other.onnx"], "are samplers of 2 step(s) at different noise levels; time them separately"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -641,21 +641,21 @@ def test_a_budget_ends_the_timing_and_says_what_was_left_out(
 def test_settings_that_a_budget_has_no_time_for_are_named(
     handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Spent(bench.Budget):
+    class Spent(comparison.Budget):
         """Used up once the first setting has been timed."""
 
         def left(self) -> float:
             return 0.0 if timed else 60.0
 
     timed: list[object] = []
-    real = bench.time_setting
+    real = comparison.time_setting
 
     def time_setting(*arguments: Any) -> Any:
         timed.append(real(*arguments))
         return timed[-1]
 
-    monkeypatch.setattr(bench, "Budget", Spent)
-    monkeypatch.setattr(bench, "time_setting", time_setting)
+    monkeypatch.setattr(comparison, "Budget", Spent)
+    monkeypatch.setattr(comparison, "time_setting", time_setting)
     file = tmp_path / "bench.json"
     options = ("--batch", "1,2", "--steps", "1,2", *QUICK, "--budget", 60, "--json", file)
     result = call(main, handmade_onnx(8), *options)
