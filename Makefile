@@ -1,6 +1,6 @@
 # `make demo` trains, exports, samples and benchmarks a small model; `make test` checks the project.
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
-# `make quick` checks what says most in under a minute on two cores: lint, types, and the tests of QUICK below.
+# `make quick` runs the most telling checks in under a minute on two cores: lint, types, and the tests in QUICK below.
 # `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour.
 # `make docs` builds the site into site/ and fails on every warning.
 # `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.

@@ -9,7 +9,7 @@
         print(f"{row.contender}, {row.steps} step(s): {row.median_ms:.2f} ms, {row.times_as_fast:.2f}x")
     record.save(Path("bench.json"))
 
-The names below are public; each is imported when it is first used. `cmfast.bench.timing` times any two functions.
+The names below are public; each is imported when it is first used. `interleave` times any functions in turns.
 """
 
 from __future__ import annotations
@@ -19,29 +19,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmfast.bench.comparison import compare
+    from cmfast.bench.diagnosis import DeviceMedians
+    from cmfast.bench.failures import LeftOut
     from cmfast.bench.record import Record, Row, Start
     from cmfast.bench.request import Request
-    from cmfast.bench.roofline import Ceilings, measure_machine
-    from cmfast.bench.timing import interleave, summarise
+    from cmfast.bench.roofline import Ceilings, Floor, floor_ms, measure_machine
+    from cmfast.bench.timing import Summary, interleave, summarise
 
 _HOMES = {  # the modules of the names below
     "Ceilings": "roofline",
+    "DeviceMedians": "diagnosis",
+    "Floor": "roofline",
+    "LeftOut": "failures",
     "Record": "record",
     "Request": "request",
     "Row": "record",
     "Start": "record",
+    "Summary": "timing",
     "compare": "comparison",
+    "floor_ms": "roofline",
     "interleave": "timing",
     "measure_machine": "roofline",
     "summarise": "timing",
 }
 __all__ = [
     "Ceilings",
+    "DeviceMedians",
+    "Floor",
+    "LeftOut",
     "Record",
     "Request",
     "Row",
     "Start",
+    "Summary",
     "compare",
+    "floor_ms",
     "interleave",
     "measure_machine",
     "summarise",

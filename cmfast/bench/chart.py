@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every chart needs: names of files as text that matplotlib draws, and the file written whole or not at all."""
+"""What every chart needs: file names as text that matplotlib draws, and a file written whole or not at all."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cmfast.bench.contenders import Job
     from cmfast.bench.request import Request
 
-Say = Callable[[str], None]  # takes a line about the progress, to show to whoever waits
+Say = Callable[[str], None]  # takes a line about the progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The roofline: how fast this machine multiplies and moves, measured, and the least time that a model needs on it.
+"""The roofline: how fast this machine computes and moves data, measured, and the least time that a model needs on it.
 
     ceilings = measure_machine("cuda", "float16")
-    floor = floor_ms(manifest.cost, ceilings, batch=8, steps=1)      # at least so long; why: floor.bound
+    floor = floor_ms(manifest.cost, ceilings, batch=8, steps=1)      # floor.ms, set by floor.bound
 
-Nothing is taken from a data sheet: ceilings are what well-known libraries reach here and now. Operations and bytes are
-counted at export (`cmfast_export.graphs.cost`). The model: Williams, Waterman, Patterson, "Roofline", 2009.
+Nothing is taken from a data sheet: ceilings are what well-known libraries reach on this machine, now. Operations and
+bytes are counted at export (`cmfast_export.graphs.cost`). The model: Williams, Waterman, Patterson, "Roofline", 2009.
 
-A ceiling is what can be reached, so the fastest call counts and not the median: what else the machine does slows calls
-down and never speeds them up. Matrices of several sizes multiply, and no convolution: one by Winograd's method does
-fewer operations than are counted, and its rate would be none.
+A ceiling is what can be reached, so the fastest call counts, not the median: other work on the machine slows calls down
+and never speeds them up. Matrix products of several sizes are measured, but no convolution: Winograd does fewer
+operations than are counted, so its rate would be too high.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cmfast.formats.manifest import may_use_tf32
 from cmfast.formats.small_onnx import cast_model, chain_model
 
 COST = ("flops", "weight_bytes", "activation_bytes")  # the keys of a manifest's cost
-# By a manifest's dtype: bytes of a number, and its type in ONNX. tf32 is float32 in memory.
+# By a manifest's dtype: bytes per number, and its type in ONNX. tf32 is float32 in memory.
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
 _ELEMENT = {"float32": 1, "tf32": 1, "float16": 10, "bfloat16": 16}
 
-CALLS, SECONDS = 6, 0.3  # counted, of each way to measure, at least; six are two turns
-# By device. Large enough that starting does not count and that no cache holds it; on a GPU a call is several of them
-# in a row, because starting one takes as long there as a tenth of it.
+CALLS, SECONDS = 6, 0.3  # counted for each way to measure, at least; six are two turns
+# By device: large enough that launching is negligible and no cache holds the data. On a GPU a call is several in a row,
+# because launching one takes as long as a tenth of it.
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # rows and columns of the matrices
 NUMBERS = {"cpu": 2**25, "cuda": 2**27}  # float32, of each array that is moved
 PRODUCTS = {"cpu": 1, "cuda": 4}
@@ -45,14 +45,11 @@ SUMS = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What a device reaches at most in a type: the fastest calls of this machine, this minute.
-
-    None: could not be measured.
-    """
+    """The most that a device reaches in a type: the fastest calls on this machine. None: could not be measured."""
 
     device: str
     dtype: str  # a manifest's
-    flops_per_s: float | None  # matrix product; a multiplication and an addition are two
+    flops_per_s: float | None  # matrix product; a multiplication and an addition count as two
     bytes_per_s: float | None  # of memory, read and written
     how: str  # in words
 
@@ -68,15 +65,18 @@ class Floor:
 
 
 def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> Ceilings:
-    """Measure matrix product and memory of a device: seconds of work, the ways to do it interleaved.
+    """Measure matrix product and memory bandwidth of a device: seconds of work, several ways interleaved.
 
-    What counts is the fastest call of the fastest way.
+    The fastest call of the fastest way counts. On a GPU, ONNX Runtime measures; if it cannot, the entry points
+    "cmfast.ceilings" do, which is PyTorch. If neither can, the ceilings are None and `how` says why.
 
-    dtype    a manifest's: float32, tf32, float16, bfloat16
-    threads  of the CPU; None: as many as each library takes by itself
+    Args:
+        device: cpu or cuda.
+        dtype: a manifest's: float32, tf32, float16, bfloat16.
+        threads: CPU threads; None: each library's choice.
 
-    On a GPU, ONNX Runtime does it, or where it cannot what the entry points "cmfast.ceilings" bring: PyTorch. Where
-    neither can, the ceilings are None and `how` says why.
+    Raises:
+        CmfastError: the device, the dtype or the number of threads is not one of these.
     """
     if device not in SIDES or dtype not in BYTES:
         raise CmfastError(
@@ -103,13 +103,16 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
 
 
 def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: int = 1) -> Floor | None:
-    """Return the larger of operations over rate and bytes over bandwidth; None where either is not known.
+    """Return the larger of operations over rate and bytes over bandwidth; None: one of them is unknown.
 
-    cost   of one image and one run of the graph, as a manifest has it
-    steps  runs of the graph: the steps that a denoiser is called for, 1 for a sampler, which has them inside
+    The bandwidth is that of memory. Data that fit a cache can be faster than this floor, and so can a convolution with
+    fewer multiplications than its definition (Winograd's).
 
-    The bandwidth is that of memory. What fits into a cache can be faster than this floor, and so can a convolution that
-    multiplies less often than its definition (Winograd's).
+    Args:
+        cost: of one image and one run of the graph, as in a manifest.
+        ceilings: of the device.
+        batch: images per call.
+        steps: runs of the graph: the steps of a denoiser; 1 for a sampler, which has them inside.
     """
     if not cost.keys() >= set(COST):
         return None
@@ -124,7 +127,7 @@ def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: i
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to measure: what one call multiplies or moves."""
+    """A way to measure: what one call computes or moves."""
 
     name: str
     unit: str  # flops or bytes
@@ -133,7 +136,7 @@ class Way:
 
 
 def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]:
-    """Return all ways to measure, each tried once, and why some are missing, in words."""
+    """Return the ways to measure, each tried once, and why others are missing."""
     ways: list[Way] = []
     reasons: list[str] = []
     makers: list[Callable[[], Way]] = [partial(_product, side, device, dtype, threads) for side in SIDES[device]]
@@ -142,7 +145,7 @@ def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]
         try:
             _need_provider(device)
             way = make()
-            way.call()  # memory can be short only now
+            way.call()  # runs out of memory only now, if at all
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
             reasons.append(one_line(err))
         else:
@@ -150,7 +153,7 @@ def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]
     if device != "cpu":
         ways += _others(device, dtype, {"flops", "bytes"} - {way.unit for way in ways}, reasons)
     if device == "cpu":
-        # numpy cannot be told how many threads to multiply with, so where that is asked for it is the last resort.
+        # numpy has no setting for the number of threads, so it is the last resort if one is requested.
         if dtype in ("float32", "tf32") and (threads is None or reasons):
             ways += [_numpy_product(side) for side in SIDES["cpu"]]
         ways.append(_numpy_copy(threads))
@@ -158,10 +161,10 @@ def _ways(device: str, dtype: str, threads: int | None) -> tuple[list[Way], str]
 
 
 def _others(device: str, dtype: str, units: set[str], reasons: list[str]) -> list[Way]:
-    """Return the ways of what is installed beside the runtime, in units that ONNX Runtime could not measure.
+    """Return the ways that other packages bring, in units that ONNX Runtime could not measure.
 
-    An entry point of the group "cmfast.ceilings" is named like a device, and called with (dtype) it returns makers of
-    ways, by unit; what it or a maker raises is why there are none.
+    An entry point of the group "cmfast.ceilings" has the name of a device. Called with (dtype), it returns makers of
+    ways by unit; what it or a maker raises becomes a reason.
     """
     from importlib.metadata import entry_points
 

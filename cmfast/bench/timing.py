@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Timing that can be believed: contenders interleaved in one process, every counted call kept, the machine described.
+"""Timing that you can trust: contenders interleaved in one process, every counted call kept, the machine described.
 
     times = interleave({"a": call_a, "b": call_b})     # {"a": [ms, ...], "b": [ms, ...]}
     print(summarise(times["a"]), noise_warning(times))
 
-What drifts on a machine (clock, temperature, neighbours) drifts within seconds, so contenders take turns in short
-bursts instead of one after the other. `cmfast-bench` is the command on top; benchmarks/README.md is the method.
+A machine drifts within seconds (clock, temperature, neighbours), so contenders take turns in short bursts instead of
+running one after the other. `cmfast-bench` is the command on top; benchmarks/README.md describes the method.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PACKAGES = (
 )
 
 BURST_S = 0.05  # a burst ends after this time and at least BURST_CALLS counted calls
-BURST_CALLS = 3  # but one is enough of calls that take LONG_S together
+BURST_CALLS = 3  # fewer if the calls take LONG_S together
 LONG_S = 1.0
-FEW = 5  # calls that are enough where they take `most_s`
+FEW = 5  # calls that are enough if they take `most_s`
 PAUSE_S = 0.02  # between bursts: thread pools spin on for a while after their last call, and would steal the core
 
 MAX_SPREAD = 1.3  # p90 / p10 of one contender
@@ -60,14 +60,19 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Call the contenders in turns; return for each the time of every counted call, ms, none dropped.
 
-    seconds   counted time each contender gets at least
-    calls     counted calls each contender gets at least
-    warmup_s  each is called for this long, and twice at least, before anything is counted
-    most_s    counted time after which FEW calls of a contender are enough
-    budget_s  wall time, the warm-up included, after which no further round begins; one there is in any case
+    A round is one burst of each contender; the next round begins one contender later. The first call of a burst is
+    never counted: caches and thread pools are still the previous contender's.
 
-    A round is one burst of each contender; the next round begins one contender further on. The first call of a burst
-    is never counted: caches and thread pools are still the previous contender's.
+    Args:
+        contenders: the calls to time, by name.
+        seconds: least counted time per contender.
+        calls: least number of counted calls per contender.
+        warmup_s: each is called for this long, and at least twice, before anything is counted.
+        most_s: counted time after which FEW calls of a contender are enough.
+        budget_s: wall time, with the warm-up, after which no further round begins; there is always one.
+
+    Raises:
+        CmfastError: there are no contenders, or `seconds` or `calls` is out of range.
     """
     if not contenders:
         raise CmfastError("nothing to time: no contender was given")
@@ -124,10 +129,12 @@ def percentile(ordered: Sequence[float], fraction: float) -> float:
 def noise_warning(
     times: Mapping[str, Sequence[float]], *, load: float | None = None, steal: float | None = None
 ) -> str | None:
-    """Return why these times should not be believed, as one sentence, or None.
+    """Return why small differences between these times are not reliable, as one sentence, or None.
 
-    load   1-minute load average of the machine at the end (`load_average`); None: unknown
-    steal  fraction of CPU time stolen during the run (`steal_share`); None: unknown
+    Args:
+        times: of every counted call, ms, by contender.
+        load: load average of the last minute, at the end (`load_average`); None: unknown.
+        steal: fraction of CPU time stolen during the run (`steal_share`); None: unknown.
     """
     reasons = []
     spreads = {name: s.p90_ms / s.p10_ms for name, s in ((n, summarise(t)) for n, t in times.items()) if s.p10_ms > 0}
@@ -140,22 +147,22 @@ def noise_warning(
         reasons.append(f"the load average is {load:.1f} on {cores} core(s)")
     if steal is not None and steal > MAX_STEAL:
         reasons.append(f"the host gave {steal:.1%} of the CPU time to other machines")
-    return f"the machine is too noisy to believe small differences: {'; '.join(reasons)}" if reasons else None
+    return f"the machine is too noisy to trust small differences: {'; '.join(reasons)}" if reasons else None
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a record of a measurement carries beside its numbers: date, machine, versions, commit."""
+    """Return what a record carries beside its numbers: date, machine, versions, commit."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"date": now, "machine": machine(), "versions": versions(), "commit": commit()}
 
 
 def machine() -> dict[str, Any]:
-    """Return CPU model, usable cores, RAM (GiB), OS, Python, and GPU; None for what is not known.
+    """Return CPU model, usable cores, RAM (GiB), OS, Python and GPU; None: unknown.
 
-    Of the GPU name, driver, compute capability and memory (MiB). Of several all names, and the rest of the first.
+    For the GPU: name, driver, compute capability and memory (MiB). With several, all names and the rest of the first.
     """
     gpu = _nvidia_smi("name", "driver_version")
-    more = _nvidia_smi("compute_cap", "memory.total")  # drivers from before 2021 do not know the first
+    more = _nvidia_smi("compute_cap", "memory.total")  # drivers from before 2021 lack the first
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
@@ -170,7 +177,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of cmfast and of what it runs on, as installed; nothing is imported."""
+    """Return the installed versions of cmfast and of the libraries it runs on, without importing them."""
     found = {"cmfast": cmfast.__version__}
     for name in PACKAGES:
         try:
@@ -183,15 +190,15 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any] | None:
     """Return {"commit": ..., "dirty": ...} of the source tree that this cmfast was imported from; None outside git.
 
-    Dirty: the code differs from that commit, or some of it is in none. Records of benchmarks are no code. Of a copy of
-    the tree, CMFAST_COMMIT is what it is a copy of, as `git describe --always --dirty --abbrev=40` prints it; it counts
-    before git, whose history a copy may lack or have from another day.
+    Dirty: the code differs from that commit; records of benchmarks are not code. For a copy of the tree, CMFAST_COMMIT
+    says what it is a copy of, as `git describe --always --dirty --abbrev=40` prints it. It takes precedence over git,
+    whose history a copy may lack or have from another day.
     """
     if given := os.environ.get("CMFAST_COMMIT", ""):
         return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
     here = Path(__file__).resolve().parent
     if _output("git", "-C", str(here), "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # installed into an environment that only happens to lie inside some repository
+        return None  # installed into an environment that happens to be inside another repository
     head = _output("git", "-C", str(here), "rev-parse", "HEAD")
     code = (":(top)cmfast", ":(top)train", ":(top)export", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
     status = _output("git", "-C", str(here), "status", "--porcelain", "--", *code)
@@ -206,12 +213,12 @@ def usable_cores() -> int:
 
 
 def load_average() -> float | None:
-    """Return the load average of the last minute, where the system keeps one."""
+    """Return the load average of the last minute; None: the system keeps none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_ticks() -> tuple[int, int] | None:
-    """Return (stolen, all) CPU time since boot, in ticks, where the system tells (Linux)."""
+    """Return (stolen, all) CPU time since boot, in ticks; None: the system does not report it (other than Linux)."""
     try:
         line = Path("/proc/stat").read_text().partition("\n")[0]
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the commands of the runtime start. Each imports its module when it runs, so that this needs no time."""
+"""Entry points of the runtime's commands. Each imports its module when it runs, so that starting stays fast."""
 
 from __future__ import annotations
 

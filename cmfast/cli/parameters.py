@@ -32,7 +32,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 FLOATS = _List(float, "a,b,..")
 INTS = _List(int, "i,j,..")
 
-# Of commands that read foreign checkpoints: what the file does not say.
+# For commands that read foreign checkpoints: what the file does not state.
 SOURCE = click.option(
     "--source",
     default="",
@@ -44,5 +44,5 @@ SET = click.option(
     "assignments",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What a foreign file does not say, for example scaling=boundary.",
+    help="A fact that a foreign file does not state, for example scaling=boundary.",
 )

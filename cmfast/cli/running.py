@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What all commands share: one line for what the user can fix, a traceback for a bug, exit codes, standard streams."""
+"""What all commands share: one line for an error the user can fix, a traceback for a bug, exit codes, streams."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import click
 
 from cmfast.errors import CmfastError, CmfastWarning, MissingDependency, one_line, printable
 
-READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+READER_GONE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
 def run_command(command: click.Command) -> NoReturn:
     """Run a click command and exit.
 
-    0 done, 1 a check failed, 2 the request cannot be fulfilled, 130 interrupted, 141 the reader of the output has gone.
+    0 success, 1 a check failed, 2 the request cannot be fulfilled, 130 interrupted, 141 the output has lost its reader.
     """
     name = command.name or "cmfast"
     _open_closed_streams()
@@ -34,14 +34,14 @@ def run_command(command: click.Command) -> NoReturn:
     except BrokenPipeError:
         _silence_streams()
         code = READER_GONE
-    except OSError as err:  # of the flush: a full disk behind the standard output
+    except OSError as err:  # from the flush: a full disk behind the standard output
         _silence_streams()
         code = _report(name, f"cannot write the output: {err.strerror}", 2)
     sys.exit(code)
 
 
 def report_interrupt(name: str) -> int:
-    """Print that a command was interrupted; return its exit code. Another Ctrl-C ends it at once."""
+    """Print that a command was interrupted and return its exit code. Another Ctrl-C ends it at once."""
     code = _report(name, "interrupted", 130)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -50,7 +50,7 @@ def report_interrupt(name: str) -> int:
 
 @contextmanager
 def needs(what: str, extra: str) -> Iterator[None]:
-    """Turn a failing import of an optional package in the block into the pip line that installs it."""
+    """Turn a failed import of an optional package in the block into the pip line that installs it."""
     try:
         yield
     except ModuleNotFoundError as err:
@@ -80,17 +80,17 @@ def _exit_code(command: click.Command, name: str) -> int:
     except BrokenPipeError as err:
         if _reader_has_gone():
             raise
-        return _report(name, f"a process that this one works with has ended: {err.strerror}", 2)
+        return _report(name, f"a process that this command depends on has ended: {err.strerror}", 2)
     except MemoryError as err:
-        said = f" ({one_line(err, 150)})" if str(err) else ""
-        return _report(name, f"out of memory{said}; try a smaller batch or fewer images", 2)
-    except OSError as err:  # no permission, a disk that fails: the system's own words are the clearest
+        why = f" ({one_line(err, 150)})" if str(err) else ""
+        return _report(name, f"out of memory{why}; try a smaller batch or fewer images", 2)
+    except OSError as err:  # no permission, a failing disk: the system's own words are the clearest
         named = err.filename if isinstance(err.filename, (str, bytes)) else ""  # it may be a descriptor
         return _report(name, f"{os.fsdecode(named)}: {err.strerror}" if named else err.strerror or str(err), 2)
 
 
 def _arguments() -> list[str]:
-    if os.name == "nt":  # where shells leave wildcards to the programs
+    if os.name == "nt":  # shells there leave wildcards to the programs
         from click.utils import _expand_args
 
         return list(_expand_args(sys.argv[1:]))
@@ -98,7 +98,7 @@ def _arguments() -> list[str]:
 
 
 def _reader_has_gone() -> bool:
-    """Whether it is an output of ours that nobody reads any more."""
+    """Whether nothing reads standard output or standard error any more."""
     if not hasattr(select, "poll"):
         return True
     streams = select.poll()
@@ -108,9 +108,9 @@ def _reader_has_gone() -> bool:
 
 
 def _open_closed_streams() -> None:
-    """Open what the caller has closed (`2>&-`), and let no character that a stream lacks be an error.
+    """Open the streams that the caller has closed (`2>&-`), and replace characters that a stream cannot encode.
 
-    The next file that is opened would get the number of a closed stream, and libraries in C would write their
+    Otherwise the next file that is opened would get the number of a closed stream, and C libraries would write their
     messages into it.
     """
     for number in (0, 1, 2):
@@ -128,7 +128,7 @@ def _open_closed_streams() -> None:
 
 
 def _silence_streams() -> None:
-    """Send what is left of the output to nowhere, so that the interpreter's last flush is no error."""
+    """Discard what is left of the output, so that the interpreter's last flush does not fail."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def test_two_files_are_compared_from_python(
     assert [list(row) for row in saved["rows"]] == [[field.name for field in fields(Row)]] * 4
     assert [row["median_ms"] for row in saved["rows"]] == [row.median_ms for row in record.rows]
     assert saved["options"]["models"] == ["one.onnx", "two.onnx"]
+
+
+def test_the_example_of_the_reference_runs(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = files[0].parent
+    for path, name in zip(files, ("model.onnx", "model_fp16.onnx"), strict=True):
+        path.rename(folder / name)
+    monkeypatch.chdir(folder)
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(source.replace("seconds=1", "seconds=0.05"), "api.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert re.search(r"^model_fp16\.onnx, 2 step\(s\): \d+\.\d\d ms, \d+\.\d\dx$", shown, re.MULTILINE)
+    assert (folder / "bench.json").exists()
 
 
 def test_a_wrong_answer_raises_and_with_keep_going_is_in_the_record(files: tuple[Path, Path]) -> None:

@@ -207,7 +207,7 @@ def test_a_noisy_machine_is_named_with_its_reason(
     times: dict[str, list[float]], load: float | None, steal: float | None, words: str
 ) -> None:
     warning = timing.noise_warning(times, load=load, steal=steal) or ""
-    assert warning.startswith("the machine is too noisy to believe small differences: ")
+    assert warning.startswith("the machine is too noisy to trust small differences: ")
     assert words in warning
     assert ";" not in warning, "one reason"
 

@@ -24,7 +24,7 @@ from helpers import ROOT
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("cmfast", "cmfast_train", "cmfast_export")
+PACKAGES = ("cmfast", "cmfast.bench", "cmfast_train", "cmfast_export")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="needs the repository")
 
@@ -163,10 +163,16 @@ def test_drawings_are_wellformed_and_have_a_title_for_those_who_do_not_see_them(
 
 
 def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
-    """Here or in test_readme.py, which runs those of the README and of quickstart.md."""
+    """Here, in test_readme.py (the README and quickstart.md) or in tests/bench/test_comparison.py (api.md)."""
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
     found = {page: len(examples(page)) for page in pages if examples(page)}
-    assert found == {"README.md": 1, "docs/edge.md": 1, "docs/extending.md": 4, "docs/quickstart.md": 1}
+    assert found == {
+        "README.md": 1,
+        "docs/api.md": 1,
+        "docs/edge.md": 1,
+        "docs/extending.md": 4,
+        "docs/quickstart.md": 1,
+    }
 
 
 def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
