@@ -147,26 +147,26 @@ def masks(device: str) -> Line:
 
     ok: both draw the same dropout masks, in both memory formats. Other masks differ by about the size of the output.
     """
-    from cmfast_train.training.step_networks import Asked, Student
+    from cmfast_train.training.step_networks import StepNetworks, Student
 
     model = random_model("digits")
     config = dataclasses.replace(model.network, dropout=0.3, attention=(4,))  # type: ignore[type-var]
     network = type(random_model("digits").denoiser().network)(config)
     randomise(network)
     denoiser = dataclasses.replace(model, network=config, weights=network.state_dict()).denoiser()
-    student = Student(denoiser.to(device), adaptive=False).train()
+    student = Student(denoiser.to(device), log_variance=False).train()
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, *model.spec.image, generator=generator).to(device)
-    sigma, label = torch.full((4,), 2.0, device=device), torch.arange(4, device=device)
+    sigma, conditions = torch.full((4,), 2.0, device=device), {"label": torch.arange(4, device=device)}
     found = {}
     for name, layout in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
         student.to(memory_format=layout)
-        asked = Asked(student, student, None, None, False, devices)
+        networks = StepNetworks(student, student, None, None, False, devices)
         with arithmetic(tf32=False):
             torch.manual_seed(1)
-            along, _ = asked.output_along(x, sigma, label, None, x, sigma)
-            output, _ = asked.output(x, sigma, label)
+            along, _ = networks.output_along(x, sigma, conditions, None, x, sigma)
+            output, _ = networks.output(x, sigma, conditions)
         found[name] = float((along - output).abs().max() / output.abs().max())
     return {"kind": "masks", **found, "allowed": 1e-3, "ok": max(found.values()) <= 1e-3}
 

@@ -51,11 +51,11 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import load_data, to_unit_range
-from cmfast_train.methods.objectives import METHODS, Step
+from cmfast_train.methods.step import Step
 from cmfast_train.networks.build import build_network
 from cmfast_train.torchvision_cpu import torchvision_datasets
 from cmfast_train.training.run import Run
-from cmfast_train.training.trainer import _accelerator, steps
+from cmfast_train.training.trainer import accelerator_of, steps
 
 REFERENCE = "the first public implementation"
 LEVELS = 16  # noise levels in the first of their 100 epochs
@@ -254,7 +254,7 @@ def train_ours(link: Connection, options: Options, name: str) -> None:
     """Run our loop."""
     config = config_of(options, *OURS[name])
     data = load_data(config, options.data)
-    run = Run(config, Path("unused"), _accelerator(config), len(data), data.classes)
+    run = Run(config, Path("unused"), accelerator_of(config), len(data), data.classes)
     sys.path.insert(0, str(options.reference))
     images = to_unit_range(data.__getitems__(list(range(COMPARED)))[0])
     link.send(
@@ -301,18 +301,17 @@ def compare(run: Run, x0: Tensor, options: Options, name: str) -> dict[str, floa
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     uniform = torch.rand(len(x0), 4, generator=generator, device=x0.device)
     with run.accelerator.autocast():
-        losses, sigma = METHODS["ct"](
+        losses, sigma = run.phase.row.function()(
             Step(
-                phase=run.phase,
+                hyper=run.phase.hyper,
                 spec=run.spec,
                 networks=run.networks,
                 distance=run.distance,
-                done=0,
-                steps=run.config.steps(run.phase),
+                constants=run.phase.constants(0, run.config.steps(run.phase)),
                 x0=x0,
                 noise=noise,
                 uniform=uniform,
-                label=None,
+                conditions={},
             )
         )
         loss = losses.mean() / math.prod(run.spec.image)  # theirs is a mean over pixels

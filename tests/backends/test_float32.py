@@ -29,7 +29,7 @@ from cmfast_train.evaluation.features import Pixels, extract
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.training import float32 as in_torch
 from cmfast_train.training import step_graph, trainer
-from cmfast_train.training.step_networks import Asked, Student
+from cmfast_train.training.step_networks import StepNetworks, Student
 
 CPU = torch.device("cpu")
 
@@ -185,9 +185,9 @@ def test_central_differences_run_with_cudnn_and_without_tensorfloat(before: dict
             image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(), head_channels=32
         )
     )
-    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8), c_noise="ln/4")), adaptive=False)
+    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8), c_noise="ln/4")), log_variance=False)
     x, sigma = torch.ones(2, 1, 8, 8), torch.tensor([0.5, 5.0])
-    Asked(student, student, None, None, True, []).output_along(x, sigma, None, None, x, sigma)
+    StepNetworks(student, student, None, None, True, []).output_along(x, sigma, {}, None, x, sigma)
     inside, outside = seen[1:], seen[:1]  # the output is the run's, the two ends of the difference are exact
     assert len(inside) == 2
     for each in inside:

@@ -18,7 +18,7 @@ from cmfast_train.data.images import Batch, load_data
 from cmfast_train.networks.adm import randomise
 from cmfast_train.training.run import Run
 from cmfast_train.training.step import optimise
-from cmfast_train.training.trainer import _accelerator
+from cmfast_train.training.trainer import accelerator_of
 
 ALL = slice(None)
 TINY = [
@@ -46,7 +46,7 @@ def data() -> Any:
 
 def new_run(out: Path, *settings: str, lively: bool = True) -> Run:
     config = override(PRESETS["digits"], [*TINY, *settings])
-    run = Run(config, out, _accelerator(config), len(data()), data().classes)
+    run = Run(config, out, accelerator_of(config), len(data()), data().classes)
     if lively:
         for seed, module in enumerate(filter(None, (run.denoiser, run.target, run.teacher))):
             randomise(module.network, seed)
@@ -62,7 +62,8 @@ def take_steps(run: Run, take: Any, count: int) -> list[tuple[Tensor, Tensor]]:
     """Take so many steps; return the loss and noise level of each image in each."""
     results = []
     for images, label in islice(batches_of(run), count):
-        results.append(take(run.images // run.config.batch, images, label, ALL))
+        conditions = {"label": label} if run.spec.classes else {}
+        results.append(take(run.images // run.config.batch, images, conditions, ALL))
         run.step += 1
     return results
 

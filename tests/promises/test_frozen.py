@@ -39,6 +39,18 @@ PUBLIC: dict[str, str] = {}  # names and parameters of the API; a method is "Mod
 KEYS: dict[str, str] = {}  # of `cmfast-info --json`
 WORDS: dict[str, str] = {}  # values of a spec, such as a scaling
 SETTINGS: dict[str, str] = {}  # names of --set as config.json has them
+# In 0.1.0 every phase had the hyperparameters of all methods. Of those that its method does not use, the values in
+# files are still read, but no longer written, and setting one is refused: it had no effect.
+OF_ALL = {"method", "images", "lr", "lr_warmup", "lr_decay", "ema", "clip_norm"}
+USED = {
+    "edm": {"p_mean", "p_std"},
+    "ct": {"s0", "s1", "loss", "huber", "mu", "mu0"},
+    "cd": {"s0", "s1", "loss", "huber", "mu", "mu0", "solver"},
+    "ict": {"p_mean", "p_std", "s0", "s1", "loss", "huber"},
+    "ect": {"p_mean", "p_std", "q", "k", "b", "stages", "loss", "huber"},
+    "sct": {"p_mean", "p_std", "warmup", "tangent_c", "adaptive", "derivative"},
+    "scd": {"p_mean", "p_std", "warmup", "tangent_c", "adaptive", "derivative"},
+}
 
 # Of the largest value of an image. float32 rounds at 6e-8 and sums in another order on another machine.
 FLOAT32 = 1e-5
@@ -222,7 +234,9 @@ def test_every_command_is_there() -> None:
 
 
 def test_every_setting_is_taken_and_written_as_it_was(command: Command) -> None:
-    words = [word for text in EXPECTED["settings"] for word in ("--set", text)]
+    settings = [text for text in EXPECTED["settings"] if is_used(text.partition("=")[0])]
+    assert len(settings) == len(EXPECTED["settings"]) - 12
+    words = [word for text in settings for word in ("--set", text)]
     result = command("cmfast-train", "digits", "--out", "never", "--dry-run", *words)
     assert result.returncode == 0, result.stderr
     got, want = json.loads(result.stdout), EXPECTED["config"]
@@ -230,7 +244,21 @@ def test_every_setting_is_taken_and_written_as_it_was(command: Command) -> None:
         if name != "phases":
             assert got[SETTINGS.get(name, name)] == (WORDS.get(value, value) if isinstance(value, str) else value), name
     for phase, was in zip(got["phases"], want["phases"], strict=True):
-        assert {SETTINGS.get(name, name): value for name, value in was.items()}.items() <= phase.items()
+        names = OF_ALL | USED[was["method"]]
+        assert {SETTINGS.get(name, name): was[name] for name in names} == phase
+
+
+def is_used(name: str) -> bool:
+    """Return whether a setting of 0.1.0, such as batch or ect.q, had an effect."""
+    method, dot, field = name.partition(".")
+    return not dot or field in OF_ALL | USED[method]
+
+
+def test_a_setting_that_had_no_effect_is_refused_by_name(command: Command) -> None:
+    for text in (text for text in EXPECTED["settings"] if not is_used(text.partition("=")[0])):
+        result = command("cmfast-train", "digits", "--out", "never", "--dry-run", "--set", text)
+        assert result.returncode == 2
+        assert f"--set {text}: ect has no such field" in result.stderr
 
 
 @pytest.mark.parametrize("line", EXPECTED["exit_codes"], ids=lambda line: " ".join(line["command"]))

@@ -218,7 +218,7 @@ def private_imports(module: str, source: str) -> list[str]:
 STILL_PRIVATE = {
     "cmfast.backends._clock", "cmfast.backends._cuda", "cmfast.backends._onnxruntime_float32",
     "cmfast.backends._onnxruntime_library", "cmfast.backends._origin", "cmfast.backends._tensorrt_library",
-    "cmfast.cli.info._lines", "cmfast_train.kernels.group_norm._check", "cmfast_train.training.trainer._accelerator",
+    "cmfast.cli.info._lines", "cmfast_train.kernels.group_norm._check",
 }  # fmt: skip
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Training of consistency models with PyTorch. Start reading at `methods.losses`, then `training.trainer`."""
+"""Training of consistency models with PyTorch. Start reading at `methods.consistency`, then `training.trainer`."""

@@ -23,8 +23,8 @@ from cmfast.formats.table import read_manifest
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.config.overrides import override
-from cmfast_train.config.phase import DISTILL, METHODS
 from cmfast_train.config.presets import PRESETS
+from cmfast_train.methods import find, names
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.trainer import train
 from helpers.runs import TINY, assert_equal_to_the_bit, losses_of, run_here, weights_of
@@ -98,7 +98,7 @@ def assert_equal_folders(one: Path, two: Path, why: str) -> None:
 
 def test_every_method_is_in_a_run_below() -> None:
     configs = [override(PRESETS["digits"], settings) for settings in RUNS.values()]
-    assert {phase.method for config in configs for phase in config.phases} == set(METHODS)
+    assert {phase.method for config in configs for phase in config.phases} == set(names())
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "edm, ect"])  # test_loop has it, by the command
@@ -191,9 +191,9 @@ def test_a_network_of_two_times_does_not_go_to_diffusers(
 # When it stops by itself.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names())
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_noise_levels(method: str, tmp_path: Path) -> None:
-    teacher = "edm:8," if method in DISTILL else ""
+    teacher = "edm:8," if find(method).distils else ""
     phases = f"phases={teacher}{'pd/2' if method == 'pd' else method}:800"
     with pytest.raises(CheckFailed) as raised:
         run_here(tmp_path / "run", phases, f"{method}.lr=1e30", "checkpoint_images=800")

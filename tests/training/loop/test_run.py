@@ -17,7 +17,7 @@ from cmfast_train.cli import ema
 from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.methods.schedules import pd_levels
+from cmfast_train.methods.schedules import pd_sigmas
 from cmfast_train.training.trainer import train
 from helpers.runs import TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 
@@ -33,7 +33,7 @@ def test_each_phase_leaves_a_model_that_says_how_it_is_sampled(tmp_path: Path) -
     specs = [load_checkpoint(file).spec for file in files]
     for n, spec in zip((8, 4, 2, 1), specs[1:], strict=True):
         assert spec.renoise == "ddim"
-        assert spec.sigmas == {n: pd_levels(n, 0.002, 80.0)}
+        assert spec.sigmas == {n: pd_sigmas(n, 0.002, 80.0)}
     plain = replace(override(PRESETS["digits"], TINY).spec(10), class_names=tuple("0123456789"))
     assert specs[0] == plain
     assert load_checkpoint(tmp_path / "run" / "model.pt").spec == plain

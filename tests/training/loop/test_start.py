@@ -211,9 +211,25 @@ def test_a_model_of_other_images_or_classes_is_refused(
         ("seed", {}, ["phases=ect:8", "conditional=false", "dropout=0.1"], "no dropout; add --set dropout=0"),
         ("adm", {"scaling": "edm"}, ["phases=mf:8"], "mf needs a network that takes two times; this one takes one"),
         ("adm", {"scaling": "flow"}, ["phases=mf:8"], "mf needs a network that takes two times"),
-        ("adm, two times", {"scaling": "edm"}, ["phases=mf:8"], "mf continues models of mf only; this one has scaling"),
-        ("adm, two times", {"scaling": "flow"}, ["phases=sct:8"], "trigflow, edm or boundary, not flow"),
-        ("adm", {"scaling": "seed"}, ["phases=scd:8"], "trigflow, edm or boundary, not seed"),
+        (
+            "adm, two times",
+            {"scaling": "edm"},
+            ["phases=mf:8"],
+            "mf needs scaling flow and c_noise flow or",
+        ),
+        (
+            "adm, two times",
+            {"scaling": "flow"},
+            ["phases=sct:8"],
+            "trigflow or edm or boundary, got scaling flow",
+        ),
+        ("adm, two times", {"scaling": "flow", "c_noise": "ln/4"}, ["phases=mf:8"], "and c_noise ln/4"),
+        (
+            "adm",
+            {"scaling": "seed"},
+            ["phases=scd:8"],
+            "trigflow or edm or boundary, got scaling seed",
+        ),
         (
             "adm",
             {"sigma_max": 90.0},

@@ -22,7 +22,6 @@ from cmfast_train.backends.torch_cuda import WARM_UPS
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.batches import batches
-from cmfast_train.methods.objectives import constants
 from cmfast_train.training import run as run_module
 from cmfast_train.training import step_graph
 from cmfast_train.training.run import Run
@@ -110,7 +109,7 @@ def test_recorded_steps_are_the_plain_steps_to_the_bit(case: str, tmp_path: Path
     want = take_steps(plain, functools.partial(optimise, plain), count)
     got = take_steps(recorded, RecordedSteps(recorded, graphs.record), count)
     assert plain.step == recorded.step == count
-    numbers = {constants(plain.phase, step, count) for step in range(count)}
+    numbers = {plain.phase.constants(step, count) for step in range(count)}
     assert graphs.recorded >= min(len(numbers), 2), "what changed was not recorded anew"
     assert graphs.replayed >= count / 2
     for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
@@ -126,7 +125,7 @@ def test_a_number_that_is_not_among_the_constants_is_noticed_here(
     plain, recorded = (new_run(tmp_path, *CASES["ect"]) for _ in range(2))
     count = plain.config.images // plain.config.batch
     take_steps(plain, functools.partial(optimise, plain), count)
-    monkeypatch.setattr(step_graph, "constants", lambda *_: ())  # a method forgets to say its stage
+    monkeypatch.setattr(step_graph, "constants_of", lambda *_: ())  # a method forgets to say its stage
     take_steps(recorded, RecordedSteps(recorded, Graphs().record), count)
     assert not same(state_of(recorded), state_of(plain))
 

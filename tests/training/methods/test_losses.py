@@ -15,23 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.methods.losses import (
-    consistency_loss,
-    edm_loss,
-    l1,
-    l2,
-    meanflow_target,
-    noised,
-    ode_step,
-    progressive_loss,
-    pseudo_huber,
-    same_dropout,
-    scm_target,
-    weighted_by_itself,
-)
-from cmfast_train.methods.schedules import ct_pair, pd_steps
+from cmfast_train.methods.consistency import consistency_loss, ct_pair
+from cmfast_train.methods.continuous import scm_target
+from cmfast_train.methods.diffusion import edm_loss
+from cmfast_train.methods.distances import l1, l2, pseudo_huber
+from cmfast_train.methods.meanflow import meanflow_target, self_weighted
+from cmfast_train.methods.paths import Conditions, noised, ode_step
+from cmfast_train.methods.progressive import pd_steps, progressive_loss
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.parallel import jvp
+from cmfast_train.training.step_networks import same_dropout
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 SHAPE = (2, 3, 3)
@@ -52,7 +45,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return self.a * x / (1 + sigma[:, None, None, None])
 
 
@@ -62,10 +55,10 @@ class Scaled(nn.Module):
 def test_the_edm_loss_of_the_perfect_denoiser_of_one_data_point_is_zero() -> None:
     point = some(1)
     sigma = levels(0.002, 0.5, 80)
-    loss = edm_loss(lambda x, sigma, label: point, point.expand(3, *SHAPE), sigma, some(3, seed=1), None, SIGMA_DATA)
+    loss = edm_loss(lambda x, sigma, conditions: point, point.expand(3, *SHAPE), sigma, some(3, seed=1), {}, SIGMA_DATA)
     assert loss.tolist() == [0, 0, 0]
     worse = edm_loss(
-        lambda x, sigma, label: point + 0.1, point.expand(3, *SHAPE), sigma, some(3, seed=1), None, SIGMA_DATA
+        lambda x, sigma, conditions: point + 0.1, point.expand(3, *SHAPE), sigma, some(3, seed=1), {}, SIGMA_DATA
     )
     assert (worse > 0).all()
 
@@ -75,20 +68,20 @@ def test_the_edm_weight_makes_every_noise_level_count_the_same(sigma: float, sig
     # Off by one unit of the network's output, that is by c_out: EDM, eq. 8, lambda = 1 / c_out^2.
     c_out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
     x0 = some(4)
-    loss = edm_loss(lambda x, s, label: x0 + c_out, x0, levels(*[sigma] * 4), some(4, seed=1), None, sigma_data)
+    loss = edm_loss(lambda x, s, conditions: x0 + c_out, x0, levels(*[sigma] * 4), some(4, seed=1), {}, sigma_data)
     np.testing.assert_allclose(loss, np.ones(4), rtol=1e-9)
 
 
-def test_the_edm_denoiser_sees_the_image_with_noise_of_its_level_and_the_label() -> None:
-    x0, noise, sigma, label = some(3), some(3, seed=1), levels(0.1, 1, 10), torch.tensor([4, 5, 6])
+def test_the_edm_denoiser_sees_the_image_with_noise_of_its_level_and_the_conditions() -> None:
+    x0, noise, sigma, conditions = some(3), some(3, seed=1), levels(0.1, 1, 10), {"label": torch.tensor([4, 5, 6])}
 
-    def denoise(x: Tensor, s: Tensor, given_label: Tensor | None) -> Tensor:
+    def denoise(x: Tensor, s: Tensor, given: Conditions) -> Tensor:
         np.testing.assert_array_equal(x, x0 + sigma[:, None, None, None] * noise)
         np.testing.assert_array_equal(s, sigma)
-        assert given_label is label
+        assert given is conditions
         return x0
 
-    assert edm_loss(denoise, x0, sigma, noise, label, SIGMA_DATA).shape == (3,)
+    assert edm_loss(denoise, x0, sigma, noise, conditions, SIGMA_DATA).shape == (3,)
 
 
 # Consistency.
@@ -100,21 +93,19 @@ def pair_loss(
     """Return the loss of the two points of one noising path."""
     z = some(len(x0), *x0.shape[1:], seed=1) if z is None else z
     below = torch.where(r > SIGMA_MIN, r, 0)
-    return consistency_loss(
-        denoise, target, distance, noised(x0, t, z), t, noised(x0, below, z), below, None, SIGMA_MIN
-    )
+    return consistency_loss(denoise, target, distance, noised(x0, t, z), t, noised(x0, below, z), below, {}, SIGMA_MIN)
 
 
 def test_without_a_second_level_the_target_is_the_image() -> None:
     x0, t = some(3), levels(0.5, 5, 80)
 
-    def target(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def target(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         assert (sigma >= SIGMA_MIN).all()  # below it the logarithm of the noise embedding has no meaning
         return torch.full_like(x, 1e6)
 
     for r in (levels(0, 0, 0), levels(0.001, 0, SIGMA_MIN)):
-        assert pair_loss(lambda x, sigma, label: x0, target, x0, t, r).tolist() == [0, 0, 0]
-    assert (pair_loss(lambda x, sigma, label: x0, target, x0, t, levels(0.003, 0.1, 1)) > 1e4).all()
+        assert pair_loss(lambda x, sigma, conditions: x0, target, x0, t, r).tolist() == [0, 0, 0]
+    assert (pair_loss(lambda x, sigma, conditions: x0, target, x0, t, levels(0.003, 0.1, 1)) > 1e4).all()
 
 
 DISTANCES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -150,7 +141,7 @@ def test_consistency_training_is_algorithm_3_with_a_fixed_grid() -> None:
     x0, z = some(b), some(b, seed=1)
     t, r = ct_pair(n, uniform, SIGMA_MIN, SIGMA_MAX)
     x_t, x_r = noised(x0, t, z), noised(x0, r, z)
-    loss = consistency_loss(Scaled(0.9), Scaled(0.8), l2, x_t, t, x_r, r, None, SIGMA_MIN)
+    loss = consistency_loss(Scaled(0.9), Scaled(0.8), l2, x_t, t, x_r, r, {}, SIGMA_MIN)
 
     rho = 7  # from here on the paper, in numpy
     for image in range(b):
@@ -170,10 +161,10 @@ def test_a_model_that_is_constant_along_a_path_has_no_loss_at_any_pair() -> None
     grid = levels(*karras_sigmas(40)[::-1])
     x0, z = some(38), some(38, seed=1)
 
-    def exact(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def exact(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return x - sigma[:, None, None, None] * z  # knows the noise: both ends of every path map to x0
 
-    def zero(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def zero(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return x * 0  # the constant map is consistent as well; what forbids it is the boundary condition
 
     for model in (exact, zero):
@@ -184,7 +175,7 @@ def test_a_model_that_is_constant_along_a_path_has_no_loss_at_any_pair() -> None
 # The probability-flow ODE, and progressive distillation.
 
 
-def gaussian(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+def gaussian(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
     """The exact denoiser of Gaussian data of standard deviation 1/2 around 0."""
     return 0.25 * x / (0.25 + sigma[:, None, None, None] ** 2)
 
@@ -196,7 +187,7 @@ def test_steps_along_the_ode_have_their_order_of_accuracy(second_order: bool, or
     def error(n: int) -> float:
         x, grid = start, karras_sigmas(n)
         for t, r in itertools.pairwise(grid):
-            x = ode_step(gaussian, x, levels(t), levels(r), None, second_order)
+            x = ode_step(gaussian, x, levels(t), levels(r), {}, second_order)
         exact = start * ((0.25 + grid[-1] ** 2) / (0.25 + grid[0] ** 2)) ** 0.5
         return float((x - exact).norm())
 
@@ -209,16 +200,16 @@ def test_one_step_towards_the_target_arrives_where_the_teachers_two_steps_do() -
     x = noised(some(8), t, some(8, seed=1))
     seen: list[Tensor] = []
 
-    def student(x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    def student(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         seen.append(x)
         return target
 
-    two = ode_step(gaussian, ode_step(gaussian, x, t, middle, None), middle, r, None)
+    two = ode_step(gaussian, ode_step(gaussian, x, t, middle, {}), middle, r, {})
     ratio = (r / t)[:, None, None, None]
     target = (two - ratio * x) / (1 - ratio)  # arXiv:2202.00512, Algorithm 2, with alpha = 1
-    np.testing.assert_allclose(progressive_loss(student, gaussian, x, t, middle, r, None), np.zeros(8), atol=1e-12)
-    np.testing.assert_allclose(ode_step(student, seen[0], t, r, None), two, atol=1e-12)
-    off = progressive_loss(lambda x, s, _: target + 0.1, gaussian, x, t, middle, r, None)
+    np.testing.assert_allclose(progressive_loss(student, gaussian, x, t, middle, r, {}), np.zeros(8), atol=1e-12)
+    np.testing.assert_allclose(ode_step(student, seen[0], t, r, {}), two, atol=1e-12)
+    off = progressive_loss(lambda x, s, _: target + 0.1, gaussian, x, t, middle, r, {})
     np.testing.assert_allclose(off, np.maximum(1 / t.numpy() ** 2, 1) * 0.01 * target[0].numel(), rtol=1e-6)
 
 
@@ -235,7 +226,7 @@ def test_the_tangent_of_the_exact_consistency_function_is_zero() -> None:
         t = torch.atan(s / SIGMA_DATA)
         return (t.cos() ** 2 * x - x * SIGMA_DATA / (SIGMA_DATA**2 + s**2) ** 0.5) / (t.sin() * SIGMA_DATA)
 
-    image = gaussian(x, sigma, None)
+    image = gaussian(x, sigma, {})
     noise = (x - image) / sigma[:, None, None, None]
     said, tangent = jvp(f_output, (x, sigma), (sigma[:, None, None, None] * noise, sigma))
     target = scm_target(said, tangent, x, sigma, image, noise, SIGMA_DATA)
@@ -273,7 +264,7 @@ def test_meanflows_target_is_the_average_velocity_of_an_exact_flow() -> None:
 
 def test_a_loss_weighted_by_itself_has_the_gradient_of_its_power() -> None:
     error = levels(0.1, 1, 100).requires_grad_()
-    weighted_by_itself(error, 0.75, c=0.0).sum().backward()
+    self_weighted(error, 0.75, c=0.0).sum().backward()
     np.testing.assert_allclose(error.grad, error.detach() ** -0.75, rtol=1e-12)
 
 
@@ -292,7 +283,7 @@ def test_no_gradient_flows_through_the_target() -> None:
     assert both.a.grad == student.a.grad
 
     middle, teacher, pupil = levels(4.5, 9), Scaled(0.8), Scaled(0.9)
-    progressive_loss(pupil, teacher, x0, t, middle, r, None).sum().backward()
+    progressive_loss(pupil, teacher, x0, t, middle, r, {}).sum().backward()
     assert teacher.a.grad is None
     assert pupil.a.grad is not None
 
@@ -311,15 +302,15 @@ def dropped() -> Callable[..., Tensor]:
     )
     network = AdmUnet(config).train()
     randomise(network)
-    return lambda x, sigma, label: network(x, sigma.log())
+    return lambda x, sigma, conditions: network(x, sigma.log())
 
 
 def test_the_two_ends_of_a_pair_see_the_same_dropout_masks(dropped: Callable[..., Tensor]) -> None:
     x, sigma = some(2, 1, 8, 8).float(), torch.tensor([1.0, 2.0])
     torch.manual_seed(3)
-    first = same_dropout(dropped, [])(x, sigma, None)
-    second = dropped(x, sigma, None)
-    third = dropped(x, sigma, None)
+    first = same_dropout(dropped, [])(x, sigma, {})
+    second = dropped(x, sigma, {})
+    third = dropped(x, sigma, {})
     np.testing.assert_array_equal(first.detach(), second.detach())
     assert not torch.equal(second, third)  # without it they would differ
 
@@ -328,13 +319,13 @@ def test_a_pair_at_one_level_has_no_loss_under_dropout(dropped: Callable[..., Te
     x, t = some(2, 1, 8, 8).float(), torch.tensor([1.0, 2.0])
     torch.manual_seed(3)
     same = same_dropout(dropped, [])
-    assert consistency_loss(dropped, same, l2, x, t, x, t, None, SIGMA_MIN).tolist() == [0, 0]
+    assert consistency_loss(dropped, same, l2, x, t, x, t, {}, SIGMA_MIN).tolist() == [0, 0]
     # What other masks would cost.
-    assert (consistency_loss(dropped, dropped, l2, x, t, x, t, None, SIGMA_MIN) > 0).all()
+    assert (consistency_loss(dropped, dropped, l2, x, t, x, t, {}, SIGMA_MIN) > 0).all()
 
 
 def test_the_next_step_draws_other_masks(dropped: Callable[..., Tensor]) -> None:
     x, sigma = some(2, 1, 8, 8).float(), torch.tensor([1.0, 2.0])
     teach = same_dropout(dropped, [])
-    outputs = [(teach(x, sigma, None), dropped(x, sigma, None))[1] for _ in range(2)]
+    outputs = [(teach(x, sigma, {}), dropped(x, sigma, {}))[1] for _ in range(2)]
     assert not torch.equal(*outputs)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.spec import ModelSpec
-from cmfast_train.config.phase import CONTINUOUS, PHASE_DEFAULTS, Phase
-from cmfast_train.config.phase import METHODS as NAMES
+from cmfast_train.config.phase import Phase
+from cmfast_train.config.phase import phase as new_phase
 from cmfast_train.denoiser import Denoiser, denoised
-from cmfast_train.methods.objectives import METHODS, Step, distance_of, target_decay
+from cmfast_train.methods import find, names
+from cmfast_train.methods.distances import distance_of
+from cmfast_train.methods.step import Step
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.training.ema import update_ema
-from cmfast_train.training.step_networks import Asked, Student
+from cmfast_train.training.step_networks import StepNetworks, Student
 
 MEAN, STD = 0.3, 0.5  # of the data, one pixel
 SIGMAS = (0.02, 0.1, 0.5, 1.0, 3.0, 10.0, 80.0)  # where the model is compared with the solution
@@ -60,16 +63,15 @@ def solution(x: Tensor, sigma: float, sigma_min: float) -> Tensor:
 
 
 def spec_of(method: str) -> ModelSpec:
-    scaling, c_noise = {"sct": ("trigflow", "trig"), "scd": ("trigflow", "trig"), "mf": ("flow", "flow")}.get(
-        method, ("edm" if method == "pd" else "boundary", "ln/4")
-    )
-    return ModelSpec(image=(1, 1, 1), scaling=scaling, c_noise=c_noise)
+    row = find(method)
+    scaling = row.scaling or ("edm" if method == "pd" else "boundary")
+    return ModelSpec(image=(1, 1, 1), scaling=scaling, c_noise=row.c_noise or "ln/4")
 
 
 def new_student(method: str) -> Student:
     torch.manual_seed(0)
     spec = spec_of(method)
-    return Student(Denoiser(Affine(method == "mf"), spec), adaptive=method in CONTINUOUS)
+    return Student(Denoiser(Affine(find(method).second_time), spec), new_phase(method, 1).needs.log_variance)
 
 
 def copy_of(denoiser: Denoiser) -> Denoiser:
@@ -82,32 +84,32 @@ def train(phase: Phase, steps: int, student: Student, teacher: Any, lr: float, s
     """Train the student by the phase's method with a falling learning rate; return the averaged model."""
     generator = torch.Generator().manual_seed(seed)
     average = copy_of(student.denoiser)
-    target = copy_of(student.denoiser) if target_decay(phase, 0, steps) is not None else None
-    networks = Asked(student, student, target, teacher, phase.derivative == "finite", [])
+    decay = phase.row.target_decay
+    target = copy_of(student.denoiser) if decay is not None else None
+    networks = StepNetworks(student, student, target, teacher, phase.needs.finite, [])
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     for done in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - done / steps)
         x0 = MEAN + STD * torch.randn(BATCH, 1, 1, 1, generator=generator)
         step = Step(
-            phase=phase,
+            hyper=phase.hyper,
             spec=student.denoiser.spec,
             networks=networks,
-            distance=distance_of(phase, 1, None),
-            done=done,
-            steps=steps,
+            distance=distance_of(phase.needs, 1, None),
+            constants=phase.constants(done, steps),
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
             uniform=torch.rand(BATCH, 4, generator=generator),
-            label=None,
+            conditions={},
         )
-        loss, sigma = METHODS[phase.method](step)
+        loss, sigma = phase.row.function()(step)
         assert loss.shape == sigma.shape == (BATCH,)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(average.parameters(), student.denoiser.parameters(), min(0.99, done / (done + 10)))
-        if target is not None:
-            update_ema(target.parameters(), student.denoiser.parameters(), target_decay(phase, done, steps) or 0.0)
+        if target is not None and decay is not None:
+            update_ema(target.parameters(), student.denoiser.parameters(), decay(phase.hyper, done, steps))
     return average.eval().requires_grad_(False)
 
 
@@ -123,7 +125,7 @@ def worst_error(denoiser: Any, truth: Any, sigmas: tuple[float, ...] = SIGMAS) -
 
 
 def phase_of(method: str, **values: Any) -> Phase:
-    return Phase(**{"method": method, "images": 1, **PHASE_DEFAULTS[method], **values})
+    return new_phase(method, 1, **values)
 
 
 def exact_of(spec: ModelSpec) -> Any:
@@ -131,9 +133,12 @@ def exact_of(spec: ModelSpec) -> Any:
     return lambda x, sigma: exact(x, torch.full([len(x)], sigma))
 
 
-def test_every_method_of_the_configuration_is_there_and_no_other() -> None:
-    assert tuple(METHODS) == NAMES == tuple(PHASE_DEFAULTS)
-    assert all(METHODS[name].__doc__ for name in NAMES)
+@pytest.mark.parametrize("name", names())
+def test_a_row_has_a_step_function_a_paper_and_words_for_each_hyperparameter(name: str) -> None:
+    row = find(name)
+    assert row.function().__doc__
+    assert "arXiv" in row.paper
+    assert all(field.metadata["about"] for field in dataclasses.fields(row.hyper))
 
 
 # What each converges to. Steps and rates are what the error of 0.02 needs, not a recipe.
@@ -227,20 +232,20 @@ def adm(dropout: float = 0.0, two_times: bool = False) -> AdmUnet:
 def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str, c_noise: str) -> None:
     spec = ModelSpec(image=(1, 8, 8), classes=3, scaling=scaling, c_noise=c_noise)
     two_times = scaling == "flow"
-    student = Student(Denoiser(adm(two_times=two_times), spec), adaptive=False).double()
+    student = Student(Denoiser(adm(two_times=two_times), spec), log_variance=False).double()
     student.denoiser.trunk = torch.float64
-    networks = Asked(student, student, None, None, False, [])
+    networks = StepNetworks(student, student, None, None, False, [])
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.05, 0.4, 2.0, 40.0], dtype=torch.float64)
     x, dx = (torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    label, second = torch.tensor([0, 1, 2, 0]), 0.5 * sigma if two_times else None
+    conditions, second = {"label": torch.tensor([0, 1, 2, 0])}, 0.5 * sigma if two_times else None
     x, dx = (1 + sigma)[:, None, None, None] * x, sigma[:, None, None, None] * dx
-    said, tangent = networks.output_along(x, sigma, label, second, dx, sigma)
-    np.testing.assert_array_equal(said, student(x, sigma, label, second)[0].detach())
+    f, tangent = networks.output_along(x, sigma, conditions, second, dx, sigma)
+    np.testing.assert_array_equal(f, student(x, sigma, conditions, second)[0].detach())
 
     h = 1e-5
     with torch.no_grad():
-        ahead, behind = (student(x + s * h * dx, sigma + s * h * sigma, label, second)[0] for s in (1, -1))
+        ahead, behind = (student(x + s * h * dx, sigma + s * h * sigma, conditions, second)[0] for s in (1, -1))
     difference = (ahead - behind) / (2 * h)
     assert difference.abs().max() > 0.1
     np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)  # h^2 and rounding over h
@@ -267,28 +272,32 @@ NETWORKS = {
 def test_all_evaluations_of_a_step_draw_the_same_dropout_masks(name: str, channels_last: bool, finite: bool) -> None:
     network = NETWORKS[name]()
     randomise(network)
-    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), adaptive=False).train()
+    student = Student(
+        Denoiser(network, ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False
+    ).train()
     if channels_last:
         student.to(memory_format=torch.channels_last)
-    networks = Asked(student, student, None, None, finite, [])
-    x, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 1, 2])
+    networks = StepNetworks(student, student, None, None, finite, [])
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    conditions = {"label": torch.tensor([0, 1, 2])}
     torch.manual_seed(3)
-    along, _ = networks.output_along(x, sigma, label, None, x, sigma)
-    itself = networks.itself(x, sigma, label)
-    output = networks.output(x, sigma, label)[0].detach()
-    again = networks.output(x, sigma, label)[0].detach()
+    along, _ = networks.output_along(x, sigma, conditions, None, x, sigma)
+    stopgrad = networks.stopgrad(x, sigma, conditions)
+    output = networks.output(x, sigma, conditions)[0].detach()
+    again = networks.output(x, sigma, conditions)[0].detach()
     np.testing.assert_allclose(along, output, atol=1e-4)  # another kernel of attention; masks move it by tenths
-    np.testing.assert_allclose(itself, denoised(output, x, sigma, student.denoiser.spec), atol=1e-4)
+    np.testing.assert_allclose(stopgrad, denoised(output, x, sigma, student.denoiser.spec), atol=1e-4)
     assert (again - output).abs().max() > 0.1
 
 
 def test_finite_differences_are_float32_whatever_the_run_computes_in() -> None:
-    student = Student(Denoiser(adm(), ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), adaptive=False)
-    x, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 1, 2])
+    student = Student(Denoiser(adm(), ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False)
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    conditions = {"label": torch.tensor([0, 1, 2])}
     tangents = []
     for finite in (False, True):
-        networks = Asked(student, student, None, None, finite, [])
+        networks = StepNetworks(student, student, None, None, finite, [])
         with torch.autocast("cpu", torch.bfloat16, enabled=finite):
-            tangents.append(networks.output_along(x, sigma, label, None, x, sigma)[1])
+            tangents.append(networks.output_along(x, sigma, conditions, None, x, sigma)[1])
     exact, found = tangents
     assert (found - exact).norm() < 0.01 * exact.norm()  # in bfloat16 the difference is ten times the derivative

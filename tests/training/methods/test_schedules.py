@@ -12,20 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.schedule import karras_sigmas
-from cmfast_train.methods.schedules import (
-    ct_ema,
-    ct_pair,
-    ct_scales,
-    ect_r,
-    flow_time,
-    ict_pair,
-    ict_scales,
-    lognormal,
-    meanflow_pair,
-    pd_levels,
-    pd_steps,
-    pseudo_huber_c,
-)
+from cmfast_train.methods.consistency import ct_pair, ect_r, ict_pair
+from cmfast_train.methods.meanflow import meanflow_pair
+from cmfast_train.methods.paths import flow_time, lognormal
+from cmfast_train.methods.progressive import pd_steps
+from cmfast_train.methods.schedules import ct_ema, ct_scales, ict_scales, pd_sigmas, pseudo_huber_c
 
 # s0, s1, mu0, K: {k: (N(k), mu(k) as in OpenAI's code, which divides by N - 1)}
 CT = {
@@ -202,7 +193,7 @@ def test_icts_pairs_never_leave_the_grid() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_a_student_of_n_steps_is_called_at_every_other_level_of_its_teacher(n: int) -> None:
-    student, teacher = pd_levels(n, 0.002, 80.0), pd_levels(2 * n, 0.002, 80.0)
+    student, teacher = pd_sigmas(n, 0.002, 80.0), pd_sigmas(2 * n, 0.002, 80.0)
     assert len(student) == n
     assert student[0] == 80
     np.testing.assert_allclose(teacher[::2], student, rtol=1e-12)
@@ -215,7 +206,7 @@ def test_a_student_of_n_steps_is_called_at_every_other_level_of_its_teacher(n: i
 
 def test_two_steps_of_progressive_distillation_have_their_golden_level() -> None:
     # Karras grid of 3: the middle of the seventh roots.
-    assert pd_levels(2, 0.002, 80.0)[1] == pytest.approx(2.515219, rel=1e-6)
+    assert pd_sigmas(2, 0.002, 80.0)[1] == pytest.approx(2.515219, rel=1e-6)
 
 
 def test_meanflows_times_are_logit_normal_and_most_pairs_are_equal() -> None:

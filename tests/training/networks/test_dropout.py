@@ -18,7 +18,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.training.step_networks import Asked, Student
+from cmfast_train.training.step_networks import StepNetworks, Student
 
 SHAPE: dict[str, Any] = {
     "image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1, "model_channels": 32, "dropout": 0.5,
@@ -64,7 +64,7 @@ def student_of(name: str, layout: torch.memory_format) -> Student:
     network = build_network(NETWORKS[name])
     randomise(network)
     denoiser = Denoiser(network, ModelSpec(image=(3, 8, 8), c_noise="ln/4")).train()
-    return Student(denoiser.to(memory_format=layout), adaptive=False)
+    return Student(denoiser.to(memory_format=layout), log_variance=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["plain", "channels_last"])
@@ -72,15 +72,15 @@ def student_of(name: str, layout: torch.memory_format) -> Student:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_derivative_and_gradient_pass_see_one_network(name: str, derivative: str, layout: torch.memory_format) -> None:
     student = student_of(name, layout)
-    networks = Asked(student, student, None, None, derivative == "finite", [])
+    networks = StepNetworks(student, student, None, None, derivative == "finite", [])
     x, dx = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 0.5, 2.0, 20.0])
     torch.manual_seed(0)
     with like_cuda():
-        said, _ = networks.output_along(x, sigma, None, None, dx, sigma)
-        output, _ = networks.output(x, sigma, None)
+        f, _ = networks.output_along(x, sigma, {}, None, dx, sigma)
+        output, _ = networks.output(x, sigma, {})
     # The same weights, inputs and masks: only sums in another order. With other masks: about the output's own size.
-    assert (said - output).abs().max() < 1e-4 * output.std()
+    assert (f - output).abs().max() < 1e-4 * output.std()
     assert output.requires_grad
 
 
@@ -89,7 +89,7 @@ def test_central_differences_in_float32_see_the_network_of_a_bfloat16_run(layout
     student = student_of("adm", layout)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 0.5, 2.0, 20.0])
-    exactly = Asked(student, student, None, None, True, [])._exactly(None, None)
+    exactly = StepNetworks(student, student, None, None, True, [])._output_in_float32({}, None)
     torch.manual_seed(0)
     with like_cuda(), torch.autocast("cpu", torch.bfloat16):
         exact = exactly(x, sigma)

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from cmfast.cli.running import needs, run_command
-from cmfast_train.config.overrides import override, said_once
+from cmfast_train.config.overrides import check_set_once, override
 from cmfast_train.config.presets import ABOUT, PRESETS
 from cmfast_train.config.train_config import to_dict
 
@@ -84,7 +84,7 @@ def command(
     """
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
     assignments = (*(f"{name}={file}" for name, file in models.items()), *assignments)
-    said_once(assignments)
+    check_set_once(assignments)
     config = override(PRESETS[preset], assignments)
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))

@@ -7,11 +7,13 @@ A value comes from a command line, from JSON, from a checkpoint of somebody else
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import reprlib
 import types
 import typing
+from dataclasses import dataclass
 from typing import Any
 
 from cmfast.errors import CmfastError
@@ -22,9 +24,45 @@ MOST_NAMES = 1 << 20
 LONGEST = 4096  # characters of any text in a configuration: a path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What the value of a field may be. It stands in the metadata of the field, as "bounds"."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def wrong(self, value: Any) -> str:
+        """Return what a value must be that is not inside, "" if it is."""
+        if self.choices:
+            return "" if value in self.choices else f"must be {' or '.join(self.choices)}"
+        inside = (
+            (self.above is None or value > self.above, f"greater than {self.above}"),
+            (self.least is None or value >= self.least, f"at least {self.least}"),
+            (self.below is None or value < self.below, f"below {self.below}"),
+            (self.most is None or value <= self.most, f"at most {self.most}"),
+        )
+        if all(holds for holds, _ in inside):
+            return ""
+        return f"must be {' and '.join(words for _, words in inside if 'None' not in words)}"
+
+
+def check_bounds(owner: Any, prefix: str = "") -> None:
+    """Raise CmfastError unless every field of a dataclass is within its bounds, where it has some."""
+    for field in dataclasses.fields(owner):
+        bounds: Bounds | None = field.metadata.get("bounds")
+        value = getattr(owner, field.name)
+        if bounds is not None and (wrong := bounds.wrong(value)):
+            raise CmfastError(f"{prefix}{field.name} {wrong}, got {shown(value)}")
+
+
 def check_types(owner: Any, prefix: str = "") -> None:
     """Raise CmfastError unless every field of a dataclass is of its type; `prefix` stands before the field's name."""
     for name, kind in _kinds(type(owner)).items():  # type: ignore[arg-type]  # a class is hashable
+        if kind is object:
+            continue
         value = getattr(owner, name)
         if not _is(value, kind, MOST_NAMES if name == "class_names" else MOST):
             raise CmfastError(f"{prefix}{name} must be {in_words(kind)}, got {shown(value)}")

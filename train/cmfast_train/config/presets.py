@@ -3,16 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from cmfast_train.config.phase import PHASE_DEFAULTS, Phase
+from cmfast_train.config.phase import phase
 from cmfast_train.config.train_config import TrainConfig
-
-
-def phase(method: str, images: int, **values: Any) -> Phase:
-    """Return a phase with the method's usual values, changed by `values`."""
-    return Phase(**{"method": method, "images": images, **PHASE_DEFAULTS[method], **values})
-
 
 PRESETS: dict[str, TrainConfig] = {
     "digits": TrainConfig(

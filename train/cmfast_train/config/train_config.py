@@ -6,15 +6,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.checks import check_types, shown
-from cmfast_train.config.phase import CONTINUOUS, DISTILL, Phase, check_positive
+from cmfast_train.config.phase import Phase, check_positive, phase_from_dict
+from cmfast_train.methods.method import Method
+from cmfast_train.methods.table import find, names
 from cmfast_train.networks.count import adm_sizes, check_values, seed_sizes
 from cmfast_train.networks.shape import (
     Size,
@@ -69,8 +70,8 @@ class TrainConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
-    scaling: str = "auto"  # auto: trigflow for sct and scd, flow for mf, else boundary
-    c_noise: str = "auto"  # auto: trig for sct and scd, flow for mf, else 250ln
+    scaling: str = "auto"  # auto: what the methods of the phases usually have (methods.table), else boundary
+    c_noise: str = "auto"  # auto: the same, else 250ln
     sigmas: tuple[tuple[float, ...], ...] = ((80.0,), (80.0, 0.8), (80.0, 5.0, 0.8, 0.2))  # defaults for 1, 2, .. steps
     # optimisation
     phases: tuple[Phase, ...] = ()
@@ -135,12 +136,8 @@ class TrainConfig:
             raise CmfastError(f"default noise levels must begin with sigma_max={self.sigma_max:g}, got {self.sigmas}")
         self.spec(0)  # checks the noise levels
         for phase in self.phases:
-            law = NormalDist(phase.p_mean, phase.p_std)
-            if phase.method == "ict" and not law.cdf(math.log(self.sigma_max)) > law.cdf(math.log(self.sigma_min)):
-                raise CmfastError(
-                    f"ict.p_mean={phase.p_mean:g} with ict.p_std={phase.p_std:g} draws no noise level from "
-                    f"{self.sigma_min:g} to {self.sigma_max:g}; p_mean is the mean of ln(sigma), such as -1.1"
-                )
+            if wrong := phase.row.check_sigmas(phase.hyper, self.sigma_min, self.sigma_max):
+                raise CmfastError(f"{phase.method}.{wrong}")
 
     def spec(self, classes: int) -> ModelSpec:
         """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
@@ -162,39 +159,35 @@ class TrainConfig:
         if self.network == "seed":
             return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
         names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
-        two_times = any(phase.method == "mf" for phase in self.phases)
+        two_times = any(row.second_time for row in self.methods)
         return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
 
+    @property
+    def methods(self) -> tuple[Method[Any], ...]:
+        """The rows of the phases' methods, in their order."""
+        return tuple(phase.row for phase in self.phases)
+
     def conventions(self) -> tuple[str, str]:
-        """Return the usual scaling and c_noise of the phases' methods."""
-        methods = {phase.method for phase in self.phases}
-        if methods & set(CONTINUOUS):
-            return "trigflow", "trig"
-        return ("flow", "flow") if "mf" in methods else ("boundary", "250ln")
+        """Return the usual scaling and c_noise of the phases' methods: of the last one that has a preference."""
+        preferences = [(row.scaling, row.c_noise) for row in self.methods if row.scaling]
+        return preferences[-1] if preferences else ("boundary", "250ln")
 
     def _check_methods(self) -> None:
         """Raise unless the phases' methods fit the conventions and have the teachers that they need."""
-        methods = [phase.method for phase in self.phases]
         self._check_teachers()
-        if any(phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect") for phase in self.phases):
+        if any(phase.needs.distance == "lpips" for phase in self.phases):
             network, colon, file = self.lpips.partition(":")
             if network not in ("vgg", "alex", "squeeze") or not (colon and file):
                 raise CmfastError(
                     f"loss=lpips needs weights: --set lpips=vgg:FILE (or alex, squeeze), got {self.lpips!r}"
                 )
-        if self.compile and self.dropout and set(methods) & {*CONTINUOUS, "mf"}:
+        if self.compile and self.dropout and any(row.differentiates for row in self.methods):
             raise CmfastError("compile=true draws other dropout masks than derivatives do; add --set dropout=0")
-        if "mf" in methods and self.network != "adm":
-            raise CmfastError(f"mf needs a network that takes two times; network={self.network} takes one")
-        if self.init:
-            return  # its conventions are the file's
-        if set(methods) & set(CONTINUOUS) and self.scaling not in ("trigflow", "edm"):
-            raise CmfastError(f"sct and scd need scaling trigflow or edm, got {self.scaling}")
-        if "mf" in methods and (self.scaling != "flow" or self.c_noise not in ("flow", "trig", "raw")):
-            raise CmfastError(
-                f"mf needs scaling flow and a c_noise that is finite at 0 (flow, trig, raw), got {self.scaling} and "
-                f"{self.c_noise}"
-            )
+        for row in self.methods:
+            if row.second_time and self.network != "adm":
+                raise CmfastError(f"{row.name} needs a network that takes two times; network={self.network} takes one")
+            if not self.init:  # whose conventions are the file's
+                check_conventions(row, self.scaling, self.c_noise)
 
     def _check_limits(self) -> None:
         """Raise if a number is larger than any run needs and would fill memory, or never end."""
@@ -235,18 +228,20 @@ class TrainConfig:
 
     def _check_teachers(self) -> None:
         """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
-        if self.teacher and not any(phase.method in DISTILL for phase in self.phases):
-            raise CmfastError(f"--teacher: none of these phases distils; {', '.join(DISTILL)} do")
+        if self.teacher and not any(row.distils for row in self.methods):
+            distil = ", ".join(name for name in names() if find(name).distils)
+            raise CmfastError(f"--teacher: none of these phases distils; {distil} do")
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
-            if phase.method not in DISTILL:
+            row = phase.row
+            if not row.distils:
                 continue
-            if before is not None and before.method == phase.method == "pd" and before.steps != 2 * phase.steps:
-                raise CmfastError(f"pd/{phase.steps} halves the steps of pd/{2 * phase.steps}, not of {before.name}")
-            taught = before.method in ("edm", phase.method if phase.method == "pd" else "edm") if before else self.init
-            if not (taught or self.teacher):
+            if before and before.method == phase.method and (wrong := row.check_after(phase.hyper, before.hyper)):
+                raise CmfastError(f"{phase.name} {wrong}")
+            has_teacher = before.method in row.distils if before else self.init
+            if not (has_teacher or self.teacher):
                 raise CmfastError(
-                    f"{phase.name} distils a diffusion model: let a phase edm come before it (--set phases=edm:50000,"
-                    f"{phase.name}:100000), or say a model, --init FILE or --teacher FILE"
+                    f"{phase.name} distils a diffusion model: put one before it (--set phases={row.distils[0]}:50000,"
+                    f"{phase.name}:100000), or pass a model, --init FILE or --teacher FILE"
                 )
 
     @property
@@ -264,6 +259,15 @@ class TrainConfig:
         return -(-phase.images // self.batch)
 
 
+def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterable[str] = ()) -> None:
+    """Raise CmfastError unless a method can train a model of these conventions. also: scalings that the error adds."""
+    if scaling in (row.scalings or (scaling,)) and c_noise in (row.c_noises or (c_noise,)):
+        return
+    needs = [f"scaling {' or '.join([*row.scalings, *also])}"] if row.scalings else []
+    needs += [f"c_noise {' or '.join(row.c_noises)}"] if row.c_noises else []
+    raise CmfastError(f"{row.name} needs {' and '.join(needs)}, got scaling {scaling} and c_noise {c_noise}")
+
+
 # Fields that a model of --init brings with it.
 OF_THE_MODEL = frozenset(
     {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
@@ -278,33 +282,44 @@ FREE_FIELDS = frozenset(
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as plain containers, ready for JSON; `from_dict` reads them back."""
-    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values["phases"] = [phase.values() for phase in config.phases]
+    return typing.cast(dict[str, Any], _plain(values))
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Read what `to_dict` wrote; CmfastError unless it is the configuration of a run."""
+    """Return the configuration that `to_dict` wrote.
 
+    Raises:
+        CmfastError: it is not the configuration of a run.
+    """
     fields = _fields(values, TrainConfig, "the configuration")
     phases = fields.get("phases", ())
     if not isinstance(phases, tuple) or len(phases) > LIMITS["phases"]:
         raise CmfastError(f"phases must be a list of at most {LIMITS['phases']} phases, got {shown(phases)}")
-    fields["phases"] = tuple(Phase(**_fields(phase, Phase, "a phase of the configuration")) for phase in phases)
+    fields["phases"] = tuple(phase_from_dict(_frozen(phase, "a phase of the configuration")) for phase in phases)
     return TrainConfig(**fields)
 
 
 def _fields(values: Any, owner: type, what: str) -> dict[str, Any]:
     """Return the fields of a dataclass from plain containers; CmfastError unless they are such fields."""
+    given = _frozen(values, what)
+    needed = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(owner)}
+    if unknown := [name for name in given if name not in needed]:
+        raise CmfastError(f"{what} has no field {shown(unknown[0])}; is it of a newer cmfast?")
+    if missing := [name for name, must in needed.items() if must and name not in given]:
+        raise CmfastError(f"{what} lacks {missing[0]}")
+    return given
+
+
+def _frozen(values: Any, what: str) -> dict[str, Any]:
+    """Return names and values with the lists among the values as tuples, two levels deep."""
 
     def frozen(value: Any, depth: int = 2) -> Any:
         return tuple(frozen(v, depth - 1) for v in value) if isinstance(value, (list, tuple)) and depth else value
 
     if not isinstance(values, Mapping):
         raise CmfastError(f"{what} must be names and values, got {shown(values)}")
-    needed = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(owner)}
-    if unknown := [name for name in values if name not in needed]:
-        raise CmfastError(f"{what} has no field {shown(unknown[0])}; is it of a newer cmfast?")
-    if missing := [name for name, must in needed.items() if must and name not in values]:
-        raise CmfastError(f"{what} lacks {missing[0]}")
     return {name: frozen(value) for name, value in values.items()}
 
 

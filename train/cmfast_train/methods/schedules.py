@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Schedules of training: which noise levels a step compares, and how the target follows.
+"""Numbers that follow the place of a step in its phase, and grids of noise levels, as plain floats. No torch.
 
-Plain functions of the step; golden values are in test_schedules.py. The formulas that work on noise
-levels use operators, floats included, where they can.
+Golden values are in test_schedules.py. How noise levels are drawn from a grid is in the module of each family.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from statistics import NormalDist
 
-import torch
-from torch import Tensor
-
-from cmfast.errors import CmfastError
 from cmfast.schedule import karras_sigmas
 
 
@@ -36,13 +30,6 @@ def ct_ema(k: int, total: int, s0: int, s1: int, mu0: float) -> float:
     return math.exp(s0 * math.log(mu0) / ct_scales(k, total, s0, s1))
 
 
-def ct_pair(n: int, uniform: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[Tensor, Tensor]:
-    """Return adjacent levels (t_{i+1}, t_i) of the n-level Karras grid, i uniform; uniform [B] in [0, 1)."""
-    ascending = _levels(karras_sigmas(n, sigma_min, sigma_max, rho)[::-1], uniform.dtype, uniform.device)
-    i = (uniform * (n - 1)).long().clamp(max=n - 2)
-    return ascending[i + 1], ascending[i]
-
-
 def ict_scales(k: int, total: int, s0: int, s1: int) -> int:
     """Return N(k), the number of noise levels at step k of `total`: iCT (arXiv:2310.14189), Section 3.4.
 
@@ -52,29 +39,38 @@ def ict_scales(k: int, total: int, s0: int, s1: int) -> int:
     return int(min(s0 * 2 ** (k // period), s1)) + 1
 
 
-def ict_pair(
-    n: int, uniform: Tensor, p_mean: float, p_std: float, sigma_min: float, sigma_max: float, rho: float = 7.0
-) -> tuple[Tensor, Tensor]:
-    """Return adjacent levels (t_{i+1}, t_i) of the n-level Karras grid, i by iCT's discretised log-normal law.
+def ict_law(p_mean: float, p_std: float, sigma_min: float, sigma_max: float) -> str:
+    """Return what is wrong with a log-normal law that draws no noise level between the two, "" if it draws some.
 
-    uniform [B] in [0, 1); p(i) is proportional to the normal law's mass between ln t_i and ln t_{i+1}: Section 3.5.
+    Args:
+        p_mean: mean of ln(sigma).
+        p_std: standard deviation of ln(sigma).
+        sigma_min: smallest noise level, data units.
+        sigma_max: largest noise level, data units.
     """
-    ascending = karras_sigmas(n, sigma_min, sigma_max, rho)[::-1]
     law = NormalDist(p_mean, p_std)
-    below = [law.cdf(math.log(level)) for level in ascending]
-    if not below[-1] > below[0]:
-        raise CmfastError(
-            f"ict.p_mean={p_mean:g} with ict.p_std={p_std:g} draws no noise level from {sigma_min:g} to {sigma_max:g}; "
-            "p_mean is the mean of ln(sigma), such as -1.1"
-        )
-    edges = tuple((mass - below[0]) / (below[-1] - below[0]) for mass in below[1:])
-    i = torch.searchsorted(_levels(edges, uniform.dtype, uniform.device), uniform.contiguous(), right=True)
-    levels = _levels(ascending, uniform.dtype, uniform.device)
-    i = i.clamp(max=n - 2)
-    return levels[i + 1], levels[i]
+    if law.cdf(math.log(sigma_max)) > law.cdf(math.log(sigma_min)):
+        return ""
+    return (
+        f"p_mean={p_mean:g} with p_std={p_std:g} draws no noise level from {sigma_min:g} to {sigma_max:g}; "
+        "p_mean is the mean of ln(sigma), such as -1.1"
+    )
 
 
-def pd_levels(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[float, ...]:
+def ect_stage(k: int, total: int, first: int, last: int) -> int:
+    """Return the stage at step k of `total`: from first to last, passed through evenly."""
+    return first + k * (last - first + 1) // total
+
+
+def tangent_warmup(k: int, total: int, warmup: float) -> float:
+    """Return how much of the tangent's unstable term counts at step k: sCM (arXiv:2410.11081), Section 4.1.
+
+    It grows from 0 to 1 over the opening fraction `warmup` of the phase.
+    """
+    return min(1.0, k / (warmup * total)) if warmup else 1.0
+
+
+def pd_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[float, ...]:
     """Return the noise levels at which a model of progressive distillation with n steps is called, descending.
 
     The first n of the Karras grid of n + 1: every other one of them is a level of n / 2 steps.
@@ -82,49 +78,6 @@ def pd_levels(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> t
     return karras_sigmas(n + 1, sigma_min, sigma_max, rho)[:n]
 
 
-def pd_steps(n: int, uniform: Tensor, sigma_min: float, sigma_max: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return levels (t, middle, r) [B]: a random step of n, and the level between that the teacher of 2 n steps has."""
-    grid = _levels(karras_sigmas(2 * n + 1, sigma_min, sigma_max), uniform.dtype, uniform.device)
-    i = 2 * (uniform * n).long().clamp(max=n - 1)
-    return grid[i], grid[i + 1], grid[i + 2]
-
-
-def flow_time(sigma: Tensor) -> Tensor:
-    """Return t = sigma / (1 + sigma), the time of the straight path (1 - t) x0 + t noise."""
-    return sigma / (1 + sigma)
-
-
-def meanflow_pair(
-    normal: Tensor, normal_too: Tensor, uniform: Tensor, ratio: float, p_mean: float, p_std: float, sigma_max: float
-) -> tuple[Tensor, Tensor]:
-    """Return noise levels (t, r) [B] with t >= r, and r = t but for a fraction `ratio`: arXiv:2505.13447, Section 4.3.
-
-    Flow times are logit-normal there; the noise level t / (1 - t) of such a time is log-normal.
-    """
-    one, other = ((p_mean + p_std * z).exp().clamp(max=sigma_max) for z in (normal, normal_too))
-    t = torch.maximum(one, other)
-    return t, torch.where(uniform < ratio, torch.minimum(one, other), t)
-
-
-def lognormal(normal: Tensor, p_mean: float, p_std: float, sigma_min: float, sigma_max: float) -> Tensor:
-    """Return noise levels exp(p_mean + p_std * normal) [B], data units, kept inside the model's range."""
-    return (p_mean + p_std * normal).exp().clamp(sigma_min * 1.0001, sigma_max)
-
-
-def ect_r(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """Return r(t) < t [B] of stage s = 0, 1, ..: r = t (1 - (1 + k sigmoid(-b t)) / q^(s+1)), at least 0.
-
-    The sigmoid mapping of ECT (arXiv:2406.14548), Section 4.
-    """
-    return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))).clamp(min=0)
-
-
 def pseudo_huber_c(values: int, factor: float = 0.00054) -> float:
-    """Return the Pseudo-Huber constant factor * sqrt(d) of images of d values: iCT (arXiv:2310.14189), Section 3.3."""
+    """Return the Pseudo-Huber constant factor * sqrt(d) of samples of d values: iCT (arXiv:2310.14189), Section 3.3."""
     return factor * math.sqrt(values)
-
-
-@functools.lru_cache(maxsize=16)
-def _levels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a grid as a tensor. Grids change rarely, and a copy to a GPU waits for all that it has been handed."""
-    return torch.tensor(values, dtype=dtype, device=device)

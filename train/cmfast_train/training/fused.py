@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from cmfast.errors import CmfastError, EngineError
-from cmfast_train.config.phase import CONTINUOUS, Phase
+from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.networks.build import NetworkConfig
@@ -33,7 +33,7 @@ def why_not_fused(
         return f"the device is {device.type}"
     if isinstance(network, SeedConfig):
         return "network=seed has other layers"
-    if phase.method in (*CONTINUOUS, "mf"):
+    if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if not config.channels_last:
         return "channels_last=false"

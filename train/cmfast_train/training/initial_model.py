@@ -13,10 +13,9 @@ from torch import Tensor
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
-from cmfast_train.config.phase import CONTINUOUS, Phase
-from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.config.phase import Phase
+from cmfast_train.config.train_config import TrainConfig, check_conventions
 from cmfast_train.importers import load_model
-from cmfast_train.methods.schedules import pd_levels
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
 from cmfast_train.networks.shape import plain_size, size_text
 
@@ -58,8 +57,11 @@ def start_of(config: TrainConfig, classes: int) -> Start:
             "--set conditional=false trains without them"
         )
     network = model.network
-    if not getattr(network, "two_times", False) and any(phase.method == "mf" for phase in config.phases):
-        raise CmfastError(f"--init {config.init}: mf needs a network that takes two times; this one takes one")
+    needs_two = [row.name for row in config.methods if row.second_time]
+    if needs_two and not getattr(network, "two_times", False):
+        raise CmfastError(
+            f"--init {config.init}: {needs_two[0]} needs a network that takes two times; this one takes one"
+        )
     if "dropout" in {field.name for field in dataclasses.fields(network)}:
         network = dataclasses.replace(network, dropout=config.dropout)  # type: ignore[arg-type]
     elif config.dropout:
@@ -80,11 +82,8 @@ def network_config(config: TrainConfig, classes: int) -> NetworkConfig:
 
 
 def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
-    """Return the spec of the model that a phase leaves: after progressive distillation, sampling is deterministic."""
-    if phase.method != "pd":
-        return spec
-    levels = pd_levels(phase.steps, spec.sigma_min, spec.sigma_max)
-    return dataclasses.replace(spec, renoise="ddim", sigmas={phase.steps: levels})
+    """Return the spec of the model that a phase leaves."""
+    return phase.row.spec_after(spec, phase.hyper)
 
 
 def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
@@ -137,19 +136,15 @@ def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], l
 def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) -> ModelSpec:
     """Return the conventions of a student that starts from a model of `spec`. names: of the data's classes, or ().
 
-    Consistency models hold the boundary condition; a diffusion model's scaling, which continuous-time methods and
-    progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
+    Of several methods, the last one that cannot train every scaling decides.
     """
-    methods = {phase.method for phase in config.phases}
-    scaling = spec.scaling
-    if methods & set(CONTINUOUS):
-        if scaling not in ("trigflow", "edm", "boundary"):
-            raise CmfastError(f"sct and scd need a model with scaling trigflow, edm or boundary, not {scaling}")
-        scaling = "edm" if scaling == "boundary" else scaling
-    elif "mf" in methods and scaling != "flow":
-        raise CmfastError(f"mf continues models of mf only; this one has scaling {scaling}")
-    elif methods & {"ct", "cd", "ict", "ect"}:
-        scaling = "boundary" if scaling == "edm" else scaling
+    deciding = [row for row in config.methods if row.scalings] or [row for row in config.methods if row.from_scaling]
+    scaling = deciding[-1].from_scaling.get(spec.scaling, spec.scaling) if deciding else spec.scaling
+    for row in config.methods:
+        try:
+            check_conventions(row, scaling, spec.c_noise, also=row.from_scaling)
+        except CmfastError as err:
+            raise CmfastError(f"--init {config.init}: {err}") from None
     if config.sigma_max != spec.sigma_max:
         raise CmfastError(
             f"--init {config.init}: its noise levels end at {spec.sigma_max:g}, the run's at {config.sigma_max:g}; add "

@@ -23,10 +23,10 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError, one_line
 from cmfast.files import atomic_file
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
-from cmfast_train.config.phase import CONTINUOUS, DISTILL, Phase
+from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.methods.objectives import distance_of, target_decay
+from cmfast_train.methods.distances import Distance, distance_of
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.networks.fused import fuse_norms
@@ -35,7 +35,7 @@ from cmfast_train.training.fused import check_fused, why_not_fused
 from cmfast_train.training.initial_model import phase_spec, start_of
 from cmfast_train.training.parallel import fill, fill_optimizer, recompute, shard, together, whole
 from cmfast_train.training.preview import save_grid
-from cmfast_train.training.step_networks import Asked, Student
+from cmfast_train.training.step_networks import StepNetworks, Student
 
 STATE_FORMAT = "cmfast-state/2"
 
@@ -137,8 +137,9 @@ class Run:
         """Let the averages of the weights follow a step."""
         self.averages.update(self.weights, self.step)
         if self.target is not None:
-            decay = target_decay(self.phase, self.step, self.config.steps(self.phase))
-            assert decay is not None
+            decay_at = self.phase.row.target_decay
+            assert decay_at is not None
+            decay = decay_at(self.phase.hyper, self.step, self.config.steps(self.phase))
             update_ema(self.target.network.parameters(), self.weights.values(), decay)
 
     def gradients(self, last: bool) -> AbstractContextManager[Any]:
@@ -246,11 +247,10 @@ class Run:
 
     @property
     def _teaches_from_file(self) -> bool:
-        """Whether --teacher's model is the phase's; pd halves the steps of what it has made itself."""
-        halves = (
-            self.phase.method == "pd" and self.phase_index and self.config.phases[self.phase_index - 1].method == "pd"
-        )
-        return self._start.teacher is not None and not halves
+        """Whether --teacher's model is the phase's; a method that distils its own models goes on from those."""
+        before = self.config.phases[self.phase_index - 1] if self.phase_index else None
+        own = before is not None and before.method == self.phase.method and self.phase.method in self.phase.row.distils
+        return self._start.teacher is not None and not own
 
     def _log_variance(self) -> dict[str, Tensor]:
         log_variance = self.student.log_variance
@@ -262,9 +262,9 @@ class Run:
         self.model = self.optimizer = self.student = self.denoiser = self.networks = None  # their memory is needed now
         self.weights, self.averages, self.target, self.teacher = {}, None, None, None
         self.accelerator.free_memory()
-        if phase.method in DISTILL:
+        if phase.row.distils:
             self.teacher = self._teacher_of_phase(weights)
-        if target_decay(phase, 0, config.steps(phase)) is not None:
+        if phase.row.target_decay is not None:
             self.target = self._new(weights).train()
         for frozen in (self.teacher, self.target):
             if frozen is not None:
@@ -275,7 +275,7 @@ class Run:
         self.averages = Averages(
             self.weights, rates=tuple(dict.fromkeys((phase.ema, *config.emas))), stds=config.ema_stds
         )
-        self.student = Student(self.denoiser, adaptive=phase.adaptive and phase.method in CONTINUOUS).to(device)
+        self.student = Student(self.denoiser, log_variance=phase.needs.log_variance).to(device)
         if self._mesh is not None and self.student.log_variance is not None:
             shard(self.student.log_variance, self._mesh)
         trained = [weight for weight in self.student.parameters() if weight.requires_grad]
@@ -287,9 +287,9 @@ class Run:
             self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         # Without dropout nothing in a step draws from there, and reading a GPU's random state cannot be recorded.
         devices = [device.index or 0] if device.type == "cuda" and self.dropout else []
-        finite = phase.derivative == "finite"
-        self.networks = Asked(self.model, self.student, self.target, self.teacher, finite, devices)
-        self.distance = distance_of(phase, math.prod(self.spec.image), self._lpips)
+        finite = phase.needs.finite
+        self.networks = StepNetworks(self.model, self.student, self.target, self.teacher, finite, devices)
+        self.distance = distance_of(phase.needs, math.prod(self.spec.image), self._lpips)
 
     def _teacher_of_phase(self, weights: Mapping[str, Tensor]) -> Denoiser:
         """Return the teacher: the file's, or the model that the phase starts from."""
@@ -326,8 +326,8 @@ class Run:
         return denoiser.to(self.accelerator.device)
 
 
-def _load_lpips(config: TrainConfig) -> Any:
-    if all(phase.loss != "lpips" for phase in config.phases):
+def _load_lpips(config: TrainConfig) -> Distance | None:
+    if all(phase.needs.distance != "lpips" for phase in config.phases):
         return None
     from cmfast_train.methods.perceptual import load_lpips
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cmfast_train.data.images import to_unit_range
-from cmfast_train.methods.objectives import METHODS, Step
+from cmfast_train.methods.paths import Conditions, expand
+from cmfast_train.methods.step import Step
 from cmfast_train.training.run import Run
 
 
@@ -22,20 +23,28 @@ class Inputs:
     """What the arithmetic of a step starts from: this process's share of the batch, on the device."""
 
     images: Tensor  # uint8 [b, C, H, W]
-    label: Tensor  # int64 [b]
+    conditions: Conditions  # by name, [b, ..]
     noise: Tensor  # unit Gaussian [b, C, H, W]
     uniform: Tensor  # [b, 4] in [0, 1)
 
 
-def optimise(run: Run, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
-    """Take one optimiser step on this process's images [b, C, H, W]; return the loss and noise level of each, [b]."""
+def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
+    """Take one optimiser step on this process's share of a batch; return the loss and noise level of each image, [b].
+
+    Args:
+        run: whose weights are trained.
+        step: of the whole run, from 0.
+        images: uint8 [b, C, H, W].
+        conditions: those of the model, by name, [b, ..].
+        share: which of the batch this process takes.
+    """
     config, device = run.config, run.accelerator.device
     noise = torch.empty(config.batch, *run.spec.image, device=device)
     uniform = torch.empty(config.batch, 4, device=device)
     draw(run, step, noise, uniform)
     inputs = Inputs(
         images=images.to(device, non_blocking=True),
-        label=label.to(device, non_blocking=True),
+        conditions={name: values.to(device, non_blocking=True) for name, values in conditions.items()},
         noise=noise[share],
         uniform=uniform[share],
     )
@@ -65,32 +74,32 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     config, accelerator = run.config, run.accelerator
     x0 = to_unit_range(inputs.images)
     if config.flip:
-        x0 = torch.where((inputs.uniform[:, 3] < 0.5)[:, None, None, None], x0.flip(3), x0)
-    losses, levels = [], []
+        x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(3), x0)
+    losses, sigmas = [], []
+    method, constants = run.phase.row.function(), run.phase.constants(run.step, config.steps(run.phase))
     size = len(x0) // config.accumulation
     for i in range(config.accumulation):
         part = slice(i * size, (i + 1) * size)
         with run.gradients(last=i == config.accumulation - 1), accelerator.autocast():
-            loss, sigma = METHODS[run.phase.method](
+            loss, sigma = method(
                 Step(
-                    phase=run.phase,
+                    hyper=run.phase.hyper,
                     spec=run.spec,
                     networks=run.networks,
                     distance=run.distance,
-                    done=run.step,
-                    steps=config.steps(run.phase),
+                    constants=constants,
                     x0=x0[part],
                     noise=inputs.noise[part],
                     uniform=inputs.uniform[part],
-                    label=inputs.label[part] if run.spec.classes else None,
+                    conditions={name: values[part] for name, values in inputs.conditions.items()},
                 )
             )
             accelerator.backward(loss.sum() / len(x0))
         losses.append(loss.detach())
-        levels.append(sigma)
+        sigmas.append(sigma)
     if run.phase.clip_norm:
         accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
-    return torch.cat(losses), torch.cat(levels)
+    return torch.cat(losses), torch.cat(sigmas)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -3,7 +3,7 @@
 
 Recorded are the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
 tensors at fixed addresses, filled before each replay: the images, the random numbers, RAdam's two factors. Python
-numbers that a method computes with (`objectives.constants`) are part of the recording; if they change, it is made anew.
+numbers that a method computes with (`Method.constants`) are part of the recording; if they change, it is made anew.
 The averages of the weights follow outside, in few launches: their decays change with every step.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Before a recording come
@@ -24,16 +24,16 @@ from torch import Tensor
 from cmfast.errors import CmfastError, EngineError
 from cmfast_train.backends.torch_cuda import WARM_UPS  # steps taken as they are before one is recorded
 from cmfast_train.backends.torch_cuda import record as record_graph
-from cmfast_train.config.phase import CONTINUOUS, Phase
+from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
-from cmfast_train.methods.objectives import constants
+from cmfast_train.methods.paths import Conditions
 from cmfast_train.training.run import Run
 from cmfast_train.training.step import Inputs, draw, gradients, optimise, seed_dropout
 
 WORTH = 20  # steps that a recording must serve: it costs about ten
 
 aten = torch.ops.aten
-TakeStep = Callable[[int, Tensor, Tensor, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
+TakeStep = Callable[[int, Tensor, Conditions, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # what runs a computation -> what runs it again
 
 
@@ -45,10 +45,10 @@ class Steps:
         self._run = run
         self._take: TakeStep | None = None
 
-    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         if self._take is None:
             self._take = step_of(self._run)
-        return self._take(step, images, label, share)
+        return self._take(step, images, conditions, share)
 
     def next_phase(self) -> None:
         """Let the run begin its next phase."""
@@ -109,11 +109,11 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
         return "accumulation is above 1"
     if config.recompute:
         return "recompute=true restores random states"
-    if phase.method in (*CONTINUOUS, "mf"):
+    if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
-    if dropout and phase.method != "edm":
+    if dropout and not phase.row.one_evaluation:
         return "its evaluations share dropout masks, which restores random states"
-    if phase.loss == "lpips" and phase.method in ("ct", "cd", "ict", "ect"):
+    if phase.needs.distance == "lpips":
         return "loss=lpips is a network of another library"
     return ""
 
@@ -128,11 +128,16 @@ def recorded(run: Run, phase: Phase) -> str:
     return "recorded"
 
 
+def constants_of(phase: Phase, step: int, total: int) -> tuple[Any, ...]:
+    """Return the numbers that a recording of this step holds fast."""
+    return phase.constants(step, total)
+
+
 def _is_worth(phase: Phase, first: int, total: int) -> bool:
     """Return whether one of the steps [first, total) will be recorded."""
     before, stood = None, 0
     for step in range(first, total):
-        now = constants(phase, step, total)
+        now = constants_of(phase, step, total)
         before, stood = now, stood + 1 if now == before else 0
         if _is_due(phase, step, total, stood):
             return True
@@ -142,7 +147,9 @@ def _is_worth(phase: Phase, first: int, total: int) -> bool:
 def _is_due(phase: Phase, step: int, total: int, stood: int) -> bool:
     """Return whether to record a step, after `stood` with the same constants."""
     end = step + WORTH
-    return stood >= WARM_UPS and end <= total and constants(phase, end - 1, total) == constants(phase, step, total)
+    if stood < WARM_UPS or end > total:
+        return False
+    return constants_of(phase, end - 1, total) == constants_of(phase, step, total)
 
 
 @contextmanager
@@ -175,13 +182,13 @@ class RecordedSteps:
         self._inputs: Inputs | None = None
         self._radam: _Radam | None = None
 
-    def __call__(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         if self._stream is None:
-            return self._take(step, images, label, share)
+            return self._take(step, images, conditions, share)
         outside = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(outside)
         with torch.cuda.stream(self._stream):
-            losses = self._take(step, images, label, share)
+            losses = self._take(step, images, conditions, share)
         outside.wait_stream(self._stream)
         return losses
 
@@ -190,20 +197,21 @@ class RecordedSteps:
         had, self._replay = self._replay is not None, None
         return had
 
-    def _take(self, step: int, images: Tensor, label: Tensor, share: slice) -> tuple[Tensor, Tensor]:
+    def _take(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         run, total = self._run, self._run.config.steps(self._run.phase)
-        now = constants(run.phase, run.step, total)
+        now = constants_of(run.phase, run.step, total)
         if now != self._constants:
             self._constants, self._stood, self._replay = now, 0, None
         if self._replay is None and not _is_due(run.phase, run.step, total, self._stood):
             self._stood += 1
-            return optimise(run, step, images, label, share)
+            return optimise(run, step, images, conditions, share)
         if self._inputs is None:
-            self._inputs = _buffers(run, images, label)
+            self._inputs = _buffers(run, images, conditions)
         inputs = self._inputs
         draw(run, step, inputs.noise, inputs.uniform)
         inputs.images.copy_(images, non_blocking=True)
-        inputs.label.copy_(label, non_blocking=True)
+        for name, values in conditions.items():
+            inputs.conditions[name].copy_(values, non_blocking=True)
         if self._replay is None:
             self._radam = _Radam(run.optimizer)
             self._replay = self._record(self._body)
@@ -292,11 +300,11 @@ def radam_factors(step: float, lr: float, beta1: float, beta2: float) -> tuple[f
     return ((1 - beta2**step) ** 0.5) * (lr * rectified / correction) * -1, (lr * plain / correction) * -1
 
 
-def _buffers(run: Run, images: Tensor, label: Tensor) -> Inputs:
+def _buffers(run: Run, images: Tensor, conditions: Conditions) -> Inputs:
     device = run.accelerator.device
     return Inputs(
         images=torch.empty_like(images, device=device),
-        label=torch.empty_like(label, device=device),
+        conditions={name: torch.empty_like(values, device=device) for name, values in conditions.items()},
         noise=torch.empty(len(images), *run.spec.image, device=device),
         uniform=torch.empty(len(images), 4, device=device),
     )

@@ -9,8 +9,8 @@ DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was 
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
-A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods.objectives`; what it asks
-networks for in `step_networks`; what is saved in `run`; whose the folder is in `folder`.
+A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; the networks that it
+evaluates in `step_networks`; what is saved in `run`; whose the folder is in `folder`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         CmfastError: the run cannot be, cannot begin or continue in this folder, or cannot go on.
         KeyboardInterrupt: a signal stopped it; with SAVED, if a checkpoint of its last step was written.
     """
-    accelerator = _accelerator(config)
+    accelerator = accelerator_of(config)
     with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
 
         def claim() -> None:
@@ -155,7 +155,8 @@ def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
                 take.next_phase()
             try:
                 with _memory_in_one_line(config):
-                    loss, sigma = take(step, images, label, share)
+                    conditions = {"label": label} if run.spec.classes else {}
+                    loss, sigma = take(step, images, conditions, share)
             except RuntimeError as err:
                 if accelerator.num_processes > 1 and _GONE.search(str(err)):
                     raise CmfastError(
@@ -198,7 +199,13 @@ def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> No
     )
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def accelerator_of(config: TrainConfig) -> Accelerator:
+    """Return the processes, the device and the precision of a run.
+
+    Raises:
+        EngineError: the device or the precision is not available.
+        CmfastError: the configuration cannot be trained by these processes.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")

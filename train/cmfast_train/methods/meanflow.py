@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""MeanFlow (Geng et al. 2025, arXiv:2505.13447): the average velocity between two times; sampled with r = 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmfast_train.methods.distances import l2
+from cmfast_train.methods.paths import expand, flow_time
+from cmfast_train.methods.step import Losses, Step
+from cmfast_train.methods.table import MeanFlow
+
+
+def mf(s: Step[MeanFlow]) -> Losses:
+    """Take a step of Algorithm 1."""
+    hyper = s.hyper
+    t, r = meanflow_pair(
+        s.normal(0), s.normal(1), s.uniform[:, 2], hyper.ratio, hyper.p_mean, hyper.p_std, s.spec.sigma_max
+    )
+    speed = (1 + t) ** 2  # d sigma / dt of flow time t
+    along = s.noise * expand(speed, s.noise)
+    _, tangent = s.networks.output_along(s.at(t), t, s.conditions, r, along, speed)
+    target = meanflow_target(tangent, flow_time(t), flow_time(r), s.x0, s.noise)
+    velocity, _ = s.networks.output(s.at(t), t, s.conditions, r)
+    return self_weighted(l2(velocity, target), hyper.power), t
+
+
+def meanflow_target(tangent: Tensor, t: Tensor, r: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """Return what the average velocity u(z, r, t) is to become, [B, *shape]: eq. 10.
+
+    Args:
+        tangent: du/dt along the path z = (1 - t) x0 + t noise, [B, *shape].
+        t: flow times [B].
+        r: flow times [B], at most t.
+        x0: training samples, [B, *shape].
+        noise: unit Gaussian, [B, *shape].
+    """
+    return noise - x0 - expand(t - r, tangent) * tangent
+
+
+def self_weighted(error: Tensor, power: float, c: float = 1e-3) -> Tensor:
+    """Return error / (error + c)^power, the weight without gradient: eq. 22. error: squared, [B]."""
+    return error / (error.detach() + c) ** power
+
+
+def meanflow_pair(
+    normal: Tensor, normal_too: Tensor, uniform: Tensor, ratio: float, p_mean: float, p_std: float, sigma_max: float
+) -> tuple[Tensor, Tensor]:
+    """Return noise levels (t, r) [B] with t >= r, and r = t but for a fraction `ratio`: Section 4.3.
+
+    Flow times are logit-normal there; the noise level t / (1 - t) of such a time is log-normal.
+    """
+    one, other = ((p_mean + p_std * z).exp().clamp(max=sigma_max) for z in (normal, normal_too))
+    t = torch.maximum(one, other)
+    return t, torch.where(uniform < ratio, torch.minimum(one, other), t)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""What a row of the table of methods holds: all that the configuration and the trainer know about one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast, final
+
+from cmfast.errors import CmfastError
+from cmfast.spec import ModelSpec
+from cmfast_train.config.checks import Bounds
+
+H = TypeVar("H")  # the dataclass of a method's hyperparameters
+
+
+def setting(
+    default: Any,
+    about: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return the dataclass field of one hyperparameter, for the class body of `Method.hyper`.
+
+    Args:
+        default: its usual value in this method.
+        about: what it is, with its unit, in a few words.
+        least: the smallest value allowed.
+        most: the largest value allowed.
+        above: values must be greater than this.
+        below: values must be smaller than this.
+        choices: the only texts allowed.
+    """
+    bounds = Bounds(least=least, most=most, above=above, below=below, choices=choices)
+    return field(default=default, metadata={"about": about, "bounds": bounds})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a phase needs beside the student and its EMA, given its hyperparameters.
+
+    Attributes:
+        distance: l1, l2, huber or lpips becomes `Step.distance`; "" where the method measures by itself.
+        huber: Pseudo-Huber constant over sqrt(values of a sample), data units.
+        finite: `Networks.output_along` differentiates by central differences instead of forward mode.
+        log_variance: train u(sigma), the log-variance that `Networks.output` returns beside F.
+    """
+
+    distance: str = ""
+    huber: float = 0.0
+    finite: bool = False
+    log_variance: bool = False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Method(Generic[H]):
+    """A training method: its step function, its hyperparameters, and what it asks of models and of the trainer.
+
+    Attributes:
+        name: as in `--set phases=NAME:IMAGES`; a Python identifier.
+        paper: title and arXiv number, or what the method is.
+        step: dotted place "package.module:function" of a `step.StepFunction`, imported when a phase of it begins.
+        hyper: a frozen dataclass whose fields are made by `setting`: `--set NAME.FIELD=VALUE`.
+        defaults: usual values of the fields that every phase has, such as lr and ema.
+        scaling: usual scaling of a new model; "" where the method has no preference.
+        c_noise: usual c_noise of a new model; "" where the method has no preference.
+        scalings: scalings that it can train; empty: all.
+        c_noises: values of c_noise that it can train with; empty: all.
+        from_scaling: of a model of --init, the scaling with which its weights are trained on, where it changes.
+        second_time: the network takes a second noise level.
+        distils: the methods whose models it can distil; empty: it has no teacher. With its own name among them, a
+            phase after one of the same method distils what that one left.
+        diffuses: it leaves a diffusion model, whose samples take Heun's sampler.
+        differentiates: it calls `Networks.output_along`, which needs forward-mode derivatives of the network.
+        one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
+        needs: what a phase needs beside the student.
+        constants: the numbers of a step that follow its place in the phase, of (hyper, steps done, steps of the phase).
+            They move one way through a phase, so between two steps where they are equal they are equal throughout. All
+            else that a step computes with is in tensors: a recorded step is made anew when these change.
+        target_decay: decay of the target's weights at a step, of the same arguments; None: it has no such average.
+        spec_after: the conventions of the model that a phase leaves.
+        check: what is wrong with hyperparameters that must fit together, beginning with a field's name; "": nothing.
+        check_sigmas: the same of (hyper, sigma_min, sigma_max).
+        check_after: what is wrong with a phase after another of the same method, of (hyper, hyper before); "": nothing.
+        numbered: the whole-number field that NAME/N:IMAGES sets; "" if there is none.
+        series: NAME:IMAGES without N means one phase for each of these N, of equal length.
+    """
+
+    name: str
+    paper: str
+    step: str
+    hyper: type[H]
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    scaling: str = ""
+    c_noise: str = ""
+    scalings: tuple[str, ...] = ()
+    c_noises: tuple[str, ...] = ()
+    from_scaling: Mapping[str, str] = field(default_factory=dict)
+    second_time: bool = False
+    distils: tuple[str, ...] = ()
+    diffuses: bool = False
+    differentiates: bool = False
+    one_evaluation: bool = False
+    needs: Callable[[H], Needs] = lambda hyper: Needs()
+    constants: Callable[[H, int, int], tuple[Any, ...]] = lambda hyper, done, steps: ()
+    target_decay: Callable[[H, int, int], float] | None = None
+    spec_after: Callable[[ModelSpec, H], ModelSpec] = lambda spec, hyper: spec
+    check: Callable[[H], str] = lambda hyper: ""
+    check_sigmas: Callable[[H, float, float], str] = lambda hyper, sigma_min, sigma_max: ""
+    check_after: Callable[[H, H], str] = lambda hyper, before: ""
+    numbered: str = ""
+    series: tuple[int, ...] = ()
+
+    def function(self) -> Callable[[Any], Any]:
+        """Import and return the step function (`step.StepFunction`).
+
+        Raises:
+            CmfastError: there is no such function.
+        """
+        return _imported(self.step, self.name)
+
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of its hyperparameters."""
+        return tuple(field.name for field in dataclasses.fields(cast(Any, self.hyper)))
+
+    def title(self, hyper: H) -> str:
+        """Return how --set phases writes a phase of it, without its length: ect, pd/4."""
+        return f"{self.name}/{getattr(hyper, self.numbered)}" if self.numbered else self.name
+
+
+@functools.cache
+def _imported(place: str, name: str) -> Callable[[Any], Any]:
+    try:
+        found: Callable[[Any], Any] = pkgutil.resolve_name(place)
+    except (ModuleNotFoundError, AttributeError, ValueError) as err:
+        module = place.partition(":")[0]
+        if isinstance(err, ModuleNotFoundError) and not f"{module}.".startswith(f"{err.name}."):
+            raise  # something that the module imports
+        raise CmfastError(f"the method {name} names {place} as its step function, which cannot be imported") from None
+    return found
