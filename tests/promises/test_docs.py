@@ -21,6 +21,7 @@ import pytest
 
 import cmfast
 from helpers import ROOT
+from helpers.runs import TINY, log_of
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -170,7 +171,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "README.md": 1,
         "docs/api.md": 1,
         "docs/edge.md": 1,
-        "docs/extending.md": 4,
+        "docs/extending.md": 5,
         "docs/quickstart.md": 1,
     }
 
@@ -274,6 +275,36 @@ def test_the_target_of_the_page_is_written_by_the_command(
     ]
     for arguments, words in wrong:
         refused(call(cli.main, tiny_checkpoint(0), "--format", "weights", *arguments), words)
+
+
+def test_the_method_of_the_page_trains_by_the_command(tmp_path: Path) -> None:
+    install(tmp_path, "flow_matching.py", "cmfast.methods")
+    paths = [str(tmp_path), *(str(ROOT / part) for part in (".", "train", "export"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def run(*settings: str) -> subprocess.CompletedProcess[str]:
+        words = [word for text in (*TINY, *settings) for word in ("--set", text)]
+        command = [sys.executable, "-m", "cmfast_train.cli.train", "digits", "--out", "run", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    ran = run("phases=fm:800,cd:16", "fm.p_std=1.0", "fm.lr=1e-2")
+    assert ran.returncode == 0, ran.stderr
+    first, *_, last = [line["loss"] for line in log_of(tmp_path / "run") if line["phase"] == "fm" and "loss" in line]
+    assert last < 0.8 * first
+    (fm, _) = json.loads((tmp_path / "run/config.json").read_text())["phases"]
+    assert (fm["method"], fm["p_mean"], fm["p_std"], fm["lr"]) == ("fm", 0.0, 1.0, 1e-2)
+    again = run("phases=fm:800,cd:16", "fm.p_std=1.0", "fm.lr=1e-2")  # which reads the configuration back
+    assert again.returncode == 0, again.stderr
+    for settings, words in (
+        (("phases=fm:800", "fm.p_std=0"), "fm.p_std must be greater than 0, got 0.0"),
+        (("phases=fm:800", "fm.q=2"), "--set fm.q=2: fm has no such field; there are clip_norm, ema, "),
+        (("phases=fm:800", "scaling=edm"), "fm needs scaling flow, got scaling edm and c_noise trig"),
+        (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, ict, ect, pd, sct, scd, mf, fm"),
+    ):
+        refused = run(*settings)
+        assert refused.returncode == 2
+        assert words in refused.stderr
+        assert refused.stderr.count("\n") == 1
 
 
 def test_an_unknown_target_is_named_with_those_that_there_are(

@@ -237,10 +237,11 @@ class TrainConfig:
                 continue
             if before and before.method == phase.method and (wrong := row.check_after(phase.hyper, before.hyper)):
                 raise CmfastError(f"{phase.name} {wrong}")
-            has_teacher = before.method in row.distils if before else self.init
+            has_teacher = before.row.leaves in row.distils if before else self.init
             if not (has_teacher or self.teacher):
+                first = next((name for name in names() if find(name).leaves == row.distils[0]), "METHOD")
                 raise CmfastError(
-                    f"{phase.name} distils a diffusion model: put one before it (--set phases={row.distils[0]}:50000,"
+                    f"{phase.name} distils a {row.distils[0]} model: put one before it (--set phases={first}:50000,"
                     f"{phase.name}:100000), or pass a model, --init FILE or --teacher FILE"
                 )
 

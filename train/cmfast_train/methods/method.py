@@ -77,9 +77,9 @@ class Method(Generic[H]):
         c_noises: values of c_noise that it can train with; empty: all.
         from_scaling: of a model of --init, the scaling with which its weights are trained on, where it changes.
         second_time: the network takes a second noise level.
-        distils: the methods whose models it can distil; empty: it has no teacher. With its own name among them, a
-            phase after one of the same method distils what that one left.
-        diffuses: it leaves a diffusion model, whose samples take Heun's sampler.
+        leaves: the kind of model that it leaves, such as "diffusion" or "consistency".
+        distils: the kinds of models that it can distil; empty: it has no teacher. With the kind that it leaves among
+            them, a phase after such a phase distils what that one left.
         differentiates: it calls `Networks.output_along`, which needs forward-mode derivatives of the network.
         one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
         needs: what a phase needs beside the student.
@@ -106,8 +106,8 @@ class Method(Generic[H]):
     c_noises: tuple[str, ...] = ()
     from_scaling: Mapping[str, str] = field(default_factory=dict)
     second_time: bool = False
+    leaves: str = "consistency"
     distils: tuple[str, ...] = ()
-    diffuses: bool = False
     differentiates: bool = False
     one_evaluation: bool = False
     needs: Callable[[H], Needs] = lambda hyper: Needs()

@@ -165,7 +165,7 @@ def _in_stages(hyper: Ect) -> str:
 
 
 def _deterministic(spec: ModelSpec, hyper: Pd) -> ModelSpec:
-    """Return the conventions after progressive distillation: the student's steps are DDIM's, at its own levels."""
+    """Return the conventions after progressive distillation: the student takes DDIM's steps, at levels of its own."""
     sigmas = pd_sigmas(hyper.steps, spec.sigma_min, spec.sigma_max)
     return dataclasses.replace(spec, renoise="ddim", sigmas={hyper.steps: sigmas})
 
@@ -180,13 +180,13 @@ def _halves(hyper: Pd, before: Pd) -> str:
 # progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
 TO_BOUNDARY, FROM_BOUNDARY = {"edm": "boundary"}, {"boundary": "edm"}
 
-_ROWS: tuple[Method[Any], ...] = (
+_OURS: tuple[Method[Any], ...] = (
     Method(
         name="edm",
         paper="Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364",
         step="cmfast_train.methods.diffusion:edm",
         hyper=Edm,
-        diffuses=True,
+        leaves="diffusion",
         one_evaluation=True,
     ),
     Method(
@@ -208,7 +208,7 @@ _ROWS: tuple[Method[Any], ...] = (
         hyper=Cd,
         defaults={"lr": 4e-4, "ema": 0.9999},
         from_scaling=TO_BOUNDARY,
-        distils=("edm",),
+        distils=("diffusion",),
         needs=_distance,
         constants=lambda hyper, done, steps: (ct_scales(done, steps, hyper.s0, hyper.s1),),  # noise levels
         target_decay=_decay,
@@ -243,7 +243,8 @@ _ROWS: tuple[Method[Any], ...] = (
         step="cmfast_train.methods.progressive:pd",
         hyper=Pd,
         defaults={"lr": 2e-4, "lr_decay": 1.0},
-        distils=("edm", "pd"),
+        leaves="deterministic",
+        distils=("diffusion", "deterministic"),
         spec_after=_deterministic,
         check_after=_halves,
         numbered="steps",
@@ -273,7 +274,7 @@ _ROWS: tuple[Method[Any], ...] = (
         c_noise="trig",
         scalings=("trigflow", "edm"),
         from_scaling=FROM_BOUNDARY,
-        distils=("edm",),
+        distils=("diffusion",),
         differentiates=True,
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite", log_variance=hyper.adaptive),
         constants=lambda hyper, done, steps: (tangent_warmup(done, steps, hyper.warmup),),
@@ -293,7 +294,7 @@ _ROWS: tuple[Method[Any], ...] = (
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite"),
     ),
 )
-_TABLE: dict[str, Method[Any]] = {row.name: row for row in _ROWS}
+ROWS: dict[str, Method[Any]] = {row.name: row for row in _OURS}
 
 
 def names() -> tuple[str, ...]:
@@ -301,7 +302,7 @@ def names() -> tuple[str, ...]:
     from importlib.metadata import entry_points  # slow to import
 
     others = [entry.name for entry in entry_points(group=ENTRY_POINTS)]
-    return tuple(dict.fromkeys([*_TABLE, *others]))
+    return tuple(dict.fromkeys([*ROWS, *others]))
 
 
 def find(name: object) -> Method[Any]:
@@ -310,8 +311,8 @@ def find(name: object) -> Method[Any]:
     Raises:
         CmfastError: there is no such method, or the package that brings it declares it wrongly.
     """
-    if isinstance(name, str) and name in _TABLE:
-        return _TABLE[name]
+    if isinstance(name, str) and name in ROWS:
+        return ROWS[name]
     from importlib.metadata import entry_points  # slow to import
 
     for entry in entry_points(group=ENTRY_POINTS, name=name) if isinstance(name, str) else ():
@@ -331,7 +332,7 @@ def register(method: Method[Any]) -> None:
     """
     if not method.name.isidentifier():
         raise CmfastError(f"the name of a method must be a Python identifier, got {shown(method.name)}")
-    if _TABLE.get(method.name, method) is not method:
+    if ROWS.get(method.name, method) is not method:
         raise CmfastError(f"there is a method {method.name} already; choose another name")
     if not dataclasses.is_dataclass(method.hyper):
         raise CmfastError(f"{method.name}: hyper must be a frozen dataclass, got {shown(method.hyper)}")
@@ -339,5 +340,7 @@ def register(method: Method[Any]) -> None:
         raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; call the hyperparameter otherwise")
     for name, kind in typing.get_type_hints(method.hyper).items():
         if kind not in READERS:
-            raise CmfastError(f"{method.name}.{name}: a hyperparameter must be of {', '.join(map(type_name, READERS))}")
-    _TABLE[method.name] = method
+            raise CmfastError(
+                f"{method.name}.{name}: a hyperparameter must be of {', '.join(map(type_name, READERS))}, got {type_name(kind)}"
+            )
+    ROWS[method.name] = method

@@ -249,7 +249,8 @@ class Run:
     def _teaches_from_file(self) -> bool:
         """Whether --teacher's model is the phase's; a method that distils its own models goes on from those."""
         before = self.config.phases[self.phase_index - 1] if self.phase_index else None
-        own = before is not None and before.method == self.phase.method and self.phase.method in self.phase.row.distils
+        row = self.phase.row
+        own = before is not None and before.row.leaves == row.leaves and row.leaves in row.distils
         return self._start.teacher is not None and not own
 
     def _log_variance(self) -> dict[str, Tensor]:
