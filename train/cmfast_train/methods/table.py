@@ -340,7 +340,6 @@ def register(method: Method[Any]) -> None:
         raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; call the hyperparameter otherwise")
     for name, kind in typing.get_type_hints(method.hyper).items():
         if kind not in READERS:
-            raise CmfastError(
-                f"{method.name}.{name}: a hyperparameter must be of {', '.join(map(type_name, READERS))}, got {type_name(kind)}"
-            )
+            types = ", ".join(map(type_name, READERS))
+            raise CmfastError(f"{method.name}.{name}: a hyperparameter must be of {types}, got {type_name(kind)}")
     ROWS[method.name] = method
