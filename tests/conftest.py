@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import os
 import subprocess
@@ -72,6 +73,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+NEW_MODULES = 100  # imported since the last freeze: a library and what it imports
+_frozen_modules = [0]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep imported libraries out of garbage collections, of which accelerate runs a full one at each phase of a run.
+
+    They have a million objects, which cost more than half of the time of tests that train.
+    """
+    if len(sys.modules) > _frozen_modules[0] + NEW_MODULES:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules[0] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
