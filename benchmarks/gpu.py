@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What needs a GPU, in as many seconds as there are: `make gpu`, or one of
+"""Checks and timings that need a GPU, within a budget of seconds: `make gpu`, or one of
 
     python benchmarks/gpu.py smoke --budget 45 --out smoke.jsonl
     python benchmarks/gpu.py bench --budget 225 --out bench.jsonl
     python benchmarks/gpu.py train --budget 240 --out train.jsonl --data-root DIR
     python benchmarks/gpu.py tests --budget 120 --out tests.jsonl
 
-and then, on any machine, the record and the tables that documents take from it
+and then, on any machine, the record and the tables in the documentation
 
     python benchmarks/gpu.py record smoke.jsonl bench.jsonl train.jsonl --json benchmarks/results/gpu_h100.json
     python benchmarks/gpu.py table --write
 
-The most valuable comes first, every item is on its own, and each has its line on disk as soon as it is measured
-(`gpu_lines`), so nothing is lost when the command is cut. The same command goes on after the items that its file has.
-Nothing is fetched; `--device cpu` is a rehearsal.
+The most valuable items come first, each is independent of the others, and its line is on disk as soon as it is measured
+(`gpu_lines`), so nothing is lost if the command is killed. The same command continues after the items in its file.
+Nothing is downloaded; `--device cpu` is a rehearsal.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from gpu_lines import ROOT, Line, Lines, begin
 
 NETWORKS = {"cuda": ("mnist", "cifar10", "imagenet64"), "cpu": ("digits",)}
 KNOWN = ("digits", "mnist", "cifar10", "imagenet64")  # networks.NAMES, which imports PyTorch
-START_END_S = 1.0  # of the budget: starting this process and ending it
+START_END_S = 1.0  # of the budget, for starting and ending this process
 PATH = click.Path(path_type=Path)
 COMMON = (
     click.option("--out", type=PATH, required=True, help="JSON lines."),
     click.option(
         "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: rehearse."
     ),
-    click.option("--fresh", is_flag=True, help="Begin a new file instead of going on."),
-    click.option("--items", default="", metavar="TEXT,..", help="Only items whose name has one of these."),
-    click.option("--pipe", type=int, hidden=True, help="Of a worker."),
-    click.option("--until", type=float, hidden=True, help="Of a worker."),
+    click.option("--fresh", is_flag=True, help="Start a new file instead of continuing."),
+    click.option("--items", default="", metavar="TEXT,..", help="Only items whose name contains one of these."),
+    click.option("--pipe", type=int, hidden=True, help="For a worker."),
+    click.option("--until", type=float, hidden=True, help="For a worker."),
 )
-networks_option = click.option("--networks", default="", metavar="NAME,..", help=f"Of {', '.join(KNOWN)}.")
+networks_option = click.option("--networks", default="", metavar="NAME,..", help=f"Names from {', '.join(KNOWN)}.")
 
 
 def _options(budget: float) -> Callable[[Any], Any]:
-    """Return the decorator with what all commands that measure take."""
+    """Return the decorator with the options of all commands that measure."""
 
     def decorate(function: Any) -> Any:
         for option in reversed(COMMON):
             function = option(function)
-        return click.option("--budget", type=float, default=budget, show_default=True, help="Seconds in all.")(function)
+        return click.option("--budget", type=float, default=budget, show_default=True, help="Total, s.")(function)
 
     return decorate
 
@@ -86,7 +86,7 @@ def smoke(networks: str, **common: Any) -> int | None:
 @command.command("bench")
 @_options(225)
 @networks_option
-@click.option("--seconds", type=float, default=0.3, show_default=True, help="Counted time of each way.")
+@click.option("--seconds", type=float, default=0.3, show_default=True, help="Timing per way, s.")
 def bench(networks: str, seconds: float, **common: Any) -> int | None:
     """Time every way to run each network against eager PyTorch."""
     names = _networks(networks, common["device"])
@@ -102,21 +102,21 @@ def bench(networks: str, seconds: float, **common: Any) -> int | None:
 
 @command.command("train")
 @_options(240)
-@click.option("--preset", type=click.Choice(["mnist", "digits"]), help="Default: mnist, of a rehearsal digits.")
-@click.option("--data-root", type=PATH, help="Where MNIST's files are, packed or not.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of cmfast-train.")
-@click.option("--run", "folder", type=PATH, help="Folder of the run; default: OUT without its suffix, _run.")
+@click.option("--preset", type=click.Choice(["mnist", "digits"]), help="Default: mnist; in a rehearsal digits.")
+@click.option("--data-root", type=PATH, help="Folder of MNIST's files, packed or not.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a field, as in cmfast-train.")
+@click.option("--run", "folder", type=PATH, help="Folder of the run; default: NAME_run beside --out.")
 def train(
     preset: str | None, data_root: Path | None, settings: tuple[str, ...], folder: Path | None, **common: Any
 ) -> int | None:
-    """Train a preset in these seconds, evaluate it, draw its samples."""
+    """Train a preset within the budget, evaluate it, draw samples."""
     out, preset = common["out"], preset or ("mnist" if common["device"] == "cuda" else "digits")
     folder = folder or out.with_name(f"{out.stem}_run")
     if preset != "digits" and data_root is None:
-        raise CmfastError(f"the preset {preset} needs its data: --data-root DIR")
+        raise CmfastError(f"the preset {preset} needs its data; add --data-root DIR")
     if common["fresh"] and common["pipe"] is None and folder.exists():
         if not (folder / "config.json").exists():
-            raise CmfastError(f"--fresh: {folder} is no folder of a run, so it is not removed; name another --run")
+            raise CmfastError(f"--fresh: {folder} is not the folder of a run, so it is kept; pass another --run")
         shutil.rmtree(folder)
 
     def items(lines: Lines) -> Iterable[Item]:
@@ -135,7 +135,7 @@ def train(
 @_options(120)
 @click.argument("files", nargs=-1)
 def tests(files: tuple[str, ...], **common: Any) -> int | None:
-    """Run the tests marked gpu, of FILES or of all."""
+    """Run the tests marked gpu, in FILES or in all."""
 
     def worker(lines: Lines) -> int:
         from gpu_pytest import files_with_gpu_tests, run_tests
@@ -162,7 +162,7 @@ def record(files: tuple[Path, ...], json_file: Path) -> None:
 
 
 @command.command("table")
-@click.option("--write", is_flag=True, help="Into docs/results.md and benchmarks/README.md.")
+@click.option("--write", is_flag=True, help="Write them into docs/results.md and benchmarks/README.md.")
 def table(write: bool) -> None:
     """Print the tables of the records in benchmarks/results."""
     from gpu_record import fill, full_tables, records, short_table
@@ -179,12 +179,12 @@ def _networks(text: str, device: str) -> tuple[str, ...]:
     """Return the networks of an option."""
     names = tuple(text.split(",")) if text else NETWORKS[device]
     if unknown := [name for name in names if name not in KNOWN]:
-        raise CmfastError(f"--networks {unknown[0]}: there are {', '.join(KNOWN)}")
+        raise CmfastError(f"--networks takes names from {', '.join(KNOWN)}, got {unknown[0]}")
     return names
 
 
 def _worker(items: Callable[[Lines], Iterable[Item]], common: dict[str, Any]) -> Callable[[Lines], int]:
-    """Return the worker of the wanted items, which imports PyTorch when it is called."""
+    """Return the worker for the requested items; it imports PyTorch when it is called."""
     texts = common["items"].split(",")
 
     def worker(lines: Lines) -> int:
@@ -195,12 +195,12 @@ def _worker(items: Callable[[Lines], Iterable[Item]], common: dict[str, Any]) ->
 
 
 def _run(what: str, worker: Callable[[Lines], int], common: dict[str, Any], **options: Any) -> int | None:
-    """Be the worker, or start workers and print what they have measured."""
+    """Be the worker, or start workers and print what they measured."""
     begun, out, budget = time.monotonic(), common["out"], common["budget"]
     if common["pipe"] is not None:
         return worker(Lines(out))
     if not 1 <= budget <= 86400:
-        raise CmfastError(f"--budget is a number of seconds from 1 to 86400, got {budget:g}")
+        raise CmfastError(f"--budget takes 1 to 86400 seconds, got {budget:g}")
     check_target(out)
     options |= {"budget": budget, "items": common["items"]}
     lines = begin(out, what, common["device"], fresh=common["fresh"], **options)
@@ -215,7 +215,7 @@ def _run(what: str, worker: Callable[[Lines], int], common: dict[str, Any], **op
 
 
 def _words(line: Line) -> str:
-    """Return what a line says in one for people; of what was not measured nothing, unless it failed."""
+    """Return a line as text; "" for what was not measured, unless it failed."""
     if "item" not in line or "skipped" in line or "not_here" in line:
         return ""
     name, kind = line["item"], line.get("kind")
@@ -230,14 +230,14 @@ def _words(line: Line) -> str:
     if kind == "evaluation":
         return f"{name}: Frechet distance {line['fd']:.3f}, halves of the data {line['halves']['fd']:.3f}"
     if kind == "training":
-        return f"{name}: {line['images']:,} of {line['planned']:,} images, {line['images_per_s']} a second"
+        return f"{name}: {line['images']:,} of {line['planned']:,} images, {line['images_per_s']} per second"
     if kind == "sample":
         return f"{name}: {line['images_per_s']:.0f} images/s, {line['of_network']:.0%} of the network's own"
     return f"{name}: {'not ok' if line.get('ok') is False else 'ok'}"
 
 
 def _not_here(lines: Iterable[Line]) -> list[str]:
-    """Return the reasons why this machine cannot do some items, with their number and the first of them."""
+    """Return why this machine cannot do some items, with their number and the first of them."""
     found: dict[str, list[str]] = {}
     for line in lines:
         if "item" in line and "not_here" in line:

@@ -12,11 +12,11 @@ from gpu_cells import EAGER, Bench, Cell
 from gpu_items import Item
 
 WAYS = ("channels_last", "cuda_graph", "channels_last cuda_graph", "fused cuda_graph")
-FEW = (EAGER, *WAYS[2:])  # of them, in other precisions than bf16
+FEW = (EAGER, *WAYS[2:])  # the ways in precisions other than bf16
 COMPILED = ("reduce-overhead", "compiled")  # torch.compile: seconds, and minutes
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 BATCHES = (1, 8, 64, 256)
-MAIN = (1, 64, 256)  # of them, what is looked at first
+MAIN = (1, 64, 256)  # the batches that come first
 EXPECT_S = {"digits": 0.5, "mnist": 2.0, "cifar10": 3.0, "imagenet64": 5.0}  # twice at batch 256, in float32
 COMPILE_S = {"digits": 30.0, "mnist": 45.0, "cifar10": 60.0, "imagenet64": 120.0}
 
@@ -32,7 +32,7 @@ def bench_items(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
 
 
 def ceiling_items(device: str) -> Iterator[Item]:
-    """Yield what is measured of the card itself."""
+    """Yield the measurements of the card itself."""
     yield Item(name="ceiling copy", run=functools.partial(gpu_ceilings.copy_line, device))
     for dtype in gpu_ceilings.DTYPES:
         if device == "cuda" or dtype == "float32":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ceilings of a card in seconds: what `cmfast_train.backends.ceilings` multiplies and moves, the fastest of each.
+"""The ceilings of a card, in seconds of work: the fastest ways of `cmfast_train.backends.ceilings`.
 
 `cmfast.bench.roofline` measures the same with more calls, in turns with ONNX Runtime's, which takes a minute for four
 types.
@@ -15,17 +15,17 @@ from cmfast.bench.roofline import BYTES, Ceilings, Way
 from cmfast_train.backends.ceilings import ways
 
 DTYPES = tuple(BYTES)
-CALLS, SECONDS = 5, 0.25  # of each way, at least
+CALLS, SECONDS = 5, 0.25  # per way, at least
 
 
 def product_line(device: str, dtype: str) -> dict[str, Any]:
-    """Return the line of a type's matrix products: operations a second."""
+    """Return the line of a type's matrix products: operations per second."""
     rates = _rates(device, dtype, "flops")
     return {"kind": "ceiling", "dtype": dtype, "flops_per_s": max(rates.values()), "of": rates}
 
 
 def copy_line(device: str) -> dict[str, Any]:
-    """Return the line of a copy from memory to memory: bytes a second, read and written."""
+    """Return the line of a copy from memory to memory: bytes per second, read and written."""
     rates = _rates(device, "float32", "bytes")
     return {"kind": "ceiling", "dtype": None, "bytes_per_s": max(rates.values()), "of": rates}
 
@@ -47,7 +47,7 @@ def ceilings(lines: Iterable[dict[str, Any]], device: str) -> dict[str, Ceilings
 
 
 def fastest(call: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest call, which waits for the device itself."""
+    """Return the seconds of the fastest call; the call waits for the device."""
     call()
     call()
     times: list[float] = []

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One way of PyTorch to run a network, held against eager PyTorch: an item of `gpu.py bench`.
+"""One way to run a network in PyTorch, compared with eager PyTorch: an item of `gpu.py bench`.
 
-An item is one way of one network in one precision at one batch size and number of steps. It opens its engine, compares
-its images with eager's on the same noise, times the two in turns, and gives the memory back; so no way can take another
-one's memory, and what fails is one line. Weights are random (`networks`) and stay on the device, where engines open in
-milliseconds.
+An item is one way of one network in one precision at one batch size and number of steps. It opens its backend, compares
+its images with eager's on the same noise, times the two in turns, and frees its memory, so no way takes another's,
+and a failure is one line. Weights are random (`networks`) and stay on the device, where backends open in milliseconds.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from gpu_lines import Line, Lines
 from networks import parameters, random_model
 
 EAGER = ""
-SECONDS, CALLS = 0.3, 5  # counted, of each of the two, at least
+SECONDS, CALLS = 0.3, 5  # counted for each of the two, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A network in a precision, so many images at a time, in so many network calls."""
+    """A network in a precision, at a batch size and number of network calls."""
 
     network: str
     precision: str
@@ -54,7 +53,7 @@ class Cell:
 
 
 class Bench:
-    """What items share: the models, the eager engine of the last network and precision, the lines so far."""
+    """What items share: the models, the eager backend of the last network and precision, the lines so far."""
 
     def __init__(self, lines: Lines, device: str, seconds: float = SECONDS) -> None:
         self.lines, self.device, self.seconds = lines, device, seconds
@@ -65,16 +64,16 @@ class Bench:
     def row(self, cell: Cell, way: str) -> Line:
         """Return the line of one way at one cell."""
         eager = self.eager(cell.network, cell.precision)
-        engine = self.open(cell.network, cell.precision, way) if way else eager
+        backend = self.open(cell.network, cell.precision, way) if way else eager
         noise, label, sigmas = self.inputs(cell)
         want = eager.loop(noise, sigmas, label)
-        got = engine.loop(noise, sigmas, label)
+        got = backend.loop(noise, sigmas, label)
         difference, allowed = compare(want, got, cell.precision, self.device)
         calls = {"eager": lambda: eager.loop(noise, sigmas, label)}
-        engines = {"eager": eager}
+        backends = {"eager": eager}
         if way:
-            calls["way"], engines["way"] = lambda: engine.loop(noise, sigmas, label), engine
-        wall, on_device = self.timed(calls, engines)
+            calls["way"], backends["way"] = lambda: backend.loop(noise, sigmas, label), backend
+        wall, on_device = self.timed(calls, backends)
         mine = "way" if way else "eager"
         summary = {name: summarise(times) for name, times in wall.items()}
         device = {name: summarise(times) for name, times in on_device.items() if times}
@@ -89,19 +88,19 @@ class Bench:
         return line | self.roofline(cell, (device or summary)[mine]["median_ms"]) | self.memory()
 
     def timed(
-        self, calls: dict[str, Any], engines: dict[str, TorchBackend]
+        self, calls: dict[str, Any], backends: dict[str, TorchBackend]
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Return the wall times of counted calls, ms, and the computing times on the device of all calls, ms."""
+        """Return the wall times of counted calls and the compute times on the device of all calls, ms."""
         with contextlib.ExitStack() as stack:
             clocks: dict[str, list[DeviceTimes]] = {
-                name: stack.enter_context(engine.timed()) if isinstance(engine, TimedBackend) else []
-                for name, engine in engines.items()
+                name: stack.enter_context(backend.timed()) if isinstance(backend, TimedBackend) else []
+                for name, backend in backends.items()
             }
             wall = timing.interleave(calls, seconds=self.seconds, calls=CALLS, warmup_s=0.0)
         return wall, {name: [each.compute_ms for each in times] for name, times in clocks.items()}
 
     def roofline(self, cell: Cell, ms: float) -> Line:
-        """Return how far a time is from the least that this card can take, by the ceilings of this file."""
+        """Return how close a time is to the least that this card needs, by the ceilings in this file."""
         cost = self.cost(cell.network, cell.precision)
         ceilings = gpu_ceilings.ceilings(self.lines.found("ceiling"), self.device).get(PRECISIONS[cell.precision])
         floor = floor_ms(cost, ceilings, cell.batch, cell.steps) if ceilings else None
@@ -110,7 +109,7 @@ class Bench:
         return {"flops": cell.steps * cell.batch * cost["flops"], "bytes": moved, **known}
 
     def memory(self) -> Line:
-        """Return the most memory that PyTorch had on the card during the item, and begin anew."""
+        """Return PyTorch's peak memory on the card during the item, and reset it."""
         if self.device == "cpu":
             return {}
         most = torch.cuda.max_memory_reserved()
@@ -125,21 +124,21 @@ class Bench:
         return self._models[network]
 
     def eager(self, network: str, precision: str) -> TorchBackend:
-        """Return eager PyTorch, kept until another network or precision is asked for."""
+        """Return eager PyTorch, kept until another network or precision is requested."""
         if self._eager is None or self._eager[0] != (network, precision):
             self._eager = None
             self._eager = ((network, precision), self.open(network, precision, EAGER))
         return self._eager[1]
 
     def open(self, network: str, precision: str, way: str) -> TorchBackend:
-        """Return an engine, or raise NotHere where this version or this card has no such way."""
+        """Return a backend, or raise NotHere if this version or this card lacks the way."""
         try:
             return TorchBackend(self.model(network), self.device, None, way, precision)
         except EngineError as err:
             raise NotHere(str(err)) from None
 
     def cost(self, network: str, precision: str) -> dict[str, float]:
-        """Return what one image costs in one call."""
+        """Return the cost of one image in one call."""
         key, spec = (network, precision), self.model(network).spec
         if key not in self._costs:
             self._costs[key] = count(self.eager(*key).denoiser, spec.image, spec.classes, self.device)
@@ -153,7 +152,11 @@ class Bench:
 
 
 def compare(want: Any, got: Any, precision: str, device: str) -> tuple[float, float]:
-    """Return the largest difference of images and what is allowed; raise if it is more."""
+    """Return the largest difference of the images and the one allowed.
+
+    Raises:
+        CheckFailed: the difference is larger.
+    """
     if not np.isfinite(got).all():
         raise NotFinite("the images are not finite")
     dtype = PRECISIONS[precision]
@@ -180,7 +183,7 @@ def _noise(batch: int, steps: int, image: tuple[int, int, int]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnDevice(Checkpoint):
-    """A checkpoint whose weights lie where they are used, and are random: opening an engine hashes none of them."""
+    """A checkpoint whose random weights are on the device: opening a backend hashes none of them."""
 
     def sha256(self) -> str:
         return ""

@@ -40,23 +40,23 @@ def items(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
 
 
 def sample(bench: Bench, network: str) -> Line:
-    """Return the images a second of `Model.sample`, noise and 8-bit pixels included, beside the network's own."""
+    """Return the images per second of `Model.sample`, with noise and 8-bit pixels, beside the network's own."""
     n, batch = IMAGES[bench.device], SAMPLE_BATCH[bench.device]
     cell = Cell(network=network, precision="bf16", batch=batch)
     way = best_way(bench, cell)
-    engine = bench.open(network, "bf16", way)
-    model = Model(engine)
+    backend = bench.open(network, "bf16", way)
+    model = Model(backend)
     images = model.sample(2 * batch, steps=1, batch=batch)  # warms up
     if not images.std() > 1:
-        raise CheckFailed("all pixels are alike")
+        raise CheckFailed("all pixels are the same")
     inputs, label, sigmas = bench.inputs(cell)
     if bench.device == "cuda":
-        with engine.timed() as times:
+        with backend.timed() as times:
             for _ in range(6):
-                engine.loop(inputs, sigmas, label)
+                backend.loop(inputs, sigmas, label)
         own_ms = median_compute_ms(times[1:])
     else:
-        own_ms = statistics.median(timed_ms(lambda: engine.loop(inputs, sigmas, label)) for _ in range(3))
+        own_ms = statistics.median(timed_ms(lambda: backend.loop(inputs, sigmas, label)) for _ in range(3))
     seconds = [timed_ms(lambda: model.sample(n, steps=1, batch=batch)) / 1000 for _ in range(3)]
     rate, own = n / statistics.median(seconds), 1000 * batch / own_ms
     return {
@@ -67,7 +67,7 @@ def sample(bench: Bench, network: str) -> Line:
 
 
 def best_way(bench: Bench, cell: Cell) -> str:
-    """Return the way that was the fastest at a cell so far; eager where none was measured."""
+    """Return the fastest way at a cell so far; eager if none was measured."""
     same = ("network", "precision", "steps")
     rows = [row for row in bench.lines.found("row") if all(row[name] == getattr(cell, name) for name in same)]
     rows = [row for row in rows if row["way"] not in ("eager", "compiled")]
@@ -77,21 +77,21 @@ def best_way(bench: Bench, cell: Cell) -> str:
 
 
 def profile(bench: Bench, network: str, which: str) -> Line:
-    """Return the kernels that take the time of a call at batch 64."""
+    """Return the kernels that take most of the time of a call at batch 64."""
     cell = Cell(network=network, precision="bf16", batch=64 if bench.device == "cuda" else 1)
     way = best_way(bench, cell) if which == "best" else ""
     if which == "best" and not way:
         raise NotHere("no way was faster than eager, or none was measured")
-    engine = bench.open(network, "bf16", way)
+    backend = bench.open(network, "bf16", way)
     inputs, label, sigmas = bench.inputs(cell)
     for _ in range(2):
-        engine.loop(inputs, sigmas, label)
+        backend.loop(inputs, sigmas, label)
     activity = torch.profiler.ProfilerActivity
     calls = 3
     activities = [activity.CPU, activity.CUDA] if bench.device == "cuda" else [activity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(calls):
-            engine.loop(inputs, sigmas, label)
+            backend.loop(inputs, sigmas, label)
     events = [event for event in profiler.key_averages() if bench.device == "cpu" or kernel_ms(event, "cuda") > 0]
     if bench.device == "cuda":  # kernels and copies; the operators that launched them have the same time again
         events = [event for event in events if str(event.device_type).endswith("CUDA")]
@@ -110,7 +110,7 @@ def kernel_ms(event: Any, device: str) -> float:
 
 
 def noise(device: str) -> Line:
-    """Return values a second of noise, drawn by PyTorch on the device and by numpy on one thread; the bits agree."""
+    """Return values per second of noise, by PyTorch on the device and by numpy on one thread; the bits agree."""
     count, shape = NOISE[device]
     values = count * int(np.prod(shape))
     gaussian(0, range(count), 0, shape)  # the first touch of its memory is not counted
@@ -121,7 +121,7 @@ def noise(device: str) -> Line:
     got = torch_noise.gaussian(key, samples, 1, shape)
     differs = int((got[0].cpu().numpy().view(np.uint32) != want.view(np.uint32)).sum())
     if differs:
-        raise CheckFailed(f"{differs:,} of {values:,} values are not numpy's to the bit")
+        raise CheckFailed(f"{differs:,} of {values:,} values differ from numpy's bits")
 
     def draw() -> None:
         torch_noise.gaussian(key, samples, 1, shape)

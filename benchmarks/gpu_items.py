@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Items of work inside a budget of seconds: each on its own, and none able to take the others with it.
+"""Items of work within a budget of seconds: independent, so that none can take the others down.
 
-Two processes. The worker runs one item after another and writes each one's line. The supervisor imports no library that
-could hang or crash: it kills a worker whose item takes too long or whose time is over, writes the line that the item
-did not, and starts the next worker, which goes on after it. A worker also ends by itself when an item has left CUDA
-unusable, and when its supervisor is gone.
+Two processes. The worker runs one item after another and writes a line for each. The supervisor imports no library that
+could hang or crash: it kills a worker whose item takes too long or whose time is up, writes the line for that item, and
+starts the next worker, which continues after it. A worker also exits when an item has left CUDA unusable, and when its
+supervisor is gone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gpu_lines import ROOT, Line, Lines
 
 START_S = 4.0  # a worker is not started with less time left; importing PyTorch takes it
 END_S = 0.5  # of the budget, kept for ending the worker
-GONE = 3  # exit status of a worker that CUDA has left unusable
-IDLE_LIMIT_S = 60.0  # a worker that has not begun an item after this long hangs in an import
+GONE = 3  # exit status of a worker in which CUDA is unusable
+IDLE_LIMIT_S = 60.0  # a worker that has not started an item after this long hangs in an import
 
 
 class NotHere(CmfastError):
@@ -36,24 +36,22 @@ class NotHere(CmfastError):
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A piece of work with a line of its own.
-
-    run      returns the values of the line
-    expect_s what it takes at most where all is well: it is not begun with less time left
-    limit_s  it is killed after this long
-    """
+    """A piece of work with a line of its own."""
 
     name: str
-    run: Callable[[], Line]
-    expect_s: float = 1.0
-    limit_s: float = 45.0
+    run: Callable[[], Line]  # returns the values of the line
+    expect_s: float = 1.0  # the most it takes when all is well; it is not started with less time left
+    limit_s: float = 45.0  # it is killed after this long
 
 
 def work(items: Iterable[Item], lines: Lines, until: float, pipe: int) -> int:
     """Run the items that have no line yet, the worker's side; return the exit status.
 
-    until  when the budget ends, by time.monotonic(), which all processes of a machine share
-    pipe   where the supervisor reads what is being done
+    Args:
+        items: in the order to run them.
+        lines: the output.
+        until: when the budget ends, by time.monotonic(), which all processes on a machine share.
+        pipe: where the supervisor reads what is running.
     """
     end_with_parent()
     for item in items:
@@ -81,7 +79,10 @@ def work(items: Iterable[Item], lines: Lines, until: float, pipe: int) -> int:
 def supervise(command: list[str], lines: Lines, until: float) -> Line:
     """Run workers until all items have lines or the budget ends, the supervisor's side; return the last line.
 
-    command  starts a worker; the number of its pipe and `until` are added
+    Args:
+        command: starts a worker; the number of its pipe and `until` are added.
+        lines: the output.
+        until: when the budget ends, by time.monotonic().
     """
     begun, lost = time.monotonic(), 0
     while until - time.monotonic() > START_S and lost < 2:
@@ -114,7 +115,7 @@ def kind_of(line: Line) -> str:
 
 
 def free_memory() -> None:
-    """Give back what the last item held, on the GPU too."""
+    """Free what the last item held, on the GPU too."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -125,7 +126,7 @@ def free_memory() -> None:
 
 
 def _one_worker(command: list[str], until: float) -> tuple[int, str | None, Line]:
-    """Run one worker; return its exit status, the item it was at, and what the line of that item has to say."""
+    """Run one worker; return its exit status, the item it was running, and the values of that item's line."""
     reading, writing = os.pipe()
     try:
         worker = subprocess.Popen(
@@ -137,15 +138,15 @@ def _one_worker(command: list[str], until: float) -> tuple[int, str | None, Line
     finally:
         os.close(writing)
     item, limit, since = None, min(time.monotonic() + IDLE_LIMIT_S, until), time.monotonic()
-    said = b""
+    received = b""
     try:
         while worker.poll() is None:
             if select.select([reading], [], [], 0.02)[0]:
                 part = os.read(reading, 65536)
                 if not part:
                     time.sleep(0.02)
-                said += part
-                *whole, said = said.split(b"\n")
+                received += part
+                *whole, received = received.split(b"\n")
                 if whole:
                     words, _, item = whole[-1].decode().partition(" ")
                     limit, since = float(words), time.monotonic()
@@ -166,7 +167,7 @@ def _one_worker(command: list[str], until: float) -> tuple[int, str | None, Line
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and what it has started, where it still runs."""
+    """Kill a worker and its children if it still runs."""
     if worker.poll() is not None:
         return
     try:
@@ -177,12 +178,12 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
 
 
 def say(pipe: int, text: str) -> None:
-    """Tell the supervisor what is being done: until when, by time.monotonic(), and its name."""
+    """Tell the supervisor what is running: its deadline, by time.monotonic(), and its name."""
     os.write(pipe, f"{text}\n".encode())
 
 
 def end_with_parent() -> None:
-    """From now on end this process when the supervisor's end of its standard input closes: it has been killed."""
+    """From now on, exit when the supervisor's end of standard input closes, because it was killed."""
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -193,7 +194,7 @@ def end_with_parent() -> None:
 
 
 def cuda_works() -> bool:
-    """Whether CUDA can still be used: after an illegal access every call fails until the process ends."""
+    """Whether CUDA is still usable: after an illegal access every call fails until the process ends."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return True
@@ -205,7 +206,7 @@ def cuda_works() -> bool:
 
 
 def _reason(err: BaseException) -> str:
-    """Return why an item failed, in one line; of what is no CmfastError also its class and the place in our files."""
+    """Return why an item failed, in one line; unless it is a CmfastError, also its class and place in our files."""
     text = one_line(err, 400) or "no message"
     if isinstance(err, CmfastError):
         return text

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The file that `gpu.py` leaves: JSON lines, each complete on disk as soon as its measurement is.
+"""The file that `gpu.py` writes: JSON lines, each on disk as soon as its measurement is complete.
 
     {"line": "head", "what": "smoke", "machine": ..., "versions": ..., "commit": ..., "code": ..., "device": "cuda"}
     {"item": "ceiling bfloat16", "seconds": 0.6, ...}         a measurement
     {"item": "train fp16", "seconds": 3.1, "error": "..."}    one that failed, with the reason
-    {"item": "attention", "skipped": "..."}                   one that the budget left no time for
-    {"line": "again", ...}   {"line": "end", ...}             the command went on; the command ended
+    {"item": "attention", "skipped": "..."}                   one for which the budget left no time
+    {"line": "again", ...}   {"line": "end", ...}             the command was resumed; the command ended
 
-A line is one write of the whole line, so a process that is killed leaves complete lines only.
+Each line is a single write, so a killed process leaves complete lines only.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ Line = dict[str, Any]
 
 
 class Lines:
-    """An output file, open for more lines.
-
-    done  the items that it has: measured, or failed with a reason
-    """
+    """An output file, open for more lines. `done` has its items, measured or failed with a reason."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,10 +58,10 @@ def head(what: str, device: str) -> Line:
 
 
 def begin(path: Path, what: str, device: str, *, fresh: bool, **options: Any) -> Lines:
-    """Open a file for a run: a new one, or that of an earlier run of the same code on the same machine.
+    """Open a file for a run: a new one, or one of an earlier run of the same code on the same machine.
 
     Raises:
-        CmfastError: the file holds something else, which only `fresh` replaces.
+        CmfastError: the file holds something else; only `fresh` replaces that.
     """
     new = {**head(what, device), "options": options}
     if fresh:
@@ -76,7 +73,7 @@ def begin(path: Path, what: str, device: str, *, fresh: bool, **options: Any) ->
     first = lines.before[0]
     if differs := [name for name in SAME if first.get(name) != new[name]]:
         raise CmfastError(
-            f"{path} is of a run with another {', '.join(differs)}; add --fresh to replace it, or name another --out"
+            f"{path} is from a run with another {', '.join(differs)}; add --fresh to replace it, or pass another --out"
         )
     lines.write({"line": "again", "date": new["date"], "options": options})
     return lines
@@ -86,7 +83,7 @@ def read_lines(path: Path) -> list[Line]:
     """Return the lines of a file.
 
     Raises:
-        CmfastError: a line is no JSON object, or the first one is no head.
+        CmfastError: a line is not a JSON object, or the first one is not a head.
     """
     found: list[Line] = []
     try:
@@ -99,13 +96,13 @@ def read_lines(path: Path) -> list[Line]:
         except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict) or (number == 1) != (line.get("line") == "head"):
-            raise CmfastError(f"{path}: line {number} is not one of `benchmarks/gpu.py`; name another file")
+            raise CmfastError(f"{path}: line {number} was not written by `benchmarks/gpu.py`; pass another file")
         found.append(line)
     return found
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold: a number that is not finite as its name, which null would hide."""
+    """Return what JSON can hold; NaN and infinities by name, because null would hide them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The tests marked gpu as items: a line for each as soon as it has run; one that hangs or crashes is a line too.
+"""The tests marked gpu as items: a line for each as soon as it has run, also for one that hangs or crashes.
 
-A file that cannot be imported, because a library is missing, is a line, and the other files run.
+A file that cannot be imported because a library is missing becomes a line, and the other files run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from cmfast.errors import one_line
 from gpu_items import END_S, GONE, cuda_works, end_with_parent, say
 from gpu_lines import ROOT, Lines
 
-LIMIT_S = 90.0  # of a test
-LEAST_S = 5.0  # a test is not begun with less time left
+LIMIT_S = 90.0  # per test
+LEAST_S = 5.0  # a test is not started with less time left
 ARGUMENTS = ("-m", "gpu and not slow", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider", "--tb=short")
 
 
 def run_tests(files: Sequence[str], wanted: str, lines: Lines, until: float, pipe: int) -> int:
-    """Run the tests marked gpu of these files that have no line yet; return the exit status of the worker.
+    """Run the tests marked gpu in these files that have no line yet; return the exit status of the worker.
 
-    wanted  texts, one of which their names must have
+    Args:
+        files: test files.
+        wanted: texts separated by commas; the name of a test must contain one.
+        lines: the output.
+        until: when the budget ends, by time.monotonic().
+        pipe: where the supervisor reads what is running.
     """
     end_with_parent()
     os.chdir(ROOT)
@@ -36,7 +41,7 @@ def run_tests(files: Sequence[str], wanted: str, lines: Lines, until: float, pip
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Return the test files that name the mark, the one about the engines first."""
+    """Return the test files with the mark, tests/gpu/test_gpu.py first."""
     found = [
         file.relative_to(ROOT).as_posix()
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -46,7 +51,7 @@ def files_with_gpu_tests() -> list[str]:
 
 
 class _Lines:
-    """A plugin of pytest that writes the lines."""
+    """A pytest plugin that writes the lines."""
 
     def __init__(self, wanted: list[str], lines: Lines, until: float, pipe: int) -> None:
         self._wanted = wanted
@@ -56,14 +61,14 @@ class _Lines:
         self.gone = False
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Write a line of a file that cannot be imported."""
+        """Write a line for a file that cannot be imported."""
         name = f"collect {report.nodeid}"
         if report.failed and name not in self._lines.done:
             why = str(report.longrepr).strip().splitlines() or ["?"]
             self._write(name, 0.0, {"error": one_line(why[-1])})
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave out what has a line, or is not wanted."""
+        """Deselect tests that have a line or are not wanted."""
         items[:] = [
             item
             for item in items
@@ -72,7 +77,7 @@ class _Lines:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """Tell the supervisor what begins; skip it where there is no time, or CUDA is unusable."""
+        """Tell the supervisor what starts; skip it if there is no time or CUDA is unusable."""
         left = self._until - time.monotonic()
         if self.gone:
             return True
@@ -106,9 +111,9 @@ class _Lines:
 
 
 def _reason(report: pytest.TestReport) -> str:
-    """Return the line that says why a test failed or was skipped, without this machine's folders."""
+    """Return why a test failed or was skipped, in one line without this machine's folders."""
     found = report.longrepr
-    if isinstance(found, tuple):  # of a skip: file, line, reason
+    if isinstance(found, tuple):  # for a skip: file, line, reason
         return one_line(str(found[2]).removeprefix("Skipped: "))
     crash = getattr(found, "reprcrash", None)
     return one_line(str(crash.message if crash is not None else found).replace(f"{Path.cwd()}/", ""))

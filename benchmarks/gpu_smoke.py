@@ -179,9 +179,9 @@ def replay(bench: Bench, network: str, way: str) -> Line:
     if bench.device == "cpu":
         raise NotHere("a CPU has no CUDA graphs")
     cell = Cell(network=network, precision="bf16", batch=8, steps=2)
-    eager, engine = bench.eager(network, "bf16"), bench.open(network, "bf16", way)
+    eager, backend = bench.eager(network, "bf16"), bench.open(network, "bf16", way)
     noise, label, sigmas = bench.inputs(cell)
-    first, other, again = (engine.loop(each, sigmas, label) for each in (noise, -noise, noise))
+    first, other, again = (backend.loop(each, sigmas, label) for each in (noise, -noise, noise))
     difference = float(np.abs(first - eager.loop(noise, sigmas, label)).max())
     moved = float(np.abs(first - other).max())
     same = bool((first == again).all())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Let a checkout be used without installing it, on a machine without a network: `make gpu` does.
+"""Lets you use a checkout without installing it, on a machine without a network, as `make gpu` does.
 
     PYTHONPATH=$(python3 benchmarks/offline.py) python3 benchmarks/gpu.py smoke --out smoke.jsonl
 
-An installation also says which engine runs which file (entry points); this writes just that, from pyproject.toml, into
-build/offline, and prints the four folders of PYTHONPATH. They are absolute, for child processes run elsewhere.
+An installation also registers which backend runs which file (entry points). This script writes them, from
+pyproject.toml, into build/offline, and prints the four folders for PYTHONPATH, absolute, so that child processes in
+other folders find them.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def test_a_file_of_another_machine_or_other_code_is_not_gone_on_with(tmp_path: P
     begin(out, "smoke", "cpu", fresh=False)  # the same
     for name, other in (("machine", {"gpu": "L4"}), ("code", "abc"), ("versions", {"torch": "3"})):
         out.write_text(json.dumps(first | {name: other}) + "\n")
-        with pytest.raises(CmfastError, match=f"is of a run with another {name}; add --fresh"):
+        with pytest.raises(CmfastError, match=f"is from a run with another {name}; add --fresh"):
             begin(out, "smoke", "cpu", fresh=False)
     with pytest.raises(CmfastError, match="another what"):
         begin(out, "bench", "cpu", fresh=False)
@@ -396,7 +396,7 @@ def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_p
 def test_a_preset_whose_data_are_files_needs_them(tmp_path: Path) -> None:
     command = gpu("train", "--preset", "mnist", "--device", "cpu", "--out", tmp_path / "out.jsonl")
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist needs its data: --data-root DIR\n")
+    assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist needs its data; add --data-root DIR\n")
     assert not list(tmp_path.iterdir())
 
 
