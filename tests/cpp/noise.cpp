@@ -29,12 +29,10 @@ void labels(char** a) {
     write(out);
 }
 
-// quantile < uint32 [N]: float32 [N]
+// quantile < uint32 [N]: float64 [N]
 void quantile() {
-    std::vector<float> out;
-    for (const auto bits : values_of<std::uint32_t>(all_input())) {
-        out.push_back(static_cast<float>(cmfast::normal_quantile(bits)));
-    }
+    std::vector<double> out;
+    for (const auto bits : values_of<std::uint32_t>(all_input())) out.push_back(cmfast::normal_quantile(bits));
     write(out);
 }
 
