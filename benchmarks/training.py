@@ -54,7 +54,7 @@ from cmfast_train.data.images import load_data, to_unit_range
 from cmfast_train.methods.step import Step
 from cmfast_train.networks.build import build_network
 from cmfast_train.torchvision_cpu import torchvision_datasets
-from cmfast_train.training.run import Run
+from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import accelerator_of, steps
 
 REFERENCE = "the first public implementation"
@@ -260,8 +260,8 @@ def train_ours(link: Connection, options: Options, name: str) -> None:
     link.send(
         {
             "settings": list(OURS[name]),
-            **about_network(build_network(run.network_config), torch.ones(COMPARED)),
-            "difference": compare(run, images.to(run.accelerator.device), options, name),
+            **about_network(build_network(run.context.network), torch.ones(COMPARED)),
+            "difference": compare(run, images.to(run.context.accelerator.device), options, name),
         }
     )
     stream = steps(run, data)
@@ -300,28 +300,28 @@ def compare(run: Run, x0: Tensor, options: Options, name: str) -> dict[str, floa
     generator = torch.Generator(x0.device).manual_seed(0)
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     uniform = torch.rand(len(x0), 4, generator=generator, device=x0.device)
-    with run.accelerator.autocast():
+    with run.context.accelerator.autocast():
         losses, sigma = run.phase.row.function()(
             Step(
                 hyper=run.phase.hyper,
-                spec=run.spec,
-                networks=run.networks,
-                distance=run.distance,
-                constants=run.phase.constants(0, run.config.steps(run.phase)),
+                spec=run.context.spec,
+                networks=run.state.networks,
+                distance=run.state.distance,
+                constants=run.phase.constants(0, run.state.total),
                 x0=x0,
                 noise=noise,
                 uniform=uniform,
                 conditions={},
             )
         )
-        loss = losses.mean() / math.prod(run.spec.image)  # theirs is a mean over pixels
-        run.accelerator.backward(loss)
-    ours = torch.cat([weight.grad.flatten() for weight in run.weights.values()])
-    run.optimizer.zero_grad(set_to_none=True)
+        loss = losses.mean() / math.prod(run.context.spec.image)  # theirs is a mean over pixels
+        run.context.accelerator.backward(loss)
+    ours = torch.cat([weight.grad.flatten() for weight in run.state.weights.values()])
+    run.state.optimizer.zero_grad(set_to_none=True)
 
     theirs, target = (ConsistencyModel(1, D=options.width).to(x0.device) for _ in range(2))
     for model in (theirs, target):
-        model.load_state_dict(run.weights)
+        model.load_state_dict(run.state.weights)
     if (count := len(torch.nn.utils.parameters_to_vector(theirs.parameters()))) != len(ours):
         raise CheckFailed(f"{name}: {len(ours):,} weights, theirs has {count:,}")
     grid = kerras_boundaries(7.0, 0.002, LEVELS, 80.0).to(x0.device)

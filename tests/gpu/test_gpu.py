@@ -45,7 +45,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms
-from cmfast_train.training.run import Run
+from cmfast_train.training.state import Run
 from cmfast_train.training.step import optimise
 from cmfast_train.training.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
 from helpers.steps import CASES, begin_last_phase, data, new_run, take_steps
@@ -503,10 +503,10 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
     for recorded in (False, True):
         run = new_run(tmp_path, *CASES[case], "device=cuda", *([] if bf16 else ["precision=fp32"]))
         begin_last_phase(run)
-        assert why_not(run, run.phase) == ""
-        with trying_algorithms(run.accelerator.device):
+        assert why_not(run.context, run.phase) == ""
+        with trying_algorithms(run.context.accelerator.device):
             take = step_of(run) if recorded else functools.partial(optimise, run)
-            results.append(take_steps(run, take, run.config.steps(run.phase)))
+            results.append(take_steps(run, take, run.state.total))
     assert isinstance(take, RecordedSteps)
     assert take.recordings > 0
     want, got = ([(loss.cpu(), sigma.cpu()) for loss, sigma in each] for each in results)
@@ -903,9 +903,9 @@ def test_recorded_steps_with_fused_norms_follow_those_without(precision: str, me
         stages = ["ect.stages=0,1"] if method == "ect" else []  # a recording serves one
         given = [f"phases={method}:240", f"precision={precision}", f"fused={fused}", *stages]
         run = new_run(tmp_path, *given, "device=cuda")
-        assert run.why_not_fused(run.phase) == ("" if fused == "true" else "fused=false")
+        assert run.context.why_not_fused(run.phase) == ("" if fused == "true" else "fused=false")
         take = step_of(run)
-        with trying_algorithms(run.accelerator.device):
+        with trying_algorithms(run.context.accelerator.device):
             losses = [float(loss.mean()) for loss, _ in take_steps(run, take, 30)]
         assert isinstance(take, RecordedSteps)
         assert take.recordings > 0

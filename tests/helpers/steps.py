@@ -16,7 +16,8 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import Batch, load_data
 from cmfast_train.networks.adm import randomise
-from cmfast_train.training.run import Run
+from cmfast_train.training.saving import next_phase
+from cmfast_train.training.state import Run
 from cmfast_train.training.step import optimise
 from cmfast_train.training.trainer import accelerator_of
 
@@ -48,7 +49,7 @@ def new_run(out: Path, *settings: str, lively: bool = True) -> Run:
     config = override(PRESETS["digits"], [*TINY, *settings])
     run = Run(config, out, accelerator_of(config), len(data()), data().classes)
     if lively:
-        for seed, module in enumerate(filter(None, (run.denoiser, run.target, run.teacher))):
+        for seed, module in enumerate(filter(None, (run.state.student.denoiser, run.state.target, run.state.teacher))):
             randomise(module.network, seed)
     return run
 
@@ -62,7 +63,7 @@ def take_steps(run: Run, take: Any, count: int) -> list[tuple[Tensor, Tensor]]:
     """Take so many steps; return the loss and noise level of each image in each."""
     results = []
     for images, label in islice(batches_of(run), count):
-        conditions = {"label": label} if run.spec.classes else {}
+        conditions = {"label": label} if run.context.spec.classes else {}
         results.append(take(run.images // run.config.batch, images, conditions, ALL))
         run.step += 1
     return results
@@ -71,5 +72,5 @@ def take_steps(run: Run, take: Any, count: int) -> list[tuple[Tensor, Tensor]]:
 def begin_last_phase(run: Run) -> None:
     """Take the steps of the phases before, where there are some."""
     while run.phase is not run.config.phases[-1]:
-        take_steps(run, functools.partial(optimise, run), run.config.steps(run.phase))
-        run.next_phase()
+        take_steps(run, functools.partial(optimise, run), run.state.total)
+        next_phase(run)

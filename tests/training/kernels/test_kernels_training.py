@@ -24,8 +24,8 @@ from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms, fuses
 from cmfast_train.networks.seed import SeedConfig
-from cmfast_train.training import fused
-from cmfast_train.training.fused import check_fused, why_no_kernels, why_not_fused
+from cmfast_train.training import context
+from cmfast_train.training.context import check_fused, why_no_kernels, why_not_fused
 from cmfast_train.training.initial_model import network_config
 from cmfast_train.training.parallel import jvp, recompute
 from helpers import HELPERS
@@ -291,7 +291,7 @@ def test_what_has_fused_norms_and_why_the_rest_has_not(
     settings: tuple[str, ...], network: NetworkConfig, device: torch.device, processes: int, why: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fused, "why_no_kernels", lambda _: "")  # as on a machine with a GPU
+    monkeypatch.setattr(context, "why_no_kernels", lambda _: "")  # as on a machine with a GPU
     asked = config(*settings)
     assert why_not_fused(asked, asked.phases[0], network, device, processes) == why
     check_fused(asked, network, device, processes)  # nothing was demanded that cannot be
@@ -307,7 +307,7 @@ def test_what_has_fused_norms_and_why_the_rest_has_not(
 
 
 def test_one_phase_that_cannot_be_fused_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "why_no_kernels", lambda _: "")
+    monkeypatch.setattr(context, "why_no_kernels", lambda _: "")
     with pytest.raises(CmfastError, match="fused=true: sct cannot be trained with fused norms"):
         check_fused(config("phases=edm:80,sct:80", "fused=true"), ADM, CUDA, 1)
 

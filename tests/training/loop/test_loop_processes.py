@@ -30,7 +30,8 @@ from cmfast_train.data.images import load_data
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.folder import begin_folder
 from cmfast_train.training.parallel import leave
-from cmfast_train.training.run import Run
+from cmfast_train.training.saving import save
+from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import steps
 from helpers import helpers_on_path
 from helpers.runs import QUICK, losses_of, run_here
@@ -72,12 +73,12 @@ def begin(out: Path, settings: list[str], until: int) -> None:
     config = dataclasses.replace(config, class_names=data.class_names)
     run = Run(config, out, Accelerator(cpu=True), len(data), data.classes)
     out.mkdir(exist_ok=True)
-    if run.accelerator.is_main_process:
+    if run.context.accelerator.is_main_process:
         begin_folder(config, out)
     with contextlib.closing(steps(run, data)) as stream:
         for _ in range(until):
             next(stream)
-    run.save()
+    save(run)
 
 
 def one_process(folder: Path) -> None:

@@ -23,7 +23,7 @@ from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.images import load_data
 from cmfast_train.training import parallel, step_graph, trainer
-from cmfast_train.training.run import Run
+from cmfast_train.training.state import Run
 from helpers.runs import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 
 SHORT = ["phases=edm:32", "checkpoint_images=8000", "grid=1"]

@@ -25,7 +25,7 @@ from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.initial_model import start_of
-from cmfast_train.training.run import Run
+from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import train
 from helpers.edm import CASES, weights_of
 from helpers.runs import QUICK, TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
@@ -60,11 +60,11 @@ def test_a_run_starts_from_the_weights_of_a_model_to_the_bit(network: str, write
     file = write(network, scaling="edm", c_noise="ln/4")
     run = begun(f"init={file}", "phases=ct:80", "dropout=0.1")
     want = dict(load_checkpoint(file).weights)
-    assert_equal_weights(run.denoiser.network.state_dict(), want)
-    assert run.target is not None
-    assert_equal_weights(run.target.network.state_dict(), want)
-    assert_equal_weights(run.ema, {name: want[name] for name in run.weights})
-    assert run.network_config.dropout == 0.1  # type: ignore[union-attr]  # of the run, not of the file
+    assert_equal_weights(run.state.student.denoiser.network.state_dict(), want)
+    assert run.state.target is not None
+    assert_equal_weights(run.state.target.network.state_dict(), want)
+    assert_equal_weights(run.state.ema, {name: want[name] for name in run.state.weights})
+    assert run.context.network.dropout == 0.1  # type: ignore[union-attr]  # of the run, not of the file
 
 
 CONVENTIONS: dict[str, Any] = {
@@ -168,12 +168,12 @@ def test_a_teacher_may_be_another_network_with_other_conventions(
 def test_a_student_starts_from_one_file_and_learns_from_another(write: Write, tmp_path: Path) -> None:
     init, teacher = write("adm", scaling="edm"), write("song", "teacher.pt", scaling="edm", c_noise="ln/4")
     run = begun(f"init={init}", "phases=cd:80", f"teacher={teacher}")
-    assert run.teacher is not None
-    assert_equal_weights(run.teacher.network.state_dict(), dict(load_checkpoint(teacher).weights))
-    assert_equal_weights(run.denoiser.network.state_dict(), dict(load_checkpoint(init).weights))
-    assert (run.teacher.spec.c_noise, run.spec.c_noise) == ("ln/4", "250ln")
-    assert not run.teacher.training
-    assert not any(weight.requires_grad for weight in run.teacher.parameters())
+    assert run.state.teacher is not None
+    assert_equal_weights(run.state.teacher.network.state_dict(), dict(load_checkpoint(teacher).weights))
+    assert_equal_weights(run.state.student.denoiser.network.state_dict(), dict(load_checkpoint(init).weights))
+    assert (run.state.teacher.spec.c_noise, run.context.spec.c_noise) == ("ln/4", "250ln")
+    assert not run.state.teacher.training
+    assert not any(weight.requires_grad for weight in run.state.teacher.parameters())
 
 
 def test_a_phase_distils_the_phase_before_it(write: Write, tmp_path: Path) -> None:

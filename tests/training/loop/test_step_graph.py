@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -22,9 +23,9 @@ from cmfast_train.backends.torch_cuda import WARM_UPS
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.batches import batches
-from cmfast_train.training import run as run_module
-from cmfast_train.training import step_graph
-from cmfast_train.training.run import Run
+from cmfast_train.training import saving, step_graph
+from cmfast_train.training.saving import resume, save
+from cmfast_train.training.state import Run
 from cmfast_train.training.step import optimise
 from cmfast_train.training.step_graph import RecordedSteps, check_graph, why_not
 from cmfast_train.training.trainer import train
@@ -86,11 +87,11 @@ class Graphs:
 
 
 def state_of(run: Run) -> list[Tensor]:
-    states = [run.optimizer.state[weight] for weight in run.student.parameters()]
+    states = [run.state.optimizer.state[weight] for weight in run.state.student.parameters()]
     return [
-        *run.student.parameters(),
-        *(run.target.parameters() if run.target is not None else ()),
-        *(value for average in run.averages.state().values() for value in average.values()),
+        *run.state.student.parameters(),
+        *(run.state.target.parameters() if run.state.target is not None else ()),
+        *(value for average in run.state.averages.state().values() for value in average.values()),
         *(state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")),
     ]
 
@@ -105,7 +106,7 @@ def test_recorded_steps_are_the_plain_steps_to_the_bit(case: str, tmp_path: Path
     plain, recorded = (new_run(tmp_path, *CASES[case]) for _ in range(2))
     begin_last_phase(plain)
     begin_last_phase(recorded)
-    graphs, count = Graphs(), plain.config.steps(plain.phase)
+    graphs, count = Graphs(), plain.state.total
     want = take_steps(plain, functools.partial(optimise, plain), count)
     got = take_steps(recorded, RecordedSteps(recorded, graphs.record), count)
     assert plain.step == recorded.step == count
@@ -137,10 +138,10 @@ def test_a_recorded_run_saved_in_the_middle_goes_on_plain_or_recorded(tmp_path: 
     first = new_run(tmp_path, "phases=edm:320", "edm.lr_decay=1")
     take_steps(first, RecordedSteps(first, Graphs().record), 20)
     (tmp_path / "samples").mkdir()
-    first.save()
+    save(first)
     for makes in (lambda run: functools.partial(optimise, run), lambda run: RecordedSteps(run, Graphs().record)):
         run = new_run(tmp_path, "phases=edm:320", "edm.lr_decay=1", lively=False)
-        run.resume()
+        resume(run)
         assert run.step == 20
         take_steps(run, makes(run), 20)
         assert same(state_of(run), state_of(plain))
@@ -169,18 +170,19 @@ def test_the_log_says_recorded_only_of_phases_of_which_a_step_will_be(
     name, *others = phases.split()
     run: Any = new_run(tmp_path, f"phases={'edm:8,' if name.startswith('pd') else ''}{name}", *others)
     begin_last_phase(run)
-    accelerator, run.accelerator = run.accelerator, Cuda()
+    context = run.context
+    run.context = dataclasses.replace(context, accelerator=Cuda())
     said = step_graph.recorded(run, run.phase)
     assert (said == "recorded") == expected
     assert expected or "too short: a recording needs 23 steps that compute the same" in said
-    run.accelerator, graphs = accelerator, Graphs()
-    take_steps(run, RecordedSteps(run, graphs.record), run.config.steps(run.phase))
+    run.context, graphs = context, Graphs()
+    take_steps(run, RecordedSteps(run, graphs.record), run.state.total)
     assert (graphs.recorded > 0) == expected
 
 
 def test_of_a_phase_that_is_resumed_only_the_steps_to_come_count(tmp_path: Path) -> None:
     run: Any = new_run(tmp_path, "phases=edm:240,ect:80", lively=False)
-    run.accelerator = Cuda()
+    run.context = dataclasses.replace(run.context, accelerator=Cuda())
     assert [step_graph.recorded(run, phase)[:9] for phase in run.config.phases] == ["recorded", "too short"]
     run.step = 10
     assert step_graph.recorded(run, run.phase).startswith("too short")
@@ -206,8 +208,8 @@ class Short:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, look: Callable[[], Any] = lambda: None) -> None:
         self.times, self.seen = times, []
-        self._enough, self._look = run_module.save_grid, look
-        monkeypatch.setattr(run_module, "save_grid", self)
+        self._enough, self._look = saving.save_grid, look
+        monkeypatch.setattr(saving, "save_grid", self)
 
     def __call__(self, denoiser: Any, *arguments: Any) -> None:
         self.seen.append((weakref.ref(denoiser), self._look(), [before() is not None for before, *_ in self.seen]))
@@ -273,9 +275,9 @@ def test_a_checkpoint_for_which_memory_never_suffices_is_one_line(
 )
 def test_what_is_recorded_on_a_gpu_follows_the_configuration(settings: list[str], why: str, tmp_path: Path) -> None:
     run: Any = new_run(tmp_path, *settings, lively=False)
-    assert why_not(run, run.phase) == ("graph=false" if why == "graph=false" else "the device is cpu")
-    run.accelerator = Cuda()
-    said = why_not(run, run.phase)
+    assert why_not(run.context, run.phase) == ("graph=false" if why == "graph=false" else "the device is cpu")
+    run.context = dataclasses.replace(run.context, accelerator=Cuda())
+    said = why_not(run.context, run.phase)
     assert (why in said) if why else said == ""
 
 
@@ -291,9 +293,9 @@ def test_graph_true_where_it_cannot_be_is_an_error_with_the_reason(tmp_path: Pat
         train(config, tmp_path / "run", None)
     assert not (tmp_path / "run" / "config.json").exists()
     run: Any = new_run(tmp_path, "phases=edm:80,ect:80", "graph=true", "dropout=0.1", lively=False)
-    run.accelerator = Cuda()
+    run.context = dataclasses.replace(run.context, accelerator=Cuda())
     with pytest.raises(CmfastError, match="steps of ect cannot be a CUDA graph, its evaluations share dropout masks"):
-        check_graph(run)
+        check_graph(run.context)
     with pytest.raises(CmfastError, match="graph must be auto, true or false, got 'yes'"):
         override(PRESETS["digits"], ["graph=yes"])
 

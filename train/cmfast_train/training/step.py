@@ -15,7 +15,7 @@ from torch import Tensor
 from cmfast_train.data.images import to_unit_range
 from cmfast_train.methods.paths import Conditions, expand
 from cmfast_train.methods.step import Step
-from cmfast_train.training.run import Run
+from cmfast_train.training.state import Run, exchanging_gradients, set_lr, update_averages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
         conditions: those of the model, by name, [b, ..].
         share: which of the batch this process takes.
     """
-    config, device = run.config, run.accelerator.device
-    noise = torch.empty(config.batch, *run.spec.image, device=device)
+    config, device = run.config, run.context.device
+    noise = torch.empty(config.batch, *run.context.spec.image, device=device)
     uniform = torch.empty(config.batch, 4, device=device)
     draw(run, step, noise, uniform)
     inputs = Inputs(
@@ -48,12 +48,12 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
         noise=noise[share],
         uniform=uniform[share],
     )
-    run.set_lr()
+    set_lr(run)
     seed_dropout(run, step)
     losses = gradients(run, inputs)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.update_averages()
+    run.state.optimizer.step()
+    run.state.optimizer.zero_grad(set_to_none=True)
+    update_averages(run)
     return losses
 
 
@@ -66,27 +66,27 @@ def draw(run: Run, step: int, noise: Tensor, uniform: Tensor) -> None:
 
 def seed_dropout(run: Run, step: int) -> None:
     """Set the random state that this step's dropout masks are drawn from."""
-    torch.manual_seed(_step_seed(run.config.seed, step) + 1 + run.accelerator.process_index)
+    torch.manual_seed(_step_seed(run.config.seed, step) + 1 + run.context.accelerator.process_index)
 
 
 def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the mean loss, clipped, in the student's weights; return loss and noise levels, [b]."""
-    config, accelerator = run.config, run.accelerator
+    config, state, accelerator = run.config, run.state, run.context.accelerator
     x0 = to_unit_range(inputs.images)
     if config.flip:
         x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(3), x0)
     losses, sigmas = [], []
-    method, constants = run.phase.row.function(), run.phase.constants(run.step, config.steps(run.phase))
+    method, constants = state.phase.row.function(), state.phase.constants(run.step, state.total)
     size = len(x0) // config.accumulation
     for i in range(config.accumulation):
         part = slice(i * size, (i + 1) * size)
-        with run.gradients(last=i == config.accumulation - 1), accelerator.autocast():
+        with exchanging_gradients(run, last=i == config.accumulation - 1), accelerator.autocast():
             loss, sigma = method(
                 Step(
-                    hyper=run.phase.hyper,
-                    spec=run.spec,
-                    networks=run.networks,
-                    distance=run.distance,
+                    hyper=state.phase.hyper,
+                    spec=run.context.spec,
+                    networks=state.networks,
+                    distance=state.distance,
                     constants=constants,
                     x0=x0[part],
                     noise=inputs.noise[part],
@@ -97,8 +97,8 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
             accelerator.backward(loss.sum() / len(x0))
         losses.append(loss.detach())
         sigmas.append(sigma)
-    if run.phase.clip_norm:
-        accelerator.clip_grad_norm_(run.student.parameters(), run.phase.clip_norm)
+    if state.phase.clip_norm:
+        accelerator.clip_grad_norm_(state.student.parameters(), state.phase.clip_norm)
     return torch.cat(losses), torch.cat(sigmas)
 
 

@@ -27,7 +27,9 @@ from cmfast_train.backends.torch_cuda import record as record_graph
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.methods.paths import Conditions
-from cmfast_train.training.run import Run
+from cmfast_train.training.context import RunContext
+from cmfast_train.training.saving import next_phase, save
+from cmfast_train.training.state import Run, set_lr, update_averages
 from cmfast_train.training.step import Inputs, draw, gradients, optimise, seed_dropout
 
 WORTH = 20  # steps that a recording must serve: it costs about ten
@@ -53,7 +55,7 @@ class Steps:
     def next_phase(self) -> None:
         """Let the run begin its next phase."""
         self._take = None  # a recording's memory is needed now
-        self._run.next_phase()
+        next_phase(self._run)
 
     def save(self) -> None:
         """Let the run write a checkpoint; without the recorded step, if the GPU's memory does not suffice beside it.
@@ -62,7 +64,7 @@ class Steps:
             torch.OutOfMemoryError: it does not suffice either way.
         """
         try:
-            self._run.save()
+            save(self._run)
         except torch.OutOfMemoryError:
             # None is recorded of a run of several processes: one alone must not begin a checkpoint again.
             if not (isinstance(self._take, RecordedSteps) and self._take.release()):
@@ -70,30 +72,30 @@ class Steps:
         else:
             return
         torch.cuda.empty_cache()  # only here: the error held what the first try had made
-        self._run.save()
+        save(self._run)
 
 
 def step_of(run: Run) -> TakeStep:
     """Return what takes the optimiser steps of the run's present phase."""
-    if not why_not(run, run.phase):
+    if not why_not(run.context, run.phase):
         return RecordedSteps(run, record)
     return functools.partial(optimise, run)
 
 
-def check_graph(run: Run) -> None:
-    """Raise if graph=true was asked for and a phase of the run cannot be recorded."""
-    if run.config.graph != "true":
+def check_graph(context: RunContext) -> None:
+    """Raise if graph=true is set and a phase of the run cannot be recorded."""
+    if context.config.graph != "true":
         return
-    for phase in run.config.phases:
-        if why := why_not(run, phase):
-            kind = EngineError if run.accelerator.device.type != "cuda" else CmfastError
+    for phase in context.config.phases:
+        if why := why_not(context, phase):
+            kind = EngineError if context.device.type != "cuda" else CmfastError
             raise kind(f"graph=true: the steps of {phase.name} cannot be a CUDA graph, {why}; use --set graph=auto")
 
 
-def why_not(run: Run, phase: Phase) -> str:
+def why_not(context: RunContext, phase: Phase) -> str:
     """Return why the steps of a phase are not recorded, "" if they are."""
-    accelerator = run.accelerator
-    if run.config.graph == "false":
+    accelerator = context.accelerator
+    if context.config.graph == "false":
         return "graph=false"
     if accelerator.device.type != "cuda":
         return f"the device is {accelerator.device.type}"
@@ -101,7 +103,7 @@ def why_not(run: Run, phase: Phase) -> str:
         return "the run has more than one process"
     if accelerator.mixed_precision == "fp16":
         return "precision=fp16 looks at each step's gradients"
-    return _why_not(run.config, phase, dropout=run.dropout > 0)
+    return _why_not(context.config, phase, dropout=context.dropout > 0)
 
 
 def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
@@ -120,7 +122,7 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
 
 def recorded(run: Run, phase: Phase) -> str:
     """Return what the log says of the steps of a phase: "recorded", or why they are not."""
-    if why := why_not(run, phase):
+    if why := why_not(run.context, phase):
         return why
     first = run.step if phase is run.phase else 0
     if not _is_worth(phase, first, run.config.steps(phase)):
@@ -173,7 +175,7 @@ class RecordedSteps:
 
     def __init__(self, run: Run, record: Record) -> None:
         self._run, self._record = run, record
-        device = run.accelerator.device
+        device = run.context.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recordings = 0
         self._constants: Any = None
@@ -198,7 +200,7 @@ class RecordedSteps:
         return had
 
     def _take(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
-        run, total = self._run, self._run.config.steps(self._run.phase)
+        run, total = self._run, self._run.state.total
         now = constants_of(run.phase, run.step, total)
         if now != self._constants:
             self._constants, self._stood, self._replay = now, 0, None
@@ -213,15 +215,15 @@ class RecordedSteps:
         for name, values in conditions.items():
             inputs.conditions[name].copy_(values, non_blocking=True)
         if self._replay is None:
-            self._radam = _Radam(run.optimizer)
+            self._radam = _Radam(run.state.optimizer)
             self._replay = self._record(self._body)
             self.recordings += 1
-        run.set_lr()
+        set_lr(run)
         assert self._radam is not None
         self._radam.begin_step()
         seed_dropout(run, step)
         loss, sigma = self._replay().clone()  # which the next step writes over
-        run.update_averages()
+        update_averages(run)
         return loss, sigma
 
     def _body(self) -> Tensor:
@@ -230,7 +232,7 @@ class RecordedSteps:
         assert self._radam is not None
         loss, sigma = gradients(self._run, self._inputs)
         self._radam.update()
-        self._run.optimizer.zero_grad(set_to_none=True)  # their memory serves the rest of the recording
+        self._run.state.optimizer.zero_grad(set_to_none=True)  # their memory serves the rest of the recording
         return torch.stack([loss, sigma])
 
 
@@ -301,10 +303,10 @@ def radam_factors(step: float, lr: float, beta1: float, beta2: float) -> tuple[f
 
 
 def _buffers(run: Run, images: Tensor, conditions: Conditions) -> Inputs:
-    device = run.accelerator.device
+    device = run.context.device
     return Inputs(
         images=torch.empty_like(images, device=device),
         conditions={name: torch.empty_like(values, device=device) for name, values in conditions.items()},
-        noise=torch.empty(len(images), *run.spec.image, device=device),
+        noise=torch.empty(len(images), *run.context.spec.image, device=device),
         uniform=torch.empty(len(images), 4, device=device),
     )

@@ -10,7 +10,8 @@ DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboa
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
 A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; the networks that it
-evaluates in `step_networks`; what is saved in `run`; whose the folder is in `folder`.
+evaluates in `step_networks`; the state of a phase in `state`, what is
+saved of it in `saving`; whose the folder is in `folder`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.training.log import TrainLog
 from cmfast_train.training.parallel import together
-from cmfast_train.training.run import Run
+from cmfast_train.training.saving import resume
+from cmfast_train.training.state import Run
 from cmfast_train.training.step_graph import Steps, check_graph, recorded, trying_algorithms
 
 SAVED = "saved"
@@ -84,8 +86,8 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         config = _with_names(config, data)
         run = Run(config, out, accelerator, len(data), data.classes)
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
-        check_graph(run)
-        run.resume()
+        check_graph(run.context)
+        resume(run)
         together(accelerator, (lambda: begin_folder(config, out)) if main else None)
         _go_on(run, data)
     return out / "model.pt"
@@ -93,7 +95,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
 
 def _go_on(run: Run, data: Any) -> None:
     """Take the remaining steps, with checkpoints, the log and the progress; stop at a signal."""
-    config, accelerator, saved = run.config, run.accelerator, run.images
+    config, accelerator, saved = run.config, run.context.accelerator, run.images
     take = Steps(run)
 
     def save() -> None:
@@ -105,14 +107,14 @@ def _go_on(run: Run, data: Any) -> None:
 
     with (
         _stop_signals() as stopped,
-        TrainLog(run.out, run.images, config, accelerator) as log,
+        TrainLog(run.context.out, run.images, config, accelerator) as log,
         trying_algorithms(accelerator.device),
         progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
     ):
         try:
             if accelerator.device.type == "cuda":
                 graph = {phase.name: recorded(run, phase) for phase in config.phases}
-                fused = {phase.name: run.why_not_fused(phase) or "fused" for phase in config.phases}
+                fused = {phase.name: run.context.why_not_fused(phase) or "fused" for phase in config.phases}
                 log.note(run.images, run.where(), graph=graph, fused=fused)
             for loss_per_image in steps(run, data, take):
                 log.add(loss_per_image.mean(), run.images, run.where())
@@ -129,13 +131,13 @@ def _go_on(run: Run, data: Any) -> None:
             is_saved = run.images == saved > 0
             if stopped:  # which may have ended the readers of images as well
                 raise KeyboardInterrupt(*([SAVED] if is_saved else [])) from None
-            raise err.with_advice(is_saved, run.out) from None
+            raise err.with_advice(is_saved, run.context.out) from None
 
 
 def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
     """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
     take = take or Steps(run)
-    config, accelerator = run.config, run.accelerator
+    config, accelerator = run.config, run.context.accelerator
     share = _share(config.batch, accelerator.process_index, accelerator.num_processes)
     done, total = run.images // config.batch, config.images // config.batch
     pin = accelerator.device.type == "cuda"
@@ -151,11 +153,11 @@ def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
                 if unchecked:
                     _check_finite(run, unchecked)
                 raise NoBatch(err) from err
-            if run.step == config.steps(run.phase):
+            if run.step == run.state.total:
                 take.next_phase()
             try:
                 with _memory_in_one_line(config):
-                    conditions = {"label": label} if run.spec.classes else {}
+                    conditions = {"label": label} if run.context.spec.classes else {}
                     loss, sigma = take(step, images, conditions, share)
             except RuntimeError as err:
                 if accelerator.num_processes > 1 and _GONE.search(str(err)):
@@ -165,7 +167,7 @@ def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
                     ) from None
                 raise
             unchecked.append((run.step, run.images, loss, sigma))
-            if not pin or len(unchecked) == CHECK_EVERY or run.step + 1 == config.steps(run.phase):
+            if not pin or len(unchecked) == CHECK_EVERY or run.step + 1 == run.state.total:
                 _check_finite(run, unchecked)  # on a GPU this waits for it
                 unchecked.clear()
             run.step += 1

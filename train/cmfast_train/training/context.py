@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""What stands for the whole of a run: its configuration, its processes, what it starts from and must find again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cmfast.errors import CmfastError, EngineError
+from cmfast.spec import ModelSpec
+from cmfast_train.config.phase import Phase
+from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.kernels.fuse import why_no_kernels
+from cmfast_train.methods.distances import Distance
+from cmfast_train.networks.build import NetworkConfig
+from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.training.initial_model import Start, start_of
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The facts of a run, which no step changes.
+
+    Attributes:
+        config: of the run.
+        out: its folder.
+        accelerator: its processes, device and precision.
+        start: conventions, network and first weights of the model; the teacher of --teacher.
+        made_for: what a continuation must find unchanged: data, device, precision, models.
+        mesh: of the processes that share the weights; None where each holds them all.
+        lpips: LPIPS with its weights, where a phase needs it.
+    """
+
+    config: TrainConfig
+    out: Path
+    accelerator: Accelerator
+    start: Start
+    made_for: Mapping[str, object]
+    mesh: DeviceMesh | None
+    lpips: Distance | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The conventions of the model in training."""
+        return self.start.spec
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The shape of the network in training."""
+        return self.start.network
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout in the network in training."""
+        return float(getattr(self.network, "dropout", 0.0))
+
+    def why_not_fused(self, phase: Phase) -> str:
+        """Return why the networks of a phase have no fused norms, "" if they have."""
+        return why_not_fused(self.config, phase, self.network, self.device, self.accelerator.num_processes)
+
+
+def context_of(config: TrainConfig, out: Path, accelerator: Accelerator, images: int, classes: int) -> RunContext:
+    """Return the context of a run, and seed the random state that its new weights are drawn from.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        accelerator: its processes, device and precision.
+        images: number of images of the data.
+        classes: number of classes of the data.
+
+    Raises:
+        CmfastError: the models or the data do not fit the configuration.
+        EngineError: something that the configuration demands is not available on the device.
+    """
+    torch.manual_seed(config.seed)
+    start = start_of(config, classes)
+    device, processes = accelerator.device, accelerator.num_processes
+    check_fused(config, start.network, device, processes)
+    return RunContext(
+        config=config,
+        out=out,
+        accelerator=accelerator,
+        start=start,
+        made_for={
+            "data": [images, classes],
+            "device": device.type,
+            "precision": accelerator.mixed_precision,
+            "models": list(start.sha256),
+        },
+        mesh=init_device_mesh(device.type, (processes,)) if config.shard and processes > 1 else None,
+        lpips=_load_lpips(config),  # now, for a phase that needs it may be days away
+    )
+
+
+def check_fused(config: TrainConfig, network: NetworkConfig, device: torch.device, processes: int) -> None:
+    """Raise if fused=true is set and a phase of the run cannot have fused norms."""
+    if config.fused != "true":
+        return
+    for phase in config.phases:
+        if why := why_not_fused(config, phase, network, device, processes):
+            kind = EngineError if device.type != "cuda" else CmfastError
+            raise kind(f"fused=true: {phase.name} cannot be trained with fused norms, {why}; use --set fused=auto")
+
+
+def why_not_fused(
+    config: TrainConfig, phase: Phase, network: NetworkConfig, device: torch.device, processes: int
+) -> str:
+    """Return why the networks of a phase are trained without fused norms (`networks.fused`), "" if they have them."""
+    if config.fused == "false":
+        return "fused=false"
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if isinstance(network, SeedConfig):
+        return "network=seed has other layers"
+    if phase.row.differentiates:
+        return f"{phase.method} differentiates in forward mode"
+    if not config.channels_last:
+        return "channels_last=false"
+    if config.compile:
+        return "compile=true fuses in its own way"
+    if config.shard and processes > 1:
+        return "shard=true keeps no channels_last"
+    return why_no_kernels(device)
+
+
+def _load_lpips(config: TrainConfig) -> Distance | None:
+    if all(phase.needs.distance != "lpips" for phase in config.phases):
+        return None
+    from cmfast_train.methods.perceptual import load_lpips
+
+    network, _, file = config.lpips.partition(":")
+    return load_lpips(network, Path(file))
