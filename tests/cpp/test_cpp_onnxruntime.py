@@ -128,7 +128,7 @@ def test_an_open_file_is_compared_with_its_manifest(model: Path, tmp_path: Path)
         '"kind": "class", "classes": 10', '"kind":"tensor", "shape": []'
     )
     assert "inputs are [other, sigma, x], its manifest says [x, sigma]" in altered(
-        '"conditions": [{"name": "other", "kind": "class", "classes": 10}]', '"conditions": []' + 50 * " "
+        '"conditions": [{"name": "other", "kind": "class", "classes": 10}]', '"conditions": []'
     )
 
 

@@ -17,7 +17,7 @@ from helpers import ROOT, TESTS
 SOURCES = TESTS / "cpp"
 INCLUDE = ROOT / "cmfast" / "include"
 STRICT = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
-SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @functools.cache

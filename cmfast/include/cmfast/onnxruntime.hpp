@@ -369,22 +369,26 @@ class OnnxRuntimeBackend final : public Backend {
         for (const auto& each : spec.conditions) wanted.push_back(each.name);
         std::size_t count = 0;
         api_->call<abi::SessionGetInputCount>(constant(session_.get()), &count);
-        std::vector<std::string> found;
+        std::vector<Port> inputs;
+        std::vector<std::string> found, sorted = wanted;
         for (std::size_t i = 0; i < count; ++i) {
-            const Port input = port<abi::SessionGetInputName, abi::SessionGetInputTypeInfo>(i);
-            found.push_back(input.name);
+            inputs.push_back(port<abi::SessionGetInputName, abi::SessionGetInputTypeInfo>(i));
+            found.push_back(inputs.back().name);
+        }
+        std::sort(found.begin(), found.end());
+        std::sort(sorted.begin(), sorted.end());
+        if (found != sorted) wrong("inputs are " + detail::listed(found) + ", its manifest says " + detail::listed(wanted));
+        for (const Port& input : inputs) {
             int type = abi::float32;
             for (const auto& each : spec.conditions) {
                 if (each.name == input.name && each.kind == Condition::Kind::class_number) type = abi::int64;
             }
             if (input.type != type) wrong(input.name + (type == abi::int64 ? " is not int64" : " is not float32"));
-            if (input.name == wanted[0]) check_first(input, denoiser ? 1 : 2, manifest_.kind == Manifest::Kind::sampler ? 1 : 0);
-            if (server && input.type == abi::int64 && input.shape.size() != 2) wrong(input.name + " is not [B, 1]");
+            if (input.name == wanted[0]) {
+                check_first(input, denoiser ? 1 : 2, manifest_.kind == Manifest::Kind::sampler ? 1 : 0);
+            }
+            if (server && type == abi::int64 && input.shape.size() != 2) wrong(input.name + " is not [B, 1]");
         }
-        std::sort(found.begin(), found.end());
-        std::vector<std::string> sorted = wanted;
-        std::sort(sorted.begin(), sorted.end());
-        if (found != sorted) wrong("inputs are " + detail::listed(found) + ", its manifest says " + detail::listed(wanted));
         api_->call<abi::SessionGetOutputCount>(constant(session_.get()), &count);
         if (count != 1) wrong(detail::text("outputs are ", count, "; its manifest needs one"));
         const Port output = port<abi::SessionGetOutputName, abi::SessionGetOutputTypeInfo>(0);
