@@ -18,6 +18,7 @@ import torch
 from onnx import helper
 
 from cmfast.cli.info import _lines
+from cmfast.conditions import class_label
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
 from cmfast.formats.protobuf import read_onnx_model
 from cmfast.formats.tensorrt_plan import UNSEALED, check_engine, parse_plan, seal
@@ -52,7 +53,7 @@ def _file(suffix: str, read: Callable[[Path], object]) -> Callable[[bytes, Path]
 
 
 def _manifests() -> list[Manifest]:
-    spec = ModelSpec(image=(1, 8, 8), classes=3, class_names=("cat", "dog", "7"))
+    spec = ModelSpec(shape=(1, 8, 8), conditions=(class_label(3, ("cat", "dog", "7")),))
     facts = {"sha256": "ab" * 32, "format": "cmfast"}
     engine = {
         "library": "tensorrt_rtx", "version": "1.7.1", "cuda": "13", "compute_capability": ["8.9", "12.0"],
@@ -62,7 +63,7 @@ def _manifests() -> list[Manifest]:
     parity = {"max_abs": 1e-6, "psnr_db": 120.0, "boundary": 0.0}
     cost = {"flops": 1e6, "weight_bytes": 1e3, "activation_bytes": 1e4}
     made_by = {"cmfast": "0.1.0", "torch": "2.13.0", "verified": "onnxruntime cpu"}
-    one = ModelSpec(image=(1, 8, 8), sigmas={2: (80.0, 0.8)})
+    one = ModelSpec(shape=(1, 8, 8), sigmas={2: (80.0, 0.8)})
     return [
         Manifest(kind="denoiser", spec=spec, source=facts, made_by=made_by, parity=parity, cost=cost),
         Manifest(kind="sampler", spec=one, dtype="float16", source=facts, parity=parity),
@@ -139,7 +140,9 @@ def _checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     network = AdmUnet(config)
     randomise(network)
-    return Checkpoint(spec=ModelSpec(image=(1, 4, 4), classes=3), network=config, weights=network.state_dict())
+    return Checkpoint(
+        spec=ModelSpec(shape=(1, 4, 4), conditions=(class_label(3),)), network=config, weights=network.state_dict()
+    )
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -212,7 +215,7 @@ def _diffusers(folder: Path) -> list[bytes]:
     )  # fmt: skip
     network = AdmUnet(config)
     randomise(network)
-    checkpoint = Checkpoint(spec=ModelSpec(image=(3, 8, 8)), network=config, weights=network.state_dict())
+    checkpoint = Checkpoint(spec=ModelSpec(shape=(3, 8, 8)), network=config, weights=network.state_dict())
     model = folder / "diffusers"
     export_diffusers(checkpoint, model)
     return [b"\x1e".join((model / name).read_bytes() for name in DIFFUSERS)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from cmfast.conditions import class_label
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
@@ -25,7 +26,7 @@ def random_model(name: str, device: str = "cpu") -> Checkpoint:
     """
     if name == "imagenet64":
         config = AdmConfig(image_size=64, attention=(32, 16, 8), head_channels=HEAD_CHANNELS, **NETWORKS[64])
-        spec = ModelSpec(image=(3, 64, 64), classes=config.classes)
+        spec = ModelSpec(shape=(3, 64, 64), conditions=(class_label(config.classes),))
     else:
         config, spec = network_config(PRESETS[name], 10), PRESETS[name].spec(10)
     with torch.device("meta"):  # what it would begin with takes seconds, and is not used

@@ -15,7 +15,7 @@ Each contender is a process, as a user starts it, and they take turns step by st
 sleeps. Before its first step, each of ours gets the loss and the gradient of some images, and their code those of the
 same images, noise, levels and weights. Where they differ by more than rounding, nothing is timed.
 
-Most of the difference in float32 is arithmetic that `cmfast_train.networks.seed` does not do: the record has the
+Most of the difference in float32 is arithmetic that `cmfast_train.networks.cloneofsimo` does not do: the record has the
 multiplications that an image costs in each network.
 """
 
@@ -285,8 +285,8 @@ def about_network(network: torch.nn.Module, sigma: Tensor) -> dict[str, int]:
 
 def config_of(options: Options, *settings: str) -> TrainConfig:
     """Return the run that does what their main.py does."""
-    shape = ["network=seed", "conditional=false", f"model_channels={options.width}", f"batch={options.batch}"]
-    conventions = ["scaling=seed", "c_noise=raw", f"device={options.device}"]
+    shape = ["network=cloneofsimo", "conditional=false", f"model_channels={options.width}", f"batch={options.batch}"]
+    conventions = ["scaling=cloneofsimo", "c_noise=raw", f"device={options.device}"]
     method = [f"phases=ct:{options.batch * 100_000}", "ct.lr=1e-4", f"ct.s0={LEVELS}", f"ct.s1={LEVELS}"]
     # Without the clip RAdam, whose first steps do not divide by the size of the gradient, diverges in this scaling.
     target = ["ct.mu=fixed", f"ct.mu0={math.exp(2 * math.log(0.95) / LEVELS)}", "ct.clip_norm=1"]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""cmfast: sampling from consistency models in few steps. No torch.
+"""cmfast: sampling from consistency models and other few-step generators. No torch.
 
     import cmfast
 
-    model = cmfast.load("model.onnx")                 # the engine is chosen by suffix
+    model = cmfast.load("model.onnx")                 # the backend is chosen by suffix
     images = model.sample(16, steps=2, seed=0)        # uint8 [16, H, W, C]
+    actions = policy.sample(1, conditions={"state": s})  # float32 [1, T, A]: what is no image stays an array
     x0 = model.denoise(x, sigma)                      # float32, the raw contract
 
 The names below are the public interface; each is imported when it is first used. The algorithm is in `cmfast.sampling`.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmfast.backends.protocol import Backend
+    from cmfast.conditions import Condition, class_label
     from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
     from cmfast.formats.manifest import Manifest
     from cmfast.formats.table import read_manifest
@@ -32,7 +34,7 @@ __version__ = "0.1.0"
 
 # Where the names below are looked for.
 _MODULES = (
-    "errors", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table",
+    "errors", "conditions", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table",
     "backends.protocol", "model",
 )  # fmt: skip
 __all__ = [
@@ -40,11 +42,13 @@ __all__ = [
     "Backend",
     "CheckFailed",
     "CmfastError",
+    "Condition",
     "EngineError",
     "Manifest",
     "MissingDependency",
     "Model",
     "ModelSpec",
+    "class_label",
     "gaussian",
     "karras_sigmas",
     "load",

@@ -11,22 +11,19 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmfast.errors import CheckFailed, CmfastError, EngineError, printable
 
 if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read without it
-    import numpy as np
     import numpy.typing as npt
 
 MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
 MAX_BATCH = 65_536  # images that one call of a graph or an engine computes
 SMALL = 2**28  # bytes; less is not compared with the memory that is available
 _SHOWN = 80  # characters of a value in an error
-_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
-_NAMES_SHOWN, _NAMES_COMPARED = 10, 2000
 
 
 class NotFinite(CheckFailed):
@@ -120,30 +117,6 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def class_numbers(label: Any, n: int, classes: int, names: tuple[str, ...] = ()) -> npt.NDArray[np.int64]:
-    """Return the class of each of n images, int64 [n].
-
-    label  a class for all or n of them: numbers, names where the model has them, or both. A text is looked up as a name
-           and read as a number; if these are two classes, that is an error. "+7" is always the number
-    """
-    if isinstance(label, str):
-        given: list[Any] = [label]
-    elif isinstance(label, (list, tuple)) and any(isinstance(each, str) for each in label):
-        given = list(label)
-    else:
-        return _numbers(label, n, classes, names)
-    if not isinstance(label, str) and len(given) != n:
-        raise CmfastError(f"label must be one class or {n} of them, got {shown(label)}")
-    import numpy as np
-
-    known = {name: number for number, name in enumerate(names)}
-    found = [
-        _class_of(each, known, names, classes) if isinstance(each, str) else int(_numbers(each, 1, classes)[0])
-        for each in given
-    ]
-    return np.resize(np.array(found, np.int64), n)
-
-
 def returned_array(engine: str, images: object, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
     """Return what an engine of this name returned, if it is an array of this shape and type."""
     import numpy as np
@@ -183,66 +156,6 @@ def shown(value: object) -> str:
             text = type(value).__name__
     text = printable(" ".join(text.split()))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."
-
-
-def _numbers(label: Any, n: int, classes: int, names: tuple[str, ...] = ()) -> npt.NDArray[np.int64]:
-    import numpy as np
-
-    try:
-        given = np.asarray(label)
-    except Exception:
-        given = np.asarray(None)
-    if given.dtype.kind == "U":
-        return class_numbers(given.tolist(), n, classes, names)
-    if given.dtype.kind == "O" and given.ndim <= 1:  # whole numbers beyond 64 bits
-        whole = [each for each in np.atleast_1d(given).tolist() if type(each) is int]
-        if whole and len(whole) == given.size:
-            raise _out_of_range(max(whole, key=abs), classes)
-    if given.size == 0 and given.shape == (n,):
-        return np.empty(0, np.int64)
-    if given.dtype.kind not in "iu" or given.shape not in ((), (n,)):
-        raise CmfastError(f"label must be one class or {n} of them, got {shown(label)}")
-    for wrong in (int(given.max()), int(given.min())):
-        if not 0 <= wrong < classes:
-            raise _out_of_range(wrong, classes)
-    return np.array(np.broadcast_to(given.astype(np.int64), (n,)))
-
-
-def _class_of(text: str, known: dict[str, int], names: tuple[str, ...], classes: int) -> int:
-    """Return the class that a text means."""
-    number = int(text) if _NUMBER.fullmatch(text) else None
-    if text in known:
-        by_name = known[text]
-        if number is not None and number != by_name and 0 <= number < classes:
-            raise CmfastError(
-                f"label {text!r} is the name of class {by_name} and the number of the class {names[number]!r}; "
-                f"write +{by_name} for the first or +{number} for the second"
-            )
-        return by_name
-    if number is not None:
-        if not 0 <= number < classes:
-            raise _out_of_range(number, classes)
-        return number
-    if not names:
-        raise CmfastError(
-            f"label {shown(text)} is no number, and this model has no names of classes; need 0 to {classes - 1}"
-        )
-    have = _nearest_first(text, names)
-    more = f" and {len(names) - len(have)} more" if len(names) > len(have) else ""
-    listed = ", ".join(printable(name) for name in have)
-    raise CmfastError(f"label {shown(text)} is no class of this model; it has {listed}{more}, or 0 to {classes - 1}")
-
-
-def _nearest_first(text: str, names: Iterable[str]) -> list[str]:
-    import difflib  # in errors only
-
-    some, wanted = list(names)[:_NAMES_COMPARED], text[:100].lower()
-    likeness = {name: difflib.SequenceMatcher(None, wanted, name.lower()).ratio() for name in some}
-    return sorted(some, key=lambda name: -likeness[name])[:_NAMES_SHOWN]
-
-
-def _out_of_range(number: int, classes: int) -> CmfastError:
-    return CmfastError(f"label {shown(number)} is out of range; this model has the classes 0 to {classes - 1}")
 
 
 def _limit(most: int) -> str:

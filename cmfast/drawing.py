@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Images batch by batch: the noise of one is made while the engine has the one before.
+"""Samples batch by batch: the noise of one is made while the backend has the one before.
 
-What a `Drawing` does to a batch, `cmfast.model` says; an engine that draws few-step samples itself (`DrawBackend`) is
-given the indices of the images instead of their noise.
+What a `Drawing` does to a batch, `cmfast.model` says; a backend that draws few-step samples itself (`DrawBackend`) is
+given the indices of the samples instead of their noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +22,25 @@ from cmfast.checks import need_memory, not_finite, returned_array
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-Batch = tuple[range, Labels | None]  # indices of its images, their classes
+Arrays = Mapping[str, npt.NDArray[Any]]  # conditions by name: int64 [B] or float32 [B, *shape]
+Batch = tuple[range, Arrays]  # indices of its samples, their conditions
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A way to draw a batch: slices of unit noise [slices, b, C, H, W] and labels [b] in, x0 [b, C, H, W] out."""
+    """A way to draw a batch: slices of unit noise [slices, b, *shape] and conditions in, x0 [b, *shape] out."""
 
     slices: int
-    draw: Callable[[Floats, Labels | None], Floats]
-    levels: tuple[float, ...] = ()  # of the few-step loop, which some engines have; () for another algorithm
+    draw: Callable[[Floats, Arrays], Floats]
+    levels: tuple[float, ...] = ()  # of the few-step loop, which some backends have; () for another algorithm
 
 
-def check_noise(engine: Backend, drawing: Drawing, batch: int) -> None:
-    """Raise CmfastError unless the noise of `draw_batches` fits into memory, for batches of so many images."""
-    if _drawn_by_engine(engine, drawing):
+def check_noise(backend: Backend, drawing: Drawing, batch: int) -> None:
+    """Raise CmfastError unless the noise of `draw_batches` fits into memory, for batches of so many samples."""
+    if _drawn_by_backend(backend, drawing):
         return
     # Two batches of noise at a time, one of them also in parts, and what it takes to draw one slice.
-    numbers = batch * math.prod(engine.manifest.spec.image)
+    numbers = batch * math.prod(backend.manifest.spec.shape)
     need_memory(
         (3 * drawing.slices * 4 + portable.PEAK) * numbers,
         f"{drawing.slices} slice(s) of noise for a batch of {batch}",
@@ -48,48 +49,48 @@ def check_noise(engine: Backend, drawing: Drawing, batch: int) -> None:
 
 
 def draw_batches(
-    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, *, pixels: bool
+    backend: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, *, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
-    """Yield the images of each batch: uint8 [b, H, W, C] when `pixels`, else float32 [b, C, H, W].
+    """Yield the samples of each batch: uint8 [b, H, W, C] when `pixels`, else float32 [b, *shape].
 
     Raises:
-        EngineError: the engine returned something else than its manifest says.
+        EngineError: the backend returned something else than its manifest says.
         CheckFailed: it returned NaN or infinity.
     """
-    return (_on_engine if _drawn_by_engine(engine, drawing) else _here)(engine, drawing, batches, seed, pixels)
+    return (_on_backend if _drawn_by_backend(backend, drawing) else _here)(backend, drawing, batches, seed, pixels)
 
 
-def _drawn_by_engine(engine: Backend, drawing: Drawing) -> bool:
-    return bool(drawing.levels) and isinstance(engine, DrawBackend)
+def _drawn_by_backend(backend: Backend, drawing: Drawing) -> bool:
+    return bool(drawing.levels) and isinstance(backend, DrawBackend)
 
 
 def _here(
-    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
+    backend: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
-    """Yield the images of each batch, from noise that is drawn here."""
-    image = engine.manifest.spec.image
+    """Yield the samples of each batch, from noise that is drawn here."""
+    shape = backend.manifest.spec.shape
 
     def noise(batch: Batch) -> Floats:
         samples, _ = batch
-        return np.stack([portable.gaussian(seed, samples, k, image) for k in range(drawing.slices)])
+        return portable.slices(seed, samples, drawing.slices, shape)
 
-    for (_, label), z in _ahead(noise, batches):
-        x0 = drawing.draw(z, label)
+    for (_, conditions), z in _ahead(noise, batches):
+        x0 = drawing.draw(z, conditions)
         yield sampling.to_uint8(x0) if pixels else x0
 
 
-def _on_engine(
-    engine: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
+def _on_backend(
+    backend: Backend, drawing: Drawing, batches: Sequence[Batch], seed: int, pixels: bool
 ) -> Iterator[npt.NDArray[Any]]:
-    """Yield the images of each batch, which the engine draws from the noise on."""
-    assert isinstance(engine, DrawBackend)
-    channels, *sides = engine.manifest.spec.image
-    shape, dtype = ((*sides, channels), np.uint8) if pixels else ((channels, *sides), np.float32)
-    results = engine.draw(seed, batches, drawing.levels, pixels=pixels)
+    """Yield the samples of each batch, which the backend draws from the noise on."""
+    assert isinstance(backend, DrawBackend)
+    shape = backend.manifest.spec.shape
+    shape, dtype = ((*shape[1:], shape[0]), np.uint8) if pixels else (shape, np.float32)
+    results = backend.draw(seed, batches, drawing.levels, pixels=pixels)
     for (samples, _), drawn in zip(batches, results, strict=True):
         if not drawn.finite:
-            raise not_finite(engine.name, drawing.levels)
-        yield returned_array(engine.name, drawn.images, (len(samples), *shape), dtype)
+            raise not_finite(backend.name, drawing.levels)
+        yield returned_array(backend.name, drawn.images, (len(samples), *shape), dtype)
 
 
 def _ahead(make: Callable[[Batch], Floats], parts: Sequence[Batch]) -> Iterator[tuple[Batch, Floats]]:

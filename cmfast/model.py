@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""A model, loaded: images from seeds, or the raw denoiser."""
+"""A model, loaded: samples from seeds, or the raw denoiser."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cmfast import noise as portable
-from cmfast import sampling
-from cmfast.backends import Backend, LoopBackend, open_backend
+from cmfast.backends import Backend, open_backend
 from cmfast.checks import (
     array_of_numbers,
     check_range,
-    class_numbers,
     need_memory,
-    not_finite,
-    returned_array,
     shown,
     whole_number,
 )
-from cmfast.drawing import Drawing, Floats, Labels, check_noise, draw_batches
+from cmfast.conditions import LABEL, class_numbers, condition_values
+from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, draw_batches
 from cmfast.errors import CmfastError
 from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
+from cmfast.running import from_noise, run
 from cmfast.schedule import as_levels, karras_sigmas
 from cmfast.spec import ModelSpec
 
-Label = int | str | Sequence[int | str]  # a class or one an image, by number, or by name where the model has names
+Label = int | str | Sequence[int | str]  # a class or one a sample, by number, or by name where the model has names
+Conditions = Mapping[str, Any]  # values by name: of a tensor an array, of a class what a label may be
 # The highest noise level that `denoise` takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
 CHURNED = math.sqrt(2)
 
@@ -58,12 +57,12 @@ def load(
 
 
 class Model:
-    """A consistency model on an engine. `load` makes one."""
+    """A few-step model on a backend. `load` makes one."""
 
-    def __init__(self, engine: Backend) -> None:
-        self.engine = engine
-        self.manifest = engine.manifest
-        self.spec: ModelSpec = engine.manifest.spec
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.manifest = backend.manifest
+        self.spec: ModelSpec = backend.manifest.spec
 
     def sample(
         self,
@@ -73,22 +72,32 @@ class Model:
         sigmas: Sequence[float] | None = None,
         seed: int = 0,
         label: Label | None = None,
+        conditions: Conditions | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
-    ) -> npt.NDArray[np.uint8]:
-        """Draw n images; return uint8 [n, H, W, C].
+    ) -> npt.NDArray[Any]:
+        """Draw n samples: images as uint8 [n, H, W, C], other data as float32 [n, *shape].
 
-        steps     network calls an image (NFE), with the model's default noise levels; without both, the fewest
-        sigmas    noise levels, data units, decreasing from sigma_max; instead of steps
-        seed      image i of a seed is the same image whatever n, `batch`, the engine and the machine are
-        label     a class for all images, or n of them, by number or by name; None: drawn from the seed
-        batch     images at a time; changes memory and speed, not the images
-        first     index of the first image, to go on where another call stopped; first + n is at most 2**64
-        progress  show a bar on stderr
+        Args:
+            n: How many.
+            steps: Network calls a sample (NFE), with the model's default noise levels; without both, the fewest.
+            sigmas: Noise levels, data units, decreasing from sigma_max; instead of steps.
+            seed: Sample i of a seed is the same whatever n, `batch`, the backend and the machine are.
+            label: A class for all samples, or n of them, by number or by name; None: drawn from the seed.
+            conditions: Values of the model's conditions by name, for all samples, [*shape], or one each, [n, *shape].
+                A label may be among them.
+            batch: Samples at a time; changes memory and speed, not the samples.
+            first: Index of the first sample, to go on where another call stopped; first + n is at most 2**64.
+            progress: Show a bar on stderr.
+
+        Raises:
+            CmfastError: a condition is missing, unknown or does not fit, or another argument is out of its range.
+            CheckFailed: the model returned NaN or infinity.
         """
         drawing = self._few_steps(self.levels(steps, sigmas))
-        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=True)
+        pixels = self.spec.data == "image"
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_float(
         self,
@@ -98,13 +107,14 @@ class Model:
         sigmas: Sequence[float] | None = None,
         seed: int = 0,
         label: Label | None = None,
+        conditions: Conditions | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
     ) -> Floats:
-        """Draw n images as `sample` does; return float32 [n, C, H, W] in [-1, 1]."""
+        """Draw n samples as `sample` does; return float32 [n, *shape], of images in [-1, 1]."""
         drawing = self._few_steps(self.levels(steps, sigmas))
-        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
 
     def sample_heun(
         self,
@@ -114,18 +124,20 @@ class Model:
         churn: float | Churn = 0.0,
         seed: int = 0,
         label: Label | None = None,
+        conditions: Conditions | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
-    ) -> npt.NDArray[np.uint8]:
-        """Draw n images with a diffusion model, a teacher, in many steps (`cmfast.heun`); return uint8 [n, H, W, C].
+    ) -> npt.NDArray[Any]:
+        """Draw n samples with a diffusion model, a teacher, in many steps (`cmfast.heun`); returns what `sample` does.
 
-        steps  Heun steps, 2 steps - 1 network calls an image, from sigma_max down the Karras grid to sigma_min and 0
+        steps  Heun steps, 2 steps - 1 network calls a sample, from sigma_max down the Karras grid to sigma_min and 0
         churn  the paper's S_churn, or all four of its numbers; 0: deterministic
-        The rest is as in `sample`. The start of image i of a seed is the one that `sample` takes too.
+        The rest is as in `sample`. The start of sample i of a seed is the one that `sample` takes too.
         """
         drawing = self._heun_steps(steps, churn)
-        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=True)
+        pixels = self.spec.data == "image"
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_heun_float(
         self,
@@ -135,70 +147,71 @@ class Model:
         churn: float | Churn = 0.0,
         seed: int = 0,
         label: Label | None = None,
+        conditions: Conditions | None = None,
         batch: int = 64,
         first: int = 0,
         progress: bool = False,
     ) -> Floats:
-        """Draw n images as `sample_heun` does; return float32 [n, C, H, W], data units, not clipped."""
+        """Draw n samples as `sample_heun` does; return float32 [n, *shape], data units, not clipped."""
         drawing = self._heun_steps(steps, churn)
-        return self._images_of(n, drawing, seed, label, batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
 
-    def from_noise(self, noise: Floats, sigmas: Sequence[float], label: Label | Labels | None = None) -> Floats:
-        """Return images [B, C, H, W] in data units from unit noise [K, B, C, H, W] at K noise levels.
+    def from_noise(
+        self,
+        noise: Floats,
+        sigmas: Sequence[float],
+        label: Label | Labels | None = None,
+        conditions: Conditions | None = None,
+    ) -> Floats:
+        """Return samples [B, *shape] in data units from unit noise [K, B, *shape] at K noise levels.
 
         Raises:
-            CmfastError: the levels do not strictly decrease above sigma_min, or the shapes do not fit.
+            CmfastError: the levels do not strictly decrease above sigma_min, or a shape or a condition does not fit.
             CheckFailed: the model returned NaN or infinity.
         """
         noise = array_of_numbers("noise", noise)
         sigmas = self.levels(sigmas=sigmas if sigmas is not None else ())
-        if noise.ndim != 5 or (len(noise), *noise.shape[2:]) != (len(sigmas), *self.spec.image):
-            need = ", ".join(map(str, self.spec.image))
+        shape = self.spec.shape
+        if noise.ndim != 2 + len(shape) or (len(noise), *noise.shape[2:]) != (len(sigmas), *shape):
+            need = ", ".join(map(str, shape))
             raise CmfastError(
                 f"noise must be [{len(sigmas)}, B, {need}] for {len(sigmas)} levels, got {list(noise.shape)}"
             )
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
-        if isinstance(self.engine, LoopBackend):
-            classes = self._label(label, noise.shape[1]).get("label")
-            if not noise.shape[1]:
-                return np.empty(noise.shape[1:], np.float32)
-            x0 = self.engine.loop(noise, sigmas, classes)
-            x0 = returned_array(self.engine.name, x0, noise.shape[1:], np.float32)
-            self._check_finite(x0, {"noise": noise}, sigmas)
-            return x0
-        if self.manifest.kind == "denoiser":
-            return np.asarray(sampling.sample(lambda x, s: self.denoise(x, s, label), noise, sigmas, self.spec))
-        inputs: dict[str, npt.NDArray[Any]] = {"noise": noise, **self._label(label, noise.shape[1])}
-        if self.manifest.kind == "server":  # the batch is the first axis of everything
-            inputs = {name: _batch_first(value) for name, value in inputs.items()}
-        return self._run(inputs, noise.shape[1], sigmas)
+        values = self._values(label, conditions, noise.shape[1])
+        return from_noise(self.backend, self._denoise, noise, sigmas, values)
 
-    def denoise(self, x: Floats, sigma: float | Floats, label: Label | npt.ArrayLike | None = None) -> Floats:
-        """Return f(x, sigma), float32 [B, C, H, W], not clipped: the raw contract, for algorithms of your own.
+    def denoise(
+        self,
+        x: Floats,
+        sigma: float | Floats,
+        label: Label | npt.ArrayLike | None = None,
+        *,
+        sigma_next: float | Floats | None = None,
+        conditions: Conditions | None = None,
+    ) -> Floats:
+        """Return f(x, sigma), float32 [B, *shape], not clipped: the raw contract, for algorithms of your own.
 
-        x      [B, C, H, W] float32, data units plus noise
-        sigma  noise level, data units: a number, or one an image [B]; above 0 and at most sqrt(2) sigma_max, where
-               Heun's churn goes
-        label  a class, or one an image [B], by number or by name; needed exactly when the model has classes
+        Args:
+            x: [B, *shape] float32, data units plus noise.
+            sigma: Noise level, data units: a number, or one a sample [B]; above 0 and at most sqrt(2) sigma_max,
+                where Heun's churn goes.
+            label: A class, or one a sample [B], by number or by name; needed exactly when the model has a label.
+            sigma_next: Of a flow map, the noise level to go to, from 0, below sigma; None: 0.
+            conditions: Values of the model's conditions by name, [*shape] or [B, *shape].
 
         Raises:
-            CmfastError: a shape, a type, a noise level or a label is not one of these.
+            CmfastError: a shape, a type, a noise level or a condition is not one of these.
             CheckFailed: the model returned NaN or infinity.
         """
         self._check_denoiser()
         x = array_of_numbers("x", x)
-        if x.ndim != 4 or x.shape[1:] != tuple(self.spec.image) or x.dtype != np.float32:
+        if x.ndim != 1 + len(self.spec.shape) or x.shape[1:] != self.spec.shape or x.dtype != np.float32:
             raise CmfastError(
-                f"x must be float32 [B, {', '.join(map(str, self.spec.image))}], got {x.dtype} {list(x.shape)}"
+                f"x must be float32 [B, {', '.join(map(str, self.spec.shape))}], got {x.dtype} {list(x.shape)}"
             )
-        levels = self._noise_levels(sigma, len(x))
-        inputs: dict[str, npt.NDArray[Any]] = {
-            "x": np.ascontiguousarray(x),
-            "sigma": levels,
-            **self._label(label, len(x)),
-        }
-        return self._run(inputs, len(x), levels)
+        return self._denoise(x, sigma, sigma_next, self._values(label, conditions, len(x)))
 
     def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
@@ -216,7 +229,7 @@ class Model:
         return self.spec.levels(steps, sigmas)
 
     def labels(self, n: int, *, seed: int = 0, label: Label | Labels | None = None, first: int = 0) -> Labels | None:
-        """Return the class of each of n images, int64 [n], that `sample` uses; None for an unconditional model.
+        """Return the class of each of n samples, int64 [n], that `sample` uses; None for a model without a label.
 
         label  as `sample` takes it. A text is looked up among the names of the classes and read as a number; "+7" is
                always the number
@@ -233,51 +246,97 @@ class Model:
         need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
         return class_numbers(label, n, classes, self.spec.class_names)
 
+    def _given(self, label: Any, conditions: Conditions | None) -> dict[str, Any]:
+        """Return what was passed by name, the label among it."""
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise CmfastError(f"conditions are passed by name, such as {{'state': array}}, got {shown(conditions)}")
+        given = dict(conditions or {})
+        if label is not None and given.get(LABEL) is not None:
+            raise CmfastError("the label was passed twice, by `label` and in `conditions`; remove one")
+        return given if label is None else given | {LABEL: label}
+
+    def _values(self, label: Any, conditions: Conditions | None, n: int) -> Arrays:
+        """Return the conditions of n samples, checked; here nothing is drawn from a seed."""
+        given = self._given(label, conditions)
+        if self.spec.classes and given.get(LABEL) is None:
+            raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
+        return self._checked(given, n)
+
+    def _checked(self, given: Mapping[str, Any], n: int) -> Arrays:
+        if not self.spec.classes and given.get(LABEL) is not None:
+            raise CmfastError("a label was given, but the model is unconditional: it has no classes")
+        return condition_values(self.spec.conditions, given, n)
+
     def _few_steps(self, levels: tuple[float, ...]) -> Drawing:
-        return Drawing(len(levels), lambda noise, label: self.from_noise(noise, levels, label), levels)
+        def draw(noise: Floats, conditions: Arrays) -> Floats:
+            return from_noise(self.backend, self._denoise, noise, levels, conditions)
+
+        return Drawing(len(levels), draw, levels)
 
     def _heun_steps(self, steps: int, churn: float | Churn) -> Drawing:
         self._check_denoiser()
+        if self.spec.second_time:
+            raise CmfastError("Heun's steps are for diffusion models, and this is a flow map: sample it in few steps")
         heun_calls(steps)
         levels = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
         full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
         steps = len(levels)
 
-        def draw(noise: Floats, label: Labels | None) -> Floats:
-            return np.asarray(heun(lambda x, sigma: self.denoise(x, sigma, label), noise, levels, churn=full))
+        def draw(noise: Floats, conditions: Arrays) -> Floats:
+            return np.asarray(heun(lambda x, s: self._denoise(x, s, None, conditions), noise, levels, churn=full))
 
         return Drawing(noise_slices(steps, full), draw)
 
-    def _images_of(
+    def _draw(
         self,
         n: int,
         drawing: Drawing,
         seed: int,
-        label: Label | None,
+        given: Mapping[str, Any],
         batch: int,
         first: int,
         progress: bool,
         *,
         pixels: bool,
     ) -> npt.NDArray[Any]:
-        """Check the request and draw it; return uint8 [n, H, W, C] when `pixels`, else float32 [n, C, H, W]."""
-        n, batch = self._images(n, 1 if pixels else 4), whole_number("batch", batch, 1)
+        """Check the request and draw it; return uint8 [n, H, W, C] when `pixels`, else float32 [n, *shape]."""
+        n, batch = self._number(n, 1 if pixels else 4), whole_number("batch", batch, 1)
         first, seed = check_range(first, n), portable.check_seed(seed)
-        batch = min(self.engine.batch or batch, n)
-        check_noise(self.engine, drawing, batch)
-        every = self.labels(n, seed=seed, label=label, first=first)
+        batch = min(self.backend.batch or batch, n)
+        check_noise(self.backend, drawing, batch)
+        if (drawn := self.labels(n, seed=seed, label=given.get(LABEL), first=first)) is not None:
+            given = {**given, LABEL: drawn}
+        every = self._checked(given, n)
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
-        batches = [(range(first + p.start, first + p.stop), None if every is None else every[p]) for p in parts]
-        channels, *sides = self.spec.image
-        images: npt.NDArray[Any] = (
-            np.empty((n, *sides, channels), np.uint8) if pixels else np.empty((n, channels, *sides), np.float32)
+        batches = [
+            (range(first + p.start, first + p.stop), {name: np.ascontiguousarray(v[p]) for name, v in every.items()})
+            for p in parts
+        ]
+        shape = self.spec.shape
+        samples: npt.NDArray[Any] = (
+            np.empty((n, *shape[1:], shape[0]), np.uint8) if pixels else np.empty((n, *shape), np.float32)
         )
-        drawn = draw_batches(self.engine, drawing, batches, seed, pixels=pixels)
-        with progress_bar("sampling", n, "images", show=progress) as advance:
-            for part, some in zip(parts, drawn, strict=True):
-                images[part] = some  # batch by batch: floats take four times the memory of pixels
+        results = draw_batches(self.backend, drawing, batches, seed, pixels=pixels)
+        with progress_bar("sampling", n, self.noun, show=progress) as advance:
+            for part, some in zip(parts, results, strict=True):
+                samples[part] = some  # batch by batch: floats take four times the memory of pixels
                 advance(part.stop - part.start, "")
-        return images
+        return samples
+
+    @property
+    def noun(self) -> str:
+        """What the model draws, for messages: images or samples."""
+        return "images" if self.spec.data == "image" else "samples"
+
+    def _denoise(self, x: Floats, sigma: Any, sigma_next: Any, conditions: Arrays) -> Floats:
+        levels = self._noise_levels(sigma, len(x))
+        inputs: dict[str, npt.NDArray[Any]] = {"x": np.ascontiguousarray(x), "sigma": levels}
+        if self.spec.second_time:
+            inputs["sigma_next"] = self._next_levels(0.0 if sigma_next is None else sigma_next, levels)
+        elif sigma_next is not None:
+            raise CmfastError("sigma_next is for flow maps, and this model takes one noise level")
+        inputs |= {name: np.ascontiguousarray(value) for name, value in conditions.items()}
+        return run(self.backend, inputs, len(x), levels)
 
     def _check_denoiser(self) -> None:
         if self.manifest.kind != "denoiser":
@@ -303,56 +362,20 @@ class Model:
             )
         return np.array(np.broadcast_to(given.astype(np.float32), (n,)))
 
-    def _images(self, n: int, size: int) -> int:
-        """Return n, if that many images of numbers of `size` bytes fit into memory."""
-        n = whole_number("number of images", n, 1)
-        shape = ", ".join(map(str, self.spec.image))
-        need = n * (size * math.prod(self.spec.image) + 8)  # and a label
-        need_memory(need, f"{shown(n)} images [{shape}]", "draw fewer at a time: the next ones with `first`")
+    def _next_levels(self, sigma_next: Any, sigmas: Floats) -> Floats:
+        """Return the noise levels that a flow map goes to, float32 [n]."""
+        given = array_of_numbers("sigma_next", sigma_next)
+        if isinstance(sigma_next, bool) or given.shape not in ((), sigmas.shape):
+            raise CmfastError(f"sigma_next must be one noise level or {len(sigmas)} of them, got {shown(sigma_next)}")
+        levels = np.array(np.broadcast_to(given.astype(np.float32), sigmas.shape))
+        if not ((levels >= 0) & (levels < sigmas)).all():
+            raise CmfastError(f"sigma_next must be from 0 and below sigma, got {shown(sigma_next)}")
+        return levels
+
+    def _number(self, n: int, size: int) -> int:
+        """Return n, if that many samples of numbers of `size` bytes fit into memory."""
+        n = whole_number(f"number of {self.noun}", n, 1)
+        shape = ", ".join(map(str, self.spec.shape))
+        need = n * (size * math.prod(self.spec.shape) + 8)  # and a label
+        need_memory(need, f"{shown(n)} {self.noun} [{shape}]", "draw fewer at a time: the next ones with `first`")
         return n
-
-    def _label(self, label: Any, n: int) -> dict[str, npt.NDArray[np.int64]]:
-        if self.spec.classes and label is None:
-            raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
-        if label is None:
-            return {}
-        checked = self.labels(n, label=label)
-        return {} if checked is None else {"label": checked}
-
-    def _run(self, inputs: dict[str, npt.NDArray[Any]], n: int, sigmas: Floats | Sequence[float]) -> Floats:
-        """Run the engine on n images; where it takes one batch size only, repeat the last image to fill it up."""
-        if n == 0:
-            return np.empty((0, *self.spec.image), np.float32)
-        short = (self.engine.batch or n) - n
-        if short < 0:
-            raise CmfastError(f"this file takes batches of {self.engine.batch}, got {n}")
-        if short:
-            whole = sum(value.nbytes for value in inputs.values()) // n * (n + short)
-            only = f"batches of {self.engine.batch} images, the only size that this file takes,"
-            need_memory(2 * whole, only, "export it with a smaller --batch")
-            axis = self.manifest.batch_axis
-            inputs = {name: _lengthen(value, axis if name == "noise" else 0, short) for name, value in inputs.items()}
-        x0 = self.engine.run(inputs)
-        x0 = returned_array(self.engine.name, x0, (n + short, *self.spec.image), np.float32)[:n]
-        self._check_finite(x0, inputs, sigmas)
-        return x0
-
-    def _check_finite(self, x0: Floats, inputs: dict[str, npt.NDArray[Any]], sigmas: Floats | Sequence[float]) -> None:
-        """Raise NotFinite, with the noise level, where an engine returned NaN or infinity."""
-        if np.isfinite(x0).all():
-            return
-        for name, value in inputs.items():
-            if not np.isfinite(value).all():
-                raise CmfastError(f"{name} has values that are not finite (NaN or infinity)")
-        if isinstance(sigmas, np.ndarray):  # one an image
-            sigmas = sorted(set(sigmas[~np.isfinite(x0).all(axis=(1, 2, 3))].tolist()), reverse=True)
-        raise not_finite(self.engine.name, sigmas)
-
-
-def _lengthen(values: npt.NDArray[Any], axis: int, by: int) -> npt.NDArray[Any]:
-    return np.pad(values, [(0, by if i == axis else 0) for i in range(values.ndim)], mode="edge")
-
-
-def _batch_first(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return noise [K, B, ...] as [B, K, ...] and label [B] as [B, 1]."""
-    return np.ascontiguousarray(values.swapaxes(0, 1) if values.ndim > 1 else values[:, None])

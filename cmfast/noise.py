@@ -50,6 +50,13 @@ def gaussian(
     return values.reshape(sides if np.ndim(sample) == 0 else (len(samples), *sides))
 
 
+def slices(
+    seed: int, samples: Sequence[int] | npt.NDArray[np.int64], steps: int, shape: Sequence[int]
+) -> npt.NDArray[np.float32]:
+    """Return the noise of so many steps for a batch of B samples, float32 [steps, B, *shape]: what `sample` takes."""
+    return np.stack([gaussian(seed, samples, step, shape) for step in range(steps)])
+
+
 def labels(seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
     """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1."""
     classes = whole_number("number of classes", classes, 1, 2**32)

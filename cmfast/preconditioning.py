@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Preconditioning: how a network F becomes a denoiser f that is the identity at sigma_min.
 
-    f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma), label)
+    f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma), **conditions)
 
 Only arithmetic operators, so the same lines serve floats, numpy arrays and torch tensors: the trainer, the
 exporter's check and the tests quote this file, and a sign error cannot live in one of four copies.
@@ -14,6 +14,7 @@ from typing import Any
 
 from cmfast.spec import ModelSpec
 
+LOGARITHMS = ("250ln", "ln/4")  # values of c_noise that are not finite at noise level 0
 Array = Any  # float, numpy.ndarray or torch.Tensor: what goes in is what comes out
 
 
@@ -21,8 +22,8 @@ def scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
     """Return (c_skip, c_out, c_in) of the model at noise level sigma (data units; any shape that broadcasts)."""
     if spec.scaling == "boundary":
         return boundary_scalings(sigma, spec.sigma_data, spec.sigma_min)
-    if spec.scaling == "seed":
-        return seed_scalings(sigma, spec.sigma_min)
+    if spec.scaling == "cloneofsimo":
+        return cloneofsimo_scalings(sigma, spec.sigma_min)
     if spec.scaling == "flow":
         return flow_scalings(sigma)
     # TrigFlow written for x = x0 + sigma z instead of the rotated x_t is EDM with the sign of c_out turned.
@@ -46,7 +47,7 @@ def boundary_scalings(sigma: Array, sigma_data: float, sigma_min: float) -> tupl
     return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data / total**0.5, 1 / total**0.5
 
 
-def seed_scalings(sigma: Array, sigma_min: float) -> tuple[Array, Array, Array]:
+def cloneofsimo_scalings(sigma: Array, sigma_min: float) -> tuple[Array, Array, Array]:
     """Return (c_skip, c_out, c_in) of the first public implementation: c_out is half of what it should be, no c_in.
 
     For its checkpoints only. It has 0.25 = sigma_data^2 where sigma_data = 0.5 belongs.

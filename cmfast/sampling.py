@@ -4,7 +4,7 @@
     noise --> denoise(x, sigma) --> x0 --> (add a little noise, denoise again) --> x0
 
 `sample` is the whole algorithm: Algorithm 1 of "Consistency Models" (Song et al. 2023, arXiv:2303.01469).
-The denoiser is any callable: an engine's (`cmfast.load(...).denoise`), a torch module, a line in a test.
+The denoiser is any callable: a backend's (`cmfast.load(...).denoise`), a torch module, a line in a test.
 Noise levels come from `cmfast.schedule`, noise from `cmfast.noise`, preconditioning is inside the denoiser.
 The exporter writes the same loop as one ONNX graph (`cmfast_export.graphs.sampler`).
 """
@@ -24,14 +24,16 @@ from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
 
 Array = Any  # numpy.ndarray or torch.Tensor; the loop only uses operators and clip
-Denoise = Callable[[Array, float], Array]
+Denoise = Callable[..., Array]  # (x, sigma) -> x0, of a flow map (x, sigma, sigma_next) -> x0
 
 
 def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelSpec) -> Array:
-    """Draw images from noise in K = len(sigmas) network calls; return x0 [B, C, H, W] in data units.
+    """Draw samples from noise in K = len(sigmas) network calls; return x0 [B, *shape] in data units.
 
-    denoise  callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller
-    noise    [K, B, C, H, W] unit Gaussian, one slice a step; "ddim" uses the first only
+    denoise  callable (x [B, *shape], sigma) -> x0 [B, *shape]; conditions are bound by the caller. A flow map
+             (`spec.second_time`) is called with (x, sigma, sigma_next): with "ddim" the noise level of the next call,
+             0 in the last, and else 0 always, because the noise of the next call is fresh
+    noise    [K, B, *shape] unit Gaussian, one slice a step; "ddim" uses the first only
     sigmas   K noise levels, data units, decreasing (`ModelSpec.levels` also compares them with the model's range)
     spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
     """
@@ -42,14 +44,20 @@ def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelS
     if not sigmas or sigmas[-1] <= 0 or any(not least <= after <= before for before, after in pairwise(sigmas)):
         raise CmfastError(f"noise levels must decrease and stay above {least:g}, got {shown(sigmas)}")
     shape: tuple[int, ...] = getattr(noise, "shape", ())
-    if len(shape) != 5 or shape[0] != len(sigmas):
-        raise CmfastError(f"noise must be [{len(sigmas)}, B, C, H, W] for {len(sigmas)} levels, got {shown(noise)}")
-    x = sigmas[0] * noise[0]
-    x0 = _clip(denoise(x, sigmas[0]), spec)
-    for (before, sigma), z in zip(pairwise(sigmas), noise[1:], strict=True):
-        # "ddim" takes no fresh noise but less of the same: DDIM, as progressive distillation has it (arXiv:2202.00512).
-        x = x0 + (sigma / before * (x - x0) if spec.renoise == "ddim" else renoise_std(sigma, spec) * z)
-        x0 = _clip(denoise(x, sigma), spec)
+    if len(shape) < 3 or shape[0] != len(sigmas):
+        raise CmfastError(f"noise must be [{len(sigmas)}, B, ...] for {len(sigmas)} levels, got {shown(noise)}")
+    # "ddim" takes no fresh noise but less of the same: DDIM, as progressive distillation has it (arXiv:2202.00512). It
+    # is also how a flow map goes on: CTM (arXiv:2310.02279), eq. 9, and z_r = z_t - (t - r) u of MeanFlow.
+    same_noise = spec.renoise == "ddim"
+    x, x0 = sigmas[0] * noise[0], None
+    for step, (sigma, z) in enumerate(zip(sigmas, noise, strict=True)):
+        if x0 is not None:
+            x = x0 + (sigma / sigmas[step - 1] * (x - x0) if same_noise else renoise_std(sigma, spec) * z)
+        if spec.second_time:
+            x0 = denoise(x, sigma, sigmas[step + 1] if same_noise and step + 1 < len(sigmas) else 0.0)
+        else:
+            x0 = denoise(x, sigma)
+        x0 = _clip(x0, spec)
     return x0
 
 

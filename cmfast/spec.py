@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmfast.checks import whole_number
+from cmfast.conditions import LABEL, Condition, check_conditions, class_label
 from cmfast.errors import CmfastError, one_line, shown
 from cmfast.schedule import MAX_STEPS, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
 
-SCALINGS = ("boundary", "edm", "trigflow", "seed", "flow")  # formulas: cmfast.preconditioning
+SCALINGS = ("boundary", "edm", "trigflow", "cloneofsimo", "flow")  # formulas: cmfast.preconditioning
 C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
-MAX_NAME = 100  # characters of a class name
+DATA = ("image", "array")
+MAX_RANK = 4  # axes of a sample
 RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampling
 
 
@@ -27,9 +29,10 @@ RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampling
 class ModelSpec:
     """The conventions of one model. Noise levels are standard deviations in data units."""
 
-    image: tuple[int, int, int]  # channels, height, width
-    classes: int = 0  # 0: unconditional
-    class_names: tuple[str, ...] = ()  # of the classes 0, 1, ..; (): they have none
+    shape: tuple[int, ...]  # of a sample, one to four axes: [C, H, W] images, [C, T] signals, [T, A] actions, ..
+    data: str = "auto"  # one of DATA: images [C, H, W] in [-1, 1], or numbers; auto: images if C is 1 or 3 of 3 axes
+    conditions: tuple[Condition, ...] = ()  # the named inputs beside x and sigma
+    second_time: bool = False  # a flow map: the denoiser takes a second noise level, sigma_next
     sigma_min: float = 0.002  # noise level, data units; the model is the identity here
     sigma_max: float = 80.0  # noise level, data units; sampling starts here
     sigma_data: float = 0.5  # standard deviation of the data, data units
@@ -43,17 +46,21 @@ class ModelSpec:
     )
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.image, (tuple, list))
-            or len(self.image) != 3
-            or not all(_is_whole(n, 1, 65536) for n in self.image)
-        ):
-            raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {shown(self.image)}")
-        if not _is_whole(self.classes, 0, 2**31 - 1):
-            raise CmfastError(
-                f"classes must be 0 (unconditional) or a positive whole number, got {shown(self.classes)}"
-            )
-        _check_names(self.class_names, self.classes)
+        shape = self.shape
+        if not isinstance(shape, (tuple, list)) or not 1 <= len(shape) <= MAX_RANK:
+            raise CmfastError(f"shape must be one to {MAX_RANK} positive whole numbers, got {shown(shape)}")
+        if not all(_is_whole(side, 1, 65536) for side in shape):
+            raise CmfastError(f"shape must be whole numbers from 1 to 65536, got {shown(shape)}")
+        object.__setattr__(self, "shape", tuple(shape))
+        if isinstance(self.data, str) and self.data == "auto":
+            object.__setattr__(self, "data", "image" if len(shape) == 3 and shape[0] in (1, 3) else "array")
+        if not isinstance(self.data, str) or self.data not in DATA:
+            raise CmfastError(f"data must be one of {', '.join(DATA)}, got {shown(self.data)}")
+        if self.data == "image" and len(shape) != 3:
+            raise CmfastError(f"images have the shape (C, H, W), got {shown(tuple(shape))}")
+        object.__setattr__(self, "conditions", check_conditions(self.conditions))
+        if not isinstance(self.second_time, bool):
+            raise CmfastError(f"second_time must be true or false, got {shown(self.second_time)}")
         if not _is_whole(self.grid, 0, 65536) or self.grid == 1:
             raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {shown(self.grid)}")
         if not isinstance(self.clip, bool):
@@ -69,8 +76,8 @@ class ModelSpec:
         for name, allowed in (("scaling", SCALINGS), ("c_noise", C_NOISES), ("renoise", RENOISES)):
             if getattr(self, name) not in allowed:
                 raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
-        if self.scaling == "seed" and self.sigma_data != 0.5:
-            raise CmfastError(f"the scaling seed has sigma_data 0.5 built in, got {self.sigma_data:g}")
+        if self.scaling == "cloneofsimo" and self.sigma_data != 0.5:
+            raise CmfastError(f"the scaling cloneofsimo has sigma_data 0.5 built in, got {self.sigma_data:g}")
         if not isinstance(self.sigmas, Mapping):
             raise CmfastError(f"sigmas must be {{steps: noise levels}}, got {shown(self.sigmas)}")
         for steps, sigmas in self.sigmas.items():
@@ -125,40 +132,96 @@ class ModelSpec:
             )
         return tuple(self.sigmas[steps])
 
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images.
+
+        Raises:
+            CmfastError: the model's data are no images.
+        """
+        if self.data != "image":
+            raise CmfastError(f"this needs a model of images; this one draws arrays of {list(self.shape)}")
+        channels, height, width = self.shape
+        return channels, height, width
+
+    @property
+    def label(self) -> Condition | None:
+        """The class condition named "label", if there is one."""
+        return next((each for each in self.conditions if each.name == LABEL), None)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the label has; 0: there is no label."""
+        return self.label.classes if self.label else 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the label's classes; (): they have none, or there is no label."""
+        return self.label.class_names if self.label else ()
+
+    def with_class_names(self, names: Sequence[str]) -> ModelSpec:
+        """Return the spec with other names of the label's classes, () for none; without a label, as it is."""
+        renamed = (class_label(each.classes, names) if each.name == LABEL else each for each in self.conditions)
+        return dataclasses.replace(self, conditions=tuple(renamed))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of the manifest that describe the model, ready for JSON."""
-        values = dataclasses.asdict(self)
-        values["image"] = list(self.image)
-        if not self.grid:
-            del values["grid"]
-        if self.class_names:
-            values["class_names"] = list(self.class_names)
-        else:
-            del values["class_names"]
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["shape"] = list(self.shape)
+        values["conditions"] = [condition.to_dict() for condition in self.conditions]
         values["sigmas"] = {str(k): list(v) for k, v in sorted(self.sigmas.items())}
-        return values
+        usual = {"second_time": False, "grid": 0}
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
+        """Read what `to_dict` wrote, of this schema or of "cmfast/1".
+
+        Unknown keys are ignored; a missing or wrong one is a CmfastError.
+        """
         if not isinstance(values, Mapping):
             raise CmfastError(f"the description of the model must be an object, got {shown(values)}")
         names = {f.name for f in dataclasses.fields(cls)}
-        known = {name: value for name, value in values.items() if name in names}
-        if missing := names - known.keys() - {"grid", "class_names"}:  # most models have none
-            raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
         try:
-            for name in ("image", "sigmas"):
+            if "shape" not in values and "image" in values:
+                values = _of_first_schema(values)
+            known = {name: value for name, value in values.items() if name in names}
+            if missing := names - known.keys() - {"grid", "second_time"}:  # most models have none
+                raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
+            for name in ("shape", "conditions", "sigmas"):
                 wanted = Mapping if name == "sigmas" else (list, tuple)
                 if not isinstance(known[name], wanted):
                     raise TypeError(f"{name} is {shown(known[name])}")
-            known["image"] = tuple(known["image"])
-            if isinstance(known.get("class_names"), list):
-                known["class_names"] = tuple(known["class_names"])
+            if known["data"] not in DATA:
+                raise TypeError(f"data is {shown(known['data'])}")
+            known["shape"] = tuple(known["shape"])
+            known["conditions"] = tuple(Condition.from_dict(each) for each in known["conditions"])
             known["sigmas"] = {_steps(k): _levels(v) for k, v in known["sigmas"].items()}
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:
             raise CmfastError(f"the description of the model is malformed: {one_line(err)}") from None
+
+
+def _of_first_schema(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description of "cmfast/1", of images and their classes only, in the words of this schema."""
+    if missing := {"image", "classes"} - values.keys():
+        raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
+    image, classes, names = values["image"], values["classes"], values.get("class_names", ())
+    if not isinstance(image, (list, tuple)) or len(image) != 3:
+        raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {shown(image)}")
+    if not _is_whole(classes, 0, 2**31 - 1) or not isinstance(names, (list, tuple)):
+        raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {shown(classes)}")
+    if names and not classes:
+        raise CmfastError(f"class_names has {len(names)} names for no classes")
+    scaling = values.get("scaling")
+    found = {name: value for name, value in values.items() if name not in ("image", "classes", "class_names")}
+    return found | {
+        "shape": image,
+        "data": "image",
+        "conditions": [class_label(classes, tuple(names)).to_dict()] if classes else [],
+        "second_time": False,
+        **({"scaling": "cloneofsimo" if scaling == "seed" else scaling} if "scaling" in values else {}),
+    }
 
 
 def _steps(key: Any) -> int:
@@ -180,13 +243,3 @@ def _is_real(value: Any) -> bool:
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _check_names(names: Any, classes: int) -> None:
-    """Raise CmfastError unless these are the names of so many classes: different texts without control characters."""
-    if not isinstance(names, tuple) or not all(isinstance(n, str) and 0 < len(n) <= MAX_NAME for n in names):
-        raise CmfastError(f"class_names must be texts of 1 to {MAX_NAME} characters")
-    if names and len(names) != classes:
-        raise CmfastError(f"class_names has {len(names)} names for {classes} classes")
-    if len(set(names)) < len(names) or not all(name.isprintable() for name in names):
-        raise CmfastError("class_names must be different printable texts")

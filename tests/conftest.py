@@ -23,10 +23,10 @@ from hypothesis import settings
 from onnx import helper
 
 from cmfast.formats.manifest import Manifest
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers.only_installed import OPTIONAL
+from helpers.specs import image_spec
 
 if find_spec("onnx_ir") and find_spec("onnxscript"):  # else nothing is exported here: see only_installed
     from helpers import traced_once  # noqa: F401  before anything imports what it replaces
@@ -104,7 +104,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         network = AdmUnet(config)
         randomise(network)
         path = folder / f"classes{classes}{suffix}"
-        spec = ModelSpec(image=(1, 8, 8), classes=classes)
+        spec = image_spec(image=(1, 8, 8), classes=classes)
         save_checkpoint(Checkpoint(spec=spec, network=config, weights=network.state_dict()), path)
         return path
 
@@ -131,7 +131,7 @@ def handmade_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
             [helper.make_tensor("hundredth", float32, [], [0.01])],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-        manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, side, side)))
+        manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, side, side)))
         helper.set_model_props(model, {"cmfast": manifest.to_json()})
         path = folder / f"side{side}.onnx"
         onnx.save(model, path)

@@ -70,10 +70,10 @@ class CudaSession:
         """Return buffers for inputs of these shapes, bound to the session."""
         while len(self._ready) >= KEPT:
             self._close(self._ready.pop(next(iter(self._ready))))
-        types = {name: np.int64 if name == "label" else np.float32 for name in self._names}
+        types = {each.name: np.dtype(each.dtype).type for each in self._manifest.inputs}
         buffers = {name: cuda.Buffer(inputs[name].shape, types[name]) for name in self._names}
         batch = inputs[self._names[0]].shape[self._manifest.batch_axis]
-        output = cuda.Buffer((batch, *self._manifest.spec.image), np.float32)
+        output = cuda.Buffer((batch, *self._manifest.spec.shape), np.float32)
         binding = self._session.io_binding()
         for name, buffer in buffers.items():
             binding.bind_input(name, self._place, 0, types[name], buffer.host.shape, buffer.device)

@@ -114,7 +114,7 @@ class OnnxRuntimeBackend:
             self.timed, self.release = self._device.timed, self._device.release
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's output, float32 [B, C, H, W]."""
+        """Return the graph's output, float32 [B, *shape]."""
         try:
             if self._device is not None:
                 cuda.check_process(self._process, self.name)
@@ -125,7 +125,7 @@ class OnnxRuntimeBackend:
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
             raise engine_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
         first = inputs["noise" if "noise" in inputs else "x"]
-        want = (first.shape[self.manifest.batch_axis], *self.manifest.spec.image)
+        want = (first.shape[self.manifest.batch_axis], *self.manifest.spec.shape)
         if output.dtype != np.float32 or output.shape != want:
             raise ArtifactError(
                 f"{self.name}: the graph returned {output.dtype} {list(output.shape)}, its manifest promises float32 "
@@ -136,34 +136,34 @@ class OnnxRuntimeBackend:
 
     def _check_graph(self, path: Path) -> int | None:
         """Raise unless the graph takes and gives what its manifest says; return its fixed batch size, if it has one."""
-        spec, kind = self.manifest.spec, self.manifest.kind
-        nodes = self._session.get_inputs()
-        have = {node.name: list(node.shape) for node in nodes}
-        names = ["x", "sigma"] if kind == "denoiser" else ["noise"]
-        names += ["label"] if spec.classes else []
-        if list(have) != names:
+        shape = self.manifest.spec.shape
+        nodes, wanted = self._session.get_inputs(), self.manifest.inputs
+        names = [each.name for each in wanted]
+        if [node.name for node in nodes] != names:
             raise ArtifactError(
-                f"{path}: the graph's inputs are {', '.join(have)}; its manifest needs {', '.join(names)}"
+                f"{path}: the graph's inputs are {', '.join(node.name for node in nodes)}; its manifest needs "
+                f"{', '.join(names)}"
             )
-        for node in nodes:
-            self._check_value(path, node, "int64" if node.name == "label" else "float")
-        shape = have[names[0]]  # x [B, C, H, W], a sampler's noise [K, B, C, H, W], a server's [B, K, C, H, W]
-        axis, before = self.manifest.batch_axis, 1 if kind == "denoiser" else 2
-        if len(shape) != before + len(spec.image):
-            raise ArtifactError(f"{path}: the graph's {names[0]} is {shape}, and needs {before + len(spec.image)} axes")
-        batch, image = shape[axis], shape[before:]
-        if image != list(spec.image):
-            raise ArtifactError(f"{path}: the graph's images are {image}, its manifest says {list(spec.image)}")
+        for node, each in zip(nodes, wanted, strict=True):
+            self._check_value(path, node, "int64" if each.dtype == "int64" else "float")
+            have = list(node.shape)
+            fits = len(have) == len(each.shape) and all(
+                isinstance(want, str) or not isinstance(side, int) or side == want
+                for side, want in zip(have, each.shape, strict=True)
+            )
+            if not fits:
+                raise ArtifactError(
+                    f"{path}: the graph's {each.name} is {have}, its manifest says {list(each.shape)}; export it again"
+                )
         outputs = self._session.get_outputs()
         if len(outputs) != 1:
-            raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one, the images")
+            raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one")
         self._check_value(path, outputs[0], "float")
         given = list(outputs[0].shape)  # empty: the file does not say; `run` looks at each
-        sides = given[1:] if len(given) == 1 + len(spec.image) else None
-        if given and (
-            sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, spec.image, strict=True))
-        ):
-            raise ArtifactError(f"{path}: the graph returns {given}, its manifest says images of {list(spec.image)}")
+        sides = given[1:] if len(given) == 1 + len(shape) else None
+        if given and (sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, shape, strict=True))):
+            raise ArtifactError(f"{path}: the graph returns {given}, its manifest says [batch, {str(list(shape))[1:]}")
+        batch = nodes[0].shape[self.manifest.batch_axis]
         if isinstance(batch, int) and not 0 < batch <= MAX_BATCH:
             raise ArtifactError(
                 f"{path}: the graph's batch size is fixed at {batch}; at most {MAX_BATCH:,} are run: export it again"

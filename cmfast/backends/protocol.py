@@ -38,9 +38,10 @@ class Backend(Protocol):
     batch: int | None  # the only batch size that it takes; None: any
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's one output, float32 [B, C, H, W].
+        """Return the graph's one output, float32 [B, *shape].
 
-        Inputs of a denoiser are x, sigma and, when class-conditional, label; of a sampler noise and label.
+        Inputs of a denoiser are x, sigma, of a flow map sigma_next, and the conditions by name; of a sampler noise and
+        the conditions.
         """
         ...
 
@@ -50,9 +51,9 @@ class LoopBackend(Protocol):
     """A backend of a denoiser that brings the few-step loop with it, because it runs it faster or its own way."""
 
     def loop(
-        self, noise: npt.NDArray[np.float32], sigmas: Sequence[float], label: npt.NDArray[np.int64] | None
+        self, noise: npt.NDArray[np.float32], sigmas: Sequence[float], conditions: Inputs
     ) -> npt.NDArray[np.float32]:
-        """Return what `cmfast.sampling.sample` returns: images [B, C, H, W] from unit noise [K, B, C, H, W]."""
+        """Return what `cmfast.sampling.sample` returns: samples [B, *shape] from unit noise [K, B, *shape]."""
         ...
 
 
@@ -60,7 +61,7 @@ class LoopBackend(Protocol):
 class Drawn:
     """A batch that a backend drew."""
 
-    images: npt.NDArray[Any]  # uint8 [B, H, W, C], as `cmfast.sampling.to_uint8` rounds; or float32 [B, C, H, W]
+    images: npt.NDArray[Any]  # uint8 [B, H, W, C], as `cmfast.sampling.to_uint8` rounds; or float32 [B, *shape]
     finite: bool  # whether all of it was, before it was rounded
 
 
@@ -71,15 +72,15 @@ class DrawBackend(Protocol):
     def draw(
         self,
         seed: int,
-        batches: Sequence[tuple[range, npt.NDArray[np.int64] | None]],
+        batches: Sequence[tuple[range, Inputs]],
         sigmas: Sequence[float],
         *,
         pixels: bool,
     ) -> Iterator[Drawn]:
         """Yield each batch, while the next one is drawn: what `loop` returns for the noise of `cmfast.noise`.
 
-        batches  indices of the images, and a label for each of them, int64 [B], where the model has classes
-        pixels   uint8 is wanted, else float32
+        batches  indices of the samples, and their conditions
+        pixels   uint8 is wanted, of images, else float32
         """
         ...
 

@@ -38,7 +38,7 @@ from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
 from cmfast.formats.manifest import Manifest, check_file, compare_sha256
 from cmfast.formats.tensorrt_plan import parse_plan
 
-KEPT = 3  # batch sizes whose buffers and graphs are kept; each has its own context, and with it its own memory
+KEPT = 3  # shapes of inputs whose buffers and graphs are kept; each has its own context, and with it its own memory
 
 
 class TensorRtBackend:
@@ -88,7 +88,7 @@ class TensorRtBackend:
         if self._engine is None:
             raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
         self._stream = cuda.Stream()
-        self._ready: dict[int, _Ready] = {}
+        self._ready: dict[tuple[tuple[int, ...], ...], _Ready] = {}
         self._clock = Clock()
         self.timed = self._clock.timed
         self._kernels = _kernel_file(self.manifest, gpu)
@@ -98,7 +98,7 @@ class TensorRtBackend:
         return pickled(self)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's output, float32 [B, C, H, W]."""
+        """Return the graph's output, float32 [B, *shape]."""
         cuda.check_process(self._process, self.name)
         axes = {name: self.manifest.batch_axis if name == "noise" else 0 for name in inputs}
         name = next(iter(inputs))
@@ -108,7 +108,7 @@ class TensorRtBackend:
             size = min(self._most, n - start)
             wanted = max(size, self._least)
             part = {k: _part(v, axes[k], start, size, wanted) for k, v in inputs.items()}
-            parts.append(self._run(part, wanted)[:size])
+            parts.append(self._run(part)[:size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def release(self) -> None:
@@ -116,9 +116,10 @@ class TensorRtBackend:
         while self._ready:
             self._ready.popitem()[1].close()
 
-    def _run(self, inputs: Inputs, batch: int) -> npt.NDArray[np.float32]:
-        ready = self._ready.pop(batch, None) or self._prepare(batch)
-        self._ready[batch] = ready  # the last used last
+    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        shapes = tuple(inputs[name].shape for name in sorted(inputs))
+        ready = self._ready.pop(shapes, None) or self._prepare(inputs)
+        self._ready[shapes] = ready  # the last used last
         return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._clock.times)
 
     def _enqueue(self, ready: _Ready) -> None:
@@ -127,10 +128,11 @@ class TensorRtBackend:
         elif not ready.context.execute_async_v3(int(self._stream.handle)):
             raise EngineError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
 
-    def _prepare(self, batch: int) -> _Ready:
-        """Return a context for one batch size, its buffers bound, and its CUDA graph where we capture one."""
+    def _prepare(self, given: Inputs) -> _Ready:
+        """Return a context for inputs of these shapes, its buffers bound, and its CUDA graph where we capture one."""
         while len(self._ready) >= KEPT:
             self._ready.pop(next(iter(self._ready))).close()
+        batch = next(iter(given.values())).shape[self.manifest.batch_axis]
         context = self._context()
         if context is None:
             raise OutOfMemory(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
@@ -138,15 +140,17 @@ class TensorRtBackend:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         input_mode = self._trt.TensorIOMode.INPUT
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == input_mode]
+        if sorted(inputs) != sorted(given):
+            raise EngineError(f"{self.name}: the engine's inputs are {', '.join(inputs)}, got {', '.join(given)}")
         for name in inputs:
-            shape = tuple(batch if side < 0 else side for side in self._engine.get_tensor_shape(name))
+            shape = given[name].shape
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
             buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
         outputs = [name for name in names if name not in inputs]
         shapes = [tuple(context.get_tensor_shape(name)) for name in outputs]
-        if shapes != [(batch, *self.manifest.spec.image)]:
-            want = [batch, *self.manifest.spec.image]
+        if shapes != [(batch, *self.manifest.spec.shape)]:
+            want = [batch, *self.manifest.spec.shape]
             raise EngineError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
         (output,) = outputs
         buffers[output] = cuda.Buffer(shapes[0], np.float32)

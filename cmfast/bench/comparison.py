@@ -145,7 +145,7 @@ def _rows(setting: list[Agreed], times: Times, explain: Callable[[Job, float], E
         same, why = eager.get(contender.dtype), explain(job, summary.median_ms)
         yield Row(
             contender=contender.name,
-            backend=contender.model.engine.name,
+            backend=contender.model.backend.name,
             variant=contender.variant,
             dtype=contender.dtype,
             steps=len(job.sigmas),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cmfast.bench.failures import ContenderDiffers, ContenderFailed, Failures, LeftOut, reason
 from cmfast.bench.request import Request
 from cmfast.checks import NotFinite, need_memory
+from cmfast.conditions import in_words
 from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.table import ONNX, format_of
@@ -50,8 +51,8 @@ class Contender:
         """Free what the backend keeps on a GPU per batch size, such as CUDA graphs; the next call makes it again."""
         from cmfast.backends import ReleasingBackend
 
-        if isinstance(self.model.engine, ReleasingBackend):
-            self.model.engine.release()
+        if isinstance(self.model.backend, ReleasingBackend):
+            self.model.backend.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +114,10 @@ def open_contenders(request: Request, failures: Failures) -> list[Contender]:
             continue
         model = Model(backend)
         first = contenders[0] if contenders else None
-        if first and (model.spec.image, model.spec.classes) != (first.model.spec.image, first.model.spec.classes):
+        if first and _takes(model) != _takes(first.model):
             raise CmfastError(
-                f"{way.file} draws images {list(model.spec.image)} of {model.spec.classes} classes, {first.file} "
-                f"{list(first.model.spec.image)} of {first.model.spec.classes}; only the same model can be compared"
+                f"{way.file} draws {_takes(model)}, {first.file} {_takes(first.model)}; only the same model can be "
+                "compared"
             )
         contenders.append(
             Contender(
@@ -130,6 +131,13 @@ def open_contenders(request: Request, failures: Failures) -> list[Contender]:
         )
     # a denoiser runs at every setting
     return sorted(contenders, key=lambda c: c.model.manifest.kind != "denoiser")
+
+
+def _takes(model: Model) -> str:
+    """Return what a model draws and from what, in words."""
+    spec = model.spec
+    given = "".join(f", {each.name} {in_words(each)}" for each in spec.conditions)
+    return f"{model.noun} {list(spec.shape)}{given}"
 
 
 def check_float32(backend: Backend, device: str, variant: str) -> None:
@@ -154,22 +162,21 @@ def check_float32(backend: Backend, device: str, variant: str) -> None:
 
 def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:
     """Return the jobs of one setting, the reference first: the same noise, labels and noise levels for all."""
-    import numpy as np
-
-    from cmfast.noise import PEAK, gaussian
+    from cmfast.conditions import some_values
+    from cmfast.noise import PEAK, slices
 
     running = [c for c in contenders if _runs(c, steps, batch)]
     if not running:
         return []
     sigmas = _sigmas(running, steps)
-    image = contenders[0].model.spec.image
-    need = (8 * steps + PEAK) * batch * math.prod(image)
-    need_memory(need, f"--steps {steps} --batch {batch}: the noise of images {list(image)}", "use a smaller --batch")
-    noise = np.stack([gaussian(0, range(batch), k, contenders[0].model.spec.image) for k in range(steps)])
-    label = contenders[0].model.labels(batch)
+    shape = contenders[0].model.spec.shape
+    need = (8 * steps + PEAK) * batch * math.prod(shape)
+    need_memory(need, f"--steps {steps} --batch {batch}: the noise of samples {list(shape)}", "use a smaller --batch")
+    noise = slices(0, range(batch), steps, shape)
+    conditions = some_values(contenders[0].model.spec.conditions, batch)
 
     def sampling(model: Model) -> Callable[[], Floats]:
-        return lambda: model.from_noise(noise, sigmas, label)
+        return lambda: model.from_noise(noise, sigmas, conditions=conditions)
 
     return [
         Job(contender=c, sigmas=sigmas, batch=batch, draw=sampling(c.model), keep_going=keep_going) for c in running
@@ -183,7 +190,7 @@ def check_all_run(contenders: list[Contender], settings: list[list[Job]], reques
             continue
         model = contender.model
         steps = request.steps[0] if model.manifest.kind == "denoiser" else len(model.levels())
-        batch = model.engine.batch or request.batch[0]
+        batch = model.backend.batch or request.batch[0]
         raise CmfastError(f"{contender.file} runs at none of these settings; it needs --steps {steps} --batch {batch}")
 
 
@@ -280,7 +287,7 @@ def _precisions(models: tuple[Path, ...]) -> list[str]:
 def _runs(contender: Contender, steps: int, batch: int) -> bool:
     """Whether it can: a sampler has one number of steps, a graph may have one batch size (padding is not timed)."""
     model = contender.model
-    return (model.manifest.kind == "denoiser" or len(model.levels()) == steps) and model.engine.batch in (None, batch)
+    return (model.manifest.kind == "denoiser" or len(model.levels()) == steps) and model.backend.batch in (None, batch)
 
 
 def _sigmas(running: list[Contender], steps: int) -> tuple[float, ...]:

@@ -19,11 +19,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cmfast.backends import open_backend
+from cmfast.conditions import some_values
 from cmfast.model import Model
-from cmfast.noise import gaussian
+from cmfast.noise import slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,10 @@ def probe(launch: Launch) -> Cost:
         open_backend(launch.file, launch.device, launch.threads, variant=launch.variant, precision=launch.precision)
     )
     loaded = time.perf_counter()
-    image, images = model.spec.image, range(launch.batch)
-    noise = np.stack([gaussian(0, images, step, image) for step in range(len(launch.sigmas))])
-    label = model.labels(launch.batch)
+    noise = slices(0, range(launch.batch), len(launch.sigmas), model.spec.shape)
+    conditions = some_values(model.spec.conditions, launch.batch)
     call = time.perf_counter()
-    model.from_noise(noise, launch.sigmas, label)
+    model.from_noise(noise, launch.sigmas, conditions=conditions)
     end = time.perf_counter()
     return Cost(
         load_s=loaded - start,

@@ -87,7 +87,7 @@ def start(job: Job, request: Request) -> Start:
         dtype=contender.model.manifest.dtype,
         image=list(contender.model.spec.image),
         source=dict(contender.model.manifest.source),
-        backend=contender.model.engine.name,
+        backend=contender.model.backend.name,
         variant=contender.variant,
         steps=len(job.sigmas),
         batch=job.batch,

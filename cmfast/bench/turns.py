@@ -110,7 +110,7 @@ def _time_on_device(job: Job, request: Request, failures: Failures, times: Times
     """Take the times on the device, if the backend has them; a failure here costs the job nothing else."""
     from cmfast.backends import TimedBackend
 
-    backend = job.contender.model.engine
+    backend = job.contender.model.backend
     if request.device != "cuda" or not isinstance(backend, TimedBackend):
         return
     try:

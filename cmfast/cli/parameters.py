@@ -37,7 +37,7 @@ SOURCE = click.option(
     "--source",
     default="",
     metavar="NAME",
-    help="What a foreign file is: openai:imagenet64-cd, openai, seed, edm, ect, fastgen; default: recognise it.",
+    help="What a foreign file is: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, fastgen; default: recognise it.",
 )
 SET = click.option(
     "--set",

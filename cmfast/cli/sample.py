@@ -114,7 +114,7 @@ def command(
         images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=bar)
     labels = loaded.labels(number, seed=seed, label=classes, first=first)
     cmfast.save_images(out, images, labels)
-    click.echo(f"{out}: {number} image(s), {how}, {loaded.engine.name}")
+    click.echo(f"{out}: {number} image(s), {how}, {loaded.backend.name}")
 
 
 def _classes(text: str, names: tuple[str, ...]) -> str | list[str]:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, shown
 from cmfast.formats import protobuf as pb
@@ -28,8 +28,9 @@ from cmfast.formats.recognise import what_it_is_instead as what_it_is_instead  #
 from cmfast.formats.values import check_parts, object_of
 from cmfast.spec import ModelSpec
 
-SCHEMA = "cmfast/1"
-# server: a sampler whose inputs have the batch first, noise [B, K, C, H, W] and label [B, 1], as servers want it.
+SCHEMA = "cmfast/2"
+SCHEMAS = ("cmfast/1", SCHEMA)  # that are read
+# server: a sampler whose inputs have the batch first, noise [B, K, *shape] and a class [B, 1], as servers want it.
 KINDS = ("denoiser", "sampler", "server")
 MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest lives, to 4096
 # What the trunk of a network computes in, by the name of an option, and what the manifest calls it.
@@ -56,6 +57,14 @@ FLAVOUR = "flavour"
 _OBJECTS = ("source", "made_by", "parity", "cost", "engine")
 
 
+class Input(NamedTuple):
+    """An input of a graph."""
+
+    name: str
+    dtype: str  # float32 or int64
+    shape: tuple[int | str, ...]  # "batch" and names of dynamic sizes are free
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A model file's description of itself. The JSON keys are a contract: C++ and other people's scripts read them."""
@@ -77,8 +86,32 @@ class Manifest:
             raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
 
     @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What the graph takes, in its order."""
+        spec, server = self.spec, self.kind == "server"
+        if self.kind == "denoiser":
+            levels = ("sigma", "sigma_next") if spec.second_time else ("sigma",)
+            found = [Input("x", "float32", ("batch", *spec.shape))]
+            found += [Input(name, "float32", ("batch",)) for name in levels]
+        else:
+            (steps,) = spec.sigmas
+            axes = ("batch", steps) if server else (steps, "batch")
+            found = [Input("noise", "float32", (*axes, *spec.shape))]
+        for each in spec.conditions:
+            if each.kind == "class":
+                found.append(Input(each.name, "int64", ("batch", 1) if server else ("batch",)))
+            else:
+                found.append(Input(each.name, "float32", ("batch", *each.shape)))
+        return tuple(found)
+
+    @property
+    def output(self) -> str:
+        """The name of the graph's output."""
+        return "denoised" if self.kind == "denoiser" else "images" if self.spec.data == "image" else "samples"
+
+    @property
     def batch_axis(self) -> int:
-        """Axis of the batch in the first input: x [B, ...], a sampler's noise [K, B, ...], a server's [B, K, ...]."""
+        """Axis of the batch in the first input: x [B, ..], a sampler's noise [K, B, ..], a server's [B, K, ..]."""
         return 1 if self.kind == "sampler" else 0
 
     def to_json(self, limit: int = MAX_CHARACTERS) -> str:
@@ -104,7 +137,7 @@ class Manifest:
             CmfastWarning,
             stacklevel=3,
         )
-        return replace(self, spec=replace(self.spec, class_names=()))
+        return replace(self, spec=self.spec.with_class_names(()))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -119,10 +152,11 @@ class Manifest:
             raise ArtifactError(
                 f"{where}: the manifest is not a JSON object; export the model again with cmfast-export"
             )
-        if values.get("schema") != SCHEMA:
+        schema = values.get("schema")
+        if schema not in SCHEMAS:
             raise ArtifactError(
-                f"{where}: the manifest has schema {shown(values.get('schema'))}, this version reads {SCHEMA!r}; "
-                "update cmfast or export the model again"
+                f"{where}: the manifest has schema {shown(schema)}, this version reads "
+                f"{' and '.join(map(repr, SCHEMAS))}; update cmfast or export the model again"
             )
         parts = {name: values.get(name, {}) for name in _OBJECTS}
         try:

@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from cmfast.files.locks import exclusive, lock_beside
 from cmfast.formats.manifest import read_onnx_file
 from cmfast.formats.table import ONNX, format_of
-from cmfast.locks import exclusive, lock_beside
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -94,7 +94,7 @@ def verify(file: Backend, references: Sequence[Backend], batches: Sequence[int] 
             for each, model in zip(rows, theirs, strict=True):
                 each.append(_row(where, got, _or_nan(partial(model.denoise, x, sigma, label), x.shape)))
             at_minimum = sigma == np.float32(spec.sigma_min)
-            if spec.scaling in ("boundary", "seed") and at_minimum.any():
+            if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
     else:
         sigmas = ours.levels()

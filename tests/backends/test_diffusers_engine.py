@@ -25,6 +25,7 @@ from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from helpers.specs import image_spec
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         )  # fmt: skip
         network = AdmUnet(config)
         randomise(network)
-        spec = cmfast.ModelSpec(image=(3, 8, 8), classes=classes, grid=40)
+        spec = image_spec(image=(3, 8, 8), classes=classes, grid=40)
         spec = dataclasses.replace(
             spec, sigmas={n: spec.levels_at(i) for n, i in {1: [0], 2: [22, 0], 4: [36, 30, 22, 0]}.items()}
         )
@@ -66,7 +67,7 @@ def test_the_pipeline_draws_the_images_that_our_loop_draws_from_the_same_noise(
     sigmas = ours.spec.levels_at(indices)
     noise = np.stack([gaussian(2, range(3), step, (3, 8, 8)) for step in range(len(sigmas))])
     label = ours.labels(3, seed=2)
-    assert isinstance(theirs.engine, LoopBackend)
+    assert isinstance(theirs.backend, LoopBackend)
     got, want = theirs.from_noise(noise, sigmas, label), ours.from_noise(noise, sigmas, label)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # float32
     assert (np.abs(want) < 0.99).mean() > 0.5  # not only what clipping makes equal

@@ -28,13 +28,13 @@ from cmfast.backends import MAX_THREADS, _pinned, onnxruntime, open_backend
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.formats import onnx_file
 from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_onnx
-from cmfast.spec import ModelSpec
 from cmfast_train.backends import pytorch as torch_engine
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers import ROOT
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 IMAGE = ["B", 1, 8, 8]
@@ -71,7 +71,7 @@ def write(
         [weight, *(more or [])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    helper.set_model_props(model, {"cmfast": Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8))).to_json()})
+    helper.set_model_props(model, {"cmfast": Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8))).to_json()})
     onnx.save(model, path)
     return path
 
@@ -304,11 +304,14 @@ TWO = [helper.make_node("Neg", ["x"], ["out"]), helper.make_node("Neg", ["x"], [
     [
         ({"nodes": FLAT, "more": [constant("flat", [-1])]}, r"the graph return(s|ed)"),
         ({"nodes": SUM}, r"the graph returned float32 \[\], its manifest promises float32 \[2, 1, 8, 8\]"),
-        ({"nodes": WIDE, "outputs": {"out": None}}, r"the graph returns \['B', 1, 8, 16\], its manifest says images"),
+        (
+            {"nodes": WIDE, "outputs": {"out": None}},
+            r"returns \['B', 1, 8, 16\], its manifest says \[batch, 1, 8, 8\]",
+        ),
         ({"nodes": TWO, "outputs": {"out": IMAGE, "second": IMAGE}}, "the graph has 2 outputs"),
         ({"image": [2**40, 1, 8, 8], "outputs": {"out": None}}, "fixed at 1099511627776; at most 65,536"),
-        ({"image": ["B", 8, 8], "outputs": {"out": None}}, "and needs 4 axes"),
-        ({"image": [], "outputs": {"out": None}}, "and needs 4 axes"),
+        ({"image": ["B", 8, 8], "outputs": {"out": None}}, r"x is \['B', 8, 8\], its manifest says"),
+        ({"image": [], "outputs": {"out": None}}, r"x is \[\], its manifest says"),
     ],
     ids=["flat", "rank 0", "other sides", "two outputs", "batch", "rank 3", "input of rank 0"],
 )
@@ -366,7 +369,7 @@ def test_a_pickled_model_opens_the_same_file_with_the_same_options(
     sent = pickle.dumps(model)
     monkeypatch.chdir("/")
     for again in (pickle.loads(sent), copy.deepcopy(model)):
-        assert again.engine.origin == model.engine.origin
+        assert again.backend.origin == model.backend.origin
         assert again.spec == model.spec
         np.testing.assert_array_equal(again.denoise(X, 1.0), model.denoise(X, 1.0))
     path.write_bytes(path.read_bytes() + b"\0")
@@ -490,7 +493,7 @@ def test_a_checkpoint_without_memory_is_one_line(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(model.engine, "_execute", full)
+    monkeypatch.setattr(model.backend, "_execute", full)
     with pytest.raises(EngineError, match="PyTorch cpu is short of memory; try a smaller batch"):
         model.denoise(X, 1.0)
 

@@ -21,7 +21,6 @@ from cmfast.backends import float32
 from cmfast.backends.float32 import Floats
 from cmfast.bench.contenders import check_float32
 from cmfast.errors import EngineError
-from cmfast.spec import ModelSpec
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.denoiser import Denoiser
@@ -30,6 +29,7 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.training import float32 as in_torch
 from cmfast_train.training import step_graph, trainer
 from cmfast_train.training.step_networks import StepNetworks, Student
+from helpers.specs import image_spec
 
 CPU = torch.device("cpu")
 
@@ -103,7 +103,7 @@ def test_onnx_runtime_on_a_cpu_is_float32() -> None:
 def test_float32_by_onnx_runtimes_tensorrt_is_timed_only_where_tensorfloat_is_off(
     handmade_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = cmfast.load(handmade_onnx()).engine  # on a CPU: nothing is run
+    engine = cmfast.load(handmade_onnx()).backend  # on a CPU: nothing is run
     assert engine.manifest.dtype == "float32"
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     with pytest.raises(EngineError, match=r"multiplies float32 as TensorFloat-32 .*NVIDIA_TF32_OVERRIDE=0") as caught:
@@ -185,7 +185,7 @@ def test_central_differences_run_with_cudnn_and_without_tensorfloat(before: dict
             image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(), head_channels=32
         )
     )
-    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8), c_noise="ln/4")), log_variance=False)
+    student = Student(Denoiser(network, image_spec(image=(1, 8, 8), c_noise="ln/4")), log_variance=False)
     x, sigma = torch.ones(2, 1, 8, 8), torch.tensor([0.5, 5.0])
     StepNetworks(student, student, None, None, True, []).output_along(x, sigma, {}, None, x, sigma)
     inside, outside = seen[1:], seen[:1]  # the output is the run's, the two ends of the difference are exact

@@ -27,7 +27,7 @@ from cmfast.backends._onnxruntime_cuda import KEPT, CudaSession
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.errors import ArtifactError, EngineError
 from cmfast.formats.manifest import Manifest
-from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 VERSION = onnxruntime.__version__
@@ -56,7 +56,7 @@ def denoiser(path: Path, dtype: str = "float32") -> Path:
         helper.make_node("Add", ["x", "level"], ["out"]),
     ]
     axes = helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3])
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), dtype=dtype)
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8)), dtype=dtype)
     return write(path, nodes, {"x": ["B", 1, 8, 8], "sigma": ["B"]}, manifest, initializer=[axes])
 
 
@@ -76,7 +76,7 @@ def sampler(path: Path, kind: str = "sampler", batch: Any = "B") -> Path:
         helper.make_tensor("one", TensorProto.INT64, [], [1]),
         helper.make_tensor("shape", TensorProto.INT64, [4], [-1, 1, 1, 1]),
     ]
-    spec = ModelSpec(image=(1, 8, 8), classes=10, sigmas={2: (80.0, 0.8)})
+    spec = image_spec(image=(1, 8, 8), classes=10, sigmas={2: (80.0, 0.8)})
     sampled = kind == "sampler"
     shapes = {"noise": [2, batch, 1, 8, 8] if sampled else [batch, 2, 1, 8, 8]}
     shapes["label"] = [batch] if sampled else [batch, 1]
@@ -91,7 +91,7 @@ def half_convolution(path: Path) -> Path:
         helper.make_node("Cast", ["y"], ["out"], to=TensorProto.FLOAT),
     ]
     weight = helper.make_tensor("w", TensorProto.BFLOAT16, [1, 1, 3, 3], [0.1] * 9)
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), dtype="bfloat16")
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8)), dtype="bfloat16")
     return write(path, nodes, {"x": ["B", 1, 8, 8], "sigma": ["B"]}, manifest, initializer=[weight])
 
 
@@ -115,7 +115,7 @@ def test_a_sampler_and_a_server_graph_draw_the_same_images(tmp_path: Path) -> No
     images = []
     for kind in ("sampler", "server"):
         model = cmfast.load(sampler(tmp_path / f"{kind}.onnx", kind))
-        assert model.engine.batch is None
+        assert model.backend.batch is None
         images.append(model.from_noise(inputs["noise"], (80.0, 0.8), inputs["label"]))
     want = inputs["noise"][0] - inputs["noise"][1] + inputs["label"].reshape(3, 1, 1, 1).astype(np.float32)
     for got in images:

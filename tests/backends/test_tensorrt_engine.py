@@ -97,8 +97,8 @@ def test_released_memory_and_graphs_are_freed_and_made_again(on_host: Open) -> N
     noise = np.stack([gaussian(0, range(4), k, (1, 8, 8)) for k in range(2)])
     before = [model.from_noise(noise[:, :n], (80.0, 0.8), np.arange(n)) for n in (4, 3)]
     assert cuda.graphs
-    assert isinstance(model.engine, ReleasingBackend)
-    model.engine.release()
+    assert isinstance(model.backend, ReleasingBackend)
+    model.backend.release()
     assert not cuda.graphs
     assert not cuda.memory
     np.testing.assert_array_equal(model.from_noise(noise, (80.0, 0.8), np.arange(4)), before[0])
@@ -160,7 +160,7 @@ def test_everything_is_freed_with_the_engine(on_host: Open) -> None:
     model.sample(4, steps=2)
     assert cuda.memory
     trt.contexts.clear()
-    model.engine = None  # type: ignore[assignment]
+    model.backend = None  # type: ignore[assignment]
     assert cuda.memory == {}
     assert cuda.graphs == {}
     assert cuda.streams == set()
@@ -180,7 +180,7 @@ def test_a_run_that_fails_leaves_no_events(on_host: Open) -> None:
     model, gpu, trt = on_host("denoiser", "tensorrt_rtx")
     model.sample(4)
     trt.contexts[0].execute_async_v3 = lambda stream: False  # type: ignore[method-assign]
-    with model.engine.timed(), pytest.raises(EngineError, match="TensorRT-RTX cuda failed"):  # type: ignore[attr-defined]
+    with model.backend.timed(), pytest.raises(EngineError, match="TensorRT-RTX cuda failed"):  # type: ignore[attr-defined]
         model.sample(4)
     gpu.cudaStreamSynchronize(0)
     assert gpu.events == {}
@@ -188,7 +188,7 @@ def test_a_run_that_fails_leaves_no_events(on_host: Open) -> None:
 
 def test_device_times_come_between_events_in_order(on_host: Open) -> None:
     model, cuda, _ = on_host("denoiser")
-    with model.engine.timed() as times:  # type: ignore[attr-defined]
+    with model.backend.timed() as times:  # type: ignore[attr-defined]
         model.sample(4, steps=2)
     assert [(t.copy_in_ms, t.compute_ms, t.copy_out_ms) for t in times] == [(1.0, 1.0, 1.0)] * 2  # a tick each
     assert all(t.host_ms >= t.enqueue_ms > 0 for t in times)

@@ -17,7 +17,7 @@ from torch import nn
 
 import cmfast
 from cmfast import sampling
-from cmfast.backends import VARIANTS, DrawBackend, Drawn, LoopBackend, TimedBackend, open_backend, variant_words
+from cmfast.backends import VARIANTS, DrawBackend, Drawn, Inputs, LoopBackend, TimedBackend, open_backend, variant_words
 from cmfast.errors import CmfastError, EngineError
 from cmfast.model import Model
 from cmfast_train.backends import pytorch as engine_module
@@ -52,7 +52,7 @@ def test_the_loop_on_tensors_draws_the_images_of_the_loop_on_arrays_to_the_bit(
     steps: int, variant: str, precision: str, tiny_checkpoint: Factory
 ) -> None:
     model = Model(open_backend(tiny_checkpoint(10), variant=variant, precision=precision))
-    assert isinstance(model.engine, LoopBackend)
+    assert isinstance(model.backend, LoopBackend)
     noise, label = noise_of(model, steps, 3), np.array([3, 1, 4])
     got = model.from_noise(noise, LEVELS[steps], label)
     want = sampling.sample(lambda x, sigma: model.denoise(x, sigma, label), noise, LEVELS[steps], model.spec)
@@ -85,7 +85,7 @@ def test_an_engine_on_the_cpu_has_no_times_of_a_device(tiny_checkpoint: Factory)
 @pytest.mark.timeout(900)
 def test_a_compiled_model_draws_the_images_of_the_eager_one(tiny_checkpoint: Factory) -> None:
     compiled = Model(TorchBackend(tiny_checkpoint(10), variant="compiled"))
-    assert compiled.engine.name == "PyTorch cpu compiled"
+    assert compiled.backend.name == "PyTorch cpu compiled"
     got, want = (m.sample_float(2, steps=2, seed=3) for m in (compiled, Model(TorchBackend(tiny_checkpoint(10)))))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fused operations round less often
 
@@ -551,7 +551,7 @@ def test_what_is_drawn_on_the_device_is_what_the_loop_makes_of_noise_from_numpy(
     path = tiny_checkpoint(classes)
     model = Model(drawing_engine(path, precision, captures=captures))
     plain = Model(TorchBackend(path, precision=precision))
-    assert not isinstance(plain.engine, DrawBackend)
+    assert not isinstance(plain.backend, DrawBackend)
     for request in REQUESTS:
         if "label" in request and not classes:
             continue
@@ -607,7 +607,7 @@ def test_the_next_batch_is_on_its_way_before_the_host_waits_for_one() -> None:
 def test_draws_that_take_turns_or_are_left_do_not_mix_their_images(tiny_checkpoint: Factory) -> None:
     engine = drawing_engine(tiny_checkpoint(0))
     model = Model(engine)
-    batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
+    batches: list[tuple[range, Inputs]] = [(range(start, start + 2), {}) for start in range(0, 8, 2)]
 
     def draw(seed: int) -> Iterator[Drawn]:
         return engine.draw(seed, batches, LEVELS[2], pixels=False)

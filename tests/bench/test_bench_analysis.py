@@ -34,7 +34,7 @@ from cmfast.cli import bench
 from cmfast.errors import EngineError, engine_error
 from cmfast.formats.manifest import Manifest
 from cmfast.model import Model
-from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 QUICK = ("--seconds", 0.05)
@@ -67,7 +67,7 @@ class FakeGpu:
 
 
 def manifest(kind: str = "denoiser", dtype: str = "float32", sha256: str = "", **values: Any) -> Manifest:
-    spec = ModelSpec(image=(1, 8, 8))
+    spec = image_spec(image=(1, 8, 8))
     spec = spec if kind == "denoiser" else replace(spec, sigmas={2: (80.0, 0.8)})
     return Manifest(kind=kind, spec=spec, dtype=dtype, source={"sha256": sha256} if sha256 else {}, **values)
 

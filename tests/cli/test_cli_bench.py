@@ -26,9 +26,9 @@ from cmfast.bench import comparison
 from cmfast.bench.timing import FEW, usable_cores
 from cmfast.cli.bench import main
 from cmfast.formats.manifest import Manifest
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 QUICK = ("--seconds", 0.05)
@@ -41,7 +41,7 @@ def content(folder: Path) -> list[str]:
 def scaled(handmade: Path, path: Path, factor: float, dtype: str = "float32") -> Path:
     """Write a handmade denoiser that computes factor x instead of 0.01 x, and calls its type what is asked."""
     model = onnx.load(handmade)
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), dtype=dtype)
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8)), dtype=dtype)
     helper.set_model_props(model, {"cmfast": manifest.to_json()})
     model.graph.initializer[0].CopyFrom(helper.make_tensor("hundredth", onnx.TensorProto.FLOAT, [], [factor]))
     onnx.save(model, path)
@@ -84,7 +84,7 @@ def new_checkpoint(path: Path) -> str:
         image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1,), attention=(), head_channels=32
     )
     weights = AdmUnet(config).state_dict()  # it ends in zeros
-    checkpoint = Checkpoint(spec=ModelSpec(image=(1, 8, 8)), network=config, weights=weights)
+    checkpoint = Checkpoint(spec=image_spec(image=(1, 8, 8)), network=config, weights=weights)
     save_checkpoint(checkpoint, path)
     return checkpoint.sha256()
 
@@ -100,7 +100,7 @@ def handmade_denoiser(path: Path, source: dict[str, str], **values: Any) -> None
         node("Reshape", ["c_skip", "per_image"], ["factor"]),
         node("Mul", ["x", "factor"], ["out"]),
     ]
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), source=source, **values)
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8)), source=source, **values)
     save_graph(nodes, {"x": ["B", 1, 8, 8], "sigma": ["B"]}, {"sigma_min": 0.002, "quarter": 0.25}, manifest, path)
 
 
@@ -124,7 +124,7 @@ def handmade_sampler(
         "renoise": (second**2 - 0.002**2) ** 0.5,
         "second": c_skip(second),
     }
-    spec = ModelSpec(image=(1, 8, 8), sigmas={2: sigmas})
+    spec = image_spec(image=(1, 8, 8), sigmas={2: sigmas})
     manifest = Manifest(kind="sampler", spec=spec, source=source or {}, **values)
     save_graph(nodes, {"noise": [2, batch, 1, 8, 8]}, constants, manifest, path)
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import karras_sigmas
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.evaluation.search import (
     RATIO,
@@ -27,9 +26,10 @@ from cmfast_train.evaluation.search import (
     write_levels,
 )
 from helpers.full_disk import files_of_at_most
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
-SPEC = ModelSpec(image=(1, 8, 8))
+SPEC = image_spec(image=(1, 8, 8))
 
 
 @given(st.floats(-5, 5), st.floats(0.1, 20), st.floats(-1, 2), st.integers(2, 40), st.floats(0.5, 3))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,7 +15,6 @@ from onnx import helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmfast.errors import CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.graphs.sampler import sampler_graph
@@ -26,6 +24,7 @@ from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmUnet
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.training.initial_model import network_config
+from helpers.specs import image_spec, named
 
 node = helper.make_node
 Shape = list[int | str]
@@ -195,10 +194,9 @@ def tiny(tiny_checkpoint: Callable[..., Path]) -> Callable[..., tuple[Denoiser, 
 def counted(denoiser: Denoiser) -> int:
     """Return PyTorch's count of the operations of one image."""
     spec = denoiser.spec
-    inputs: list[Any] = [torch.zeros(1, *spec.image), torch.ones(1)]
-    inputs += [torch.zeros(1, dtype=torch.int64)] if spec.classes else []
+    label = torch.zeros(1, dtype=torch.int64) if spec.classes else None
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        denoiser(*inputs)
+        denoiser(torch.zeros(1, *spec.image), torch.ones(1), **named(label))
     return int(counter.get_total_flops())
 
 
@@ -260,7 +258,7 @@ def test_half_precision_does_the_same_work_on_fewer_bytes(
 )  # fmt: skip
 def test_other_networks_cost_what_pytorch_counts(config: SongConfig | DhariwalConfig) -> None:
     network = SongUnet(config) if isinstance(config, SongConfig) else DhariwalUnet(config)
-    spec = ModelSpec(image=(3, 8, 8), classes=3, scaling="edm", c_noise="ln/4", renoise="plain", clip=False)
+    spec = image_spec(image=(3, 8, 8), classes=3, scaling="edm", c_noise="ln/4", renoise="plain", clip=False)
     denoiser = Denoiser(network, spec).eval()
     assert graph_cost(denoiser_graph(denoiser))["flops"] == counted(denoiser)
 

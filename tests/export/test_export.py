@@ -39,6 +39,7 @@ from cmfast_train.importers import load_model
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.initial_model import network_config
 from helpers import traced_once
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 
@@ -94,7 +95,7 @@ def flow_model() -> Checkpoint:
     )
     network = AdmUnet(config)
     randomise(network)
-    spec = cmfast.ModelSpec(image=(1, 8, 8), scaling="flow", c_noise="flow", renoise="ddim")
+    spec = image_spec(image=(1, 8, 8), scaling="flow", c_noise="flow", renoise="ddim")
     return Checkpoint(spec=spec, network=config, weights=network.state_dict())
 
 
@@ -278,7 +279,7 @@ def test_a_fixed_batch_draws_the_same_images_and_fills_the_last_one_up(
 ) -> None:
     export_onnx(tiny_checkpoint(10), tmp_path / "three.onnx", kind="sampler", steps=2, batch=3)
     fixed = cmfast.load(tmp_path / "three.onnx")
-    assert fixed.engine.batch == 3
+    assert fixed.backend.batch == 3
     want = cmfast.load(exported(10)).sample_float(5, steps=2, seed=1)
     np.testing.assert_allclose(fixed.sample_float(5, seed=1), want, rtol=0, atol=1e-5)
 
@@ -290,7 +291,7 @@ def test_dropout_is_not_in_the_file(tmp_path: Path) -> None:
     )  # fmt: skip
     network = AdmUnet(config)
     randomise(network)
-    spec = cmfast.ModelSpec(image=(1, 8, 8))
+    spec = image_spec(image=(1, 8, 8))
     save_checkpoint(Checkpoint(spec=spec, network=config, weights=network.state_dict()), tmp_path / "model.pt")
     export_onnx(tmp_path / "model.pt", tmp_path / "model.onnx")  # verifies
     assert "Dropout" not in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}

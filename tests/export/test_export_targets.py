@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cmfast.errors import CmfastError
-from cmfast.locks import lock_beside
+from cmfast.files.locks import lock_beside
 from cmfast_export import _target, cli, conversion
 from cmfast_export._target import files_of, writing
 from cmfast_export.targets.tensorrt_engine import build_engine
@@ -146,7 +146,7 @@ def test_a_second_export_to_one_target_is_refused_before_its_work(
     out = tmp_path / {"onnx": "m.onnx", "cmfast": "m.pt", "engine": "m.engine"}.get(form, "m")
     script = f"""
 import sys
-from cmfast.locks import exclusive, lock_beside
+from cmfast.files.locks import exclusive, lock_beside
 with exclusive(lock_beside({str(out)!r}), "x"):
     print("held", flush=True)
     sys.stdin.read()

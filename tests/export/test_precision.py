@@ -31,8 +31,9 @@ from cmfast_export.request import GraphRequest
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.networks.seed import SeedConfig
+from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 BF16 = onnx_ir.DataType.BFLOAT16
@@ -135,7 +136,7 @@ SMALL: dict[str, Any] = {
     "image_size": 8, "channels": 1, "model_channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "attention": (4,),
 }  # fmt: skip
 NETWORKS: dict[str, NetworkConfig] = {
-    "seed": SeedConfig(image_size=8, channels=1, width=32),
+    "cloneofsimo": CloneofsimoConfig(image_size=8, channels=1, width=32),
     "song": SongConfig(classes=10, **SMALL),
     "ncsn": SongConfig(embedding="fourier", noise_mult=2, encoder="residual", resample=(1, 3, 3, 1), **SMALL),
     "dhariwal": DhariwalConfig(**SMALL),
@@ -143,18 +144,20 @@ NETWORKS: dict[str, NetworkConfig] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("seed", "fp16"), ("song", "bf16"), ("ncsn", "fp16"), ("dhariwal", "bf16")]
+    ("name", "precision"), [("cloneofsimo", "fp16"), ("song", "bf16"), ("ncsn", "fp16"), ("dhariwal", "bf16")]
 )
 def test_every_network_has_a_half_precision_trunk(name: str, precision: str, tmp_path: Path) -> None:
     config = NETWORKS[name]
     network = build_network(config)
     randomise(network)
-    scaling = {"scaling": "seed", "c_noise": "raw"} if name == "seed" else {"scaling": "edm", "c_noise": "ln/4"}
-    spec = cmfast.ModelSpec(image=(1, 8, 8), classes=config.classes, **scaling)  # type: ignore[arg-type]
+    scaling = (
+        {"scaling": "cloneofsimo", "c_noise": "raw"} if name == "cloneofsimo" else {"scaling": "edm", "c_noise": "ln/4"}
+    )
+    spec = image_spec(image=(1, 8, 8), classes=config.classes, **scaling)  # type: ignore[arg-type]
     checkpoint = Checkpoint(spec=spec, network=config, weights=network.state_dict())
     made = export_onnx(checkpoint, tmp_path / "model.onnx", precision=precision, tolerance=1.0)
     # Without c_in the first implementation's network sees numbers of the size of sigma, and rounds them.
-    room = 80 if name == "seed" else 1
+    room = 80 if name == "cloneofsimo" else 1
     assert 1e-5 < made.denoiser.parity.worst.max_abs < room * ROUNDING[PRECISIONS[precision]]
     weights = {value.data_type for value in onnx.load(made.path).graph.initializer if len(value.dims) == 4}
     assert weights >= {HALF[precision]}
@@ -185,7 +188,7 @@ def test_what_overflows_in_fp16_is_not_exported_in_fp16(bias: float, fits: bool,
         weights[name.replace("qkv.bias", "proj_out.weight")] = (
             0.1 * weights[name.replace("qkv.bias", "proj_out.weight")]
         )
-    spec = cmfast.ModelSpec(image=(1, 8, 8), classes=0)
+    spec = image_spec(image=(1, 8, 8), classes=0)
     checkpoint = Checkpoint(spec=spec, network=ONE_ATTENTION, weights=weights)
     if fits:
         export_onnx(checkpoint, tmp_path / "model.onnx", precision="fp16")
@@ -199,7 +202,7 @@ def test_what_overflows_in_fp16_is_not_exported_in_fp16(bias: float, fits: bool,
 def test_bf16_files_hold_no_operator_that_onnx_runtime_lacks_on_cuda(name: str) -> None:
     network = build_network(NETWORKS[name])
     randomise(network)
-    spec = cmfast.ModelSpec(image=(1, 8, 8), classes=NETWORKS[name].classes, scaling="edm", c_noise="ln/4")
+    spec = image_spec(image=(1, 8, 8), classes=NETWORKS[name].classes, scaling="edm", c_noise="ln/4")
     checkpoint = Checkpoint(spec=spec, network=NETWORKS[name], weights=network.state_dict())
     graph = denoiser_graph(checkpoint.denoiser().to_precision("bf16")).graph
     used = {

@@ -23,13 +23,13 @@ from torch import Tensor
 from cmfast.backends import open_backend
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
-from cmfast.spec import ModelSpec
 from cmfast_export.targets.diffusers_folder import Timesteps, export_diffusers, nearest_timesteps, unet_config
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers.adm import IMAGENET64, LSUN256
 from helpers.diffusers_folders import FULL, assert_same_images, imported, labels, with_denoiser, with_pipeline
+from helpers.specs import image_spec
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "conditional": {"classes": 5},
@@ -49,7 +49,7 @@ def checkpoint_of(spec: dict[str, Any] | None = None, **values: Any) -> Checkpoi
     randomise(network)
     image = (config.channels, config.image_size, config.image_size)
     return Checkpoint(
-        spec=ModelSpec(image=image, classes=config.classes, **{"grid": 40, **(spec or {})}),
+        spec=image_spec(image=image, classes=config.classes, **{"grid": 40, **(spec or {})}),
         network=config,
         weights=network.state_dict(),
     )
@@ -207,7 +207,7 @@ def test_levels_of_the_models_own_grid_are_found_exactly(tmp_path: Path) -> None
 
 
 def test_levels_that_the_grid_cannot_tell_apart_or_start_with_have_no_timesteps() -> None:
-    spec = ModelSpec(image=(3, 8, 8))
+    spec = image_spec(image=(3, 8, 8))
     assert nearest_timesteps((80.0, 79.9), spec, 40) is None
     assert nearest_timesteps((40.0, 1.0), spec, 40) is None  # the pipeline starts at sigma_max, always
     found = nearest_timesteps((80.0, 0.00201), spec, 40)
@@ -222,7 +222,7 @@ def test_levels_that_the_grid_cannot_tell_apart_or_start_with_have_no_timesteps(
     ("spec", "values", "words"),
     [
         ({"scaling": "edm"}, {}, ("scaling is 'edm'", "'boundary'")),
-        ({"scaling": "seed"}, {}, ("scaling is 'seed'",)),
+        ({"scaling": "cloneofsimo"}, {}, ("scaling is 'cloneofsimo'",)),
         ({"c_noise": "ln/4"}, {}, ("c_noise is 'ln/4'", "'250ln'")),
         ({"renoise": "plain"}, {}, ("renoise is 'plain'", "'sqrt'")),
         ({"renoise": "ddim"}, {}, ("renoise is 'ddim'", "'sqrt'")),
@@ -243,11 +243,11 @@ def test_what_diffusers_cannot_compute_is_refused_by_its_field(
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
-    from cmfast_train.networks.seed import SeedConfig
+    from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 
     checkpoint = checkpoint_of()
-    other = dataclasses.replace(checkpoint, network=SeedConfig(image_size=16, channels=3))
-    with pytest.raises(CmfastError, match="type is 'seed'"):
+    other = dataclasses.replace(checkpoint, network=CloneofsimoConfig(image_size=16, channels=3))
+    with pytest.raises(CmfastError, match="type is 'cloneofsimo'"):
         export_diffusers(other, tmp_path / "out")
 
 

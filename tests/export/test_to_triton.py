@@ -171,7 +171,7 @@ def test_a_server_file_draws_the_images_of_the_checkpoint(
     classes: int, batch: int | None, server_file: Make, tiny_checkpoint: Make
 ) -> None:
     model = load(server_file(classes, batch))
-    assert model.engine.batch == batch
+    assert model.backend.batch == batch
     got = model.sample_float(5, seed=3)
     want = load(tiny_checkpoint(classes=classes)).sample_float(5, steps=2, seed=3)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # float32 in another order of operations

@@ -33,7 +33,6 @@ from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.errors import CmfastError, EngineError
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import to_uint8
-from cmfast.spec import ModelSpec
 from cmfast_train.backends import torch_noise
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.backends.torch_cuda import OnCuda, arithmetic, capture
@@ -48,6 +47,7 @@ from cmfast_train.networks.fused import fuse_norms
 from cmfast_train.training.state import Run
 from cmfast_train.training.step import optimise
 from cmfast_train.training.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
+from helpers.specs import image_spec, named
 from helpers.steps import CASES, begin_last_phase, data, new_run, take_steps
 
 Factory = Callable[..., Path]
@@ -199,7 +199,7 @@ def test_onnx_runtime_with_tensorrt_draws_the_right_images(sampler_file: Callabl
         if "cannot load its TensorRT provider" not in str(err):
             raise
         pytest.skip(str(err))
-    assert there.engine.name == "ONNX Runtime cuda tensorrt"
+    assert there.backend.name == "ONNX Runtime cuda tensorrt"
     got, want = drawn(there, 3, 1), drawn(cmfast.load(sampler_file("fp32")), 3, 1)
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCES["fp16"])
 
@@ -298,8 +298,8 @@ def test_a_class_that_does_not_exist_is_an_error_and_the_gpu_is_of_use_afterward
 def assert_timed(model: cmfast.Model, calls: int) -> None:
     """Assert that sampling three images is `calls` timed calls, each of which took some time of everything."""
     drawn(model, 3, 0)
-    assert isinstance(model.engine, TimedBackend)
-    with model.engine.timed() as times:
+    assert isinstance(model.backend, TimedBackend)
+    with model.backend.timed() as times:
         drawn(model, 3, 1)
     drawn(model, 3, 2)
     assert len(times) == calls
@@ -374,7 +374,7 @@ def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
 ) -> None:
     need(precision)
     model = cmfast.load(tiny_checkpoint(10), device="cuda", variant=variant, precision=precision)
-    assert isinstance(model.engine, DrawBackend)
+    assert isinstance(model.backend, DrawBackend)
     n, batch, first = 7, 3, 2**63 - 4
     for seed, steps in [(1, 2), (2**64 - 1, 1), (1, 2)]:
         levels = model.levels(steps)
@@ -425,9 +425,9 @@ def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
 @pytest.mark.parametrize("variant", ["", "cuda_graph"])
 def test_a_draw_on_the_card_that_is_not_finite_is_an_error(variant: str, tiny_checkpoint: Factory) -> None:
     model = cmfast.load(tiny_checkpoint(0), device="cuda", variant=variant)
-    assert isinstance(model.engine, TorchBackend)
+    assert isinstance(model.backend, TorchBackend)
     with torch.no_grad():
-        next(model.engine.denoiser.parameters()).fill_(float("inf"))
+        next(model.backend.denoiser.parameters()).fill_(float("inf"))
     with pytest.raises(CmfastError, match="returned values that are not finite"):
         model.sample(3, steps=2, batch=2)
 
@@ -613,13 +613,14 @@ NETWORKS: dict[str, NetworkConfig] = {
 def denoiser_of(name: str, precision: str) -> Denoiser:
     network = build_network(NETWORKS[name]).eval().requires_grad_(False)
     randomise(network)
-    denoiser = Denoiser(network, ModelSpec(image=(3, 16, 16), classes=NETWORKS[name].classes, c_noise="ln/4"))
+    denoiser = Denoiser(network, image_spec(image=(3, 16, 16), classes=NETWORKS[name].classes, c_noise="ln/4"))
     return denoiser.to_precision(precision).to("cuda")
 
 
-def denoiser_inputs(denoiser: Denoiser) -> list[torch.Tensor]:
-    inputs = [torch.randn(5, 3, 16, 16, device="cuda"), torch.tensor([0.1, 0.5, 1.0, 5.0, 80.0], device="cuda")]
-    return [*inputs, torch.arange(5, device="cuda") % 3] if denoiser.spec.classes else inputs
+def denoiser_inputs(denoiser: Denoiser) -> dict[str, torch.Tensor]:
+    sigma = torch.tensor([0.1, 0.5, 1.0, 5.0, 80.0], device="cuda")
+    label = torch.arange(5, device="cuda") % 3 if denoiser.spec.classes else None
+    return {"x": torch.randn(5, 3, 16, 16, device="cuda"), "sigma": sigma, **named(label)}
 
 
 @pytest.mark.gpu
@@ -658,16 +659,16 @@ def test_a_fused_network_on_cuda_computes_what_it_was_made_from(name: str, preci
     denoiser, exact = denoiser_of(name, precision), denoiser_of(name, "fp32")
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), arithmetic(tf32=False):
-        want = exact(*inputs)
+        want = exact(**inputs)
     with torch.inference_mode(), arithmetic(tf32=precision == "tf32"):
-        error = max(off(denoiser(*inputs), want), 1e-4)  # of float32: cuDNN may transform
+        error = max(off(denoiser(**inputs), want), 1e-4)  # of float32: cuDNN may transform
         fuse(denoiser)
-        fused = denoiser(*inputs)
+        fused = denoiser(**inputs)
         assert want.std() > 0.1
         assert off(fused, want) <= 1.5 * error  # as many roundings, others
-        replay = capture(lambda: denoiser(*inputs))
+        replay = capture(lambda: denoiser(**inputs))
         assert off(replay(), fused) <= error  # cuDNN may choose again
-        inputs[0].neg_()
+        inputs["x"].neg_()
         assert off(replay(), fused) > 0.1
 
 
@@ -678,10 +679,10 @@ def test_a_fused_network_on_cuda_can_be_compiled() -> None:
     denoiser = denoiser_of("dhariwal", "bf16")
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), arithmetic(tf32=False):
-        want = denoiser_of("dhariwal", "fp32")(*inputs)
-        error = off(denoiser(*inputs), want)
+        want = denoiser_of("dhariwal", "fp32")(**inputs)
+        error = off(denoiser(**inputs), want)
         fuse(denoiser)
-        assert off(torch.compile(denoiser, dynamic=False, fullgraph=True)(*inputs), want) <= 1.5 * error
+        assert off(torch.compile(denoiser, dynamic=False, fullgraph=True)(**inputs), want) <= 1.5 * error
 
 
 @pytest.mark.gpu
@@ -693,9 +694,9 @@ def test_attention_runs_where_only_flash_kernels_may(name: str, form: torch.memo
     denoiser = denoiser_of(name, "bf16").to(memory_format=form)
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert denoiser(*inputs).isfinite().all()
+        assert denoiser(**inputs).isfinite().all()
         fuse(denoiser)
-        assert denoiser(*inputs).isfinite().all()
+        assert denoiser(**inputs).isfinite().all()
 
 
 @pytest.mark.gpu
@@ -703,7 +704,7 @@ def test_attention_runs_where_only_flash_kernels_may(name: str, form: torch.memo
 def test_attention_in_float32_runs_where_only_memory_efficient_kernels_may() -> None:
     denoiser = denoiser_of("adm", "fp32")
     with torch.inference_mode(), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        assert denoiser(*denoiser_inputs(denoiser)).isfinite().all()
+        assert denoiser(**denoiser_inputs(denoiser)).isfinite().all()
 
 
 class Copies(TorchDispatchMode):
@@ -729,7 +730,7 @@ def test_no_layer_of_a_fused_network_on_cuda_changes_the_memory_format(name: str
     fuse(denoiser)
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), arithmetic(tf32=precision == "tf32"), Copies() as copies:
-        denoiser(*inputs)
+        denoiser(**inputs)
     assert [shape for shape in copies.shapes if shape[1] > 8] == []  # the image itself comes in another format
 
 
@@ -813,11 +814,11 @@ def test_a_fused_network_on_cuda_leaves_no_resampling_or_join_to_torch(name: str
     inputs = denoiser_inputs(denoiser)
     slow = {"aten::upsample_nearest2d", "aten::avg_pool2d", "aten::cat"}
     with torch.inference_mode(), Functions() as before:
-        denoiser(*inputs)
+        denoiser(**inputs)
     assert slow <= {name.partition(".")[0] for name in before.names}
     fuse(denoiser)
     with torch.inference_mode(), Functions() as after:
-        denoiser(*inputs)
+        denoiser(**inputs)
     assert not slow & {name.partition(".")[0] for name in after.names}
 
 
@@ -869,13 +870,14 @@ def test_a_network_with_fused_norms_on_cuda_has_the_same_gradients(name: str, pr
     network = build_network(NETWORKS[name]).to("cuda", memory_format=torch.channels_last)
     randomise(network)
     inputs = denoiser_inputs(denoiser_of(name, "fp32"))
-    inputs[1] = inputs[1].log() / 4
+    x, c_noise = inputs["x"], inputs["sigma"].log() / 4
+    label = named(inputs.get("label"))
 
     def gradients(autocast: bool) -> list[torch.Tensor]:
         network.zero_grad()
         kind = torch.float16 if precision == "fp16" else torch.bfloat16
         with arithmetic(tf32=False), torch.autocast("cuda", kind, enabled=autocast):
-            loss = (network(*inputs) - inputs[0]).square().mean()
+            loss = (network(x, c_noise, **label) - x).square().mean()
         with arithmetic(tf32=False):
             (loss * 1024).backward()  # as fp16's scaler does
         return [weight.grad.clone() / 1024 for weight in network.parameters() if weight.grad is not None]

@@ -25,6 +25,7 @@ from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import SongConfig
+from helpers.specs import image_spec
 
 pytestmark = pytest.mark.gpu
 CUDA = "CUDAExecutionProvider"
@@ -56,7 +57,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
         network = build_network(NETWORKS[name])
         randomise(network)
         scaling = {} if name == "adm" else {"scaling": "edm", "c_noise": "ln/4"}
-        spec = cmfast.ModelSpec(image=(1, 8, 8), classes=0, **scaling)  # type: ignore[arg-type]
+        spec = image_spec(image=(1, 8, 8), classes=0, **scaling)  # type: ignore[arg-type]
         checkpoint = Checkpoint(spec=spec, network=NETWORKS[name], weights=network.state_dict())
         return export_onnx(checkpoint, tmp_path / "model.onnx", kind="sampler", steps=2, **options).path
 

@@ -90,8 +90,8 @@ def test_an_engine_says_what_a_call_cost(library: str, onnx_file: Factory, tmp_p
     build_engine(onnx_file("fp16", "sampler"), path, BuildOptions(library=library, batch=BATCHES))
     model = cmfast.load(path)
     model.sample(3)
-    assert isinstance(model.engine, TimedBackend)
-    with model.engine.timed() as times:
+    assert isinstance(model.backend, TimedBackend)
+    with model.backend.timed() as times:
         model.sample(3)
     (cost,) = times
     assert min(cost.copy_in_ms, cost.compute_ms, cost.copy_out_ms) > 0

@@ -14,6 +14,7 @@ from cmfast import sampling
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.importers.facts import Draft, Facts, Told
+from helpers.specs import named
 
 FULL: dict[str, dict[str, Any]] = {  # unet/config.json of the hub's folders, where it is not the default
     "imagenet64": {
@@ -67,7 +68,9 @@ def with_denoiser(
     denoiser, generator = checkpoint.denoiser(), torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(n, *checkpoint.spec.image, generator=generator) for _ in sigmas])
     with torch.inference_mode():
-        return sampling.sample(lambda x, s: denoiser(x, torch.full((n,), s), label), noise, sigmas, checkpoint.spec)
+        return sampling.sample(
+            lambda x, s: denoiser(x, torch.full((n,), s), **named(label)), noise, sigmas, checkpoint.spec
+        )
 
 
 def labels(checkpoint: Checkpoint, n: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cmfast.formats.manifest import Manifest
 from cmfast.formats.tensorrt_plan import NOT_RUN, UNSEALED, seal
-from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
 
 def plan(path: Path, *, magic: bytes = b"ftrt", source: str = "1" * 64, kind: str = "server", **engine: Any) -> Path:
@@ -25,7 +25,7 @@ def plan(path: Path, *, magic: bytes = b"ftrt", source: str = "1" * 64, kind: st
         "max_abs": NOT_RUN,
         "plan_sha256": UNSEALED,
     }
-    spec = ModelSpec(image=(1, 8, 8), classes=10, sigmas={2: (80.0, 0.8)})
+    spec = image_spec(image=(1, 8, 8), classes=10, sigmas={2: (80.0, 0.8)})
     manifest = Manifest(kind=kind, spec=spec, source={"sha256": source}, engine=values | engine)
     data = bytearray(magic + bytes(60) + manifest.to_json().encode() + b"\0not a network")
     data[16:24] = len(data).to_bytes(8, "little")  # where TensorRT-RTX says how long the file is

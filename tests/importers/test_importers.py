@@ -24,6 +24,7 @@ from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
+from helpers.specs import image_spec
 
 CONFIG = AdmConfig(
     image_size=8, classes=3, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,), head_channels=32
@@ -67,7 +68,7 @@ def test_info_as_json_is_the_manifest_or_says_what_is_missing(foreign: Path, cal
     source = manifest["source"]
     assert (source["format"], source["qkv"], len(source["sha256"])) == ("openai", "3hd", 64)
     assert source["told"] == {"image_size": 8, "head_channels": 32, "qkv": "3hd", "scaling": "boundary"}
-    assert (manifest["scaling"], manifest["image"], manifest["classes"]) == ("boundary", [3, 8, 8], 3)
+    assert (manifest["scaling"], manifest["shape"], manifest["conditions"][0]["classes"]) == ("boundary", [3, 8, 8], 3)
     refused(call(info.main, foreign, "--json"), "does not say its image_size", "--set scaling=boundary")
 
 
@@ -155,7 +156,7 @@ def test_names_with_dots_and_the_folder_itself_get_a_name(
     assert (folder / "model_index.json").exists()
     monkeypatch.chdir(folder)
     assert call(export.main, ".", "-n").stdout.startswith(f"would write {folder}.onnx")
-    refused(call(export.main, "/", "-n"), "/ has no name to call the file after; say it: -o NAME")
+    refused(call(export.main, "/", "-n"), "/ has no name to call the file after; pass one: -o NAME")
 
 
 def test_the_next_command_is_one_that_works(foreign: Path, tmp_path: Path, call: Make) -> None:
@@ -260,5 +261,5 @@ def test_indices_need_a_grid_and_stand_alone(tiny_checkpoint: Make, tmp_path: Pa
     refused(call(sample.main, tiny_checkpoint(), "--indices", "22,0", *out), "has no grid", "--sigmas")
     refused(call(sample.main, tiny_checkpoint(), "--indices", "0", "--steps", "1", *out), "give one of them")
     with pytest.raises(CmfastError, match="index 40 is not in a grid of 40"):
-        cmfast.ModelSpec(image=(3, 8, 8), grid=40).levels_at([40, 0])
-    assert cmfast.ModelSpec(image=(3, 8, 8), grid=40).levels_at([0, 22, 39]) == (80.0, pytest.approx(1.382368))
+        image_spec(image=(3, 8, 8), grid=40).levels_at([40, 0])
+    assert image_spec(image=(3, 8, 8), grid=40).levels_at([0, 22, 39]) == (80.0, pytest.approx(1.382368))

@@ -34,6 +34,7 @@ from helpers.edm import (
     weights_of,
 )
 from helpers.edm_pickles import PersistentPickler
+from helpers.specs import named
 
 TEACHER = pytest.mark.filterwarnings("ignore:.*a diffusion teacher")
 
@@ -55,7 +56,7 @@ def computes_golden(checkpoint: Checkpoint, name: str, whole: str = "") -> bool:
     """Whether a model is its scaling around the original's network, and the original's model where that is known."""
     spec, (x, sigma, label) = checkpoint.spec, golden_inputs(CASES[name])
     noised = x * sigma[:, None, None, None]
-    got = checkpoint.denoiser()(noised, sigma, label)
+    got = checkpoint.denoiser()(noised, sigma, **named(label))
     # EDM, Table 1; ECT writes sigma - sigma_min where it evaluates.
     s, d, low = sigma[:, None, None, None], spec.sigma_data, spec.sigma_min if spec.scaling == "boundary" else 0.0
     network = checkpoint.denoiser().network(noised / (s**2 + d**2).sqrt(), sigma.log() / 4, label)

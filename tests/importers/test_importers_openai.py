@@ -225,7 +225,7 @@ def test_an_imported_model_computes_what_the_network_computes(tmp_path: Path) ->
         f = network(x / total.sqrt(), 250 * sigma.log(), label)
         want = 0.25 / ((s - 0.002) ** 2 + 0.25) * x + (s - 0.002) * 0.5 / total.sqrt() * f
         torch.testing.assert_close(
-            denoiser(x, sigma, label), want, rtol=0, atol=1e-5
+            denoiser(x, sigma, label=label), want, rtol=0, atol=1e-5
         )  # float32: the order of operations differs
     assert f.std() > 0.1
 

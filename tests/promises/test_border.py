@@ -17,6 +17,7 @@ import pytest
 import cmfast
 from cmfast import checks
 from cmfast.checks import NotFinite
+from cmfast.conditions import Condition
 from cmfast.errors import CmfastError, EngineError
 from cmfast.formats.manifest import Manifest
 from cmfast.heun import Churn
@@ -24,6 +25,7 @@ from cmfast.images import MAX_GRID_PIXELS, check_images, check_output
 from cmfast.model import Model
 from cmfast.noise import labels
 from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
 NAMES = ("cat", "dog", "car")
 WRONG = ["8", None, True, [[80]], {}, object(), 1j, math.nan, math.inf, -1, 10**5000, np.zeros((2, 2)), b"8"]
@@ -36,7 +38,7 @@ class Scaled:
     name = "numpy"
 
     def __init__(self, factor: float = 0.01, kind: str = "denoiser", **values: Any) -> None:
-        spec = ModelSpec(**{"image": (1, 2, 2), **values})
+        spec = image_spec(**{"image": (1, 2, 2), **values})
         if kind != "denoiser":
             spec = dataclasses.replace(spec, sigmas={2: (80.0, 0.8)})
         self.manifest, self.factor, self.calls = Manifest(kind=kind, spec=spec), np.float32(factor), 0
@@ -106,7 +108,7 @@ def test_float64_levels_are_the_same_levels_for_every_engine(engine: Scaled) -> 
 @pytest.mark.parametrize("sigmas", ["8", 8, [80, math.nan], [1, 2], [80, -1], [80, 0.001], [], None, [True]])
 def test_the_few_step_loop_and_model_sample_refuse_the_same_levels(sigmas: Any) -> None:
     with pytest.raises(CmfastError, match="noise levels must"):
-        cmfast.sample(lambda x, sigma: x, Z, sigmas, ModelSpec(image=(1, 2, 2)))
+        cmfast.sample(lambda x, sigma: x, Z, sigmas, image_spec(image=(1, 2, 2)))
     if sigmas is not None:
         with pytest.raises(CmfastError, match="noise level"):
             model().sample(1, sigmas=sigmas)
@@ -242,7 +244,7 @@ def test_output_that_is_not_finite_is_a_failed_check_with_the_noise_level(factor
 
 def test_infinity_is_not_clipped_to_white() -> None:
     with np.errstate(invalid="ignore"):
-        x0 = cmfast.sample(lambda x, sigma: np.full_like(x, np.inf), Z, (80, 0.8), ModelSpec(image=(1, 2, 2)))
+        x0 = cmfast.sample(lambda x, sigma: np.full_like(x, np.inf), Z, (80, 0.8), image_spec(image=(1, 2, 2)))
     assert np.isnan(x0).all()
 
 
@@ -367,13 +369,20 @@ def test_no_public_name_answers_a_wrong_type_with_a_traceback(value: Any) -> Non
         lambda: cmfast.load(value),
         lambda: cmfast.load("a.onnx", threads=0 if value is None else value),
         lambda: cmfast.load("a.onnx", variant=value),
-        lambda: ModelSpec(image=value),
-        lambda: ModelSpec(image=(1, 2, 2), classes=value),
-        lambda: ModelSpec(image=(1, 2, 2), sigma_max=value),
-        lambda: ModelSpec(image=(1, 2, 2), sigmas=value),
-        lambda: ModelSpec(image=(1, 2, 2), sigmas={1: value}),
-        lambda: ModelSpec(image=(1, 2, 2), grid=40).levels_at(value),
-        lambda: cmfast.sample(lambda x, sigma: x, value, (80.0,), ModelSpec(image=(1, 2, 2))),
+        lambda: ModelSpec(shape=value),
+        lambda: ModelSpec(shape=(1, 2, 2), data=value),
+        lambda: ModelSpec(shape=(1, 2, 2), conditions=value),
+        lambda: ModelSpec(shape=(1, 2, 2), second_time=value),
+        lambda: Condition(name=value, shape=(2,)),
+        lambda: Condition(name="state", kind=value),
+        lambda: Condition(name="state", shape=value),
+        lambda: Condition(name="label", kind="class", classes=value),
+        lambda: model().sample(1, conditions=[] if value is None else value),
+        lambda: image_spec(image=(1, 2, 2), sigma_max=value),
+        lambda: image_spec(image=(1, 2, 2), sigmas=value),
+        lambda: image_spec(image=(1, 2, 2), sigmas={1: value}),
+        lambda: image_spec(image=(1, 2, 2), grid=40).levels_at(value),
+        lambda: cmfast.sample(lambda x, sigma: x, value, (80.0,), image_spec(image=(1, 2, 2))),
         lambda: cmfast.sample(lambda x, sigma: x, Z[:1], (80.0,), value),
         lambda: Churn(s_noise=value),
         lambda: model().sample_heun(1, churn=value),

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.checks import check_types, shown
@@ -26,24 +25,25 @@ from cmfast_train.denoiser import Denoiser
 from cmfast_train.methods.consistency import ict_pair
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import build_network, check_weights, network_from_dict, network_to_dict
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training.ema import Averages
 from cmfast_train.training.step_networks import Student
+from helpers.specs import image_spec, named
 
 DIGITS = PRESETS["digits"]
 ADM = AdmConfig(image_size=8, channels=1, model_channels=32, res_blocks=1, channel_mult=(1, 2), head_channels=32)
 SONG = SongConfig(image_size=16, channels=1, model_channels=32, channel_mult=(1, 2, 2), res_blocks=1, attention=(8,))
 DHARIWAL = DhariwalConfig(image_size=16, model_channels=64, channel_mult=(1, 2, 3), res_blocks=2, attention=(8,))
-SEED = SeedConfig(image_size=8, channels=1, width=32)
+SEED = CloneofsimoConfig(image_size=8, channels=1, width=32)
 NETWORKS = {
     "adm": ADM,
     "adm, conditional": dataclasses.replace(ADM, classes=7, attention=(8, 4), two_times=True, res_blocks=2),
     "adm, convolutions": dataclasses.replace(ADM, scale_shift=False, resblock_updown=False, attention=(4,), heads=2),
     "adm, one level": dataclasses.replace(ADM, channel_mult=(2,), channels=3),
     "adm, wide": dataclasses.replace(ADM, image_size=(8, 16), attention=(8,)),
-    "seed": SEED,
-    "seed, wider": SeedConfig(image_size=(4, 8), channels=3, width=64),
+    "cloneofsimo": SEED,
+    "cloneofsimo, wider": CloneofsimoConfig(image_size=(4, 8), channels=3, width=64),
     "song": SONG,
     "song, NCSN++": dataclasses.replace(
         SONG, encoder="residual", embedding="fourier", resample=(1, 3, 3, 1), noise_mult=2, classes=4, augment=9
@@ -96,16 +96,16 @@ TOO_LARGE: list[tuple[str, Any, str]] = [
     ("network", "field", "value", "words"),
     [
         (network, *row)
-        for network in ("adm", "song", "dhariwal", "seed")
+        for network in ("adm", "song", "dhariwal", "cloneofsimo")
         for row in TOO_LARGE
-        if network != "seed" or row[0] not in ("res_blocks", "channel_mult")
+        if network != "cloneofsimo" or row[0] not in ("res_blocks", "channel_mult")
     ],
 )
 def test_a_network_too_large_to_build_is_refused_at_once(network: str, field: str, value: Any, words: str) -> None:
     values = network_to_dict(dataclasses.replace(NETWORKS[network], channels=1, image_size=16))
-    if network != "seed":
+    if network != "cloneofsimo":
         values |= {"channel_mult": [1, 1], "res_blocks": 1, "attention": []}
-    if network == "seed" and field == "model_channels":
+    if network == "cloneofsimo" and field == "model_channels":
         field = "width"
     start = time.process_time()
     with pytest.raises(CmfastError, match=words):
@@ -356,11 +356,11 @@ def test_networks_are_built_and_run_in_float32_whatever_the_default(name: str, f
     network = build_network(config)
     assert torch.get_default_dtype() == torch.float64
     assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
-    spec = ModelSpec(image=config.image_shape, classes=config.classes)
+    spec = image_spec(image=config.image_shape, classes=config.classes)
     denoiser = Denoiser(network, spec).eval()
     x, sigma = torch.zeros(2, *config.image_shape, dtype=torch.float32), torch.tensor([1.0, 80.0], dtype=torch.float32)
     label = torch.tensor([0, 1]) if config.classes else None
-    assert denoiser(x, sigma, label).dtype == torch.float32
+    assert denoiser(x, sigma, **named(label)).dtype == torch.float32
 
 
 def test_new_weights_are_the_same_bits_whatever_the_default(float64_by_default: None) -> None:
@@ -377,7 +377,7 @@ def test_averages_students_and_checkpoints_are_float32_whatever_the_default(floa
     network = build_network(ADM)
     average = Averages(dict(network.named_parameters()), rates=(0.9,))["0.9"]
     assert {tensor.dtype for tensor in average.values()} == {torch.float32}
-    student = Student(Denoiser(network, ModelSpec(image=(1, 8, 8))), log_variance=True)
+    student = Student(Denoiser(network, image_spec(image=(1, 8, 8))), log_variance=True)
     assert {weight.dtype for weight in student.parameters()} == {torch.float32}
-    checkpoint = Checkpoint(spec=ModelSpec(image=(1, 8, 8)), network=ADM, weights=network.state_dict())
+    checkpoint = Checkpoint(spec=image_spec(image=(1, 8, 8)), network=ADM, weights=network.state_dict())
     assert {weight.dtype for weight in checkpoint.denoiser().parameters()} == {torch.float32}

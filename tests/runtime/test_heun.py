@@ -21,7 +21,7 @@ from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.noise import gaussian
 from cmfast.sampling import sample, to_uint8
 from cmfast.schedule import karras_sigmas
-from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
 Floats = npt.NDArray[np.floating[Any]]
 S = 0.5  # standard deviation of the Gaussian data, data units
@@ -138,7 +138,7 @@ def test_the_churn_of_a_step_is_its_own_slice_of_noise() -> None:
 
 def test_eulers_method_is_the_few_step_loop_without_fresh_noise() -> None:
     sigmas, noise = karras_sigmas(7), unit_noise(7, 2, 1, 2, 2)
-    few = sample(two_point_denoiser, noise, sigmas, ModelSpec(image=(1, 2, 2), renoise="ddim", clip=False))
+    few = sample(two_point_denoiser, noise, sigmas, image_spec(image=(1, 2, 2), renoise="ddim", clip=False))
     np.testing.assert_allclose(heun(two_point_denoiser, noise, sigmas, second_order=False), few, rtol=1e-9, atol=1e-9)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from cmfast.errors import CmfastError
-from cmfast.locks import exclusive, lock_beside
+from cmfast.files.locks import exclusive, lock_beside
 
 HOLD = """
 import sys, time
-from cmfast.locks import exclusive
+from cmfast.files.locks import exclusive
 with exclusive(sys.argv[1], "somebody writes"):
     print("held", flush=True)
     time.sleep(60)
@@ -79,7 +79,7 @@ def test_a_second_thread_is_refused_as_well(tmp_path: Path) -> None:
 def test_a_lock_outlives_no_child_that_was_forked_meanwhile(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time
-from cmfast.locks import exclusive
+from cmfast.files.locks import exclusive
 with exclusive({str(tmp_path / "lock")!r}, "busy"):
     if os.fork() == 0:
         time.sleep(60)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from cmfast.preconditioning import (
     boundary_scalings,
+    cloneofsimo_scalings,
     edm_scalings,
     flow_scalings,
     noise_condition,
     scalings,
-    seed_scalings,
 )
 from cmfast.spec import C_NOISES, SCALINGS, ModelSpec
+from helpers.specs import image_spec
 
 # sigma, EDM c_skip, c_out, c_in, boundary c_skip, c_out, 250 ln sigma; sigma_data 0.5, sigma_min 0.002.
 GOLDEN = np.array(
@@ -44,7 +45,7 @@ LEVELS = np.geomspace(0.002, 80, 200)
 
 
 def spec(**values: Any) -> ModelSpec:
-    return ModelSpec(**{"image": (1, 8, 8), "sigmas": {}, **values})
+    return image_spec(**{"image": (1, 8, 8), "sigmas": {}, **values})
 
 
 def test_scalings_have_their_golden_values() -> None:
@@ -57,7 +58,7 @@ def test_scalings_have_their_golden_values() -> None:
     np.testing.assert_allclose(noise_condition(SIGMA, spec(), np), GOLDEN[:, 6], rtol=5e-9)
 
 
-@pytest.mark.parametrize(("scaling", "sigma_data"), [("boundary", 0.5), ("boundary", 1.0), ("seed", 0.5)])
+@pytest.mark.parametrize(("scaling", "sigma_data"), [("boundary", 0.5), ("boundary", 1.0), ("cloneofsimo", 0.5)])
 @pytest.mark.parametrize("sigma_min", [0.002, 0.003])
 def test_the_model_is_the_identity_at_sigma_min_in_every_number_type(
     scaling: str, sigma_min: float, sigma_data: float
@@ -137,7 +138,7 @@ def test_a_flow_is_its_formula_at_the_time_that_its_network_is_told(sigma: float
 
 def test_the_seed_has_half_of_c_out_and_no_c_in() -> None:
     right_skip, right_out, _ = boundary_scalings(LEVELS, 0.5, 0.002)
-    c_skip, c_out, c_in = seed_scalings(LEVELS, 0.002)
+    c_skip, c_out, c_in = cloneofsimo_scalings(LEVELS, 0.002)
     np.testing.assert_allclose(c_skip, right_skip, rtol=1e-14)
     np.testing.assert_allclose(c_out, right_out / 2, rtol=1e-14)
     np.testing.assert_array_equal(c_in, np.ones_like(LEVELS))

@@ -18,13 +18,14 @@ from cmfast.errors import CmfastError
 from cmfast.sampling import renoise_std, sample, to_uint8
 from cmfast.spec import RENOISES, ModelSpec
 from cmfast_train.data.images import to_unit_range
+from helpers.specs import image_spec
 
 Floats = npt.NDArray[np.floating[Any]]
 SCHEDULES = [(80.0,), (80.0, 0.8), (80.0, 24.0, 5.0, 0.8)]
 
 
 def spec(**values: Any) -> ModelSpec:
-    return ModelSpec(**{"image": (3, 4, 4), **values})
+    return image_spec(**{"image": (3, 4, 4), **values})
 
 
 def unit_noise(*shape: int) -> npt.NDArray[np.float32]:
@@ -158,7 +159,7 @@ def test_clipping_happens_after_every_call_and_only_when_the_spec_says_so() -> N
 
 @pytest.mark.parametrize("slices", [1, 3])
 def test_noise_for_another_number_of_steps_is_an_error(slices: int) -> None:
-    with pytest.raises(CmfastError, match=r"noise must be \[2, B, C, H, W\] for 2 levels, got ndarray of float32"):
+    with pytest.raises(CmfastError, match=r"noise must be \[2, B, \.\.\.\] for 2 levels, got ndarray of float32"):
         sample(lambda x, sigma: x, unit_noise(slices, 2, 3, 4, 4), (80.0, 0.8), spec())
 
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
 from cmfast.spec import C_NOISES, RENOISES, SCALINGS, ModelSpec
+from helpers.specs import image_spec
 
 NAN, INF = float("nan"), float("inf")
 
 
 def spec(**values: Any) -> ModelSpec:
-    return ModelSpec(**{"image": (1, 8, 8), **values})
+    return image_spec(**{"image": (1, 8, 8), **values})
 
 
 @st.composite
@@ -32,7 +33,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         classes=draw(st.integers(0, 10**6)),
         sigma_min=low,
         sigma_max=high,
-        sigma_data=0.5 if scaling == "seed" else draw(st.floats(0.01, 10)),
+        sigma_data=0.5 if scaling == "cloneofsimo" else draw(st.floats(0.01, 10)),
         scaling=scaling,
         c_noise=draw(st.sampled_from(C_NOISES)),
         renoise=draw(st.sampled_from(RENOISES)),
@@ -49,7 +50,8 @@ def test_a_spec_survives_json_to_the_bit(model: ModelSpec) -> None:
 
 def test_the_dictionary_has_the_keys_of_the_contract_and_no_others() -> None:
     assert spec(classes=10).to_dict() == {
-        "image": [1, 8, 8], "classes": 10, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5,
+        "shape": [1, 8, 8], "data": "image", "conditions": [{"name": "label", "kind": "class", "classes": 10}],
+        "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5,
         "scaling": "boundary", "c_noise": "250ln", "renoise": "sqrt", "clip": True,
         "sigmas": {"1": [80.0], "2": [80.0, 0.8]},
     }  # fmt: skip
@@ -58,21 +60,21 @@ def test_the_dictionary_has_the_keys_of_the_contract_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"image": (8, 8)}, "three positive whole numbers"),
+        ({"image": (8, 8)}, "images have the shape"),
         ({"grid": 1}, "grid must be 0 .none. or 2 to 65536 levels, got 1"),
         ({"grid": 2**31}, "grid must be 0 .none. or 2 to 65536 levels"),
-        ({"scaling": "seed", "sigma_data": 1.0}, "seed has sigma_data 0.5 built in, got 1"),
+        ({"scaling": "cloneofsimo", "sigma_data": 1.0}, "cloneofsimo has sigma_data 0.5 built in, got 1"),
         ({"image": (1, 8, 0)}, r"got \(1, 8, 0\)"),
-        ({"image": (1, 8, 8.0)}, "three positive whole numbers"),
-        ({"image": (1, 8, 65537)}, "three positive whole numbers"),
-        ({"classes": -1}, r"classes must be 0 \(unconditional\) or a positive whole number, got -1"),
+        ({"image": (1, 8, 8.0)}, "whole numbers from 1 to 65536"),
+        ({"image": (1, 8, 65537)}, "whole numbers from 1 to 65536"),
+        ({"classes": -1}, r"classes must be a positive whole number, got -1"),
         ({"classes": 2.0}, "classes must be"),
         ({"sigma_min": 0}, "must be positive numbers"),
         ({"sigma_max": INF}, "must be positive numbers"),
         ({"sigma_data": NAN}, "must be positive numbers"),
         ({"sigma_data": "0.5"}, "must be positive numbers"),
         ({"sigma_min": 90.0}, "need sigma_min < sigma_max, got 90 and 80"),
-        ({"scaling": "vp"}, "scaling must be one of boundary, edm, trigflow, seed, flow, got 'vp'"),
+        ({"scaling": "vp"}, "scaling must be one of boundary, edm, trigflow, cloneofsimo, flow, got 'vp'"),
         ({"c_noise": "ln"}, "c_noise must be one of 250ln, ln/4, raw, trig, flow, got 'ln'"),
         ({"renoise": "none"}, "renoise must be one of sqrt, plain, ddim, got 'none'"),
         ({"sigmas": {2: (80.0,)}}, "the default noise levels for 2 steps are 1"),
@@ -100,9 +102,10 @@ def test_unknown_keys_are_ignored() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"image": 8}, {"image": "abc"}, {"image": [1, 8, "8"]}, {"sigmas": [80.0]}, {"sigmas": {"one": [80.0]}},
+        {"shape": 8}, {"shape": "abc"}, {"shape": [1, 8, "8"]}, {"conditions": 8}, {"conditions": ["label"]},
+        {"data": "auto"}, {"data": ["image"]}, {"second_time": 1}, {"sigmas": [80.0]}, {"sigmas": {"one": [80.0]}},
         {"sigmas": {"1": [None]}}, {"sigmas": {"1": 80.0}}, {"sigma_min": "small"}, {"sigma_max": 10**400},
-        {"classes": None}, {"scaling": ["edm"]}, {"sigmas": {"1": ["nan"]}}, {"clip": "false"}, {"clip": None},
+        {"conditions": None}, {"scaling": ["edm"]}, {"sigmas": {"1": ["nan"]}}, {"clip": "false"}, {"clip": None},
     ],
     ids=str,
 )  # fmt: skip

@@ -19,7 +19,7 @@ from cmfast_train.config.presets import ABOUT, PRESETS
 from cmfast_train.config.train_config import DATA, FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.methods import find, names
 from cmfast_train.networks.build import build_network
-from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.training.initial_model import network_config
 
 DIGITS = PRESETS["digits"]
@@ -108,7 +108,7 @@ def test_a_later_assignment_wins() -> None:
         ("batch=96", "accumulation=3"),
         ("phases=ct:100", "ct.s0=200", "ct.s1=300"),
         ("image_size=12", "channel_mult=1,2"),
-        ("network=seed", "conditional=false"),
+        ("network=cloneofsimo", "conditional=false"),
     ],
     ids=lambda texts: texts[0],
 )
@@ -172,7 +172,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("scaling=vp", "scaling must be one of"),
         ("c_noise=ln", "c_noise must be one of"),
         ("network=unet", "network must be one of adm, seed, got 'unet'"),
-        ("network=seed", "network=seed takes no label; add --set conditional=false"),
+        ("network=cloneofsimo", "network=cloneofsimo takes no label; add --set conditional=false"),
         ("phases=edm:0", "images must be greater than 0, got 0"),
         ("edm.lr=0", "lr must be greater than 0"),
         ("edm.lr=nan", "edm.lr must be a finite number, got nan"),
@@ -286,7 +286,10 @@ def test_only_meanflow_has_a_network_of_two_times() -> None:
         ),
         (["phases=mf:800", "c_noise=ln/4"], "mf needs .*, got scaling flow and c_noise ln/4"),
         (["phases=mf:800,sct:800"], "mf needs scaling flow .*, got scaling trigflow and c_noise trig"),
-        (["phases=mf:800", "network=seed", "conditional=false"], "needs a network that takes two times; network=seed"),
+        (
+            ["phases=mf:800", "network=cloneofsimo", "conditional=false"],
+            "needs a network that takes two times; network=cloneofsimo",
+        ),
     ],
 )
 def test_phases_that_cannot_be_trained_are_refused_before_anything_is_read(texts: list[str], words: str) -> None:
@@ -300,15 +303,15 @@ def test_a_teacher_is_a_phase_before_it_or_a_file(method: str) -> None:
         assert override(DIGITS, [text.replace("M", method) for text in texts]).phases[-1].method == method
 
 
-SEED = ["network=seed", "conditional=false"]
+SEED = ["network=cloneofsimo", "conditional=false"]
 
 
 def test_the_first_implementations_network_is_trained_at_any_width_with_any_scaling() -> None:
     config = override(DIGITS, [*SEED, "model_channels=64", "c_noise=250ln"])
-    assert network_config(config, config.spec(10).classes) == SeedConfig(image_size=8, channels=1, width=64)
+    assert network_config(config, config.spec(10).classes) == CloneofsimoConfig(image_size=8, channels=1, width=64)
     assert (config.spec(10).scaling, config.spec(10).c_noise) == ("boundary", "250ln")
-    as_it_was = override(config, ["scaling=seed", "c_noise=raw"]).spec(10)
-    assert (as_it_was.scaling, as_it_was.c_noise) == ("seed", "raw")
+    as_it_was = override(config, ["scaling=cloneofsimo", "c_noise=raw"]).spec(10)
+    assert (as_it_was.scaling, as_it_was.c_noise) == ("cloneofsimo", "raw")
     assert override(config, ["channel_mult=1,2,2,2,2", "head_channels=48"])  # adm's alone
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
@@ -316,7 +319,7 @@ def test_the_first_implementations_network_is_trained_at_any_width_with_any_scal
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dropout=0.1", "network=seed has no dropout, got dropout=0.1; add --set dropout=0"),
+        ("dropout=0.1", "network=cloneofsimo has no dropout, got dropout=0.1; add --set dropout=0"),
         ("image_size=10", "image_size=10 cannot be halved twice, .* multiple of 4"),
         ("model_channels=48", r"width \(in training: model_channels\) must be a multiple of 32, got 48"),
         ("model_channels=0", "width must be a whole number from 1"),

@@ -22,22 +22,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training.ema import update_ema
 from cmfast_train.training.parallel import blocks, fill, fill_optimizer, jvp, leave, recompute, shard, whole
 from helpers import helpers_on_path
+from helpers.specs import image_spec
 
 SHAPE: dict[str, Any] = {"image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1}
 NETWORKS: dict[str, NetworkConfig] = {
     "adm": AdmConfig(**SHAPE, model_channels=32, head_channels=32, dropout=0.3),
     "song": SongConfig(**SHAPE, model_channels=32, dropout=0.3),
     "dhariwal": DhariwalConfig(**SHAPE, model_channels=64, dropout=0.3),
-    "seed": SeedConfig(image_size=8, width=32),
+    "seed": CloneofsimoConfig(image_size=8, width=32),
 }
 # Two channels a group at least: where a norm has one, it cancels a bias, whose gradient is then rounding alone.
 TRAINED = AdmConfig(**SHAPE, model_channels=64, head_channels=32)
@@ -216,7 +216,7 @@ def test_the_blocks_hold_nearly_all_weights_once(name: str) -> None:
 
 def along_a_path(name: str, precision: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor, Any]:
     """Return a denoiser's output and its derivative along a noising path, and the path: h -> output at sigma + h."""
-    denoiser = Denoiser(network_of(name), ModelSpec(image=(3, 8, 8), c_noise="ln/4")).eval().to(memory_format=layout)
+    denoiser = Denoiser(network_of(name), image_spec(image=(3, 8, 8), c_noise="ln/4")).eval().to(memory_format=layout)
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 4, 3, 8, 8, generator=generator)
     sigma = torch.tensor([0.1, 0.5, 2.0, 20.0])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """model.pt: one trained model, as plain containers and tensors.
 
-    {"format": "cmfast/1", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
+    {"format": "cmfast/2", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
 A model that was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
 runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another
@@ -35,7 +35,8 @@ __all__ = [
     "save_checkpoint", "separate",
 ]  # fmt: skip
 
-FORMAT = "cmfast/1"
+FORMAT = "cmfast/2"
+FORMATS = ("cmfast/1", FORMAT)  # that are read
 OWN = {"format": "cmfast"}  # the source of weights that were trained here
 
 
@@ -132,9 +133,10 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
             f"{file}: a damaged cmfast checkpoint: its format is {what}, not {FORMAT!r}; copy the file again, or take "
             "another checkpoint of the run"
         )
-    if form != FORMAT:
+    if form not in FORMATS:
         raise ArtifactError(
-            f"{file}: a checkpoint of format {form[:40]!r}, this version reads {FORMAT!r}; update cmfast"
+            f"{file}: a checkpoint of format {form[:40]!r}, this version reads {' and '.join(map(repr, FORMATS))}; "
+            "update cmfast"
         )
     if not isinstance(weights, dict):
         what = "missing" if weights is None else f"a {type(weights).__name__}"
@@ -151,7 +153,7 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
         network = network_from_dict(parts["network"])
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {one_line(err)}") from None
-    if network.image_shape != spec.image or network.classes != spec.classes:
+    if network.image_shape != spec.shape or network.classes != spec.classes:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
     _check_weights(weights, file)
     try:

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from cmfast.preconditioning import noise_condition, scalings
+from cmfast.errors import CmfastError
+from cmfast.preconditioning import LOGARITHMS, noise_condition, scalings
 from cmfast.spec import ModelSpec
 from cmfast_train.networks.precision import TRUNKS, cast, convert_trunk
 
 
 class Denoiser(nn.Module):
-    """f(x, sigma, label): x [B, C, H, W] float32, sigma [B] noise levels, label [B] int64 -> x0 [B, C, H, W].
+    """f(x, sigma, **conditions): x [B, *shape] float32, sigma [B] noise levels -> x0 [B, *shape] float32.
 
-    Everything outside the network is float32, whatever the network runs in. Formulas: `cmfast.preconditioning`.
+    Conditions are those of `ModelSpec.conditions`, by name: int64 [B] of a class, float32 [B, *shape] of a tensor. The
+    network is called as network(c_in x, c_noise, **conditions), and where it takes a second noise level also with
+    c_noise_next. Everything outside it is float32, whatever it runs in. Formulas: `cmfast.preconditioning`.
     """
 
     def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
@@ -34,26 +39,45 @@ class Denoiser(nn.Module):
         convert_trunk(self.network, self.trunk)
         return self
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        return denoised(self.output(x, sigma, label), x, sigma, self.spec)
+    def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        if self.spec.second_time and sigma_next is None:
+            sigma_next = torch.zeros_like(sigma)
+        return denoised(self.output(x, sigma, conditions, sigma_next), x, sigma, self.spec)
 
-    def output(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, second: Tensor | None = None) -> Tensor:
-        """Return F(c_in x, c_noise(sigma), label), what the network says, [B, C, H, W] float32.
+    def output(
+        self, x: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], sigma_next: Tensor | None = None
+    ) -> Tensor:
+        """Return F(c_in x, c_noise(sigma), **conditions), the network's output, [B, *shape] float32.
 
-        second  noise levels [B] from 0, data units, of a network with two times: MeanFlow's r
+        sigma_next  noise levels [B] from 0, data units, of a network with a second time: MeanFlow's r, CTM's s. Where
+                    c_noise is a logarithm, it begins at sigma_min
+
+        Raises:
+            CmfastError: a condition is missing, or the model has none of that name.
         """
-        _, _, c_in = scalings(sigma[:, None, None, None], self.spec)
-        inputs = [cast(c_in * x, self.trunk), noise_condition(sigma, self.spec, torch)]
-        if self.spec.classes or second is not None:
-            inputs.append(label if self.spec.classes else None)
-        if second is not None:
-            inputs.append(noise_condition(second, self.spec, torch))
-        output: Tensor = self.network(*inputs)
+        wanted = [condition.name for condition in self.spec.conditions]
+        if list(conditions) != wanted and sorted(conditions) != sorted(wanted):
+            raise CmfastError(
+                f"this model has the conditions {', '.join(wanted) or 'none'}, got {', '.join(conditions) or 'none'}"
+            )
+        _, _, c_in = scalings(expand(sigma, x), self.spec)
+        times = {}
+        if sigma_next is not None:
+            least = self.spec.sigma_min if self.spec.c_noise in LOGARITHMS else 0.0
+            times["c_noise_next"] = noise_condition(sigma_next.clamp(min=least), self.spec, torch)
+        output: Tensor = self.network(
+            cast(c_in * x, self.trunk), noise_condition(sigma, self.spec, torch), **times, **conditions
+        )
         return output
 
 
 def denoised(output: Tensor, x: Tensor, sigma: Tensor, spec: ModelSpec) -> Tensor:
-    """Return f = c_skip x + c_out F, [B, C, H, W], from what the network said."""
-    c_skip, c_out, _ = scalings(sigma[:, None, None, None], spec)
+    """Return f = c_skip x + c_out F, [B, *shape], from the network's output F."""
+    c_skip, c_out, _ = scalings(expand(sigma, x), spec)
     f: Tensor = c_skip * x + c_out * output
     return f
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Return values [B] with as many axes as `like` [B, ...], of size 1, to multiply with it."""
+    return values[(slice(None), *[None] * (like.ndim - 1))]

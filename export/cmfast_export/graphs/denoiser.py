@@ -50,14 +50,13 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     spec = denoiser.spec
     example = batch or 2  # a dynamic axis must not be 0 or 1 in the example: torch.export would make it a constant
     inputs: dict[str, torch.Tensor] = {
-        "x": torch.zeros(example, *spec.image, dtype=torch.float32),
+        "x": torch.zeros(example, *spec.shape, dtype=torch.float32),
         "sigma": torch.ones(example, dtype=torch.float32),
     }
-    if spec.classes:
-        inputs["label"] = torch.zeros(example, dtype=torch.int64)
-    dynamic = None if batch else {name: {0: torch.export.Dim("B", max=2**20)} for name in inputs}
+    inputs |= {each.name: torch.zeros(example, dtype=torch.int64) for each in spec.conditions}
+    dynamic = None if batch else ({name: {0: torch.export.Dim("B", max=2**20)} for name in inputs},)
     with torch.inference_mode(False), _quiet(), float32_weights():
-        program = torch.export.export(denoiser, (), inputs, dynamic_shapes=dynamic)
+        program = torch.export.export(_OfOneDictionary(denoiser), (inputs,), dynamic_shapes=dynamic)
         exported = torch.onnx.export(
             program,
             input_names=list(inputs),
@@ -80,6 +79,23 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     # The lowest that the opset allows: older readers, such as ONNX Runtime 1.17, refuse later ones.
     model.ir_version = find_min_ir_version_for([helper.make_opsetid("", opset)])
     return model
+
+
+class _OfOneDictionary(torch.nn.Module):
+    """A denoiser as a function of one dictionary.
+
+    torch.export of PyTorch 2.13 refuses dynamic shapes of a function that takes **conditions: "Must provide a
+    tree_name". To be removed when it does not. The network is registered under its own name, so its weights keep
+    theirs; the denoiser is not, or they would have two.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self._denoise = denoiser.forward
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._denoise(**inputs)
 
 
 def tidy(model: ir.Model) -> None:

@@ -20,8 +20,9 @@ from cmfast.formats.manifest import MAX_CHARACTERS, Manifest, check_file, read_o
 from cmfast.formats.protobuf import read_onnx_model
 from cmfast.formats.table import read_manifest
 from cmfast.spec import ModelSpec
+from helpers.specs import image_spec
 
-SPEC = ModelSpec(image=(1, 2, 2), classes=10)
+SPEC = image_spec(image=(1, 2, 2), classes=10)
 MANIFEST = Manifest(
     kind="denoiser", spec=SPEC, dtype="float16", source={"format": "cmfast", "sha256": "00ff"},
     made_by={"cmfast": "0.1.0", "torch": "2.13.0"}, parity={"max_abs": 1e-5, "psnr_db": 90.5, "boundary": 0.0},
@@ -84,10 +85,10 @@ def test_a_manifest_survives_json() -> None:
 
 def test_the_keys_are_the_contract() -> None:
     values = json.loads(MANIFEST.to_json())
-    assert values["schema"] == "cmfast/1"
+    assert values["schema"] == "cmfast/2"
     assert list(values) == [
-        "schema", "kind", "image", "classes", "sigma_min", "sigma_max", "sigma_data", "scaling", "c_noise", "renoise",
-        "clip", "sigmas", "dtype", "source", "made_by", "parity",
+        "schema", "kind", "shape", "data", "conditions", "sigma_min", "sigma_max", "sigma_data", "scaling",
+        "c_noise", "renoise", "clip", "sigmas", "dtype", "source", "made_by", "parity",
     ]  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def test_what_may_be_absent_has_a_default() -> None:
     assert Manifest.from_json(json.dumps(values), "here") == Manifest(kind="denoiser", spec=SPEC)
 
 
-@pytest.mark.parametrize("schema", ["cmfast/2", "", None, 1, ["cmfast/1"]])
+@pytest.mark.parametrize("schema", ["cmfast/3", "", None, 1, ["cmfast/1"]])
 def test_an_unknown_schema_is_refused_and_named(schema: Any) -> None:
     text = json.dumps({**json.loads(MANIFEST.to_json()), "schema": schema})
     with pytest.raises(
@@ -125,7 +126,8 @@ def test_what_is_no_object_is_refused(text: str) -> None:
         ({"kind": "upscaler"}, "kind must be one of denoiser, sampler, server, got 'upscaler'"),
         ({"kind": "sampler"}, "a sampler has exactly one list of noise levels"),
         ({"parity": 3}, "source, made_by, parity, cost, engine must be objects"),
-        ({"image": [1, 2]}, "three positive whole numbers"),
+        ({"shape": [1, 2]}, "images have the shape"),
+        ({"shape": [1, 2, 3, 4, 5], "data": "array"}, "shape must be one to 4 positive whole numbers"),
         ({"sigmas": {"2": [80.0, 90.0]}}, "90 follows 80"),
         ({"sigma_min": float("nan")}, "must be positive numbers"),
     ],
@@ -135,7 +137,7 @@ def test_a_wrong_value_names_the_file_and_itself(values: dict[str, Any], words: 
         Manifest.from_json(json.dumps({**json.loads(MANIFEST.to_json()), **values}), "here")
 
 
-NAMED = ModelSpec(image=(1, 2, 2), classes=3, class_names=("cat", "dog", "läßt"))
+NAMED = image_spec(image=(1, 2, 2), classes=3, class_names=("cat", "dog", "läßt"))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +158,8 @@ NAMED = ModelSpec(image=(1, 2, 2), classes=3, class_names=("cat", "dog", "läßt
         ({"dtype": "weird"}, "dtype must be one of float32, tf32, float16, bfloat16, got 'weird'"),
         ({"dtype": ["float32"]}, "dtype must be one of"),
         ({"graph_sha256": "A" * 64}, "graph_sha256 must be 64 hex digits"),
-        ({"classes": True}, "classes must be .*got True"),
-        ({"image": [True, 2, 2]}, "image must be three positive whole numbers"),
+        ({"conditions": [{"name": "label", "kind": "class", "classes": True}]}, "classes must be .*got True"),
+        ({"shape": [True, 2, 2]}, "shape must be whole numbers from 1 to 65536"),
         ({"grid": True}, "grid must be"),
         ({"sigma_min": True}, "must be positive numbers"),
         ({"sigma_max": 1e200}, "must be positive numbers, 1e-18 to 1e18"),
@@ -203,7 +205,7 @@ def test_names_of_the_classes_travel_where_they_fit_and_are_left_out_with_a_warn
     named = Manifest(kind="denoiser", spec=NAMED)
     assert Manifest.from_json(named.to_json(), "here").spec.class_names == ("cat", "dog", "läßt")
     assert named.fitting() is named
-    many = ModelSpec(image=(1, 2, 2), classes=1000, class_names=tuple(f"kind {i}" for i in range(1000)))
+    many = image_spec(image=(1, 2, 2), classes=1000, class_names=tuple(f"kind {i}" for i in range(1000)))
     with pytest.warns(CmfastWarning, match="the names of the 1000 classes are left out"):
         fits = Manifest(kind="denoiser", spec=many).fitting()
     assert (fits.spec.classes, fits.spec.class_names) == (1000, ())
@@ -242,7 +244,7 @@ def test_the_default_domain_has_two_names(write: Callable[..., Path]) -> None:
 
 
 def test_a_handmade_model_of_real_size_is_read(handmade_onnx: Callable[..., Path]) -> None:
-    assert read_manifest(handmade_onnx()).spec == ModelSpec(image=(1, 8, 8))
+    assert read_manifest(handmade_onnx()).spec == image_spec(image=(1, 8, 8))
 
 
 def test_a_file_cut_anywhere_is_refused(write: Callable[..., Path]) -> None:

@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest, as_verified, check_unchanged, graph_sha256, read_onnx
-from cmfast.spec import ModelSpec
 from cmfast_export import cli
 from cmfast_export.targets import tensorrt_engine
 from cmfast_export.targets.triton_repository import write_repository
+from helpers.specs import image_spec
 
-SPEC = ModelSpec(image=(1, 8, 8))
+SPEC = image_spec(image=(1, 8, 8))
 WEIGHT = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
 
 

@@ -22,9 +22,9 @@ from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest
 from cmfast.formats.table import read_manifest
 from cmfast.formats.tensorrt_plan import DIGITS, NOT_RUN, UNSEALED, digest, read_plan, seal
-from cmfast.spec import ModelSpec
 from cmfast_export.targets.tensorrt_engine import build_engine
 from cmfast_export.targets.tensorrt_options import BuildOptions
+from helpers.specs import image_spec
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
@@ -45,7 +45,7 @@ def made_up(library: str = "tensorrt", **engine: object) -> bytearray:
         "platform": "linux_x86_64", "batch": [1, 2, 4], "onnx_sha256": "0" * 64, "max_abs": NOT_RUN,
         "plan_sha256": UNSEALED, **engine,
     }  # fmt: skip
-    manifest = Manifest(kind="denoiser", spec=ModelSpec(image=(1, 8, 8)), engine=about)
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 8, 8)), engine=about)
     return bytearray(b"ftrt" + bytes(96) + manifest.to_json().encode() + b"\x00\xff\xfe" * 500)
 
 
@@ -139,10 +139,10 @@ def test_a_plan_altered_and_sealed_again_reads_but_is_another_file(plan: Path, t
         (b"", "the file is empty"),
         (b"\x00\x01\x02\x03" * 100, "not a TensorRT engine; make one: cmfast-export model.pt --format engine"),
         (b"ftrt" + bytes(500), "without a cmfast manifest, so its conventions are unknown"),
-        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/1", ', "its manifest is damaged"),
-        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/1"' + b" " * 10_000 + b"}", "its manifest is damaged or cut off"),
-        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/2"}' + bytes(100), "has schema 'cmfast/2'"),
-        (b"ftrt" + bytes(100) + 2 * b'{"schema": "cmfast/1"}' + bytes(100), "it holds two manifests"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/2", ', "its manifest is damaged"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/2"' + b" " * 10_000 + b"}", "its manifest is damaged or cut off"),
+        (b"ftrt" + bytes(100) + b'{"schema": "cmfast/3"}' + bytes(100), "has schema 'cmfast/3'"),
+        (b"ftrt" + bytes(100) + 2 * b'{"schema": "cmfast/2"}' + bytes(100), "it holds two manifests"),
         (bytes(made_up()).replace(b'"plan_sha256"', b'"plan_sha257"'), "has no digest of the file"),
         (bytes(made_up()), "its bytes do not hash to the digest"),
         (bytes(made_up(plan_sha256=chr(0x4E00) * 64)), "has no digest of the file"),
@@ -211,7 +211,7 @@ def test_no_bytes_make_the_reader_fail_otherwise(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, plan: bool
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.engine"
-    file.write_bytes(b"ftrt" + bytes(60) + b'{"schema": "cmfast/1", "x": ' + data if plan else data)
+    file.write_bytes(b"ftrt" + bytes(60) + b'{"schema": "cmfast/2", "x": ' + data if plan else data)
     with pytest.raises(ArtifactError):
         read_plan(file)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cmfast.errors import EngineError
-from cmfast.spec import ModelSpec
 from cmfast_train.backends.torch_noise import has_triton
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels import fuse as fuse_module
@@ -23,10 +22,11 @@ from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks import adm, edm
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.networks.seed import SeedConfig
 from helpers import HELPERS
 from helpers.kernels.compiled import for_every_card, interpret, wide_reads
+from helpers.specs import image_spec, named
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 
@@ -50,13 +50,14 @@ def new(name: str) -> Denoiser:
     config = NETWORKS[name]
     network = build_network(config).eval().requires_grad_(False)
     randomise(network)
-    return Denoiser(network, ModelSpec(image=config.image_shape, classes=config.classes, c_noise="ln/4"))
+    return Denoiser(network, image_spec(image=config.image_shape, classes=config.classes, c_noise="ln/4"))
 
 
-def inputs(denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return x [3, C, H, W], sigma [3], label [3] or None."""
+def inputs(denoiser: Denoiser) -> dict[str, Tensor]:
+    """Return x [3, C, H, W], sigma [3], and label [3] where there are classes."""
     x = torch.randn(3, *denoiser.spec.image, generator=torch.Generator().manual_seed(1))
-    return x, torch.tensor([0.1, 1.0, 10.0]), torch.arange(3) if denoiser.spec.classes else None
+    label = torch.arange(3) if denoiser.spec.classes else None
+    return {"x": x, "sigma": torch.tensor([0.1, 1.0, 10.0]), **named(label)}
 
 
 # The kernels.
@@ -280,10 +281,10 @@ def test_heads_are_split_as_the_exported_graph_splits_them(form: torch.memory_fo
 @needs_triton
 def test_so_they_are_in_a_fused_network(name: str) -> None:
     denoiser = new(name)
-    x, sigma, label = inputs(denoiser)
+    given = inputs(denoiser)
     fuse(denoiser)
     with Calls() as calls:
-        denoiser(x, sigma, label)
+        denoiser(**given)
     assert calls.attended
     for tensor in itertools.chain(*calls.attended):
         assert tensor.stride(3) == 1
@@ -306,7 +307,7 @@ def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None
 
     for path, module in denoiser.network.named_modules():
         module.register_forward_hook(look(path))
-    denoiser(*inputs(denoiser))
+    denoiser(**inputs(denoiser))
     assert left == []
 
 
@@ -315,10 +316,10 @@ def test_nothing_in_a_fused_network_changes_the_memory_format(name: str) -> None
 def test_a_fused_network_can_be_compiled_whole(name: str) -> None:
     denoiser = new(name)
     fuse(denoiser)
-    x, sigma, label = inputs(denoiser)
+    given = inputs(denoiser)
     compiled = torch.compile(denoiser, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.inference_mode():
-        np.testing.assert_allclose(compiled(x, sigma, label), denoiser(x, sigma, label), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(compiled(**given), denoiser(**given), rtol=0, atol=1e-5)
 
 
 def test_other_formats_than_channels_last_are_refused() -> None:
@@ -345,15 +346,15 @@ def test_the_weights_that_were_given_stay_as_they_were(name: str) -> None:
     given = dict(denoiser.network.state_dict())  # a checkpoint's: other engines are made from it
     before = {key: tensor.clone() for key, tensor in given.items()}
     fuse(denoiser)
-    denoiser(*inputs(denoiser))
+    denoiser(**inputs(denoiser))
     for key, tensor in given.items():
         np.testing.assert_array_equal(tensor, before[key])
 
 
 def test_other_networks_are_refused_in_one_line() -> None:
-    network = build_network(SeedConfig(image_size=8, width=32))
-    with pytest.raises(EngineError, match="for the networks adm, song and dhariwal, not for SeedUnet") as caught:
-        fuse(Denoiser(network, ModelSpec(image=(3, 8, 8))))
+    network = build_network(CloneofsimoConfig(image_size=8, width=32))
+    with pytest.raises(EngineError, match="for the networks adm, song and dhariwal, not for CloneofsimoUnet") as caught:
+        fuse(Denoiser(network, image_spec(image=(3, 8, 8))))
     assert "\n" not in str(caught.value)
 
 

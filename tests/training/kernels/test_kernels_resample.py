@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise
@@ -21,6 +20,7 @@ from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from helpers import HELPERS
 from helpers.kernels.compiled import SHARED, for_every_card, interpret, wide_reads
+from helpers.specs import image_spec
 
 pytest.importorskip("triton")
 
@@ -169,7 +169,7 @@ def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, m
     config, apart, within, joins = NETWORKS[name]
     network = build_network(config).eval().requires_grad_(False)
     randomise(network)
-    denoiser = Denoiser(network, ModelSpec(image=config.image_shape, c_noise="ln/4"))
+    denoiser = Denoiser(network, image_spec(image=config.image_shape, c_noise="ln/4"))
     x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 1.0, 10.0])
     want = denoiser.output(x, sigma)
     fuse(denoiser)

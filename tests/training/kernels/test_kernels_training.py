@@ -21,9 +21,9 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms, fuses
-from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training import context
 from cmfast_train.training.context import check_fused, why_no_kernels, why_not_fused
 from cmfast_train.training.initial_model import network_config
@@ -278,7 +278,7 @@ def config(*settings: str) -> TrainConfig:
         (("fused=true",), ADM, CUDA, 2, ""),
         (("fused=false",), ADM, CUDA, 1, "fused=false"),
         ((), ADM, CPU, 1, "the device is cpu"),
-        ((), SeedConfig(image_size=8, width=32), CUDA, 1, "network=seed has other layers"),
+        ((), CloneofsimoConfig(image_size=8, width=32), CUDA, 1, "network=cloneofsimo has other layers"),
         (("phases=sct:80",), ADM, CUDA, 1, "sct differentiates in forward mode"),
         (("phases=mf:80",), ADM, CUDA, 1, "mf differentiates in forward mode"),
         (("channels_last=false",), ADM, CUDA, 1, "channels_last=false"),

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import SongConfig
-from cmfast_train.networks.seed import SeedConfig
 from helpers.runs import run_here
+from helpers.specs import image_spec
 
 SHAPE: dict[str, Any] = {"image_size": 8, "channels": 1, "model_channels": 32, "res_blocks": 1, "channel_mult": (1,)}
 NETWORKS: dict[str, NetworkConfig] = {
@@ -25,7 +25,7 @@ NETWORKS: dict[str, NetworkConfig] = {
     "adm, 3 classes": AdmConfig(**SHAPE, classes=3, attention=(), head_channels=32),
     "adm, 16 px": AdmConfig(**{**SHAPE, "image_size": 16}, classes=10, attention=(), head_channels=32),
     "song": SongConfig(**SHAPE, classes=10, attention=(8,)),
-    "seed": SeedConfig(image_size=8, channels=1, width=32),
+    "cloneofsimo": CloneofsimoConfig(image_size=8, channels=1, width=32),
 }
 
 
@@ -38,7 +38,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         built = build_network(config)
         randomise(built)
         side = config.image_size
-        spec = ModelSpec(image=(config.channels, side, side), classes=config.classes, **conventions)
+        spec = image_spec(image=(config.channels, side, side), classes=config.classes, **conventions)
         save_checkpoint(Checkpoint(spec=spec, network=config, weights=built.state_dict()), tmp_path / name)
         return tmp_path / name
 

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cmfast import files
 from cmfast.errors import CmfastError, CmfastWarning
-from cmfast.locks import exclusive
+from cmfast.files.locks import exclusive
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
@@ -170,7 +170,7 @@ def test_images_that_are_not_square_are_trained_and_drawn(tmp_path: Path) -> Non
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended_even_killed(copy: Path) -> None:
     hold = (
-        "import sys, time\nfrom cmfast.locks import exclusive\n"
+        "import sys, time\nfrom cmfast.files.locks import exclusive\n"
         "with exclusive(sys.argv[1], 'x'):\n print(flush=True)\n time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", hold, copy / LOCK], stdout=subprocess.PIPE)

@@ -31,11 +31,11 @@ from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.training.trainer import train
 from helpers.runs import TINY, arguments, assert_equal_to_the_bit, log_of, losses_of, run_here, weights_of
 
-SEED = ["network=seed", "conditional=false"]  # the first public implementation's
+SEED = ["network=cloneofsimo", "conditional=false"]  # the first public implementation's
 KILLED = [*TINY, "dropout=0.2", "phases=edm:160,ect:160", "edm.lr_decay=0.5", "ect.stages=0,3"]
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_run_saves_its_last_step_and_says_how_to_continue(tmp_pat
     [
         ("batch=16", "batch"),
         ("edm.lr=0.5", "phases"),
-        ("seed=1", "seed"),
+        ("seed=1", "cloneofsimo"),
         ("sigma_data=1", "sigma_data"),
         ("c_noise=ln/4", "c_noise"),
     ],
@@ -256,14 +256,14 @@ def test_the_runs_above_have_learned_something(plain: dict[str, Tensor], tmp_pat
 
 @pytest.mark.parametrize(
     "conventions",
-    [["scaling=boundary", "phases=edm:800,ct:80"], ["scaling=seed", "c_noise=raw", "phases=edm:800,ect:80"]],
+    [["scaling=boundary", "phases=edm:800,ct:80"], ["scaling=cloneofsimo", "c_noise=raw", "phases=edm:800,ect:80"]],
     ids=["as the paper says", "as it was"],
 )
 def test_the_first_implementations_network_learns_and_exports(conventions: list[str], tmp_path: Path) -> None:
     settings = [*SEED, *conventions, "checkpoint_images=400"]
     model = run_here(tmp_path / "run", *settings)
     checkpoint = load_checkpoint(model)
-    assert checkpoint.network == SeedConfig(image_size=8, channels=1, width=32)
+    assert checkpoint.network == CloneofsimoConfig(image_size=8, channels=1, width=32)
     assert checkpoint.spec.classes == 0
     assert f"scaling={checkpoint.spec.scaling}" == conventions[0]
     losses = [line["loss"] for line in losses_of(tmp_path / "run") if line["phase"] == "edm"]

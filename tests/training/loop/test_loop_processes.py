@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.cli.train import command
 from cmfast_train.config.overrides import override
@@ -35,6 +34,7 @@ from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import steps
 from helpers import helpers_on_path
 from helpers.runs import QUICK, losses_of, run_here
+from helpers.specs import image_spec
 
 # Five steps a phase: RAdam does not divide by the gradient's size before its sixth, so rounding stays rounding. And all
 # from random weights: in a new network, where many are zero, few have a gradient.
@@ -62,7 +62,7 @@ def write_random(folder: Path, scaling: str, c_noise: str) -> None:
     )  # fmt: skip
     built = AdmUnet(network)
     randomise(built)
-    spec = ModelSpec(image=(1, 8, 8), classes=10, scaling=scaling, c_noise=c_noise)
+    spec = image_spec(image=(1, 8, 8), classes=10, scaling=scaling, c_noise=c_noise)
     save_checkpoint(Checkpoint(spec=spec, network=network, weights=built.state_dict()), folder / f"{scaling}.pt")
 
 

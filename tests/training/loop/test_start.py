@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.cli.train import main
@@ -29,6 +28,7 @@ from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import train
 from helpers.edm import CASES, weights_of
 from helpers.runs import QUICK, TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
+from helpers.specs import image_spec
 
 Write = Callable[..., Path]
 
@@ -95,7 +95,7 @@ def test_a_run_takes_the_conventions_of_the_model_and_the_scaling_that_its_metho
     file = write("adm, two times" if phases == "mf:8" else "adm", scaling=scaling, **CONVENTIONS)
     settings = [f"init={file}", f"phases={phases}", "sigma_max=40", "sigmas=40"]
     start = start_of(override(PRESETS["digits"], [*QUICK, *settings]), 10)
-    assert start.spec == ModelSpec(image=(1, 8, 8), classes=10, scaling=becomes, **CONVENTIONS)
+    assert start.spec == image_spec(image=(1, 8, 8), classes=10, scaling=becomes, **CONVENTIONS)
     assert start.network == load_checkpoint(file).network
 
 
@@ -145,7 +145,7 @@ def test_models_of_other_formats_are_started_from_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("phases", "teacher"), [("cd:80", "song"), ("pd/2:80", "seed"), ("scd:80", "adm, unconditional")]
+    ("phases", "teacher"), [("cd:80", "song"), ("pd/2:80", "cloneofsimo"), ("scd:80", "adm, unconditional")]
 )
 def test_a_teacher_may_be_another_network_with_other_conventions(
     phases: str, teacher: str, write: Write, tmp_path: Path, call: Callable[..., Any]
@@ -208,7 +208,7 @@ def test_a_model_of_other_images_or_classes_is_refused(
     [
         ("adm, unconditional", {}, ["phases=ect:8"], "a model of 0 classes, the data have 10; --set conditional=false"),
         ("adm", {}, ["phases=ect:8", "conditional=false"], "a model of 10 classes, the run has 0"),
-        ("seed", {}, ["phases=ect:8", "conditional=false", "dropout=0.1"], "no dropout; add --set dropout=0"),
+        ("cloneofsimo", {}, ["phases=ect:8", "conditional=false", "dropout=0.1"], "no dropout; add --set dropout=0"),
         ("adm", {"scaling": "edm"}, ["phases=mf:8"], "mf needs a network that takes two times; this one takes one"),
         ("adm", {"scaling": "flow"}, ["phases=mf:8"], "mf needs a network that takes two times"),
         (
@@ -226,9 +226,9 @@ def test_a_model_of_other_images_or_classes_is_refused(
         ("adm, two times", {"scaling": "flow", "c_noise": "ln/4"}, ["phases=mf:8"], "and c_noise ln/4"),
         (
             "adm",
-            {"scaling": "seed"},
+            {"scaling": "cloneofsimo"},
             ["phases=scd:8"],
-            "trigflow or edm or boundary, got scaling seed",
+            "trigflow or edm or boundary, got scaling cloneofsimo",
         ),
         (
             "adm",

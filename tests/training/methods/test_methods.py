@@ -23,6 +23,7 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.training.ema import update_ema
 from cmfast_train.training.step_networks import StepNetworks, Student
+from helpers.specs import image_spec
 
 MEAN, STD = 0.3, 0.5  # of the data, one pixel
 SIGMAS = (0.02, 0.1, 0.5, 1.0, 3.0, 10.0, 80.0)  # where the model is compared with the solution
@@ -38,9 +39,11 @@ class Affine(nn.Module):
             nn.Linear(2 if two_times else 1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2)
         )
 
-    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, c_noise_next: Tensor | None = None) -> Tensor:
         two = self.body[0].in_features == 2
-        times = torch.stack([c, torch.zeros_like(c) if second is None else second], 1) if two else c[:, None]
+        times = (
+            torch.stack([c, torch.zeros_like(c) if c_noise_next is None else c_noise_next], 1) if two else c[:, None]
+        )
         a, b = self.body(times)[..., None, None].unbind(1)
         return a[..., None] * x + b[..., None]
 
@@ -65,7 +68,7 @@ def solution(x: Tensor, sigma: float, sigma_min: float) -> Tensor:
 def spec_of(method: str) -> ModelSpec:
     row = find(method)
     scaling = row.scaling or ("edm" if method == "pd" else "boundary")
-    return ModelSpec(image=(1, 1, 1), scaling=scaling, c_noise=row.c_noise or "ln/4")
+    return image_spec(image=(1, 1, 1), scaling=scaling, c_noise=row.c_noise or "ln/4")
 
 
 def new_student(method: str) -> Student:
@@ -119,7 +122,7 @@ def worst_error(denoiser: Any, truth: Any, sigmas: tuple[float, ...] = SIGMAS) -
     for sigma in sigmas:
         x = MEAN + STD * torch.randn(4096, 1, 1, 1, generator=generator)
         x = x + sigma * torch.randn(x.shape, generator=generator)
-        error = denoiser(x, torch.full([len(x)], sigma), None) - truth(x, sigma)
+        error = denoiser(x, torch.full([len(x)], sigma)) - truth(x, sigma)
         worst = max(worst, float(error.square().mean().sqrt()))
     return worst
 
@@ -230,7 +233,7 @@ def adm(dropout: float = 0.0, two_times: bool = False) -> AdmUnet:
 
 @pytest.mark.parametrize(("scaling", "c_noise"), [("trigflow", "trig"), ("edm", "ln/4"), ("flow", "flow")])
 def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str, c_noise: str) -> None:
-    spec = ModelSpec(image=(1, 8, 8), classes=3, scaling=scaling, c_noise=c_noise)
+    spec = image_spec(image=(1, 8, 8), classes=3, scaling=scaling, c_noise=c_noise)
     two_times = scaling == "flow"
     student = Student(Denoiser(adm(two_times=two_times), spec), log_variance=False).double()
     student.denoiser.trunk = torch.float64
@@ -273,7 +276,7 @@ def test_all_evaluations_of_a_step_draw_the_same_dropout_masks(name: str, channe
     network = NETWORKS[name]()
     randomise(network)
     student = Student(
-        Denoiser(network, ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False
+        Denoiser(network, image_spec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False
     ).train()
     if channels_last:
         student.to(memory_format=torch.channels_last)
@@ -291,7 +294,7 @@ def test_all_evaluations_of_a_step_draw_the_same_dropout_masks(name: str, channe
 
 
 def test_finite_differences_are_float32_whatever_the_run_computes_in() -> None:
-    student = Student(Denoiser(adm(), ModelSpec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False)
+    student = Student(Denoiser(adm(), image_spec(image=(1, 8, 8), classes=3, c_noise="ln/4")), log_variance=False)
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
     conditions = {"label": torch.tensor([0, 1, 2])}
     tangents = []

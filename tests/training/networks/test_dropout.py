@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.dropout import dropped
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.training.step_networks import StepNetworks, Student
+from helpers.specs import image_spec
 
 SHAPE: dict[str, Any] = {
     "image_size": 8, "channel_mult": (1, 2), "attention": (4,), "res_blocks": 1, "model_channels": 32, "dropout": 0.5,
@@ -63,7 +63,7 @@ def like_cuda() -> Iterator[None]:
 def student_of(name: str, layout: torch.memory_format) -> Student:
     network = build_network(NETWORKS[name])
     randomise(network)
-    denoiser = Denoiser(network, ModelSpec(image=(3, 8, 8), c_noise="ln/4")).train()
+    denoiser = Denoiser(network, image_spec(image=(3, 8, 8), c_noise="ln/4")).train()
     return Student(denoiser.to(memory_format=layout), log_variance=False)
 
 

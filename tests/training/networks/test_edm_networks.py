@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast.errors import CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmConfig, randomise
@@ -39,6 +38,7 @@ from helpers.edm import (
     new,
     song,
 )
+from helpers.specs import image_spec
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_new_network_answers_zero_and_dropout_is_on_only_when_training() -> No
 def test_an_exported_network_computes_the_same_at_every_batch(config: SongConfig | DhariwalConfig) -> None:
     network = new(config)
     randomise(network)
-    spec = ModelSpec(image=(3, 8, 8), classes=3, scaling="edm", c_noise="ln/4", renoise="plain", clip=False)
+    spec = image_spec(image=(3, 8, 8), classes=3, scaling="edm", c_noise="ln/4", renoise="plain", clip=False)
     denoiser = Denoiser(network, spec).eval()
     graph = ir.to_proto(denoiser_graph(denoiser)).SerializeToString()
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -242,7 +242,7 @@ def test_an_exported_network_computes_the_same_at_every_batch(config: SongConfig
         sigma = torch.tensor([0.01, 80.0, 0.5, 5.0, 1.0])[:batch]
         x, label = some(batch, 3, 8, 8) * sigma[:, None, None, None], torch.arange(batch) % 3
         (got,) = session.run(None, {"x": x.numpy(), "sigma": sigma.numpy(), "label": label.numpy()})
-        np.testing.assert_allclose(got, denoiser(x, sigma, label), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got, denoiser(x, sigma, label=label), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import cmfast
 from cmfast.errors import CmfastError
-from cmfast.spec import ModelSpec
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -28,10 +27,11 @@ from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict, network_to_dict
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from cmfast_train.networks.seed import SeedConfig
 from cmfast_train.training import trainer
 from cmfast_train.training.initial_model import start_of
+from helpers.specs import image_spec
 
 DIGITS = PRESETS["digits"]
 WIDE: dict[str, NetworkConfig] = {  # 8 high, 16 wide; attention at half the size
@@ -43,7 +43,7 @@ WIDE: dict[str, NetworkConfig] = {  # 8 high, 16 wide; attention at half the siz
         image_size=(8, 16), channels=1, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(8,),
         head_channels=32, resblock_updown=False,
     ),
-    "seed": SeedConfig(image_size=(8, 16), channels=3, width=32),
+    "cloneofsimo": CloneofsimoConfig(image_size=(8, 16), channels=3, width=32),
     "song": SongConfig(
         image_size=(8, 16), channels=1, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,)
     ),
@@ -69,7 +69,9 @@ def evaluated(network: nn.Module, x: Tensor, classes: int) -> Tensor:
 
 
 def of_size(config: NetworkConfig, size: int | tuple[int, int], factor: int = 1) -> NetworkConfig:
-    attention = {} if isinstance(config, SeedConfig) else {"attention": tuple(factor * s for s in config.attention)}
+    attention = (
+        {} if isinstance(config, CloneofsimoConfig) else {"attention": tuple(factor * s for s in config.attention)}
+    )
     return dataclasses.replace(config, image_size=size, **attention)
 
 
@@ -102,7 +104,7 @@ def test_a_networks_size_survives_its_description_and_a_square_is_one_number(nam
     assert described["image_size"] == [8, 16]
     assert network_from_dict(described) == config
     assert config.image_shape == (config.channels, 8, 16)
-    square = dataclasses.replace(config, image_size=(8, 8), **({"attention": ()} if name != "seed" else {}))
+    square = dataclasses.replace(config, image_size=(8, 8), **({"attention": ()} if name != "cloneofsimo" else {}))
     assert square.image_size == 8
     assert network_to_dict(square)["image_size"] == 8
     assert square.image_shape == (config.channels, 8, 8)
@@ -126,7 +128,7 @@ def test_a_run_of_any_size_survives_json(text: str, size: Any, sides: tuple[int,
 
 
 @pytest.mark.parametrize("size", ["7x8", "8x7"])
-@pytest.mark.parametrize("network", [["network=adm"], ["network=seed", "conditional=false"]], ids=str)
+@pytest.mark.parametrize("network", [["network=adm"], ["network=cloneofsimo", "conditional=false"]], ids=str)
 def test_either_side_that_cannot_be_halved_is_named(size: str, network: list[str]) -> None:
     with pytest.raises(CmfastError, match=f"image_size={size} cannot be halved .*; it must be a multiple of"):
         override(DIGITS, [*network, f"image_size={size}"])
@@ -146,7 +148,7 @@ def trained(out: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Path:
 def test_a_run_on_wide_images_is_trained_continued_exported_and_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ["network=seed", "conditional=false", "phases=edm:8"]
+    settings = ["network=cloneofsimo", "conditional=false", "phases=edm:8"]
     model = trained(tmp_path / "run", monkeypatch, *settings)
     export_onnx(load_checkpoint(model), tmp_path / "model.onnx")
     exported, eager = cmfast.load(tmp_path / "model.onnx"), cmfast.load(model)
@@ -163,7 +165,7 @@ def test_a_run_on_wide_images_with_attention_and_classes_is_trained_and_sampled(
 
 
 def wide_model(file: Path, config: NetworkConfig) -> Checkpoint:
-    spec = ModelSpec(image=config.image_shape, classes=config.classes)
+    spec = image_spec(image=config.image_shape, classes=config.classes)
     checkpoint = Checkpoint(spec=spec, network=config, weights=random_network(config).state_dict())
     save_checkpoint(checkpoint, file)
     return checkpoint
@@ -184,7 +186,7 @@ def test_diffusers_draws_square_images_only_and_that_is_one_line(tmp_path: Path)
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize("name", ["adm", "seed"])
+@pytest.mark.parametrize("name", ["adm", "cloneofsimo"])
 def test_foreign_weights_are_read_as_models_of_wide_images_if_that_is_said(name: str, tmp_path: Path) -> None:
     config = WIDE[name]
     torch.save(random_network(config).state_dict(), tmp_path / "weights.pt")

@@ -89,11 +89,11 @@ class DiffusersBackend:
         """Refuse: the pipeline has no single call of the denoiser."""
         raise EngineError("diffusers' pipeline runs the whole loop only, not one call of the denoiser")
 
-    def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
+    def loop(self, noise: Floats, sigmas: Sequence[float], conditions: Inputs) -> Floats:
         """Return images [B, C, H, W] in [-1, 1] from unit noise [K, B, C, H, W], by one call of the pipeline."""
         if self._pipeline.device.type == "cuda":
             check_process(self._process, self.name)
-        timesteps = self._timesteps(sigmas)
+        timesteps, label = self._timesteps(sigmas), conditions.get("label")
         steps = [torch.from_numpy(np.require(z, requirements=["C", "W"])).to(self._pipeline.device) for z in noise]
         try:
             with _noise(steps[1:]), arithmetic(tf32=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -42,6 +42,7 @@ VARIANTS = {
     "cpu": ("", "channels_last", "compiled"),
     "cuda": ("", "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph"),
 }
+NOISE, SAMPLES = "noise", "samples"  # names that no condition has
 MODES = {"compiled": "max-autotune", "reduce-overhead": "reduce-overhead"}  # of torch.compile, by variant
 
 
@@ -103,19 +104,19 @@ class TorchBackend:
         return pickled(self)
 
     def run(self, inputs: Inputs) -> Floats:
-        """Return f(x, sigma, label), float32 [B, C, H, W]."""
+        """Return f(x, sigma, **conditions), float32 [B, *shape]."""
         call = self._call  # not self, which would keep an engine alive that keeps what it computes
         return self._compute("run", lambda tensors: call(**tensors), inputs)
 
-    def loop(self, noise: Floats, sigmas: Sequence[float], label: npt.NDArray[np.int64] | None) -> Floats:
-        """Return what `cmfast.sampling.sample` returns, float32 [B, C, H, W]; it runs on tensors as it is."""
+    def loop(self, noise: Floats, sigmas: Sequence[float], conditions: Inputs) -> Floats:
+        """Return what `cmfast.sampling.sample` returns, float32 [B, *shape]; it runs on tensors as it is."""
         levels = tuple(float(sigma) for sigma in sigmas)
         call, spec = self._call, self.manifest.spec
 
         def compute(tensors: dict[str, Tensor]) -> Tensor:
-            return _loop(call, tensors["noise"], levels, tensors.get("label"), spec)
+            return _loop(call, tensors[NOISE], levels, _without(tensors, NOISE), spec)
 
-        return self._compute(levels, compute, {"noise": noise} if label is None else {"noise": noise, "label": label})
+        return self._compute(levels, compute, {NOISE: noise, **conditions})
 
     def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         with self._border.crossed():
@@ -123,16 +124,20 @@ class TorchBackend:
 
 
 def _loop(
-    call: Callable[..., Tensor], noise: Tensor, levels: tuple[float, ...], label: Tensor | None, spec: ModelSpec
+    call: Callable[..., Tensor],
+    noise: Tensor,
+    levels: tuple[float, ...],
+    conditions: Mapping[str, Tensor],
+    spec: ModelSpec,
 ) -> Tensor:
     """Return `cmfast.sampling.sample`, which runs on tensors as it is."""
-    condition = {} if label is None else {"label": label}
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return call(x=x, sigma=x.new_full((len(x),), sigma), **condition)
+    def denoise(x: Tensor, *sigmas: float) -> Tensor:
+        both = dict(zip(("sigma", "sigma_next"), (x.new_full((len(x),), sigma) for sigma in sigmas), strict=False))
+        return call(x=x, **both, **conditions)
 
-    images: Tensor = sample(denoise, noise, levels, spec)
-    return images
+    samples: Tensor = sample(denoise, noise, levels, spec)
+    return samples
 
 
 def _draw(
@@ -141,7 +146,7 @@ def _draw(
     call: Callable[..., Tensor],
     spec: ModelSpec,
     seed: int,
-    batches: Sequence[tuple[range, npt.NDArray[np.int64] | None]],
+    batches: Sequence[tuple[range, Inputs]],
     sigmas: Sequence[float],
     *,
     pixels: bool,
@@ -151,14 +156,14 @@ def _draw(
     most = max((len(samples) for samples, _ in batches), default=0)
     key = torch_noise.key_of(seed).numpy()
 
-    def inputs(samples: range, label: npt.NDArray[np.int64] | None) -> dict[str, npt.NDArray[np.int64]]:
-        each = {"samples": as_u64(samples, "sample").view(np.int64)} | ({} if label is None else {"label": label})
-        # A smaller batch is filled up with its last image: another size would be compiled or captured anew.
-        return {"key": key} | {name: np.pad(v, (0, most - len(v)), mode="edge") for name, v in each.items()}
+    def inputs(samples: range, conditions: Inputs) -> dict[str, npt.NDArray[Any]]:
+        each = {SAMPLES: as_u64(samples, "sample").view(np.int64), **conditions}
+        # A smaller batch is filled up with its last sample: another size would be compiled or captured anew.
+        return {NOISE: key} | {name: _filled_up(value, most) for name, value in each.items()}
 
     def compute(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        noise = torch_noise.gaussian(tensors["key"], tensors["samples"], len(levels), spec.image)
-        x0 = _loop(call, noise, levels, tensors.get("label"), spec)
+        noise = torch_noise.gaussian(tensors[NOISE], tensors[SAMPLES], len(levels), spec.shape)
+        x0 = _loop(call, noise, levels, _without(tensors, NOISE, SAMPLES), spec)
         images = sampling.pixels(x0).to(torch.uint8).permute(0, 2, 3, 1) if pixels else x0
         return images.contiguous(), x0.isfinite().all()
 
@@ -167,6 +172,14 @@ def _draw(
         with border.crossed():
             images, finite = next(results)
         yield Drawn(images[: len(samples)], bool(finite))
+
+
+def _without(tensors: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def _filled_up(values: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
+    return np.pad(values, [(0, n - len(values)), *[(0, 0)] * (values.ndim - 1)], mode="edge")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,7 @@ def _check_same_model(checkpoints: dict[Path, Checkpoint]) -> None:
     first_file, first = next(iter(checkpoints.items()))
     shapes = {name: tensor.shape for name, tensor in first.weights.items()}
     for file, other in checkpoints.items():
-        specs = [replace(each.spec, class_names=()) for each in (first, other)]  # older snapshots have no names
+        specs = [each.spec.with_class_names(()) for each in (first, other)]  # older snapshots have no names
         same = specs[0] == specs[1] and other.network == first.network
         if not same or {name: tensor.shape for name, tensor in other.weights.items()} != shapes:
             raise ArtifactError(f"{file}: another model than {first_file.name}; snapshots of one phase belong together")

@@ -10,25 +10,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cmfast.conditions import class_label
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.checks import check_types, shown
 from cmfast_train.config.phase import Phase, check_positive, phase_from_dict
 from cmfast_train.methods.method import Method
 from cmfast_train.methods.table import find, names
-from cmfast_train.networks.count import adm_sizes, check_values, seed_sizes
+from cmfast_train.networks.count import adm_sizes, check_values, cloneofsimo_sizes
 from cmfast_train.networks.shape import (
     Size,
+    check_cloneofsimo_network,
     check_image,
     check_network,
-    check_seed_network,
     plain_size,
     sides,
     size_text,
 )
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
-NETWORKS = ("adm", "seed")  # cmfast_train.networks
+NETWORKS = ("adm", "cloneofsimo")  # cmfast_train.networks
 LIMITS: dict[str, int] = {  # of numbers and of the lengths of lists; a larger one is a slip of the hand
     "batch": 2**20,  # images
     "grid": 4096,  # images
@@ -59,8 +60,8 @@ class TrainConfig:
     # network
     init: str = ""  # a model to start from, which brings its network and its conventions; cmfast-train --init
     teacher: str = ""  # a model to distil, instead of the one that a phase starts from; cmfast-train --teacher
-    network: str = "adm"  # adm or seed: the first public implementation's, unconditional
-    model_channels: int = 128  # width of the first level; of seed, all there is to choose (its D)
+    network: str = "adm"  # adm, or cloneofsimo: the first public implementation's, unconditional
+    model_channels: int = 128  # width of the first level; of cloneofsimo, all there is to choose (its D)
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     attention: tuple[int, ...] = (16,)  # heights of the feature maps with attention, pixels
@@ -143,9 +144,9 @@ class TrainConfig:
         """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
         classes = classes if self.conditional else 0
         return ModelSpec(
-            image=(self.channels, *self.image_sides),
-            classes=classes,
-            class_names=self.class_names if classes else (),
+            shape=(self.channels, *self.image_sides),
+            data="image",
+            conditions=(class_label(classes, self.class_names),) if classes else (),
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
             sigma_data=self.sigma_data,
@@ -155,8 +156,8 @@ class TrainConfig:
         )
 
     def network_fields(self) -> dict[str, Any]:
-        """Return the fields of `networks.adm.AdmConfig` or `networks.seed.SeedConfig`, apart from the classes."""
-        if self.network == "seed":
+        """Return the fields of `AdmConfig` or `CloneofsimoConfig` of `networks`, apart from the classes."""
+        if self.network == "cloneofsimo":
             return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
         names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
         two_times = any(row.second_time for row in self.methods)
@@ -220,11 +221,11 @@ class TrainConfig:
             check_values(adm_sizes({"classes": 0, "scale_shift": True, "resblock_updown": True, **fields}))
             return
         if self.conditional:
-            raise CmfastError("network=seed takes no label; add --set conditional=false")
+            raise CmfastError("network=cloneofsimo takes no label; add --set conditional=false")
         if self.dropout != 0:
-            raise CmfastError(f"network=seed has no dropout, got dropout={self.dropout}; add --set dropout=0")
-        check_seed_network(self.network_fields())
-        check_values(seed_sizes(self.network_fields()))
+            raise CmfastError(f"network=cloneofsimo has no dropout, got dropout={self.dropout}; add --set dropout=0")
+        check_cloneofsimo_network(self.network_fields())
+        check_values(cloneofsimo_sizes(self.network_fields()))
 
     def _check_teachers(self) -> None:
         """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
@@ -295,6 +296,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
         CmfastError: it is not the configuration of a run.
     """
     fields = _fields(values, TrainConfig, "the configuration")
+    for name in ("network", "scaling"):  # as 0.1.0 wrote them
+        fields |= {name: "cloneofsimo"} if fields.get(name) == "seed" else {}
     phases = fields.get("phases", ())
     if not isinstance(phases, tuple) or len(phases) > LIMITS["phases"]:
         raise CmfastError(f"phases must be a list of at most {LIMITS['phases']} phases, got {shown(phases)}")

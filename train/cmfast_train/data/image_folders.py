@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmfast.conditions import MAX_NAME
 from cmfast.errors import CmfastError, CmfastWarning, printable
-from cmfast.spec import MAX_NAME
 from cmfast_train.border import naming, reading
 from cmfast_train.data.image_reader import MAX_FILE
 

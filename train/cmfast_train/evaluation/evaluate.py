@@ -123,7 +123,7 @@ def few_steps(
             count, sigmas=levels, seed=seed, batch=batch, first=first, progress=progress and count > batch
         ),
         n,
-        model.engine.batch or batch,
+        model.backend.batch or batch,
     )
     calls = len(levels)
     return {"steps": calls, "calls": calls, "sigmas": list(levels), "n": n, "ms_per_image": ms, "images": images}
@@ -138,7 +138,7 @@ def heun_steps(
             count, steps=steps, seed=seed, batch=batch, first=first, progress=progress and count > batch
         ),
         n,
-        model.engine.batch or batch,
+        model.backend.batch or batch,
     )
     return {"heun": steps, "calls": heun_calls(steps), "n": n, "ms_per_image": ms, "images": images}
 

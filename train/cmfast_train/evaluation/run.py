@@ -145,7 +145,7 @@ def _model(config: EvalConfig) -> _Subject:
     weights = dict(model.manifest.source)
     return _Subject(
         image=model.spec.image,
-        source={"model": {"file": config.model.name, "engine": model.engine.name, "source": weights}},
+        source={"model": {"file": config.model.name, "engine": model.backend.name, "source": weights}},
         model=model,
         levels=tuple(model.levels(k) for k in steps),
         checkpoint=checkpoint,

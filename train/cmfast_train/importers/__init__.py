@@ -22,15 +22,15 @@ from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
-from cmfast_train.importers import diffusers, edm, openai, pickles, seed
+from cmfast_train.importers import cloneofsimo, diffusers, edm, openai, pickles
 from cmfast_train.importers.facts import Draft, Facts, Told, shown
 from cmfast_train.importers.sets import one_set
 from cmfast_train.safe_load import refuse_others
 
-SOURCES = ("cmfast", "openai", "diffusers", "seed", "edm", "ect", "fastgen")
+SOURCES = ("cmfast", "openai", "diffusers", "cloneofsimo", "edm", "ect", "fastgen")
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights), draft(weights, facts, source, file)
     (openai, ("openai",)),
-    (seed, ("seed",)),
+    (cloneofsimo, ("cloneofsimo",)),
     (edm, ("edm", "ect", "fastgen")),
 )
 

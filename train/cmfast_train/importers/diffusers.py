@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
@@ -238,7 +239,9 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
     values["clip"] = facts.fixed("clip", bool(scheduler["clip_denoised"]), SCHEDULER)
     grid = values["grid"] = facts.fixed("grid", _whole(scheduler, "num_train_timesteps", file), SCHEDULER)
     try:
-        spec = ModelSpec(image=config.image_shape, classes=config.classes, **values, sigmas={1: (values["sigma_max"],)})
+        conditions = (class_label(config.classes),) if config.classes else ()
+        first: dict[int, tuple[float, ...]] = {1: (values["sigma_max"],)}
+        spec = ModelSpec(shape=config.image_shape, data="image", conditions=conditions, **values, sigmas=first)
     except CmfastError as err:
         raise ArtifactError(f"{file}: {err}") from None
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import Checkpoint, is_finite
@@ -223,4 +224,5 @@ def spec_of(
         top = float(values["sigma_max"])
         sigmas = {1: (top,), **{steps: given for steps, given in (levels or {}).items() if given[0] == top}}
         facts.usual("sigmas", tuple(sigmas.values()), levels_where or where)
-    return ModelSpec(image=image, classes=classes, sigmas=sigmas, **values)
+    conditions = (class_label(classes),) if classes else ()
+    return ModelSpec(shape=image, data="image", conditions=conditions, sigmas=sigmas, **values)

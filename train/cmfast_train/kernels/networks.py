@@ -82,11 +82,11 @@ class FusedAdm(nn.Module):
         of_kind(nn.ModuleList, self.input_blocks[0])[0] = FirstConv(of_kind(nn.Conv2d, first))
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_second: Tensor | None = None
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_noise_next: Tensor | None = None
     ) -> Tensor:
         emb = self.time_embed(self.waves(cast(c_noise, torch.float32)))
         if self.second_embed is not None:
-            second = torch.zeros_like(c_noise) if c_second is None else c_second
+            second = torch.zeros_like(c_noise) if c_noise_next is None else c_noise_next
             emb = emb + self.second_embed(self.waves(second))
         if self.label_emb is not None:
             emb = emb + self.label_emb(label)

@@ -12,13 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from cmfast_train.denoiser import expand as expand
+
 Conditions = Mapping[str, Tensor]  # by name: class conditions int64 [B], tensor conditions float32 [B, *shape]
 Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, sigma, conditions) -> x0
-
-
-def expand(values: Tensor, like: Tensor) -> Tensor:
-    """Return values [B] with as many dimensions as `like` [B, *shape], so that they broadcast against it."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def values_of(x: Tensor) -> tuple[int, ...]:

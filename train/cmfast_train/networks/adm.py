@@ -59,7 +59,7 @@ class AdmConfig:
 class AdmUnet(nn.Module):
     """F(x, c_noise, label): x [B, C, H, W], c_noise [B], label [B] int64 or None -> [B, C, H, W] float32.
 
-    With two_times also F(x, c_noise, label, c_second), c_second [B]; without it, c_second = 0.
+    With two_times also F(x, c_noise, label, c_noise_next), c_noise_next [B]; without it, c_noise_next = 0.
     """
 
     def __init__(self, config: AdmConfig) -> None:
@@ -113,7 +113,7 @@ class AdmUnet(nn.Module):
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, config.channels)))
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_second: Tensor | None = None
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_noise_next: Tensor | None = None
     ) -> Tensor:
         # 250 ln(sigma) is in the thousands: half precision would lose the noise level.
         with full_precision(x):
@@ -122,7 +122,7 @@ class AdmUnet(nn.Module):
             wide = first.weight.dtype  # float32, or float64 where all of the network is
             emb = self.time_embed(timestep_embedding(cast(c_noise, wide), self.config.model_channels))
             if self.config.two_times:
-                second = torch.zeros_like(c_noise) if c_second is None else c_second
+                second = torch.zeros_like(c_noise) if c_noise_next is None else c_noise_next
                 emb = emb + self.second_embed(timestep_embedding(second, self.config.model_channels))
             if self.config.classes:
                 emb = emb + self.label_emb(label)

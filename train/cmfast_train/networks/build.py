@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which networks F(x, c_noise, label) a checkpoint can hold, and how each is built from its configuration."""
+"""Which networks F(x, c_noise, **conditions) a checkpoint can hold, and how each is built from its configuration."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.config.checks import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
-from cmfast_train.networks.count import adm_sizes, edm_sizes, seed_sizes
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
+from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.precision import float32_weights
-from cmfast_train.networks.seed import SeedConfig, SeedUnet
 
-# Every configuration has image_size, image_shape, channels and classes; networks are called with (x, c_noise, label).
-NetworkConfig = AdmConfig | SeedConfig | SongConfig | DhariwalConfig
+# Every configuration has image_size, image_shape, channels and classes; networks are called with
+# (x, c_noise), and label=, c_noise_next= where they have them.
+NetworkConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig
 _TYPES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),
-    "seed": (SeedConfig, SeedUnet),
+    "cloneofsimo": (CloneofsimoConfig, CloneofsimoUnet),
     "song": (SongConfig, SongUnet),
     "dhariwal": (DhariwalConfig, DhariwalUnet),
 }
+_FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
 _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every tensor
     "adm": adm_sizes,
-    "seed": seed_sizes,
+    "cloneofsimo": cloneofsimo_sizes,
     "song": lambda fields: edm_sizes(fields, song=True),
     "dhariwal": lambda fields: edm_sizes(fields, song=False),
 }
@@ -66,6 +68,7 @@ def network_from_dict(values: Mapping[str, Any]) -> NetworkConfig:
     if not isinstance(values, Mapping):
         raise CmfastError(f"a network is described by names and values, got {shown(values)}")
     name = values.get("type")
+    name = _FORMER.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in _TYPES:
         raise CmfastError(f"unknown network type {shown(name)}; this version knows {', '.join(_TYPES)}")
     kind = _TYPES[name][0]

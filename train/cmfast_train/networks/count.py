@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How many tensors and values a network will have, from its configuration alone, before anything is built.
 
-The walks here follow the constructors in `adm`, `edm` and `seed`; a test compares them with what those build. torch is
-not needed.
+The walks here follow the constructors in `adm`, `edm` and `cloneofsimo`; a test compares them with what those build.
+torch is not needed.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def edm_sizes(f: Mapping[str, Any], song: bool) -> Sizes:
         yield from (*_norm(widths[level]), *_conv(widths[level], channels, 3))
 
 
-def seed_sizes(f: Mapping[str, Any]) -> Sizes:
-    """Yield the size of every tensor of `seed.SeedUnet`."""
+def cloneofsimo_sizes(f: Mapping[str, Any]) -> Sizes:
+    """Yield the size of every tensor of `cloneofsimo.CloneofsimoUnet`."""
     d, n = f["width"], f["channels"]
     blocks = ((d, d), (d, 2 * d), (2 * d, 2 * d), (2 * d, 2 * d), (2 * d, 2 * d), (4 * d, d), (d, d))
     for c_in, c_out in blocks:

@@ -89,8 +89,8 @@ def check_network(fields: Mapping[str, Any]) -> None:
         raise CmfastError(f"dropout must be at least 0 and below 1, got {fields['dropout']}")
 
 
-def check_seed_network(fields: Mapping[str, Any]) -> None:
-    """Raise CmfastError unless a network can be built with these fields of `networks.seed.SeedConfig`."""
+def check_cloneofsimo_network(fields: Mapping[str, Any]) -> None:
+    """Raise CmfastError unless a network can be built with these fields of `networks.cloneofsimo.CloneofsimoConfig`."""
     size = fields["image_size"]
     check_image(fields["channels"], size)
     if type(fields["width"]) is not int or fields["width"] < 1:

@@ -19,7 +19,7 @@ from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.methods.distances import Distance
 from cmfast_train.networks.build import NetworkConfig
-from cmfast_train.networks.seed import SeedConfig
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.training.initial_model import Start, start_of
 
 
@@ -124,8 +124,8 @@ def why_not_fused(
         return "fused=false"
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if isinstance(network, SeedConfig):
-        return "network=seed has other layers"
+    if isinstance(network, CloneofsimoConfig):
+        return "network=cloneofsimo has other layers"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if not config.channels_last:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import remove_leftovers, write_text
-from cmfast.locks import exclusive
+from cmfast.files.locks import exclusive
 from cmfast_train.config.train_config import FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.training.log import noted_a_checkpoint
 

@@ -152,8 +152,7 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) 
         )
     sigmas = {len(s): s for s in config.sigmas}
     return dataclasses.replace(
-        spec,
-        class_names=names or spec.class_names,
+        spec.with_class_names(names or spec.class_names),
         scaling=scaling,
         sigmas=sigmas,
         renoise=_consistent(spec.renoise),

@@ -36,14 +36,14 @@ from torch.utils.checkpoint import checkpoint
 
 from cmfast.errors import CmfastError
 from cmfast_train.networks import adm, edm
-from cmfast_train.networks.seed import SeedUnet
+from cmfast_train.networks.cloneofsimo import CloneofsimoUnet
 
 T = TypeVar("T")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """Return the blocks that a network is a sequence of: nearly all of its weights and of its arithmetic."""
-    kinds = (nn.Sequential,) if isinstance(network, SeedUnet) else (adm.ResBlock, adm.Attention, edm.Block)
+    kinds = (nn.Sequential,) if isinstance(network, CloneofsimoUnet) else (adm.ResBlock, adm.Attention, edm.Block)
     return [module for module in network.modules() if isinstance(module, kinds)]
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cmfast.conditions import some_values
 from cmfast.files import atomic_file
 from cmfast.images import grid_image
-from cmfast.noise import gaussian, labels
+from cmfast.noise import slices
 from cmfast.sampling import sample, to_uint8
 from cmfast.spec import ModelSpec
 
@@ -20,12 +21,13 @@ from cmfast.spec import ModelSpec
 def draw(
     denoise: Any, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device
 ) -> np.ndarray:
-    """Return n images, float32 [n, C, H, W] in data units, from denoise(x, sigma [B], label)."""
+    """Return n images, float32 [n, C, H, W] in data units, from denoise(x, sigma [B], **conditions)."""
     indices = range(n)
-    noise = torch.from_numpy(np.stack([gaussian(seed, indices, k, spec.image) for k in range(len(sigmas))])).to(device)
-    label = torch.from_numpy(labels(seed, indices, spec.classes)).to(device) if spec.classes else None
+    noise = torch.from_numpy(slices(seed, indices, len(sigmas), spec.shape)).to(device)
+    values = some_values(spec.conditions, n, seed=seed)
+    conditions = {name: torch.from_numpy(value).to(device) for name, value in values.items()}
     with torch.inference_mode():
-        x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), label), noise, sigmas, spec)
+        x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), **conditions), noise, sigmas, spec)
     images: npt.NDArray[np.float32] = x0.float().cpu().numpy()
     return images
 

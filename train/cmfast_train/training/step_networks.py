@@ -126,7 +126,8 @@ class StepNetworks:
         return output
 
     def _frozen(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        x0: Tensor = self._no_grad(denoiser, x, sigma, conditions["label"] if denoiser.spec.classes else None)
+        own = conditions_of(denoiser, conditions)
+        x0: Tensor = self._no_grad(lambda x, sigma: denoiser(x, sigma, **own), x, sigma)
         return x0
 
     def _no_grad(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -139,7 +140,12 @@ def output_of(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
 ) -> Tensor:
     """Return F [B, *shape] of a denoiser, which is given those of the conditions that it has."""
-    return denoiser.output(x, sigma, conditions["label"] if denoiser.spec.classes else None, sigma_next)
+    return denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
+
+
+def conditions_of(denoiser: Denoiser, conditions: Conditions) -> dict[str, Tensor]:
+    """Return those of the conditions that a denoiser has."""
+    return {each.name: conditions[each.name] for each in denoiser.spec.conditions}
 
 
 def same_dropout(denoise: Callable[..., Any], devices: list[int]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.importers.facts import Draft, Facts, spec_of
-from cmfast_train.networks.seed import SeedConfig, SeedUnet
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
 
 FILES = {"ct_mnist.pth": (1, 32), "ct_cifar10.pth": (3, 32)}  # what its main.py writes: channels, image size (pixels)
 IMAGE_SIZE = 32  # pixels, of both
@@ -34,7 +34,7 @@ LEVELS = {2: (80.0, 2.0), 5: (80.0, 40.0, 20.0, 10.0, 5.0)}  # what main.py samp
 
 def matches(weights: Mapping[str, Tensor]) -> bool:
     """Whether most of the tensors that the network has are there, by name."""
-    names = _shapes(SeedConfig(image_size=IMAGE_SIZE)).keys()
+    names = _shapes(CloneofsimoConfig(image_size=IMAGE_SIZE)).keys()
     return len(names & weights.keys()) > len(names) / 2
 
 
@@ -53,22 +53,22 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
         size = facts.usual("image_size", FILES[file.name][1], "the file's name")
     else:
         size = facts.asked("image_size", IMAGE_SIZE)
-    usual = CONVENTIONS | ({"scaling": "seed", "c_noise": "raw"} if source or named else {})
-    by = f", by {'--source seed' if source else 'the name of the file'}" if source or named else ""
-    network = None if size is None else SeedConfig(image_size=size, channels=channels, width=width)
+    usual = CONVENTIONS | ({"scaling": "cloneofsimo", "c_noise": "raw"} if source or named else {})
+    by = f", by {'--source cloneofsimo' if source else 'the name of the file'}" if source or named else ""
+    network = None if size is None else CloneofsimoConfig(image_size=size, channels=channels, width=width)
     image = None if network is None else network.image_shape
     spec = spec_of(facts, image, 0, usual, f"the first public implementation{by}", LEVELS)
-    by_source = {"scaling", "c_noise"}  # what --source seed says
+    by_source = {"scaling", "c_noise"}  # what --source cloneofsimo says
     rest = [f"--set {name}={example}" for name, example in facts.missing.items() if name not in by_source]
     return Draft(
-        format="seed",
+        format="cloneofsimo",
         what="the network of the first public implementation (cloneofsimo/consistency_models)",
         facts=facts,
         network=network,
         spec=spec,
-        source={"format": "seed"},
+        source={"format": "cloneofsimo"},
         weights=lambda: {name: tensor.float().contiguous() for name, tensor in weights.items()},
-        hint=" ".join(["--source seed", *rest]) if by_source & facts.missing.keys() else "",
+        hint=" ".join(["--source cloneofsimo", *rest]) if by_source & facts.missing.keys() else "",
     )
 
 
@@ -79,7 +79,7 @@ def _size(weights: Mapping[str, Tensor], file: Path) -> tuple[int, int]:
         raise ArtifactError(f"{file}: named as the first public implementation's network, but without a down.0.weight")
     width, channels = first.shape[:2]
     try:
-        need = _shapes(SeedConfig(image_size=IMAGE_SIZE, channels=channels, width=width))
+        need = _shapes(CloneofsimoConfig(image_size=IMAGE_SIZE, channels=channels, width=width))
     except CmfastError as err:
         raise ArtifactError(f"{file}: its down.0.weight is {list(first.shape)}: {err}") from None
     have = {name: list(tensor.shape) for name, tensor in weights.items()}
@@ -94,6 +94,6 @@ def _size(weights: Mapping[str, Tensor], file: Path) -> tuple[int, int]:
     return width, channels
 
 
-def _shapes(config: SeedConfig) -> dict[str, list[int]]:
+def _shapes(config: CloneofsimoConfig) -> dict[str, list[int]]:
     with torch.device("meta"):
-        return {name: list(tensor.shape) for name, tensor in SeedUnet(config).state_dict().items()}
+        return {name: list(tensor.shape) for name, tensor in CloneofsimoUnet(config).state_dict().items()}

@@ -20,22 +20,24 @@ from torch import Tensor
 import cmfast
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.sampling import sample
-from cmfast.spec import ModelSpec
 from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
 from cmfast_train.importers.facts import Draft, Told
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import build_network, network_from_dict, network_to_dict
-from cmfast_train.networks.seed import SeedConfig, SeedUnet, sine_embedding
+from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet, sine_embedding
+from helpers.specs import image_spec
 
 EPS = 0.002  # the original's name for sigma_min
-CONVENTIONS = {"scaling": "seed", "c_noise": "raw", "clip": False}
+CONVENTIONS = {"scaling": "cloneofsimo", "c_noise": "raw", "clip": False}
 
 
 @functools.cache
-def random_network(width: int = 32, channels: int = 1, side: int = 8) -> SeedUnet:
-    network = SeedUnet(SeedConfig(image_size=side, channels=channels, width=width)).eval().requires_grad_(False)
+def random_network(width: int = 32, channels: int = 1, side: int = 8) -> CloneofsimoUnet:
+    network = (
+        CloneofsimoUnet(CloneofsimoConfig(image_size=side, channels=channels, width=width)).eval().requires_grad_(False)
+    )
     randomise(network)
     return network
 
@@ -46,7 +48,7 @@ def some(*shape: int, seed: int = 0) -> Tensor:
 
 def checkpoint_of(width: int = 32, channels: int = 1, side: int = 8, **conventions: Any) -> Checkpoint:
     network = random_network(width, channels, side)
-    spec = ModelSpec(image=(channels, side, side), **(conventions or CONVENTIONS))
+    spec = image_spec(image=(channels, side, side), **(conventions or CONVENTIONS))
     return Checkpoint(spec=spec, network=network.config, weights=network.state_dict())
 
 
@@ -143,7 +145,7 @@ def test_the_comparison_uses_all_seventy_tensors() -> None:
     whole, x, sigma = random_network(64), some(2, 1, 8, 8), torch.tensor([0.5, 3.0])
     weights, want = whole.state_dict(), whole(x, sigma)
     for name, weight in weights.items():
-        network = SeedUnet(whole.config).requires_grad_(False)
+        network = CloneofsimoUnet(whole.config).requires_grad_(False)
         network.load_state_dict({**weights, name: weight + 0.01 * some(*weight.shape)})
         assert (network(x, sigma) - want).abs().max() > 1e-5, name
 
@@ -189,7 +191,7 @@ def test_under_autocast_the_noise_level_and_the_answer_stay_float32() -> None:
 
 def shapes(width: int, channels: int) -> dict[str, list[int]]:
     with torch.device("meta"):
-        network = build_network(SeedConfig(image_size=32, channels=channels, width=width))
+        network = build_network(CloneofsimoConfig(image_size=32, channels=channels, width=width))
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
@@ -222,8 +224,14 @@ def test_keys_and_shapes_are_the_originals_in_its_order(n: int, d: int) -> None:
 
 
 def test_a_configuration_survives_its_checkpoint() -> None:
-    config = SeedConfig(image_size=32, channels=1, width=64)
-    assert network_to_dict(config) == {"type": "seed", "image_size": 32, "channels": 1, "classes": 0, "width": 64}
+    config = CloneofsimoConfig(image_size=32, channels=1, width=64)
+    assert network_to_dict(config) == {
+        "type": "cloneofsimo",
+        "image_size": 32,
+        "channels": 1,
+        "classes": 0,
+        "width": 64,
+    }
     assert network_from_dict(network_to_dict(config)) == config
 
 
@@ -242,7 +250,7 @@ def test_a_configuration_survives_its_checkpoint() -> None:
 )
 def test_a_shape_that_cannot_be_is_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(CmfastError, match=words):
-        SeedConfig(**{"image_size": 32, **values})
+        CloneofsimoConfig(**{"image_size": 32, **values})
 
 
 # Its files.
@@ -274,16 +282,16 @@ def test_a_file_named_as_the_original_names_it_says_everything(
     width: int, name: str, channels: int, write: Write
 ) -> None:
     checkpoint = load_model(write(name, channels, width))
-    assert checkpoint.network == SeedConfig(image_size=32, channels=channels, width=width)
-    assert checkpoint.spec == ModelSpec(
+    assert checkpoint.network == CloneofsimoConfig(image_size=32, channels=channels, width=width)
+    assert checkpoint.spec == image_spec(
         image=(channels, 32, 32),
-        scaling="seed",
+        scaling="cloneofsimo",
         c_noise="raw",
         clip=False,
         grid=150,
         sigmas={1: (80.0,), 2: (80.0, 2.0), 5: (80.0, 40.0, 20.0, 10.0, 5.0)},
     )
-    assert checkpoint.source == {"format": "seed"}
+    assert checkpoint.source == {"format": "cloneofsimo"}
     x, sigma = some(2, channels, 32, 32), torch.tensor([0.7, 80.0])
     assert_equal_to_six_digits(
         checkpoint.denoiser()(x, sigma), original(random_network(width, channels).state_dict(), x, sigma)
@@ -294,9 +302,12 @@ def test_every_fact_says_where_it_is_from(write: Write) -> None:
     facts = facts_of(write(), renoise="plain")
     assert facts["network"] == ("the first public implementation's U-Net, width 32, image channels 1", "the tensors")
     assert facts["image_size"] == (32, "the file's name")
-    assert facts["scaling"] == ("seed", "the first public implementation, by the name of the file")
+    assert facts["scaling"] == ("cloneofsimo", "the first public implementation, by the name of the file")
     assert facts["renoise"] == ("plain", "--set")
-    assert facts_of(write("model.pth"), "seed")["scaling"][1] == "the first public implementation, by --source seed"
+    assert (
+        facts_of(write("model.pth"), "cloneofsimo")["scaling"][1]
+        == "the first public implementation, by --source cloneofsimo"
+    )
 
 
 def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
@@ -307,14 +318,14 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "source", "told", "missing", "say"),
     [
-        ("model.pth", 1, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32, or --set image_"),
-        ("model.pth", 1, "", {"image_size": 8}, "scaling, c_noise", "--source seed, or --set scaling="),
-        ("model.pth", 1, "", {"scaling": "boundary"}, "image_size, c_noise", "--source seed --set image_size=32, or "),
-        ("model.pth", 1, "seed", {}, "image_size", "--set image_size=32"),
-        ("ct_mnist.pt", 1, "", {"image_size": 8}, "scaling, c_noise", "--source seed, or --set scaling="),
-        ("ct_imagenet9.pth", 3, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32"),
-        ("ct_mnist.pth", 3, "", {}, "image_size, scaling, c_noise", "--source seed --set "),  # MNIST has one channel
-        ("ct_cifar10.pth", 1, "", {}, "image_size, scaling, c_noise", "--source seed --set image_size=32"),
+        ("model.pth", 1, "", {}, "image_size, scaling, c_noise", "cloneofsimo --set image_size=32, or --set image_"),
+        ("model.pth", 1, "", {"image_size": 8}, "scaling, c_noise", "--source cloneofsimo, or --set scaling="),
+        ("model.pth", 1, "", {"scaling": "boundary"}, "image_size, c_noise", "cloneofsimo --set image_size=32, or "),
+        ("model.pth", 1, "cloneofsimo", {}, "image_size", "--set image_size=32"),
+        ("ct_mnist.pt", 1, "", {"image_size": 8}, "scaling, c_noise", "--source cloneofsimo, or --set scaling="),
+        ("ct_imagenet9.pth", 3, "", {}, "image_size, scaling, c_noise", "--source cloneofsimo --set image_size=32"),
+        ("ct_mnist.pth", 3, "", {}, "image_size, scaling, c_noise", "cloneofsimo --set "),  # MNIST has one channel
+        ("ct_cifar10.pth", 1, "", {}, "image_size, scaling, c_noise", "--source cloneofsimo --set image_size=32"),
     ],
 )  # fmt: skip
 def test_what_the_file_does_not_say_is_asked_for(
@@ -325,26 +336,26 @@ def test_what_the_file_does_not_say_is_asked_for(
         load_model(path, source, Told(**told))
     assert f"does not say its {missing}, and" in str(raised.value)
     assert f" {say}" in str(raised.value)
-    assert ("--source seed" in str(raised.value)) == ("c_noise" in missing)
+    assert ("--source cloneofsimo" in str(raised.value)) == ("c_noise" in missing)
 
 
 def test_what_was_asked_for_can_be_told(write: Write) -> None:
     path = write("model.pth")
-    as_the_original = load_model(path, "seed", Told(image_size=8))
+    as_the_original = load_model(path, "cloneofsimo", Told(image_size=8))
     corrected = load_model(path, "", Told(image_size=8, scaling="boundary", c_noise="250ln", sigmas=((80.0,),)))
-    assert as_the_original.spec.scaling == "seed"
-    assert corrected.spec == ModelSpec(
+    assert as_the_original.spec.scaling == "cloneofsimo"
+    assert corrected.spec == image_spec(
         image=(1, 8, 8), scaling="boundary", c_noise="250ln", clip=False, grid=150, sigmas={1: (80.0,)}
     )
-    assert as_the_original.network == corrected.network == SeedConfig(image_size=8, channels=1, width=32)
+    assert as_the_original.network == corrected.network == CloneofsimoConfig(image_size=8, channels=1, width=32)
     assert as_the_original.sha256() == corrected.sha256()
 
 
 @pytest.mark.parametrize(
     ("source", "told", "words"),
     [
-        ("openai", {}, "--source openai, but its tensors are named as in seed"),
-        ("seed:mnist", {}, "--source seed:mnist: unknown; there are .*seed"),
+        ("openai", {}, "--source openai, but its tensors are named as in cloneofsimo"),
+        ("cloneofsimo:mnist", {}, "--source cloneofsimo:mnist: unknown; there are .*cloneofsimo"),
         ("", {"qkv": "3hd"}, "--set qkv=3hd: .*without attention"),
         ("", {"head_channels": 64}, "--set head_channels=64: .*without attention"),
         ("", {"image_size": 30}, "image_size=30 cannot be halved twice"),
@@ -391,7 +402,7 @@ def test_weights_in_half_precision_are_read_as_float32(write: Write) -> None:
 
 
 def test_other_networks_are_not_taken_for_it() -> None:
-    from cmfast_train.importers.seed import matches
+    from cmfast_train.importers.cloneofsimo import matches
 
     adm = AdmUnet(AdmConfig(image_size=8, model_channels=32, channel_mult=(1,), attention=(), head_channels=32))
     assert matches(random_network().state_dict())
@@ -405,12 +416,12 @@ def test_other_networks_are_not_taken_for_it() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_imported_file_exports_to_what_the_original_computes(channels: int, write: Write, tmp_path: Path) -> None:
-    save_checkpoint(load_model(write("model.pth", channels), "seed", Told(image_size=8)), tmp_path / "model.pt")
+    save_checkpoint(load_model(write("model.pth", channels), "cloneofsimo", Told(image_size=8)), tmp_path / "model.pt")
     exported = export_onnx(tmp_path / "model.pt", tmp_path / "model.onnx")
     assert exported.denoiser.parity.boundary == 0
-    assert exported.manifest.source["format"] == "seed"
+    assert exported.manifest.source["format"] == "cloneofsimo"
     assert exported.manifest.source["sha256"] == load_checkpoint(tmp_path / "model.pt").sha256()
-    assert exported.manifest.spec.scaling == "seed"
+    assert exported.manifest.spec.scaling == "cloneofsimo"
 
     model, weights = cmfast.load(tmp_path / "model.onnx"), random_network(32, channels).state_dict()
     x = some(len(LEVELS), channels, 8, 8)
@@ -422,7 +433,7 @@ def test_an_imported_file_exports_to_what_the_original_computes(channels: int, w
 
 
 def test_its_two_and_five_steps_are_one_file_each(write: Write, tmp_path: Path) -> None:
-    save_checkpoint(load_model(write("model.pth"), "seed", Told(image_size=8)), tmp_path / "model.pt")
+    save_checkpoint(load_model(write("model.pth"), "cloneofsimo", Told(image_size=8)), tmp_path / "model.pt")
     weights = random_network().state_dict()
     for steps in (2, 5):
         path = tmp_path / f"sampler{steps}.onnx"

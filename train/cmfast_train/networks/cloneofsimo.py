@@ -3,8 +3,8 @@
 
 Two halvings, residual blocks without attention, the noise level as one linear layer a level. The state-dict keys
 are its 70, so the files that it wrote load without renaming. Here is F alone: its skip and output scaling, and the
-noise level as it is, are `ModelSpec(scaling="seed", c_noise="raw")`; with other conventions the same network trains
-as the papers say.
+noise level as it is, are `ModelSpec(scaling="cloneofsimo", c_noise="raw")`; with other conventions the same
+network trains as the papers say.
 
 The function is the original's, and the weights are; the multiplications are half of its. Nothing but rounding differs:
 
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast_train.config.checks import check_types
 from cmfast_train.networks.adm import GroupNorm32
-from cmfast_train.networks.count import check_values, seed_sizes
+from cmfast_train.networks.count import check_values, cloneofsimo_sizes
 from cmfast_train.networks.precision import cast, full_precision
-from cmfast_train.networks.shape import Size, check_seed_network, plain_size, sides
+from cmfast_train.networks.shape import Size, check_cloneofsimo_network, plain_size, sides
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedConfig:
+class CloneofsimoConfig:
     """The shape of one network. Saved in the checkpoint under "network"."""
 
     image_size: (
@@ -45,10 +45,10 @@ class SeedConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_types(self)
-        check_seed_network(vars(self))
+        check_cloneofsimo_network(vars(self))
         if self.classes != 0:
             raise CmfastError(f"the first public implementation's network takes no label, got classes={self.classes}")
-        check_values(seed_sizes(vars(self)))
+        check_values(cloneofsimo_sizes(vars(self)))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,10 +56,10 @@ class SeedConfig:
         return (self.channels, *sides(self.image_size))
 
 
-class SeedUnet(nn.Module):
+class CloneofsimoUnet(nn.Module):
     """F(x, c_noise): x [B, C, H, W], c_noise [B] -> [B, C, H, W] float32. `label` is for the common contract."""
 
-    def __init__(self, config: SeedConfig) -> None:
+    def __init__(self, config: CloneofsimoConfig) -> None:
         super().__init__()
         self.config = config
         d, n = config.width, config.channels

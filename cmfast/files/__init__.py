@@ -2,8 +2,8 @@
 """Writing files so that a run killed at any moment, or a full disk, leaves the old file or the new one.
 
 `check_target` and its siblings refuse a target before the work; `atomic_file` and `atomic_folder` write it;
-`cmfast.locks` keeps two processes from writing one thing. A temporary file is locked as long as its writer lives, so
-that the next write in its folder can tell what a killed process left behind, and removes it.
+`cmfast.files.locks` keeps two processes from writing one thing. A temporary file is locked as long as its writer lives,
+so that the next write in its folder can tell what a killed process left behind, and removes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmfast.errors import CmfastError
-from cmfast.locks import lock_shared_with_children
+from cmfast.files.locks import lock_shared_with_children
 
 StrPath = str | os.PathLike[str]
 
