@@ -24,9 +24,10 @@ from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench import timing
 from cmfast.bench.roofline import floor_ms
 from cmfast.checks import NotFinite
+from cmfast.conditions import some_values
 from cmfast.errors import CheckFailed, EngineError
 from cmfast.formats.manifest import PRECISIONS, ROUNDING, WINOGRAD
-from cmfast.noise import gaussian, labels
+from cmfast.noise import gaussian
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from gpu_cost import count
@@ -65,14 +66,14 @@ class Bench:
         """Return the line of one way at one cell."""
         eager = self.eager(cell.network, cell.precision)
         backend = self.open(cell.network, cell.precision, way) if way else eager
-        noise, label, sigmas = self.inputs(cell)
-        want = eager.loop(noise, sigmas, label)
-        got = backend.loop(noise, sigmas, label)
+        noise, conditions, sigmas = self.inputs(cell)
+        want = eager.loop(noise, sigmas, conditions)
+        got = backend.loop(noise, sigmas, conditions)
         difference, allowed = compare(want, got, cell.precision, self.device)
-        calls = {"eager": lambda: eager.loop(noise, sigmas, label)}
+        calls = {"eager": lambda: eager.loop(noise, sigmas, conditions)}
         backends = {"eager": eager}
         if way:
-            calls["way"], backends["way"] = lambda: backend.loop(noise, sigmas, label), backend
+            calls["way"], backends["way"] = lambda: backend.loop(noise, sigmas, conditions), backend
         wall, on_device = self.timed(calls, backends)
         mine = "way" if way else "eager"
         summary = {name: summarise(times) for name, times in wall.items()}
@@ -145,10 +146,10 @@ class Bench:
         return self._costs[key]
 
     def inputs(self, cell: Cell) -> tuple[Any, Any, tuple[float, ...]]:
-        """Return noise [K, B, C, H, W], labels [B] or None, and noise levels."""
+        """Return noise [K, B, C, H, W], the conditions, and noise levels."""
         spec = self.model(cell.network).spec
         noise = _noise(cell.batch, cell.steps, spec.image)
-        return noise, labels(0, range(cell.batch), spec.classes) if spec.classes else None, spec.levels(cell.steps)
+        return noise, some_values(spec.conditions, cell.batch), spec.levels(cell.steps)
 
 
 def compare(want: Any, got: Any, precision: str, device: str) -> tuple[float, float]:

@@ -49,14 +49,14 @@ def sample(bench: Bench, network: str) -> Line:
     images = model.sample(2 * batch, steps=1, batch=batch)  # warms up
     if not images.std() > 1:
         raise CheckFailed("all pixels are the same")
-    inputs, label, sigmas = bench.inputs(cell)
+    inputs, conditions, sigmas = bench.inputs(cell)
     if bench.device == "cuda":
         with backend.timed() as times:
             for _ in range(6):
-                backend.loop(inputs, sigmas, label)
+                backend.loop(inputs, sigmas, conditions)
         own_ms = median_compute_ms(times[1:])
     else:
-        own_ms = statistics.median(timed_ms(lambda: backend.loop(inputs, sigmas, label)) for _ in range(3))
+        own_ms = statistics.median(timed_ms(lambda: backend.loop(inputs, sigmas, conditions)) for _ in range(3))
     seconds = [timed_ms(lambda: model.sample(n, steps=1, batch=batch)) / 1000 for _ in range(3)]
     rate, own = n / statistics.median(seconds), 1000 * batch / own_ms
     return {
@@ -83,15 +83,15 @@ def profile(bench: Bench, network: str, which: str) -> Line:
     if which == "best" and not way:
         raise NotHere("no way was faster than eager, or none was measured")
     backend = bench.open(network, "bf16", way)
-    inputs, label, sigmas = bench.inputs(cell)
+    inputs, conditions, sigmas = bench.inputs(cell)
     for _ in range(2):
-        backend.loop(inputs, sigmas, label)
+        backend.loop(inputs, sigmas, conditions)
     activity = torch.profiler.ProfilerActivity
     calls = 3
     activities = [activity.CPU, activity.CUDA] if bench.device == "cuda" else [activity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(calls):
-            backend.loop(inputs, sigmas, label)
+            backend.loop(inputs, sigmas, conditions)
     events = [event for event in profiler.key_averages() if bench.device == "cpu" or kernel_ms(event, "cuda") > 0]
     if bench.device == "cuda":  # kernels and copies; the operators that launched them have the same time again
         events = [event for event in events if str(event.device_type).endswith("CUDA")]

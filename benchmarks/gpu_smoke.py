@@ -180,9 +180,9 @@ def replay(bench: Bench, network: str, way: str) -> Line:
         raise NotHere("a CPU has no CUDA graphs")
     cell = Cell(network=network, precision="bf16", batch=8, steps=2)
     eager, backend = bench.eager(network, "bf16"), bench.open(network, "bf16", way)
-    noise, label, sigmas = bench.inputs(cell)
-    first, other, again = (backend.loop(each, sigmas, label) for each in (noise, -noise, noise))
-    difference = float(np.abs(first - eager.loop(noise, sigmas, label)).max())
+    noise, conditions, sigmas = bench.inputs(cell)
+    first, other, again = (backend.loop(each, sigmas, conditions) for each in (noise, -noise, noise))
+    difference = float(np.abs(first - eager.loop(noise, sigmas, conditions)).max())
     moved = float(np.abs(first - other).max())
     same = bool((first == again).all())
     return {
