@@ -203,7 +203,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def persistent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Return a function that pickles modules as EDM does; plain pickle can read what it returns."""
-    from helpers.edm_pickles import PersistentPickler, reconstruct
+    from helpers.foreign.edm_pickles import PersistentPickler, reconstruct
 
     module = types.ModuleType("torch_utils.persistence")
     function = types.FunctionType(reconstruct.__code__, globals(), "_reconstruct_persistent_obj")
@@ -225,7 +225,7 @@ def persistent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
 @pytest.fixture
 def snapshot(persistent: Callable[..., bytes], tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a network snapshot as EDM and ECT do, of the weights of a case."""
-    from helpers.edm import CASES, Precond, new, weights_of
+    from helpers.foreign.edm import CASES, Precond, new, weights_of
 
     def write(name: str, kind: str, key: str = "ema", **attributes: Any) -> Path:
         network = new(CASES[name])

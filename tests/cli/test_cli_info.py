@@ -15,6 +15,7 @@ from onnx import helper
 
 import cmfast
 from cmfast.cli.info import _table, main
+from cmfast.conditions import class_label
 from cmfast.formats.manifest import graph_sha256
 
 Factory = Callable[..., Path]
@@ -117,7 +118,8 @@ def test_names_of_the_classes_are_shown_and_many_are_shortened(
         (["cat", "läßt"], "2: cat, läßt"),
         ([f"c{i}" for i in range(30)], f"30: {', '.join(f'c{i}' for i in range(19))}, ..., c29"),
     ):
-        path = with_manifest(handmade_onnx(8), tmp_path / "named.onnx", classes=len(names), class_names=names)
+        label = class_label(len(names), names).to_dict()
+        path = with_manifest(handmade_onnx(8), tmp_path / "named.onnx", conditions=[label])
         assert words_of(call(main, path).stdout)["classes"] == words
 
 
@@ -159,7 +161,7 @@ def test_json_is_the_manifest_and_nothing_else(
     assert call(main, handmade_onnx(8), "--json").stdout == cmfast.read_manifest(handmade_onnx(8)).to_json() + "\n"
     want = cmfast.load(tiny_checkpoint(10)).manifest.to_json()
     assert call(main, tiny_checkpoint(10), "--json").stdout == want + "\n"
-    assert json.loads(want)["schema"] == "cmfast/1"
+    assert json.loads(want)["schema"] == "cmfast/2"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,10 @@ def test_json_is_the_manifest_and_nothing_else(
         ("truncated.safetensors", "truncated.safetensors: not a whole safetensors file"),
         ("bare.onnx", "an ONNX file without a cmfast manifest, so its conventions are unknown; make one that has it: "),
         ("bare.pt", "bare.pt: "),
-        ("future.onnx", "schema 'cmfast/2', this version reads 'cmfast/1'; update cmfast or export the model again"),
+        (
+            "future.onnx",
+            "schema 'cmfast/3', this version reads 'cmfast/1' and 'cmfast/2'; update cmfast or export the model again",
+        ),
         ("model.trt", "model.trt: no engine runs files ending in .trt; there are some for .onnx, .engine, .plan, "),
     ],
 )
@@ -199,7 +204,7 @@ def test_a_file_that_says_nothing_of_itself_is_one_line(
             torch.save({"weights": torch.zeros(3)}, path)
         case ["bare" | "future" as kind, _]:
             model = onnx.load(handmade_onnx(8))
-            text = model.metadata_props[0].value.replace("cmfast/1", "cmfast/2")
+            text = model.metadata_props[0].value.replace("cmfast/2", "cmfast/3")
             helper.set_model_props(model, {"cmfast": text} if kind == "future" else {"author": "somebody"})
             onnx.save(model, path)
     refused(call(main, path, *options), words)

@@ -260,7 +260,7 @@ def test_classes_go_by_name_on_the_command_line(
     import torch
 
     model = torch.load(tiny_checkpoint(10), weights_only=True)
-    model["spec"]["class_names"] = ["cat", "dog", "a, b", *"3456789"]
+    model["spec"]["conditions"][0]["class_names"] = ["cat", "dog", "a, b", *"3456789"]
     torch.save(model, tmp_path / "model.pt")
     out = tmp_path / "a.npz"
     for label, want in (("dog,cat,3", [1, 0, 3]), ("a, b", [2, 2, 2]), ("9", [9, 9, 9]), ("dog, cat, +4", [1, 0, 4])):

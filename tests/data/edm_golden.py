@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
-from helpers.edm import CASES, golden_inputs, golden_weights
+from helpers.foreign.edm import CASES, golden_inputs, golden_weights
 
 
 def networks_of(checkout: str) -> Any:

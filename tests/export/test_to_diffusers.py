@@ -28,7 +28,7 @@ from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.importers import diffusers as importer
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers.adm import IMAGENET64, LSUN256
-from helpers.diffusers_folders import FULL, assert_same_images, imported, labels, with_denoiser, with_pipeline
+from helpers.foreign.diffusers_folders import FULL, assert_same_images, imported, labels, with_denoiser, with_pipeline
 from helpers.specs import image_spec
 
 VARIANTS: dict[str, dict[str, Any]] = {

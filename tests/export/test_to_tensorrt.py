@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from cmfast.backends import _tensorrt_library as library
+from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
 from cmfast.formats.manifest import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
@@ -217,7 +218,8 @@ def test_names_of_classes_that_an_engine_has_no_room_for_are_left_out_with_a_war
     count: int, kept: bool, handmade_onnx: Factory, tmp_path: Path
 ) -> None:
     def named(names: list[str]) -> Path:
-        return with_manifest(handmade_onnx(8), tmp_path / "m.onnx", classes=len(names), class_names=names)
+        label = class_label(len(names), names).to_dict()
+        return with_manifest(handmade_onnx(8), tmp_path / "m.onnx", conditions=[label])
 
     def length(names: list[str]) -> int:
         return len(read_onnx(named(names))[0].to_json(0))

@@ -30,7 +30,15 @@ from cmfast_train.importers import diffusers_tensors as names
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers import DATA
 from helpers.adm import IMAGENET64, LSUN256
-from helpers.diffusers_folders import FULL, assert_same_images, draft, imported, labels, with_denoiser, with_pipeline
+from helpers.foreign.diffusers_folders import (
+    FULL,
+    assert_same_images,
+    draft,
+    imported,
+    labels,
+    with_denoiser,
+    with_pipeline,
+)
 
 SMALL: dict[str, dict[str, Any]] = {
     "imagenet64": {

@@ -20,7 +20,7 @@ from cmfast_train.importers import edm, identify, load_model
 from cmfast_train.importers.edm import config_of
 from cmfast_train.importers.facts import Draft, Facts, Told
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig, SongUnet
-from helpers.edm import (
+from helpers.foreign.edm import (
     CASES,
     GOLDEN,
     GOLDEN_ERROR,
@@ -33,7 +33,7 @@ from helpers.edm import (
     song,
     weights_of,
 )
-from helpers.edm_pickles import PersistentPickler
+from helpers.foreign.edm_pickles import PersistentPickler
 from helpers.specs import named
 
 TEACHER = pytest.mark.filterwarnings("ignore:.*a diffusion teacher")

@@ -70,7 +70,7 @@ def test_a_checkpoint_survives_its_file(
 def test_a_checkpoint_is_plain_containers_and_tensors(tiny_checkpoint: Callable[..., Path]) -> None:
     content = torch.load(tiny_checkpoint(), weights_only=True)
     assert list(content) == ["format", "spec", "network", "weights"]
-    assert content["format"] == "cmfast/1"
+    assert content["format"] == "cmfast/2"
     assert content["spec"] == image_spec(image=(1, 8, 8), classes=10).to_dict()
     assert content["network"]["type"] == "adm"
     assert {type(tensor) for tensor in content["weights"].values()} == {Tensor}
@@ -81,7 +81,7 @@ def test_the_model_of_a_checkpoint_computes_what_its_network_computed(checkpoint
     randomise(network)
     x, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([0.002, 1.0, 80.0]), torch.tensor([0, 4, 9])
     with torch.no_grad():
-        got = checkpoint.denoiser()(x, sigma, label)
+        got = checkpoint.denoiser()(x, sigma, label=label)
         c_skip, c_out, c_in = 0.25 / ((1 - 0.002) ** 2 + 0.25), (1 - 0.002) * 0.5 / 1.25**0.5, 1 / 1.25**0.5
         want = c_skip * x[1:2] + c_out * network(c_in * x[1:2], torch.zeros(1), label[1:2])
     np.testing.assert_allclose(got[1:2], want, atol=1e-5)  # another batch size rounds differently
@@ -237,16 +237,16 @@ def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("format",), "cmf\x00st/1", r"a damaged cmfast checkpoint: its format is 'cmf\\x00st/1', not 'cmfast/1'"),
-        (("format",), None, "a damaged cmfast checkpoint: its format is missing, not 'cmfast/1'; copy the file again"),
+        (("format",), "cmf\x00st/1", r"a damaged cmfast checkpoint: its format is 'cmf\\x00st/1', not 'cmfast/2'"),
+        (("format",), None, "a damaged cmfast checkpoint: its format is missing, not 'cmfast/2'; copy the file again"),
         (("format",), [1], "a damaged cmfast checkpoint: its format is a list"),
         (("weights",), None, "a damaged cmfast checkpoint: its weights are missing, not named tensors"),
         (("weights",), [torch.zeros(3)], "a damaged cmfast checkpoint: its weights are a list, not named tensors"),
-        (("format",), "cmfast/2", "a checkpoint of format 'cmfast/2', this version reads 'cmfast/1'"),
+        (("format",), "cmfast/3", "a checkpoint of format 'cmfast/3', this version reads 'cmfast/1' and 'cmfast/2'"),
         (("spec",), None, "description is malformed"),
-        (("spec", "image"), [1, 8], "three positive whole numbers"),
-        (("spec", "image"), [1, 16, 16], "its network and its spec disagree"),
-        (("spec", "classes"), 0, "its network and its spec disagree"),
+        (("spec", "shape"), [1, 8], "images have the shape"),
+        (("spec", "shape"), [1, 16, 16], "its network and its spec disagree"),
+        (("spec", "conditions"), [], "its network and its spec disagree"),
         (("network",), None, "description is malformed"),
         (("network", "type"), "dit", "unknown network type 'dit'; this version knows adm"),
         (("network", "invented"), 1, "description is malformed"),

@@ -171,7 +171,7 @@ def test_a_text_that_cannot_be_read_is_repeated_with_what_is_needed(text: str, w
         ("sigma_min=-1", "must be positive numbers"),
         ("scaling=vp", "scaling must be one of"),
         ("c_noise=ln", "c_noise must be one of"),
-        ("network=unet", "network must be one of adm, seed, got 'unet'"),
+        ("network=unet", "network must be one of adm, cloneofsimo, got 'unet'"),
         ("network=cloneofsimo", "network=cloneofsimo takes no label; add --set conditional=false"),
         ("phases=edm:0", "images must be greater than 0, got 0"),
         ("edm.lr=0", "lr must be greater than 0"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.initial_model import start_of
 from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import train
-from helpers.edm import CASES, weights_of
+from helpers.foreign.edm import CASES, weights_of
 from helpers.runs import QUICK, TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 from helpers.specs import image_spec
 
@@ -136,7 +135,7 @@ def test_models_of_other_formats_are_started_from_to_the_bit(
     assert start.spec.scaling == "boundary"
     model = load_checkpoint(train(config, tmp_path / "run", data))
     names = tuple("0123456789") if kind == "diffusers" else ()  # of the data's classes
-    assert (model.spec, model.network) == (dataclasses.replace(start.spec, class_names=names), start.network)
+    assert (model.spec, model.network) == (start.spec.with_class_names(names), start.network)
     assert model.weights.keys() == want.keys()
     assert kind != "EDM" or model.network == CASES["ddpmpp"]
 

@@ -26,7 +26,7 @@ from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import Block, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.edm_layers import Conv, ConvDown, GroupNorm, PositionalWaves, resampled
-from helpers.edm import (
+from helpers.foreign.edm import (
     CASES,
     GOLDEN,
     GOLDEN_ERROR,
