@@ -51,7 +51,7 @@ def test_the_parity_stands_where_the_file_has_one(
 ) -> None:
     model = onnx.load(handmade_onnx(8))
     manifest = json.loads(model.metadata_props[0].value)
-    manifest |= {"parity": {"max_abs": 6.6e-07, "psnr_db": 140.3}, "classes": 10}
+    manifest |= {"parity": {"max_abs": 6.6e-07, "psnr_db": 140.3}, "conditions": [class_label(10).to_dict()]}
     helper.set_model_props(model, {"cmfast": json.dumps(manifest)})
     onnx.save(model, tmp_path / "model.onnx")
     found = words_of(call(main, tmp_path / "model.onnx").stdout)
@@ -179,7 +179,7 @@ def test_json_is_the_manifest_and_nothing_else(
         ("bare.pt", "bare.pt: "),
         (
             "future.onnx",
-            "schema 'cmfast/3', this version reads 'cmfast/1' and 'cmfast/2'; update cmfast or export the model again",
+            "schema 'cmfast/3', this version reads 'cmfast/1' and 'cmfast/2'; update cmfast or export",
         ),
         ("model.trt", "model.trt: no engine runs files ending in .trt; there are some for .onnx, .engine, .plan, "),
     ],
