@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images out: a grid as one PNG, a folder of PNGs, or the .npz that FID evaluators read.
+"""Samples out: images as one PNG, a folder of PNGs, or the .npz that FID evaluators read; other data as arrays.
 
 Which of them is said by the suffix, in upper or lower case. Names that end in another known type of file are refused;
 everything else is a folder, `run_0.8` too.
@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from cmfast.files import atomic_file, atomic_folder, check_target, check_target_
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from cmfast.spec import ModelSpec
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -68,17 +70,56 @@ def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArra
                 _image(image).save(folder / f"{i:0{width}d}.png", format="PNG")
 
 
-def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> str:
-    """Return what `save_images` writes to `path`, .png, .npz or "" for a folder, or raise CmfastError if it cannot.
+def save_samples(
+    path: str | os.PathLike[str], samples: npt.NDArray[Any], labels: npt.NDArray[np.int64] | None = None
+) -> None:
+    """Write what `Model.sample` returned: images as `save_images` does, float32 arrays to NAME.npz or NAME.npy.
+
+    Args:
+        path: Where to. The .npz has arr_0 (the samples) and, of a model with a label, arr_1 (the labels, int64 [N]).
+        samples: uint8 [N, H, W, C] or float32 [N, *shape].
+        labels: int64 [N], or None.
+
+    Raises:
+        CmfastError: the path is of a kind that does not hold them.
+    """
+    if samples.dtype == np.uint8:
+        save_images(path, samples, labels)
+        return
+    suffix = check_output(path, arrays=True)
+    _need_arrays(path, suffix)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        if suffix == ".npy":
+            np.save(file, samples)
+        elif labels is None:
+            np.savez(file, arr_0=samples)
+        else:
+            np.savez(file, arr_0=samples, arr_1=labels)
+
+
+def check_output(
+    path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = (), *, arrays: bool = False
+) -> str:
+    """Return what is written to `path`, .png, .npz or "" for a folder, or raise CmfastError if it cannot.
 
     inputs  what the same command reads; none of it is replaced
+    arrays  .npy is written too, of data that are no images
     """
-    suffix = _suffix(path)
+    suffix = _suffix(path, arrays)
     if suffix:
         check_target(path, inputs=inputs)
     else:
         check_target_folder(path, inputs=inputs)
     return suffix
+
+
+def check_fits(path: str | os.PathLike[str], n: int, spec: ModelSpec) -> None:
+    """Raise CmfastError unless n samples of a model can be written to `path`: before they are drawn."""
+    if spec.data == "image":
+        check_output(path)
+        check_images(path, n, spec.image)
+    else:
+        _need_arrays(path, _suffix(path, arrays=True))
 
 
 def check_images(path: str | os.PathLike[str], n: int, image: Sequence[int]) -> None:
@@ -121,10 +162,19 @@ def grid_image(images: Pixels) -> Image:
     return _image(sheet)
 
 
-def _suffix(path: str | os.PathLike[str]) -> str:
+def _need_arrays(path: str | os.PathLike[str], suffix: str) -> None:
+    if suffix not in (".npz", ".npy"):
+        raise CmfastError(
+            f"{shown(os.fspath(path))[1:-1]}: these samples are no images; write arrays: -o NAME.npz or NAME.npy"
+        )
+
+
+def _suffix(path: str | os.PathLike[str], arrays: bool = False) -> str:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or isinstance(os.fspath(path), bytes):
         raise CmfastError(f"images are written to NAME.png (a grid), NAME.npz, or a folder; got {shown(path)}")
     target = Path(path)
+    if arrays and target.suffix.lower() == ".npy":
+        return ".npy"
     suffix = target.suffix.lower() or (target.name.lower() if target.name.lower() in (".png", ".npz") else "")
     if suffix in OTHER_FILES or target.name.lower() == suffix != "" or "\0" in target.name:
         name = shown(os.fspath(path))[1:-1]

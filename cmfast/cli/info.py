@@ -12,6 +12,7 @@ import click
 
 from cmfast.cli.parameters import SET, SOURCE
 from cmfast.cli.running import needs, run_command
+from cmfast.conditions import in_words
 from cmfast.errors import CmfastError, CmfastWarning, printable
 from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, read_onnx
 from cmfast.formats.table import ONNX, format_of, model_bytes, read_manifest
@@ -82,8 +83,7 @@ def _lines(
     lines = [
         ("file", f"{file}, {model_bytes(file) / 2**20:.1f} MiB"),
         ("kind", manifest.kind),
-        ("image", " x ".join(map(str, spec.image)) + " (channels, height, width)"),
-        ("classes", _classes(manifest)),
+        *_data_lines(manifest),
         ("sigma", f"{spec.sigma_min:g} to {spec.sigma_max:g}, data {spec.sigma_data:g}"),
         ("steps", steps),
         (
@@ -109,6 +109,18 @@ def _lines(
     if manifest.cost:
         lines.append(("an image", ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
     return [*lines, *_engine_lines(file, manifest)] if manifest.engine else lines
+
+
+def _data_lines(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return what the model draws, and from what."""
+    spec, image = manifest.spec, manifest.spec.data == "image"
+    sides = " x ".join(map(str, spec.shape))
+    lines = [("image", f"{sides} (channels, height, width)") if image else ("shape", f"{sides} (array)")]
+    if image or spec.label:
+        lines.append(("classes", _classes(manifest)))
+    others = [each for each in spec.conditions if each is not spec.label]
+    lines += [("condition", f"{each.name}: {in_words(each)}") for each in others]
+    return [*lines, ("second time", "sigma_next: a flow map")] if spec.second_time else lines
 
 
 def _classes(manifest: Manifest) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""cmfast-sample: images from a model file."""
+"""cmfast-sample: samples from a model file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Examples:
   cmfast-sample cd_imagenet64_l2.onnx --indices 22,0 -o two_steps.png
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
   cmfast-sample teacher.onnx --heun 18 -o grid.png                 a diffusion model: EDM's sampler, 35 calls
+  cmfast-sample policy.onnx -n 1 --condition state=state.npy -o actions.npy
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
 """
@@ -33,32 +34,39 @@ Examples:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("samples.png"),
-    show_default=True,
-    help="NAME.png: a grid; NAME.npz: arrays; else a folder of PNGs.",
+    help="NAME.png: a grid; NAME.npz, NAME.npy: arrays; else a folder of PNGs.  [default: samples.png or samples.npz]",
 )
-@click.option("-n", "--number", type=int, default=16, show_default=True, help="Images.")
-@click.option("--steps", type=int, help="Network calls an image, with the model's own noise levels.")
+@click.option("-n", "--number", type=int, default=16, show_default=True, help="Samples.")
+@click.option("--steps", type=int, help="Network calls per sample, with the model's own noise levels.")
 @click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
 @click.option(
     "--indices", type=INTS, help="Noise levels as indices into the model's grid (OpenAI's ts, diffusers' timesteps)."
 )
-@click.option("--heun", type=int, metavar="N", help="Heun steps, for a diffusion model: 2N - 1 network calls an image.")
-@click.option("--churn", type=FLOATS, metavar="S", help="Of --heun: S_churn, or S_churn,S_tmin,S_tmax,S_noise.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Image i of a seed is always the same image.")
 @click.option(
-    "--label", metavar="CLASS,..", help="Class by number or name, or one for each image; default: drawn from the seed."
+    "--heun", type=int, metavar="N", help="Heun steps, for a diffusion model: 2N - 1 network calls per sample."
 )
-@click.option("--first", type=int, default=0, show_default=True, help="Index of the first image.")
-@click.option("--batch", type=int, default=64, show_default=True, help="Images at a time; does not change them.")
+@click.option("--churn", type=FLOATS, metavar="S", help="Stochastic --heun: S_churn, or S_churn,S_tmin,S_tmax,S_noise.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Sample i of a seed is always the same.")
+@click.option(
+    "--label", metavar="CLASS,..", help="Class by number or name, or one per sample; default: drawn from the seed."
+)
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
+)
+@click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
+@click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
 @click.option("--variant", default="", metavar="NAME", help="A way to run it: cuda_graph, tensorrt, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of a checkpoint that PyTorch runs.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of a checkpoint that PyTorch runs.")
 @click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
-@click.option("--threads", type=int, help="CPU threads; default: the engine's choice.")
+@click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
 def command(
     model: Path,
-    out: Path,
+    out: Path | None,
     number: int,
     steps: int | None,
     sigmas: tuple[float, ...] | None,
@@ -67,6 +75,7 @@ def command(
     churn: tuple[float, ...] | None,
     seed: int,
     label: str | None,
+    conditions: tuple[str, ...],
     first: int,
     batch: int,
     device: str | None,
@@ -75,52 +84,52 @@ def command(
     sha256: str | None,
     threads: int | None,
 ) -> None:
-    """Draw images from MODEL and write them to --out.
+    """Draw samples from MODEL and write them to --out: images, or arrays where the model draws other data.
 
     MODEL is an exported file, .onnx or .engine; where PyTorch is installed also a checkpoint of any kind.
     """
     import cmfast
+    from cmfast.cli.conditions import read_conditions
     from cmfast.heun import Churn, heun_calls
-    from cmfast.images import check_images, check_output
+    from cmfast.images import check_fits, check_output, save_samples
 
-    check_output(out, inputs=[model])
+    if out is not None:
+        check_output(out, inputs=[model], arrays=True)
     if number < 1:
-        raise CmfastError(f"-n: the number of images must be at least 1, got {shown(number)}")
+        raise CmfastError(f"-n: the number of samples must be at least 1, got {shown(number)}")
     check_threads(threads)
     if heun is not None and (steps, sigmas, indices) != (None, None, None):
-        raise CmfastError("--heun has noise levels of its own; leave out --steps, --sigmas and --indices, or --heun")
+        raise CmfastError("--heun has noise levels of its own; remove --steps, --sigmas and --indices, or --heun")
     if churn is not None and heun is None:
-        raise CmfastError("--churn is of Heun's steps; say how many: --heun 18")
+        raise CmfastError("--churn requires --heun N, such as --heun 18")
     if churn is not None and len(churn) > 4:
         raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
     stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
     loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
-    check_images(out, number, loaded.spec.image)
-    classes = None if label is None else _classes(label, loaded.spec.class_names)
+    if out is None:
+        out = Path("samples.png" if loaded.spec.data == "image" else "samples.npz")
+        check_output(out, inputs=[model])
+    check_fits(out, number, loaded.spec)
+    given = read_conditions(loaded.spec, conditions, label)
     if indices is not None:
         if steps is not None or sigmas is not None:
-            raise CmfastError("--indices, --steps and --sigmas say the same thing; give one of them")
+            raise CmfastError("--indices, --steps and --sigmas exclude each other; pass one of them")
         sigmas = loaded.spec.levels_at(indices)
     bar = number > batch
     if heun is not None:
-        how = f"{heun} Heun step(s), {heun_calls(heun)} network call(s) an image"
-        images = loaded.sample_heun(
-            number, steps=heun, churn=stochastic, seed=seed, label=classes, batch=batch, first=first, progress=bar
+        how = f"{heun} Heun step(s), {heun_calls(heun)} network call(s) per sample"
+        samples = loaded.sample_heun(
+            number, steps=heun, churn=stochastic, seed=seed, conditions=given, batch=batch, first=first, progress=bar
         )
     else:
         levels = loaded.levels(steps, sigmas)
         some = ", ".join(f"{sigma:g}" for sigma in levels[:20]) + (", .." if len(levels) > 20 else "")
         how = f"{len(levels)} step(s) at {some}"
-        images = loaded.sample(number, sigmas=levels, seed=seed, label=classes, batch=batch, first=first, progress=bar)
-    labels = loaded.labels(number, seed=seed, label=classes, first=first)
-    cmfast.save_images(out, images, labels)
-    click.echo(f"{out}: {number} image(s), {how}, {loaded.backend.name}")
-
-
-def _classes(text: str, names: tuple[str, ...]) -> str | list[str]:
-    """Return the class or classes of --label. A whole text that is a name is one, commas in it included."""
-    parts = [text] if text in names else [part if part in names else part.strip() for part in text.split(",")]
-    return parts[0] if len(parts) == 1 else parts
+        samples = loaded.sample(
+            number, sigmas=levels, seed=seed, conditions=given, batch=batch, first=first, progress=bar
+        )
+    save_samples(out, samples, loaded.labels(number, seed=seed, label=given.get("label"), first=first))
+    click.echo(f"{out}: {number} {loaded.noun.removesuffix('s')}(s), {how}, {loaded.backend.name}")
 
 
 def main() -> None:

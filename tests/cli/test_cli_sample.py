@@ -120,7 +120,7 @@ def test_heun_steps_draw_the_images_that_the_library_draws(
     out = tmp_path / "images.npz"
     result = call(main, tiny_checkpoint(10), "-n", 3, "--heun", 4, *options, "--seed", 7, "--first", 2, "-o", out)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{out}: 3 image(s), 4 Heun step(s), 7 network call(s) an image, PyTorch cpu\n"
+    assert result.stdout == f"{out}: 3 image(s), 4 Heun step(s), 7 network call(s) per sample, PyTorch cpu\n"
     model = cmfast.load(tiny_checkpoint(10))
     with np.load(out) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], model.sample_heun(3, steps=4, churn=churn, seed=7, first=2))
@@ -154,10 +154,10 @@ def test_heun_steps_draw_the_images_that_the_library_draws(
         (10, ["--seed", "-1"], "the seed must be a whole number from 0 to 2**64 - 1, got -1"),
         (10, ["--seed", str(2**64)], "the seed must be a whole number"),
         (10, ["--heun", "0"], "the number of Heun steps must be at least 1, got 0"),
-        (10, ["--heun", "18", "--steps", "2"], "--heun has noise levels of its own; leave out --steps, --sigmas"),
+        (10, ["--heun", "18", "--steps", "2"], "--heun has noise levels of its own; remove --steps, --sigmas"),
         (10, ["--heun", "18", "--sigmas", "80,0.8"], "--heun has noise levels of its own"),
         (10, ["--heun", "18", "--indices", "22,0"], "--heun has noise levels of its own"),
-        (10, ["--churn", "40"], "--churn is of Heun's steps; say how many: --heun 18"),
+        (10, ["--churn", "40"], "--churn requires --heun N, such as --heun 18"),
         (10, ["--heun", "18", "--churn", "-1"], "s_churn must be a number from 0"),
         (10, ["--heun", "18", "--churn", "1,2,3,4,5"], "at most four numbers, got 5"),
         (10, ["--heun", "18", "--churn", "much"], "'much' is not a list of numbers"),
