@@ -78,7 +78,7 @@ class Taken:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"name": "ect"}, "there is a method ect already"),
+        ({"name": "ect"}, "a method ect exists already"),
         ({"name": "my method"}, "must be a Python identifier, got 'my method'"),
         ({"hyper": Unreadable}, r"mine.speed: a hyperparameter must be of int, float, str, bool, .*, got Path"),
         ({"hyper": Taken}, "every phase has a field lr"),

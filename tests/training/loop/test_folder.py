@@ -333,7 +333,7 @@ def test_lines_of_a_log_that_are_none_are_left_out_and_said(damage: bytes, finis
     log = tmp_path / "log.jsonl"
     log.write_bytes(damage + (finished / "log.jsonl").read_bytes())
     config = override(PRESETS["digits"], [*TINY, SHORT])
-    with pytest.warns(CmfastWarning, match=r"log\.jsonl: \d+ lines are no lines of a log; they are left out"):
+    with pytest.warns(CmfastWarning, match=r"log\.jsonl: \d+ lines are not lines of a log; they are removed"):
         TrainLog(tmp_path, 16, config, Accelerator(cpu=True))
     assert log_of(tmp_path) == log_of(finished)
 

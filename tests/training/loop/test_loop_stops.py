@@ -23,7 +23,6 @@ from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.images import load_data
 from cmfast_train.training import parallel, step_graph, trainer
-from cmfast_train.training.state import Run
 from helpers.runs import TINY, arguments, assert_equal_to_the_bit, log_of, run_here
 
 SHORT = ["phases=edm:32", "checkpoint_images=8000", "grid=1"]
@@ -69,7 +68,7 @@ def test_images_that_cannot_be_read_end_a_run_that_continues_after_its_last_step
         batches_end_by(fail)
         refused(
             call(main, *arguments(out, settings)),
-            f"workers=0; {out} holds a checkpoint of the last step, the same command continues",
+            f"workers=0; {out} holds a checkpoint of the last step; the same command continues",
         )
         monkeypatch.undo()
     assert torch.load(out / "state.pt", weights_only=True)["step"] == 3
@@ -96,7 +95,7 @@ def test_a_signal_that_ends_the_readers_of_images_too_is_a_stop(
     result = call(main, *arguments(tmp_path / "run", [*TINY, *SHORT]))
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr.splitlines() == [
-        f"cmfast-train: stopped; {tmp_path / 'run'} holds a checkpoint of the last step, the same command continues"
+        f"cmfast-train: stopped; {tmp_path / 'run'} holds a checkpoint of the last step; the same command continues"
     ]
 
 
@@ -173,7 +172,11 @@ def test_a_process_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     config = override(PRESETS["digits"], [*TINY, *SHORT])
     for processes, error in ((2, CmfastError), (1, RuntimeError)):  # of one process it would be a bug
         accelerator = SimpleNamespace(num_processes=processes, process_index=0, device=torch.device("cpu"))
-        run: Any = SimpleNamespace(config=config, accelerator=accelerator, images=0, step=0, phase=config.phases[0])
+        context = SimpleNamespace(config=config, accelerator=accelerator, spec=config.spec(10), dropout=0.0)
+        state = SimpleNamespace(total=config.steps(config.phases[0]))
+        run: Any = SimpleNamespace(
+            config=config, context=context, state=state, images=0, step=0, phase=config.phases[0]
+        )
         with pytest.raises(error) as raised:
             next(trainer.steps(run, load_data(config, None)))
         said = "another process of the run has ended or cannot be reached" in str(raised.value)
@@ -255,17 +258,17 @@ def test_a_run_may_have_as_many_classes_as_there_are() -> None:
 # Memory of a GPU.
 
 
-@pytest.mark.parametrize("where", ["save", "set_lr"])
+@pytest.mark.parametrize("where", ["step_graph.save", "step.set_lr"])
 def test_too_little_memory_in_a_step_or_at_a_checkpoint_is_one_line_with_two_ways_on(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.40 GiB")  # what PyTorch raises there
 
-    monkeypatch.setattr(Run, where, short)
+    monkeypatch.setattr(f"cmfast_train.training.{where}", short)
     with pytest.raises(EngineError) as raised:
         run_here(tmp_path, *SHORT)
     assert str(raised.value) == (
-        "the GPU has too little memory for batch=8; --set recompute=true continues this run with less of it and takes "
-        "longer; smaller pieces compute the same: --set accumulation=2 (begin in another --out folder)"
+        "the GPU has too little memory for batch=8; --set recompute=true continues this run with less memory, more "
+        "slowly; smaller micro-batches compute the same: --set accumulation=2 (begin in another --out folder)"
     )

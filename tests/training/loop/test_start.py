@@ -189,7 +189,7 @@ def test_a_phase_distils_the_phase_before_it(write: Write, tmp_path: Path) -> No
     ("network", "words"),
     [
         ("adm, 16 px", "a model of images [1, 16, 16], the run has [1, 8, 8]: --set image_size=16 --set channels=1"),
-        ("adm, 3 classes", "a model of 3 classes, the run has 10; a label of the one means nothing to the other"),
+        ("adm, 3 classes", "a model of 3 classes, the run has 10; their labels have different meanings"),
     ],
 )
 def test_a_model_of_other_images_or_classes_is_refused(
@@ -251,7 +251,7 @@ def test_a_teacher_that_does_not_know_all_noise_levels_of_the_run_is_refused(
     levels: dict[str, Any], write: Write, tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None]
 ) -> None:
     result = call(main, *arguments(tmp_path / "run", [*TINY, "phases=cd:8"]), "--teacher", write(**levels))
-    refused(result, "it knows noise levels from", "the run has 0.002 to 80: --set sigma_min, sigma_max")
+    refused(result, "it knows noise levels from", "the run has 0.002 to 80: change --set sigma_min, sigma_max")
     assert not (tmp_path / "run").exists()
 
 

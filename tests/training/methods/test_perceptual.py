@@ -150,7 +150,7 @@ def test_an_unknown_network_is_named(tmp_path: Path) -> None:
 def test_another_networks_weights_are_refused(weights: Callable[[str], Path]) -> None:
     with pytest.raises(
         CmfastError,
-        match=r"torchvision's vgg16 \(vgg16-397923af.pth\): features.0.weight is .*\[64, 3, 11, 11\], not a float \[64",
+        match=r"torchvision's vgg16 \(vgg16-397923af.pth\): features.0.weight is .*\[64, 3, 11, 11\], expected float",
     ):
         load_lpips("vgg", weights("alex"))
 
@@ -172,7 +172,7 @@ def broken(state: dict[str, Tensor], how: str) -> Any:
     [
         ("missing", "features.10.bias is missing"),
         ("nan", "features.10.bias is not finite"),
-        ("integers", r"features.10.bias is torch.int32 \[256\], not a float \[256\]"),
+        ("integers", r"features.10.bias is torch.int32 \[256\], expected float \[256\]"),
         ("list", "it holds a list, no named weights"),
     ],
 )

@@ -104,7 +104,7 @@ def command(
 def _interrupted(out: Path, saved: bool) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         which = "a checkpoint of the last step" if saved else "a checkpoint"
-        held = f"{out} holds {which}, the same command continues"
+        held = f"{out} holds {which}; the same command continues"
         what = held if (out / "state.pt").exists() else "before the first checkpoint; the same command begins again"
         click.echo(f"cmfast-train: stopped; {what}", err=True)
     return 130

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What a run is told: settings, phases, presets."""
+"""The configuration of a run: its settings, its phases, presets, and how a command line changes them."""

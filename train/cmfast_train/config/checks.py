@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Whether the fields of a configuration have the types that they are annotated with, and sizes that make sense.
+"""Checks of dataclass fields: types as annotated, values within bounds.
 
-A value comes from a command line, from JSON, from a checkpoint of somebody else's or from Python. True is no number,
-8.0 no whole number, NaN nothing: each is refused by name, before anything is computed with it.
+Values come from a command line, JSON, a foreign checkpoint or Python. True is not a number, 8.0 is not a whole number,
+NaN is not a value: each raises an error with the name of the field, before anything is computed with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ from typing import Any
 
 from cmfast.errors import CmfastError
 
-LARGEST = 10**12  # of any whole number in a configuration; lengths in images are the largest
-MOST = 1000  # entries of any list in a configuration but the names of classes
+LARGEST = 10**12  # limit of whole numbers; lengths in images are the largest
+MOST = 1000  # limit of list entries, except names of classes
 MOST_NAMES = 1 << 20
-LONGEST = 4096  # characters of any text in a configuration: a path
+LONGEST = 4096  # limit of characters in a text: a path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What the value of a field may be. It stands in the metadata of the field, as "bounds"."""
+    """Allowed values of a field; stored in the field's metadata under "bounds".
+
+    Attributes:
+        least: smallest value.
+        most: largest value.
+        above: exclusive lower limit.
+        below: exclusive upper limit.
+        choices: the only texts allowed.
+    """
 
     least: float | None = None
     most: float | None = None
@@ -35,7 +43,7 @@ class Bounds:
     choices: tuple[str, ...] = ()
 
     def wrong(self, value: Any) -> str:
-        """Return what a value must be that is not inside, "" if it is."""
+        """Return the requirement that a value breaks, "" if it is allowed."""
         if self.choices:
             return "" if value in self.choices else f"must be {' or '.join(self.choices)}"
         inside = (
@@ -50,7 +58,15 @@ class Bounds:
 
 
 def check_bounds(owner: Any, prefix: str = "") -> None:
-    """Raise CmfastError unless every field of a dataclass is within its bounds, where it has some."""
+    """Check the fields of a dataclass that have bounds.
+
+    Args:
+        owner: an instance of a dataclass whose types are checked.
+        prefix: text before the field's name in the error.
+
+    Raises:
+        CmfastError: a value is out of bounds.
+    """
     for field in dataclasses.fields(owner):
         bounds: Bounds | None = field.metadata.get("bounds")
         value = getattr(owner, field.name)
@@ -58,8 +74,23 @@ def check_bounds(owner: Any, prefix: str = "") -> None:
             raise CmfastError(f"{prefix}{field.name} {wrong}, got {shown(value)}")
 
 
+def check_positive(owner: Any, *names: str) -> None:
+    """Raise CmfastError unless these fields of a dataclass are greater than 0."""
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise CmfastError(f"{name} must be greater than 0, got {getattr(owner, name)}")
+
+
 def check_types(owner: Any, prefix: str = "") -> None:
-    """Raise CmfastError unless every field of a dataclass is of its type; `prefix` stands before the field's name."""
+    """Check that every field of a dataclass has its annotated type; `object` takes anything.
+
+    Args:
+        owner: an instance of a dataclass.
+        prefix: text before the field's name in the error.
+
+    Raises:
+        CmfastError: a value has another type, is not finite, or is too large.
+    """
     for name, kind in _kinds(type(owner)).items():  # type: ignore[arg-type]  # a class is hashable
         if kind is object:
             continue
@@ -69,16 +100,16 @@ def check_types(owner: Any, prefix: str = "") -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value of any kind and size as a short text of one line."""
+    """Return any value as a short text of one line."""
     try:
         text = _SHORT.repr(value)
-    except Exception:  # repr of a stranger's value: a number of too many digits, a broken object
+    except Exception:  # repr of an unknown object may fail, for example for a number of too many digits
         text = f"a value of type {type(value).__name__}"
     return " ".join(text.split())[:200]
 
 
 def in_words(kind: Any) -> str:
-    """Return what values a field of this type takes."""
+    """Return a description of the values that a field of this type takes."""
     if kind in _WORDS:
         return _WORDS[kind]
     (inner, *_) = (*typing.get_args(kind), str)
@@ -100,7 +131,7 @@ def _is(value: Any, kind: Any, most: int = MOST) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]  # of tuple[int, int], too: how many is for the owner to say
+        inner = typing.get_args(kind)[0]  # also of tuple[int, int]; the owner checks the length
         return type(value) is tuple and len(value) <= most and all(_is(entry, inner) for entry in value)
     return type(value) is kind
 

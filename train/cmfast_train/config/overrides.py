@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""NAME=VALUE texts of a command line, read as the fields of a `TrainConfig` and its phases."""
+"""Changes a `TrainConfig` and its phases by the NAME=VALUE texts of a command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cmfast_train.methods.table import find, names
 
 
 def check_set_once(assignments: Iterable[str]) -> None:
-    """Raise CmfastError if two NAME=VALUE strings are for the same field: one of them would count for nothing."""
+    """Raise CmfastError if two NAME=VALUE strings set the same field: one of them would have no effect."""
     seen: dict[str, str] = {}
     for text in assignments:
         name = text.partition("=")[0]
@@ -33,7 +33,7 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     to 4 steps, pd:IMAGES to 8, 4, 2 and 1, one phase each.
 
     Raises:
-        CmfastError: a text names no field, cannot be read, or the configuration that they make is none.
+        CmfastError: a text names no field or cannot be read, or the result is not a valid configuration.
     """
     changes: dict[str, Any] = {}
     texts_of: dict[str, list[str]] = {}  # by method
@@ -67,7 +67,17 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
 
 
 def parse_field(text: str, owner: type, name: str, value: str) -> Any:
-    """Return `value` as the type of the field `name` of a dataclass; `text` is what the error quotes."""
+    """Return the value of one field of a dataclass from its text.
+
+    Args:
+        text: the whole NAME=VALUE, which the error quotes.
+        owner: the dataclass.
+        name: of the field.
+        value: the part after the equals sign.
+
+    Raises:
+        CmfastError: there is no such field, or the text does not convert to its type.
+    """
     kinds = typing.get_type_hints(owner)
     if name not in kinds:
         here = ""
@@ -78,7 +88,7 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
 
 
 def _settings(method: str, texts: Iterable[str]) -> dict[str, Any]:
-    """Return what METHOD.NAME=VALUE texts set, by name."""
+    """Return the values that METHOD.NAME=VALUE texts set, by name."""
     kinds, values = types_of(method), {}
     for text in texts:
         name, _, value = text.partition(".")[2].partition("=")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One phase of a training run: its method, its length, the method's hyperparameters.
 
-What a method's hyperparameters are, their usual values and what they may be stands in its row, `methods.table`.
+The hyperparameters of each method, with defaults and bounds, are in its row of `methods.table`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from cmfast_train.methods.table import COMMON, find
 class Phase:
     """One stretch of training with one method. The network of a phase starts from the previous phase's EMA.
 
-    `phase` makes one with the method's usual values.
+    The function `phase` returns one with the method's usual values. The fields describe themselves (`setting`).
+
+    Raises:
+        CmfastError: there is no such method, or a value is not allowed.
     """
 
     method: str  # a name in the table of methods
@@ -57,7 +60,7 @@ class Phase:
 
     @property
     def needs(self) -> Needs:
-        """What it needs beside the student and its EMA."""
+        """What it needs besides the student and its EMA."""
         return self.row.needs(self.hyper)
 
     def constants(self, done: int, steps: int) -> tuple[Any, ...]:
@@ -98,10 +101,10 @@ def types_of(method: str) -> dict[str, Any]:
 
 
 def phase_from_dict(values: Mapping[str, Any]) -> Phase:
-    """Return the phase that `Phase.values` describes, of this version or of 0.1.0, whose phases had all of `FORMER`.
+    """Return the phase that `Phase.values` describes. Phases of 0.1.0 hold all of `FORMER`, used or not.
 
     Raises:
-        CmfastError: a value is not allowed, or a name is none of the method's.
+        CmfastError: a value is not allowed, or the method has no field of that name.
     """
     if "method" not in values or "images" not in values:
         missing = "method" if "method" not in values else "images"
@@ -114,15 +117,8 @@ def phase_from_dict(values: Mapping[str, Any]) -> Phase:
     return Phase(**common, hyper=row.hyper()).changed({name: known[name] for name in row.fields() if name in known})
 
 
-# Hyperparameters of all methods, which each phase of a run of 0.1.0 has in its config.json.
+# Hyperparameters that config.json of 0.1.0 holds for every phase.
 FORMER = frozenset(
     {"p_mean", "p_std", "s0", "s1", "q", "k", "b", "stages", "steps", "ratio", "loss", "huber", "mu", "mu0", "solver",
      "warmup", "tangent_c", "adaptive", "derivative", "power"}
 )  # fmt: skip
-
-
-def check_positive(owner: Any, *names: str) -> None:
-    """Raise CmfastError unless these fields of a dataclass are greater than 0."""
-    for name in names:
-        if not getattr(owner, name) > 0:
-            raise CmfastError(f"{name} must be greater than 0, got {getattr(owner, name)}")

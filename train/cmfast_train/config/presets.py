@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs that are known to work: overrides of one dataclass. Each says what it costs and what to expect."""
+"""Presets: configurations that work. `ABOUT` gives the cost of each and the result to expect."""
 
 from __future__ import annotations
 

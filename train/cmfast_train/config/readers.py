@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the text of a command line becomes the value of a field: one reader for each type that a field may have."""
+"""Readers of command-line texts, one for each type that a field of the configuration may have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from cmfast_train.networks.shape import Size, plain_size
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Reads a text, or raises ValueError; `example` says what it reads."""
+    """Converts a text to a value, or raises ValueError.
+
+    Attributes:
+        read: the conversion.
+        example: what it reads, for the error message.
+    """
 
     read: Callable[[str], Any]
     example: str = ""
@@ -28,8 +33,8 @@ def read(text: str, kind: Any, value: str, readers: typing.Mapping[Any, Reader])
 
     Args:
         text: the whole NAME=VALUE, which the error quotes.
-        kind: the type that the field is annotated with; of "int | None" what is written is an int.
-        value: the part behind the equals sign.
+        kind: annotated type of the field; an "int | None" is written as an int.
+        value: the part after the equals sign.
         readers: by type.
 
     Raises:

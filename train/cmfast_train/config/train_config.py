@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Everything that decides what a training run computes. How a command line changes it: `config.overrides`."""
+"""The configuration of a training run: everything that decides what it computes. `overrides` changes it by texts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from cmfast.conditions import class_label
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.config.checks import check_types, shown
-from cmfast_train.config.phase import Phase, check_positive, phase_from_dict
+from cmfast_train.config.checks import check_positive, check_types, shown
+from cmfast_train.config.phase import Phase, phase_from_dict
 from cmfast_train.methods.method import Method
 from cmfast_train.methods.table import find, names
 from cmfast_train.networks.count import adm_sizes, check_values, cloneofsimo_sizes
@@ -30,7 +30,7 @@ from cmfast_train.networks.shape import (
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
 NETWORKS = ("adm", "cloneofsimo")  # cmfast_train.networks
-LIMITS: dict[str, int] = {  # of numbers and of the lengths of lists; a larger one is a slip of the hand
+LIMITS: dict[str, int] = {  # largest values, and lengths of lists
     "batch": 2**20,  # images
     "grid": 4096,  # images
     "workers": 256,  # processes
@@ -46,11 +46,15 @@ MOST_LEVELS = 256  # in a list of default noise levels
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run. Saved as config.json beside its checkpoints. Lengths are in images, noise levels in data units."""
+    """A run. Saved as config.json beside its checkpoints. Lengths are in images, noise levels in data units.
+
+    Raises:
+        CmfastError: a value is not allowed, or two values do not fit together.
+    """
 
     # data
     data: str  # one of DATA: cmfast_train.data.images
-    image_size: Size  # pixels: one number of square images, else (height, width), --set image_size=32x64; images are
+    image_size: Size  # pixels: one number for square images, else (height, width), --set image_size=32x64; images are
     # padded (mnist) or resized and cropped (folder) to it
     channels: int  # 1 or 3
     conditional: bool = True  # class-conditional where the data have classes
@@ -58,8 +62,8 @@ class TrainConfig:
     class_names: tuple[str, ...] = ()  # of the data's classes, filled in by the run
     download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
     # network
-    init: str = ""  # a model to start from, which brings its network and its conventions; cmfast-train --init
-    teacher: str = ""  # a model to distil, instead of the one that a phase starts from; cmfast-train --teacher
+    init: str = ""  # model to start from, with its network and its conventions; cmfast-train --init
+    teacher: str = ""  # model to distil, instead of the one that a phase starts from; cmfast-train --teacher
     network: str = "adm"  # adm, or cloneofsimo: the first public implementation's, unconditional
     model_channels: int = 128  # width of the first level; of cloneofsimo, all there is to choose (its D)
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
@@ -71,32 +75,30 @@ class TrainConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
-    scaling: str = "auto"  # auto: what the methods of the phases usually have (methods.table), else boundary
+    scaling: str = "auto"  # auto: the usual one of the phases' methods (methods.table), else boundary
     c_noise: str = "auto"  # auto: the same, else 250ln
     sigmas: tuple[tuple[float, ...], ...] = ((80.0,), (80.0, 0.8), (80.0, 5.0, 0.8, 0.2))  # defaults for 1, 2, .. steps
     # optimisation
     phases: tuple[Phase, ...] = ()
-    batch: int = 128  # images per optimiser step, summed over processes
+    batch: int = 128  # images per optimiser step, over all processes
     accumulation: int = 1  # micro-batches per optimiser step and process
     precision: str = "auto"  # fp32, bf16, fp16; auto is bf16 on CUDA and fp32 on a CPU
     channels_last: bool = True  # memory layout of the convolutions
     compile: bool = False  # torch.compile the network
-    graph: str = "auto"  # record optimiser steps as CUDA graphs: true, false; auto is true where they can be recorded
-    fused: str = "auto"  # norms by fused kernels (Triton): true, false; auto is true where they can be used, on CUDA
-    recompute: bool = False  # keep few activations, compute them again in the backward pass: less memory, more time
+    graph: str = "auto"  # record optimiser steps as CUDA graphs: true, false; auto: where possible
+    fused: str = "auto"  # norms by fused kernels (Triton): true, false; auto: where possible, on CUDA
+    recompute: bool = False  # recompute activations in the backward pass: less memory, more time
     shard: bool = False  # spread weights, averages and optimiser over the processes (FSDP)
-    emas: tuple[float, ...] = ()  # decays of more averages, kept in DIR/ema
-    ema_stds: tuple[
-        float, ...
-    ] = ()  # widths of power-function averages, whose snapshots in DIR/ema cmfast-ema combines
+    emas: tuple[float, ...] = ()  # decays of additional averages, kept in DIR/ema
+    ema_stds: tuple[float, ...] = ()  # widths of power-function averages; cmfast-ema combines their snapshots
     lpips: str = ""  # NET:FILE, torchvision's weights of vgg, alex or squeeze, for loss=lpips
-    device: str = "auto"  # cpu or cuda; auto is CUDA where there is one
+    device: str = "auto"  # cpu or cuda; auto: CUDA if available
     seed: int = 0
     # records
     checkpoint_images: int = 1_000_000  # between checkpoints
     log_images: int = 10_000  # between lines of log.jsonl
     grid: int = 64  # images in the sample grid of a checkpoint
-    workers: int = 0  # processes that read images; 0: a thread. On CUDA small data sets are on the card, without either
+    workers: int = 0  # processes that read images; 0: a thread. On CUDA, small data sets are on the GPU, without either
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -124,11 +126,11 @@ class TrainConfig:
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
         if not all(0 <= decay < 1 for decay in self.emas):
-            raise CmfastError(f"emas are decays from 0 and below 1, got {self.emas}")
+            raise CmfastError(f"emas must be at least 0 and below 1, got {self.emas}")
         if not all(0 < std <= 0.288 for std in self.ema_stds):
-            raise CmfastError(f"ema_stds are fractions of a phase above 0 and up to 0.288, got {self.ema_stds}")
+            raise CmfastError(f"ema_stds must be fractions of a phase above 0 and up to 0.288, got {self.ema_stds}")
         if len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
-            raise CmfastError(f"ema_stds must differ by 0.001 at least, got {self.ema_stds}")
+            raise CmfastError(f"ema_stds must differ by at least 0.001, got {self.ema_stds}")
         self._check_network()
         self._check_methods()
         if self.batch % self.accumulation:
@@ -191,7 +193,7 @@ class TrainConfig:
                 check_conventions(row, self.scaling, self.c_noise)
 
     def _check_limits(self) -> None:
-        """Raise if a number is larger than any run needs and would fill memory, or never end."""
+        """Raise if a number is so large that memory would not suffice or the run would never end."""
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             number = value if isinstance(value, int) else len(value)
@@ -203,7 +205,7 @@ class TrainConfig:
             if values > MOST_VALUES:
                 raise CmfastError(
                     f"{name}={getattr(self, name)} images of {size_text(self.image_size)} px are {values:,} values, "
-                    f"more than {MOST_VALUES:,}; make {name} smaller"
+                    f"more than {MOST_VALUES:,}; reduce {name}"
                 )
         lengths = [len(levels) for levels in self.sigmas]
         if max(lengths, default=0) > MOST_LEVELS or len(set(lengths)) < len(lengths):
@@ -228,7 +230,7 @@ class TrainConfig:
         check_values(cloneofsimo_sizes(self.network_fields()))
 
     def _check_teachers(self) -> None:
-        """Raise unless what a phase distils is a diffusion model, or for pd what has twice the steps."""
+        """Raise unless every phase that distils has a model of a kind that its method can distil."""
         if self.teacher and not any(row.distils for row in self.methods):
             distil = ", ".join(name for name in names() if find(name).distils)
             raise CmfastError(f"--teacher: none of these phases distils; {distil} do")
@@ -270,12 +272,12 @@ def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterab
     raise CmfastError(f"{row.name} needs {' and '.join(needs)}, got scaling {scaling} and c_noise {c_noise}")
 
 
-# Fields that a model of --init brings with it.
+# Fields that a model of --init sets.
 OF_THE_MODEL = frozenset(
     {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
 )
 
-# Fields that may change between a run and its continuation: they do not decide what is computed.
+# Fields that may change between a run and its continuation: they do not affect the result.
 FREE_FIELDS = frozenset(
     {"checkpoint_images", "log_images", "grid", "workers", "tensorboard", "download", "shard", "recompute", "graph",
      "fused"}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The training methods: one module a family, one row each in `table`. Importing this package needs no torch.
 
-`method` says what a row holds, `table` finds one by its name, `step` says what a method is given. docs/extending.md
-adds a method from outside.
+`method` defines a row, `table` finds one by name, `step` defines the input of a step function. docs/extending.md shows
+how another package adds a method.
 """
 
 from cmfast_train.methods.method import Method, Needs, setting

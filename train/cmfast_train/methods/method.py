@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a row of the table of methods holds: all that the configuration and the trainer know about one method."""
+"""A row of the table of methods: everything that the configuration and the trainer know about one method."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def setting(
 @final
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a phase needs beside the student and its EMA, given its hyperparameters.
+    """What a phase needs besides the student and its EMA, given its hyperparameters.
 
     Attributes:
-        distance: l1, l2, huber or lpips becomes `Step.distance`; "" where the method measures by itself.
+        distance: l1, l2, huber or lpips for `Step.distance`; "" if the method does not use it.
         huber: Pseudo-Huber constant over sqrt(values of a sample), data units.
         finite: `Networks.output_along` differentiates by central differences instead of forward mode.
         log_variance: train u(sigma), the log-variance that `Networks.output` returns beside F.
@@ -63,34 +63,35 @@ class Needs:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Method(Generic[H]):
-    """A training method: its step function, its hyperparameters, and what it asks of models and of the trainer.
+    """A training method: its step function, its hyperparameters, and its requirements.
 
     Attributes:
         name: as in `--set phases=NAME:IMAGES`; a Python identifier.
         paper: title and arXiv number, or what the method is.
-        step: dotted place "package.module:function" of a `step.StepFunction`, imported when a phase of it begins.
+        step: "package.module:function" of a `step.StepFunction`, imported when a phase begins.
         hyper: a frozen dataclass whose fields are made by `setting`: `--set NAME.FIELD=VALUE`.
         defaults: usual values of the fields that every phase has, such as lr and ema.
         scaling: usual scaling of a new model; "" where the method has no preference.
         c_noise: usual c_noise of a new model; "" where the method has no preference.
         scalings: scalings that it can train; empty: all.
         c_noises: values of c_noise that it can train with; empty: all.
-        from_scaling: of a model of --init, the scaling with which its weights are trained on, where it changes.
+        from_scaling: scaling of an --init model -> scaling that its weights are trained with, where the two differ.
         second_time: the network takes a second noise level.
         leaves: the kind of model that it leaves, such as "diffusion" or "consistency".
         distils: the kinds of models that it can distil; empty: it has no teacher. With the kind that it leaves among
             them, a phase after such a phase distils what that one left.
         differentiates: it calls `Networks.output_along`, which needs forward-mode derivatives of the network.
         one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
-        needs: what a phase needs beside the student.
-        constants: the numbers of a step that follow its place in the phase, of (hyper, steps done, steps of the phase).
-            They move one way through a phase, so between two steps where they are equal they are equal throughout. All
-            else that a step computes with is in tensors: a recorded step is made anew when these change.
-        target_decay: decay of the target's weights at a step, of the same arguments; None: it has no such average.
-        spec_after: the conventions of the model that a phase leaves.
-        check: what is wrong with hyperparameters that must fit together, beginning with a field's name; "": nothing.
-        check_sigmas: the same of (hyper, sigma_min, sigma_max).
-        check_after: what is wrong with a phase after another of the same method, of (hyper, hyper before); "": nothing.
+        needs: what a phase needs besides the student.
+        constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
+            on its place in the phase. They must change monotonically. Everything else that a step computes with is in
+            tensors: a CUDA graph is recorded again when these change.
+        target_decay: decay of the target's weights at a step, called with the same; None: there is no such average.
+        spec_after: conventions of the model that a phase leaves, called with (spec, hyper).
+        check: called with hyper; returns an error about fields that must fit together, beginning with the name of one,
+            or "".
+        check_sigmas: the same, called with (hyper, sigma_min, sigma_max).
+        check_after: the same for a phase that follows one of the same method, called with (hyper, hyper before).
         numbered: the whole-number field that NAME/N:IMAGES sets; "" if there is none.
         series: NAME:IMAGES without N means one phase for each of these N, of equal length.
     """

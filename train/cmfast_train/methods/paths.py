@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Noising paths x = x0 + sigma noise: points on them, noise levels along them, steps of the ODE between them.
+"""Noising paths x = x0 + sigma noise: points on a path, noise levels, steps of the probability-flow ODE.
 
-x, x0 and noise are [B, *shape] of any rank; noise levels are [B], data units. What several families need stands here.
+x, x0 and noise are [B, *shape] of any rank; noise levels are [B], data units. Shared by the families of methods.
 """
 
 from __future__ import annotations
@@ -66,5 +66,5 @@ def flow_time(sigma: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def grid_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a grid as a tensor. Grids change rarely, and a copy to a GPU waits for all that it has been handed."""
+    """Return a grid as a tensor, cached: grids change rarely, and a copy to a GPU waits for its queue."""
     return torch.tensor(values, dtype=dtype, device=device)

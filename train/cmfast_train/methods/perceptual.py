@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """LPIPS (Zhang et al. 2018, arXiv:1801.03924) as a training loss, by torchmetrics, which has the small linear heads.
 
-The network below them is torchvision's, from a file that the user has: nothing is downloaded. Images that are
-narrower than 256 pixels are enlarged to 224, as OpenAI's consistency models do (their networks pool by averages in
-addition, torchmetrics' by maxima as in the LPIPS paper).
+The network below them is torchvision's, from a file of the user: nothing is downloaded. Images narrower than 256
+pixels are enlarged to 224, as in OpenAI's consistency models (their networks also use average pooling, torchmetrics'
+max pooling as in the LPIPS paper).
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def load_lpips(net: str, weights: Path) -> Distance:
     """Return LPIPS as a function of two batches of images, [B, C, H, W] in [-1, 1], C 1 or 3, that gives float32 [B].
 
-    net      vgg, alex or squeeze
-    weights  torchvision's state dict of that network (NETS), classifier or not
+    The network follows the images to their device. Gradients flow to the images, never to the network. It always
+    computes in float32: its 1e-8 under a root is zero in half precision, where the gradient of equal features is not
+    finite.
 
-    The network follows the images to their device. Gradients flow to the images, never to the network. It computes in
-    float32 whatever the images are and whatever autocast says: its 1e-8 under a root is zero in half precision, where
-    the gradient of equal features is not finite.
+    Args:
+        net: vgg, alex or squeeze.
+        weights: torchvision's state dict of that network (NETS), with or without the classifier.
+
+    Raises:
+        CmfastError: there is no such network, or, in a call, the images have another shape.
+        ArtifactError: the file does not hold the weights of that network.
+        MissingDependency: torchmetrics or torchvision is not installed.
     """
     if net not in NETS:
         raise CmfastError(f"the network of LPIPS must be one of {', '.join(NETS)}, got {net!r}")
@@ -67,12 +73,12 @@ def _network(net: str, file: Path) -> torch.nn.Module:
     from cmfast_train.torchvision_cpu import torchvision_datasets
 
     try:
-        torchvision_datasets()  # for its side: torchvision can be imported
+        torchvision_datasets()  # for its side effect: torchvision can be imported
         from torchmetrics.functional.image import lpips
     except (MissingDependency, ModuleNotFoundError):
         raise MissingDependency("LPIPS", "torchmetrics and torchvision", "train") from None
-    # torchmetrics' public class lets torchvision download. `pnet_rand` does not, and on meta nothing is drawn either.
-    # No dropout before the heads, for it would make the loss depend on training mode.
+    # torchmetrics' public class lets torchvision download. `pnet_rand` does not, and on meta it draws no weights.
+    # No dropout before the heads: the loss would depend on training mode.
     with torch.device("meta"):
         network = lpips._LPIPS(net=net, pretrained=False, pnet_rand=True, use_dropout=False)  # type: ignore[arg-type]
     network.scaling_layer = lpips.ScalingLayer()
@@ -85,7 +91,7 @@ def _network(net: str, file: Path) -> torch.nn.Module:
 
 
 def _features(file: Path, net: str, need: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what LPIPS's network needs of torchvision's weights in `file`, under its own names, float32.
+    """Return those of torchvision's weights in `file` that LPIPS's network needs, under its own names, float32.
 
     torchvision's features.5.bias is slice2.5.bias there, features.3.squeeze.bias is slices.1.3.squeeze.bias.
     """
@@ -98,8 +104,8 @@ def _features(file: Path, net: str, need: Mapping[str, Tensor]) -> dict[str, Ten
         if not isinstance(tensor, Tensor) or tensor.shape != like.shape or not tensor.is_floating_point():
             got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "missing"
             raise ArtifactError(
-                f"{file}: not the weights of torchvision's {title} ({published}): {source} is {got}, "
-                f"not a float {list(like.shape)}"
+                f"{file} does not hold the weights of torchvision's {title} ({published}): {source} is {got}, "
+                f"expected float {list(like.shape)}"
             )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{file}: {source} is not finite")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Numbers that follow the place of a step in its phase, and grids of noise levels, as plain floats. No torch.
+"""Schedules: functions of a step's place in its phase, and grids of noise levels, in plain floats. No torch.
 
-Golden values are in test_schedules.py. How noise levels are drawn from a grid is in the module of each family.
+Golden values are in test_schedules.py. The module of each family draws noise levels from these grids.
 """
 
 from __future__ import annotations

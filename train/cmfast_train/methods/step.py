@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a method is given: a step's samples and random numbers, and the networks it may evaluate.
+"""The input of a step function: samples, random numbers, and the networks that it may evaluate.
 
 A method is a function of a `Step`. It chooses noise levels, evaluates networks, and returns the loss of each sample
 with its (larger) noise level.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The table of training methods: the hyperparameters of each, and a row that says everything else about it.
+"""The table of training methods: the hyperparameters of each, and a row with everything else about it.
 
-A further method is a module beside this one and a row here; from another package, `register` or an entry point of the
-group "cmfast.methods" (docs/extending.md). Nothing here imports torch.
+A new method is a module beside this one and a row here. Another package uses an entry point of the group
+"cmfast.methods", or `register` (docs/extending.md). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ ROWS: dict[str, Method[Any]] = {row.name: row for row in _OURS}
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all methods that can be found: ours, those registered, those of installed packages."""
+    """Return the names of all methods: ours, registered ones, those of installed packages."""
     from importlib.metadata import entry_points  # slow to import
 
     others = [entry.name for entry in entry_points(group=ENTRY_POINTS)]
@@ -309,7 +309,7 @@ def find(name: object) -> Method[Any]:
     """Return the row of a method.
 
     Raises:
-        CmfastError: there is no such method, or the package that brings it declares it wrongly.
+        CmfastError: there is no such method, or the entry point is not a `Method` of that name.
     """
     if isinstance(name, str) and name in ROWS:
         return ROWS[name]
@@ -318,26 +318,26 @@ def find(name: object) -> Method[Any]:
     for entry in entry_points(group=ENTRY_POINTS, name=name) if isinstance(name, str) else ():
         method = entry.load()
         if not isinstance(method, Method) or method.name != name:
-            raise CmfastError(f"the entry point {entry.value} of {ENTRY_POINTS} is no Method called {name}")
+            raise CmfastError(f"the entry point {entry.value} of {ENTRY_POINTS} is not a Method called {name}")
         register(method)
         return method
     raise CmfastError(f"method must be one of {', '.join(names())}, got {shown(name)}")
 
 
 def register(method: Method[Any]) -> None:
-    """Add a method to the table, for this process.
+    """Add a method to the table of this process.
 
     Raises:
-        CmfastError: there is another method of that name, or its hyperparameters cannot be read from a command line.
+        CmfastError: the name is taken or not an identifier, or a hyperparameter has a type that --set cannot read.
     """
     if not method.name.isidentifier():
         raise CmfastError(f"the name of a method must be a Python identifier, got {shown(method.name)}")
     if ROWS.get(method.name, method) is not method:
-        raise CmfastError(f"there is a method {method.name} already; choose another name")
+        raise CmfastError(f"a method {method.name} exists already; choose another name")
     if not dataclasses.is_dataclass(method.hyper):
         raise CmfastError(f"{method.name}: hyper must be a frozen dataclass, got {shown(method.hyper)}")
     if taken := set(method.fields()) & set(COMMON):
-        raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; call the hyperparameter otherwise")
+        raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; rename the hyperparameter")
     for name, kind in typing.get_type_hints(method.hyper).items():
         if kind not in READERS:
             types = ", ".join(map(type_name, READERS))

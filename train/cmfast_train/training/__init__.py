@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A run: the trainer, its networks, averages, folder and log."""
+"""A training run: trainer, networks, averages, folder and log."""

@@ -31,13 +31,20 @@ Factors = npt.NDArray[np.float64]  # [N], one for each stored average
 
 
 class Averages:
-    """Several averages of the same weights, float32, each {weight name: tensor} beside its weight.
+    """Several averages of the same weights, float32.
 
-    averages  {"0.9999": {...}, "std0.05": {...}}: constant decays by their value, power functions by their std
-    rates     constant decays, warmed up by `warm_decay`
-    stds      widths of power functions, fractions of the phase, at most MAX_STD
+    The weights may be on any device, of any precision, or DTensors: an average is like its weight, in float32.
 
-    The weights may be on any device, of any precision, or DTensors: an average is what its weight is, in float32.
+    Args:
+        weights: to be averaged, by name.
+        rates: constant decays, warmed up by `warm_decay`.
+        stds: widths of power functions, fractions of the phase, at most MAX_STD.
+
+    Attributes:
+        averages: {"0.9999": {...}, "std0.05": {...}}: constant decays by their value, power functions by their std.
+
+    Raises:
+        CmfastError: a rate or a width is given twice, or a width is out of range.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class Averages:
         self.gammas = {f"std{std}": gamma_of_std(std) for std in stds}
         self.rates = {f"{rate}": rate for rate in rates}
         if len(self.rates) + len(self.gammas) < len(rates) + len(stds):
-            raise CmfastError(f"an average is asked for twice: rates {rates}, stds {stds}")
+            raise CmfastError(f"every average must be different, got rates {rates}, stds {stds}")
         self.averages: dict[str, dict[str, Tensor]] = {
             name: {key: weight.detach().to(torch.float32, copy=True) for key, weight in weights.items()}
             for name in (*self.rates, *self.gammas)
@@ -61,7 +68,7 @@ class Averages:
         return constant | {name: power_decay(step + 1, gamma) for name, gamma in self.gammas.items()}
 
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Take the weights of one optimiser step in. step: updates before this one in the phase."""
+        """Update the averages with the weights after an optimiser step. step: updates before this one in the phase."""
         now = {name: _float32(weight) for name, weight in weights.items()}  # once for all averages
         for name, decay in self.decays(step).items():
             average = self.averages[name]
@@ -76,7 +83,7 @@ class Averages:
 def update_ema(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place, in the average's precision (float32)."""
     average = list(average)
-    # A call for each weight would take a small network's step as long as the update itself.
+    # One call per weight would take as long as a small network's step.
     now = [w if w.dtype == a.dtype else w.detach().to(a.dtype) for a, w in zip(average, weights, strict=True)]
     torch._foreach_lerp_(average, now, 1 - decay)
 
@@ -86,7 +93,7 @@ def _float32(weight: Tensor) -> Tensor:
 
 
 def warm_decay(decay: float, step: int) -> float:
-    """Return the decay at optimiser step `step`: small at first, so that the start of the phase is forgotten."""
+    """Return the decay at optimiser step `step`: small at first, so that the initial weights fade quickly."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -130,9 +137,15 @@ class Snapshot:
 
 
 def reconstruct(snapshots: Sequence[Snapshot], std: float, step: int | None = None) -> dict[str, Tensor]:
-    """Return the average of width `std` after `step` updates (default: the last), float32, made of snapshots.
+    """Return an average of any width, combined from snapshots: arXiv:2312.02696, Section 3.2. See `posthoc_error`.
 
-    Each result is on the device of the first snapshot's tensor. How near the profile comes: `posthoc_error`.
+    Args:
+        snapshots: of one phase, with the same weight names.
+        std: width wanted, a fraction of the phase.
+        step: updates after which the average is wanted; default: those of the last snapshot.
+
+    Returns:
+        float32 tensors by weight name, on the device of the first snapshot's.
     """
     step = max(snapshot.step for snapshot in snapshots) if step is None else step
     stored = [(snapshot.step, gamma_of_std(snapshot.std)) for snapshot in snapshots]
@@ -142,13 +155,16 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, step: int | None = No
 
 
 def posthoc_coefficients(stored: Sequence[tuple[float, float]], wanted_step: float, wanted_gamma: float) -> Factors:
-    """Return the factors, float64, one for each stored average, whose sum of profiles is nearest the wanted profile.
+    """Return the factors, float64 [N], whose weighted sum of profiles is nearest the wanted profile.
 
-    stored  (step, gamma) of each average
+    Least squares over the profiles as functions of time, arXiv:2312.02696, Appendix C, by their inner products. The
+    factors also sum to 1, so constant weights are reproduced exactly: deviations are relative to the nearest stored
+    profile, and a stored profile that is the wanted one gets the factor 1.
 
-    Least squares over the profiles as functions of time, arXiv:2312.02696, Appendix C, by their inner products. Here
-    the factors sum to 1 as well, so weights that stand still come out as they are: the deviations are counted from
-    the stored profile that is nearest, and one that is the wanted profile gets the factor 1.
+    Args:
+        stored: (step, gamma) of each average.
+        wanted_step: updates of the wanted average.
+        wanted_gamma: its exponent.
     """
     factors: Factors = np.zeros(len(stored))
     if (wanted_step, wanted_gamma) in stored:
@@ -173,14 +189,14 @@ def posthoc_error(
     wanted_step: float,
     wanted_gamma: float,
 ) -> float:
-    """Return how far the combined profile is from the wanted one: the norm of the difference over the wanted's."""
+    """Return the relative error of the combined profile: norm of its difference from the wanted one over its norm."""
     gram, overlap, norm = _products(stored, wanted_step, wanted_gamma)
     square = coefficients @ gram @ coefficients - 2 * coefficients @ overlap + norm
     return math.sqrt(max(float(square), 0.0) / norm)
 
 
 def _products(stored: Sequence[tuple[float, float]], wanted_step: float, wanted_gamma: float) -> tuple[Any, Any, float]:
-    """Return the inner products: stored with stored [N, N], stored with wanted [N], wanted with itself.
+    """Return the inner products: stored with stored [N, N], stored with wanted [N], wanted with wanted.
 
     Time is counted in wanted_step, so that the numbers are around one.
     """
@@ -197,7 +213,7 @@ def _inner(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:
     that no power overflows.
     """
     first, last = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
-    exponent = np.where(t_a > t_b, gamma_a, gamma_b)  # of the profile that goes on for longer
+    exponent = np.where(t_a > t_b, gamma_a, gamma_b)  # of the profile that lasts longer
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (first / last) ** exponent / last
 
 

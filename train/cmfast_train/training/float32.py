@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Float32 in PyTorch as float32: switches off in a context; checked on a GPU (`cmfast.backends.float32`)."""
+"""Exact float32 in PyTorch: a context without TensorFloat-32, checked on a GPU (`cmfast.backends.float32`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cmfast_train.backends.torch_cuda import arithmetic
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Multiply float32 as float32 on CUDA in this context, cuDNN's convolutions too, whose default is TensorFloat-32.
+    """Multiply in full float32 on CUDA in this context, also in cuDNN's convolutions, whose default is TensorFloat-32.
 
     Raises:
-        EngineError: the GPU's libraries do not.
+        EngineError: the GPU's libraries round nevertheless.
     """
     with arithmetic(tf32=False, benchmark=None):
         if device.type == "cuda":
@@ -28,7 +28,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def errors(device: torch.device) -> dict[str, float]:
-    """Return the relative error of a product and of a convolution there, with the switches as they are."""
+    """Return the relative errors of a matrix product and a convolution on a device, with the present switches."""
 
     def multiply(a: Floats, b: Floats) -> Floats:
         return _result(torch.from_numpy(a).to(device) @ torch.from_numpy(b).to(device))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The folder of a run: whose it is, and who writes in it. What is in it: `trainer`.
+"""The folder of a run: which run it belongs to, and which process writes in it. Its files: `trainer`.
 
-A run replaces only files of the same run. So a folder is refused, before anything in it changes, if it holds a
-config.json that is not of a run, models or logs without one, or models of a run with another configuration.
+A run replaces only its own files. So a folder is refused, before anything in it changes, if its config.json is not of a
+run, if it holds models or logs without one, or if it holds models of a run with another configuration.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cmfast_train.training.log import noted_a_checkpoint
 FILES = ("config.json", "model.pt", "state.pt", "log.jsonl")
 FOLDERS = ("samples", "phases", "ema", "tensorboard")
 LOCK = ".cmfast-train.lock"
-LARGEST_CONFIG = 1 << 25  # bytes; names of classes can be many
+LARGEST_CONFIG = 1 << 25  # bytes; there can be many names of classes
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Make the folder `out` and keep other runs out of it while the block runs; what stays empty is removed again.
+    """Make the folder `out` and keep other runs out of it while the block runs; remove it if it stays empty.
 
     Raises:
-        CmfastError: another process, or another thread, trains there, or the folder cannot be written.
+        CmfastError: another process or thread trains there, or the folder is not writable.
     """
     made: list[Path] = []
     try:
@@ -58,7 +58,16 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def check_folder(config: TrainConfig, out: Path, data_root: Path | None = None) -> None:
-    """Raise CmfastError unless the run may begin, or continue, in the folder `out`; it need not be there."""
+    """Check that a run may begin, or continue, in a folder.
+
+    Args:
+        config: of the run.
+        out: the folder, which need not exist.
+        data_root: folder or archive of the data.
+
+    Raises:
+        CmfastError: the folder holds something else, or another run.
+    """
     _check_inputs(config, out, data_root)
     if not os.path.lexists(out):
         return
@@ -81,7 +90,7 @@ def check_folder(config: TrainConfig, out: Path, data_root: Path | None = None) 
 
 
 def begin_folder(config: TrainConfig, out: Path) -> None:
-    """Write config.json, and remove what a killed run left half written. The folder is checked and claimed."""
+    """Write config.json and remove files that a killed run left unfinished. The folder is checked and claimed."""
     write_text(out / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
     (out / "samples").mkdir(exist_ok=True)
     for folder in (out, *(out / name for name in FOLDERS)):
@@ -89,9 +98,10 @@ def begin_folder(config: TrainConfig, out: Path) -> None:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """Return the configuration of a run, or raise ArtifactError for any file that holds none.
+    """Return the configuration of a run. A field that is newer than the run gets its default, which the run had.
 
-    A field that is newer than the run gets its default, which is what the run did.
+    Raises:
+        ArtifactError: the file holds no configuration.
     """
     try:
         with file.open("rb") as opened:
@@ -99,19 +109,19 @@ def read_config(file: Path) -> TrainConfig:
         if len(content) > LARGEST_CONFIG:
             raise ValueError("too large")
         return from_dict(json.loads(content))
-    except Exception:  # whatever is wrong with it
+    except Exception:  # any damage
         raise ArtifactError(f"{file} is damaged or of another version; begin in another --out folder") from None
 
 
 @contextmanager
 def disk_errors_in_one_line(out: Path) -> Iterator[None]:
-    """Turn what the system says about files in `out` into one line; the last checkpoint is not touched by it."""
+    """Turn the system's errors about files in `out` into one line."""
     try:
         yield
     except OSError as err:
         if err.errno in NO_SPACE:
             raise CmfastError(
-                f"no space left in {out} ({err.strerror}); the last checkpoint is untouched: free some space, and the "
+                f"no space left in {out} ({err.strerror}); the last checkpoint is untouched: free some space; the "
                 "same command continues"
             ) from None
         if not isinstance(err.filename, (str, bytes)) or not Path(os.fsdecode(err.filename)).is_relative_to(out):
@@ -120,7 +130,7 @@ def disk_errors_in_one_line(out: Path) -> Iterator[None]:
 
 
 def _check_inputs(config: TrainConfig, out: Path, data_root: Path | None) -> None:
-    """Raise CmfastError if the run would write among what it reads."""
+    """Raise CmfastError if the run would write into its inputs."""
     real = Path(os.path.realpath(out))
     for option, file in (("--init", config.init), ("--teacher", config.teacher)):
         if file and Path(os.path.realpath(file)) in (real, *real.parents):
@@ -147,7 +157,7 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
     now = to_dict(config)
     changed = [name for name in now if name not in FREE_FIELDS and now[name] != before[name]]
     if not {"state.pt", "model.pt", "phases", "ema"} & set(found):
-        return  # killed before it left anything
+        return  # killed before its first checkpoint
     again = _another_run(config, out)
     _check_order(config, before["class_names"], out)
     if names := sorted(set(changed) - _names_not_known(before, now)):
@@ -163,7 +173,7 @@ def _check_same_run(config: TrainConfig, out: Path, found: list[str]) -> None:
 
 
 def _lost_config(config: TrainConfig, out: Path) -> str:
-    """Return how a run gets its config.json back, as the end of an error. Of a folder, it has the names of classes."""
+    """Return how to restore config.json, as the end of an error. For folders, it holds the names of classes."""
     if config.data == "folder":
         how = f"begin it once more with --out NEW, stop it with Ctrl-C, cp NEW/config.json {out}"
     else:
@@ -172,7 +182,7 @@ def _lost_config(config: TrainConfig, out: Path) -> str:
 
 
 def _another_run(config: TrainConfig, out: Path) -> str:
-    """Return how a run is begun from the model of another, as the end of an error."""
+    """Return how to begin a run from another run's model, as the end of an error."""
     if not (out / "model.pt").is_file():
         return ""
     return (
@@ -182,24 +192,24 @@ def _another_run(config: TrainConfig, out: Path) -> str:
 
 
 def _check_order(config: TrainConfig, before: Any, out: Path) -> None:
-    """Raise CmfastError where the folders of a run without names were its classes in the order of text."""
+    """Raise CmfastError if an older run without class names had its folders in the order of text."""
     names = list(config.class_names)
     if config.data == "folder" and names and not before and names != sorted(names):
         raise CmfastError(
-            f"{out} holds a run of an older version, to which the folders were classes in the order of text "
+            f"{out} holds a run of an older version, whose classes were folders in the order of text "
             f"({', '.join(sorted(names)[:4])}, ..); now numbers sort as numbers, so its labels would change their "
             "meaning; name another --out"
         )
 
 
 def _names_not_known(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Return the fields that a run did not know, or that are not known yet: {"class_names"} or nothing."""
+    """Return the fields that one of two configurations does not know yet: {"class_names"} or nothing."""
     names = {"class_names"} & now.keys()
     return {name for name in names if not (before[name] and now[name])}
 
 
 def _difference(there: Any, here: Any) -> str:
-    """Return two values of a field in words; of phases of the same methods only what differs."""
+    """Return two values of a field as text; for phases of the same methods only the differing fields."""
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         pairs = [(a, b) for a, b in zip(there, here, strict=True) if a != b]
         if all(isinstance(a, dict) and isinstance(b, dict) and a["method"] == b["method"] for a, b in pairs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run starts from: a new network, or a model of any format with its conventions; and the teacher it distils."""
+"""The initial model of a run: a new network, or a model of any format with its conventions; and --teacher's model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,39 @@ from cmfast_train.networks.shape import plain_size, size_text
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Conventions and network of the model in training, the weights it begins with, and the teacher of --teacher."""
+    """The model in training before its first step, and the teacher of --teacher.
+
+    Attributes:
+        spec: conventions of the model in training.
+        network: its shape.
+        weights: its first weights; None: newly drawn ones.
+        model_spec: conventions of the model of --init, which `spec` may replace; None without --init.
+        teacher: the model of --teacher.
+        sha256: of the weights of --init and --teacher, which a continuation must find again.
+    """
 
     spec: ModelSpec
     network: NetworkConfig
-    weights: Mapping[str, Tensor] | None  # None: new ones
-    model_spec: ModelSpec | None  # of --init, as it was trained; `spec` is what its student becomes
+    weights: Mapping[str, Tensor] | None
+    model_spec: ModelSpec | None
     teacher: Checkpoint | None
-    sha256: tuple[str, str]  # of the weights of --init and --teacher: a continuation must find the same
+    sha256: tuple[str, str]
 
     def first_weights(self) -> Mapping[str, Tensor]:
-        """Return the weights of the model that the run starts from, or newly drawn ones."""
+        """Return the weights that the run starts from: of --init, or newly drawn."""
         return build_network(self.network).state_dict() if self.weights is None else self.weights
 
 
 def start_of(config: TrainConfig, classes: int) -> Start:
-    """Return what the run starts from, on data of that many classes."""
+    """Return what a run starts from.
+
+    Args:
+        config: of the run.
+        classes: number of classes of the data.
+
+    Raises:
+        CmfastError: a model cannot be read, or does not fit the run or its methods.
+    """
     spec = config.spec(classes)
     teacher = _load(config.teacher, "--teacher", spec) if config.teacher else None
     digests = ("", teacher.sha256() if teacher else "")
@@ -88,15 +105,15 @@ def phase_spec(spec: ModelSpec, phase: Phase) -> ModelSpec:
 
 def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*teacher", CmfastWarning)  # a diffusion model is one, and wanted
+        warnings.filterwarnings("ignore", ".*teacher", CmfastWarning)  # a diffusion model is expected here
         try:
             model = load_model(path)
         except CmfastError as err:
             if "--set" not in str(err) and "--source" not in str(err):
                 raise
             raise CmfastError(
-                f"{option} {path}: the file does not say all that has to be known; make a checkpoint of it, "
-                f"cmfast-export {path} --format cmfast, which asks: {err}"
+                f"{option} {path}: some facts about the model are missing; convert it to a checkpoint with "
+                f"cmfast-export {path} --format cmfast, which asks for them: {err}"
             ) from None
     if model.spec.image != spec.image:
         raise CmfastError(
@@ -106,18 +123,18 @@ def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
     if model.spec.classes not in (0, spec.classes):
         raise CmfastError(
             f"{option} {path}: a model of {model.spec.classes} classes, the run has {spec.classes}; "
-            "a label of the one means nothing to the other"
+            "their labels have different meanings"
         )
     _check_names(f"{option} {path}", model.spec.class_names, spec.class_names, bool(model.spec.classes))
     return model
 
 
 def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], labelled: bool) -> None:
-    """Raise CmfastError if labels mean other classes of the same names, and warn if the names differ."""
+    """Raise CmfastError if the same names have another order, and warn if the names differ."""
     if not names and list(of_data) != sorted(of_data) and labelled:
         warnings.warn(
-            f"{model}: it does not name its classes; if it was trained on these folders by an older version, they were "
-            "in the order of text, and its labels are others",
+            f"{model}: it has no class names; if an older version trained it on these folders, they were in the order "
+            "of text, and its labels differ",
             CmfastWarning, stacklevel=4,
         )  # fmt: skip
     if not names or not of_data or names == of_data:
@@ -129,7 +146,9 @@ def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], l
             f"{model}: its classes have another order: {difference}; name the folders so that they sort as there"
         )
     warnings.warn(
-        f"{model}: its classes have other names: {difference}; the data's are trained", CmfastWarning, stacklevel=4
+        f"{model}: its classes have other names: {difference}; the run uses the names of the data",
+        CmfastWarning,
+        stacklevel=4,
     )
 
 
@@ -161,12 +180,12 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) 
 
 
 def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) -> ModelSpec:
-    """Return the student's spec, whose noise levels must be a teacher's as well."""
+    """Return the student's spec; a teacher must know all its noise levels."""
     if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
         raise CmfastError(
             f"--teacher {config.teacher}: it knows noise levels from {teacher.spec.sigma_min:g} to "
             f"{teacher.spec.sigma_max:g}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
-            "--set sigma_min, sigma_max"
+            "change --set sigma_min, sigma_max"
         )
     return spec
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""log.jsonl and TensorBoard: a line every log_images, cut back to where a resumed run continues."""
+"""log.jsonl and TensorBoard: a line every log_images. A resumed run cuts them back to where it continues."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ from cmfast.files import atomic_file
 from cmfast_train.config.train_config import TrainConfig
 
 LOOK_EVERY = 32  # steps
-LONGEST_LINE = 1 << 16  # bytes of log.jsonl; ours have some hundred
+LONGEST_LINE = 1 << 16  # bytes of log.jsonl; ours have a few hundred
 
 
 class TrainLog:
-    """The curves of a run, of all its processes. One of them writes."""
+    """The curves of a run. All its processes take part; the main one writes.
+
+    Args:
+        out: folder of the run.
+        images: images seen before; later lines of an earlier process are removed.
+        config: of the run.
+        accelerator: its processes.
+    """
 
     def __init__(self, out: Path, images: int, config: TrainConfig, accelerator: Accelerator) -> None:
         self.path, self.config, self.active = out / "log.jsonl", config, accelerator.is_main_process
@@ -50,9 +57,14 @@ class TrainLog:
             self._board.close()
 
     def add(self, loss: Tensor, images: int, where: dict[str, Any]) -> None:
-        """Count the mean loss of one step's images here, after `images` in all; write a line when one is due.
+        """Add the mean loss of this process's part of a step; write a line when one is due.
 
-        The loss of a GPU is looked at now and then only: a look waits for everything that it has been handed.
+        A loss on a GPU is read rarely: reading it waits for the GPU's queue.
+
+        Args:
+            loss: mean over the images of the step, a scalar.
+            images: seen so far, with this step.
+            where: phase, step and learning rate (`Run.where`).
         """
         self._sum = self._sum + loss.double()
         self._count += 1
@@ -72,11 +84,11 @@ class TrainLog:
             self._sum, self._count, self._since = 0.0, 0, now
 
     def checkpoint(self, images: int, where: dict[str, Any]) -> None:
-        """Note that a checkpoint was written."""
+        """Write a line about a new checkpoint."""
         self.note(images, where, checkpoint="model.pt")
 
     def note(self, images: int, where: dict[str, Any], **facts: Any) -> None:
-        """Note a fact about the run from here on."""
+        """Write a line with facts about the run from here on."""
         self._write({"images": images, **where, **facts})
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -86,25 +98,25 @@ class TrainLog:
 
 
 def noted_a_checkpoint(path: Path) -> bool:
-    """Return whether a log says that a checkpoint was written."""
+    """Return whether a log has a line about a checkpoint."""
     return path.exists() and any("checkpoint" in entry for _, entry in _lines(path))
 
 
 def _cut(path: Path, images: int) -> None:
-    """Leave out the lines after so many images, which a resumed run writes again, and those that are damaged."""
+    """Remove damaged lines and those after so many images, which a resumed run writes again."""
     damaged, last = 0, False
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         for line, entry in _lines(path):
-            damaged += last  # the last line does not count: of a killed run it may be cut
+            damaged += last  # the last line does not count: a killed run may have cut it
             last = not entry
             if entry and _images_of(entry) <= images:
                 file.write(line)
     if damaged:
-        warnings.warn(f"{path}: {damaged} lines are no lines of a log; they are left out", CmfastWarning, stacklevel=3)
+        warnings.warn(f"{path}: {damaged} lines are not lines of a log; they are removed", CmfastWarning, stacklevel=3)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each line of a log as bytes and as what it says, {} if that cannot be read."""
+    """Yield each line of a log as bytes and as its content, {} if that cannot be read."""
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE):
             try:
@@ -122,7 +134,7 @@ def _images_of(entry: dict[str, Any]) -> float:
 class _Board:
     """The curves for TensorBoard, in a new file of its folder.
 
-    Written in this thread: SummaryWriter's own, on a full disk, prints a traceback and is not heard of again.
+    Written in this thread: on a full disk SummaryWriter's own thread prints a traceback and ends.
     """
 
     def __init__(self, folder: Path, images: int) -> None:
@@ -135,7 +147,7 @@ class _Board:
         self._event = Event
         self._file = (folder / f"{name}.{number}").open("wb")
         self._records = RecordWriter(self._file)
-        # Points from this step on, of a run that was killed later, are not shown.
+        # TensorBoard hides points of a killed run from this step on.
         self._write(Event(step=images + 1, wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(step=images + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
@@ -147,7 +159,7 @@ class _Board:
         self._write(event)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written was said when it was
+        with contextlib.suppress(OSError):  # the write has already raised
             self._file.close()
 
     def _write(self, event: Any) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""How a network is trained that is too large or too slow for one device as it is: what `trainer` asks for by name.
+"""Several processes, large networks, and derivatives along a direction.
 
-shard, whole, fill, fill_optimizer   the weights cut up over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
-together                             work of one process, whose failure all have to hear of
-leave                                the end of a process of a run of several
-recompute                            activations computed again in the backward pass instead of kept
+shard, whole, fill, fill_optimizer   weights sharded over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
+together                             work of one process, whose failure stops all
+leave                                the end of a process of a distributed run
+recompute                            activations recomputed in the backward pass
 jvp                                  the derivative along a direction, forward mode
 
-None of them changes what is computed, beyond rounding, or the names of the parameters. Sharding is PyTorch's own and
-not Accelerate's: on a CPU, Accelerate trains by DDP whatever it was asked; on a GPU it would round the weights of the
-noise embedding to half precision. It keeps the processes, the optimiser and the precision.
+None of them changes the result, beyond rounding, or the names of the parameters. Sharding is PyTorch's own and not
+Accelerate's: on a CPU, Accelerate always trains with DDP; on a GPU it would round the weights of the noise embedding to
+half precision. Accelerate keeps the processes, the optimiser and the precision.
 """
 
 from __future__ import annotations
@@ -42,32 +42,36 @@ T = TypeVar("T")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a network is a sequence of: nearly all of its weights and of its arithmetic."""
+    """Return the blocks that a network consists of: nearly all of its weights and its arithmetic."""
     kinds = (nn.Sequential,) if isinstance(network, CloneofsimoUnet) else (adm.ResBlock, adm.Attention, edm.Block)
     return [module for module in network.modules() if isinstance(module, kinds)]
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut the weights up over the processes of a mesh, in place: each keeps its part, and sees a block's while it runs.
+    """Shard the weights over the processes of a mesh, in place: each keeps its part, and gathers a block while it runs.
 
-    mesh  torch.distributed.device_mesh.init_device_mesh(device type, (processes,))
+    From here on the parameters are DTensors, so optimiser and averages come after. Every process must hold the same
+    contiguous weights before; a network on the CPU moves to the mesh's device block by block. Call the module, not its
+    forward; copy it before, not after. For mixed precision, run it in torch.autocast, whose cache is off in this
+    process from here on.
 
-    From here on the parameters are DTensors, so the optimiser and averages come after. Every process must hold the
-    same weights before, contiguous ones; a network on the CPU moves to the mesh's device block by block. Call the
-    module, not its forward; copy it before, not after. For mixed precision, run it in torch.autocast, whose cache is
-    off in this process from here on.
+    Args:
+        network: to be sharded.
+        mesh: torch.distributed.device_mesh.init_device_mesh(device type, (processes,)).
     """
     for module in [*blocks(network), network]:
-        # Also the outermost: an average is only ever run forwards, and would go on with the weights of its first run.
+        # Also the outermost: an average only runs forwards, and would keep the weights of its first run.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    # Autocast would keep the half-precision weights of a pass without gradients, and the next, with them, get none.
+    # Autocast would cache the half-precision weights of a pass without gradients, and the next pass would get none.
     torch.set_autocast_cache_enabled(False)
 
 
 def whole(tree: Any, keep: bool = True) -> Any:
-    """Return nested dicts, lists and tuples with every sharded tensor put together on the CPU; every process calls it.
+    """Return nested dicts, lists and tuples with every sharded tensor gathered on the CPU; every process must call it.
 
-    keep  whether this process wants them: the others help and get None in their place
+    Args:
+        tree: of tensors and plain values.
+        keep: whether this process needs the tensors; the others take part and get None in their place.
     """
     if isinstance(tree, Mapping):
         return {name: whole(value, keep) for name, value in tree.items()}
@@ -105,9 +109,14 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None:
-    """Do work in the processes that have some while the others wait; return its result, or None where there is none.
+    """Run work in some processes while the others wait; return its result, None in a process without work.
 
-    If it fails in one process all raise: the others would wait for it for ever, in their next exchange of gradients.
+    Args:
+        accelerator: the processes.
+        work: of this process, if it has any.
+
+    Raises:
+        CmfastError: another process has failed. Without it, this one would wait for ever in its next exchange.
     """
     result, error = None, None
     try:
@@ -115,32 +124,32 @@ def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None
     except Exception as err:
         error = err
     if accelerator.num_processes > 1:
-        said = gather_object([None if error is None else str(error) or type(error).__name__])
-        if error is None and any(said):
-            raise CmfastError(f"another process has stopped: {next(filter(None, said))}")
+        errors = gather_object([None if error is None else str(error) or type(error).__name__])
+        if error is None and any(errors):
+            raise CmfastError(f"another process has stopped: {next(filter(None, errors))}")
     if error is not None:
         try:
             raise error
         finally:
-            del error  # a cycle with its traceback would keep what the work had on a GPU
+            del error  # a cycle with its traceback would keep the GPU memory of the work
     return result
 
 
 def leave(end: SystemExit | Exception) -> None:
-    """End this process as `end` would, if it is one of several; return if it is not.
+    """End this process as `end` would, if the run is distributed; else return.
 
-    The interpreter's own end is not safe there. A thread of Gloo that lets go of the last tensor of an exchange asks
-    for Python's lock; while the interpreter ends, that aborts the process ("terminate called without an active
-    exception", https://github.com/pytorch/pytorch/issues/190489). `destroy_process_group` joins these threads only if
-    nothing else holds the group, and DTensor's caches hold it to the end. So the process ends without the interpreter,
-    until PyTorch releases tensors safely then.
+    Finalising the interpreter is not safe there. A thread of Gloo that releases the last tensor of an exchange takes
+    Python's lock; during finalisation that aborts the process ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/issues/190489). `destroy_process_group` joins these threads only if nothing else
+    holds the group, and DTensor's caches hold it to the end. So the process ends without finalisation, until PyTorch
+    releases such tensors safely.
     """
     if not torch.distributed.is_initialized():
         return
     code = end.code if isinstance(end, SystemExit) else 1
     if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
-    if not code:  # after an error others may be in an exchange, and NCCL would wait for them
+    if not code:  # after an error, others may be in an exchange, and NCCL would wait for them
         torch.distributed.destroy_process_group()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -149,10 +158,10 @@ def leave(end: SystemExit | Exception) -> None:
 
 
 def recompute(network: nn.Module) -> None:
-    """Let the blocks of a network keep only their inputs for the backward pass, and run again in it, in place.
+    """Let the blocks of a network keep only their inputs and run again in the backward pass, in place.
 
-    About a third more time for a fraction of the memory. Dropout draws the same masks again. Without gradients the
-    blocks run as they are.
+    About a third more time for a fraction of the memory. Dropout draws the same masks again. Without gradients nothing
+    changes.
     """
     for block in blocks(network):
         block.forward = functools.partial(_recomputed, block.forward)
@@ -161,9 +170,9 @@ def recompute(network: nn.Module) -> None:
 def jvp(
     function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return function(*primals) and its derivative along the tangents, both without gradient. Dropout: as it is drawn.
+    """Return function(*primals) and its derivative along the tangents, both without gradient, in forward mode.
 
-    Our networks run in it uncompiled, in any precision and memory layout.
+    Networks run uncompiled, in any precision and memory layout.
     """
     with (
         torch.no_grad(),
@@ -172,18 +181,18 @@ def jvp(
         _PlainNorms(),
         warnings.catch_warnings(),
     ):
-        # Until PyTorch's own formulas for forward mode, loaded at its first use, do without torch.jit.script.
+        # Until PyTorch's formulas for forward mode, loaded at the first use, do without torch.jit.script.
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        with forward_ad.dual_level():  # torch.func.jvp wraps whatever is made in it, also FSDP's buffers
+        with forward_ad.dual_level():  # torch.func.jvp wraps all tensors made in it, also FSDP's buffers
             duals = map(forward_ad.make_dual, primals, tangents)
             output, tangent = forward_ad.unpack_dual(function(*duals))
     return output, torch.zeros_like(output) if tangent is None else tangent
 
 
 class _PlainNorms(TorchFunctionMode):
-    """PyTorch's forward derivative of a group norm is a view of its input, which channels_last does not allow.
+    """PyTorch's forward derivative of a group norm takes a view of its input, which channels_last does not allow.
 
-    What comes out has the layout that went in, which the next convolution takes as it is.
+    The output has the layout of the input, so the next convolution does not have to copy it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -201,7 +210,7 @@ def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def _part(value: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of a whole value, cut as another tensor is, without asking the other processes."""
+    """Return this process's part of a whole value, sharded like another tensor, without communication."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

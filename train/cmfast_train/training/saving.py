@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints of a run: what is written, in which order, and how a run continues from it.
+"""Checkpoints of a run: what is written, in which order, and how a run continues from them.
 
-Files: see `trainer`. A model file is written before the state that goes on from it, so a kill loses no finished work.
+Files: see `trainer`. A model file is written before the state that continues from it, so a kill loses no finished work.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def save(run: Run) -> None:
         )
     accelerator.wait_for_everyone()
     main = accelerator.is_main_process
-    values = {  # every process takes part in putting it together
+    values = {  # every process takes part in gathering it
         "format": STATE_FORMAT,
         "made_for": run.context.made_for,
         "phase": state.index,
@@ -90,7 +90,7 @@ def resume(run: Run) -> None:
 
 
 def next_phase(run: Run) -> None:
-    """Leave the finished phase's model in DIR/phases and begin the next from its averaged weights."""
+    """Write the finished phase's model to DIR/phases and begin the next phase from its averaged weights."""
     finished = _checkpoint(run, whole(run.state.ema))
 
     def write() -> None:
@@ -106,7 +106,7 @@ def _check_made_for(run: Run, made_for: Any) -> None:
     """Raise unless a state was made for the data, the device, the precision and the models of this run."""
     out, now = run.context.out, run.context.made_for
     if not isinstance(made_for, dict):
-        raise ArtifactError(f"{out / 'state.pt'}: not the training state of this run: made_for is no dictionary")
+        raise ArtifactError(f"{out / 'state.pt'}: not the training state of this run: made_for is not a dictionary")
     if changed := [name for name in now if made_for.get(name) != now[name]]:
         raise CmfastError(
             f"{out} holds a run with another {', '.join(changed)} "
@@ -129,7 +129,7 @@ def _write(run: Run, values: Mapping[str, Any]) -> None:
     context = run.context
     checkpoint = _checkpoint(run, values["averages"][str(run.phase.ema)])
     save_checkpoint(checkpoint, context.out / "model.pt")
-    # A denoiser of its own: the one in training runs in mixed precision and with dropout.
+    # A separate denoiser: the one in training runs in mixed precision and with dropout.
     denoiser = checkpoint.denoiser().to(context.device)
     grid = context.out / "samples" / f"{run.images:012d}.png"
     save_grid(denoiser, checkpoint.spec, grid, run.config.grid, context.device)

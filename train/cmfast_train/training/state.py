@@ -45,13 +45,13 @@ class PhaseState:
         student: the denoiser in training, and the log-variance of its loss where that is learned.
         weights: parameters of the network in training, by name.
         buffers: what else its state dict holds.
-        averages: of the weights, the EMA of the model among them.
-        target: an average that the method compares with, where its row has one.
-        teacher: the model that is distilled, where the method distils.
-        teacher_is_saved: the teacher is part of the state; one of --teacher is read from its file again.
+        averages: of the weights, including the model's EMA.
+        target: the average that the method compares with, if its row has one.
+        teacher: the model that is distilled, if the method distils.
+        teacher_is_saved: the teacher is part of the saved state; one of --teacher is read from its file again.
         optimizer: of the student's weights.
-        networks: what the method evaluates.
-        distance: what the method measures with.
+        networks: that the method evaluates.
+        distance: that the method measures with.
     """
 
     index: int
@@ -125,7 +125,7 @@ class Run:
 
     def enter(self, index: int, step: int, weights: Mapping[str, Tensor]) -> None:
         """Leave the present phase and set up another, from whole weights of the network."""
-        del self.state  # its memory is needed now
+        del self.state  # releases its memory before the next state is made
         self.context.accelerator.free_memory()
         self.state, self.step = begin_phase(self.context, index, weights), step
 
@@ -164,11 +164,11 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer: torch.optim.Optimizer = torch.optim.RAdam(trained, lr=phase.lr, foreach=True)
     model: nn.Module = student
-    if context.mesh is not None:  # which exchanges gradients itself
+    if context.mesh is not None:  # sharded weights exchange gradients themselves
         optimizer = accelerator.prepare(optimizer)
     else:
         model, optimizer = accelerator.prepare(student, optimizer)
-    # Without dropout nothing in a step draws from there, and reading a GPU's random state cannot be recorded.
+    # Without dropout a step does not use the GPU's random state, and reading it cannot be recorded.
     devices = [device.index or 0] if device.type == "cuda" and context.dropout else []
     return PhaseState(
         index=index,
@@ -244,13 +244,13 @@ def _new(
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     network.load_state_dict(plain, assign=True)
     if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
-        network.map_augment.requires_grad_(False)  # of EDM's augmentation, which is not done here
+        network.map_augment.requires_grad_(False)  # EDM's augmentation is not part of this training
     if not context.why_not_fused(phase):
         fuse_norms(network)
     if config.recompute:
         recompute(network)
     if config.compile:
-        # A sharded network is a graph a block, of which there are more than PyTorch expects.
+        # A sharded network is one graph per block, more than PyTorch expects.
         torch._dynamo.config.recompile_limit = 256
         network.compile(dynamic=False)
     denoiser = Denoiser(network, spec or context.spec)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One optimiser step: its random numbers, its losses and gradients, the update of weights and averages.
+"""One optimiser step: random numbers, losses and gradients, the update of weights and averages.
 
-`trainer` takes steps one after the other; `step_graph` records one on a GPU and replays it.
+`trainer` takes one step after the other; `step_graph` records one on a GPU and replays it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cmfast_train.training.state import Run, exchanging_gradients, set_lr, updat
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the arithmetic of a step starts from: this process's share of the batch, on the device."""
+    """The inputs of a step: this process's share of the batch, on the device."""
 
     images: Tensor  # uint8 [b, C, H, W]
     conditions: Conditions  # by name, [b, ..]
@@ -65,7 +65,7 @@ def draw(run: Run, step: int, noise: Tensor, uniform: Tensor) -> None:
 
 
 def seed_dropout(run: Run, step: int) -> None:
-    """Set the random state that this step's dropout masks are drawn from."""
+    """Set the random state from which this step draws dropout masks."""
     torch.manual_seed(_step_seed(run.config.seed, step) + 1 + run.context.accelerator.process_index)
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Optimiser steps as CUDA graphs: a small network's step is thousands of launches, which cost more than they compute.
 
-Recorded are the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
-tensors at fixed addresses, filled before each replay: the images, the random numbers, RAdam's two factors. Python
-numbers that a method computes with (`Method.constants`) are part of the recording; if they change, it is made anew.
-The averages of the weights follow outside, in few launches: their decays change with every step.
+A recording covers the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
+tensors at fixed addresses, filled before each replay: images, conditions, random numbers, RAdam's two factors. Python
+numbers of a method (`Method.constants`) are part of the recording; it is made again when they change. The averages of
+the weights follow outside, in few launches: their decays change with every step.
 
-https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Before a recording come
-steps of the same kind that are taken as they are: in them cuDNN tries its algorithms, grids of noise levels and the
-optimiser's state are made. `step` says what a step is; its numbers are the same either way.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Plain steps precede a
+recording: cuDNN tries its algorithms, and grids of noise levels and the optimiser's state are made. `step` defines a
+step; its numbers are the same either way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import CmfastError, EngineError
-from cmfast_train.backends.torch_cuda import WARM_UPS  # steps taken as they are before one is recorded
+from cmfast_train.backends.torch_cuda import WARM_UPS  # plain steps before a recording
 from cmfast_train.backends.torch_cuda import record as record_graph
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
@@ -32,16 +32,16 @@ from cmfast_train.training.saving import next_phase, save
 from cmfast_train.training.state import Run, set_lr, update_averages
 from cmfast_train.training.step import Inputs, draw, gradients, optimise, seed_dropout
 
-WORTH = 20  # steps that a recording must serve: it costs about ten
+WORTH = 20  # steps that a recording must serve: it costs as much as about ten
 
 aten = torch.ops.aten
 TakeStep = Callable[[int, Tensor, Conditions, slice], tuple[Tensor, Tensor]]  # as `step.optimise`, of a run
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # what runs a computation -> what runs it again
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # computation -> its replay
 
 
 @final
 class Steps:
-    """Takes the optimiser steps of a run, phase after phase, recorded where they can be."""
+    """Takes the optimiser steps of a run, phase after phase, recorded where possible."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -53,30 +53,30 @@ class Steps:
         return self._take(step, images, conditions, share)
 
     def next_phase(self) -> None:
-        """Let the run begin its next phase."""
-        self._take = None  # a recording's memory is needed now
+        """Begin the next phase of the run."""
+        self._take = None  # releases a recording's memory
         next_phase(self._run)
 
     def save(self) -> None:
-        """Let the run write a checkpoint; without the recorded step, if the GPU's memory does not suffice beside it.
+        """Write a checkpoint. If the GPU's memory does not suffice, release the recorded step and try again.
 
         Raises:
-            torch.OutOfMemoryError: it does not suffice either way.
+            torch.OutOfMemoryError: the memory does not suffice either way.
         """
         try:
             save(self._run)
         except torch.OutOfMemoryError:
-            # None is recorded of a run of several processes: one alone must not begin a checkpoint again.
+            # Distributed runs record nothing: one process alone must not start a checkpoint again.
             if not (isinstance(self._take, RecordedSteps) and self._take.release()):
                 raise
         else:
             return
-        torch.cuda.empty_cache()  # only here: the error held what the first try had made
+        torch.cuda.empty_cache()  # only here: the error held the memory of the first try
         save(self._run)
 
 
 def step_of(run: Run) -> TakeStep:
-    """Return what takes the optimiser steps of the run's present phase."""
+    """Return the function that takes the optimiser steps of the run's present phase."""
     if not why_not(run.context, run.phase):
         return RecordedSteps(run, record)
     return functools.partial(optimise, run)
@@ -102,7 +102,7 @@ def why_not(context: RunContext, phase: Phase) -> str:
     if accelerator.num_processes > 1:
         return "the run has more than one process"
     if accelerator.mixed_precision == "fp16":
-        return "precision=fp16 looks at each step's gradients"
+        return "precision=fp16 reads each step's gradients"
     return _why_not(context.config, phase, dropout=context.dropout > 0)
 
 
@@ -121,7 +121,7 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
 
 
 def recorded(run: Run, phase: Phase) -> str:
-    """Return what the log says of the steps of a phase: "recorded", or why they are not."""
+    """Return the log's text about the steps of a phase: "recorded", or why they are not."""
     if why := why_not(run.context, phase):
         return why
     first = run.step if phase is run.phase else 0
@@ -131,32 +131,32 @@ def recorded(run: Run, phase: Phase) -> str:
 
 
 def constants_of(phase: Phase, step: int, total: int) -> tuple[Any, ...]:
-    """Return the numbers that a recording of this step holds fast."""
+    """Return the Python numbers that a recording of this step contains."""
     return phase.constants(step, total)
 
 
 def _is_worth(phase: Phase, first: int, total: int) -> bool:
     """Return whether one of the steps [first, total) will be recorded."""
-    before, stood = None, 0
+    before, unchanged = None, 0
     for step in range(first, total):
         now = constants_of(phase, step, total)
-        before, stood = now, stood + 1 if now == before else 0
-        if _is_due(phase, step, total, stood):
+        before, unchanged = now, unchanged + 1 if now == before else 0
+        if _is_due(phase, step, total, unchanged):
             return True
     return False
 
 
-def _is_due(phase: Phase, step: int, total: int, stood: int) -> bool:
-    """Return whether to record a step, after `stood` with the same constants."""
+def _is_due(phase: Phase, step: int, total: int, unchanged: int) -> bool:
+    """Return whether to record a step, after `unchanged` steps with the same constants."""
     end = step + WORTH
-    if stood < WARM_UPS or end > total:
+    if unchanged < WARM_UPS or end > total:
         return False
     return constants_of(phase, end - 1, total) == constants_of(phase, step, total)
 
 
 @contextmanager
 def trying_algorithms(device: torch.device) -> Iterator[None]:
-    """On CUDA, let cuDNN try its algorithms in this context: the shapes of a run's steps stay."""
+    """On CUDA, let cuDNN benchmark its algorithms in this context: the shapes of a run's steps are fixed."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"
     try:
@@ -167,10 +167,10 @@ def trying_algorithms(device: torch.device) -> Iterator[None]:
 
 @final
 class RecordedSteps:
-    """The steps of a phase: some as they are, then replays of a recorded one.
+    """The steps of a phase: a few plain ones, then replays of a recorded one.
 
-    All are on a CUDA stream of their own: the default one cannot be recorded, and a backward pass must not reach back
-    to another stream that the weights were used on. The caller's stream waits for each step, and each step for it.
+    All run on a separate CUDA stream: the default stream cannot be recorded, and a backward pass must not depend on
+    another stream that used the weights. The caller's stream waits for each step, and each step for it.
     """
 
     def __init__(self, run: Run, record: Record) -> None:
@@ -179,7 +179,7 @@ class RecordedSteps:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recordings = 0
         self._constants: Any = None
-        self._stood = 0  # steps with these constants
+        self._unchanged = 0  # steps with these constants
         self._replay: Callable[[], Tensor] | None = None
         self._inputs: Inputs | None = None
         self._radam: _Radam | None = None
@@ -195,17 +195,17 @@ class RecordedSteps:
         return losses
 
     def release(self) -> bool:
-        """Free the recorded step, which a later one records anew; return whether there was one."""
-        had, self._replay = self._replay is not None, None
-        return had
+        """Release the recorded step, which a later step records again; return whether there was one."""
+        released, self._replay = self._replay is not None, None
+        return released
 
     def _take(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         run, total = self._run, self._run.state.total
         now = constants_of(run.phase, run.step, total)
         if now != self._constants:
-            self._constants, self._stood, self._replay = now, 0, None
-        if self._replay is None and not _is_due(run.phase, run.step, total, self._stood):
-            self._stood += 1
+            self._constants, self._unchanged, self._replay = now, 0, None
+        if self._replay is None and not _is_due(run.phase, run.step, total, self._unchanged):
+            self._unchanged += 1
             return optimise(run, step, images, conditions, share)
         if self._inputs is None:
             self._inputs = _buffers(run, images, conditions)
@@ -222,7 +222,7 @@ class RecordedSteps:
         assert self._radam is not None
         self._radam.begin_step()
         seed_dropout(run, step)
-        loss, sigma = self._replay().clone()  # which the next step writes over
+        loss, sigma = self._replay().clone()  # the next step overwrites it
         update_averages(run)
         return loss, sigma
 
@@ -232,12 +232,12 @@ class RecordedSteps:
         assert self._radam is not None
         loss, sigma = gradients(self._run, self._inputs)
         self._radam.update()
-        self._run.state.optimizer.zero_grad(set_to_none=True)  # their memory serves the rest of the recording
+        self._run.state.optimizer.zero_grad(set_to_none=True)  # the rest of the recording reuses their memory
         return torch.stack([loss, sigma])
 
 
 def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a training step on the current stream; other threads may go on pinning memory for batches meanwhile."""
+    """Record a training step on the current stream; other threads may pin memory for batches meanwhile."""
     return record_graph(
         body,
         "PyTorch could not record the training step as a CUDA graph ({reason}); train without: --set graph=false",
@@ -248,10 +248,10 @@ def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @final
 class _Radam:
-    """The update of torch.optim.RAdam, whose state it works on, with the numbers that change in tensors.
+    """The update of torch.optim.RAdam on its own state, with the numbers that change in tensors.
 
-    Its own `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights have taken the
-    same number of steps. The rest is the order of operations of its `foreach` form: the same bits.
+    PyTorch's `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights have taken the
+    same number of steps. Otherwise the order of operations is that of its `foreach` form: the same bits.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -265,10 +265,10 @@ class _Radam:
         self._divisor, self._summand = torch.zeros(2, device=self._weights[0].device)
 
     def begin_step(self) -> None:
-        """Count a step and set the factors that its update takes."""
+        """Count a step and set the factors of its update."""
         torch._foreach_add_(self._steps, self._one, alpha=1.0)
         divisor, summand = radam_factors(float(self._steps[0]), self._group["lr"], *self._group["betas"])
-        self._divisor.fill_(divisor)  # a number travels with the launch; a copy would wait, or need memory of its own
+        self._divisor.fill_(divisor)  # a number is part of the launch; a copy would wait, or need memory of its own
         self._summand.fill_(summand)
 
     @torch.no_grad()
@@ -281,7 +281,7 @@ class _Radam:
         torch._foreach_addcmul_(self._squares, slopes, slopes, 1 - beta2)
         sizes = torch._foreach_sqrt(self._squares)
         torch._foreach_add_(sizes, self._group["eps"])
-        aten._foreach_div_.Tensor(sizes, self._divisor)  # by name: else a tensor may be read as a Python number
+        aten._foreach_div_.Tensor(sizes, self._divisor)  # by name: otherwise a tensor may be read as a Python number
         torch._foreach_reciprocal_(sizes)
         aten._foreach_add_.Tensor(sizes, self._summand)
         torch._foreach_addcmul_(self._weights, self._means, sizes)
@@ -290,7 +290,13 @@ class _Radam:
 def radam_factors(step: float, lr: float, beta1: float, beta2: float) -> tuple[float, float]:
     """Return (d, s) of RAdam's update (arXiv:1908.03265, Algorithm 2), weight += m (1 / ((sqrt(v) + eps) / d) + s).
 
-    step  counted from 1. While the variance cannot be rectified, d is -0 and s the step's size; afterwards s is -0.
+    While the variance cannot be rectified, d is -0 and s the step's size; afterwards s is -0.
+
+    Args:
+        step: counted from 1.
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
     """
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * (beta2**step) / (1 - beta2**step)

@@ -115,10 +115,10 @@ class StepNetworks:
     def _output_in_float32(
         self, conditions: Conditions, sigma_next: Tensor | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return F as a function of (x, sigma) in float32, whatever the run computes in: differences are small."""
+        """Return F as a function of (x, sigma) that always computes in float32: differences are small."""
 
         def output(x: Tensor, sigma: Tensor) -> Tensor:
-            # Not cudnn.flags: what it is not given it sets to defaults of its own, among them enabled=False.
+            # Not cudnn.flags: flags that are not given get its own defaults, enabled=False among them.
             with torch.autocast(x.device.type, enabled=False), arithmetic(tf32=False, benchmark=None):
                 f: Tensor = self._no_grad(output_of, self._student.denoiser, x, sigma, conditions, sigma_next)
             return f
@@ -139,7 +139,7 @@ class StepNetworks:
 def output_of(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
 ) -> Tensor:
-    """Return F [B, *shape] of a denoiser, which is given those of the conditions that it has."""
+    """Return F [B, *shape] of a denoiser, evaluated with those of the conditions that it has."""
     return denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
 
 
@@ -149,12 +149,12 @@ def conditions_of(denoiser: Denoiser, conditions: Conditions) -> dict[str, Tenso
 
 
 def same_dropout(denoise: Callable[..., Any], devices: list[int]) -> Callable[..., Any]:
-    """Return `denoise` run from the current random state and leaving it untouched.
+    """Return `denoise` with the random state restored after each call.
 
-    A call of `denoise` right afterwards draws the same dropout masks: the two ends of a pair must see one network.
+    A call of `denoise` right afterwards draws the same dropout masks: both ends of a pair must see the same network.
 
     Args:
-        denoise: what draws dropout masks.
+        denoise: a function that draws dropout masks.
         devices: CUDA device indices whose random state counts; [] on a CPU.
     """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The training loop: phases of steps, with checkpoints that lose nothing.
 
-Everything random in a step is drawn from (seed, step) for the whole batch, and each process takes its share. So
-a run that was killed and resumed computes what the plain run computes, on one CPU to the bit; and, where there is
-no dropout, so does a run spread over processes or cut into micro-batches, up to rounding.
+Everything random in a step is drawn from (seed, step) for the whole batch, and each process takes its share. So a
+resumed run computes what an uninterrupted run computes, bit for bit on one CPU. Without dropout, a run on several
+processes or in micro-batches computes the same up to rounding.
 
-DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    what was asked
+DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    the configuration
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
 DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
 
@@ -34,7 +34,7 @@ from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
 from cmfast.progress import progress_bar
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.batches import batches
-from cmfast_train.data.images import load_data
+from cmfast_train.data.images import Data, load_data
 from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.training.log import TrainLog
@@ -44,32 +44,35 @@ from cmfast_train.training.state import Run
 from cmfast_train.training.step_graph import Steps, check_graph, recorded, trying_algorithms
 
 SAVED = "saved"
-_GONE = re.compile(
-    "gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE
-)  # what libraries say of a lost process
-CHECK_EVERY = 32  # steps between looks at what a GPU or another process has to be waited for
+_GONE = re.compile("gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)  # errors of a lost process
+CHECK_EVERY = 32  # steps between checks that wait for a GPU or another process
 
 
 class NoBatch(Exception):
-    """The next images cannot be read; the run stands after its last step. Its cause is what is raised in the end."""
+    """The next images cannot be read; the run is after its last step. `cause` is raised in the end."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(cause)
         self.cause = cause
 
     def with_advice(self, saved: bool, out: Path) -> Exception:
-        """Return the cause; of an error that the user can fix, with what continues the run."""
+        """Return the cause; an error that the user can fix also names the command that continues the run."""
         if not isinstance(self.cause, CmfastError) or not saved:
             return self.cause
-        return CmfastError(f"{self.cause}; {out} holds a checkpoint of the last step, the same command continues")
+        return CmfastError(f"{self.cause}; {out} holds a checkpoint of the last step; the same command continues")
 
 
 def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
-    """Train, or continue, the run in folder `out`; return the path of model.pt.
+    """Train, or continue, a run; return the path of its model.pt.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        data_root: folder or archive of the data, where the data set needs one.
 
     Raises:
-        CmfastError: the run cannot be, cannot begin or continue in this folder, or cannot go on.
-        KeyboardInterrupt: a signal stopped it; with SAVED, if a checkpoint of its last step was written.
+        CmfastError: the configuration, the data, the models or the folder do not fit, or the run cannot go on.
+        KeyboardInterrupt: a signal stopped it; with the argument SAVED if a checkpoint of its last step was written.
     """
     accelerator = accelerator_of(config)
     with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
@@ -85,16 +88,16 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         data = _load_data(config, data_root, accelerator)
         config = _with_names(config, data)
         run = Run(config, out, accelerator, len(data), data.classes)
-        together(accelerator, (lambda: check_folder(config, out)) if main else None)  # others cannot change it any more
+        together(accelerator, (lambda: check_folder(config, out)) if main else None)  # no other run can change it now
         check_graph(run.context)
         resume(run)
         together(accelerator, (lambda: begin_folder(config, out)) if main else None)
-        _go_on(run, data)
+        _take_steps(run, data)
     return out / "model.pt"
 
 
-def _go_on(run: Run, data: Any) -> None:
-    """Take the remaining steps, with checkpoints, the log and the progress; stop at a signal."""
+def _take_steps(run: Run, data: Data) -> None:
+    """Take the remaining steps, with checkpoints, log and progress bar; stop at a signal."""
     config, accelerator, saved = run.config, run.context.accelerator, run.images
     take = Steps(run)
 
@@ -126,15 +129,15 @@ def _go_on(run: Run, data: Any) -> None:
                 if stop:
                     raise KeyboardInterrupt(SAVED)
         except NoBatch as err:
-            if run.images > saved and accelerator.num_processes == 1:  # others cannot be asked now
+            if run.images > saved and accelerator.num_processes == 1:  # others cannot take part now
                 save()
             is_saved = run.images == saved > 0
-            if stopped:  # which may have ended the readers of images as well
+            if stopped:  # the signal may have ended the readers of images as well
                 raise KeyboardInterrupt(*([SAVED] if is_saved else [])) from None
             raise err.with_advice(is_saved, run.context.out) from None
 
 
-def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
+def steps(run: Run, data: Data, take: Steps | None = None) -> Iterator[Tensor]:
     """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
     take = take or Steps(run)
     config, accelerator = run.config, run.context.accelerator
@@ -163,7 +166,7 @@ def steps(run: Run, data: Any, take: Steps | None = None) -> Iterator[Tensor]:
                 if accelerator.num_processes > 1 and _GONE.search(str(err)):
                     raise CmfastError(
                         f"another process of the run has ended or cannot be reached ({one_line(err, 120)}); the last "
-                        "checkpoint is untouched, the same command continues from it"
+                        "checkpoint is untouched; the same command continues from it"
                     ) from None
                 raise
             unchecked.append((run.step, run.images, loss, sigma))
@@ -179,17 +182,17 @@ def _memory_in_one_line(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        less = "" if config.recompute else "--set recompute=true continues this run with less of it and takes longer; "
+        less = "" if config.recompute else "--set recompute=true continues this run with less memory, more slowly; "
         raise EngineError(
-            f"the GPU has too little memory for batch={config.batch}; {less}smaller pieces compute the same: "
+            f"the GPU has too little memory for batch={config.batch}; {less}smaller micro-batches compute the same: "
             f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
         ) from None
 
 
 def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> None:
-    """Raise unless all losses of some steps are finite: (step of the phase, images before, loss and level of each).
+    """Raise unless the losses of some steps are finite: (step of the phase, images before, losses, noise levels).
 
-    The step with the first bad one is past, its checkpoint is not: weights that are not finite are not saved.
+    The bad step is already taken, but not saved: `saving.save` refuses weights that are not finite.
     """
     if bool(torch.stack([loss.isfinite().all() for _, _, loss, _ in losses]).all()):
         return
@@ -210,9 +213,9 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        raise EngineError(f"device=cuda was asked for, but {why}; use --set device=cpu or install a CUDA build")
+        raise EngineError(f"device=cuda is not available: {why}; use --set device=cpu or install a CUDA build")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise CmfastError("the launcher asks for Accelerate's FSDP; leave that out and say --set shard=true")
+        raise CmfastError("the launcher requests Accelerate's FSDP; remove that and use --set shard=true")
     if torch.get_default_dtype() != torch.float32:
         raise CmfastError(
             f"training needs PyTorch's default dtype, float32, not {torch.get_default_dtype()}: "
@@ -233,23 +236,23 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator) -> Any:
-    """Return the data set, which one process of each machine loads before the others: it may have to download."""
+def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator) -> Data:
+    """Return the data set. One process of each machine loads it before the others, because it may have to download."""
     first = accelerator.is_local_main_process
     data = together(accelerator, (lambda: load_data(config, root)) if first else None)
-    return data if first else load_data(config, root)
+    return data if data is not None else load_data(config, root)
 
 
-def _with_names(config: TrainConfig, data: Any) -> TrainConfig:
-    """Return the configuration with the names of the data's classes, where they have names and labels are used."""
+def _with_names(config: TrainConfig, data: Data) -> TrainConfig:
+    """Return the configuration with the names of the data's classes, if the model is conditional."""
     names = tuple(data.class_names)
     return dataclasses.replace(config, class_names=names) if config.conditional else config
 
 
 def _any(accelerator: Accelerator, flag: bool, run: Run) -> bool:
-    """Return whether the flag is set in any process: they must stop after the same step, or they wait for ever.
+    """Return whether the flag is set in any process: all must stop after the same step, or they wait for ever.
 
-    They ask each other after every CHECK_EVERY steps and before the last.
+    The processes exchange it after every CHECK_EVERY steps and before the last.
     """
     if accelerator.num_processes == 1:
         return flag
@@ -266,10 +269,9 @@ def _share(batch: int, index: int, processes: int) -> slice:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them: the loop saves and stops after its step.
+    """Collect SIGINT and SIGTERM, so that the loop saves and stops after its step.
 
-    The second signal kills as usual, should the first not get through. Signals reach the main thread alone, so a run
-    in another one leaves them as they are.
+    A second signal acts as usual. Only the main thread receives signals, so a run in another thread changes no handler.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -280,7 +282,7 @@ def _stop_signals() -> Iterator[list[int]]:
         caught.append(number)
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before[signal.Signals(number)])
 
-    # None: a handler that is not Python's, which cannot be put back.
+    # None: a handler that is not Python's and cannot be restored.
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, catch)
