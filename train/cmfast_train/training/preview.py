@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from cmfast.conditions import some_values
 from cmfast.files import atomic_file
@@ -19,21 +19,30 @@ from cmfast.spec import ModelSpec
 
 
 def draw(
-    denoise: Any, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device
-) -> np.ndarray:
-    """Return n images, float32 [n, C, H, W] in data units, from denoise(x, sigma [B], **conditions)."""
+    denoiser: nn.Module, spec: ModelSpec, n: int, sigmas: tuple[float, ...], seed: int, device: torch.device
+) -> npt.NDArray[np.float32]:
+    """Return n samples of a denoiser, float32 [n, *shape] in data units.
+
+    Args:
+        denoiser: called as denoiser(x, sigma [B], **conditions), on the device.
+        spec: its conventions.
+        n: number of samples.
+        sigmas: noise levels of the steps, descending, data units.
+        seed: of noise and conditions, as of `cmfast-sample`.
+        device: where the denoiser is.
+    """
     indices = range(n)
     noise = torch.from_numpy(slices(seed, indices, len(sigmas), spec.shape)).to(device)
     values = some_values(spec.conditions, n, seed=seed)
     conditions = {name: torch.from_numpy(value).to(device) for name, value in values.items()}
     with torch.inference_mode():
-        x0 = sample(lambda x, sigma: denoise(x, x.new_full([len(x)], sigma), **conditions), noise, sigmas, spec)
-    images: npt.NDArray[np.float32] = x0.float().cpu().numpy()
-    return images
+        x0 = sample(lambda x, sigma: denoiser(x, x.new_full([len(x)], sigma), **conditions), noise, sigmas, spec)
+    samples: npt.NDArray[np.float32] = x0.float().cpu().numpy()
+    return samples
 
 
-def save_grid(denoise: Any, spec: ModelSpec, path: Path, n: int, device: torch.device) -> None:
-    """Write a grid of n images of seed 0, drawn in the model's default two steps, or fewest."""
+def save_grid(denoiser: nn.Module, spec: ModelSpec, path: Path, n: int, device: torch.device) -> None:
+    """Write a PNG grid of n images of seed 0, drawn in two steps, or the fewest that the model has defaults for."""
     sigmas = spec.sigmas.get(2) or spec.levels()
     with atomic_file(path) as temporary:
-        grid_image(to_uint8(draw(denoise, spec, n, tuple(sigmas), 0, device))).save(temporary, format="PNG")
+        grid_image(to_uint8(draw(denoiser, spec, n, tuple(sigmas), 0, device))).save(temporary, format="PNG")

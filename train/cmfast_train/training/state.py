@@ -184,7 +184,7 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
         teacher_is_saved=is_saved,
         optimizer=optimizer,
         networks=StepNetworks(model, student, target, teacher, phase.needs.finite, devices),
-        distance=distance_of(phase.needs, math.prod(context.spec.image), context.lpips),
+        distance=distance_of(phase.needs, math.prod(context.spec.shape), context.lpips),
     )
 
 

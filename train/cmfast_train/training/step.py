@@ -39,7 +39,7 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
         share: which of the batch this process takes.
     """
     config, device = run.config, run.context.device
-    noise = torch.empty(config.batch, *run.context.spec.image, device=device)
+    noise = torch.empty(config.batch, *run.context.spec.shape, device=device)
     uniform = torch.empty(config.batch, 4, device=device)
     draw(run, step, noise, uniform)
     inputs = Inputs(

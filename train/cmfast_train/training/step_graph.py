@@ -313,6 +313,6 @@ def _buffers(run: Run, images: Tensor, conditions: Conditions) -> Inputs:
     return Inputs(
         images=torch.empty_like(images, device=device),
         conditions={name: torch.empty_like(values, device=device) for name, values in conditions.items()},
-        noise=torch.empty(len(images), *run.context.spec.image, device=device),
+        noise=torch.empty(len(images), *run.context.spec.shape, device=device),
         uniform=torch.empty(len(images), 4, device=device),
     )
