@@ -361,52 +361,28 @@ class OnnxRuntimeBackend final : public Backend {
 
     /// Throw unless the graph takes and gives what the manifest says; find its fixed batch size, if it has one.
     void check_graph() {
-        const Spec& spec = manifest_.spec;
-        const bool denoiser = manifest_.kind == Manifest::Kind::denoiser, server = manifest_.kind == Manifest::Kind::server;
-        std::vector<std::string> wanted = {denoiser ? "x" : "noise"};
-        if (denoiser) wanted.push_back("sigma");
-        if (denoiser && spec.second_time) wanted.push_back("sigma_next");
-        for (const auto& each : spec.conditions) wanted.push_back(each.name);
+        const std::vector<std::string> wanted = detail::input_names(manifest_);
         std::size_t count = 0;
         api_->call<abi::SessionGetInputCount>(constant(session_.get()), &count);
         std::vector<Port> inputs;
-        std::vector<std::string> found, sorted = wanted;
+        std::vector<std::string> found;
         for (std::size_t i = 0; i < count; ++i) {
             inputs.push_back(port<abi::SessionGetInputName, abi::SessionGetInputTypeInfo>(i));
             found.push_back(inputs.back().name);
         }
-        std::sort(found.begin(), found.end());
-        std::sort(sorted.begin(), sorted.end());
-        if (found != sorted) wrong("inputs are " + detail::listed(found) + ", its manifest says " + detail::listed(wanted));
+        detail::check_names(wanted, found, where_);
         for (const Port& input : inputs) {
-            int type = abi::float32;
-            for (const auto& each : spec.conditions) {
-                if (each.name == input.name && each.kind == Condition::Kind::class_number) type = abi::int64;
+            const bool number = detail::is_class(manifest_, input.name);
+            if (input.type != (number ? abi::int64 : abi::float32)) {
+                wrong(input.name + (number ? " is not int64" : " is not float32"));
             }
-            if (input.type != type) wrong(input.name + (type == abi::int64 ? " is not int64" : " is not float32"));
-            if (input.name == wanted[0]) {
-                check_first(input, denoiser ? 1 : 2, manifest_.kind == Manifest::Kind::sampler ? 1 : 0);
-            }
-            if (server && type == abi::int64 && input.shape.size() != 2) wrong(input.name + " is not [B, 1]");
+            if (input.name == wanted[0]) batch_ = detail::fixed_batch(manifest_, input.name, input.shape, where_);
         }
         api_->call<abi::SessionGetOutputCount>(constant(session_.get()), &count);
         if (count != 1) wrong(detail::text("outputs are ", count, "; its manifest needs one"));
         const Port output = port<abi::SessionGetOutputName, abi::SessionGetOutputTypeInfo>(0);
         if (output.name != manifest_.output()) wrong("output is " + output.name + ", not " + manifest_.output());
         if (output.type != abi::float32) wrong("output is not float32");
-    }
-
-    void check_first(const Port& input, std::size_t before, std::size_t axis) {
-        const auto& shape = manifest_.spec.shape;
-        if (input.shape.size() != before + shape.size() ||
-            !std::equal(shape.begin(), shape.end(), input.shape.begin() + static_cast<std::ptrdiff_t>(before))) {
-            wrong(input.name + " is " + detail::listed(input.shape) + ", its manifest says samples of " + detail::listed(shape));
-        }
-        const std::int64_t batch = input.shape[axis];
-        if (batch == 0 || batch > static_cast<std::int64_t>(max_batch)) {
-            wrong(detail::text("batch size is fixed at ", batch, "; at most ", max_batch, " are run"));
-        }
-        if (batch > 0) batch_ = static_cast<std::size_t>(batch);
     }
 
     std::string where_, name_;

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+# find_package(cmfast CONFIG REQUIRED COMPONENTS onnxruntime openvino tensorrt)
+#
+#   cmfast::cmfast        the headers: manifest, noise, sampler. Standard library only
+#   cmfast::onnxruntime   with ONNX Runtime, which is loaded at run time: nothing is linked
+#   cmfast::openvino      with OpenVINO's C interface, loaded at run time
+#   cmfast::tensorrt      with TensorRT's SDK, which is linked: set TensorRT_ROOT
+#   cmfast::c             the C interface, a shared library built from one file of cmfast
+#
+# cmfast_deploy(TARGET onnxruntime) copies the library of ONNX Runtime beside the program, which then finds it there. It
+# is looked for in CMFAST_ONNXRUNTIME or ONNXRUNTIME_ROOT (a file, or a folder as of a release archive), in the Python
+# environment that cmfast is installed in, and where the system keeps libraries.
+include(CMakeFindDependencyMacro)
+
+get_filename_component(_cmfast_root "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
+set(cmfast_INCLUDE_DIR "${_cmfast_root}/include")
+
+if(NOT TARGET cmfast::cmfast)
+  add_library(cmfast::cmfast INTERFACE IMPORTED)
+  set_target_properties(cmfast::cmfast PROPERTIES
+    INTERFACE_INCLUDE_DIRECTORIES "${cmfast_INCLUDE_DIR}"
+    INTERFACE_COMPILE_FEATURES cxx_std_17)
+endif()
+
+foreach(_component IN LISTS cmfast_FIND_COMPONENTS)
+  set(cmfast_${_component}_FOUND FALSE)
+  if(_component MATCHES "^(onnxruntime|openvino)$")
+    if(NOT TARGET cmfast::${_component})
+      add_library(cmfast::${_component} INTERFACE IMPORTED)
+      target_link_libraries(cmfast::${_component} INTERFACE cmfast::cmfast ${CMAKE_DL_LIBS})
+    endif()
+    set(cmfast_${_component}_FOUND TRUE)
+  elseif(_component STREQUAL "tensorrt")
+    find_path(cmfast_TENSORRT_INCLUDE NvInfer.h HINTS "${TensorRT_ROOT}" ENV TensorRT_ROOT PATH_SUFFIXES include)
+    find_library(cmfast_TENSORRT_LIBRARY nvinfer HINTS "${TensorRT_ROOT}" ENV TensorRT_ROOT PATH_SUFFIXES lib lib64)
+    find_package(CUDAToolkit QUIET)
+    if(cmfast_TENSORRT_INCLUDE AND cmfast_TENSORRT_LIBRARY AND CUDAToolkit_FOUND)
+      if(NOT TARGET cmfast::tensorrt)
+        add_library(cmfast::tensorrt INTERFACE IMPORTED)
+        target_include_directories(cmfast::tensorrt INTERFACE "${cmfast_TENSORRT_INCLUDE}")
+        target_link_libraries(cmfast::tensorrt INTERFACE cmfast::cmfast "${cmfast_TENSORRT_LIBRARY}" CUDA::cudart)
+      endif()
+      set(cmfast_tensorrt_FOUND TRUE)
+    else()
+      set(cmfast_NOT_FOUND_MESSAGE "tensorrt needs NvInfer.h, nvinfer and the CUDA toolkit: set TensorRT_ROOT")
+    endif()
+  elseif(_component STREQUAL "c")
+    if(NOT TARGET cmfast::c)
+      add_library(cmfast_c SHARED "${_cmfast_root}/src/cmfast_c.cpp")
+      target_compile_features(cmfast_c PRIVATE cxx_std_17)
+      target_include_directories(cmfast_c PUBLIC "${cmfast_INCLUDE_DIR}")
+      target_link_libraries(cmfast_c PRIVATE ${CMAKE_DL_LIBS})
+      set_target_properties(cmfast_c PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+      add_library(cmfast::c ALIAS cmfast_c)
+    endif()
+    set(cmfast_c_FOUND TRUE)
+  else()
+    set(cmfast_NOT_FOUND_MESSAGE "no component ${_component}; there are onnxruntime, openvino, tensorrt and c")
+  endif()
+  if(cmfast_FIND_REQUIRED_${_component} AND NOT cmfast_${_component}_FOUND)
+    set(cmfast_FOUND FALSE)
+  endif()
+endforeach()
+
+# Set RESULT to the library of ONNX Runtime, or stop.
+function(_cmfast_onnxruntime RESULT)
+  set(places "${CMFAST_ONNXRUNTIME}" "$ENV{CMFAST_ONNXRUNTIME}" "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
+    "${_cmfast_root}/../onnxruntime/capi" /usr/local/lib /usr/lib "/usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}")
+  foreach(place IN LISTS places)
+    if(place AND EXISTS "${place}" AND NOT IS_DIRECTORY "${place}")
+      set(${RESULT} "${place}" PARENT_SCOPE)
+      return()
+    endif()
+    set(found)
+    foreach(folder "${place}" "${place}/lib" "${place}/lib64")
+      file(GLOB some "${folder}/libonnxruntime.so*" "${folder}/libonnxruntime*.dylib" "${folder}/onnxruntime.dll")
+      list(APPEND found ${some})
+    endforeach()
+    if(place AND found)
+      list(GET found 0 first)
+      set(${RESULT} "${first}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  message(FATAL_ERROR "cmfast: no library of ONNX Runtime; pip install onnxruntime, or set ONNXRUNTIME_ROOT")
+endfunction()
+
+function(cmfast_deploy target backend)
+  if(NOT backend STREQUAL "onnxruntime")
+    message(FATAL_ERROR "cmfast_deploy copies onnxruntime only; for ${backend} set CMFAST_OPENVINO where the program runs")
+  endif()
+  _cmfast_onnxruntime(library)
+  get_filename_component(library "${library}" REALPATH)
+  if(WIN32)
+    set(name onnxruntime.dll)
+  elseif(APPLE)
+    set(name libonnxruntime.dylib)
+  else()
+    set(name libonnxruntime.so.1)
+  endif()
+  add_custom_command(TARGET ${target} POST_BUILD COMMAND ${CMAKE_COMMAND} -E copy_if_different
+    "${library}" "$<TARGET_FILE_DIR:${target}>/${name}" VERBATIM)
+  if(APPLE)
+    set(origin "@loader_path")
+  else()
+    set(origin "$ORIGIN")
+  endif()
+  set_property(TARGET ${target} APPEND PROPERTY BUILD_RPATH "${origin}")
+  set_property(TARGET ${target} APPEND PROPERTY INSTALL_RPATH "${origin}")
+  install(FILES "$<TARGET_FILE_DIR:${target}>/${name}" DESTINATION bin)
+endfunction()

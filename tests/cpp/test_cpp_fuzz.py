@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The C++ readers on mutated files: no crash, and the verdict of the Python readers. `make fuzz-cpp` runs for longer."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from cmfast.errors import ArtifactError
+from cmfast.formats.manifest import Manifest, parse_onnx
+from helpers.cpp import SANITIZE, SOURCES, build, call
+from helpers.graphs import MANIFEST, write_denoiser
+
+CONDITIONS = [
+    {"name": "label", "kind": "class", "classes": 3, "class_names": ["a", "b", "c"]},
+    {"name": "views", "kind": "tensor", "shape": [3, "height", None]},
+]
+SELFTEST = {"seed": 1, "conditions": {"label": 1}, "at": [0, 3], "values": [0.5, -0.25], "atol": 1e-4}
+ROUNDS = 4000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("corpus")
+    first = {key: value for key, value in MANIFEST.items() if key not in ("shape", "data", "conditions")}
+    first |= {
+        "schema": "cmfast/1",
+        "image": [1, 4, 4],
+        "classes": 3,
+        "class_names": ["a", "b", "c"],
+        "parity": {"a": 1},
+    }
+    made = {"made_by": {"cmfast": "0.1"}, "source": {"a": [1, {"b": None}]}, "cost": {"flops": 1e9}, "grid": 40}
+    second = MANIFEST | made | {"conditions": CONDITIONS, "selftest": SELFTEST}
+    for name, manifest in (("first", first), ("second", second)):
+        (folder / f"{name}.json").write_text(json.dumps(manifest))
+    write_denoiser(folder / "model.onnx", {"conditions": CONDITIONS, "selftest": SELFTEST})
+    return sorted(folder.iterdir())
+
+
+def test_20000_mutated_files_are_read_or_refused_in_one_line(corpus: list[Path], tmp_path: Path) -> None:
+    program = build(tmp_path, SOURCES / "fuzz.cpp", *SANITIZE, "-DINPUTS=20000")
+    said = call(program, *corpus).decode()
+    read = int(said.split()[0])
+    assert 200 < read < 15_000, said  # the mutations reach what is behind the first check, and are seen
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return data with a few changes. ASCII, because Python knows more characters that no terminal shows."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(out) + 1)
+        kind = rng.randrange(12)
+        if kind == 0:
+            out[at : at + rng.randrange(8)] = rng.choice([b"-1", b"1.5", b'""', b"[]", b"{}", b"null", b"true", b"1e3"])
+        elif kind == 1:
+            del out[at : at + rng.randrange(8)]
+        elif kind == 2:
+            del out[at:]
+        elif kind == 3:
+            out[at:at] = out[rng.randrange(len(out) + 1) :][: rng.randrange(20)]
+        elif at < len(out):  # mostly one digit or letter for another
+            out[at] = rng.choice(b"0123456789abcdefxyz_-.") if kind < 11 else rng.randrange(128)
+    return bytes(out)
+
+
+# What C++ does not interpret, and so does not refuse; and what JSON does not have, but Python's json reads.
+LENIENT = re.compile("scaling|c_noise|sigma_data|engine|weights|keyword|identifier")
+
+
+def verdict(data: bytes, file: Path) -> str:
+    """Return why Python refuses a manifest or an ONNX file, "" where it reads it."""
+    try:
+        if file.suffix == ".onnx":
+            parse_onnx(memoryview(data), file)
+        else:
+            Manifest.from_json(data.decode(), str(file))
+    except ArtifactError as err:
+        return str(err)
+    return ""
+
+
+def test_c_plus_plus_refuses_what_python_refuses(corpus: list[Path], tmp_path: Path) -> None:
+    program = build(tmp_path, SOURCES / "driver.cpp")
+    rng = random.Random(0)
+    verdicts = {True: 0, False: 0}
+    for command, suffix in (("manifests", ".json"), ("heads", ".onnx")):
+        given = tmp_path / f"given{suffix}"
+        given.write_bytes(b"-")  # its head is looked at, to say what it is instead
+        files = [path.read_bytes() for path in corpus if path.suffix == suffix]
+        inputs = [mutated(rng.choice(files), rng) for _ in range(ROUNDS)]
+        framed = b"".join(len(each).to_bytes(4, "little") + each for each in inputs)
+        lines = call(program, command, given=framed).decode(errors="replace").splitlines()
+        assert len(lines) == len(inputs)
+        for data, line in zip(inputs, lines, strict=True):
+            words = verdict(data, given)
+            verdicts[not words] += 1
+            if line.startswith("ok"):
+                assert not words or LENIENT.search(words), (data, words)
+            elif not words:
+                assert "NaN" in str(data) or "selftest" in line or "Infinity" in str(data), (data, line)
+    assert min(verdicts.values()) > ROUNDS / 10
