@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The C++ readers on mutated files: no crash, and the verdict of the Python readers. `make fuzz-cpp` runs for longer."""
+"""The C++ readers on mutated files: no crash, and the verdict of the Python readers. `make fuzz-cpp` runs longer."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 #include <cmfast/cmfast.hpp>
 #include <cmfast/onnxruntime.hpp>
 
-#include <array>
-#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
@@ -25,9 +23,9 @@ void chunk(std::ofstream& file, const char* type, const Bytes& data) {
         crc ^= byte;
         for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0u);
     }
+    big_endian(out, ~crc);
     Bytes length;
     big_endian(length, static_cast<std::uint32_t>(data.size()));
-    big_endian(out, ~crc);
     file.write(reinterpret_cast<const char*>(length.data()), 4);
     file.write(reinterpret_cast<const char*>(out.data()), static_cast<std::streamsize>(out.size()));
 }
