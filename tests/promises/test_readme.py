@@ -34,6 +34,7 @@ from cmfast_train.config.phase import types_of
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.importers.facts import Told
+from cmfast_train.methods import register, table
 from helpers import ROOT
 
 SITE = tuple(  # cli.md is --help itself, which test_docs.py compares; benchmarks.md includes benchmarks/README.md
@@ -107,7 +108,15 @@ def scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("where", "line"), command_lines(), ids=lambda value: re.sub(r"\W+", " ", value)[:60])
-def test_a_command_line_of_the_documentation_is_understood(where: str, line: str) -> None:
+def test_a_command_line_of_the_documentation_is_understood(
+    where: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if where == "docs/extending.md":  # whose reader has installed the method of the page
+        monkeypatch.setattr(table, "ROWS", dict(table.ROWS))
+        (module,) = re.findall(r"title=.flow_matching.py.\n(.*?)^```", (ROOT / where).read_text(), re.M | re.S)
+        (tmp_path / "flow_matching.py").write_text(module)
+        monkeypatch.syspath_prepend(tmp_path)
+        register(importlib.import_module("flow_matching").ROW)
     words = command_line(line)
     assert words
     params = parse(words)
