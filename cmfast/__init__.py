@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cmfast.model import Model, load
     from cmfast.noise import gaussian
     from cmfast.sampling import sample
-    from cmfast.schedule import karras_sigmas
+    from cmfast.schedule import DiscreteTimes, karras_sigmas
     from cmfast.spec import ModelSpec
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "CheckFailed",
     "CmfastError",
     "Condition",
+    "DiscreteTimes",
     "EngineError",
     "Manifest",
     "MissingDependency",

@@ -10,11 +10,16 @@ Which convention a model follows is `ModelSpec.scaling` and `ModelSpec.c_noise`.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+from cmfast.schedule import DiscreteTimes
 from cmfast.spec import ModelSpec
 
-LOGARITHMS = ("250ln", "ln/4")  # values of c_noise that are not finite at noise level 0
+LCM_TIMESTEP_SCALING = 10.0  # diffusers' LCMScheduler, of all published models
+
+LOGARITHMS = ("250ln", "ln/4", "discrete")  # values of c_noise that are not finite at noise level 0
 Array = Any  # float, numpy.ndarray or torch.Tensor: what goes in is what comes out
 
 
@@ -26,6 +31,8 @@ def scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
         return cloneofsimo_scalings(sigma, spec.sigma_min)
     if spec.scaling == "flow":
         return flow_scalings(sigma)
+    if spec.scaling not in ("edm", "trigflow"):
+        return prediction_scalings(sigma, spec)
     # TrigFlow written for x = x0 + sigma z instead of the rotated x_t is EDM with the sign of c_out turned.
     c_skip, c_out, c_in = edm_scalings(sigma, spec.sigma_data)
     return (c_skip, -c_out, c_in) if spec.scaling == "trigflow" else (c_skip, c_out, c_in)
@@ -65,6 +72,54 @@ def flow_scalings(sigma: Array) -> tuple[Array, Array, Array]:
     return 1 / (1 + sigma), -flow_time(sigma), 1 / (1 + sigma)
 
 
+def prediction_scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) by what a network predicts, and in which coordinates it is given x.
+
+    x0     the data; eps: the noise, x = x0 + sigma eps. Variance-exploding: the network is given x
+    vp_..  variance-preserving: the network is given x_t = x / sqrt(1 + sigma^2) = alpha x0 + s eps, with
+           alpha = 1 / sqrt(1 + sigma^2) and s = sigma alpha; vp_v predicts v = alpha eps - s x0
+           ("Progressive Distillation", arXiv:2202.00512, Appendix D)
+    lcm_.. vp_eps and vp_v inside the boundary condition of latent consistency models (arXiv:2310.04378), Appendix D:
+           f = c_skip(t) x_t + c_out(t) x0, at ten times the discrete time t, with sigma_data
+    """
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    family, _, kind = spec.scaling.rpartition("_")
+    c_in = alpha if family else sigma * 0 + 1.0
+    if kind == "x0":
+        return sigma * 0, sigma * 0 + 1.0, c_in
+    c_skip, c_out = (alpha**2, -sigma * alpha) if kind == "v" else (sigma * 0 + 1.0, -sigma)
+    if family == "lcm":
+        t = LCM_TIMESTEP_SCALING * discrete_time(sigma, spec.times)
+        total = t**2 + spec.sigma_data**2
+        outer_skip, outer_out = spec.sigma_data**2 / total, t / total**0.5
+        c_skip, c_out = outer_skip * alpha + outer_out * c_skip, outer_out * c_out
+    return c_skip, c_out, c_in
+
+
+def discrete_time(sigma: Array, times: DiscreteTimes | None) -> Array:
+    """Return the time in a table at which a network is to be called, from 0, for noise level sigma (data units).
+
+    Between the levels of the table by interpolation in ln(sigma); beyond them the first or the last.
+    """
+    assert times is not None, "ModelSpec checks it"
+    levels = _log_levels(times)
+    if hasattr(sigma, "new_tensor"):  # torch, without importing it
+        table, log = sigma.new_tensor(levels), sigma.log()
+    else:
+        import numpy as np
+
+        sigma = np.asarray(sigma)
+        table, log = np.asarray(levels, sigma.dtype if sigma.dtype.kind == "f" else float), np.log(sigma)
+    low = (log[..., None] >= table).sum(-1).clip(1, len(levels) - 1) - 1
+    below, above = table[low], table[low + 1]
+    return (low + (log - below) / (above - below)).clip(0, len(levels) - 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _log_levels(times: DiscreteTimes) -> list[float]:
+    return [math.log(sigma) for sigma in times.sigmas]
+
+
 def flow_time(sigma: Array) -> Array:
     """Return the time t of a flow, 0 to 1, at which noise and data have the ratio sigma: t / (1 - t) = sigma."""
     return sigma / (1 + sigma)
@@ -86,4 +141,6 @@ def noise_condition(sigma: Array, spec: ModelSpec, xp: Any) -> Array:
         return xp.atan(sigma / spec.sigma_data)
     if spec.c_noise == "flow":
         return flow_time(sigma)
+    if spec.c_noise == "discrete":
+        return discrete_time(sigma, spec.times)
     return sigma

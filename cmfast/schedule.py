@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise levels for sampling: canonical lists of sigma, decreasing, first = sigma_max.
+"""Noise levels: canonical lists of sigma for sampling, decreasing, first = sigma_max; tables of discrete times.
 
 Published settings are often indices into a Karras grid: `ts` 0,22,39 with 40 steps in OpenAI's scripts,
 `timesteps=[22, 0]` in diffusers. Both mean the levels 80 and 1.382368; `sigmas_of_indices` converts.
@@ -8,9 +8,11 @@ The schedules of training are in `cmfast_train.methods.schedules`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from itertools import islice, pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from cmfast.checks import real_number, shown, whole_number
@@ -18,6 +20,82 @@ from cmfast.errors import CmfastError
 
 MAX_STEPS = 10_000  # network calls or Heun steps an image
 MAX_GRID = 2**20  # levels of a Karras grid
+MAX_TIMES = 10_000  # of a table
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # by the names of diffusers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteTimes:
+    """The noise levels of a network that was trained at times t = 0, 1, .., steps - 1: DDPM, LCM, Stable Diffusion.
+
+    Time t stands for the noise level sqrt((1 - a) / a), a the product of (1 - beta_s) over s = 0, .., t: DDPM
+    (arXiv:2006.11239), eq. 4, in variance-exploding coordinates. The betas are those of diffusers' schedulers.
+    """
+
+    schedule: str = "linear"  # one of BETA_SCHEDULES
+    steps: int = 1000
+    beta_start: float = 1e-4  # of the cosine schedule, which has none: ignored
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, str) or self.schedule not in BETA_SCHEDULES:
+            raise CmfastError(f"schedule must be one of {', '.join(BETA_SCHEDULES)}, got {shown(self.schedule)}")
+        whole_number("number of times", self.steps, 2, MAX_TIMES)
+        start, end = real_number("beta_start", self.beta_start), real_number("beta_end", self.beta_end)
+        if not 0 < start <= end < 1:
+            raise CmfastError(f"need 0 < beta_start <= beta_end < 1, got {start:g} and {end:g}")
+        if not math.isfinite(self.sigmas[-1]):
+            raise CmfastError("the noise level of the last time is infinite; this schedule has no finite table")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise level of each time, ascending, data units."""
+        return _sigmas_of_times(self)
+
+    def sigma(self, time: float) -> float:
+        """Return the noise level of a time, between whole ones by interpolation in ln(sigma)."""
+        time = real_number("time", time)
+        if not 0 <= time <= self.steps - 1:
+            raise CmfastError(f"time {time:g} is outside of 0 to {self.steps - 1}")
+        low = min(int(time), self.steps - 2)
+        a, b = (math.log(self.sigmas[i]) for i in (low, low + 1))
+        return self.sigmas[round(time)] if time == round(time) else math.exp(a + (time - low) * (b - a))
+
+    def lcm_sigmas(self, steps: int, original: int = 50) -> tuple[float, ...]:
+        """Return the noise levels at which a latent consistency model is called: diffusers' LCMScheduler.
+
+        original  steps of the solver that it was distilled with; the times are evenly spread over its own
+        """
+        original = whole_number("number of original steps", original, 1, self.steps)
+        steps = whole_number("number of steps", steps, 1, original)
+        times = [i * (self.steps // original) - 1 for i in range(original, 0, -1)]
+        return tuple(self.sigma(times[i * original // steps]) for i in range(steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of the manifest, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> DiscreteTimes:
+        """Read what `to_dict` wrote. Unknown keys are ignored; a wrong value is a CmfastError."""
+        if not isinstance(values, Mapping):
+            raise CmfastError(f"times must be an object with a schedule, got {shown(values)}")
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
+
+@functools.lru_cache(maxsize=16)
+def _sigmas_of_times(times: DiscreteTimes) -> tuple[float, ...]:
+    n, start, end = times.steps, float(times.beta_start), float(times.beta_end)
+    if times.schedule == "squaredcos_cap_v2":  # Improved DDPM (arXiv:2102.09672), eq. 17, capped at 0.999
+        at = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in pairwise(at)]
+    elif times.schedule == "scaled_linear":
+        low, high = math.sqrt(start), math.sqrt(end)
+        betas = [(low + i / (n - 1) * (high - low)) ** 2 for i in range(n)]
+    else:
+        betas = [start + i / (n - 1) * (end - start) for i in range(n)]
+    alphas = accumulate((1 - beta for beta in betas), lambda a, b: a * b)
+    return tuple(math.sqrt((1 - a) / a) if a > 0 else math.inf for a in alphas)
 
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> tuple[float, ...]:

@@ -16,10 +16,12 @@ from typing import Any
 from cmfast.checks import whole_number
 from cmfast.conditions import LABEL, Condition, check_conditions, class_label
 from cmfast.errors import CmfastError, one_line, shown
-from cmfast.schedule import MAX_STEPS, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
+from cmfast.schedule import MAX_STEPS, DiscreteTimes, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
 
-SCALINGS = ("boundary", "edm", "trigflow", "cloneofsimo", "flow")  # formulas: cmfast.preconditioning
-C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow")
+SCALINGS = (  # formulas: cmfast.preconditioning
+    "boundary", "edm", "trigflow", "cloneofsimo", "flow", "x0", "eps", "vp_x0", "vp_eps", "vp_v", "lcm_eps", "lcm_v",
+)  # fmt: skip
+C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow", "discrete")
 DATA = ("image", "array")
 MAX_RANK = 4  # axes of a sample
 RENOISES = ("sqrt", "plain", "ddim")  # formulas: cmfast.sampling
@@ -38,6 +40,7 @@ class ModelSpec:
     sigma_data: float = 0.5  # standard deviation of the data, data units
     scaling: str = "boundary"  # one of SCALINGS
     c_noise: str = "250ln"  # one of C_NOISES
+    times: DiscreteTimes | None = None  # of c_noise "discrete" and the scalings of LCM: the table of their times
     renoise: str = "sqrt"  # one of RENOISES
     clip: bool = True  # clip x0 to [-1, 1] after every call while sampling
     grid: int = 0  # levels of the Karras grid that it was trained on; 0: none, any level was trained
@@ -78,6 +81,13 @@ class ModelSpec:
                 raise CmfastError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.scaling == "cloneofsimo" and self.sigma_data != 0.5:
             raise CmfastError(f"the scaling cloneofsimo has sigma_data 0.5 built in, got {self.sigma_data:g}")
+        if self.times is not None and not isinstance(self.times, DiscreteTimes):
+            raise CmfastError(f"times must be cmfast.schedule.DiscreteTimes or None, got {shown(self.times)}")
+        if self.times is None and (self.c_noise == "discrete" or self.scaling.startswith("lcm_")):
+            raise CmfastError(
+                f"scaling {self.scaling} with c_noise {self.c_noise} needs a table of times: "
+                'times=DiscreteTimes(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)'
+            )
         if not isinstance(self.sigmas, Mapping):
             raise CmfastError(f"sigmas must be {{steps: noise levels}}, got {shown(self.sigmas)}")
         for steps, sigmas in self.sigmas.items():
@@ -170,7 +180,8 @@ class ModelSpec:
         values["shape"] = list(self.shape)
         values["conditions"] = [condition.to_dict() for condition in self.conditions]
         values["sigmas"] = {str(k): list(v) for k, v in sorted(self.sigmas.items())}
-        usual = {"second_time": False, "grid": 0}
+        values["times"] = self.times.to_dict() if self.times else None
+        usual = {"second_time": False, "grid": 0, "times": None}
         return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     @classmethod
@@ -186,7 +197,7 @@ class ModelSpec:
             if "shape" not in values and "image" in values:
                 values = _of_first_schema(values)
             known = {name: value for name, value in values.items() if name in names}
-            if missing := names - known.keys() - {"grid", "second_time"}:  # most models have none
+            if missing := names - known.keys() - {"grid", "second_time", "times"}:  # most models have none
                 raise CmfastError(f"the description of the model lacks {', '.join(sorted(missing))}")
             for name in ("shape", "conditions", "sigmas"):
                 wanted = Mapping if name == "sigmas" else (list, tuple)
@@ -196,6 +207,8 @@ class ModelSpec:
                 raise TypeError(f"data is {shown(known['data'])}")
             known["shape"] = tuple(known["shape"])
             known["conditions"] = tuple(Condition.from_dict(each) for each in known["conditions"])
+            if known.get("times") is not None:
+                known["times"] = DiscreteTimes.from_dict(known["times"])
             known["sigmas"] = {_steps(k): _levels(v) for k, v in known["sigmas"].items()}
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
+from cmfast.schedule import DiscreteTimes
 from cmfast.spec import C_NOISES, RENOISES, SCALINGS, ModelSpec
 from helpers.specs import image_spec
 
@@ -37,6 +38,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         scaling=scaling,
         c_noise=draw(st.sampled_from(C_NOISES)),
         renoise=draw(st.sampled_from(RENOISES)),
+        times=DiscreteTimes(steps=draw(st.integers(2, 3000)), beta_end=draw(st.floats(0.001, 0.1))),
         clip=draw(st.booleans()),
         grid=draw(st.one_of(st.just(0), st.integers(2, 65536))),
         sigmas={len(levels): levels for levels in lists},
@@ -74,8 +76,11 @@ def test_the_dictionary_has_the_keys_of_the_contract_and_no_others() -> None:
         ({"sigma_data": NAN}, "must be positive numbers"),
         ({"sigma_data": "0.5"}, "must be positive numbers"),
         ({"sigma_min": 90.0}, "need sigma_min < sigma_max, got 90 and 80"),
-        ({"scaling": "vp"}, "scaling must be one of boundary, edm, trigflow, cloneofsimo, flow, got 'vp'"),
-        ({"c_noise": "ln"}, "c_noise must be one of 250ln, ln/4, raw, trig, flow, got 'ln'"),
+        (
+            {"scaling": "vp"},
+            "scaling must be one of boundary, edm, trigflow, cloneofsimo, flow, x0, .* got 'vp'",
+        ),
+        ({"c_noise": "ln"}, "c_noise must be one of 250ln, ln/4, raw, trig, flow, discrete, got 'ln'"),
         ({"renoise": "none"}, "renoise must be one of sqrt, plain, ddim, got 'none'"),
         ({"sigmas": {2: (80.0,)}}, "the default noise levels for 2 steps are 1"),
         ({"sigmas": {2: (80.0, 90.0)}}, "90 follows 80"),
