@@ -33,7 +33,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    from cmfast.__main__ import openvino_library
+    from cmfast.cli.installed import openvino_library
 
     return {"CMFAST_OPENVINO": os.environ.get("CMFAST_OPENVINO") or str(openvino_library())}
 
