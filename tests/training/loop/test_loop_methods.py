@@ -174,10 +174,10 @@ def test_a_network_of_two_times_samples_with_the_second_at_zero(plain: Callable[
     assert isinstance(checkpoint.network, AdmConfig)
     assert checkpoint.network.two_times
     denoiser, sigma = checkpoint.denoiser(), torch.tensor([0.3, 3.0])
-    x, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
-    zero = denoiser.output(x, sigma, label, torch.zeros(2))
-    assert torch.equal(denoiser.output(x, sigma, label), zero)
-    assert not torch.equal(denoiser.output(x, sigma, label, sigma), zero)
+    x, conditions = torch.randn(2, 1, 8, 8), {"label": torch.tensor([1, 2])}
+    zero = denoiser.output(x, sigma, conditions, torch.zeros(2))
+    assert torch.equal(denoiser.output(x, sigma, conditions), zero)
+    assert not torch.equal(denoiser.output(x, sigma, conditions, sigma), zero)
 
 
 def test_a_network_of_two_times_does_not_go_to_diffusers(
