@@ -23,9 +23,9 @@ from cmfast.checks import (
 from cmfast.conditions import LABEL, class_numbers, condition_values
 from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, draw_batches
 from cmfast.errors import CmfastError
-from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.progress import progress_bar
 from cmfast.running import from_noise, run
+from cmfast.sampling import Churn, heun, heun_calls, noise_slices
 from cmfast.schedule import as_levels, karras_sigmas
 from cmfast.spec import ModelSpec
 
@@ -129,7 +129,7 @@ class Model:
         first: int = 0,
         progress: bool = False,
     ) -> npt.NDArray[Any]:
-        """Draw n samples with a diffusion model, a teacher, in many steps (`cmfast.heun`); returns what `sample` does.
+        """Draw n samples with a diffusion model, in many steps (`cmfast.sampling.heun`); return what `sample` does.
 
         steps  Heun steps, 2 steps - 1 network calls a sample, from sigma_max down the Karras grid to sigma_min and 0
         churn  the paper's S_churn, or all four of its numbers; 0: deterministic

@@ -90,8 +90,8 @@ def command(
     """
     import cmfast
     from cmfast.cli.conditions import read_conditions
-    from cmfast.heun import Churn, heun_calls
     from cmfast.images import check_fits, check_output, save_samples
+    from cmfast.sampling import Churn, heun_calls
 
     if out is not None:
         check_output(out, inputs=[model], arrays=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import cmfast
 from cmfast.cli.sample import main
-from cmfast.heun import Churn
+from cmfast.sampling import Churn
 from cmfast_export.pipeline import export_onnx
 
 Factory = Callable[..., Path]

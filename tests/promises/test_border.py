@@ -20,10 +20,10 @@ from cmfast.checks import NotFinite
 from cmfast.conditions import Condition
 from cmfast.errors import CmfastError, EngineError
 from cmfast.formats.manifest import Manifest
-from cmfast.heun import Churn
 from cmfast.images import MAX_GRID_PIXELS, check_images, check_output
 from cmfast.model import Model
 from cmfast.noise import labels
+from cmfast.sampling import Churn
 from cmfast.spec import ModelSpec
 from helpers.specs import image_spec
 

@@ -157,7 +157,7 @@ def test_every_public_name_is_there_and_importing_the_package_alone_brings_none(
     assert set(cmfast.__all__) <= set(dir(cmfast))
     with pytest.raises(AttributeError, match="'cmfast' has no attribute 'nothing'"):
         cmfast.nothing  # noqa: B018
-    for module in ("noise", "backends", "schedule", "formats", "model", "errors", "sampling", "spec", "heun", "images"):
+    for module in ("noise", "backends", "schedule", "formats", "model", "errors", "sampling", "spec", "images"):
         assert python(f"import cmfast; print(cmfast.{module}.__name__)").stdout == f"cmfast.{module}\n"
 
 

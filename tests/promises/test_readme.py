@@ -22,6 +22,7 @@ from onnx import helper
 from cmfast.cli.bench import command as bench
 from cmfast.cli.info import command as info
 from cmfast.cli.sample import command as sample
+from cmfast.conditions import class_label
 from cmfast.formats.manifest import SCHEMA, Manifest
 from cmfast_export._options import parse_options
 from cmfast_export.cli import command as export
@@ -248,7 +249,7 @@ def conditional_denoiser(unconditional: Path, path: Path) -> None:
     """Write the handmade denoiser with ten classes, which it does not look at."""
     model = onnx.load(unconditional)
     model.graph.input.append(helper.make_tensor_value_info("label", onnx.TensorProto.INT64, ["B"]))
-    values = json.loads(model.metadata_props[0].value) | {"classes": 10}
+    values = json.loads(model.metadata_props[0].value) | {"conditions": [class_label(10).to_dict()]}
     helper.set_model_props(model, {"cmfast": json.dumps(values)})
     onnx.save(model, path)
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 import cmfast
 from cmfast.errors import CmfastError
-from cmfast.heun import Churn, heun, heun_calls, noise_slices
 from cmfast.noise import gaussian
-from cmfast.sampling import sample, to_uint8
+from cmfast.sampling import Churn, heun, heun_calls, noise_slices, sample, to_uint8
 from cmfast.schedule import karras_sigmas
 from helpers.specs import image_spec
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import check_file
-from cmfast.heun import heun_calls
 from cmfast.model import Model
 from cmfast.progress import progress_bar
+from cmfast.sampling import heun_calls
 from cmfast_train.border import naming, reading
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.image_arrays import read_npz_array

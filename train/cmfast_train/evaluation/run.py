@@ -17,8 +17,8 @@ import cmfast
 from cmfast.bench.timing import provenance
 from cmfast.errors import CmfastError
 from cmfast.files import write_text
-from cmfast.heun import heun_calls
 from cmfast.model import Model
+from cmfast.sampling import heun_calls
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
