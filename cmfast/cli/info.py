@@ -13,7 +13,7 @@ import click
 from cmfast.cli.parameters import SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.conditions import in_words
-from cmfast.errors import CmfastError, CmfastWarning, printable
+from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, printable
 from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, read_onnx
 from cmfast.formats.table import ONNX, format_of, model_bytes, read_manifest
 
@@ -24,6 +24,7 @@ EPILOG = """\b
 Examples:
   cmfast-info model.onnx
   cmfast-info model.onnx --json | jq .parity
+  cmfast-info model.onnx --selftest               does this machine compute the same?
   cmfast-info model.engine                        TensorRT's, without TensorRT and without a GPU
   cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and what says so
   cmfast-info model000100.pt --source openai      what still has to be told
@@ -33,14 +34,18 @@ Examples:
 @click.command("cmfast-info", epilog=EPILOG)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--selftest", "tested", is_flag=True, help="Run the file on this machine and compare: its self-test.")
 @SOURCE
 @SET
-def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...]) -> None:
+def command(model: Path, as_json: bool, tested: bool, source: str, assignments: tuple[str, ...]) -> None:
     """Say what MODEL is: kind, images, noise levels, conventions, versions, agreement with PyTorch.
 
     MODEL is an exported file, a checkpoint, a foreign file of weights or a diffusers folder.
     """
     file = check_model(model)
+    if tested:
+        click.echo(_selftest(file))
+        return
     if known := format_of(file):
         if source or assignments:
             raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
@@ -67,6 +72,21 @@ def command(model: Path, as_json: bool, source: str, assignments: tuple[str, ...
         click.echo(own.to_json(0))
     else:
         click.echo(_table(_lines(file, own, {}) if own else [("file", str(file)), *lines]))
+
+
+def _selftest(file: Path) -> str:
+    """Return one line about how far this machine is from what the exporter recorded; beyond what is allowed, raise."""
+    if format_of(file) is None:
+        raise CmfastError(f"{file}: only exported files have a self-test")
+    from cmfast.formats.selftest import run_selftest
+    from cmfast.model import load
+
+    opened = load(file)
+    result = run_selftest(opened, opened.manifest.selftest)
+    said = f"differs by {result.max_abs:.3g} from what was recorded, and {result.atol:g} is allowed"
+    if not result.passed:
+        raise CheckFailed(f"{file}: self-test failed: {opened.backend.name} {said}")
+    return f"self-test passed: {opened.backend.name} {said}"
 
 
 def _table(lines: list[tuple[str, str]]) -> str:

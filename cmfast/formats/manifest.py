@@ -25,6 +25,7 @@ from cmfast.formats import protobuf as pb
 from cmfast.formats.content import content_sha256
 from cmfast.formats.recognise import HEAD
 from cmfast.formats.recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
+from cmfast.formats.selftest import check_selftest
 from cmfast.formats.values import check_parts, object_of
 from cmfast.spec import ModelSpec
 
@@ -54,7 +55,7 @@ ROUNDING = {"float32": 1e-4, "tf32": 4e-2, "float16": 5e-2, "bfloat16": 3e-1}
 WINOGRAD = 1e-3  # for float32 where a library is free to choose such convolutions: on GPUs, and between any libraries
 # In `made_by`: which runtime the nodes of an ONNX file are for. No entry: any; the names are cmfast_export.FLAVOURS.
 FLAVOUR = "flavour"
-_OBJECTS = ("source", "made_by", "parity", "cost", "engine")
+_OBJECTS = ("source", "made_by", "parity", "cost", "engine", "selftest")
 
 
 class Input(NamedTuple):
@@ -78,6 +79,7 @@ class Manifest:
     graph_sha256: str = ""  # of the graph and the weights that were verified: cmfast.formats.content; "": not recorded
     cost: Mapping[str, float] = field(default_factory=dict)  # operations and bytes of an image: `graphs.cost`
     engine: Mapping[str, Any] = field(default_factory=dict)  # what built it, for what: `cmfast.formats.tensorrt_plan`
+    selftest: Mapping[str, Any] = field(default_factory=dict)  # values of a sample: `cmfast.formats.selftest`
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -120,7 +122,8 @@ class Manifest:
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
         values |= {"graph_sha256": self.graph_sha256} if self.graph_sha256 else {}
-        values |= {name: dict(part) for name, part in (("cost", self.cost), ("engine", self.engine)) if part}
+        some = (("cost", self.cost), ("engine", self.engine), ("selftest", self.selftest))
+        values |= {name: dict(part) for name, part in some if part}
         check_parts({name: values[name] for name in _OBJECTS if name in values})
         text = json.dumps(values)
         if limit and len(text) > limit:
@@ -161,6 +164,7 @@ class Manifest:
         parts = {name: values.get(name, {}) for name in _OBJECTS}
         try:
             check_parts(parts)
+            check_selftest(parts["selftest"])
             kind, dtype = values.get("kind"), values.get("dtype", "float32")
             if not isinstance(kind, str):
                 raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")

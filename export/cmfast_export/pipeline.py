@@ -27,6 +27,8 @@ from cmfast.formats.manifest import (
     read_onnx,
     rounding,
 )
+from cmfast.formats.selftest import record_selftest
+from cmfast.model import Model
 from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
 from cmfast_export._target import one_writer
@@ -46,7 +48,7 @@ from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks.precision import float32_weights
 
-ROOM = 300  # characters of a manifest for parity and cost
+ROOM = 600  # characters of a manifest for parity, cost and self-test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,8 @@ def _export(checkpoint: str | os.PathLike[str] | Checkpoint, target: Path, reque
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
+            tested = record_selftest(Model(references[0]), rounding(dtype, "cuda"), levels or None)
+            manifest = replace(manifest, selftest=tested)
             _seal(file, size, manifest)
     return Exported(
         path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,

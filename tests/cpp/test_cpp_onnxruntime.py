@@ -46,8 +46,8 @@ def refused(model: Path, *arguments: object, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "sampler", "server"])
-def test_an_exported_model_draws_the_images_that_python_draws(
-    kind: str, draw: Callable[..., Any], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+def test_an_exported_model_draws_the_images_that_python_draws_and_passes_its_self_test(
+    kind: str, draw: Callable[..., Any], model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     from cmfast_export.pipeline import export_onnx
 
@@ -57,6 +57,8 @@ def test_an_exported_model_draws_the_images_that_python_draws(
     wanted = cmfast.load(file).sample_float(5, steps=2, seed=7, first=3)
     np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)  # the same library: only threads may differ
     assert np.mean(to_uint8(found) == to_uint8(wanted)) > 0.999
+    environment = {"CMFAST_ONNXRUNTIME": str(onnxruntime_library()), "ASAN_OPTIONS": "detect_leaks=0"}
+    assert call(model, "cpu", file, "selftest", **environment).startswith(b"passed")
 
 
 @pytest.mark.parametrize("batch", ["B", 3])

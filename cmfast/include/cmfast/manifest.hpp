@@ -141,7 +141,7 @@ class ManifestReader {
     }
 
     void parts() const {
-        for (const char* name : {"source", "made_by", "parity", "cost", "engine"}) {
+        for (const char* name : {"source", "made_by", "parity", "cost", "engine", "selftest"}) {
             const Json* part = values_.find(name);
             if (!part) continue;
             if (part->kind != Json::Kind::object) throw Error(text(name, " must be an object"));

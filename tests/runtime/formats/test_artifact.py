@@ -125,7 +125,7 @@ def test_what_is_no_object_is_refused(text: str) -> None:
     [
         ({"kind": "upscaler"}, "kind must be one of denoiser, sampler, server, got 'upscaler'"),
         ({"kind": "sampler"}, "a sampler has exactly one list of noise levels"),
-        ({"parity": 3}, "source, made_by, parity, cost, engine must be objects"),
+        ({"parity": 3}, "source, made_by, parity, cost, engine, selftest must be objects"),
         ({"shape": [1, 2]}, "images have the shape"),
         ({"shape": [1, 2, 3, 4, 5], "data": "array"}, "shape must be one to 4 positive whole numbers"),
         ({"sigmas": {"2": [80.0, 90.0]}}, "90 follows 80"),

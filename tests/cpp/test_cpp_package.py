@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""The C++ side as a user gets it: from the wheel, by the commands in docs/edge.md, outside the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cmfast
+from cmfast.formats.selftest import record_selftest
+from helpers import ROOT
+from helpers.cpp import INCLUDE, STRICT, call, compiler, need_compiler, onnxruntime_library
+from helpers.graphs import write_denoiser
+
+EXAMPLES = ROOT / "examples" / "cpp"
+
+
+def need(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program}")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder like site-packages, with cmfast from its wheel and ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "No module named hatchling" in made.stderr:
+        pytest.skip("needs hatchling")
+    assert made.returncode == 0, made.stderr
+    (wheel,) = folder.glob("cmfast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    (folder / "site" / "onnxruntime").symlink_to(onnxruntime_library().parents[1])
+    return folder / "site"
+
+
+def environment(site: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CMFAST_", "ONNXRUNTIME_"))}
+    return kept | {"PYTHONPATH": str(site), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def commands() -> list[str]:
+    """Return the commands of docs/edge.md from `pip install` to a PNG."""
+    page = (ROOT / "docs" / "edge.md").read_text()
+    (block,) = re.findall(r"```bash\n(pip install .*?)```", page, re.DOTALL)
+    return block.strip().splitlines()
+
+
+def test_five_commands_lead_from_pip_install_to_the_png_that_python_draws(installed: Path, tmp_path: Path) -> None:
+    need("cmake")
+    need_compiler()
+    five = commands()
+    assert len(five) == 5
+    assert five[0] == "pip install 'cmfast[cpu]'"  # what the fixture did
+    shutil.copytree(EXAMPLES / "draw", tmp_path / "examples" / "cpp" / "draw")
+    changes = {"shape": [3, 6, 5]}
+    file = write_denoiser(tmp_path / "model.onnx", changes)
+    write_denoiser(file, changes | {"selftest": record_selftest(cmfast.load(file), 1e-4)})
+    for command in five[1:]:
+        if command.startswith("cmfast-info") and shutil.which("cmfast-info") is None:
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment(installed), capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    images = np.asarray(Image.open(tmp_path / "images.png")).reshape(8, 6, 5, 3)
+    np.testing.assert_array_equal(images, cmfast.load(file).sample(8, steps=2, seed=0))
+
+
+def test_the_library_of_a_release_archive_is_deployed_beside_the_program(installed: Path, tmp_path: Path) -> None:
+    need("cmake")
+    need_compiler()
+    release = tmp_path / "release"
+    (release / "lib").mkdir(parents=True)
+    shutil.copyfile(onnxruntime_library(), release / "lib" / "libonnxruntime.so.1.32.0")
+    (release / "lib" / "libonnxruntime.so").symlink_to("libonnxruntime.so.1.32.0")
+    for arguments in (
+        ["-S", str(EXAMPLES / "policy"), "-B", "build", f"-DONNXRUNTIME_ROOT={release}", "-DCMAKE_BUILD_TYPE=Release",
+         f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"],
+        ["--build", "build"],
+    ):  # fmt: skip
+        made = subprocess.run(["cmake", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert made.returncode == 0, made.stdout + made.stderr
+    shutil.rmtree(release)
+    state = {"name": "observation", "kind": "tensor", "shape": [14]}
+    file = write_denoiser(tmp_path / "policy.onnx", {"shape": [16, 7], "data": "array", "conditions": [state]})
+    said = call(tmp_path / "build" / "policy", file, 500, 50).decode()
+    assert re.fullmatch(r"50 steps at 500 Hz: p50 [\d.]+ ms, p99 [\d.]+ ms, worst [\d.]+ ms, \d+ late\n", said)
+
+
+def test_an_unknown_component_is_refused_by_its_name(installed: Path, tmp_path: Path) -> None:
+    need("cmake")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\nproject(p LANGUAGES NONE)\n"
+        "find_package(cmfast CONFIG REQUIRED COMPONENTS cuda)\n"
+    )
+    command = [
+        "cmake",
+        "-S",
+        str(tmp_path),
+        "-B",
+        str(tmp_path / "b"),
+        f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}",
+    ]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode != 0
+    assert "no component cuda; there are onnxruntime, openvino, tensorrt and c" in made.stderr.replace("\n  ", " ")
+
+
+def test_pkg_config_and_plain_compilers_find_the_headers(installed: Path, tmp_path: Path) -> None:
+    need("pkg-config")
+    (tmp_path / "p.cpp").write_text(
+        "#include <cmfast/cmfast.hpp>\nint main() { return cmfast::Spec().levels(1).size() == 1 ? 0 : 1; }\n"
+    )
+    asked = {"PKG_CONFIG_PATH": str(installed / "cmfast" / "pkgconfig")}
+    flags = call(Path("pkg-config"), "--cflags", "--libs", "cmfast", **asked).decode().split()
+    includes = subprocess.run(
+        [sys.executable, "-m", "cmfast", "--includes"],
+        cwd=tmp_path,
+        env=environment(installed),
+        capture_output=True,
+        text=True,
+    )
+    assert includes.stdout == f"-I{installed / 'cmfast' / 'include'}\n"
+    for given in (flags, [*includes.stdout.split(), "-std=c++17"]):
+        command = [need_compiler(), str(tmp_path / "p.cpp"), *given, "-o", str(tmp_path / "p")]
+        subprocess.run(command, check=True)
+        call(tmp_path / "p")
+
+
+def test_versions_are_those_of_the_package() -> None:
+    for name in ("cmake/cmfastConfigVersion.cmake", "pkgconfig/cmfast.pc"):
+        assert cmfast.__version__ in (ROOT / "cmfast" / name).read_text()
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in (INCLUDE / "cmfast").iterdir()))
+def test_each_header_stands_alone_and_gives_no_warning(header: str, tmp_path: Path) -> None:
+    (tmp_path / "p.cpp").write_text(f"#include <cmfast/{header}>\nint main() {{ return 0; }}\n")
+    by = "clang++" if compiler("clang++") else "g++"  # of other tests' programs, too
+    command = [need_compiler(by), *STRICT, "-fsyntax-only", f"-I{INCLUDE}", str(tmp_path / "p.cpp")]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+def test_examples_are_short() -> None:
+    for file in EXAMPLES.rglob("*.c*"):
+        assert len(file.read_text().splitlines()) < 80, file
