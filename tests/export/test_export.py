@@ -444,8 +444,29 @@ def test_a_graph_that_was_traced_once_is_what_another_trace_gives(precision: str
         return ir.to_proto(graph).SerializeToString(deterministic=True)
 
     checkpoint = load_checkpoint(tiny_checkpoint(10))
-    copies = [denoiser_graph(checkpoint.denoiser().to_precision(precision)) for _ in range(2)]
-    copies[0].graph.name = "changed"
+    # The same structure with other weights, many of them zero and equal, which the passes after the trace merge.
+    other = replace(checkpoint, weights=AdmUnet(checkpoint.network).state_dict())
+    first, again, third = (
+        denoiser_graph(each.denoiser().to_precision(precision)) for each in (checkpoint, checkpoint, other)
+    )
+    first.graph.name = "changed"
     fresh = traced_once.trace(checkpoint.denoiser().to_precision(precision))
-    assert bytes_of(copies[1]) == bytes_of(fresh)
-    assert bytes_of(copies[0]) != bytes_of(fresh)
+    assert bytes_of(again) == bytes_of(fresh)
+    assert bytes_of(first) != bytes_of(fresh)
+    assert bytes_of(third) == bytes_of(traced_once.trace(other.denoiser().to_precision(precision)))
+
+
+def test_what_a_trace_depends_on_is_traced_again(tiny_checkpoint: Factory) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint(10))
+    denoiser = checkpoint.denoiser()
+    key = traced_once.structure(denoiser)
+    assert traced_once.structure(checkpoint.denoiser()) == key
+    others = [
+        replace(checkpoint, spec=replace(checkpoint.spec, sigma_data=0.6)).denoiser(),
+        checkpoint.denoiser().to_precision("fp16"),
+        checkpoint.denoiser().to_precision("tf32"),
+        checkpoint.denoiser().train(),
+        load_checkpoint(tiny_checkpoint(0)).denoiser(),
+    ]
+    assert key not in [traced_once.structure(each) for each in others[:2] + others[3:]]
+    assert traced_once.structure(others[2]) == key, "tf32 is float32 in a graph"

@@ -1,39 +1,105 @@
 # SPDX-License-Identifier: MIT
-"""Trace a denoiser once a process: three seconds that many tests would spend on the same network.
+"""Trace each structure of a denoiser once a process: torch's exporter takes three seconds, for many tests the same.
 
-The first call is the real one; a later one with the same weights, conventions and arguments gets a copy of its graph.
-test_export.py checks that a copy is what another trace gives.
+Before anything is folded, a traced graph has one initializer for each tensor of the module's state and depends on their
+shapes only. So the first trace of a structure is torch's; a later one is a copy of it with the weights put in, and
+everything behind the trace runs as always. test_export.py checks that this is what another trace gives.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import nn
 
 from cmfast_export.graphs import denoiser
-from cmfast_train.denoiser import Denoiser
 
 trace = denoiser.denoiser_graph
-_graphs: dict[Any, Any] = {}
-KEPT_BYTES = 8 << 20  # of a network's weights; larger ones are traced every time
+_export, _export_onnx = torch.export.export, torch.onnx.export
+_templates: dict[tuple[str, str], ir.Model] = {}  # by structure and options of the ONNX export; without weights
+KNOWN = ("torch.", "cmfast_train.")  # modules of others may depend on what no key has
 
 
-def traced_once(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> Any:
+def traced_once(*arguments: Any, **options: Any) -> ir.Model:
     """Return what `denoiser.denoiser_graph` returns."""
-    state = denoiser.state_dict()
-    if sum(tensor.nbytes for tensor in state.values()) > KEPT_BYTES:
-        return trace(denoiser, batch, opset)
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    of_network = (type(denoiser), repr(denoiser), repr(vars(denoiser.network).get("config")), denoiser.training)
-    key = (digest.digest(), *of_network, repr(denoiser.spec), denoiser.trunk, batch, opset, torch.get_default_dtype())
-    if key not in _graphs:
-        _graphs[key] = trace(denoiser, batch, opset)
-    return _graphs[key].clone()
+    with mock.patch("torch.export.export", _traced), mock.patch("torch.onnx.export", _written):
+        return trace(*arguments, **options)
+
+
+class Later:
+    """A program that is traced when somebody looks at it, and otherwise not at all."""
+
+    def __init__(self, key: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.key, self.module, self._call = key, module, (module, arguments, options)
+
+    @functools.cached_property
+    def program(self) -> Any:
+        module, arguments, options = self._call
+        return _export(module, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+
+def _traced(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """Return what torch.export.export returns; for a structure that was written before, one that is traced later."""
+    if not all(type(each).__module__.startswith(KNOWN) for each in module.modules()):
+        return _export(module, *arguments, **options)
+    later = Later(repr((structure(module), _shapes((arguments, options)))), module, arguments, options)
+    if not any(key == later.key for key, _ in _templates):
+        later.program  # noqa: B018  errors of a trace are raised here
+    return later
+
+
+def _written(program: Any, **options: Any) -> Any:
+    """Return what torch.onnx.export returns: an object with the model."""
+    if not isinstance(program, Later):
+        return _export_onnx(program, **options)
+    state, key = program.module.state_dict(), (program.key, repr(_shapes(options)))
+    if key in _templates:
+        return SimpleNamespace(model=_with_weights(_templates[key].clone(), state))
+    exported = _export_onnx(program.program, **options)
+    assert exported is not None
+    if len({tensor.data_ptr() for tensor in state.values()}) == len(state):  # none stands for another in the graph
+        _templates[key] = _with_weights(exported.model.clone(), {name: v.to("meta") for name, v in state.items()})
+    return exported
+
+
+def _with_weights(model: ir.Model, state: dict[str, torch.Tensor]) -> ir.Model:
+    for name in state.keys() & model.graph.initializers.keys():  # the graph lacks what the network does not use
+        model.graph.initializers[name].const_value = TorchTensor(state[name].detach(), name=name)
+    return model
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """Return all that a trace can depend on beside the inputs: code, settings, shapes and types of the state."""
+    modules = [(name, type(each), each.extra_repr(), _settings(each)) for name, each in module.named_modules()]
+    state = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()]
+    return modules, state, repr(vars(module).get("spec")), torch.get_default_dtype()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    plain = (int, float, str, bool, tuple, type(None), torch.dtype)
+    found = [(name, repr(value)) for name, value in vars(module).items() if isinstance(value, plain)]
+    methods = [(name, value.__qualname__) for name, value in vars(module).items() if hasattr(value, "__qualname__")]
+    return sorted(found + methods)
+
+
+def _shapes(tree: Any) -> Any:
+    """Return nested arguments with each tensor as its shape and type."""
+    if isinstance(tree, torch.Tensor):
+        return ("tensor", tuple(tree.shape), tree.dtype)
+    if isinstance(tree, dict):
+        return {key: _shapes(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_shapes(each) for each in tree]
+    return tree
 
 
 denoiser.denoiser_graph = traced_once
