@@ -164,6 +164,37 @@ def test_such_a_line_is_seen(line: str) -> None:
     assert DECIDES.search(line)
 
 
+def names_a_label(source: str) -> bool:
+    """Whether a function has a parameter called label: conditions pass as one mapping, whatever their names."""
+    functions = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    ]
+    return any(
+        each.arg in ("label", "labels")
+        for node in functions
+        for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    )
+
+
+# Where a label is what it is: the public API, its arrays in files, the command line, data sets, networks.
+OF_LABELS = ("cmfast.model", "cmfast.images", "cmfast.cli.", "cmfast_train.data.", "cmfast_train.networks.",
+             "cmfast_train.kernels.networks")  # fmt: skip
+
+
+def test_only_the_api_data_and_networks_have_a_parameter_called_label() -> None:
+    found = {name for name, file in modules().items() if names_a_label(file.read_text())}
+    assert {name for name in found if not name.startswith(OF_LABELS)} == set()
+    assert "cmfast.model" in found
+
+
+@pytest.mark.parametrize("line", ["def f(x, label): ...", "lambda *, label: 0", "async def f(labels=None): ..."])
+def test_such_a_parameter_is_seen(line: str) -> None:
+    assert names_a_label(line)
+    assert not names_a_label(line.replace("label", "conditions"))
+
+
 def untyped(source: str) -> list[str]:
     """Return the functions that are no Triton kernels and lack a type of an argument or of the result."""
     found = []
