@@ -170,6 +170,11 @@ def _deterministic(spec: ModelSpec, hyper: Pd) -> ModelSpec:
     return dataclasses.replace(spec, renoise="ddim", sigmas={hyper.steps: sigmas})
 
 
+def _flow_map(spec: ModelSpec, hyper: MeanFlow) -> ModelSpec:
+    """Return the conventions after MeanFlow: the model knows how to go to any lower noise level, not to 0 only."""
+    return dataclasses.replace(spec, second_time=True)
+
+
 def _halves(hyper: Pd, before: Pd) -> str:
     if before.steps == 2 * hyper.steps:
         return ""
@@ -290,6 +295,7 @@ _OURS: tuple[Method[Any], ...] = (
         scalings=("flow",),
         c_noises=("flow", "trig", "raw"),  # finite at r = 0
         second_time=True,
+        spec_after=_flow_map,
         differentiates=True,
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite"),
     ),

@@ -176,6 +176,7 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) 
         sigmas=sigmas,
         renoise=_consistent(spec.renoise),
         grid=0,
+        second_time=False,  # until a method has trained it
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmfast.conditions import some_values
 from cmfast.files import atomic_file
@@ -24,7 +24,7 @@ def draw(
     """Return n samples of a denoiser, float32 [n, *shape] in data units.
 
     Args:
-        denoiser: called as denoiser(x, sigma [B], **conditions), on the device.
+        denoiser: called as denoiser(x, sigma [B], **conditions), of a flow map with sigma_next [B] as well.
         spec: its conventions.
         n: number of samples.
         sigmas: noise levels of the steps, descending, data units.
@@ -35,8 +35,13 @@ def draw(
     noise = torch.from_numpy(slices(seed, indices, len(sigmas), spec.shape)).to(device)
     values = some_values(spec.conditions, n, seed=seed)
     conditions = {name: torch.from_numpy(value).to(device) for name, value in values.items()}
+
+    def denoise(x: Tensor, *levels: float) -> Tensor:
+        x0: Tensor = denoiser(x, *(x.new_full([len(x)], level) for level in levels), **conditions)
+        return x0
+
     with torch.inference_mode():
-        x0 = sample(lambda x, sigma: denoiser(x, x.new_full([len(x)], sigma), **conditions), noise, sigmas, spec)
+        x0 = sample(denoise, noise, sigmas, spec)
     samples: npt.NDArray[np.float32] = x0.float().cpu().numpy()
     return samples
 
