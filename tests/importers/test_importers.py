@@ -122,7 +122,7 @@ def test_safetensors_without_a_description_are_foreign_too(tmp_path: Path) -> No
     [
         ((), "does not say its image_size, qkv, head_channels, scaling, c_noise"),
         (("--source", "edm"), "--source edm, but its tensors are named as in openai"),
-        (("--source", "keras"), "--source keras: unknown; there are cmfast, openai"),
+        (("--source", "keras"), "--source keras: unknown; there are cmfast, diffusers, openai"),
         (("--set", "scaling"), "--set scaling: expected NAME=VALUE"),
         (("--set", "shade=3"), "no such field"),
         (("--format", "cmfast", "--kind", "sampler"), "are for graphs, not for cmfast"),
@@ -259,7 +259,7 @@ def test_a_file_of_unknown_tensors_is_told_so(tmp_path: Path) -> None:
 def test_indices_need_a_grid_and_stand_alone(tiny_checkpoint: Make, tmp_path: Path, call: Make, refused: Make) -> None:
     out = ("-o", tmp_path / "grid.png")
     refused(call(sample.main, tiny_checkpoint(), "--indices", "22,0", *out), "has no grid", "--sigmas")
-    refused(call(sample.main, tiny_checkpoint(), "--indices", "0", "--steps", "1", *out), "give one of them")
+    refused(call(sample.main, tiny_checkpoint(), "--indices", "0", "--steps", "1", *out), "pass one of them")
     with pytest.raises(CmfastError, match="index 40 is not in a grid of 40"):
         image_spec(image=(3, 8, 8), grid=40).levels_at([40, 0])
     assert image_spec(image=(3, 8, 8), grid=40).levels_at([0, 22, 39]) == (80.0, pytest.approx(1.382368))

@@ -171,7 +171,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "README.md": 1,
         "docs/api.md": 1,
         "docs/edge.md": 1,
-        "docs/extending.md": 5,
+        "docs/extending.md": 6,
         "docs/quickstart.md": 1,
     }
 
@@ -305,6 +305,32 @@ def test_the_method_of_the_page_trains_by_the_command(tmp_path: Path) -> None:
         assert refused.returncode == 2
         assert words in refused.stderr
         assert refused.stderr.count("\n") == 1
+
+
+def test_the_source_format_of_the_page_is_read_by_the_commands(
+    tiny_checkpoint: Callable[..., Path], call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import torch
+
+    from cmfast.cli import info, sample
+    from cmfast_train.checkpoint import load_checkpoint
+
+    install(tmp_path, "studio_source.py", "cmfast.sources")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    own = load_checkpoint(tiny_checkpoint(0))
+    content = {"studio:size": torch.tensor(8.0), "studio:channels": torch.tensor(1.0)}
+    torch.save({**content, **{f"net:{name}": tensor for name, tensor in own.weights.items()}}, "model.pt")
+    said = call(info.main, "model.pt")
+    assert said.returncode == 0, said.stderr
+    assert "a checkpoint of the studio's trainer" in said.stdout
+    assert call(sample.main, "model.pt", "-n", 4, "-o", "a.npz").returncode == 0
+    assert call(sample.main, tiny_checkpoint(0), "-n", 4, "-o", "b.npz").returncode == 0
+    with np.load("a.npz") as ours, np.load("b.npz") as want:
+        np.testing.assert_array_equal(ours["arr_0"], want["arr_0"])
+    refused(call(info.main, "model.pt", "--source", "openai"), "but its tensors are named as in studio")
+    refused(call(info.main, "model.pt", "--source", "film"), "unknown; there are cmfast, diffusers, openai, ", "studio")
 
 
 def test_an_unknown_target_is_named_with_those_that_there_are(

@@ -22,17 +22,11 @@ from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
-from cmfast_train.importers import cloneofsimo, diffusers, edm, openai, pickles
+from cmfast_train.importers import diffusers, edm, pickles
 from cmfast_train.importers.facts import Draft, Facts, Told, shown
 from cmfast_train.importers.sets import one_set
+from cmfast_train.importers.table import FOLDERS_AND_OWN, sources
 from cmfast_train.safe_load import refuse_others
-
-SOURCES = ("cmfast", "openai", "diffusers", "cloneofsimo", "edm", "ect", "fastgen")
-_READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # module: matches(weights), draft(weights, facts, source, file)
-    (openai, ("openai",)),
-    (cloneofsimo, ("cloneofsimo",)),
-    (edm, ("edm", "ect", "fastgen")),
-)
 
 
 def load_model(
@@ -41,7 +35,7 @@ def load_model(
     """Read a model of any format that is known.
 
     path    a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a diffusers folder
-    source  what it is, where its name and tensors do not say: one of SOURCES, or openai:NAME; "": recognise it
+    source  what it is, where its name and tensors do not say: a name in `table`, or openai:NAME; "": recognise it
     told    what else has to be known; a value that contradicts the file is an error
     opened  the content of a file where somebody has opened and checked it already; `path` is its name then
     """
@@ -68,8 +62,10 @@ def identify(
 
 def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) -> Checkpoint | Draft:
     system, colon, _ = source.partition(":")
-    if system not in ("", *SOURCES) or (colon and system != "openai"):
-        raise CmfastError(f"--source {source}: unknown; there are {', '.join(SOURCES)} and openai:NAME")
+    rows = sources()
+    names = (*FOLDERS_AND_OWN, *(name for row in rows for name in row.names))
+    if system not in ("", *names) or (colon and system != "openai"):
+        raise CmfastError(f"--source {source}: unknown; there are {', '.join(names)} and openai:NAME")
     if file.is_dir():
         if system not in ("", "diffusers"):
             raise CmfastError(f"{file}: a folder is read as diffusers wrote it; --source {source} is for files")
@@ -91,11 +87,11 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
     name, weights = one_set(content, facts, file)
     if any(key.startswith("time_embed_s.") for key in weights):
         raise ArtifactError(f"{file}: a network of CTM, which takes two times; not supported")
-    for reader, systems in _READERS:
-        if reader.matches(weights):
-            if system not in ("", *systems):
-                raise CmfastError(f"{file}: --source {source}, but its tensors are named as in {', '.join(systems)}")
-            draft: Draft = reader.draft(weights, facts, source, file)
+    for row in rows:
+        if row.matches(weights):
+            if system not in ("", *row.names):
+                raise CmfastError(f"{file}: --source {source}, but its tensors are named as in {', '.join(row.names)}")
+            draft = row.draft(weights, facts, source, file)
             return replace(draft, source={**draft.source, "weights": name[:80]}) if name else draft
     raise ArtifactError(_unknown(file, weights))
 
