@@ -185,12 +185,12 @@ def test_an_open_cache_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     pytest.importorskip("tensorrt_rtx")
-    from cmfast_export import cli
+    from cmfast_export import cli, conversion
 
     cache = tmp_path / "cache"
     cache.mkdir()
     cache.chmod(0o777)
-    monkeypatch.setattr(cli, "_export", None)
+    monkeypatch.setattr(conversion, "convert", None)
     out = tmp_path / "model.engine"
     refused(call(cli.main, tiny_checkpoint(0), "--format", "engine", "-o", out, "--cache", cache), "chmod go-w")
     assert not out.exists()
