@@ -2,17 +2,19 @@
 # Both install into .venv on the first call. Flags for pip: make test PIP_FLAGS="--index-url ..."
 # `make quick` runs the most telling checks in under a minute on two cores: lint, types, and the tests in QUICK below.
 # `make fuzz` feeds every reader of files with mutated ones, for about a quarter of an hour.
+# `make fuzz-cpp` does the same for the C++ readers for a minute, with libFuzzer.
 # `make docs` builds the site into site/ and fails on every warning.
 # `make gpu` runs what needs an NVIDIA GPU, with .venv where it is, else with PYTHON, and installs nothing.
 PYTHON ?= python3
 PIP_FLAGS ?=
 GPU_FLAGS ?=
 GPU_OUT ?= runs/gpu
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test quick lint docs fuzz gpu clean
+.PHONY: demo test quick lint docs fuzz fuzz-cpp cpp-tools gpu clean
 
 demo: $(INSTALLED)
 	@mkdir -p demo
@@ -24,7 +26,7 @@ demo: $(INSTALLED)
 	$(BIN)/cmfast-bench demo/model.onnx demo/sampler.onnx --baseline demo/model.pt --steps 1,2 --batch 1,8 --seconds 1 --json demo/latency.json --plot demo/latency.png
 	@echo "demo/samples.png holds 64 digits drawn in two steps each"
 
-test: lint
+test: lint cpp-tools
 	$(BIN)/python -m pytest -n logical --dist loadfile
 
 # The formulas, the arrows between the packages, the borders; one run killed and continued, one export against PyTorch.
@@ -47,6 +49,24 @@ docs: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
+
+# What tests/cpp compile with, by Debian package where that is possible; tests that lack a tool are skipped by its name.
+CPP_TOOLS := g++:g++ clang++:clang,libclang-rt-dev cmake:cmake pkg-config:pkg-config
+CPP_MISSING = $(foreach tool,$(CPP_TOOLS),$(if $(shell command -v $(firstword $(subst :, ,$(tool)))),,$(lastword $(subst :, ,$(tool)))))
+cpp-tools: missing = $(sort $(subst $(comma), ,$(CPP_MISSING)))
+cpp-tools:
+	@if [ -n "$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(missing) \
+	    > /dev/null || echo "tests that need $(missing) will be skipped"; \
+	fi
+
+# libFuzzer on the C++ readers, from a corpus of one exported file; FUZZ_SECONDS sets how long.
+FUZZ_SECONDS ?= 60
+fuzz-cpp: $(INSTALLED) cpp-tools
+	@mkdir -p runs/fuzz/corpus
+	PYTHONPATH=tests $(BIN)/python -c "from pathlib import Path; from helpers.graphs import write_corpus; write_corpus(Path('runs/fuzz/corpus'))"
+	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icmfast/include tests/cpp/fuzz.cpp -o runs/fuzz/fuzz
+	cd runs/fuzz && ./fuzz corpus -max_total_time=$(FUZZ_SECONDS) -max_len=8000 -print_final_stats=1
 
 # CMFAST_COMMIT: of a copy, the commit that it is a copy of.
 gpu: PY = $(if $(wildcard $(BIN)/python),$(abspath $(BIN))/python,$(PYTHON))

@@ -69,7 +69,7 @@ cmfast::Model opened(const char* path, const cmfast_options& given) {
         options.threads = given.threads;
         return cmfast::openvino::load(path, options);
     }
-    throw cmfast::Error("backend must be onnxruntime or openvino, got " + cmfast::detail::quoted(backend));
+    throw cmfast::Error("backend must be onnxruntime or openvino, got " + cmfast::detail::in_quotes(backend));
 }
 
 }  // namespace

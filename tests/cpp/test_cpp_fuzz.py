@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from pathlib import Path
@@ -13,32 +12,15 @@ import pytest
 from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest, parse_onnx
 from helpers.cpp import SANITIZE, SOURCES, build, call
-from helpers.graphs import MANIFEST, write_denoiser
+from helpers.graphs import write_corpus
 
-CONDITIONS = [
-    {"name": "label", "kind": "class", "classes": 3, "class_names": ["a", "b", "c"]},
-    {"name": "views", "kind": "tensor", "shape": [3, "height", None]},
-]
-SELFTEST = {"seed": 1, "conditions": {"label": 1}, "at": [0, 3], "values": [0.5, -0.25], "atol": 1e-4}
 ROUNDS = 4000
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("corpus")
-    first = {key: value for key, value in MANIFEST.items() if key not in ("shape", "data", "conditions")}
-    first |= {
-        "schema": "cmfast/1",
-        "image": [1, 4, 4],
-        "classes": 3,
-        "class_names": ["a", "b", "c"],
-        "parity": {"a": 1},
-    }
-    made = {"made_by": {"cmfast": "0.1"}, "source": {"a": [1, {"b": None}]}, "cost": {"flops": 1e9}, "grid": 40}
-    second = MANIFEST | made | {"conditions": CONDITIONS, "selftest": SELFTEST}
-    for name, manifest in (("first", first), ("second", second)):
-        (folder / f"{name}.json").write_text(json.dumps(manifest))
-    write_denoiser(folder / "model.onnx", {"conditions": CONDITIONS, "selftest": SELFTEST})
+    write_corpus(folder)
     return sorted(folder.iterdir())
 
 

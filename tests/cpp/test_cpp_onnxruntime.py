@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +208,8 @@ def test_the_self_test_says_how_far_the_machine_is_off(model: Path, tmp_path: Pa
 
 
 def test_the_positions_in_onnxruntimes_table_are_those_of_its_header(tmp_path: Path) -> None:
-    places = [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"), Path("/usr/local/include")]
+    places = [Path(os.environ.get("ONNXRUNTIME_ROOT", "/")) / "include"]
+    places += [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"), Path("/usr/local/include")]
     header = next((place for place in places if (place / "onnxruntime_c_api.h").exists()), None)
     if header is None:
         pytest.skip("needs onnxruntime_c_api.h, which libonnxruntime-dev has")

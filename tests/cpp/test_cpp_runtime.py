@@ -124,3 +124,11 @@ def test_dynamic_sizes_have_names(driver: Path) -> None:
     ]
     (line,) = read(driver, "manifests", [json.dumps(BASE | {"conditions": conditions}).encode()])
     assert line.endswith("image: float32 [B, 3, height, image_2] state: float32 [B, 14]")
+
+
+def test_control_characters_of_a_file_stay_out_of_errors(driver: Path) -> None:
+    twice = b'{"schema": "cmfast/2", "a\\nb": 1, "a\\nb": 2}'  # a line end in both keys, as JSON escapes it
+    assert read(driver, "manifests", [twice]) == [
+        "no given: the manifest is not a JSON object (the manifest has the key 'a\\x0ab' twice); "
+        "export the model again with cmfast-export"
+    ]

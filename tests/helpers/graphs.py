@@ -67,6 +67,28 @@ def write_denoiser(path: Path, changes: Mapping[str, Any] | None = None, batch: 
     return save(path, graph, manifest)
 
 
+def write_corpus(folder: Path) -> None:
+    """Write files that the readers of manifests and of ONNX read: both schemas, conditions, a self-test."""
+    conditions = [
+        {"name": "label", "kind": "class", "classes": 3, "class_names": ["a", "b", "c"]},
+        {"name": "views", "kind": "tensor", "shape": [3, "height", None]},
+    ]
+    tested = {"seed": 1, "conditions": {"label": 1}, "at": [0, 3], "values": [0.5, -0.25], "atol": 1e-4}
+    first = {key: value for key, value in MANIFEST.items() if key not in ("shape", "data", "conditions")}
+    first |= {
+        "schema": "cmfast/1",
+        "image": [1, 4, 4],
+        "classes": 3,
+        "class_names": ["a", "b", "c"],
+        "parity": {"a": 1},
+    }
+    made = {"made_by": {"cmfast": "0.1"}, "source": {"a": [1, {"b": None}]}, "cost": {"flops": 1e9}, "grid": 40}
+    second = MANIFEST | made | {"conditions": conditions, "selftest": tested}
+    for name, manifest in (("first", first), ("second", second)):
+        (folder / f"{name}.json").write_text(json.dumps(manifest))
+    write_denoiser(folder / "model.onnx", {"conditions": conditions, "selftest": tested})
+
+
 def save(path: Path, graph: onnx.GraphProto, manifest: Mapping[str, Any]) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     helper.set_model_props(model, {"cmfast": json.dumps(manifest)})

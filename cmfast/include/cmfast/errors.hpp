@@ -61,8 +61,9 @@ std::string listed(const Values& values, const char* open = "[", const char* clo
     return out.str();
 }
 
-/// A text from a file as it appears in an error: quoted, short, without control characters.
-inline std::string quoted(const std::string& value) {
+/// A text from a file as it appears in an error: quoted, short, without control characters. Not called quoted, because
+/// std::quoted would be found for a std::string.
+inline std::string in_quotes(const std::string& value) {
     std::string out = "'";
     for (const char c : value) {
         if (out.size() > 80) return out + "'..";

@@ -49,7 +49,7 @@ struct Json {
             case Kind::null: return "None";
             case Kind::boolean: return boolean ? "True" : "False";
             case Kind::number: return whole ? detail::text(integer) : detail::text(number);
-            case Kind::text: return quoted(text);
+            case Kind::text: return in_quotes(text);
             case Kind::list: return detail::text("a list of ", items.size(), " values");
             case Kind::object: break;
         }
@@ -175,7 +175,7 @@ class JsonReader {
             if (peek() != '"') fail();
             std::string key = string();
             if (!take(':')) fail();
-            if (value.find(key)) throw Error(detail::text("the manifest has the key ", quoted(key), " twice"));
+            if (value.find(key)) throw Error(detail::text("the manifest has the key ", in_quotes(key), " twice"));
             value.items.push_back(element(depth + 1));
             value.keys.push_back(std::move(key));
         } while (take(','));

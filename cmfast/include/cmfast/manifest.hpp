@@ -299,7 +299,7 @@ class ManifestReader {
             for (const auto& side : each.sides) {
                 for (const auto& other : found) {
                     if (!side.empty() && (side == other.name || is_reserved(side))) {
-                        throw Error(text("a dynamic size needs a name of its own, got ", quoted(side)));
+                        throw Error(text("a dynamic size needs a name of its own, got ", in_quotes(side)));
                     }
                 }
             }
@@ -371,7 +371,7 @@ class ManifestReader {
             const Json& list = object.items[i];
             bool right = !key.empty() && key.size() <= 5 && key[0] != '0';
             for (const char c : key) right = right && c >= '0' && c <= '9';
-            if (!right) throw Error(text("sigmas has the key ", quoted(key), ", which is no number of steps"));
+            if (!right) throw Error(text("sigmas has the key ", in_quotes(key), ", which is no number of steps"));
             const int steps = std::stoi(key);
             std::vector<double> values;
             for (const auto& item : list.items) {

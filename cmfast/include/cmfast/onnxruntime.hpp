@@ -279,7 +279,7 @@ class OnnxRuntimeBackend final : public Backend {
 
     void check_device(const Options& options) const {
         if (options.device != "cpu" && options.device != "cuda" && options.device != "tensorrt") {
-            throw Error("device must be one of cpu, cuda, tensorrt, got " + detail::quoted(options.device));
+            throw Error("device must be one of cpu, cuda, tensorrt, got " + detail::in_quotes(options.device));
         }
         const auto flavour = manifest_.made_by.find("flavour");
         if (flavour != manifest_.made_by.end() && options.device != "cuda") {

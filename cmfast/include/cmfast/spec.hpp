@@ -98,7 +98,7 @@ struct Spec {
         }
         std::vector<std::string> names;
         for (const auto& each : conditions) names.push_back(each.name);
-        throw Error(detail::text("this model has no condition ", detail::quoted(name), "; it has ",
+        throw Error(detail::text("this model has no condition ", detail::in_quotes(name), "; it has ",
                                  names.empty() ? "none" : detail::listed(names, "", "")));
     }
 
