@@ -117,6 +117,14 @@ def test_the_page_of_commands_is_what_help_prints(monkeypatch: pytest.MonkeyPatc
     assert read("docs/cli.md") == page, "docs/cli.md differs from --help: python docs/make_cli.py"
 
 
+def test_the_table_of_hyperparameters_is_that_of_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    import make_methods
+
+    assert "| `q` | ect 2.0 | each stage divides the gap t - r by this |" in make_methods.table()
+    assert read("docs/training.md") == make_methods.page(), "docs/training.md differs: python docs/make_methods.py"
+
+
 def test_the_readme_fits_three_screens_and_links_every_page() -> None:
     page = read("README.md")
     assert page.count("\n") <= 130
