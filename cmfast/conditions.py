@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cmfast.checks import array_of_numbers, need_memory, shown
+from cmfast.checks import array_of_numbers, need_memory, real_number, shown
 from cmfast.errors import CmfastError, printable
 
 if TYPE_CHECKING:  # a manifest is read without numpy
@@ -46,6 +46,8 @@ class Condition:
     classes: int = 0  # of a class: how many there are
     class_names: tuple[str, ...] = ()  # of a class: names of 0, 1, ..; (): they have none
     shape: tuple[int | str, ...] = ()  # of a tensor, without the batch
+    null: int | float | None = None  # what stands for no condition, as in classifier-free guidance: a class, which may
+    # be one more than there are, or the number that fills a tensor; None: the model was not trained without it
 
     def __post_init__(self) -> None:
         name = self.name
@@ -63,6 +65,10 @@ class Condition:
             if self.shape:
                 raise CmfastError(f"condition {name}: a class has no shape, got {shown(self.shape)}")
             check_class_names(self.class_names, self.classes)
+            if self.null is not None and not _is_whole(self.null, 0, self.classes):
+                raise CmfastError(
+                    f"condition {name}: null must be a class from 0 to {self.classes}, got {shown(self.null)}"
+                )
             return
         if name == LABEL:
             raise CmfastError(f"condition {LABEL}: this name is for a class; name a tensor otherwise")
@@ -76,6 +82,13 @@ class Condition:
                 f"condition {name}: sizes are whole numbers from 1 or names of dynamic sizes, got {shown(self.shape)}"
             )
         object.__setattr__(self, "shape", shape)
+        if self.null is not None:
+            real_number(f"null of the condition {name}", self.null)
+
+    @property
+    def entries(self) -> int:
+        """Of a class: how many numbers it may have, that of no class included."""
+        return max(self.classes, int(self.null) + 1) if self.null is not None else self.classes
 
     @property
     def dynamic(self) -> bool:
@@ -84,17 +97,18 @@ class Condition:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of the manifest, ready for JSON."""
+        null = {} if self.null is None else {"null": self.null}
         if self.kind == "tensor":
-            return {"name": self.name, "kind": "tensor", "shape": list(self.shape)}
+            return {"name": self.name, "kind": "tensor", "shape": list(self.shape), **null}
         names = {"class_names": list(self.class_names)} if self.class_names else {}
-        return {"name": self.name, "kind": "class", "classes": self.classes, **names}
+        return {"name": self.name, "kind": "class", "classes": self.classes, **names, **null}
 
     @classmethod
     def from_dict(cls, values: Any) -> Condition:
         """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
         if not isinstance(values, Mapping) or not {"name", "kind"} <= values.keys():
             raise CmfastError(f"a condition is an object with a name and a kind, got {shown(values)}")
-        known: dict[str, Any] = {name: values[name] for name in ("name", "kind", "classes") if name in values}
+        known: dict[str, Any] = {name: values[name] for name in ("name", "kind", "classes", "null") if name in values}
         for name in ("class_names", "shape"):
             if name in values:
                 if not isinstance(values[name], (list, tuple)):
@@ -103,9 +117,9 @@ class Condition:
         return cls(**known)
 
 
-def class_label(classes: int, names: Sequence[str] = ()) -> Condition:
-    """Return the usual condition of a class-conditional model, named "label"."""
-    return Condition(name=LABEL, kind="class", classes=classes, class_names=tuple(names))
+def class_label(classes: int, names: Sequence[str] = (), *, null: int | None = None) -> Condition:
+    """Return the usual condition of a class-conditional model, named "label"; null: see `Condition`."""
+    return Condition(name=LABEL, kind="class", classes=classes, class_names=tuple(names), null=null)
 
 
 def check_conditions(conditions: Any) -> tuple[Condition, ...]:
@@ -235,7 +249,7 @@ def _value(condition: Condition, given: Any, n: int, sizes: dict[str, tuple[int,
     name = condition.name
     if condition.kind == "class":
         need_memory(16 * n, f"the {name}s of {n} samples", "draw fewer at a time")
-        return class_numbers(given, n, condition.classes, condition.class_names, what=name)
+        return class_numbers(given, n, condition.entries, condition.class_names, what=name)
     array = array_of_numbers(f"condition {name}", given)
     rank = len(condition.shape)
     if array.ndim not in (rank, rank + 1) or (array.ndim == rank + 1 and len(array) != n):

@@ -244,7 +244,8 @@ class Model:
         if label is None:
             return portable.labels(seed, range(first, first + n), classes)
         need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
-        return class_numbers(label, n, classes, self.spec.class_names)
+        assert self.spec.label is not None
+        return class_numbers(label, n, self.spec.label.entries, self.spec.class_names)
 
     def _given(self, label: Any, conditions: Conditions | None) -> dict[str, Any]:
         """Return what was passed by name, the label among it."""

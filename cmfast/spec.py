@@ -171,7 +171,10 @@ class ModelSpec:
 
     def with_class_names(self, names: Sequence[str]) -> ModelSpec:
         """Return the spec with other names of the label's classes, () for none; without a label, as it is."""
-        renamed = (class_label(each.classes, names) if each.name == LABEL else each for each in self.conditions)
+        renamed = (
+            dataclasses.replace(each, class_names=tuple(names)) if each.name == LABEL else each
+            for each in self.conditions
+        )
         return dataclasses.replace(self, conditions=tuple(renamed))
 
     def to_dict(self) -> dict[str, Any]:

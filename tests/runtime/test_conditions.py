@@ -147,6 +147,24 @@ def test_a_wrong_declaration_is_named(values: dict[str, Any], words: str) -> Non
         Condition(**values)
 
 
+def test_a_class_may_have_one_number_more_that_stands_for_none(tmp_path: Path) -> None:
+    label = class_label(5, null=5)
+    assert (label.entries, class_label(5).entries, class_label(5, null=2).entries) == (6, 5, 5)
+    assert Condition.from_dict(json.loads(json.dumps(label.to_dict()))) == label
+    changes = {**ARRAYS, "shape": [3], "conditions": [label.to_dict()]}
+    model = cmfast.load(write_denoiser(tmp_path / "model.onnx", changes))
+    none = model.denoise(np.zeros((1, 3), np.float32), 1.0, 5)
+    np.testing.assert_allclose(none, 5 / 16)
+    drawn = model.labels(1000)
+    assert drawn is not None
+    assert set(drawn.tolist()) == {0, 1, 2, 3, 4}, "samples are drawn with a class"
+    for wrong in (6, -1, 0.5, True, "5"):
+        with pytest.raises(CmfastError, match="null must be a class from 0 to 5"):
+            class_label(5, null=wrong)  # type: ignore[arg-type]
+    with pytest.raises(CmfastError, match="null of the condition state must be a finite number"):
+        Condition(name="state", shape=(3,), null=float("nan"))
+
+
 def test_conditions_of_one_name_and_sizes_named_like_conditions_are_refused() -> None:
     state = Condition(name="state", shape=(3,))
     with pytest.raises(CmfastError, match="with different names"):

@@ -153,7 +153,8 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
         network = network_from_dict(parts["network"])
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {one_line(err)}") from None
-    if network.image_shape != spec.shape or network.classes != spec.classes:
+    entries = spec.label.entries if spec.label else 0
+    if network.image_shape != spec.shape or network.classes != entries:
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
     _check_weights(weights, file)
     try:

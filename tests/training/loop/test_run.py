@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from cmfast.errors import CmfastError
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli import ema
 from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.methods.schedules import pd_sigmas
+from cmfast_train.training.step import Inputs, drop_labels
 from cmfast_train.training.trainer import train
 from helpers.runs import TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 
@@ -34,12 +35,53 @@ def test_each_phase_leaves_a_model_that_says_how_it_is_sampled(tmp_path: Path) -
     for n, spec in zip((8, 4, 2, 1), specs[1:], strict=True):
         assert spec.renoise == "ddim"
         assert spec.sigmas == {n: pd_sigmas(n, 0.002, 80.0)}
-    plain = replace(override(PRESETS["digits"], TINY).spec(10), class_names=tuple("0123456789"))
+    plain = override(PRESETS["digits"], TINY).spec(10).with_class_names(tuple("0123456789"))
     assert specs[0] == plain
     assert load_checkpoint(tmp_path / "run" / "model.pt").spec == plain
     run_here(tmp_path / "one", "phases=edm:16")
     one = load_checkpoint(tmp_path / "one" / "model.pt")
     assert load_checkpoint(files[0]).sha256() == one.sha256()  # of the same steps
+
+
+def test_labels_are_dropped_as_often_as_requested_and_the_model_knows_the_number_of_none(tmp_path: Path) -> None:
+    run_here(tmp_path / "run", "phases=edm:16,ect:8", "label_dropout=0.25")
+    model = load_checkpoint(tmp_path / "run" / "model.pt")
+    assert model.spec.label is not None
+    assert (model.spec.classes, model.spec.label.null, model.network.classes) == (10, 10, 11)
+    denoiser, x = model.denoiser(), torch.randn(1, 1, 8, 8)
+    for name, weight in denoiser.network.named_parameters():
+        weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    some, none = (denoiser(x, torch.ones(1), label=torch.tensor([label])) for label in (3, 10))
+    assert not torch.equal(some, none)
+
+    class Fake:
+        config = override(PRESETS["digits"], [*TINY, "label_dropout=0.25"])
+
+        class context:
+            spec = model.spec
+
+    uniform = torch.rand(40_000, 4, generator=torch.Generator().manual_seed(0))
+    inputs = Inputs(images=x, conditions={"label": torch.full((40_000,), 3)}, noise=x, uniform=uniform)
+    dropped = drop_labels(Fake, inputs)["label"] == 10  # type: ignore[arg-type]
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.01)  # four standard deviations
+    flipped = uniform[:, 3] < 0.5
+    assert float(dropped[flipped].float().mean()) == pytest.approx(0.25, abs=0.015), "independent of flips"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["label_dropout=1"], "label_dropout must be from 0 and below 1"),
+        (["label_dropout=0.1", "conditional=false"], "needs conditional=true"),
+        (["init=model.pt", "label_dropout=0.1"], "a model trained without label_dropout, and the run has"),
+    ],
+)
+def test_label_dropout_that_does_not_fit_is_one_line(
+    settings: list[str], words: str, write: Write, tmp_path: Path
+) -> None:
+    settings = [text.replace("model.pt", str(write())) for text in settings]
+    with pytest.raises(CmfastError, match=words):
+        train(override(PRESETS["digits"], [*TINY, *settings]), tmp_path / "run")
 
 
 LEARNS = ("edm.lr=1e-2", "ect.lr=1e-2")

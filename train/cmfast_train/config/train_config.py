@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cmfast.conditions import class_label
+from cmfast.conditions import Condition, class_label
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.checks import check_positive, check_types, shown
@@ -58,6 +58,7 @@ class TrainConfig:
     # padded (mnist) or resized and cropped (folder) to it
     channels: int  # 1 or 3
     conditional: bool = True  # class-conditional where the data have classes
+    label_dropout: float = 0.0  # probability that a sample is trained without its label, for guidance
     flip: bool = False  # mirror images at random
     class_names: tuple[str, ...] = ()  # of the data's classes, filled in by the run
     download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
@@ -125,6 +126,10 @@ class TrainConfig:
         self._check_limits()
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
+        if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional):
+            raise CmfastError(
+                f"label_dropout must be from 0 and below 1, and needs conditional=true, got {self.label_dropout}"
+            )
         if not all(0 <= decay < 1 for decay in self.emas):
             raise CmfastError(f"emas must be at least 0 and below 1, got {self.emas}")
         if not all(0 < std <= 0.288 for std in self.ema_stds):
@@ -148,7 +153,7 @@ class TrainConfig:
         return ModelSpec(
             shape=(self.channels, *self.image_sides),
             data="image",
-            conditions=(class_label(classes, self.class_names),) if classes else (),
+            conditions=(self._label(classes),) if classes else (),
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
             sigma_data=self.sigma_data,
@@ -156,6 +161,9 @@ class TrainConfig:
             c_noise=self.c_noise,
             sigmas={len(s): s for s in self.sigmas},
         )
+
+    def _label(self, classes: int) -> Condition:
+        return class_label(classes, self.class_names, null=classes if self.label_dropout else None)
 
     def network_fields(self) -> dict[str, Any]:
         """Return the fields of `AdmConfig` or `CloneofsimoConfig` of `networks`, apart from the classes."""

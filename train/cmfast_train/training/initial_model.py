@@ -61,7 +61,7 @@ def start_of(config: TrainConfig, classes: int) -> Start:
     if not config.init:
         return Start(
             spec=_inside(teacher, spec, config),
-            network=network_config(config, spec.classes),
+            network=network_config(config, spec.label.entries if spec.label else 0),
             weights=None,
             model_spec=None,
             teacher=teacher,
@@ -119,6 +119,12 @@ def _load(path: str, option: str, spec: ModelSpec) -> Checkpoint:
         raise CmfastError(
             f"{option} {path}: a model of images {list(model.spec.image)}, the run has {list(spec.image)}: "
             f"--set image_size={size_text(plain_size(model.spec.image[1:]))} --set channels={model.spec.image[0]}"
+        )
+    null = spec.label and spec.label.null
+    if model.spec.label and model.spec.label.null != null and model.spec.classes == spec.classes:
+        raise CmfastError(
+            f"{option} {path}: a model trained with{'out' if null is not None else ''} label_dropout, and the run "
+            f"{'has' if null is not None else 'has none'}: --set label_dropout={0 if null is not None else 0.1}"
         )
     if model.spec.classes not in (0, spec.classes):
         raise CmfastError(

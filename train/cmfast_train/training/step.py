@@ -75,6 +75,7 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     x0 = to_unit_range(inputs.images)
     if config.flip:
         x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(3), x0)
+    conditions = drop_labels(run, inputs)
     losses, sigmas = [], []
     method, constants = state.phase.row.function(), state.phase.constants(run.step, state.total)
     size = len(x0) // config.accumulation
@@ -91,7 +92,7 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
                     x0=x0[part],
                     noise=inputs.noise[part],
                     uniform=inputs.uniform[part],
-                    conditions={name: values[part] for name, values in inputs.conditions.items()},
+                    conditions={name: values[part] for name, values in conditions.items()},
                 )
             )
             accelerator.backward(loss.sum() / len(x0))
@@ -100,6 +101,20 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     if state.phase.clip_norm:
         accelerator.clip_grad_norm_(state.student.parameters(), state.phase.clip_norm)
     return torch.cat(losses), torch.cat(sigmas)
+
+
+def drop_labels(run: Run, inputs: Inputs) -> Conditions:
+    """Return the conditions, each label with probability `label_dropout` replaced by that of no class.
+
+    Classifier-free guidance (arXiv:2207.12598), Algorithm 1. Column 3 of `uniform` decides about flips by its first
+    binary digit, and here by the rest, which is independent of it.
+    """
+    label = run.context.spec.label
+    if not run.config.label_dropout or label is None or label.null is None:
+        return inputs.conditions
+    without = (2 * inputs.uniform[:, 3]) % 1 < run.config.label_dropout
+    values = inputs.conditions[label.name]
+    return {**inputs.conditions, label.name: torch.where(without, values.new_tensor(label.null), values)}
 
 
 def _step_seed(seed: int, step: int) -> int:
