@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cmfast.errors import ArtifactError
-from cmfast_train import checkpoint
+from cmfast_train import checkpoint, importers
 from cmfast_train.border import naming, reading
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.data import image_arrays, image_folders, image_reader
@@ -69,8 +69,8 @@ def draft(folder: Path) -> Any:
 
 # what of ours has the bug, and what reads a file through it
 OURS: dict[str, tuple[Any, str, Callable[[Path], Any]]] = {
-    "identify": (openai, "matches", draft),
-    "draft": (openai, "draft", draft),
+    "identify": (importers, "one_set", draft),
+    "draft": (openai, "spec_of", draft),
     "own": (checkpoint, "check_weights", lambda folder: identify(folder / "own.pt")),
     "load_checkpoint": (checkpoint, "check_count", lambda folder: load_checkpoint(folder / "own.pt")),
     "image": (image_reader, "_from_16_bits", lambda folder: read_image(folder / "images" / "a" / "1.png")),

@@ -81,7 +81,7 @@ def test_label_dropout_that_does_not_fit_is_one_line(
 ) -> None:
     settings = [text.replace("model.pt", str(write())) for text in settings]
     with pytest.raises(CmfastError, match=words):
-        train(override(PRESETS["digits"], [*TINY, *settings]), tmp_path / "run")
+        train(override(PRESETS["digits"], ["phases=ect:16", "batch=8", *settings]), tmp_path / "run", None)
 
 
 LEARNS = ("edm.lr=1e-2", "ect.lr=1e-2")
