@@ -1,11 +1,47 @@
 # SPDX-License-Identifier: MIT
-"""Export of consistency models, and the proof that the file computes what PyTorch computed.
+"""Export of few-step models, and the proof that the file computes what PyTorch computed.
 
-`graphs.denoiser` traces the denoiser, `graphs.sampler` builds the sampler from it, `verify` compares, and `pipeline`
-puts it together.
+    import cmfast_export, cmfast_train
+
+    denoiser = cmfast_train.wrap(net, shape=(16, 7), conditions={"state": (14,)}, scaling="edm", c_noise="ln/4")
+    cmfast_export.export_onnx(denoiser, "policy.onnx", kind="sampler", steps=1)
+
+The names in `__all__` are the public interface; each is imported when it is first used. `graphs.denoiser` traces the
+denoiser, `graphs.sampler` builds the sampler from it, `verify` compares, and `pipeline` puts it together.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmfast_export.engine import export_engine
+    from cmfast_export.pipeline import Exported, export_onnx
+    from cmfast_export.targets.table import Target
+    from cmfast_export.targets.tensorrt_engine import Built
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read
 FLAVOURS = ("", "ort-cuda")  # which runtime a graph is for; "": any, ort-cuda: ONNX Runtime's CUDA provider
 BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16
+
+_MODULES = {
+    "Built": "targets.tensorrt_engine",
+    "Exported": "pipeline",
+    "Target": "targets.table",
+    "export_engine": "engine",
+    "export_onnx": "pipeline",
+}
+__all__ = ["Built", "Exported", "Target", "export_engine", "export_onnx"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        globals()[name] = getattr(import_module(f"cmfast_export.{_MODULES[name]}"), name)
+        return globals()[name]
+    raise AttributeError(f"module 'cmfast_export' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

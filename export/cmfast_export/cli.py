@@ -33,12 +33,15 @@ Examples:
   cmfast-export diffusers-ct_imagenet64                         a diffusers folder
   cmfast-export edm-cifar10-32x32-uncond-vp.pkl --format cmfast -o teacher.pt
   cmfast-export model.pt --format diffusers -o folder           and back
+  cmfast-export weights.pt --network policy.net:make --spec spec.json --kind sampler    a network of your own
 """
 
 
 @click.command("cmfast-export", epilog=EPILOG)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.argument("others", nargs=-1, metavar="[ENGINE]...", type=click.Path(path_type=Path))
+@click.option("--network", default="", metavar="MODULE:FACTORY", help="A network of your own: imported and called.")
+@click.option("--spec", type=click.Path(path_type=Path), help="JSON: the conventions of that network.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="What to write; default: a name beside CHECKPOINT.")
 @click.option(
     "--format",
@@ -65,6 +68,8 @@ Examples:
     show_default=True,
     help="Of the network's trunk; auto: the fastest inside --tolerance.",
 )
+@click.option("--guidance", type=float, help="Sampler: weight of classifier-free guidance, two evaluations a step.")
+@click.option("--null", multiple=True, metavar="NAME=NUMBER", help="With guidance: what stands for no condition.")
 @click.option(
     "--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision and device."
 )
@@ -92,8 +97,10 @@ Examples:
 @SET
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be written and stop.")
 def command(
-    checkpoint: Path,
+    checkpoint: Path | None,
     others: tuple[Path, ...],
+    network: str,
+    spec: Path | None,
     out: Path | None,
     form: str,
     kind: str | None,
@@ -102,6 +109,8 @@ def command(
     batch: str,
     opset: int | None,
     precision: str,
+    guidance: float | None,
+    null: tuple[str, ...],
     tolerance: float | None,
     device: str,
     target: str | None,
@@ -116,13 +125,15 @@ def command(
 
     CHECKPOINT is a cmfast model (.pt, .safetensors), OpenAI's, the first public implementation's or EDM's weights, or a
     diffusers folder; for engines and Triton also a verified .onnx file; for Triton also engines, one a kind of card.
-    cmfast-info says what a file is.
+    cmfast-info says what a file is. With --network it is the weights of a network of your own, or left out.
     """
     asks = click.get_current_context().get_parameter_source
     with needs("cmfast-export", "export,cpu"):
         request = make_request(
             model=checkpoint,
             engines=others,
+            network=network,
+            spec=spec,
             out=out,
             form=form,
             kind=kind,
@@ -131,6 +142,8 @@ def command(
             batch=batch,
             opset=opset,
             precision=precision,
+            guidance=guidance,
+            null=null,
             tolerance=tolerance,
             device=device,
             build=(*build, *([f"target={target}"] if target is not None else [])),

@@ -14,8 +14,10 @@ from cmfast_export.precision_search import Choice, export_graph
 from cmfast_export.request import Request
 from cmfast_export.targets.table import at
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
+from cmfast_train.own import own_model
 
 
 def convert(request: Request, seen: Callable[[Choice], object] = lambda _: None) -> object:
@@ -52,5 +54,9 @@ def _graph(request: Request, seen: Callable[[Choice], object]) -> Iterator[Path]
         yield file
 
 
-def _model(request: Request) -> Checkpoint:
-    return load_model(request.model, request.source, Told.parse(request.assignments))
+def _model(request: Request) -> Checkpoint | Denoiser:
+    told = Told.parse(request.assignments)
+    if request.own:
+        weights = request.model if request.own.weights else None
+        return own_model(request.own.factory, request.own.spec, weights, told)
+    return load_model(request.model, request.source, told)

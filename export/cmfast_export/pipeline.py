@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoint in, verified ONNX file out. Nothing stands under the final name before it has been checked."""
+"""Denoiser or checkpoint in, verified ONNX file out. Nothing stands under the final name before it has been checked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+
+import onnx_ir as ir
 
 from cmfast.backends import Backend, open_backend
 from cmfast.backends._onnxruntime_library import import_onnxruntime
@@ -31,38 +33,59 @@ from cmfast.formats.selftest import record_selftest
 from cmfast.model import Model
 from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
+from cmfast_export import BF16_OPSET
 from cmfast_export._target import one_writer
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.cost import graph_cost
-from cmfast_export.graphs.denoiser import denoiser_graph
+from cmfast_export.graphs.denoiser import MOST, denoiser_graph
 from cmfast_export.graphs.emulate import emulate_file
-from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.half import Halved, halved
+from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight_bytes, write_data
 from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
-from cmfast_export.verify import Parity, verify
-from cmfast_train.backends.pytorch import TorchBackend
+from cmfast_export.verify import Looped, Parity, verify
+from cmfast_train.backends.pytorch import TorchBackend, snapshot
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
-from cmfast_train.networks.precision import float32_weights
+from cmfast_train.networks.precision import converts_itself, float32_weights
 
+Source = str | os.PathLike[str] | Checkpoint | Denoiser  # what can be exported
+HALVED = ("fp16", "bf16")
+UNCOUNTED = "its cost is not counted"
 ROOM = 600  # characters of a manifest for parity, cost and self-test
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export made and how well it agrees."""
+    """What an export made and how well it agrees.
+
+    Attributes:
+        path: the .onnx file.
+        manifest: what it says of itself.
+        data: the weights, where one file cannot hold them.
+        tolerance: largest difference that was allowed, data units.
+        denoiser: how far the denoiser graph is from PyTorch.
+        sampler: how far the loop in one graph is from the Python loop over PyTorch's denoiser.
+        seconds: that it took.
+        rewritten: what was rewritten for ONNX Runtime's CUDA provider.
+        left: operators of the network that half precision, made on the graph, leaves in float32.
+        notes: what else there is to know, a line each.
+    """
 
     path: Path
     manifest: Manifest
-    data: Path | None  # the weights, where one file cannot hold them
-    tolerance: float  # largest difference that was allowed, data units
+    data: Path | None
+    tolerance: float
     denoiser: Agreement
-    sampler: Agreement | None  # of the loop in one graph, with the Python loop over PyTorch's denoiser
-    seconds: float = 0.0  # that it took
-    rewritten: Rewritten | None = None  # for ONNX Runtime's CUDA provider
+    sampler: Agreement | None
+    seconds: float = 0.0
+    rewritten: Rewritten | None = None
+    left: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +93,12 @@ class Agreement:
     """How far a graph is from PyTorch."""
 
     parity: Parity  # from PyTorch in float32
-    same: Parity | None  # from PyTorch in the same half precision
+    same: Parity | None  # from PyTorch in the same half precision; None where that is made on the graph
     as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
 
 
 def export_onnx(
-    checkpoint: str | os.PathLike[str] | Checkpoint,
+    model: Source,
     out: str | os.PathLike[str],
     *,
     kind: str = "denoiser",
@@ -84,68 +107,91 @@ def export_onnx(
     batch: int | None = None,
     opset: int | None = None,
     precision: str = "fp32",
+    guidance: float | None = None,
+    null: Mapping[str, float] | None = None,
     device: str = "cpu",
     tolerance: float | None = None,
     flavour: str = "",
 ) -> Exported:
-    """Export a checkpoint, of any format that is known, to a verified ONNX file; return what was found.
+    """Export a model to an ONNX file, compare the file with PyTorch, and only then give it its name.
 
     Args:
-        checkpoint: the model, or the path of one.
-        out: the .onnx file; nothing has this name before it has been verified.
-        kind: as in `cmfast_export.request.GraphRequest`, and so is all that follows.
-        steps: see kind.
-        sigmas: see kind.
-        batch: see kind.
-        opset: see kind.
-        precision: see kind.
-        device: see kind.
-        tolerance: see kind.
-        flavour: see kind.
+        model: a `Denoiser` (`cmfast_train.wrap` makes one of any module), a checkpoint, or the path of a model of any
+            known format. It is left as it is.
+        out: the .onnx file.
+        kind: denoiser, one call of f(x, sigma); sampler, the whole few-step loop; server, a sampler whose inputs have
+            the batch first.
+        steps: of a sampler: network calls, at the model's default noise levels.
+        sigmas: of a sampler: noise levels, data units, decreasing, instead of steps.
+        batch: fixed batch size; None: dynamic.
+        opset: of ONNX, 18 to 23; None: the oldest that can express the graph.
+        precision: fp32, tf32, fp16 or bf16: what the network computes in.
+        guidance: of a sampler: weight of classifier-free guidance, two evaluations a step.
+        null: with guidance: what stands for no condition, by name: a class, or the value that fills a tensor.
+        device: where the file is run for its verification: cpu, whose missing arithmetic is emulated, or cuda.
+        tolerance: largest allowed absolute difference from float32 PyTorch, data units; None: what rounding to this
+            precision may cost (`cmfast.formats.manifest.rounding`).
+        flavour: ort-cuda: only for ONNX Runtime's CUDA provider; "": for any runtime.
+
+    Returns:
+        The file and how far it is from PyTorch.
 
     Raises:
-        CmfastError: the request cannot be fulfilled.
-        CheckFailed: the file differs from PyTorch by more than the tolerance.
+        CmfastError: the request cannot be fulfilled, or the network cannot be traced; the line names the module.
+        CheckFailed: the file differs from PyTorch by more than the tolerance; no file was written.
     """
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), batch=batch, opset=opset,
-        precision=precision, device=device, tolerance=tolerance, flavour=flavour,
+        precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
+        flavour=flavour,
     )  # fmt: skip
-    return export_onnx_as(checkpoint, out, graph)
+    return export_onnx_as(model, out, graph)
 
 
 @one_writer(check_target)
-def export_onnx_as(
-    checkpoint: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], request: GraphRequest
-) -> Exported:
+def export_onnx_as(model: Source, out: str | os.PathLike[str], request: GraphRequest) -> Exported:
     """Export as `export_onnx` does, one precision."""
     with float32_weights():
-        return _export(checkpoint, check_target(out), request)
+        return _export(model, check_target(out), request)
 
 
-def _export(checkpoint: str | os.PathLike[str] | Checkpoint, target: Path, request: GraphRequest) -> Exported:
+def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     begun, kind, precision = time.perf_counter(), request.kind, request.precision
     if precision not in PRECISIONS:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if request.flavour:
         check_ort_cuda(request.opset, precision)
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
+    loaded = model if isinstance(model, (Checkpoint, Denoiser)) else load_model(model)
     references = [TorchBackend(loaded)]
-    if precision in ("fp16", "bf16"):
+    ours = converts_itself(references[0].denoiser.network)
+    if request.flavour and not ours:
+        raise CmfastError(f"the flavour {request.flavour} is for cmfast's own networks; pass --format onnx")
+    if ours and precision in HALVED:
         references.append(TorchBackend(loaded, precision=precision))
     dtype = PRECISIONS[precision]
     tolerance = rounding(dtype, request.device) if request.tolerance is None else request.tolerance
     spec = references[0].manifest.spec
     levels = spec.levels(request.steps, request.sigmas) if kind != "denoiser" else ()
+    guidance = None if request.guidance is None else Guidance(weight=request.guidance, null=request.null)
+    if guidance:
+        guidance.check(spec)
     flavour = request.flavour
-    check = _Check(references=references, device=request.device, tolerance=tolerance, flavour=flavour)
+
+    check = _Check(
+        references=references, device=request.device, tolerance=tolerance, flavour=flavour, guidance=guidance,
+    )  # fmt: skip
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
     made_by |= {FLAVOUR: flavour} if flavour else {}
+    made_by |= {"guidance": guidance.in_words} if guidance else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
     manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
 
-    graph = denoiser_graph(loaded.denoiser().to_precision(precision), request.batch, request.opset)
-    manifest = replace(manifest, cost=graph_cost(graph))
+    made = _denoiser_graph(loaded, request, ours)
+    graph, most, notes = made.model, made.model.graph.meta.get(MOST), list[str]()
+    manifest = replace(manifest, cost=_cost(graph, notes))
+    if most is not None:
+        check = replace(check, more=(most + 1,))
+        notes.append(f"the network's code has a branch for batches above {most}; the file was compared there too")
     sampled = None
     rewritten = ort_cuda_graph(graph) if flavour else None
     written = rewritten.model if rewritten else graph
@@ -156,22 +202,47 @@ def _export(checkpoint: str | os.PathLike[str] | Checkpoint, target: Path, reque
             agreement = check(file, "the denoiser graph")
             found = _summary(agreement)
             if kind != "denoiser":
-                looped = sampler_graph(graph, levels, spec)
+                looped = sampler_graph(graph, levels, spec, guidance)
                 looped = server_graph(looped) if kind == "server" else looped
                 one = replace(manifest.spec, sigmas={len(levels): levels})
-                manifest = replace(manifest, kind=kind, spec=one, cost=graph_cost(looped))
+                notes = [note for note in notes if not note.startswith(UNCOUNTED)]
+                manifest = replace(manifest, kind=kind, spec=one, cost=_cost(looped, notes))
                 rewritten = ort_cuda_graph(looped) if flavour else None
                 size = writer.write_with_manifest(rewritten.model if rewritten else looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
-            tested = record_selftest(Model(references[0]), rounding(dtype, "cuda"), levels or None)
+            reference = Looped(Model(references[0]), guidance) if guidance else Model(references[0])
+            tested = record_selftest(reference, rounding(dtype, "cuda"), levels or None)
             manifest = replace(manifest, selftest=tested)
             _seal(file, size, manifest)
     return Exported(
         path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,
-        sampler=sampled, seconds=time.perf_counter() - begun, rewritten=rewritten,
+        sampler=sampled, seconds=time.perf_counter() - begun, rewritten=rewritten, left=made.left, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _denoiser_graph(model: Checkpoint | Denoiser, request: GraphRequest, ours: bool) -> Halved:
+    """Return the graph of a denoiser in the precision of the request; `ours`: its modules convert themselves."""
+    precision, opset = request.precision, request.opset
+    if precision == "bf16" and opset is None:
+        opset = BF16_OPSET
+    if precision == "bf16" and opset is not None and opset < BF16_OPSET:
+        raise CmfastError(f"bfloat16 convolutions exist from opset {BF16_OPSET}, got {opset}; leave --opset out")
+    denoiser = model.denoiser() if isinstance(model, Checkpoint) else snapshot(model)
+    graph = denoiser_graph(denoiser.to_precision(precision) if ours else denoiser, request.batch, opset)
+    if ours or precision not in HALVED:
+        return Halved(model=graph, left={})
+    return halved(graph, ir.DataType[PRECISIONS[precision].upper()])
+
+
+def _cost(graph: ir.Model, notes: list[str]) -> Mapping[str, float]:
+    """Return what a graph costs; where that cannot be counted, nothing, and a note says why."""
+    try:
+        return graph_cost(graph)
+    except CmfastError as err:
+        notes.append(f"{UNCOUNTED}: {err}")
+        return {}
 
 
 def _fitting(manifest: Manifest, kind: str, levels: Sequence[float]) -> ModelSpec:
@@ -196,18 +267,20 @@ class _Check:
     device: str
     tolerance: float
     flavour: str = ""
+    guidance: Guidance | None = None
+    more: tuple[int, ...] = ()  # sizes of batches beside the usual ones
 
     def __call__(self, file: Path, what: str) -> Agreement:
         """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
         dtype = read_onnx(file)[0].dtype
         with tempfile.TemporaryDirectory() as folder:
             engine = self._open(file, Path(folder))
-            parity, *same = verify(engine, self.references)
+            parity, *same = verify(engine, self.references, more=self.more, guidance=self.guidance)
             del engine
             as_is = None
             # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
             if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
-                (as_is,) = verify(OnnxRuntimeBackend(file), self.references[:1])
+                (as_is,) = verify(OnnxRuntimeBackend(file), self.references[:1], guidance=self.guidance)
         for each in (parity, *same, *([as_is] if as_is else [])):
             if failure := each.failure(self.tolerance):
                 raise CheckFailed(f"{what} {failure}; no file was written")

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from cmfast.backends import open_backend
 from cmfast.backends.onnxruntime import check_cuda
 from cmfast.bench.timing import interleave, summarise
+from cmfast.conditions import some_values
 from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.formats.manifest import PRECISIONS, ROUNDING, rounding
 from cmfast.model import Model
-from cmfast.noise import gaussian
+from cmfast.noise import slices
 from cmfast_export._target import one_writer
 from cmfast_export.graphs.writer import replacing_data
-from cmfast_export.pipeline import Exported, export_onnx_as
+from cmfast_export.pipeline import Exported, Source, export_onnx_as
 from cmfast_export.request import AUTO, GraphRequest
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 
 TOLERANCE = ROUNDING["float16"]  # data units, unless another is asked for
@@ -56,9 +56,7 @@ class Choice:
     timed: str  # by what: ONNX Runtime cpu; empty: chosen by the rates of matrix units
 
 
-def export_graph(
-    model: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool
-) -> Choice:
+def export_graph(model: Source, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool) -> Choice:
     """Export at the precision that was asked for; `auto`: the fastest, see `export_fastest`."""
     if graph.precision == AUTO:
         return export_fastest(model, out, graph, timed=timed)
@@ -67,13 +65,11 @@ def export_graph(
 
 
 @one_writer(check_target)
-def export_fastest(
-    checkpoint: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool
-) -> Choice:
+def export_fastest(model: Source, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool) -> Choice:
     """Export in each precision, keep the fastest file that is inside the tolerance.
 
     Args:
-        checkpoint: as in `export_onnx`.
+        model: as in `export_onnx`.
         out: the .onnx file.
         graph: what the graph shall be; its precision plays no part.
         timed: whether the graph's device is what the file is for; if not, the first of BY_RATE that passes is taken.
@@ -83,7 +79,7 @@ def export_fastest(
         raise CmfastError(
             "--precision auto does not time the flavour ort-cuda; pass --precision fp16, or fp32 for exact weights"
         )
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_model(checkpoint)
+    loaded = model if isinstance(model, (Checkpoint, Denoiser)) else load_model(model)
     candidates = ON_CPU if timed and device == "cpu" else BY_RATE
     passed: dict[str, Exported] = {}
     failed: list[Tried] = []
@@ -119,9 +115,9 @@ def _times(files: dict[str, Path], device: str) -> dict[str, float]:
     for name, file in files.items():
         model = Model(open_backend(file, device))
         sigmas = model.levels()
-        noise = np.stack([gaussian(0, range(1), k, model.spec.image) for k in range(len(sigmas))])
-        label = model.labels(1)
-        calls[name] = lambda m=model, z=noise, s=sigmas, c=label: m.from_noise(z, s, c)
+        noise = slices(0, range(1), len(sigmas), model.spec.shape)
+        conditions = some_values(model.spec.conditions, 1)
+        calls[name] = lambda m=model, z=noise, s=sigmas, c=conditions: m.from_noise(z, s, conditions=c)
     return {name: summarise(each).median_ms for name, each in interleave(calls, seconds=SECONDS).items()}
 
 

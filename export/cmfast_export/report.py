@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cmfast.conditions import LABEL
 from cmfast.formats.table import ONNX, format_of
 from cmfast_export.targets.table import at
 
 if TYPE_CHECKING:
+    from cmfast.formats.manifest import Manifest
     from cmfast_export.pipeline import Exported
     from cmfast_export.precision_search import Choice
     from cmfast_export.request import Request
@@ -40,6 +42,11 @@ def onnx(found: Choice, request: Request) -> None:
     """Report an ONNX file."""
     exported, checkpoint, told = found.exported, request.model, request.told
     graph(found, request)
+    if exported.left:
+        many = ", ".join(f"{count} {name}" for name, count in exported.left.items())
+        click.echo(f"in float32 inside the network: {many}")
+    for note in exported.notes:
+        click.echo(note)
     size = exported.path.stat().st_size / 2**20
     manifest = exported.manifest
     click.echo(
@@ -55,8 +62,9 @@ def onnx(found: Choice, request: Request) -> None:
     if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
         click.echo(f"  cmfast-export {exported.path} --format engine")
         return
-    click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png")
-    _bench(exported.path, checkpoint, told)
+    click.echo(_sample(exported.path, manifest))
+    if not request.own:
+        _bench(exported.path, checkpoint, told)
 
 
 def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
@@ -129,9 +137,16 @@ def engine(built: Built, request: Request) -> None:
     click.echo("An engine is native code: load only what you trust.")
     click.echo("next, where there is such a card:" if built.not_run else "next:")
     click.echo(f"  cmfast-info {built.path}")
-    click.echo(f"  cmfast-sample {built.path} -n 16 -o samples.png")
-    if format_of(source) is not ONNX:
+    click.echo(_sample(built.path, built.manifest))
+    if format_of(source) is not ONNX and not request.own:
         _bench(built.path, source, told, " --device cuda")
+
+
+def _sample(path: Path, manifest: Manifest) -> str:
+    """Return the command that draws from a file."""
+    names = [each.name for each in manifest.spec.conditions if each.name != LABEL]
+    more = "".join(f" --condition {name}={name}.npy" for name in names)
+    return f"  cmfast-sample {path} -n 16{more} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
 
 
 def _bench(path: Path, checkpoint: Path, told: str, more: str = "") -> None:

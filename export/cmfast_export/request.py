@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,6 +47,8 @@ class GraphRequest:
         batch: fixed batch size; None: dynamic.
         opset: of ONNX; None: the oldest that can express it.
         precision: fp32, tf32, fp16 or bf16: what the network computes in; auto: the fastest inside the tolerance.
+        guidance: of a sampler: weight of classifier-free guidance; None: none.
+        null: what stands for no condition, by name: a class, or the value that fills a tensor.
         device: where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda.
         tolerance: largest allowed absolute difference from float32 PyTorch, data units; beyond it CheckFailed, and no
             file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`).
@@ -60,6 +62,8 @@ class GraphRequest:
     batch: int | None = None
     opset: int | None = None
     precision: str = "fp32"
+    guidance: float | None = None
+    null: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
     tolerance: float | None = None
     flavour: str = ""
@@ -86,10 +90,30 @@ class GraphRequest:
                 f"{shorten(','.join(f'{sigma:g}' for sigma in self.sigmas))}"
             )
         check_opset(self.opset)
+        if self.kind == "denoiser" and self.guidance is not None:
+            raise CmfastError("--guidance is for a sampler: add --kind sampler")
+        if self.null and self.guidance is None:
+            raise CmfastError("--null says what stands for no condition in guidance; add --guidance W")
         if self.kind == "denoiser" and (self.steps is not None or self.sigmas is not None):
             raise CmfastError(
                 "noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnNetwork:
+    """A network of the user's own, see `cmfast_train.own`.
+
+    Attributes:
+        factory: package.module:factory, which is imported and called.
+        spec: JSON file of its conventions; None: the factory returns a `Denoiser`.
+        weights: whether the request's model is a file of weights; if not, it is the spec, and the weights are as the
+            factory made them.
+    """
+
+    factory: str
+    spec: Path | None
+    weights: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +131,7 @@ class Request:
         cache: folder of engines built before.
         source: what a foreign model is (`--source`).
         assignments: what a foreign model does not say (`--set NAME=VALUE`).
+        own: a network of the user's own, whose weights `model` holds.
     """
 
     model: Path
@@ -119,11 +144,12 @@ class Request:
     cache: Path | None = None
     source: str = ""
     assignments: tuple[str, ...] = ()
+    own: OwnNetwork | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What is read."""
-        return (self.model, *self.engines)
+        return (self.model, *self.engines, *([self.own.spec] if self.own and self.own.spec else []))
 
     @property
     def name(self) -> str:
@@ -163,8 +189,10 @@ class Request:
 
 def make_request(
     *,
-    model: Path,
+    model: Path | None,
     engines: tuple[Path, ...] = (),
+    network: str = "",
+    spec: Path | None = None,
     out: Path | None = None,
     form: str = "onnx",
     kind: str | None = None,
@@ -173,6 +201,8 @@ def make_request(
     batch: str = "dynamic",
     opset: int | None = None,
     precision: str = "fp32",
+    guidance: float | None = None,
+    null: Sequence[str] = (),
     tolerance: float | None = None,
     device: str = "cpu",
     build: Sequence[str] = (),
@@ -185,7 +215,9 @@ def make_request(
     """Return what was asked for, checked as far as that is possible without the model.
 
     Args:
-        model: what is exported.
+        model: what is exported; None: a network of one's own with the weights of its factory.
+        network: package.module:factory of a network of one's own.
+        spec: JSON file of its conventions.
         engines: further engines, where the target takes several.
         out: None: a name beside the model.
         form: name of the target.
@@ -195,6 +227,8 @@ def make_request(
         batch: see steps.
         opset: see steps.
         precision: see steps.
+        guidance: see steps.
+        null: NAME=NUMBER, with guidance.
         tolerance: see steps.
         device: see steps.
         build: NAME=VALUE, options of the target.
@@ -208,10 +242,14 @@ def make_request(
         CmfastError: options that do not go together, a value that is out of range, a target that cannot be written.
     """
     target = find_target(form)
+    own = _own(model, network, spec, target, source)
+    model = model or spec
+    if model is None:
+        raise CmfastError("name a model: cmfast-export model.pt; of a network of your own also --network and --spec")
     check_model(model)
     if engines and not (target.takes_engines and format_of(model) is ENGINE):
         raise CmfastError(f"{engines[0]}: one file at a time; several engines can be put into one --format triton")
-    of_graph = (kind, steps, sigmas, opset)
+    of_graph = (kind, steps, sigmas, opset, guidance, *null)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
     if not target.kinds and (graph_asked or tolerance is not None):
         raise CmfastError(
@@ -235,11 +273,12 @@ def make_request(
     request = Request(
         model=model, engines=engines, out=out or _default_out(model, target, kind, precision), target=target,
         tolerance=tolerance, cache=cache if target.caches else None, source=source, assignments=assignments,
+        own=own,
     )  # fmt: skip
     request.check_out()
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=sigmas, batch=_batch(batch), opset=opset, precision=precision,
-        tolerance=tolerance, device=device, flavour=target.flavour,
+        guidance=guidance, null=_null(null), tolerance=tolerance, device=device, flavour=target.flavour,
     )  # fmt: skip
     given = build if target.flag == "--build" else serve
     options = parse_options(at(target.options), target.flag, given) if target.options else None
@@ -247,6 +286,35 @@ def make_request(
     if target.check:
         at(target.check)(request)
     return request
+
+
+def _own(model: Path | None, network: str, spec: Path | None, target: Target, source: str) -> OwnNetwork | None:
+    """Return the network of the user's own, if there is one."""
+    if not network:
+        if spec is not None:
+            raise CmfastError("--spec describes a network of your own: add --network package.module:factory")
+        return None
+    if source:
+        raise CmfastError("--source is for checkpoints of known formats, --network for a network of your own; pass one")
+    if not target.kinds:
+        raise CmfastError(f"--format {target.name} takes checkpoints of known networks, not --network")
+    if model is None and spec is None:
+        raise CmfastError("--network needs its conventions, --spec spec.json, or a file of weights")
+    return OwnNetwork(factory=network, spec=spec, weights=model is not None)
+
+
+def _null(assignments: Sequence[str]) -> dict[str, float]:
+    """Return the numbers of --null NAME=NUMBER."""
+    values: dict[str, float] = {}
+    for text in assignments:
+        name, equals, number = text.partition("=")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not math.isfinite(values[name]):
+            raise CmfastError(f"--null {shorten(text)}: expected NAME=NUMBER, for example label=10")
+    return values
 
 
 def _check_flags(target: Target, build: Sequence[str], serve: Sequence[str], cache_given: bool) -> None:

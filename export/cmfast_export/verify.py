@@ -7,22 +7,27 @@ Every export runs the file that it wrote. A difference beyond the tolerance is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends import Backend
 from cmfast.checks import NotFinite
+from cmfast.conditions import some_values
 from cmfast.model import Model
-from cmfast.noise import gaussian
+from cmfast.noise import slices
+from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
+from cmfast_export.graphs.sampler import Guidance
 
 Floats = npt.NDArray[np.float32]
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
-LARGE = 128 * 128  # pixels of an image; five images of more take gigabytes
+LARGE = 4 * 128 * 128  # numbers of a sample; five samples of more can take gigabytes
+SIZES = (16, 8, 24)  # of the conditions' dynamic axes
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
 
 
@@ -71,8 +76,8 @@ class Parity:
 def verify_denoiser(file: Backend, torch_engine: Backend, batches: Sequence[int] | None = None) -> Parity:
     """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
 
-    batches  default: 1 and 5, of large images 1 and 2, which is half the memory; of a file of one batch size that one
-    Images are random, uniform in [-1, 1], with noise of the level added.
+    batches  default: 1, 2 and 5, of large samples 1, 2 and 3; of a file of one batch size that one
+    Samples are random, uniform in [-1, 1], with noise of the level added; conditions are random (`some_values`).
     """
     return verify(file, [torch_engine], batches)[0]
 
@@ -82,31 +87,86 @@ def verify_sampler(file: Backend, denoiser: Backend, batches: Sequence[int] | No
     return verify(file, [denoiser], batches)[0]
 
 
-def verify(file: Backend, references: Sequence[Backend], batches: Sequence[int] | None = None) -> list[Parity]:
-    """Compare a file of any kind with each reference on the same inputs; the references are denoisers."""
+def verify(
+    file: Backend,
+    references: Sequence[Backend],
+    batches: Sequence[int] | None = None,
+    *,
+    more: Sequence[int] = (),
+    guidance: Guidance | None = None,
+    sizes: Sequence[int] = SIZES,
+) -> list[Parity]:
+    """Compare a file of any kind with each reference on the same inputs; the references are denoisers.
+
+    Args:
+        file: what was exported.
+        references: backends of the same model.
+        batches: sizes of batches, see `verify_denoiser`.
+        more: sizes beside those.
+        guidance: of a sampler that was exported with it.
+        sizes: of the conditions' dynamic axes, in turn.
+    """
     spec = file.manifest.spec
     ours, theirs = Model(file), [Model(engine) for engine in references]
     rows: list[list[Row]] = [[] for _ in theirs]
     boundary = None
     if file.manifest.kind == "denoiser":
-        for where, x, sigma, label in _denoiser_inputs(spec, _batches(file, batches)):
-            got = _or_nan(partial(ours.denoise, x, sigma, label), x.shape)
+        for case in _denoiser_cases(spec, _batches(file, batches, more), sizes):
+            x, sigma = case.x, case.sigma
+            given: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
+            got = _or_nan(partial(ours.denoise, x, sigma, **given), x.shape)
             for each, model in zip(rows, theirs, strict=True):
-                each.append(_row(where, got, _or_nan(partial(model.denoise, x, sigma, label), x.shape)))
+                each.append(_row(case.where, got, _or_nan(partial(model.denoise, x, sigma, **given), x.shape)))
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
     else:
         sigmas = ours.levels()
-        for batch in _batches(file, batches):
-            noise = np.stack([gaussian(1, range(batch), k, spec.image) for k in range(len(sigmas))])
-            label = ours.labels(batch, seed=1)
-            got = _or_nan(partial(ours.from_noise, noise, sigmas, label), noise.shape[1:])
+        for index, batch in enumerate(_batches(file, batches, more)):
+            noise = slices(1, range(batch), len(sigmas), spec.shape)
+            size = sizes[index % len(sizes)]
+            conditions = some_values(spec.conditions, batch, seed=1, size=size)
+            got = _or_nan(partial(ours.from_noise, noise, sigmas, conditions=conditions), noise.shape[1:])
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
             for each, model in zip(rows, theirs, strict=True):
-                want = _or_nan(partial(model.from_noise, noise, sigmas, label), noise.shape[1:])
+                want = _or_nan(partial(Looped(model, guidance).from_noise, noise, sigmas, conditions), noise.shape[1:])
                 each.append(_row(where, got, want))
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
+
+
+@dataclass(frozen=True)
+class Looped:
+    """The Python loop over a denoiser, with guidance where there is some: what a sampler graph is compared with."""
+
+    model: Model
+    guidance: Guidance | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's conventions."""
+        return self.model.spec
+
+    def sample_float(
+        self, n: int, *, sigmas: Sequence[float] | None, seed: int, conditions: Mapping[str, Any] | None
+    ) -> Floats:
+        """Draw n samples, float32 [n, *shape]."""
+        levels = self.model.levels(sigmas=sigmas)
+        return self.from_noise(slices(seed, range(n), len(levels), self.spec.shape), levels, conditions or {})
+
+    def from_noise(self, noise: Floats, sigmas: Sequence[float], conditions: Mapping[str, Any]) -> Floats:
+        """Return samples [B, *shape] from unit noise [K, B, *shape]."""
+        if self.guidance is None:
+            return self.model.from_noise(noise, sigmas, conditions=conditions)
+        weight = np.float32(self.guidance.weight)
+        null = {name: np.full_like(conditions[name], value) for name, value in self.guidance.null.items()}
+
+        def denoise(x: Floats, sigma: float, sigma_next: float | None = None) -> Floats:
+            both = ({**conditions, **null}, conditions)
+            without, given = (self.model.denoise(x, sigma, sigma_next=sigma_next, conditions=each) for each in both)
+            return without + weight * (given - without)
+
+        drawn: Floats = sample(denoise, noise, sigmas, self.spec)
+        return drawn
 
 
 def _or_nan(call: Callable[[], Floats], shape: tuple[int, ...]) -> Floats:
@@ -117,30 +177,41 @@ def _or_nan(call: Callable[[], Floats], shape: tuple[int, ...]) -> Floats:
         return np.full(shape, np.nan, np.float32)
 
 
-def compare_batches(file: Backend, few: int, most: int) -> Row:
+def compare_batches(file: Backend, few: int, most: int, size: int = SIZES[0]) -> Row:
     """Compare an engine's images at a large batch with its own at a small one, the same noise: the first and the last.
 
     Another batch size is other kernels, and a machine that can compute many images for comparison is not always there.
     """
     model, sigmas = Model(file), Model(file).levels()
-    noise = np.stack([gaussian(2, range(most), k, model.spec.image) for k in range(len(sigmas))])
-    label = model.labels(most, seed=2)
-    every = model.from_noise(noise, sigmas, label)
+    noise = slices(2, range(most), len(sigmas), model.spec.shape)
+    conditions = some_values(model.spec.conditions, most, seed=2, size=size)
+    every = model.from_noise(noise, sigmas, conditions=conditions)
     parts = [slice(0, few), slice(most - few, most)]
-    some = [model.from_noise(noise[:, part], sigmas, None if label is None else label[part]) for part in parts]
+    some = [
+        model.from_noise(noise[:, part], sigmas, conditions={name: v[part] for name, v in conditions.items()})
+        for part in parts
+    ]
     got = np.concatenate([every[part] for part in parts])
     return _row(f"batch {most} against batch {few}", got, np.concatenate(some))
 
 
-def _batches(file: Backend, batches: Sequence[int] | None) -> Sequence[int]:
-    _, height, width = file.manifest.spec.image
-    return (file.batch,) if file.batch else batches or ((1, 5) if height * width <= LARGE else (1, 2))
+def _batches(file: Backend, batches: Sequence[int] | None, more: Sequence[int]) -> Sequence[int]:
+    few = (1, 2, 5) if math.prod(file.manifest.spec.shape) <= LARGE else (1, 2, 3)
+    return (file.batch,) if file.batch else (*(batches or few), *more)
 
 
-def _denoiser_inputs(
-    spec: ModelSpec, batches: Sequence[int]
-) -> Iterator[tuple[str, Floats, Floats, npt.NDArray[np.int64] | None]]:
-    """Yield (where, x [B, C, H, W], sigma [B], label [B] or None)."""
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """The inputs of one comparison of denoisers."""
+
+    where: str
+    x: Floats  # [B, *shape]
+    sigma: Floats  # [B]
+    sigma_next: Floats | None  # [B], of a flow map
+    conditions: Mapping[str, npt.NDArray[Any]]
+
+
+def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int]) -> Iterator[_Case]:
     levels = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
     levels[0], levels[-1] = spec.sigma_min, spec.sigma_max
     cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in levels] if batches[0] == 1 else []
@@ -149,12 +220,17 @@ def _denoiser_inputs(
             mixed = np.resize(levels, b) if b >= LEVELS else levels[np.linspace(0, LEVELS - 1, b).round().astype(int)]
             cases.append((f"batch {b}, mixed sigmas", mixed))
     for number, (where, sigma) in enumerate(cases):
-        batch = len(sigma)
         rng = np.random.default_rng(number)
-        clean = rng.uniform(-1, 1, (batch, *spec.image)).astype(np.float32)
-        x = clean + sigma[:, None, None, None] * rng.standard_normal(clean.shape, dtype=np.float32)
-        label = rng.integers(0, spec.classes, batch) if spec.classes else None
-        yield where, x, sigma, label
+        clean = rng.uniform(-1, 1, (len(sigma), *spec.shape)).astype(np.float32)
+        noise = rng.standard_normal(clean.shape, dtype=np.float32)
+        part = rng.uniform(0, 0.9, len(sigma)).astype(np.float32)
+        yield _Case(
+            where=where,
+            x=clean + sigma.reshape(-1, *[1] * len(spec.shape)) * noise,
+            sigma=sigma,
+            sigma_next=part * sigma if spec.second_time else None,
+            conditions=some_values(spec.conditions, len(sigma), seed=number, size=sizes[number % len(sizes)]),
+        )
 
 
 def _row(where: str, got: Floats, want: Floats) -> Row:

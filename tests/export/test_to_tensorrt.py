@@ -31,7 +31,7 @@ from cmfast_export.graphs.writer import write_with_manifest
 from cmfast_export.targets import tensorrt_engine
 from cmfast_export.targets.tensorrt_engine import build_engine
 from cmfast_export.targets.tensorrt_options import BuildOptions
-from cmfast_train.backends.pytorch import checkpoint_manifest
+from cmfast_train.backends.pytorch import manifest_of
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
@@ -60,7 +60,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Factory:
         network = AdmUnet(FEW_LAYERS if name == "few layers" else network_config(config, 10))
         randomise(network)
         model = Checkpoint(spec=config.spec(10), network=network.config, weights=network.state_dict())
-        manifest = replace(checkpoint_manifest(model), dtype=PRECISIONS[precision])
+        manifest = replace(manifest_of(model), dtype=PRECISIONS[precision])
         graph = denoiser_graph(model.denoiser().to_precision(precision))
         names = {k: folder / f"{name}_{precision}_{k}.onnx" for k in ("denoiser", "sampler")}
         write_with_manifest(graph, manifest, new(names["denoiser"]))

@@ -191,8 +191,13 @@ def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
     assert (names["x0"].dtype, names["x0"].shape) == (np.float32, (4, 1, 8, 8))
 
 
+def untitled() -> list[str]:
+    """Return the examples of the page that are no files."""
+    return [text for title, text in examples("docs/extending.md") if not title]
+
+
 def test_a_denoiser_of_ones_own_is_sampled() -> None:
-    text = examples("docs/extending.md")[0][1]
+    text = untitled()[0]
     names: dict[str, Any] = {}
     exec(compile(text, "extending.md", "exec"), names)
     x0 = names["x0"]
@@ -205,7 +210,7 @@ def test_a_denoiser_of_ones_own_is_sampled() -> None:
 
 
 def test_the_example_of_an_algorithm_keeps_the_known_pixels(handmade_onnx: Callable[..., Path]) -> None:
-    text = examples("docs/extending.md")[1][1]
+    text = untitled()[1]
     names: dict[str, Any] = {}
     exec(compile(text, "extending.md", "exec"), names)
     model = cmfast.load(handmade_onnx(8))
@@ -348,3 +353,30 @@ def test_an_unknown_target_is_named_with_those_that_there_are(
     from cmfast_export import cli
 
     refused(call(cli.main, tiny_checkpoint(0), "--format", "tflite"), "--format must be one of onnx, ", "'tflite'")
+
+
+def test_the_model_of_the_page_is_exported_in_python_and_by_the_command(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx")
+    import torch
+
+    from cmfast_export import cli
+
+    files = dict(examples("docs/extending.md")) | dict(examples("docs/extending.md", "json"))
+    for name in ("policy.py", "spec.json"):
+        (tmp_path / name).write_text(files[name])
+    lines = [line for line in files["export_policy.py"].splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 10, "what one writes beside the network"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(files["export_policy.py"], "export_policy.py", "exec"), names)
+    assert (names["actions"].dtype, names["actions"].shape) == (np.float32, (4, 16, 7))
+    torch.save(names["denoiser"].network.state_dict(), "weights.pt")
+    (command,) = re.findall(r"^    (cmfast-export weights.pt .*)$", read("docs/extending.md"), re.MULTILINE)
+    made = call(cli.main, *command.replace("policy.onnx", "again.onnx").split()[1:])
+    assert made.returncode == 0, made.stderr
+    same = cmfast.load("again.onnx").sample(4, conditions={"state": np.zeros(14)})
+    np.testing.assert_array_equal(same, names["actions"])
+    sys.modules.pop("policy", None)

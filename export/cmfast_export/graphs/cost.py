@@ -13,10 +13,11 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
+from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE
 
-MATRIX = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what is counted
+MATRIX = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")  # what is counted
 # Work that would be missing from the count: none of our graphs has these.
-UNKNOWN = {"Attention", "Einsum", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "If", "Loop", "Scan"}
+UNKNOWN = {"Attention", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "If", "Loop", "Scan"}
 
 
 def graph_cost(model: ir.Model) -> dict[str, float]:
@@ -65,11 +66,16 @@ def _of_one_image(model: ir.Model) -> ir.Graph:
             value.shape = None  # what the exporter wrote has the dynamic batch in it
     for value in copy.graph.inputs:
         assert value.shape is not None
-        value.shape = ir.Shape([size if isinstance(size, int) else 1 for size in value.shape])
+        value.shape = ir.Shape([_size(size) for size in value.shape])
     fold_constants(
         copy, onnx_shape_inference=True
     )  # the batch that Reshape takes from the shape of an input: inference does not follow it
     return copy.graph
+
+
+def _size(size: int | ir.SymbolicDim) -> int:
+    """Return the size of an axis for one sample: of the batch 1, of a condition's dynamic axis an example."""
+    return size if isinstance(size, int) else 1 if size.value == BATCH else EXAMPLE_SIZE
 
 
 def _constants(graph: ir.Graph) -> set[ir.Value]:
@@ -107,6 +113,8 @@ def _scores(graph: ir.Graph) -> set[ir.Value]:
 
 def _flops(node: ir.Node) -> int:
     """Return two times the multiplications of a convolution or a matrix product. Biases are not counted."""
+    if node.op_type == "Einsum":
+        return _einsum_flops(node)
     first, second = node.inputs[:2]
     assert first is not None
     assert second is not None
@@ -119,8 +127,22 @@ def _flops(node: ir.Node) -> int:
     return 2 * output * _shape(first)[0 if transposed else -1]
 
 
+def _einsum_flops(node: ir.Node) -> int:
+    """Return two times the multiplications of an Einsum: each index of the equation runs once."""
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    operands = equation.partition("->")[0].split(",")
+    if len(operands) != 2 or "." in equation:
+        raise CmfastError(f"the cost of a graph with Einsum {equation!r} in it ({node.name}) is not known")
+    sizes: dict[str, int] = {}
+    for operand, value in zip(operands, node.inputs, strict=True):
+        assert value is not None
+        sizes.update(zip(operand, _shape(value), strict=True))
+    return 2 * math.prod(sizes.values())
+
+
 def _bytes(value: ir.Value) -> int:
-    assert value.dtype is not None, value.name
+    if value.dtype is None:
+        raise CmfastError(f"the type of {value.name} cannot be told, so the cost of the graph is not known")
     return _exactly(math.prod(_shape(value)) * value.dtype.bitwidth, 8)
 
 
@@ -133,5 +155,6 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def _exactly(total: int, parts: int) -> int:
-    assert total % parts == 0, f"{total} is no multiple of {parts}"
+    if total % parts:
+        raise CmfastError(f"the cost of the graph for one sample is not known: {total} is no multiple of {parts}")
     return total // parts

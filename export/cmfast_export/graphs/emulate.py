@@ -21,7 +21,13 @@ from cmfast.formats.manifest import read_onnx
 from cmfast_export.graphs import writer
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-MULTIPLIED = {"Conv": 2, "ConvTranspose": 2, "MatMul": 2, "Gemm": 2}  # how many first inputs a matrix unit multiplies
+MULTIPLIED = {
+    "Conv": 2,
+    "ConvTranspose": 2,
+    "MatMul": 2,
+    "Gemm": 2,
+    "Einsum": 2,
+}  # how many first inputs a matrix unit multiplies
 SPLITTER = 2.0**13 + 1  # Veltkamp's constant: x * s - (x * s - x) keeps 24 - 13 = 11 bits, TF32's, rounded to nearest
 
 

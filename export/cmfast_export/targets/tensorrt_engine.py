@@ -16,7 +16,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from cmfast_export._options import check_tolerance
 from cmfast_export._target import files_of, one_writer
 from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.targets.tensorrt_options import HARDWARE, BuildOptions, check_options, library_of
-from cmfast_export.verify import Parity, compare_batches, verify
+from cmfast_export.verify import SIZES, Parity, compare_batches, verify
 
 if TYPE_CHECKING:
     from cmfast_export.request import Request
@@ -84,7 +84,8 @@ def build_engine(
     check_unchanged(onnx, manifest)
     check_plain(onnx, manifest, "TensorRT")
     library, trt = check_build(options, target, cache, [onnx])
-    engine = _description(trt, onnx, options, library)
+    dynamic = any(condition.dynamic for condition in manifest.spec.conditions)
+    engine = _description(trt, onnx, options, library, dynamic)
     name = f"{_key(engine)}.engine"
     made_by = {**manifest.made_by, library: str(trt.__version__)}
     manifest = replace(manifest, engine=engine, made_by=made_by)
@@ -174,9 +175,10 @@ def _verify(file: Path, onnx: Path, tolerance: float | None) -> Parity:
         exact = manifest.dtype == "float32"
         reference = OnnxRuntimeBackend(onnx if exact else emulate_file(onnx, folder / "emulated.onnx"))
         batches = sorted({least, max(least, min(often, MODERATE))})
-        (parity,) = verify(engine, [reference], batches)
+        sizes = manifest.engine.get("sizes", SIZES)
+        (parity,) = verify(engine, [reference], batches, sizes=sizes)
     if most > (few := max(batches)):
-        parity = replace(parity, rows=(*parity.rows, compare_batches(engine, few, most)))
+        parity = replace(parity, rows=(*parity.rows, compare_batches(engine, few, most, sizes[1])))
     if failure := parity.failure(allowed, of="its ONNX file"):
         raise CheckFailed(f"the engine {failure}; no file was written")
     return parity
@@ -276,14 +278,32 @@ def _add_profile(builder: Any, network: Any, config: Any, axis: int, options: Bu
     if fixed >= 0:
         if options.batch not in ((), (fixed,)):
             raise CmfastError(f"the ONNX file takes batches of {fixed} only; leave batch out, or export it as dynamic")
+        if any(side < 0 for tensor in inputs for side in tuple(tensor.shape)):
+            _set_profile(builder, config, inputs, axis, (fixed, fixed, fixed), options)
         return (fixed, fixed, fixed)
+    _set_profile(builder, config, inputs, axis, options.profile, options)
+    return options.profile
+
+
+def _set_profile(
+    builder: Any, config: Any, inputs: Sequence[Any], axis: int, batch: Sequence[int], options: BuildOptions
+) -> None:
+    """Tell the builder the smallest, most frequent and largest shape of each input that has a dynamic size."""
     profile = builder.create_optimization_profile()
-    for tensor in inputs:
-        shapes = [tuple(n if side < 0 else side for side in tuple(tensor.shape)) for n in options.profile]
+    for index, tensor in enumerate(inputs):
+        sides, first = tuple(tensor.shape), 0 if index else axis
+        if all(side >= 0 for side in sides):
+            continue
+        shapes = [
+            tuple(side if side >= 0 else b if place == first else free for place, side in enumerate(sides))
+            for b, free in zip(batch, options.free, strict=True)
+        ]
         profile.set_shape(tensor.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"the library does not take the batches {', '.join(map(str, options.profile))}")
-    return options.profile
+        raise EngineError(
+            f"the library does not take the batches {', '.join(map(str, batch))} with sizes "
+            f"{', '.join(map(str, options.free))}"
+        )
 
 
 def _timing_cache(config: Any, options: BuildOptions) -> Any:
@@ -297,7 +317,7 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
     return cache
 
 
-def _description(trt: Any, onnx: Path, options: BuildOptions, library: str) -> dict[str, Any]:
+def _description(trt: Any, onnx: Path, options: BuildOptions, library: str, dynamic: bool) -> dict[str, Any]:
     """Return the manifest's "engine": what builds the plan, from what, for what."""
     if library == "tensorrt":  # it measures on the card, and the plan is for that card
         gpu = cuda.open_gpu()
@@ -311,6 +331,7 @@ def _description(trt: Any, onnx: Path, options: BuildOptions, library: str) -> d
         **card,
         "platform": this_platform(),
         "batch": list(options.profile),
+        **({"sizes": list(options.free)} if dynamic else {}),
         "workspace_mib": options.workspace_mib,
         "level": options.level,
         "version_compatible": options.version_compatible,

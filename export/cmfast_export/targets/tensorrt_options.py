@@ -23,6 +23,7 @@ class BuildOptions:
 
     library: str = ""  # tensorrt or tensorrt_rtx; empty: tensorrt where it and a card for it are, else tensorrt_rtx
     batch: tuple[int, ...] = ()  # smallest, most frequent and largest batch; one number: only that; empty: 1,8,64
+    sizes: tuple[int, ...] = ()  # smallest, most frequent and largest dynamic size of conditions; empty: 1,64,512
     workspace_mib: int = 0  # scratch memory that kernels may use at most, MiB; 0: the library's default
     level: int = -1  # 0 to 5, how long the builder tries; -1: the library's default
     timing_cache: str = ""  # file with measurements of kernels, read and written; TensorRT only
@@ -40,6 +41,11 @@ class BuildOptions:
                 f"batch must be the smallest, the most frequent and the largest number of images, or one number, got "
                 f"{','.join(map(str, self.batch))}; for example batch=1,8,64"
             )
+        if self.sizes and (len(self.sizes) != 3 or list(self.sizes) != sorted(self.sizes) or self.sizes[0] < 1):
+            raise CmfastError(
+                f"sizes must be the smallest, the most frequent and the largest dynamic size of conditions, got "
+                f"{','.join(map(str, self.sizes))}; for example sizes=1,64,512"
+            )
         if self.batch:
             check_range("the largest batch", self.batch[-1], 1, MAX_BATCH, "images")
         if self.level not in range(-1, 6):
@@ -51,6 +57,12 @@ class BuildOptions:
         if not different or not all(re.fullmatch(r"[1-9][0-9]*\.[0-9]", each) for each in self.target):
             said = shorten(",".join(self.target))
             raise CmfastError(f"target takes different compute capabilities such as 8.9,12.0, got {said}")
+
+    @property
+    def free(self) -> tuple[int, int, int]:
+        """Smallest, most frequent and largest size of the conditions' dynamic axes."""
+        least, often, most = self.sizes or (1, 64, 512)
+        return least, often, most
 
     @property
     def profile(self) -> tuple[int, int, int]:

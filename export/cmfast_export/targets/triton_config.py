@@ -8,7 +8,7 @@ backends' sources say more than the manual, a comment here says so. What is serv
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cmfast.errors import CmfastError
@@ -48,6 +48,27 @@ class ServeOptions:
 
 
 DEFAULTS = ServeOptions()
+DYNAMIC = -1  # of a size that differs from request to request
+EXAMPLE = 64  # of such a size, in the requests that warm a server up
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output as config.pbtxt declares it: `dims` without the batch where Triton batches."""
+
+    name: str
+    kind: str
+    dims: Sequence[int]
+
+    @property
+    def declared(self) -> str:
+        """Its dims; those of one number a sample, which has none, are [1] for clients."""
+        return f"dims: {self.dims}" if self.dims else "dims: [1] reshape { shape: [] }"
+
+    @property
+    def example(self) -> list[int]:
+        """Its dims with a number for every size."""
+        return [EXAMPLE if size == DYNAMIC else size for size in self.dims] or [1]
 
 
 def config_text(name: str, served: Served, max_batch: int, options: ServeOptions) -> str:
@@ -57,22 +78,26 @@ def config_text(name: str, served: Served, max_batch: int, options: ServeOptions
     # Of a model that Triton batches, shapes are without the batch. One whose batch is fixed it cannot batch: ONNX
     # Runtime's backend refuses max_batch_size > 0 unless the first axis is dynamic, TensorRT's would send other sizes.
     first = [] if served.batch is None else [served.batch]
-    inputs = {"noise": ("TYPE_FP32", [*first, len(levels), *spec.image])}
-    if spec.classes:
-        inputs["label"] = ("TYPE_INT64", [*first, 1])
-    outputs = {"images": ("TYPE_FP32", [*first, *spec.image])}
+    inputs = [Tensor("noise", "TYPE_FP32", [*first, len(levels), *spec.shape])]
+    for each in spec.conditions:
+        sides = [DYNAMIC if isinstance(side, str) else side for side in each.shape]
+        kind, dims = ("TYPE_INT64", [1]) if each.kind == "class" else ("TYPE_FP32", sides)
+        inputs.append(Tensor(each.name, kind, [*first, *dims]))
+    drawn = "images" if spec.data == "image" else "samples"
+    outputs = [Tensor(drawn, "TYPE_FP32", [*first, *spec.shape])]
     sizes = _sizes(served, max_batch, options.device)
     sections = [
-        f"# cmfast, noise levels {', '.join(f'{s:g}' for s in levels)}; noise: unit Gaussian; images: in [-1, 1]",
+        f"# cmfast, noise levels {', '.join(f'{s:g}' for s in levels)}; noise: unit Gaussian"
+        + ("; images: in [-1, 1]" if spec.data == "image" else ""),
         f'name: "{name}"',
         f'platform: "{_PLATFORMS[served.backend]}"',
         f"max_batch_size: {0 if served.batch else max_batch}",
         *(
-            _list(which, (f'name: "{key}" data_type: {kind} dims: {dims}' for key, (kind, dims) in tensors.items()))
+            _list(which, (f'name: "{t.name}" data_type: {t.kind} {t.declared}' for t in tensors))
             for which, tensors in (("input", inputs), ("output", outputs))
         ),
         _list("instance_group", [f"kind: {_KINDS[options.device]} count: {options.instances}"]),
-        *_optimization(served, {key: dims for key, (_, dims) in inputs.items()}, sizes, options.device),
+        *_optimization(served, inputs, sizes, options.device),
     ]
     if served.batch is None and max_batch > 1:
         # No preferred_batch_size: the manual keeps it for plans with several optimisation profiles; ours have one.
@@ -82,8 +107,8 @@ def config_text(name: str, served: Served, max_batch: int, options: ServeOptions
         sections.append(_list("cc_model_filenames", (f'key: "{c}" value: "{at}"' for c, at in own.items())))
     # Zeros: Triton's random_data are random bytes, of which one float in 256 is infinite or not a number.
     zeros = " ".join(
-        f'inputs {{ key: "{key}" value {{ data_type: {kind} dims: {dims} zero_data: true }} }}'
-        for key, (kind, dims) in inputs.items()
+        f'inputs {{ key: "{t.name}" value {{ data_type: {t.kind} dims: {t.example} zero_data: true }} }}'
+        for t in inputs
     )
     sections.append(
         _list(
@@ -134,10 +159,12 @@ def _sizes(served: Served, max_batch: int, device: str) -> list[int]:
     return list(range(1, max_batch + 1))  # on a GPU the first batch of a size is slow: cuDNN's algorithms are timed
 
 
-def _optimization(served: Served, inputs: Mapping[str, list[int]], sizes: Sequence[int], device: str) -> list[str]:
+def _optimization(served: Served, inputs: Sequence[Tensor], sizes: Sequence[int], device: str) -> list[str]:
     if served.backend == "tensorrt":
+        if any(DYNAMIC in tensor.dims for tensor in inputs):
+            return []  # a CUDA graph is of one size
         # Exact sizes. A graph_lower_bound would run one graph for smaller batches too, with labels that nobody set.
-        shapes = " ".join(f'input {{ key: "{key}" value {{ dim: {dims} }} }}' for key, dims in inputs.items())
+        shapes = " ".join(f'input {{ key: "{t.name}" value {{ dim: {t.example} }} }}' for t in inputs)
         specs = _list("graph_spec", (f"batch_size: {0 if served.batch else size} {shapes}" for size in sizes))
         return [f"optimization {{ cuda {{ graphs: true {specs} }} }}"]
     if device == "cpu":

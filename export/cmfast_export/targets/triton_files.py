@@ -60,9 +60,10 @@ def _onnx(file: Path) -> Served:
     (steps,) = spec.sigmas
     inputs = _onnx_inputs(file)
     batch = inputs.get("noise", [None])[0]
-    need: dict[str, list[int | None]] = {"noise": [batch, steps, *spec.image]}
-    if spec.classes:
-        need["label"] = [batch, 1]
+    need: dict[str, list[int | None]] = {"noise": [batch, steps, *spec.shape]}
+    for each in spec.conditions:
+        sides = [None if isinstance(side, str) else side for side in each.shape]
+        need[each.name] = [batch, 1] if each.kind == "class" else [batch, *sides]
     if inputs != need:
         raise ArtifactError(
             f"{file}: its manifest needs the inputs {_shapes(need)}, the graph has {_shapes(inputs)}; "

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmfast.conditions import Condition
 from cmfast.errors import CmfastError
 from cmfast.files import atomic_folder, check_target_folder
 from cmfast.formats.manifest import Manifest, check_file
 from cmfast_export._target import writing
 from cmfast_export.targets.triton_config import (
     DEFAULTS,
+    EXAMPLE,
     MOST_CHARACTERS,
     ServeOptions,
     check_name,
@@ -154,24 +156,45 @@ def client_example(written: Written) -> str:
     """Return a Python script that draws from the server the images that cmfast-sample draws from the file."""
     spec, n = written.manifest.spec, written.batch or min(4, written.max_batch)
     (steps,) = spec.sigmas
-    one = f"gaussian(0, range({n}), step, {tuple(spec.image)})"  # of seed 0
+    one = f"gaussian(0, range({n}), step, {tuple(spec.shape)})"  # of seed 0
+    image = spec.data == "image"
+    axes = "C, H, W" if image else "..."
     lines = [
         "import numpy as np",
         "import tritonclient.grpc as triton  # pip install 'tritonclient[grpc]'",
-        "from cmfast import gaussian, save_images",
+        "from cmfast import gaussian, save_images" if image else "from cmfast import gaussian",
         *(["from cmfast.noise import labels"] if spec.classes else []),
-        "from cmfast.sampling import to_uint8",
+        *(["from cmfast.sampling import to_uint8"] if image else []),
         "",
-        f"noise = np.stack([{one} for step in range({steps})], axis=1)  # [B, K, C, H, W]",
+        f"noise = np.stack([{one} for step in range({steps})], axis=1)  # [B, K, {axes}]",
         'inputs = [triton.InferInput("noise", noise.shape, "FP32").set_data_from_numpy(noise)]',
     ]
-    if spec.classes:
+    for each in spec.conditions:
+        if each.name != "label":
+            lines += _condition_lines(each, n)
+            continue
         lines += [
             f"label = labels(0, range({n}), {spec.classes})[:, None]  # [B, 1], from 0 to {spec.classes - 1}",
             'inputs += [triton.InferInput("label", label.shape, "INT64").set_data_from_numpy(label)]',
         ]
     lines += [
         f'answer = triton.InferenceServerClient("localhost:8001").infer("{written.name}", inputs)',
-        'save_images("images.png", to_uint8(answer.as_numpy("images")))',
+        'save_images("images.png", to_uint8(answer.as_numpy("images")))'
+        if image
+        else 'np.save("samples.npy", answer.as_numpy("samples"))',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _condition_lines(condition: Condition, n: int) -> list[str]:
+    """Return lines that pass zeros as a condition, to be replaced by the user's values."""
+    if condition.kind == "class":
+        shape, dtype, kind, what = [n, 1], "int64", "INT64", f"[B, 1], from 0 to {condition.classes - 1}"
+    else:
+        sides = [EXAMPLE if isinstance(side, str) else side for side in condition.shape] or [1]
+        shape, dtype, kind, what = [n, *sides], "float32", "FP32", f"[{', '.join(map(str, ('B', *condition.shape)))}]"
+    name = condition.name
+    return [
+        f"{name} = np.zeros({shape}, np.{dtype})  # {what}: your values",
+        f'inputs += [triton.InferInput("{name}", {name}.shape, "{kind}").set_data_from_numpy({name})]',
+    ]

@@ -7,6 +7,7 @@ folder. What is particular to CUDA is in `torch_cuda`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -32,10 +33,11 @@ from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
 from cmfast_train.backends import torch_noise
 from cmfast_train.backends.torch_cuda import Compute, OnCuda, compiled
-from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.checkpoint import Checkpoint, weights_sha256
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.kernels.fuse import fuse
-from cmfast_train.networks.precision import accumulate_in_float32
+from cmfast_train.networks.precision import TRUNKS, accumulate_in_float32, converts_itself
 
 Floats = npt.NDArray[np.float32]
 VARIANTS = {
@@ -70,7 +72,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        model: Checkpoint | os.PathLike[str] | str,
+        model: Checkpoint | Denoiser | os.PathLike[str] | str,
         device: str = "cpu",
         threads: int | None = None,
         variant: str = "",
@@ -79,10 +81,16 @@ class TorchBackend:
         words = _check(model, device, variant, precision)
         set_threads(threads)
         _watch_forks()
-        checkpoint = model if isinstance(model, Checkpoint) else load_model(model)
-        self.manifest = replace(checkpoint_manifest(checkpoint), dtype=PRECISIONS[precision or "fp32"])
+        source = model if isinstance(model, (Checkpoint, Denoiser)) else load_model(model)
+        self.manifest = replace(manifest_of(source), dtype=PRECISIONS[precision or "fp32"])
         self.name = " ".join(filter(None, ("PyTorch", device, precision, *words)))
-        self.denoiser = checkpoint.denoiser().to_precision(precision or "fp32").to(device)
+        denoiser = source.denoiser() if isinstance(source, Checkpoint) else snapshot(source)
+        if TRUNKS[precision or "fp32"] != torch.float32 and not converts_itself(denoiser.network):
+            raise EngineError(
+                f"{precision} of a network of your own is made by its export: cmfast-export --precision {precision}; "
+                "here use fp32"
+            )
+        self.denoiser = denoiser.to_precision(precision or "fp32").to(device)
         if precision == "fp16" and device == "cpu":
             accumulate_in_float32(self.denoiser.network)
         if "channels_last" in words or "fused" in words:
@@ -241,14 +249,20 @@ def _watch_forks() -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
-def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
-    """Return the manifest of a checkpoint: what an export of it says, without the parity."""
+def manifest_of(model: Checkpoint | Denoiser) -> Manifest:
+    """Return the manifest of a model: what an export of it says, without the parity."""
+    digest = model.sha256() if isinstance(model, Checkpoint) else weights_sha256(model.network.state_dict())
     return Manifest(
         kind="denoiser",
-        spec=checkpoint.spec,
-        source={**checkpoint.source, "sha256": checkpoint.sha256()},
+        spec=model.spec,
+        source={**(model.source if isinstance(model, Checkpoint) else {"format": "module"}), "sha256": digest},
         made_by={"cmfast": cmfast.__version__, "torch": version("torch")},
     )
+
+
+def snapshot(denoiser: Denoiser) -> Denoiser:
+    """Return a copy of a denoiser to evaluate on the CPU; the original goes on training."""
+    return copy.deepcopy(denoiser).cpu().eval().requires_grad_(False)
 
 
 def _check(model: object, device: str, variant: str, precision: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmfast.formats.manifest import Manifest
-from cmfast_train.backends.pytorch import checkpoint_manifest
+from cmfast_train.backends.pytorch import manifest_of
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import finish, identify
 from cmfast_train.importers.facts import Told
@@ -27,13 +27,13 @@ def describe(
     """
     found = identify(path, source, Told.parse(assignments))
     if isinstance(found, Checkpoint):
-        return checkpoint_manifest(found), []
+        return manifest_of(found), []
     lines = [("format", f"{found.format}: {found.what}")]
     lines += [(fact.name, f"{_text(fact.value)}   ({fact.where})") for fact in found.facts.known]
     lines += [("warning", text) for text in found.warnings]
     if found.facts.missing:
         lines.append(("to be told", found.to_say))
-    return (checkpoint_manifest(finish(found, path)) if manifest_needed else None), lines
+    return (manifest_of(finish(found, path)) if manifest_needed else None), lines
 
 
 def _text(value: Any) -> str:

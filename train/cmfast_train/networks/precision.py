@@ -36,6 +36,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def converts_itself(network: nn.Module) -> bool:
+    """Whether `convert_trunk` is all that a network needs for half precision, as those beside this module are.
+
+    Of any other network half precision is made on the exported graph (`cmfast_export.graphs.half`).
+    """
+    return type(network).__module__.startswith("cmfast_train.networks.")
+
+
 def convert_trunk(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert the convolutions of a network, in place. Its linear layers, all of the noise embedding, stay float32.
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""torch.export of a denoiser, sizes dynamic where they shall be; what stands in the way is one line with its place.
+
+`denoiser` turns what is traced here into an ONNX graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import linecache
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.errors import CmfastError, one_line
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.networks.precision import float32_weights
+
+MOST = 2**20  # of every dynamic size
+BATCH = "B"
+EXAMPLE_SIZE = 16  # of a condition's dynamic axis while it is traced, and where its cost is counted
+Axes = Mapping[str, Mapping[int, str]]  # input: axis: name of its size; one name is one size everywhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A traced denoiser."""
+
+    program: torch.export.ExportedProgram
+    most: int | None  # the code has another branch for larger batches, which the trace does not have; None: it has none
+
+
+def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Traced:
+    """Trace a denoiser with these example inputs.
+
+    Raises:
+        CmfastError: it cannot be traced, or its code makes a size constant that shall be dynamic. The line names the
+            module, the file and the code.
+    """
+    call, examples = _with_names(denoiser, tuple(inputs)), tuple(inputs.values())
+    names = {name for sizes in axes.values() for name in sizes.values()}
+    dims = {name: torch.export.Dim(name, max=MOST) for name in sorted(names)}
+    with torch.inference_mode(False), quiet(), float32_weights():
+        try:
+            program = torch.export.export(call, examples, dynamic_shapes=_shapes(inputs, axes, dims))
+            return Traced(program=program, most=None)
+        except Exception as err:  # whatever the module's own code raises, and torch about it
+            if "Constraints violated" not in str(err):
+                raise _untraceable(denoiser, inputs, err) from None
+        # A size is not free. Without a demand the trace says what the code makes of it.
+        free = dict.fromkeys(dims, torch.export.Dim.AUTO)
+        program = torch.export.export(call, examples, dynamic_shapes=_shapes(inputs, axes, free))
+        return Traced(program=program, most=_limit(program, call, inputs, axes))
+
+
+def unconvertible(program: torch.export.ExportedProgram, err: BaseException) -> CmfastError:
+    """Return the error for a trace that torch.onnx cannot write: the operator, its module and its line."""
+    reasons, cause = [], err
+    while cause is not None and cause not in reasons:
+        reasons.append(cause)
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    text = " ".join(str(each) for each in reasons)
+    found = re.search(r"Error when translating node %(\w+)", text)
+    nodes = list(program.graph.nodes)
+    with contextlib.suppress(Exception):  # the exporter does so first
+        nodes += program.run_decompositions().graph.nodes
+    node = next((each for each in nodes if found and each.name == found[1]), None)
+    if node is None:
+        return CmfastError(f"the network cannot be written as ONNX: {one_line(reasons[-1], 300)}")
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    where = (modules[-1] if modules else "") or "network"
+    line = _line_of(node.meta.get("stack_trace") or "")
+    return CmfastError(
+        f"{where}: the operator {node.target} has no ONNX form{line and f', {line}'}; write it with others"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and deprecation notes off the terminal; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _with_names(denoiser: Denoiser, names: tuple[str, ...]) -> nn.Module:
+    """Return the denoiser with its inputs by position: torch.export takes no dynamic sizes of **conditions."""
+    call = copy.copy(denoiser)
+
+    def forward(*values: Tensor) -> Tensor:
+        result: Tensor = type(denoiser).forward(denoiser, **dict(zip(names, values, strict=True)))
+        return result
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    setattr(call, "forward", forward)  # noqa: B010  of this one object
+    return call
+
+
+def _shapes(inputs: Mapping[str, Tensor], axes: Axes, dims: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    return {name: {axis: dims[size] for axis, size in axes.get(name, {}).items()} for name in inputs}
+
+
+def _limit(
+    program: torch.export.ExportedProgram, call: nn.Module, inputs: Mapping[str, Tensor], axes: Axes
+) -> int | None:
+    """Return the largest batch of a trace; raise where a size that shall be dynamic has become a number."""
+    specs = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    most: int | None = None
+    for name, placeholder in zip(inputs, specs, strict=True):
+        shape = nodes[str(placeholder)].meta["val"].shape
+        for axis, size in axes.get(name, {}).items():
+            number = _number(shape[axis])
+            if number is not None:
+                place = _what_fixed_it(call, inputs, axes)
+                what = "the batch" if size == BATCH else f"axis {axis} of {name}"
+                fix = "--batch N" if size == BATCH else f"a size for it in the condition {name}"
+                raise CmfastError(
+                    f"{what} shall be dynamic, and the network's code makes it the constant {number}{place}; take "
+                    f"the size from the tensor's shape there, or pass {fix}"
+                )
+            if size == BATCH:
+                bound = program.range_constraints.get(shape[axis].node.expr)
+                upper = getattr(bound, "upper", None)
+                if upper is not None and upper < MOST:
+                    most = int(upper)
+    return most
+
+
+def _number(size: Any) -> int | None:
+    """Return a size that is a number, also one that torch found to be one; None: it is dynamic."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else None
+
+
+def _what_fixed_it(call: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> str:
+    """Return ": FILE:LINE: CODE" of what compared a dynamic size with a number, as far as torch can tell."""
+    names = {name for sizes in axes.values() for name in sizes.values()}
+    dims = {name: torch.export.Dim(name, max=MOST) for name in sorted(names)}
+    with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+        program: Any = torch.export.draft_export(
+            call, tuple(inputs.values()), dynamic_shapes=_shapes(inputs, axes, dims)
+        )
+        from torch._logging.structured import INTERN_TABLE
+
+        files = {number: name for name, number in INTERN_TABLE.items()}
+        for failure in program._report.failures:
+            if not re.search(r"\b\d+\b", str(failure.data.get("expr", ""))):  # two sizes that are the same one
+                continue
+            stack = failure.data.get("user_stack") or failure.data.get("stack") or []
+            frames = [(files.get(frame["filename"], ""), frame["line"], frame.get("loc") or "") for frame in stack]
+            if line := _place(frames):
+                return f": {line}"
+    return ""
+
+
+def _untraceable(denoiser: Denoiser, inputs: Mapping[str, Tensor], err: BaseException) -> CmfastError:
+    """Return the error for a denoiser that torch.export cannot follow: the module and the line where it stopped."""
+    frames = [(f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_tb(err.__traceback__)]
+    line = _place(frames) or _line_of(str(err))
+    where = _module_that_fails(denoiser, inputs)
+    text = re.split(r"(?<=[.;:])\s*\n|\n\n|The error above occurred", str(err).strip())[0]
+    return CmfastError(
+        f"{where} cannot be traced{line and f' at {line}'}: {type(err).__name__}: {one_line(text, 200)}; a graph needs "
+        "code that does not look at the values of tensors"
+    )
+
+
+def _module_that_fails(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> str:
+    """Return the path and type of the innermost module in which a trace stops, by tracing once more."""
+    entered: list[str] = []
+
+    def enter(name: str, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(lambda *_: entered.append(f"{name} ({type(module).__name__})"))
+
+    def leave(module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda *_: entered.pop() and None)
+
+    handles = [enter(name, module) for name, module in denoiser.named_modules() if name]
+    handles += [leave(module) for name, module in denoiser.named_modules() if name]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            torch.export.export(_with_names(denoiser, tuple(inputs)), tuple(inputs.values()))
+    except Exception:
+        return entered[-1] if entered else "the network"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "the network"
+
+
+def _line_of(stack: str) -> str:
+    """Return the innermost place of a printed stack that is neither torch's nor ours."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    return _place([(name, int(number), "") for name, number in found])
+
+
+def _place(frames: list[tuple[str, int, str]]) -> str:
+    """Return FILE:LINE: CODE of the innermost frame that is neither torch's nor ours; "" if there is none."""
+    own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
+    for name, number, code in reversed(frames):
+        path = Path(name)
+        if path.is_absolute() and not own.intersection(path.parents):
+            code = code or linecache.getline(name, number).strip()
+            return f"{path.name}:{number}: {one_line(code, 100)}"
+    return ""

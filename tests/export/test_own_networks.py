@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: MIT
+"""Any module wrapped, exported and compared with itself: every rank, every kind of condition, fp32 and fp16."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cmfast
+from cmfast.conditions import some_values
+from cmfast.errors import CmfastError
+from cmfast.noise import slices
+from cmfast.sampling import sample
+from cmfast_export import cli, pipeline
+from cmfast_export.pipeline import export_onnx
+from cmfast_train.checkpoint import weights_sha256
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.wrapping import wrap
+from helpers.own_networks import CASES, Conv3d, Mlp
+
+SIGMAS = (80.0, 5.0, 0.8)
+FP32 = 1e-4  # the promise; what is seen is rounding, two orders below
+FP16 = 2e-2  # data units: what ten bits of mantissa lose in networks this deep with weights this large
+
+
+def wrapped(name: str, **more: Any) -> Denoiser:
+    if name.startswith("diffusers") and not find_spec("diffusers"):
+        pytest.skip("needs diffusers")
+    case = CASES[name]
+    given = {"scaling": "edm", "c_noise": "ln/4", **case.more, **more}
+    return wrap(case.net(), shape=case.shape, conditions=case.conditions, **given)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once_each() -> Iterator[None]:
+    """Trace each of these networks once; tests/helpers/traced_once.py does so for those of cmfast alone."""
+    real, graphs = pipeline.denoiser_graph, dict[Any, Any]()
+
+    def once(denoiser: Denoiser, *arguments: Any) -> Any:
+        key = (weights_sha256(denoiser.state_dict()), repr(denoiser.network), repr(denoiser.spec), arguments)
+        if key not in graphs:
+            graphs[key] = real(denoiser, *arguments)
+        return graphs[key].clone()
+
+    with mock.patch.object(pipeline, "denoiser_graph", once):
+        yield
+
+
+def drawn(denoiser: Denoiser, noise: np.ndarray, conditions: dict[str, Any], sigmas: tuple[float, ...]) -> np.ndarray:
+    """Return what the Python loop draws with PyTorch."""
+    values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in conditions.items()}
+
+    def denoise(x: Tensor, *levels: float) -> Tensor:
+        times = dict(zip(("sigma", "sigma_next"), (x.new_full((len(x),), level) for level in levels), strict=False))
+        result: Tensor = denoiser(x=x, **times, **values)
+        return result
+
+    with torch.inference_mode():
+        result: np.ndarray = sample(denoise, torch.from_numpy(noise), sigmas, denoiser.spec).numpy()
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrapped_network_is_exported_and_computes_what_it_computed(name: str, tmp_path: Path) -> None:
+    denoiser = wrapped(name)
+    found = export_onnx(denoiser, tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS)
+    assert found.manifest.parity["max_abs"] <= FP32
+    assert denoiser.training, "the export looks at a copy"
+    model = cmfast.load(tmp_path / "m.onnx")
+    for batch, size in ((1, 3), (4, 11), (7, 32)):  # none of those that the export compared
+        noise = slices(batch, range(batch), len(SIGMAS), denoiser.spec.shape)
+        conditions = some_values(denoiser.spec.conditions, batch, seed=9, size=size)
+        got = model.from_noise(noise, SIGMAS, conditions=conditions)
+        assert got.std() > 0.1
+        np.testing.assert_allclose(got, drawn(denoiser.eval(), noise, conditions, SIGMAS), rtol=0, atol=1e-5)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [value.name for value in graph.input] == ["noise", *(each.name for each in denoiser.spec.conditions)]
+    assert graph.output[0].name == ("images" if denoiser.spec.data == "image" else "samples")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_made_on_the_graph_and_verified(name: str, tmp_path: Path) -> None:
+    found = export_onnx(wrapped(name), tmp_path / "m.onnx", precision="fp16")
+    assert 1e-6 < found.manifest.parity["max_abs"] <= FP16, "it is half precision, and no more than that"
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    half = onnx.TensorProto.FLOAT16
+    products = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]
+    types = Counter(weights[name].data_type == half for node in products for name in node.input[1:2] if name in weights)
+    assert types[True] > types[False], "linear layers too"
+    assert not {"Conv", "MatMul"} & found.left.keys()
+    assert {"Cos", "Sin"} <= found.left.keys(), "the embedding of the noise level stays float32"
+    norms = {"Softmax", "LayerNormalization", "InstanceNormalization"} & {node.op_type for node in graph.node}
+    assert norms <= found.left.keys()
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} <= {
+        onnx.TensorProto.FLOAT, onnx.TensorProto.INT64,
+    }  # fmt: skip
+
+
+def test_bfloat16_of_a_network_of_ones_own_is_verified(tmp_path: Path) -> None:
+    found = export_onnx(wrapped("1-D U-Net of a vector"), tmp_path / "m.onnx", precision="bf16")
+    assert found.manifest.dtype == "bfloat16"
+    assert "LayerNormalization" in found.left
+
+
+def test_a_branch_for_large_batches_is_noted_and_compared(tmp_path: Path) -> None:
+    found = export_onnx(wrapped("diffusers' UNet2DModel"), tmp_path / "m.onnx")
+    assert "batches above 63" in found.notes[0]
+    assert max(row.batch for row in found.denoiser.parity.rows) == 64
+
+
+def test_every_operator_of_these_networks_is_counted(tmp_path: Path) -> None:
+    found = export_onnx(wrapped("DiT of a sequence and a class"), tmp_path / "m.onnx")
+    assert found.notes == ()
+    assert found.manifest.cost["flops"] > 1e5
+
+
+# Guidance and encoders.
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(2, 5, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.tanh(self.layer(image)).mean(-1)
+
+
+def with_encoder() -> Denoiser:
+    case = CASES["1-D U-Net of a vector"]
+    encoder = Encoder()
+    nn.init.normal_(encoder.layer.weight)
+    return wrap(
+        case.net(), shape=case.shape, conditions={"state": (2, None)}, encoders={"state": encoder}, scaling="edm",
+        c_noise="ln/4",
+    )  # fmt: skip
+
+
+def test_an_encoder_is_evaluated_once_in_a_sampler_graph(tmp_path: Path) -> None:
+    for kind, sigmas in (("denoiser", None), ("sampler", SIGMAS), ("server", SIGMAS)):
+        found = export_onnx(with_encoder(), tmp_path / f"{kind}.onnx", kind=kind, sigmas=sigmas)
+        operators = Counter(node.op_type for node in onnx.load(found.path).graph.node)
+        assert (operators["Tanh"], operators["ConvTranspose"]) == (1, len(sigmas or (1,)))
+        assert found.manifest.cost["flops"] > 0
+    once, steps = (cmfast.read_manifest(tmp_path / f"{kind}.onnx").cost["flops"] for kind in ("denoiser", "sampler"))
+    assert steps < 3 * once
+
+
+@pytest.mark.parametrize(
+    ("name", "null"),
+    [
+        ("mlp of classes", {"label": 4}),
+        ("1-D U-Net of a vector", {"state": 0.0}),
+        ("DiT of a sequence and a class", {"label": 3}),
+    ],
+)
+def test_guidance_in_the_graph_is_guidance_in_the_loop(name: str, null: dict[str, float], tmp_path: Path) -> None:
+    denoiser = wrapped(name).eval()
+    found = export_onnx(denoiser, tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS, guidance=2.5, null=null)
+    assert found.manifest.made_by["guidance"].startswith("2.5 ")
+    noise = slices(3, range(4), len(SIGMAS), denoiser.spec.shape)
+    conditions = some_values(denoiser.spec.conditions, 4, seed=3, size=5)
+
+    def guided(x: Tensor, sigma: float) -> Tensor:
+        given = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in conditions.items()}
+        nothing = {**given, **{key: torch.full_like(given[key], value) for key, value in null.items()}}  # type: ignore[call-overload]
+        level = x.new_full((len(x),), sigma)
+        with_, without = (denoiser(x, level, **values) for values in (given, nothing))
+        return without + 2.5 * (with_ - without)
+
+    with torch.inference_mode():
+        want = sample(guided, torch.from_numpy(noise), SIGMAS, denoiser.spec).numpy()
+    got = cmfast.load(tmp_path / "m.onnx").from_noise(noise, SIGMAS, conditions=conditions)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)  # guidance multiplies rounding by its weight
+    assert np.abs(got - drawn(denoiser, noise, conditions, SIGMAS)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance": 2.0}, "--guidance is for a sampler"),
+        ({"kind": "sampler", "guidance": 2.0}, "what stands for no condition, for example --null label=10"),
+        ({"kind": "sampler", "guidance": 2.0, "null": {"label": 5}}, "need a class from 0 to 4"),
+        ({"kind": "sampler", "guidance": 2.0, "null": {"state": 0}}, "no such condition; this model has label"),
+        ({"null": {"label": 0}}, "add --guidance"),
+    ],
+)
+def test_guidance_that_cannot_be_is_one_line(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(CmfastError, match=words):
+        export_onnx(wrapped("mlp of classes"), tmp_path / "m.onnx", **options)
+
+
+# What cannot be exported says where.
+
+
+class FixesTheBatch(Mlp):
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        noise = torch.zeros(2, x.shape[1])
+        return super().forward(x, c_noise) + noise  # the line that fixes it
+
+
+class LooksAtValues(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * 2 if h.sum() > 0 else h  # the line that looks
+
+
+class Inverse(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(h[:, :, None] @ h[:, None])
+
+
+def outer(inner: nn.Module) -> nn.Module:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.odd = Mlp(6), inner
+
+        def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+            result: Tensor = self.odd(self.body(x, c_noise))
+            return result
+
+    return Outer()
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (
+            lambda: FixesTheBatch(6),
+            r"batch shall be dynamic.* constant 2: test_own_networks.py:\d+: .*the line that fixes",
+        ),
+        (
+            lambda: outer(LooksAtValues()),
+            r"network.odd \(LooksAtValues\) cannot be traced at test_own_networks.py:\d+: ",
+        ),
+        (
+            lambda: outer(Inverse()),
+            r"network.odd: the operator aten._linalg_eigh.default has no ONNX form, test_own_net",
+        ),
+    ],
+    ids=["batch", "values", "operator"],
+)
+def test_what_cannot_be_traced_is_one_line_with_the_module_and_the_code(
+    net: Callable[[], nn.Module], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    denoiser = wrap(net(), shape=(6,), scaling="edm", c_noise="ln/4")
+    with pytest.raises(CmfastError, match=words) as caught:
+        export_onnx(denoiser, tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().out == ""
+
+
+def test_a_fixed_batch_may_be_fixed_by_the_code(tmp_path: Path) -> None:
+    denoiser = wrap(FixesTheBatch(6), shape=(6,), scaling="edm", c_noise="ln/4")
+    assert export_onnx(denoiser, tmp_path / "m.onnx", batch=2).manifest.parity["max_abs"] <= FP32
+
+
+def test_a_wrong_graph_is_caught_at_one_of_three_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = export_onnx(wrapped("mlp"), tmp_path / "m.onnx")
+    assert {row.batch for row in found.denoiser.parity.rows} == {1, 2, 5}
+
+
+# Wrapping.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"conditions": {"state": 0}}, "condition state: classes must be a positive whole number"),
+        ({"conditions": {"state": "five"}}, "condition 'state': need a number of classes, or the sizes of a tensor"),
+        ({"conditions": {"sigma": (3,)}}, "a condition's name must be an identifier other than"),
+        ({"conditions": {"state": (0,)}}, "condition state: sizes are whole numbers from 1"),
+        ({"shape": (1, 2, 3, 4, 5)}, "shape must be one to 4"),
+        ({"scaling": "vp"}, "scaling must be one of"),
+        ({"encoders": {"image": nn.Identity()}}, "encoders are {condition: torch.nn.Module}"),
+        ({"net": "net"}, "net must be a torch.nn.Module"),
+        ({"net": nn.Linear(2, 2).half()}, "the weight weight is torch.float16; pass net.float()"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_one_line(options: dict[str, Any], words: str) -> None:
+    given = {"net": Mlp(6), "shape": (6,), "scaling": "edm", "c_noise": "ln/4", **options}
+    with pytest.raises(CmfastError, match=words):
+        wrap(**given)
+
+
+def test_images_are_clipped_and_arrays_are_not_unless_one_says_so() -> None:
+    def clip(shape: tuple[int, ...], **more: Any) -> bool:
+        return wrap(nn.Identity(), shape=shape, scaling="edm", c_noise="ln/4", **more).spec.clip
+
+    assert (clip((3, 8, 8)), clip((8, 4)), clip((8, 4), clip=True), clip((3, 8, 8), clip=False)) == (
+        True, False, True, False,
+    )  # fmt: skip
+
+
+def test_a_wrong_condition_is_one_line_that_names_it(tmp_path: Path) -> None:
+    export_onnx(wrapped("1-D U-Net of a vector"), tmp_path / "m.onnx")
+    model = cmfast.load(tmp_path / "m.onnx")
+    x = np.zeros((2, 8, 4), np.float32)
+    for given, words in (
+        ({}, "needs the condition state"),
+        ({"state": np.zeros(5), "more": 1}, "no condition 'more'"),
+        ({"state": np.zeros(6)}, r"condition state must be \[5\]"),
+        ({"state": np.full(5, np.nan)}, "condition state has values that are not finite"),
+        ({"state": ["a"] * 5}, "condition state must be an array of numbers"),
+    ):
+        with pytest.raises(CmfastError, match=words):
+            model.denoise(x, 1.0, conditions=given)
+
+
+# The command line.
+
+FACTORY = """
+from torch import nn
+from helpers.own_networks import UNet1d
+
+calls = []
+
+def make() -> nn.Module:
+    calls.append(1)
+    return UNet1d()
+
+def not_a_module() -> int:
+    return 1
+"""
+SPEC = {"shape": [8, 4], "conditions": {"state": [5]}, "scaling": "edm", "c_noise": "ln/4", "sigmas": {"1": [80.0]}}
+
+
+@pytest.fixture
+def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a user's: his module, the conventions, the weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_policy.py").write_text(FACTORY)
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC))
+    torch.save(CASES["1-D U-Net of a vector"].net().state_dict(), tmp_path / "weights.pt")
+    yield tmp_path
+    sys.modules.pop("my_policy", None)
+
+
+def test_a_network_of_ones_own_is_exported_by_the_command(policy: Path, call: Callable[..., Any]) -> None:
+    result = call(
+        cli.main,
+        "weights.pt",
+        "--network",
+        "my_policy:make",
+        "--spec",
+        "spec.json",
+        "--kind",
+        "sampler",
+        "-o",
+        "p.onnx",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--condition state=state.npy -o samples.npz" in result.stdout
+    model = cmfast.load("p.onnx")
+    denoiser = wrapped("1-D U-Net of a vector", renoise="sqrt").eval()
+    noise, state = slices(0, range(3), 1, (8, 4)), some_values(denoiser.spec.conditions, 3)
+    np.testing.assert_allclose(
+        model.from_noise(noise, (80.0,), conditions=state), drawn(denoiser, noise, state, (80.0,)), rtol=0, atol=1e-5
+    )
+
+
+def test_weights_are_optional_and_the_code_is_imported_only_when_it_is_named(
+    policy: Path, call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    refused(call(cli.main, "weights.pt"), "weights.pt")
+    assert "my_policy" not in sys.modules
+    result = call(cli.main, "--network", "my_policy:make", "--spec", "spec.json", "--dry-run")
+    assert result.stdout == "would write spec.onnx: denoiser, fp32, batch dynamic\n"
+    assert "my_policy" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "name a model"),
+        (("--spec", "spec.json"), "add --network package.module:factory"),
+        (("--network", "my_policy:make"), "needs its conventions, --spec spec.json"),
+        (("weights.pt", "--network", "my_policy:make"), "returns a plain module: pass its conventions"),
+        (("--network", "my_policy", "--spec", "spec.json"), "need package.module:factory"),
+        (("--network", "my_policy:none", "--spec", "spec.json"), "my_policy cannot be imported"),
+        (("--network", "nowhere.net:make", "--spec", "spec.json"), "nowhere.net cannot be imported"),
+        (("--network", "my_policy:not_a_module", "--spec", "spec.json"), "must return a torch.nn.Module"),
+        (("--network", "my_policy:make", "--spec", "weights.pt"), "weights.pt: not a JSON file"),
+        (("--network", "my_policy:make", "--spec", "other.json"), "unknown 'image'; there are shape, "),
+        (("--network", "my_policy:make", "--spec", "short.json"), "c_noise, scaling is missing"),
+        (("--network", "my_policy:make", "--spec", "spec.json", "--format", "cmfast"), "not --network"),
+        (("other.pt", "--network", "my_policy:make", "--spec", "spec.json"), "the weights do not fit my_policy:make"),
+        (("--network", "my_policy:make", "--spec", "spec.json", "--null", "a"), "--null a: expected NAME=NUMBER"),
+    ],
+)
+def test_a_wrong_request_is_one_line(
+    arguments: tuple[str, ...], words: str, policy: Path, call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    (policy / "other.json").write_text(json.dumps({**SPEC, "image": [1, 8, 8]}))
+    (policy / "short.json").write_text(json.dumps({"shape": [8, 4]}))
+    torch.save(Conv3d().state_dict(), policy / "other.pt")
+    refused(call(cli.main, *arguments, *(() if "cmfast" in arguments else ("-o", "m.onnx"))), words)
+
+
+def test_engines_of_a_conditioned_network_have_a_profile_of_its_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from cmfast_export.targets.tensorrt_engine import build_engine
+    from cmfast_export.targets.tensorrt_options import BuildOptions
+
+    for name in ("1-D U-Net of a vector", "DiT of a sequence and a class"):
+        export_onnx(wrapped(name), tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS[:2], precision="fp16")
+        built = build_engine(
+            tmp_path / "m.onnx", tmp_path / "m.engine", BuildOptions(batch=(1, 2, 8), sizes=(1, 8, 32))
+        )
+        assert built.manifest.spec.conditions == wrapped(name).spec.conditions
+        assert built.manifest.engine.get("sizes") == ([1, 8, 32] if "sequence" in name else None)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""A model of one's own on the command line: a factory that is imported, a JSON file of conventions, weights.
+
+    cmfast-export weights.pt --network package.module:factory --spec spec.json
+
+The user's code runs because the user named it; weights are still read without running anything in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from torch import nn
+
+from cmfast.errors import ArtifactError, CmfastError, one_line, shown
+from cmfast.formats.manifest import check_file
+from cmfast.formats.values import object_of
+from cmfast_train.border import naming
+from cmfast_train.checkpoint import read_tensors
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.importers.facts import Facts, Told
+from cmfast_train.importers.sets import one_set
+from cmfast_train.wrapping import wrap
+
+LARGEST = 2**20  # bytes of a file of conventions
+
+
+def own_model(
+    network: str, spec: str | os.PathLike[str] | None, weights: str | os.PathLike[str] | None, told: Told | None = None
+) -> Denoiser:
+    """Return the denoiser around what a factory makes.
+
+    Args:
+        network: package.module:factory; called without arguments, it returns a `torch.nn.Module`, or a `Denoiser`. The
+            current folder is searched too.
+        spec: JSON object with the keyword arguments of `cmfast_train.wrap`, such as {"shape": [16, 7], "conditions":
+            {"state": [14]}, "scaling": "edm", "c_noise": "ln/4"}; None: the factory returns a `Denoiser`.
+        weights: file with the network's state dict, .pt or .safetensors; None: as the factory made them.
+        told: which set of weights of several in the file.
+
+    Raises:
+        CmfastError: there is no such factory, the conventions are not whole, or the weights do not fit.
+    """
+    made = _made(network)
+    if isinstance(made, Denoiser):
+        if spec is not None:
+            raise CmfastError(f"--network {network} returns a Denoiser, which has its conventions: leave --spec out")
+        denoiser = made
+    elif not isinstance(made, nn.Module):
+        raise CmfastError(f"--network {network} must return a torch.nn.Module, got {shown(made)}")
+    elif spec is None:
+        raise CmfastError(f"--network {network} returns a plain module: pass its conventions, --spec spec.json")
+    else:
+        denoiser = wrap(made, **_conventions(Path(spec)))
+    if weights is not None:
+        file = check_file(weights)
+        with naming(file):
+            module = made.network if isinstance(made, Denoiser) else made
+            content = read_tensors(file)
+            whole = isinstance(content, dict) and content.keys() == module.state_dict().keys()
+            tensors = content if whole else one_set(content, Facts(told or Told()), file)[1]
+            try:
+                module.load_state_dict(dict(tensors), strict=True)
+            except (RuntimeError, TypeError, ValueError) as err:
+                raise ArtifactError(f"{file}: the weights do not fit {network}: {one_line(err, 300)}") from None
+    return denoiser
+
+
+def _made(place: str) -> Any:
+    """Import and call a factory."""
+    module, colon, name = place.partition(":")
+    if not colon or not name:
+        raise CmfastError(f"--network {shown(place)}: need package.module:factory")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it; a console script does not
+    try:
+        factory = resolve_name(place)
+    except (ImportError, AttributeError, ValueError) as err:
+        raise CmfastError(f"--network {place}: {module} cannot be imported: {one_line(err, 200)}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(factory):
+        raise CmfastError(f"--network {place}: {name} is {shown(factory)}, which cannot be called")
+    return factory()
+
+
+def _conventions(file: Path) -> Mapping[str, Any]:
+    """Return the arguments of `wrap` in a JSON file."""
+    check_file(file)
+    with naming(file):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8")[:LARGEST], object_pairs_hook=object_of)
+        except (ValueError, RecursionError) as err:
+            raise ArtifactError(f"{file}: not a JSON file: {one_line(err, 200)}") from None
+        names = [name for name in signature(wrap).parameters if name not in ("net", "encoders")]
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{file}: need a JSON object with {', '.join(names)}")
+        if unknown := [name for name in values if name not in names]:
+            raise ArtifactError(f"{file}: unknown {shown(unknown[0])}; there are {', '.join(names)}")
+        if missing := {"shape", "scaling", "c_noise"} - values.keys():
+            raise ArtifactError(f"{file}: {', '.join(sorted(missing))} is missing")
+        if isinstance(values.get("sigmas"), dict):
+            values["sigmas"] = {int(k) if str(k).isdecimal() else k: v for k, v in values["sigmas"].items()}
+        return values

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""A model of one's own: any `torch.nn.Module` as a `Denoiser`, which trains, exports and samples like ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.conditions import Condition
+from cmfast.errors import CmfastError, shown
+from cmfast.spec import ModelSpec
+from cmfast_train.denoiser import Denoiser
+
+Declared = int | Sequence[int | str | None] | Condition  # a condition as `wrap` takes it
+
+
+def wrap(
+    net: nn.Module,
+    *,
+    shape: Sequence[int],
+    scaling: str,
+    c_noise: str,
+    conditions: Mapping[str, Declared] | None = None,
+    encoders: Mapping[str, nn.Module] | None = None,
+    data: str = "auto",
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+    renoise: str = "sqrt",
+    clip: bool | None = None,
+    sigmas: Mapping[int, Sequence[float]] | None = None,
+    second_time: bool = False,
+) -> Denoiser:
+    """Return the denoiser f(x, sigma, **conditions) = c_skip x + c_out net(c_in x, c_noise, **conditions).
+
+    The weights are shared with `net`, which is neither copied nor changed. Formulas: `cmfast.preconditioning`.
+
+    Args:
+        net: called as net(x, c_noise, **conditions): x [B, *shape] float32, c_noise [B] float32, a class int64 [B], a
+            tensor float32 [B, *sizes]; returns [B, *shape]. With `second_time` it also gets c_noise_next [B].
+        shape: of a sample, one to four axes: [C, H, W] images, [C, T] signals, [T, A] actions, [C, D, H, W] volumes.
+        scaling: c_skip, c_out and c_in, one of `cmfast.spec.SCALINGS`. Weights do not tell, so there is no default.
+        c_noise: how the network is given the noise level, one of `cmfast.spec.C_NOISES`.
+        conditions: name: number of classes, or sizes of a tensor without the batch; None, or a name that several
+            share, is a size that differs from call to call.
+        encoders: name of a condition: module that encodes it; `net` is given its output. A sampler graph evaluates it
+            once, not once a step.
+        data: image or array; auto: images where the shape is (1 or 3, H, W).
+        sigma_min: noise level where the model is the identity, data units.
+        sigma_max: noise level where sampling starts, data units.
+        sigma_data: standard deviation of the data, data units.
+        renoise: how a step goes on, one of `cmfast.spec.RENOISES`; ddim for flow maps and distilled DDIM.
+        clip: whether x0 is clipped to [-1, 1] after every call; None: of images it is.
+        sigmas: default noise levels by number of steps, data units, decreasing; None: one step, at sigma_max.
+        second_time: whether the network takes a second noise level: CTM, MeanFlow, shortcut models.
+
+    Raises:
+        CmfastError: a convention is unknown, a condition cannot be one, or the weights are not float32.
+    """
+    if not isinstance(net, nn.Module):
+        raise CmfastError(f"net must be a torch.nn.Module, got {shown(net)}")
+    declared = tuple(_condition(name, what) for name, what in (conditions or {}).items())
+    spec = ModelSpec(
+        shape=tuple(shape), data=data, conditions=declared, second_time=second_time, sigma_min=sigma_min,
+        sigma_max=sigma_max, sigma_data=sigma_data, scaling=scaling, c_noise=c_noise, renoise=renoise,
+        clip=bool(clip), sigmas={1: (sigma_max,)} if sigmas is None else {k: tuple(v) for k, v in sigmas.items()},
+    )  # fmt: skip
+    if clip is None:
+        spec = replace(spec, clip=spec.data == "image")
+    for name, encoder in (encoders or {}).items():
+        if name not in {each.name for each in declared} or not isinstance(encoder, nn.Module):
+            raise CmfastError(f"encoders are {{condition: torch.nn.Module}}, got {shown({name: encoder})}")
+    network = Encoded(net, encoders) if encoders else net
+    check_float32(network)
+    return Denoiser(network, spec)
+
+
+class Encoded(nn.Module):
+    """A network some of whose conditions are encoded first."""
+
+    def __init__(self, net: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.net = net
+        self.encoders = nn.ModuleDict(dict(encoders))
+
+    def forward(self, x: Tensor, c_noise: Tensor, **inputs: Tensor) -> Tensor:
+        encoded = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+        output: Tensor = self.net(x, c_noise, **{**inputs, **encoded})
+        return output
+
+
+def check_float32(network: nn.Module) -> None:
+    """Raise CmfastError where a floating-point weight is not float32."""
+    for name, weight in network.named_parameters():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise CmfastError(
+                f"the weight {name} is {weight.dtype}; pass net.float(): half precision is made by the export"
+            )
+
+
+def _condition(name: str, what: Declared) -> Condition:
+    if isinstance(what, Condition):
+        if what.name != name:
+            raise CmfastError(f"the condition {shown(name)} is called {shown(what.name)} in its Condition")
+        return what
+    if isinstance(what, bool) or not isinstance(what, (int, tuple, list)):
+        raise CmfastError(
+            f"condition {shown(name)}: need a number of classes, or the sizes of a tensor such as (14,) or (None, 64), "
+            f"got {shown(what)}"
+        )
+    if isinstance(what, int):
+        return Condition(name=name, kind="class", classes=what)
+    return Condition(name=name, kind="tensor", shape=tuple(what))
