@@ -168,6 +168,8 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
         raise CmfastError(f"the flavour {request.flavour} is for cmfast's own networks; pass --format onnx")
     if ours and precision in HALVED:
         references.append(TorchBackend(loaded, precision=precision))
+    for each in references:
+        each.batch = request.batch  # the network's code may take no other
     dtype = PRECISIONS[precision]
     tolerance = rounding(dtype, request.device) if request.tolerance is None else request.tolerance
     spec = references[0].manifest.spec
@@ -212,8 +214,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
-            reference = Looped(Model(references[0]), guidance) if guidance else Model(references[0])
-            tested = record_selftest(reference, rounding(dtype, "cuda"), levels or None)
+            tested = record_selftest(Looped(Model(references[0]), guidance), rounding(dtype, "cuda"), levels or None)
             manifest = replace(manifest, selftest=tested)
             _seal(file, size, manifest)
     return Exported(

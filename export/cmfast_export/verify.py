@@ -134,17 +134,11 @@ def verify(
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
 
 
-@dataclass(frozen=True)
 class Looped:
     """The Python loop over a denoiser, with guidance where there is some: what a sampler graph is compared with."""
 
-    model: Model
-    guidance: Guidance | None
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's conventions."""
-        return self.model.spec
+    def __init__(self, model: Model, guidance: Guidance | None) -> None:
+        self.model, self.guidance, self.spec = model, guidance, model.spec
 
     def sample_float(
         self, n: int, *, sigmas: Sequence[float] | None, seed: int, conditions: Mapping[str, Any] | None
@@ -155,13 +149,15 @@ class Looped:
 
     def from_noise(self, noise: Floats, sigmas: Sequence[float], conditions: Mapping[str, Any]) -> Floats:
         """Return samples [B, *shape] from unit noise [K, B, *shape]."""
-        if self.guidance is None:
+        guidance = self.guidance
+        if guidance is None and self.model.backend.batch is None:
             return self.model.from_noise(noise, sigmas, conditions=conditions)
-        weight = np.float32(self.guidance.weight)
-        null = {name: np.full_like(conditions[name], value) for name, value in self.guidance.null.items()}
+        null = {name: np.full_like(conditions[name], v) for name, v in (guidance.null if guidance else {}).items()}
 
         def denoise(x: Floats, sigma: float, sigma_next: float | None = None) -> Floats:
-            both = ({**conditions, **null}, conditions)
+            if guidance is None:
+                return self.model.denoise(x, sigma, sigma_next=sigma_next, conditions=conditions)
+            weight, both = np.float32(guidance.weight), ({**conditions, **null}, conditions)
             without, given = (self.model.denoise(x, sigma, sigma_next=sigma_next, conditions=each) for each in both)
             return without + weight * (given - without)
 
