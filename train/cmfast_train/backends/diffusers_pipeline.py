@@ -26,6 +26,7 @@ from cmfast_train.backends.pytorch import TorchBackend, out_of_memory, set_threa
 from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.importers import identify
 from cmfast_train.importers.facts import Draft
+from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 Floats = npt.NDArray[np.float32]
@@ -64,6 +65,8 @@ class DiffusersBackend:
         draft = identify(folder)
         if not isinstance(draft, Draft) or draft.format != "diffusers" or draft.spec is None:
             raise EngineError(f"{folder}: diffusers runs folders that it wrote")
+        if not isinstance(draft.network, AdmConfig):
+            raise EngineError(f"{folder}: {draft.what}; the variant diffusers runs a ConsistencyModelPipeline")
         if not draft.spec.clip:
             raise EngineError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
         if (channels := draft.spec.image[0]) != 3:

@@ -145,4 +145,6 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: f"a text of at most {LONGEST:,} characters",
     int | tuple[int, int]: "a number of pixels, or HEIGHTxWIDTH",
+    int | None: "a whole number or none",
+    str | None: "a text or none",
 }

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Folders of diffusers' ConsistencyModelPipeline, read without diffusers: three JSON files and the weights.
 
+Folders of its diffusion models go on to `diffusion_folders`.
+
 Such a folder says everything: the shape of the network, the scheduler's noise levels; the conventions are what
 CMStochasticIterativeScheduler computes. What our U-Net cannot compute is refused by the name of the field. An
 option that this version does not know is let pass where it is switched off (null, false, 0, empty), else refused.
@@ -10,7 +12,6 @@ The tensors are the affair of `diffusers_tensors`; `cmfast_export.targets.diffus
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,19 +22,22 @@ from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
-from cmfast_train.importers.diffusers_tensors import (
-    MID_NORM,
-    describe,
-    match_names,
-    read_json,
-    read_weights,
-    weight_files,
+from cmfast_train.importers import diffusion_folders
+from cmfast_train.importers.diffusers_json import (
+    is_whole,
+    list_of,
+    number,
+    read_config,
+    read_fields,
+    refusal,
+    version_of,
+    whole,
 )
-from cmfast_train.importers.facts import LARGEST, Draft, Facts, shown, told_sigmas
+from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, read_weights, weight_files
+from cmfast_train.importers.facts import Draft, Facts, told_sigmas
 from cmfast_train.importers.openai import NETWORKS, RELEASED
 from cmfast_train.networks.adm import AdmConfig
 
-MAX_CONFIG = 1 << 20  # bytes of a configuration; a real one has a few thousand
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
 
 _UNET: dict[str, Any] = {  # fields of UNet2DModel, and what a missing one means
@@ -86,11 +90,13 @@ def draft(folder: Path, facts: Facts) -> Draft:
     if not (folder / INDEX).is_file():
         raise ArtifactError(
             f"{folder}: no {INDEX} in it; name the folder of a whole ConsistencyModelPipeline, "
-            "which holds that file beside scheduler and unet"
+            "DDPMPipeline or DDIMPipeline, which holds that file beside scheduler and unet"
         )
-    index = _json(folder / INDEX, "ConsistencyModelPipeline")
-    unet = _fields(folder / UNET, "UNet2DModel", _UNET, _UNET_CHOICES)
-    scheduler = _fields(folder / SCHEDULER, "CMStochasticIterativeScheduler", _SCHEDULER, _SCHEDULER_CHOICES)
+    index = read_config(folder / INDEX, "ConsistencyModelPipeline", *diffusion_folders.PIPELINES)
+    if index["_class_name"] in diffusion_folders.PIPELINES:
+        return diffusion_folders.draft(folder, facts, index)
+    unet = read_fields(folder / UNET, ["UNet2DModel"], _UNET, _UNET_CHOICES)
+    scheduler = read_fields(folder / SCHEDULER, ["CMStochasticIterativeScheduler"], _SCHEDULER, _SCHEDULER_CHOICES)
     config = _network(unet, folder / UNET)
     # Without the field, diffusers has no norm before the attention of the middle block; our U-Net always has one.
     unnormed = unet["resnet_time_scale_shift"] == "scale_shift" and unet["attn_norm_num_groups"] is None
@@ -109,7 +115,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
     if dtypes := sorted({dtype for _, dtype in described.values()} - {"float32"}):
         facts.fixed("dtype", f"{' and '.join(dtypes)}, read as float32", where)
 
-    version = re.sub(r"[^\w.+-]", "", str(index.get("_diffusers_version", "")))[:40]
+    version = version_of(index)
     release = _release(folder, config, index, unet)
     spec = _spec(scheduler, config, facts, release, folder / SCHEDULER)
     warning = (
@@ -133,55 +139,32 @@ def draft(folder: Path, facts: Facts) -> Draft:
     )
 
 
-def _json(file: Path, kind: str) -> dict[str, Any]:
-    """Return a configuration file of this class."""
-    values = read_json(file, MAX_CONFIG)
-    found = values.get("_class_name") if isinstance(values, dict) else None
-    if found != kind:
-        raise ArtifactError(f"{file}: its _class_name is {json.dumps(found)[:200]}, and only {kind} is read")
-    return dict(values)
-
-
-def _fields(file: Path, kind: str, free: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Return all fields of a configuration; a missing one has the value that diffusers would give it."""
-    fields = {**free, **{name: allowed[0] for name, allowed in choices.items()}}
-    for name, value in _json(file, kind).items():
-        if name in fields:
-            fields[name] = value
-        elif value and not name.startswith("_"):
-            raise _refusal(file, name, value, "an option that this version of cmfast does not know")
-    for name, allowed in choices.items():
-        if fields[name] not in allowed:
-            raise _refusal(file, name, fields[name], f"supported: {' or '.join(map(json.dumps, allowed))}")
-    return fields
-
-
 def _network(unet: Mapping[str, Any], file: Path) -> AdmConfig:
     """Return the U-Net of a configuration, or refuse what ours cannot be."""
-    widths = _list(unet, "block_out_channels", file)
-    if not widths or any(not _is_whole(width) or width % widths[0] for width in widths):
-        raise _refusal(file, "block_out_channels", widths, "supported: whole multiples of the first")
-    channels, size = _whole(unet, "in_channels", file), unet["sample_size"]
+    widths = list_of(unet, "block_out_channels", file)
+    if not widths or any(not is_whole(width) or width % widths[0] for width in widths):
+        raise refusal(file, "block_out_channels", widths, "supported: whole multiples of the first")
+    channels, size = whole(unet, "in_channels", file), unet["sample_size"]
     if unet["out_channels"] != channels:
-        raise _refusal(file, "out_channels", unet["out_channels"], f"supported: as many as in_channels, {channels}")
+        raise refusal(file, "out_channels", unet["out_channels"], f"supported: as many as in_channels, {channels}")
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not _is_whole(size):
-        raise _refusal(file, "sample_size", size, "supported: one number of pixels, for square images")
+    if not is_whole(size):
+        raise refusal(file, "sample_size", size, "supported: one number of pixels, for square images")
     if unet["time_embedding_dim"] not in (None, 0, 4 * widths[0]):
-        raise _refusal(file, "time_embedding_dim", unet["time_embedding_dim"], f"supported: {4 * widths[0]}")
+        raise refusal(file, "time_embedding_dim", unet["time_embedding_dim"], f"supported: {4 * widths[0]}")
 
     attention, resblock_updown = _levels(unet, len(widths), file)
     if not resblock_updown and unet["downsample_padding"] != 1:
-        raise _refusal(file, "downsample_padding", unet["downsample_padding"], "supported: 1")
+        raise refusal(file, "downsample_padding", unet["downsample_padding"], "supported: 1")
     attended = [width for width, here in zip(widths, attention, strict=True) if here] + widths[-1:]
     head = unet["attention_head_dim"]
     if head is None and len(set(attended)) == 1:
         head = attended[0]  # one head of all channels
-    if not _is_whole(head) or any(width % head for width in attended):
-        raise _refusal(file, "attention_head_dim", head, f"supported: a divisor of the channels, {attended}")
-    classes = 0 if unet["num_class_embeds"] is None else _whole(unet, "num_class_embeds", file)
-    res_blocks, dropout = _whole(unet, "layers_per_block", file), _number(unet, "dropout", file)
+    if not is_whole(head) or any(width % head for width in attended):
+        raise refusal(file, "attention_head_dim", head, f"supported: a divisor of the channels, {attended}")
+    classes = 0 if unet["num_class_embeds"] is None else whole(unet, "num_class_embeds", file)
+    res_blocks, dropout = whole(unet, "layers_per_block", file), number(unet, "dropout", file)
     try:
         return AdmConfig(
             image_size=size,
@@ -205,19 +188,19 @@ def _levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool]
     """Return which levels attend, the widest image first, and whether residual blocks resample (else convolutions)."""
     ways: dict[str, list[tuple[bool, str]]] = {}
     for way, types in _BLOCKS.items():
-        names = _list(unet, f"{way}_block_types", file)
+        names = list_of(unet, f"{way}_block_types", file)
         for name in names:
             if not isinstance(name, str) or name not in types:
-                raise _refusal(file, f"{way}_block_types", names, f"supported: {', '.join(types)}")
+                raise refusal(file, f"{way}_block_types", names, f"supported: {', '.join(types)}")
         if len(names) != count:
-            raise _refusal(file, f"{way}_block_types", names, f"block_out_channels has {count}")
+            raise refusal(file, f"{way}_block_types", names, f"block_out_channels has {count}")
         default = unet[f"{way}sample_type"] or "conv"
         ways[way] = [(types[name][0], types[name][1] or default) for name in names]
     down, up = ways["down"], ways["up"][::-1]
     attention = [here for here, _ in down]
     if attention != [here for here, _ in up]:
         need = "supported: attention at the same levels as in down_block_types"
-        raise _refusal(file, "up_block_types", unet["up_block_types"], need)
+        raise refusal(file, "up_block_types", unet["up_block_types"], need)
     # The deepest level is not halved, and the widest not doubled.
     how = {resample for _, resample in (*down[:-1], *up[1:])} or {down[0][1]}
     if len(how) > 1:
@@ -235,9 +218,9 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
         for name, value in {"scaling": "boundary", "c_noise": "250ln", "renoise": "sqrt"}.items()
     }
     for name in ("sigma_min", "sigma_max", "sigma_data"):
-        values[name] = facts.fixed(name, _number(scheduler, name, file), SCHEDULER)
+        values[name] = facts.fixed(name, number(scheduler, name, file), SCHEDULER)
     values["clip"] = facts.fixed("clip", bool(scheduler["clip_denoised"]), SCHEDULER)
-    grid = values["grid"] = facts.fixed("grid", _whole(scheduler, "num_train_timesteps", file), SCHEDULER)
+    grid = values["grid"] = facts.fixed("grid", whole(scheduler, "num_train_timesteps", file), SCHEDULER)
     try:
         conditions = (class_label(config.classes),) if config.classes else ()
         first: dict[int, tuple[float, ...]] = {1: (values["sigma_max"],)}
@@ -286,31 +269,3 @@ def _release(folder: Path, config: AdmConfig, *files: Mapping[str, Any]) -> str:
             if known.scaling == "boundary" and re.search(rf"(?<![a-z0-9]){release}(?![a-z0-9])", name):
                 return release if all(getattr(config, field) == value for field, value in network.items()) else ""
     return ""
-
-
-def _refusal(file: Path, name: str, value: Any, need: str) -> ArtifactError:
-    return ArtifactError(f"{file}: {shown(name)} is {json.dumps(value)[:200]}; {need}")
-
-
-def _list(fields: Mapping[str, Any], name: str, file: Path) -> list[Any]:
-    value = fields[name]
-    if not isinstance(value, list) or len(value) > 32:
-        raise _refusal(file, name, value, "supported: a list with an entry for every level")
-    return value
-
-
-def _whole(fields: Mapping[str, Any], name: str, file: Path) -> int:
-    if not _is_whole(fields[name]):
-        raise _refusal(file, name, fields[name], f"supported: a whole number from 1 to {LARGEST}")
-    return int(fields[name])
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
-
-
-def _number(fields: Mapping[str, Any], name: str, file: Path) -> float:
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e30 < value < 1e30:
-        raise _refusal(file, name, fields[name], "supported: a number")
-    return float(fields[name])

@@ -184,14 +184,21 @@ def _described(tensors: Mapping[str, Any], file: Path) -> dict[str, tuple[tuple[
 
 
 def read_weights(files: list[Path], config: AdmConfig, folder: Path, unnormed: bool) -> dict[str, Tensor]:
+    """Return the weights in our names and shapes, float32."""
+    theirs, described = read_files(files)
+    names = match_names(described, config, folder, unnormed)  # once more: this is what will be used
+    return from_diffusers({name: theirs.pop(stored) for name, stored in names.items()}, config)
+
+
+def read_files(files: list[Path]) -> tuple[dict[str, Tensor], Described]:
+    """Return the tensors of several files, and their shapes and types."""
     theirs: dict[str, Tensor] = {}
     described: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         tensors = read_tensors(file)
         described |= _described(tensors, file)
         theirs |= tensors
-    names = match_names(described, config, folder, unnormed)  # once more: this is what will be used
-    return from_diffusers({name: theirs.pop(stored) for name, stored in names.items()}, config)
+    return theirs, described
 
 
 def match_names(described: Described, config: AdmConfig, folder: Path, unnormed: bool) -> dict[str, str]:
@@ -201,14 +208,28 @@ def match_names(described: Described, config: AdmConfig, folder: Path, unnormed:
         raise ArtifactError(f"{unet}: {len(described)} tensors are too few for layers_per_block={config.res_blocks}")
     ours = {name: torch.empty(shape, device="meta") for name, shape in _shapes(config).items()}
     need = {name: tuple(tensor.shape) for name, tensor in to_diffusers(ours, config).items()}
-    have = {_current(name): name for name in described}
-    missing, extra = [n for n in need if n not in have], [s for n, s in have.items() if n not in need]
-    if unnormed and any(name.startswith(MID_NORM) for name in missing):
+    if unnormed and not any(name.startswith(MID_NORM) for name in described):
         raise ArtifactError(
             f'{unet / "config.json"}: resnet_time_scale_shift is "scale_shift" without attn_norm_num_groups, and the '
             f"weights lack {MID_NORM}: a known broken conversion; convert the original again with attn_norm_num_groups "
             "32, or fetch the folder again, which was mended on the hub"
         )
+    return matched(described, need, unet)
+
+
+def matched(described: Described, need: Mapping[str, tuple[int, ...]], unet: Path) -> dict[str, str]:
+    """Return {tensor of UNet2DModel: its name in the files}.
+
+    Args:
+        described: what the files hold.
+        need: shapes of the network's tensors, by diffusers' names of today.
+        unet: folder of the files.
+
+    Raises:
+        ArtifactError: a tensor is missing, left over, or of another shape or type.
+    """
+    have = {_current(name): name for name in described}
+    missing, extra = [n for n in need if n not in have], [s for n, s in have.items() if n not in need]
     if missing or extra or len(have) != len(described):
         told = [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
         raise ArtifactError(f"{unet}: weights and config.json do not fit: {'; '.join(told) or 'a name occurs twice'}")

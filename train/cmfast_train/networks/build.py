@@ -16,15 +16,17 @@ from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
 from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.precision import float32_weights
+from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
 
 # Every configuration has image_size, image_shape, channels and classes; networks are called with
 # (x, c_noise), and label=, c_noise_next= where they have them.
-NetworkConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig
-_TYPES: dict[str, tuple[type[Any], type[nn.Module]]] = {
+NetworkConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig
+_TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),
     "cloneofsimo": (CloneofsimoConfig, CloneofsimoUnet),
     "song": (SongConfig, SongUnet),
     "dhariwal": (DhariwalConfig, DhariwalUnet),
+    "unet2d": (Unet2dConfig, unet2d),
 }
 _FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
 _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every tensor
@@ -32,6 +34,7 @@ _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every 
     "cloneofsimo": cloneofsimo_sizes,
     "song": lambda fields: edm_sizes(fields, song=True),
     "dhariwal": lambda fields: edm_sizes(fields, song=False),
+    "unet2d": unet2d_sizes,
 }
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmfast.errors import CmfastError
+
 TRUNKS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,7 +50,15 @@ def convert_trunk(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert the convolutions of a network, in place. Its linear layers, all of the noise embedding, stay float32.
 
     A cast stands at every border between the two (`cast` in the networks), so the types follow from the weights.
+
+    Raises:
+        CmfastError: it has no such borders, so its half precision is made on the exported graph.
     """
+    if dtype != torch.float32 and getattr(network, "half_on_graph", False):
+        raise CmfastError(
+            f"{str(dtype).removeprefix('torch.')} of a network of diffusers is made on the exported graph only; in "
+            "PyTorch use fp32"
+        )
     for module in network.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             module.to(dtype)
