@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What `gpu.py train` was asked for."""
+    """The request of `gpu.py train`."""
 
     preset: str
     settings: tuple[str, ...]

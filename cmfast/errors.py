@@ -23,7 +23,7 @@ class ArtifactError(CmfastError):
 
 
 class EngineError(CmfastError):
-    """An engine or a device was asked for and cannot be had. There is no fallback."""
+    """A backend or a device is unavailable, or failed. There is no fallback."""
 
 
 class OutOfMemory(EngineError):

@@ -46,7 +46,7 @@ def load(
 ) -> Model:
     """Open a model file (.onnx; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
-    device     cpu or cuda; one that cannot be had is an error, never a silent substitute. None: cuda for a TensorRT
+    device     cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
                engine, which runs nowhere else, and cpu for everything else
     threads    CPU threads; None leaves the choice to the engine
     variant    a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...

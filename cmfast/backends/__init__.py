@@ -59,7 +59,7 @@ def open_backend(
 ) -> Backend:
     """Open a model file with the engine that its suffix stands for.
 
-    device     cpu or cuda; one that cannot be had is an error. None: cuda for a TensorRT engine, which runs nowhere
+    device     cpu or cuda; an unavailable one is an error. None: cuda for a TensorRT engine, which runs nowhere
                else, and cpu for everything else
     threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
     variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the engine

@@ -221,7 +221,7 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
                 return EngineError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
         if not why or any(f"{library} failure" in why for library in ("CUDA", "CUBLAS", "CUDNN")):
             said = f": {why}" if why else " and fell back to another provider"
-            return EngineError(f"device cuda was asked for, but {this} could not start it{said}; see nvidia-smi")
+            return EngineError(f"device cuda was requested, but {this} could not start it{said}; see nvidia-smi")
         if "graph capture" in why:
             fix = "use it without that variant, or export it with a fixed --batch"
             return EngineError(f"{path}: {this} cannot run it as a CUDA graph; {fix}: {why}")
@@ -263,7 +263,7 @@ def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
             what = "TensorRT" if name == TENSORRT else "CUDA"
             asked = "variant tensorrt" if name == TENSORRT else "device cuda"
             raise EngineError(
-                f"{asked} was asked for, but the installed onnxruntime {ort.__version__} is a build without {what}; "
+                f"{asked} was requested, but the installed onnxruntime {ort.__version__} is a build without {what}; "
                 "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
             )
     gpu = cuda.open_gpu()

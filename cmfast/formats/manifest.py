@@ -282,7 +282,7 @@ def rounding(dtype: str, device: str) -> float:
 
 
 def compare_sha256(file: Path, found: str, wanted: str) -> None:
-    """Raise ArtifactError unless what a file hashes to is what was asked for."""
+    """Raise ArtifactError unless a file has the requested hash."""
     if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
         raise CmfastError(f"a SHA-256 has 64 hex digits, got {wanted!r}")
     if found != wanted.lower():

@@ -179,7 +179,7 @@ def test_a_float32_file_is_not_run_by_a_provider_that_only_knows_tensorfloat(
     if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has TensorRT")
     said = (
-        f"variant tensorrt was asked for, but the installed onnxruntime {VERSION} is a build without TensorRT; "
+        f"variant tensorrt was requested, but the installed onnxruntime {VERSION} is a build without TensorRT; "
         "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
     )
     with pytest.raises(EngineError, match=re.escape(said)):

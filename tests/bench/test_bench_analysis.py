@@ -210,7 +210,7 @@ def test_a_cost_that_is_none_is_nobodys(cost: Any) -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int | None]]:
-    """Make every machine one of 1 GFLOP/s and 1 GB/s; return what was asked for."""
+    """Make every machine one of 1 GFLOP/s and 1 GB/s; return what was requested."""
     asked: list[tuple[str, str, int | None]] = []
 
     def measure(device: str, dtype: str, threads: int | None) -> Ceilings:

@@ -192,7 +192,7 @@ def test_a_device_that_is_not_there_is_an_error_and_not_a_cpu(
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     result = call(main, tiny_checkpoint(), "--device", "cuda", "-o", tmp_path / "grid.png")
-    refused(result, "device cuda was asked for, but PyTorch")
+    refused(result, "device cuda was requested, but PyTorch")
     assert content(tmp_path) == []
 
 

@@ -299,12 +299,12 @@ def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def fails() -> None:
-        raise EngineError("device cuda was asked for, but there is none")
+        raise EngineError("device cuda was requested, but there is none")
 
     monkeypatch.setattr(precision_search, "check_cuda", fails)
     monkeypatch.setattr(precision_search, "export_onnx_as", None)
     options = ("-o", tmp_path / "model.onnx", "--precision", "auto", "--device", "cuda")
-    refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was asked for, but there is none")
+    refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was requested, but there is none")
 
 
 def test_opset_0_is_no_opset(tiny_checkpoint: Factory) -> None:

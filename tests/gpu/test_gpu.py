@@ -584,7 +584,7 @@ def test_onnx_runtime_without_cuda_is_an_error_with_the_line_that_installs_it(ha
     with pytest.raises(EngineError) as caught:
         cmfast.load(handmade_onnx(8), device="cuda")
     assert str(caught.value) == (
-        f"device cuda was asked for, but the installed onnxruntime {onnxruntime.__version__} is a build without CUDA; "
+        f"device cuda was requested, but the installed onnxruntime {onnxruntime.__version__} is a build without CUDA; "
         "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
     )
 
@@ -595,7 +595,7 @@ def test_pytorch_without_cuda_is_an_error_that_names_the_cause(tiny_checkpoint: 
     cause = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
     with pytest.raises(EngineError) as caught:
         cmfast.load(tiny_checkpoint(0), device="cuda")
-    assert f"device cuda was asked for, but PyTorch {torch.__version__} {cause}" in str(caught.value)
+    assert f"device cuda was requested, but PyTorch {torch.__version__} {cause}" in str(caught.value)
 
 
 # Kernels.

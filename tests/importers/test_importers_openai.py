@@ -340,7 +340,7 @@ def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path:
         others = [text for text in enough if text.partition("=")[0] != wrong.partition("=")[0]]
         with pytest.raises(CmfastError, match=words):
             load_model(path, "openai", Told.parse([*others, wrong]))
-    with pytest.raises(CmfastError, match="scaling is said twice"):
+    with pytest.raises(CmfastError, match="scaling is given twice"):
         Told.parse(["scaling=boundary", "scaling=edm"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Progress: a bar on a terminal, lines in a log, silence where none was asked for."""
+"""Progress: a bar on a terminal, lines in a log, silence if none was requested."""
 
 from __future__ import annotations
 

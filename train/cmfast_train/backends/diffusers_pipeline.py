@@ -77,7 +77,7 @@ class DiffusersBackend:
                 f"model's images have {channels}; leave diffusers out, cmfast runs the folder itself"
             )
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
+            raise EngineError("device cuda was requested, but PyTorch finds no CUDA device; use --device cpu")
         set_threads(threads)
         self._process = os.getpid()
         self.manifest = Manifest(kind="denoiser", spec=draft.spec, source=draft.source)

@@ -270,7 +270,7 @@ def _check(model: object, device: str, variant: str, precision: str) -> tuple[st
     if device == "cuda" and not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         raise EngineError(
-            f"device cuda was asked for, but PyTorch {torch.__version__} {why}; "
+            f"device cuda was requested, but PyTorch {torch.__version__} {why}; "
             "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
         )
     words = _words(model, device, variant)

@@ -23,7 +23,7 @@ Examples:
   cmfast-ema runs/photos --std 0.2 --dry-run            say how near the snapshots come
 """
 
-LIMIT = 0.2  # error of the profile above which the result is not the average that was asked for
+LIMIT = 0.2  # error of the profile above which the result is not the requested average
 
 
 @click.command("cmfast-ema", epilog=EPILOG)

@@ -167,7 +167,7 @@ def _rows(config: EvalConfig, subject: _Subject, number: int) -> Iterator[dict[s
 def _search(
     config: EvalConfig, subject: _Subject, reference: Reference, number: int, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Print each level tried, write the best where that was asked for; return {before, best, fd, written}."""
+    """Print each level tried, write the best if requested; return {before, best, fd, written}."""
     assert subject.model is not None
     assert subject.checkpoint is not None
     model, spec = subject.model, subject.checkpoint.spec

@@ -91,7 +91,7 @@ class Told:
             if not equals:
                 raise CmfastError(f"--set {text}: expected NAME=VALUE")
             if name in values:
-                raise CmfastError(f"--set {text}: {name} is said twice")
+                raise CmfastError(f"--set {text}: {name} is given twice")
             values[name] = parse_field(text, cls, name, value)
         return cls(**values)
 
