@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cmfast.conditions import Condition
 from cmfast.spec import ModelSpec
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.phase import phase as new_phase
 from cmfast_train.denoiser import Denoiser, denoised
 from cmfast_train.methods import find, names
 from cmfast_train.methods.distances import distance_of
+from cmfast_train.methods.paths import expand
 from cmfast_train.methods.step import Step
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
@@ -25,27 +27,27 @@ from cmfast_train.training.ema import update_ema
 from cmfast_train.training.step_networks import StepNetworks, Student
 from helpers.specs import image_spec
 
-MEAN, STD = 0.3, 0.5  # of the data, one pixel
+MEAN, STD = 0.3, 0.5  # of the data; a condition, where there is one, is added to the mean
 SIGMAS = (0.02, 0.1, 0.5, 1.0, 3.0, 10.0, 80.0)  # where the model is compared with the solution
 BATCH = 256
 
 
 class Affine(nn.Module):
-    """F(x, c) = a(c) x + b(c): of Gaussian data, every denoiser and every consistency function is of this form."""
+    """F(x, c, offset) = a(c) x + b(c) + d(c) offset: the form of all denoisers and consistency functions here."""
 
     def __init__(self, two_times: bool) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(2 if two_times else 1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2)
+            nn.Linear(2 if two_times else 1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 3)
         )
 
-    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, c_noise_next: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, offset: Tensor | None = None, c_noise_next: Tensor | None = None) -> Tensor:
         two = self.body[0].in_features == 2
         times = (
             torch.stack([c, torch.zeros_like(c) if c_noise_next is None else c_noise_next], 1) if two else c[:, None]
         )
-        a, b = self.body(times)[..., None, None].unbind(1)
-        return a[..., None] * x + b[..., None]
+        a, b, d = (expand(values, x) for values in self.body(times).unbind(1))
+        return a * x + b + d * moved(x, offset)
 
 
 class Exact(nn.Module):
@@ -55,25 +57,40 @@ class Exact(nn.Module):
         super().__init__()
         self.spec = spec
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        variance = sigma[:, None, None, None] ** 2
-        return (STD**2 * x + variance * MEAN) / (STD**2 + variance)
+    def forward(self, x: Tensor, sigma: Tensor, offset: Tensor | None = None) -> Tensor:
+        variance = expand(sigma, x) ** 2
+        return (STD**2 * x + variance * (MEAN + moved(x, offset))) / (STD**2 + variance)
 
 
-def solution(x: Tensor, sigma: float, sigma_min: float) -> Tensor:
+def solution(x: Tensor, sigma: float, sigma_min: float, offset: Tensor | None = None) -> Tensor:
     """Return where the probability-flow ODE leads from (x, sigma)."""
-    return MEAN + (x - MEAN) * math.sqrt((STD**2 + sigma_min**2) / (STD**2 + sigma**2))
+    mean = MEAN + moved(x, offset)
+    return mean + (x - mean) * math.sqrt((STD**2 + sigma_min**2) / (STD**2 + sigma**2))
 
 
-def spec_of(method: str) -> ModelSpec:
+def moved(x: Tensor, offset: Tensor | None) -> Tensor | float:
+    """Return what a condition [B, 1] adds to the mean of each value of x."""
+    return 0.0 if offset is None else expand(offset[:, 0], x)
+
+
+def samples(spec: ModelSpec, n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return data and their conditions."""
+    x0 = MEAN + STD * torch.randn(n, *spec.shape, generator=generator)
+    if not spec.conditions:
+        return x0, {}
+    offset = torch.rand(n, 1, generator=generator) - 0.5
+    return x0 + moved(x0, offset), {"offset": offset}
+
+
+PIXEL: dict[str, Any] = {"shape": (1, 1, 1)}
+SEQUENCE: dict[str, Any] = {"shape": (3, 2), "conditions": (Condition(name="offset", shape=(1,)),)}  # [T, A]
+
+
+def new_student(method: str, kind: dict[str, Any] = PIXEL) -> Student:
+    torch.manual_seed(0)
     row = find(method)
     scaling = row.scaling or ("edm" if method == "pd" else "boundary")
-    return image_spec(image=(1, 1, 1), scaling=scaling, c_noise=row.c_noise or "ln/4")
-
-
-def new_student(method: str) -> Student:
-    torch.manual_seed(0)
-    spec = spec_of(method)
+    spec = ModelSpec(**kind, data="array", scaling=scaling, c_noise=row.c_noise or "ln/4")
     return Student(Denoiser(Affine(find(method).second_time), spec), new_phase(method, 1).needs.log_variance)
 
 
@@ -93,17 +110,17 @@ def train(phase: Phase, steps: int, student: Student, teacher: Any, lr: float, s
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     for done in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - done / steps)
-        x0 = MEAN + STD * torch.randn(BATCH, 1, 1, 1, generator=generator)
+        x0, conditions = samples(student.denoiser.spec, BATCH, generator)
         step = Step(
             hyper=phase.hyper,
             spec=student.denoiser.spec,
             networks=networks,
-            distance=distance_of(phase.needs, 1, None),
+            distance=distance_of(phase.needs, math.prod(x0.shape[1:]), None),
             constants=phase.constants(done, steps),
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
             uniform=torch.rand(BATCH, 4, generator=generator),
-            conditions={},
+            conditions=conditions,
         )
         loss, sigma = phase.row.function()(step)
         assert loss.shape == sigma.shape == (BATCH,)
@@ -116,13 +133,13 @@ def train(phase: Phase, steps: int, student: Student, teacher: Any, lr: float, s
     return average.eval().requires_grad_(False)
 
 
-def worst_error(denoiser: Any, truth: Any, sigmas: tuple[float, ...] = SIGMAS) -> float:
-    """Return the largest root mean square error against truth(x, sigma), over noise levels."""
+def worst_error(denoiser: Denoiser, truth: Any, sigmas: tuple[float, ...] = SIGMAS) -> float:
+    """Return the largest root mean square error against truth(x, sigma, **conditions), over noise levels."""
     generator, worst = torch.Generator().manual_seed(99), 0.0
     for sigma in sigmas:
-        x = MEAN + STD * torch.randn(4096, 1, 1, 1, generator=generator)
+        x, conditions = samples(denoiser.spec, 4096, generator)
         x = x + sigma * torch.randn(x.shape, generator=generator)
-        error = denoiser(x, torch.full([len(x)], sigma)) - truth(x, sigma)
+        error = denoiser(x, torch.full([len(x)], sigma), **conditions) - truth(x, sigma, **conditions)
         worst = max(worst, float(error.square().mean().sqrt()))
     return worst
 
@@ -157,13 +174,13 @@ CONVERGENT: dict[str, tuple[int, float, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("method", CONVERGENT)
-def test_it_converges_to_the_consistency_function(method: str) -> None:
+def test_it_converges_to_the_consistency_function_of_sequences_with_a_condition(method: str) -> None:
     steps, lr, values = CONVERGENT[method]
-    student = new_student(method)
+    student = new_student(method, SEQUENCE)
     spec = student.denoiser.spec
 
-    def truth(x: Tensor, sigma: float) -> Tensor:
-        return solution(x, sigma, spec.sigma_min)
+    def truth(x: Tensor, sigma: float, offset: Tensor) -> Tensor:
+        return solution(x, sigma, spec.sigma_min, offset)
 
     assert worst_error(copy_of(student.denoiser).requires_grad_(False), truth) > 0.1  # it is not there at the start
     model = train(phase_of(method, **values), steps, student, Exact(spec), lr)
