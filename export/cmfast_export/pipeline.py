@@ -127,7 +127,8 @@ def export_onnx(
         opset: of ONNX, 18 to 23; None: the oldest that can express the graph.
         precision: fp32, tf32, fp16 or bf16: what the network computes in.
         guidance: of a sampler: weight of classifier-free guidance, two evaluations a step.
-        null: with guidance: what stands for no condition, by name: a class, or the value that fills a tensor.
+        null: with guidance: what stands for no condition, by name: a class, or the value that fills a tensor; None:
+            what the model declares.
         device: where the file is run for its verification: cpu, whose missing arithmetic is emulated, or cuda.
         tolerance: largest allowed absolute difference from float32 PyTorch, data units; None: what rounding to this
             precision may cost (`cmfast.formats.manifest.rounding`).
@@ -174,9 +175,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     tolerance = rounding(dtype, request.device) if request.tolerance is None else request.tolerance
     spec = references[0].manifest.spec
     levels = spec.levels(request.steps, request.sigmas) if kind != "denoiser" else ()
-    guidance = None if request.guidance is None else Guidance(weight=request.guidance, null=request.null)
-    if guidance:
-        guidance.check(spec)
+    guidance = None if request.guidance is None else Guidance.of(request.guidance, request.null, spec)
     flavour = request.flavour
 
     check = _Check(

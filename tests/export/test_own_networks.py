@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import cmfast
+import cmfast_export
+import cmfast_train
 from cmfast.conditions import some_values
 from cmfast.errors import CmfastError
 from cmfast.noise import slices
@@ -188,12 +191,20 @@ def test_guidance_in_the_graph_is_guidance_in_the_loop(name: str, null: dict[str
     assert np.abs(got - drawn(denoiser, noise, conditions, SIGMAS)).max() > 1e-3
 
 
+def test_what_stands_for_no_condition_is_taken_from_the_model(tmp_path: Path) -> None:
+    denoiser = wrapped("mlp of classes", null={"label": 4})
+    found = export_onnx(denoiser, tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS, guidance=2.0)
+    assert found.manifest.made_by["guidance"] == "2 label=4"
+    assert found.manifest.spec.conditions[0].null == 4
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"guidance": 2.0}, "--guidance is for a sampler"),
         ({"kind": "sampler", "guidance": 2.0}, "what stands for no condition, for example --null label=10"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"label": 5}}, "need a class from 0 to 4"),
+        ({"kind": "sampler", "guidance": float("nan"), "null": {"label": 4}}, "needs a finite weight"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"state": 0}}, "no such condition; this model has label"),
         ({"null": {"label": 0}}, "add --guidance"),
     ],
@@ -287,6 +298,8 @@ def test_a_wrong_graph_is_caught_at_one_of_three_batches(tmp_path: Path, monkeyp
         ({"shape": (1, 2, 3, 4, 5)}, "shape must be one to 4"),
         ({"scaling": "vp"}, "scaling must be one of"),
         ({"encoders": {"image": nn.Identity()}}, "encoders are {condition: torch.nn.Module}"),
+        ({"null": {"label": 1}}, "null has 'label', and the conditions are none"),
+        ({"times": {"beta": 1}}, "times has no 'beta'; there are schedule"),
         ({"net": "net"}, "net must be a torch.nn.Module"),
         ({"net": nn.Linear(2, 2).half()}, "the weight weight is torch.float16; pass net.float()"),
     ],
@@ -423,3 +436,58 @@ def test_engines_of_a_conditioned_network_have_a_profile_of_its_sizes(tmp_path: 
         )
         assert built.manifest.spec.conditions == wrapped(name).spec.conditions
         assert built.manifest.engine.get("sizes") == ([1, 8, 32] if "sequence" in name else None)
+
+
+@pytest.mark.parametrize("name", ["DiT of a sequence and a class", "guidance as a number", "1-D U-Net of a vector"])
+def test_a_conditioned_network_is_served_by_a_repository_that_fits_its_graph(name: str, tmp_path: Path) -> None:
+    from cmfast_export.targets.triton_repository import client_example, write_repository
+
+    denoiser = wrapped(name).eval()
+    export_onnx(denoiser, tmp_path / "m.onnx", kind="server", sigmas=SIGMAS[:2])
+    noise = slices(3, range(4), 2, denoiser.spec.shape)
+    conditions = some_values(denoiser.spec.conditions, 4, seed=3, size=5)
+    got = cmfast.load(tmp_path / "m.onnx").from_noise(noise, SIGMAS[:2], conditions=conditions)
+    np.testing.assert_allclose(got, drawn(denoiser, noise, conditions, SIGMAS[:2]), rtol=0, atol=1e-5)
+
+    written = write_repository(tmp_path / "models", [tmp_path / "m.onnx"])
+    compile(client_example(written), "client.py", "exec")
+    model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    config = text_format.Parse((tmp_path / "models/m/config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    for declared, values in ((config.input, graph.input), (config.output, graph.output)):
+        shapes = {
+            value.name: [size.dim_value or -1 for size in value.type.tensor_type.shape.dim][1:] for value in values
+        }
+        one_number = {tensor.name for tensor in declared if tensor.HasField("reshape")}
+        assert {tensor.name: [] if tensor.name in one_number else [*tensor.dims] for tensor in declared} == shapes
+        assert one_number <= {"guidance"}
+    for warmup in config.model_warmup:
+        assert all(size > 0 for value in warmup.inputs.values() for size in value.dims)
+
+
+def test_an_engine_is_built_in_one_call(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    built = cmfast_export.export_engine(
+        wrapped("1-D U-Net of a vector"), tmp_path / "p.engine", kind="sampler", sigmas=SIGMAS[:1], batch=(1, 1, 4)
+    )
+    assert (built.manifest.kind, built.manifest.engine["batch"]) == ("sampler", [1, 1, 4])
+    assert [path.name for path in tmp_path.iterdir()] == ["p.engine"]
+    with pytest.raises(CmfastError, match="exported already"):
+        cmfast_export.export_engine(tmp_path / "p.onnx", tmp_path / "q.engine", kind="sampler")
+
+
+def test_the_names_of_the_packages_are_there_without_their_import_of_torch() -> None:
+    code = (
+        "import cmfast_train, cmfast_export, sys\n"
+        "assert {'wrap', 'Denoiser'} <= set(dir(cmfast_train))\n"
+        "assert {'export_onnx', 'export_engine'} <= set(dir(cmfast_export))\n"
+        "assert not {'torch', 'onnx', 'numpy'} & sys.modules.keys()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert (cmfast_export.export_onnx, cmfast_train.wrap) == (export_onnx, wrap)
+    for package in (cmfast_export, cmfast_train):
+        assert all(hasattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            package.nothing  # noqa: B018

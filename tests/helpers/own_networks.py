@@ -33,6 +33,18 @@ class Mlp(nn.Module):
         return result
 
 
+class Guided(nn.Module):
+    """Distilled with guidance: its weight is a condition, one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.weight = Mlp(6), nn.Linear(1, 6)
+
+    def forward(self, x: Tensor, c_noise: Tensor, guidance: Tensor) -> Tensor:
+        result: Tensor = self.body(x, c_noise) * self.weight(guidance[:, None])
+        return result
+
+
 class UNet1d(nn.Module):
     """As in Diffusion Policy: actions x [B, T, A], an observation vector, convolutions over time."""
 
@@ -155,6 +167,12 @@ CASES = {
         make=Dit, shape=(3, 8, 8), conditions={"tokens": (None, 6), "label": 4}, more={"scaling": "boundary"}
     ),
     "3-D convolution of an image": Case(make=Conv3d, shape=(2, 4, 6, 6), conditions={"coarse": (2, 4, 6, 6)}),
+    "guidance as a number": Case(make=Guided, shape=(6,), conditions={"guidance": ()}),
+    "discrete times": Case(
+        make=lambda: Mlp(6),
+        shape=(6,),
+        more={"scaling": "vp_v", "c_noise": "discrete", "times": {"steps": 100}},
+    ),
     "flow map": Case(make=FlowMap, shape=(6,), more={"second_time": True, "renoise": "ddim"}),
     "diffusers' UNet2DModel": Case(make=diffusers_unet, shape=(1, 8, 8), more={"c_noise": "250ln"}),
 }

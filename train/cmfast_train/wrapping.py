@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmfast.conditions import Condition
 from cmfast.errors import CmfastError, shown
+from cmfast.schedule import DiscreteTimes
 from cmfast.spec import ModelSpec
 from cmfast_train.denoiser import Denoiser
 
@@ -24,7 +26,9 @@ def wrap(
     scaling: str,
     c_noise: str,
     conditions: Mapping[str, Declared] | None = None,
+    null: Mapping[str, float] | None = None,
     encoders: Mapping[str, nn.Module] | None = None,
+    times: DiscreteTimes | Mapping[str, Any] | None = None,
     data: str = "auto",
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
@@ -46,8 +50,12 @@ def wrap(
         c_noise: how the network is given the noise level, one of `cmfast.spec.C_NOISES`.
         conditions: name: number of classes, or sizes of a tensor without the batch; None, or a name that several
             share, is a size that differs from call to call.
+        null: name of a condition: what stands for no condition, as in guidance: a class, which may be one
+            more than there are, or the number that fills a tensor.
         encoders: name of a condition: module that encodes it; `net` is given its output. A sampler graph evaluates it
             once, not once a step.
+        times: of c_noise "discrete" and the scalings of LCM: the table of times, as in
+            {"schedule": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}.
         data: image or array; auto: images where the shape is (1 or 3, H, W).
         sigma_min: noise level where the model is the identity, data units.
         sigma_max: noise level where sampling starts, data units.
@@ -62,10 +70,17 @@ def wrap(
     """
     if not isinstance(net, nn.Module):
         raise CmfastError(f"net must be a torch.nn.Module, got {shown(net)}")
-    declared = tuple(_condition(name, what) for name, what in (conditions or {}).items())
+    named = {name: _condition(name, what) for name, what in (conditions or {}).items()}
+    for name, value in (null or {}).items():
+        if name not in named:
+            raise CmfastError(f"null has {shown(name)}, and the conditions are {', '.join(named) or 'none'}")
+        named[name] = replace(named[name], null=value)
+    declared = tuple(named.values())
+    if isinstance(times, Mapping):
+        times = discrete_times(times)
     spec = ModelSpec(
         shape=tuple(shape), data=data, conditions=declared, second_time=second_time, sigma_min=sigma_min,
-        sigma_max=sigma_max, sigma_data=sigma_data, scaling=scaling, c_noise=c_noise, renoise=renoise,
+        sigma_max=sigma_max, sigma_data=sigma_data, scaling=scaling, c_noise=c_noise, times=times, renoise=renoise,
         clip=bool(clip), sigmas={1: (sigma_max,)} if sigmas is None else {k: tuple(v) for k, v in sigmas.items()},
     )  # fmt: skip
     if clip is None:
@@ -76,6 +91,14 @@ def wrap(
     network = Encoded(net, encoders) if encoders else net
     check_float32(network)
     return Denoiser(network, spec)
+
+
+def discrete_times(values: Mapping[str, Any]) -> DiscreteTimes:
+    """Return the table of times that a mapping describes."""
+    names = [each.name for each in fields(DiscreteTimes)]
+    if unknown := [name for name in values if name not in names]:
+        raise CmfastError(f"times has no {shown(unknown[0])}; there are {', '.join(names)}")
+    return DiscreteTimes(**values)
 
 
 class Encoded(nn.Module):

@@ -11,7 +11,7 @@ the graph once; the rest is there once a step, or twice with guidance. The copie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,28 +40,36 @@ class Guidance:
     """
 
     weight: float
-    null: Mapping[str, float] = field(default_factory=dict)
+    null: Mapping[str, float]
 
     @property
     def in_words(self) -> str:
         """What the manifest records."""
         return " ".join([f"{self.weight:g}", *(f"{name}={value:g}" for name, value in self.null.items())])
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise CmfastError unless the model has these conditions, and what stands for none is a value of theirs."""
+    @classmethod
+    def of(cls, weight: float, null: Mapping[str, float], spec: ModelSpec) -> Guidance:
+        """Return the guidance of a model: `null`, else what its conditions declare (`Condition.null`).
+
+        Raises:
+            CmfastError: nothing stands for no condition, or what does is no value of a condition.
+        """
         conditions = {condition.name: condition for condition in spec.conditions}
         have = ", ".join(conditions) or "none"
-        if not self.null or not np.isfinite(self.weight):
+        declared = {name: each.null for name, each in conditions.items() if each.null is not None}
+        made = cls(weight=weight, null=dict(null or declared))
+        if not made.null or not np.isfinite(weight):
             raise CmfastError(
                 f"--guidance needs a finite weight and what stands for no condition, for example --null label=10; this "
-                f"model has the conditions {have}"
+                f"model has the conditions {have}, and declares none"
             )
-        for name, value in self.null.items():
+        for name, value in made.null.items():
             if name not in conditions:
                 raise CmfastError(f"--null {name}={value:g}: no such condition; this model has {have}")
-            classes = conditions[name].classes
-            if classes and (value != int(value) or not 0 <= value < classes):
-                raise CmfastError(f"--null {name}={value:g}: need a class from 0 to {classes - 1}")
+            entries = conditions[name].entries
+            if entries and (value != int(value) or not 0 <= value < entries):
+                raise CmfastError(f"--null {name}={value:g}: need a class from 0 to {entries - 1}")
+        return made
 
 
 def sampler_graph(
@@ -84,7 +92,6 @@ def sampler_graph(
 
     once = [dict(zip(given, conditions, strict=True))]
     if guidance:
-        guidance.check(spec)
         once.append({old: builder.null(new, guidance.null) for old, new in once[0].items()})
     for known, suffix in zip(once, ("", ".null"), strict=False):
         builder.copy(parts.once, known, suffix)
