@@ -9,7 +9,6 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 GPU_FLAGS ?=
 GPU_OUT ?= runs/gpu
-comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -50,15 +49,9 @@ docs: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000 --json benchmarks/results/fuzz.json
 
-# What tests/cpp compile with, by Debian package where that is possible; tests that lack a tool are skipped by its name.
-CPP_TOOLS := g++:g++ clang++:clang,libclang-rt-dev cmake:cmake pkg-config:pkg-config
-CPP_MISSING = $(foreach tool,$(CPP_TOOLS),$(if $(shell command -v $(firstword $(subst :, ,$(tool)))),,$(lastword $(subst :, ,$(tool)))))
-cpp-tools: missing = $(sort $(subst $(comma), ,$(CPP_MISSING)))
+# g++, clang++, CMake and pkg-config, where Debian's packages can be installed; else tests are skipped by a tool's name.
 cpp-tools:
-	@if [ -n "$(missing)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(missing) \
-	    > /dev/null || echo "tests that need $(missing) will be skipped"; \
-	fi
+	@sh tests/cpp/tools.sh
 
 # libFuzzer on the C++ readers, from a corpus of one exported file; FUZZ_SECONDS sets how long.
 FUZZ_SECONDS ?= 60
