@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from cmfast.backends import open_backend
-from cmfast.backends._onnxruntime_library import import_onnxruntime
+from cmfast.backends.onnxruntime_library import import_onnxruntime
 from cmfast.bench.timing import provenance
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError

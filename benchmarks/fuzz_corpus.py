@@ -17,7 +17,7 @@ import onnx
 import torch
 from onnx import helper
 
-from cmfast.cli.info import _lines
+from cmfast.cli.info import lines_of
 from cmfast.conditions import class_label
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
 from cmfast.formats.protobuf import read_onnx_model
@@ -84,7 +84,7 @@ def _read_manifest(data: bytes, folder: Path) -> object:
     manifest.to_json()
     if manifest.engine:  # of a plan, whose reader checks more
         check_engine(manifest, "input")
-    return _lines(file, manifest, {"ir": 8, "opset": 18})
+    return lines_of(file, manifest, {"ir": 8, "opset": 18})
 
 
 def _onnx_files(folder: Path) -> list[bytes]:

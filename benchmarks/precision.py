@@ -21,8 +21,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends._tensorrt_library import LIBRARIES
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
+from cmfast.backends.tensorrt_library import LIBRARIES
 from cmfast.bench.timing import provenance
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmfast.backends._origin import Origin, states_of
+from cmfast.backends.origin import Origin, states_of
 from cmfast.backends.protocol import VARIANTS as VARIANTS
 from cmfast.backends.protocol import Backend as Backend
 from cmfast.backends.protocol import DeviceTimes as DeviceTimes
@@ -104,7 +104,7 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
         if sha256 is None:
             engine = engine_type(file, device, threads, variant, precision)
             return engine
-        from cmfast.backends._pinned import pinned
+        from cmfast.backends.pinned import pinned
 
         with pinned(file, sha256) as same:
             engine = engine_type(same, device, threads, variant, precision)

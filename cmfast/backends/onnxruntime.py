@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ONNX Runtime, on the CPU or on CUDA (`_onnxruntime_cuda`)."""
+"""ONNX Runtime, on the CPU or on CUDA (`onnxruntime_cuda`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import _cuda as cuda
-from cmfast.backends._onnxruntime_cuda import CudaSession
-from cmfast.backends._onnxruntime_library import (
+from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.onnxruntime_cuda import CudaSession
+from cmfast.backends.onnxruntime_library import (
     CPU,
     CUDA,
     TENSORRT,
@@ -26,7 +26,7 @@ from cmfast.backends._onnxruntime_library import (
     missing_library,
     quiet,
 )
-from cmfast.backends._origin import Origin, pickled
+from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.checks import MAX_BATCH
 from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error
@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
              takes what TensorRT does not
 
     The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
-    TensorFloat-32 (`artifact.may_use_tf32`). `_onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
+    TensorFloat-32 (`artifact.may_use_tf32`). `onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
     TensorFloat-32 for both unless NVIDIA_TF32_OVERRIDE=0 is in the environment: it has no option.
 
     One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import _cuda as cuda
-from cmfast.backends._clock import Clock
-from cmfast.backends._origin import Origin, pickled
-from cmfast.backends._tensorrt_library import (
+from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.cache import check_cache, read_entry, write_entry
+from cmfast.backends.clock import Clock
+from cmfast.backends.origin import Origin, pickled
+from cmfast.backends.protocol import Inputs
+from cmfast.backends.tensorrt_library import (
     LIBRARIES,
     cuda_major,
     import_library,
@@ -32,8 +34,6 @@ from cmfast.backends._tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.backends.cache import check_cache, read_entry, write_entry
-from cmfast.backends.protocol import Inputs
 from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
 from cmfast.formats.manifest import Manifest, check_file, compare_sha256
 from cmfast.formats.tensorrt_plan import parse_plan

@@ -155,9 +155,9 @@ def check_float32(backend: Backend, device: str, variant: str) -> None:
                 "NVIDIA_TF32_OVERRIDE=0 in the environment, or time a file in fp16"
             )
         return
-    from cmfast.backends import _onnxruntime_float32
+    from cmfast.backends import onnxruntime_float32
 
-    _onnxruntime_float32.check_float32(device)
+    onnxruntime_float32.check_float32(device)
 
 
 def plan(contenders: list[Contender], steps: int, batch: int, *, keep_going: bool = False) -> list[Job]:

@@ -223,7 +223,7 @@ def _matrix(side: int) -> npt.NDArray[np.float32]:
 
 def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: int | None) -> Callable[[], object]:
     """Return a call that runs y = op(... op(b, b) ..., b) in ONNX Runtime, everything on the device, and waits."""
-    from cmfast.backends._onnxruntime_library import CPU, CUDA, import_for, missing_library, quiet
+    from cmfast.backends.onnxruntime_library import CPU, CUDA, import_for, missing_library, quiet
 
     ort, element, provider = import_for(device, ""), _ELEMENT[dtype], {"cpu": CPU, "cuda": CUDA}[device]
     options = ort.SessionOptions()
@@ -263,7 +263,7 @@ def _graph_call(op: str, count: int, b: Any, device: str, dtype: str, threads: i
 
 def _need_provider(device: str) -> None:
     """Raise, before arrays are made, where ONNX Runtime is missing or has no kernels for the device."""
-    from cmfast.backends._onnxruntime_library import CUDA, has_provider, import_for
+    from cmfast.backends.onnxruntime_library import CUDA, has_provider, import_for
 
     ort = import_for(device, "")
     if device == "cuda" and not has_provider(ort, CUDA):

@@ -54,7 +54,7 @@ def command(model: Path, as_json: bool, tested: bool, source: str, assignments: 
         if as_json and verified is False:
             warnings.warn(f"{file}: {CHANGED}; its parity and cost are left out", CmfastWarning, stacklevel=1)
             manifest = replace(manifest, parity={}, cost={})
-        click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, versions, verified)))
+        click.echo(manifest.to_json(0) if as_json else _table(lines_of(file, manifest, versions, verified)))
         return
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
@@ -63,7 +63,7 @@ def command(model: Path, as_json: bool, tested: bool, source: str, assignments: 
         from cmfast.backends import open_backend
 
         manifest = open_backend(file).manifest
-        click.echo(manifest.to_json(0) if as_json else _table(_lines(file, manifest, {})))
+        click.echo(manifest.to_json(0) if as_json else _table(lines_of(file, manifest, {})))
         return
     with needs(f"reading {'a model folder' if file.is_dir() else f'a {file.suffix} file'}", "train"):
         describe = next(iter(found)).load()
@@ -71,7 +71,7 @@ def command(model: Path, as_json: bool, tested: bool, source: str, assignments: 
     if as_json:
         click.echo(own.to_json(0))
     else:
-        click.echo(_table(_lines(file, own, {}) if own else [("file", str(file)), *lines]))
+        click.echo(_table(lines_of(file, own, {}) if own else [("file", str(file)), *lines]))
 
 
 def _selftest(file: Path) -> str:
@@ -94,7 +94,7 @@ def _table(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{printable(name):<{width}} {printable(value)}" for name, value in lines)
 
 
-def _lines(
+def lines_of(
     file: Path, manifest: Manifest, versions: dict[str, int], verified: bool | None = True
 ) -> list[tuple[str, str]]:
     """Return lines (name, value); `verified`: the file computes what its manifest says, None: that is not recorded."""

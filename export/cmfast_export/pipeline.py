@@ -16,8 +16,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from cmfast.backends import Backend, open_backend
-from cmfast.backends._onnxruntime_library import import_onnxruntime
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
+from cmfast.backends.onnxruntime_library import import_onnxruntime
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
 from cmfast.formats.manifest import (

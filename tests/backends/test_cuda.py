@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Buffers, streams, events and graphs of `cmfast.backends._cuda`, with copies as the work: no library is needed for it.
+"""Buffers, streams, events and graphs of `cmfast.backends.cuda_runtime`, with copies as the work, without a library.
 
 Each test runs on `host_cuda`, and with `pytest -m gpu` on an NVIDIA GPU with cuda-bindings.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from cmfast.backends import DeviceTimes
-from cmfast.backends import _cuda as cuda
+from cmfast.backends import cuda_runtime as cuda
 from cmfast.errors import EngineError, OutOfMemory, engine_error
 from helpers.host_cuda import HostCuda
 

@@ -24,7 +24,7 @@ import torch
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import MAX_THREADS, _pinned, onnxruntime, open_backend
+from cmfast.backends import MAX_THREADS, onnxruntime, open_backend, pinned
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.formats import onnx_file
 from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_onnx
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_renamed_over_between_check_and_load_is_not_loaded(
     suffix: str, copies: bool, tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if copies:
-        monkeypatch.setattr(_pinned, "DESCRIPTORS", tmp_path / "none")
+        monkeypatch.setattr(pinned, "DESCRIPTORS", tmp_path / "none")
     path = Path(shutil.copy(tiny_checkpoint(10, suffix), tmp_path / f"model{suffix}"))
     other = Path(shutil.copy(tiny_checkpoint(0, suffix), tmp_path / f"other{suffix}"))
     real = torch_engine.load_model
@@ -186,7 +186,7 @@ def test_files_that_are_opened_at_once_leave_the_warnings_of_the_process_alone(
     opened, ended = threading.Event(), threading.Event()
 
     def second() -> None:
-        with _pinned.pinned(paths[1], file_sha256(paths[1])) as place:
+        with pinned.pinned(paths[1], file_sha256(paths[1])) as place:
             warnings.warn(f"{place}: of the second", CmfastWarning, stacklevel=1)
             opened.set()
             ended.wait(60)
@@ -194,7 +194,7 @@ def test_files_that_are_opened_at_once_leave_the_warnings_of_the_process_alone(
     thread = threading.Thread(target=second)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with _pinned.pinned(paths[0], file_sha256(paths[0])):
+        with pinned.pinned(paths[0], file_sha256(paths[0])):
             thread.start()
             opened.wait(60)
             warnings.warn("of nobody", UserWarning, stacklevel=1)
@@ -434,7 +434,7 @@ def test_a_graph_runs_in_a_forked_child_and_goes_there_without_a_crash(tmp_path:
 
 
 def test_a_gpu_is_not_used_after_a_fork() -> None:
-    from cmfast.backends._cuda import check_process
+    from cmfast.backends.cuda_runtime import check_process
 
     check_process(os.getpid(), "TensorRT cuda")
     with pytest.raises(EngineError, match=r"TensorRT cuda was opened before this process was forked.*spawn"):
@@ -548,7 +548,7 @@ def test_onnx_runtime_writes_nothing_to_the_home_folder_and_opens_no_socket(
 
 
 def test_a_user_who_wants_telemetry_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmfast.backends._onnxruntime_library import disable_telemetry
+    from cmfast.backends.onnxruntime_library import disable_telemetry
 
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     disable_telemetry()
@@ -568,4 +568,4 @@ def test_only_one_module_imports_onnx_runtime() -> None:
             for line in path.read_text().splitlines()
         )
     ]
-    assert found == ["cmfast/backends/_onnxruntime_library.py"]
+    assert found == ["cmfast/backends/onnxruntime_library.py"]

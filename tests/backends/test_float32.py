@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cmfast
-from cmfast.backends import _onnxruntime_float32 as in_onnxruntime
 from cmfast.backends import float32
+from cmfast.backends import onnxruntime_float32 as in_onnxruntime
 from cmfast.backends.float32 import Floats
 from cmfast.bench.contenders import check_float32
 from cmfast.errors import EngineError

@@ -21,10 +21,10 @@ import pytest
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import TimedBackend, _cuda, open_backend
+from cmfast.backends import TimedBackend, cuda_runtime, open_backend
 from cmfast.backends import onnxruntime as module
-from cmfast.backends._onnxruntime_cuda import KEPT, CudaSession
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
+from cmfast.backends.onnxruntime_cuda import KEPT, CudaSession
 from cmfast.errors import ArtifactError, EngineError
 from cmfast.formats.manifest import Manifest
 from helpers.specs import image_spec
@@ -195,8 +195,10 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def pretend(capability: str) -> None:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*module.PROVIDERS["tensorrt"], "CPU"])
-        monkeypatch.setattr(_cuda, "open_gpu", lambda: _cuda.Gpu(name="Test 1", compute_capability=capability))
-        monkeypatch.setattr(_cuda, "Stream", lambda: SimpleNamespace(handle=42))
+        monkeypatch.setattr(
+            cuda_runtime, "open_gpu", lambda: cuda_runtime.Gpu(name="Test 1", compute_capability=capability)
+        )
+        monkeypatch.setattr(cuda_runtime, "Stream", lambda: SimpleNamespace(handle=42))
 
     return pretend
 
@@ -283,7 +285,7 @@ def test_tensor_cores_are_off_for_float32_alone(dtype: str, tf32: str) -> None:
 
 
 class HostBuffer:
-    """`_cuda.Buffer` with both sides in host memory."""
+    """`cuda_runtime.Buffer` with both sides in host memory."""
 
     alive: ClassVar[set[HostBuffer]] = set()
 
@@ -297,8 +299,8 @@ class HostBuffer:
         HostBuffer.alive.remove(self)
 
 
-class HostStream(_cuda.Stream):
-    """`_cuda.Stream` that does at once what it is handed."""
+class HostStream(cuda_runtime.Stream):
+    """`cuda_runtime.Stream` that does at once what it is handed."""
 
     def __init__(self) -> None:
         self.waited = 0
@@ -336,7 +338,7 @@ class Bench:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    monkeypatch.setattr(_cuda, "Buffer", HostBuffer)
+    monkeypatch.setattr(cuda_runtime, "Buffer", HostBuffer)
     monkeypatch.setattr(HostBuffer, "alive", set())
     return Bench
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import ReleasingBackend, _cuda, open_backend, tensorrt
+from cmfast.backends import ReleasingBackend, cuda_runtime, open_backend, tensorrt
 from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
 from cmfast.formats.manifest import file_sha256
@@ -54,7 +54,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch, plans: dict[str, Path]) -> Open:
         plan = plans[kind]
         cuda = HostCuda()
         trt = HostTensorRt(cuda, plan.with_suffix(".onnx"), read_manifest(plan).engine["version"])
-        monkeypatch.setattr(_cuda, "runtime", lambda: cuda)
+        monkeypatch.setattr(cuda_runtime, "runtime", lambda: cuda)
         monkeypatch.setattr(tensorrt, "import_library", lambda name, what: trt)
         built = read_manifest(plan)
         manifest = replace(built, engine={**built.engine, "library": library})
@@ -168,11 +168,11 @@ def test_everything_is_freed_with_the_engine(on_host: Open) -> None:
 
 def test_a_buffer_whose_second_half_is_not_to_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = HostCuda()
-    monkeypatch.setattr(_cuda, "runtime", lambda: gpu)
+    monkeypatch.setattr(cuda_runtime, "runtime", lambda: gpu)
     monkeypatch.setattr(gpu, "cudaHostAlloc", lambda size, flags: (1, None))
     gpu.cudaHostAlloc.__name__ = "cudaHostAlloc"
     with pytest.raises(EngineError, match="CUDA failed in cudaHostAlloc: invalid argument"):
-        _cuda.Buffer((4,), np.float32)
+        cuda_runtime.Buffer((4,), np.float32)
     assert gpu.memory == {}
 
 
@@ -316,7 +316,7 @@ def test_an_engine_for_another_cuda_is_refused(plans: dict[str, Path]) -> None:
 
 
 def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
-    gpu = _cuda.Gpu(name="NVIDIA L4", compute_capability="8.9")
+    gpu = cuda_runtime.Gpu(name="NVIDIA L4", compute_capability="8.9")
     for_hopper = {"compute_capability": ["9.0"]}
     with pytest.raises(EngineError) as caught:
         check_gpu(HERE, manifest(plans, **for_hopper), gpu)
@@ -327,6 +327,6 @@ def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
     check_gpu(HERE, manifest(plans, compute_capability=["8.6", "8.9"]), gpu)
     with pytest.warns(CmfastWarning, match="was tuned on the NVIDIA L40S; here is the NVIDIA L4"):
         check_gpu(HERE, manifest(plans, compute_capability=["8.9"], gpu="NVIDIA L40S"), gpu)
-    old = _cuda.Gpu(name="NVIDIA T4", compute_capability="7.5")
+    old = cuda_runtime.Gpu(name="NVIDIA T4", compute_capability="7.5")
     with pytest.raises(EngineError, match=r"the NVIDIA T4 here has 7\.5"):
         check_gpu(HERE, manifest(plans, **for_hopper, hardware_compatible="ampere+"), old)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cmfast.backends import _tensorrt_library as library
+from cmfast.backends import tensorrt_library as library
 from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file

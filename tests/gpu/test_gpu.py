@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.backends import DrawBackend, TimedBackend, open_backend
-from cmfast.backends._onnxruntime_cuda import KEPT
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
+from cmfast.backends.onnxruntime_cuda import KEPT
 from cmfast.errors import CmfastError, EngineError
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import to_uint8

@@ -16,8 +16,8 @@ import pytest
 
 import cmfast
 from cmfast.backends import TimedBackend
-from cmfast.backends import _cuda as cuda
-from cmfast.backends._tensorrt_library import LIBRARIES, import_library
+from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
 from cmfast_export import cli
 from cmfast_export.pipeline import export_onnx

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A GPU made of host memory, so that `_cuda` and the engine for TensorRT can be exercised where there is none.
+"""A GPU made of host memory, so that `cuda_runtime` and the engine for TensorRT can be exercised where there is none.
 
 It stands in for `cuda.bindings.runtime` and for TensorRT's runtime, strictly: work waits in the stream until somebody
 waits for it, a capture records instead of running and forbids what CUDA forbids, freed memory is poisoned, a kernel
@@ -26,7 +26,7 @@ CARD = 2**33  # bytes of memory of the card
 
 
 class HostCuda:
-    """What `cmfast.backends._cuda` uses of cuda.bindings.runtime."""
+    """What `cmfast.backends.cuda_runtime` uses of cuda.bindings.runtime."""
 
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)

@@ -245,18 +245,10 @@ def private_imports(module: str, source: str) -> list[str]:
     return found
 
 
-# Not renamed yet.
-STILL_PRIVATE = {
-    "cmfast.backends._clock", "cmfast.backends._cuda", "cmfast.backends._onnxruntime_float32",
-    "cmfast.backends._onnxruntime_library", "cmfast.backends._origin", "cmfast.backends._tensorrt_library",
-    "cmfast.cli.info._lines", "cmfast_train.kernels.group_norm._check",
-}  # fmt: skip
-
-
 def test_no_module_imports_a_private_name_of_another() -> None:
     files = modules() | {f"benchmarks.{file.stem}": file for file in (ROOT / "benchmarks").glob("*.py")}
     found = {name for module, file in files.items() for name in private_imports(module, file.read_text())}
-    assert found == STILL_PRIVATE
+    assert found == set()
 
 
 def test_an_import_of_a_private_name_is_seen() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from cmfast.backends._onnxruntime_library import import_onnxruntime
+from cmfast.backends.onnxruntime_library import import_onnxruntime
 from cmfast.errors import CmfastError
 from cmfast.sampling import renoise_std
 from cmfast.spec import ModelSpec

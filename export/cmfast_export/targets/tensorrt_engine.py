@@ -21,9 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmfast.backends import _cuda as cuda
+from cmfast.backends import cuda_runtime as cuda
 from cmfast.backends import open_backend
-from cmfast.backends._tensorrt_library import (
+from cmfast.backends.cache import check_cache, read_entry, write_entry
+from cmfast.backends.onnxruntime import OnnxRuntimeBackend
+from cmfast.backends.tensorrt import other_card
+from cmfast.backends.tensorrt_library import (
     ctrl_c_ends_build,
     cuda_major,
     import_library,
@@ -31,9 +34,6 @@ from cmfast.backends._tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.backends.cache import check_cache, read_entry, write_entry
-from cmfast.backends.onnxruntime import OnnxRuntimeBackend
-from cmfast.backends.tensorrt import other_card
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.formats import protobuf as pb

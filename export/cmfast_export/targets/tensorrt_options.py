@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from cmfast.backends import _cuda as cuda
-from cmfast.backends._tensorrt_library import LIBRARIES
+from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.tensorrt_library import LIBRARIES
 from cmfast.checks import MAX_BATCH
 from cmfast.errors import CmfastError
 from cmfast_export._options import check_range, shorten

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmfast.backends._tensorrt_library import make_logger
+from cmfast.backends.tensorrt_library import make_logger
 from cmfast.cli import info
 from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cmfast.backends._cuda import check_process
-from cmfast.backends._origin import Origin, pickled
+from cmfast.backends.cuda_runtime import check_process
+from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import Inputs, variant_words
 from cmfast.errors import CmfastError, EngineError, MissingDependency, OutOfMemory, one_line
 from cmfast.formats.manifest import Manifest

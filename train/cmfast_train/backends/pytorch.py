@@ -24,8 +24,8 @@ from torch import Tensor
 import cmfast
 from cmfast import sampling
 from cmfast.backends import DeviceTimes, Drawn, Inputs, variant_words
-from cmfast.backends._cuda import check_process
-from cmfast.backends._origin import Origin, pickled
+from cmfast.backends.cuda_runtime import check_process
+from cmfast.backends.origin import Origin, pickled
 from cmfast.errors import EngineError, OutOfMemory
 from cmfast.formats.manifest import PRECISIONS, Manifest
 from cmfast.noise import as_u64

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cmfast.backends import DeviceTimes, Inputs
-from cmfast.backends._clock import Clock
+from cmfast.backends.clock import Clock
 from cmfast.errors import EngineError, one_line
 
 Floats = npt.NDArray[np.float32]

@@ -66,7 +66,7 @@ def norm_and_statistics(
 
     The statistics are [B, 2, groups] float32: the mean of a group less its first value, and 1 / its deviation.
     """
-    _check(x)
+    check_layout(x)
     batch, channels, height, width = x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels are no multiple of {groups} groups")
@@ -135,7 +135,7 @@ def on_kernels(x: Tensor) -> bool:
     return x.is_cuda or knobs.runtime.interpret
 
 
-def _check(x: Tensor) -> None:
+def check_layout(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):

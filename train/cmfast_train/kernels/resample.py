@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast_train.kernels.group_norm import _check, on_kernels
+from cmfast_train.kernels.group_norm import check_layout, on_kernels
 
 SAME, DOWN, UP = (tl.constexpr(n) for n in range(3))  # directions, to the kernel
 DIRECTIONS = {"": SAME.value, "down": DOWN.value, "up": UP.value}
@@ -28,7 +28,7 @@ def resampled(x: Tensor, direction: str) -> Tensor:
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.cmfast.resampled(x, direction)
         return y
-    _check(x)
+    check_layout(x)
     shape = _shape(x, direction)
     if not on_kernels(x):
         return moved(x, direction).to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -56,8 +56,8 @@ def add_shortcut(
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.cmfast.add_shortcut(x, h, bias, gain, direction, skip)
         return y
-    _check(x)
-    _check(h)
+    check_layout(x)
+    check_layout(h)
     shape = _shape(x, direction)
     if shape != h.shape or x.dtype != h.dtype:
         raise ValueError(f"a sum of {list(shape)} {x.dtype} and {list(h.shape)} {h.dtype}")
@@ -80,7 +80,7 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.cmfast.joined(a, b)
         return y
-    _check(a)
+    check_layout(a)
     _check_pair(a, b)
     if not on_kernels(a):
         return torch.cat([a, b], dim=1)
@@ -143,7 +143,7 @@ def _room(h: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
-    _check(b)
+    check_layout(b)
     if a.shape[:1] + a.shape[2:] != b.shape[:1] + b.shape[2:] or a.dtype != b.dtype:
         raise ValueError(f"cannot join {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}")
 

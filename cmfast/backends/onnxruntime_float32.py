@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 
 from cmfast.backends import float32
-from cmfast.backends._onnxruntime_library import CPU, CUDA, import_for, quiet
 from cmfast.backends.float32 import Floats
+from cmfast.backends.onnxruntime_library import CPU, CUDA, import_for, quiet
 from cmfast.formats.manifest import may_use_tf32
 from cmfast.formats.small_onnx import chain_model
 

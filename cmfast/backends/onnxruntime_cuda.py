@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import _cuda as cuda
-from cmfast.backends._clock import Clock
-from cmfast.backends._onnxruntime_library import cause
+from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.clock import Clock
+from cmfast.backends.onnxruntime_library import cause
 from cmfast.backends.protocol import Inputs
 from cmfast.errors import EngineError, engine_error
 from cmfast.formats.manifest import Manifest
