@@ -30,6 +30,7 @@ CASES = {
     "edm": ["phases=edm:160", "edm.lr_warmup=0.3", "edm.lr_decay=0.5", "edm.clip_norm=0.5", "emas=0.9", "ema_stds=0.1"],
     "edm in bfloat16": ["phases=edm:160", "precision=bf16"],
     "edm with dropout": ["phases=edm:160", "dropout=0.5"],
+    "edm with dropped labels": ["phases=edm:160", "label_dropout=0.3"],
     "edm without classes": ["phases=edm:160", "conditional=false", "flip=false"],
     "ect": ["phases=ect:480", "ect.stages=0,3", "ect.lr_decay=1"],
     "ect in bfloat16": ["phases=ect:240", "ect.stages=0,1", "precision=bf16"],

@@ -24,7 +24,7 @@ class Inputs:
 
     images: Tensor  # uint8 [b, C, H, W]
     conditions: Conditions  # by name, [b, ..]
-    noise: Tensor  # unit Gaussian [b, C, H, W]
+    noise: Tensor  # unit Gaussian [b, *shape]
     uniform: Tensor  # [b, 4] in [0, 1)
 
 
@@ -58,7 +58,7 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
 
 
 def draw(run: Run, step: int, noise: Tensor, uniform: Tensor) -> None:
-    """Fill noise [B, C, H, W] and uniform [B, 4] with the numbers of this step, for the whole batch."""
+    """Fill noise [B, *shape] and uniform [B, 4] with the numbers of this step, for the whole batch."""
     generator = torch.Generator(noise.device).manual_seed(_step_seed(run.config.seed, step))
     noise.normal_(generator=generator)
     uniform.uniform_(generator=generator)
@@ -74,7 +74,7 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     config, state, accelerator = run.config, run.state, run.context.accelerator
     x0 = to_unit_range(inputs.images)
     if config.flip:
-        x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(3), x0)
+        x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(-1), x0)
     conditions = drop_labels(run, inputs)
     losses, sigmas = [], []
     method, constants = state.phase.row.function(), state.phase.constants(run.step, state.total)
@@ -114,7 +114,7 @@ def drop_labels(run: Run, inputs: Inputs) -> Conditions:
         return inputs.conditions
     without = (2 * inputs.uniform[:, 3]) % 1 < run.config.label_dropout
     values = inputs.conditions[label.name]
-    return {**inputs.conditions, label.name: torch.where(without, values.new_tensor(label.null), values)}
+    return {**inputs.conditions, label.name: values.masked_fill(without, label.null)}
 
 
 def _step_seed(seed: int, step: int) -> int:
