@@ -171,7 +171,7 @@ def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, m
     randomise(network)
     denoiser = Denoiser(network, image_spec(image=config.image_shape, c_noise="ln/4"))
     x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 1.0, 10.0])
-    want = denoiser.output(x, sigma)
+    want = denoiser.output(x, sigma, {})
     fuse(denoiser)
     calls: list[tuple[str, str]] = []
     joined_sums = 0
@@ -190,7 +190,7 @@ def test_a_fused_network_resamples_in_sums_and_joins_by_the_kernels(name: str, m
     where = {"resampled": layers, "add_shortcut": layers, "joined": networks}
     for function in where:
         monkeypatch.setattr(where[function], function, counted(function))
-    np.testing.assert_allclose(denoiser.output(x, sigma), want, rtol=0, atol=1e-5)  # as in test_kernels
+    np.testing.assert_allclose(denoiser.output(x, sigma, {}), want, rtol=0, atol=1e-5)  # as in test_kernels
     directions = {function: [d for f, d in calls if f == function] for function, _ in calls}
     assert sum(d != "" for d in directions.get("resampled", [])) == apart
     assert sum(d != "" for d in directions["add_shortcut"]) == within
