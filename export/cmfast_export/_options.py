@@ -26,7 +26,7 @@ def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) ->
         if not equals or name not in types:
             raise CmfastError(f"{flag} {shorten(text)}: expected NAME=VALUE, NAME one of {', '.join(types)}")
         if name in values:
-            raise CmfastError(f"{flag} {shorten(text)}: {name} was said twice")
+            raise CmfastError(f"{flag} {shorten(text)}: {name} is given twice")
         try:
             values[name] = CONVERT[types[name]](value.strip())
         except (ValueError, KeyError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""cmfast-export: the command. It parses and prints; what was asked for is checked in `request`, done in `conversion`.
+"""cmfast-export: the command. It parses and prints; `request` checks the request, `conversion` fulfils it.
 
 torch is imported after the arguments have been understood.
 """

@@ -21,14 +21,14 @@ from cmfast_train.own import own_model
 
 
 def convert(request: Request, seen: Callable[[Choice], object] = lambda _: None) -> object:
-    """Write what was asked for; return what the target's writer found.
+    """Fulfil a request; return what the target's writer found.
 
     Args:
         request: the request.
         seen: gets the graph that a target is made from, verified, before the target is written.
 
     Raises:
-        CmfastError: what was asked for cannot be done.
+        CmfastError: the request cannot be fulfilled.
         CheckFailed: what was written differs from PyTorch; it has been removed.
     """
     with writing(request.out):

@@ -52,12 +52,12 @@ class Choice:
 
     exported: Exported
     precision: str
-    tried: Sequence[Tried]  # (): it was asked for
+    tried: Sequence[Tried]  # (): it was requested
     timed: str  # by what: ONNX Runtime cpu; empty: chosen by the rates of matrix units
 
 
 def export_graph(model: Source, out: str | os.PathLike[str], graph: GraphRequest, *, timed: bool) -> Choice:
-    """Export at the precision that was asked for; `auto`: the fastest, see `export_fastest`."""
+    """Export at the requested precision; `auto`: the fastest, see `export_fastest`."""
     if graph.precision == AUTO:
         return export_fastest(model, out, graph, timed=timed)
     exported = export_onnx_as(model, out, graph)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an export was asked for: checked once, then handed on as it is.
+"""The request of an export: checked once, then passed on as it is.
 
 `GraphRequest` is what a graph shall be; the library's functions take it too. `Request` is a whole command, made by
 `make_request` from what was typed: which model, which target (`cmfast_export.targets.table`), which options.
@@ -212,7 +212,7 @@ def make_request(
     source: str = "",
     assignments: tuple[str, ...] = (),
 ) -> Request:
-    """Return what was asked for, checked as far as that is possible without the model.
+    """Return a request, checked as far as possible without the model.
 
     Args:
         model: what is exported; None: a network of one's own with the weights of its factory.
@@ -234,7 +234,7 @@ def make_request(
         build: NAME=VALUE, options of the target.
         serve: NAME=VALUE, options of a target that is served.
         cache: folder of engines built before.
-        cache_given: whether that was asked for, not only found in the environment.
+        cache_given: whether it was given, not only found in the environment.
         source: what a foreign model is.
         assignments: NAME=VALUE, what a foreign model does not say.
 

@@ -308,7 +308,7 @@ def test_options_are_said_as_texts() -> None:
     ):
         with pytest.raises(CmfastError, match=words):
             parse_options(BuildOptions, "--build", [wrong])
-    with pytest.raises(CmfastError, match="level was said twice"):
+    with pytest.raises(CmfastError, match="level is given twice"):
         parse_options(BuildOptions, "--build", ["level=1", "level=2"])
 
 
