@@ -31,7 +31,7 @@ from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import weights_sha256
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.wrapping import wrap
-from helpers.own_networks import CASES, Conv3d, Mlp
+from helpers.own_networks import CASES, Conv3d, Mlp, UNet1d
 
 SIGMAS = (80.0, 5.0, 0.8)
 FP32 = 1e-4  # the promise; what is seen is rounding, two orders below
@@ -273,6 +273,27 @@ def test_what_cannot_be_traced_is_one_line_with_the_module_and_the_code(
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().out == ""
+
+
+class ReturnsMore(Mlp):
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        return super().forward(x, c_noise)[:, None].repeat(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"net": UNet1d(), "shape": (8, 4)}, r"network \(UNet1d\) fails: TypeError: .*missing .* 'state'"),
+        (
+            {"net": UNet1d(), "shape": (8, 3), "conditions": {"state": (5,)}},
+            r"network.enter \(Conv1d\) fails at own_netw",
+        ),
+        ({"net": ReturnsMore(6), "shape": (6,)}, r"the network returns \[B, 2, 6\], and the model's shape is \[6\]"),
+    ],
+)
+def test_a_network_that_fails_says_so_itself(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(CmfastError, match=words):
+        export_onnx(wrap(**{"scaling": "edm", "c_noise": "ln/4", **options}), tmp_path / "m.onnx")
 
 
 def test_a_fixed_batch_may_be_fixed_by_the_code(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_export._options import check_opset
 from cmfast_export.graphs.half import INSIDE, widen_some
-from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, quiet, trace, unconvertible
+from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, quiet, trace, unconvertible, wrong_output
 from cmfast_export.graphs.translations import TRANSLATIONS
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
@@ -68,6 +68,9 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     assert exported is not None
     model = exported.model
     _name_sizes(model, axes)
+    returned = model.graph.outputs[0].shape
+    if returned is not None and list(returned)[1:] != list(denoiser.spec.shape):
+        raise wrong_output(list(returned)[1:], denoiser)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.meta[INSIDE] = scopes.startswith("['', 'network'")

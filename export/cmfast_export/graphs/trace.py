@@ -13,11 +13,13 @@ import io
 import linecache
 import logging
 import re
+import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from cmfast_train.networks.precision import float32_weights
 
 MOST = 2**20  # of every dynamic size
 BATCH = "B"
+LIBRARIES = frozenset(("torch", "sympy", "mpmath", *sys.stdlib_module_names))  # that no network's code is in
 EXAMPLE_SIZE = 16  # of a condition's dynamic axis while it is traced, and where its cost is counted
 Axes = Mapping[str, Mapping[int, str]]  # input: axis: name of its size; one name is one size everywhere
 
@@ -58,10 +61,11 @@ def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Trace
         except Exception as err:  # whatever the module's own code raises, and torch about it
             if "Constraints violated" not in str(err):
                 raise _untraceable(denoiser, inputs, err) from None
+        _check_output(denoiser, inputs)
         # A size is not free. Without a demand the trace says what the code makes of it.
         free = dict.fromkeys(dims, torch.export.Dim.AUTO)
         program = torch.export.export(call, examples, dynamic_shapes=_shapes(inputs, axes, free))
-        return Traced(program=program, most=_limit(program, call, inputs, axes))
+        return Traced(program=program, most=_limit(program, denoiser, inputs, axes))
 
 
 def unconvertible(program: torch.export.ExportedProgram, err: BaseException) -> CmfastError:
@@ -102,12 +106,19 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _with_names(denoiser: Denoiser, names: tuple[str, ...]) -> nn.Module:
+def _with_names(
+    denoiser: Denoiser,
+    names: tuple[str, ...],
+    begin: Callable[[tuple[Tensor, ...]], object] = lambda _: None,
+    end: Callable[[], object] = lambda: None,
+) -> nn.Module:
     """Return the denoiser with its inputs by position: torch.export takes no dynamic sizes of **conditions."""
     call = copy.copy(denoiser)
 
     def forward(*values: Tensor) -> Tensor:
+        begin(values)
         result: Tensor = type(denoiser).forward(denoiser, **dict(zip(names, values, strict=True)))
+        end()
         return result
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -121,7 +132,7 @@ def _shapes(inputs: Mapping[str, Tensor], axes: Axes, dims: Mapping[str, Any]) -
 
 
 def _limit(
-    program: torch.export.ExportedProgram, call: nn.Module, inputs: Mapping[str, Tensor], axes: Axes
+    program: torch.export.ExportedProgram, denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes
 ) -> int | None:
     """Return the largest batch of a trace; raise where a size that shall be dynamic has become a number."""
     specs = program.graph_signature.user_inputs
@@ -132,7 +143,7 @@ def _limit(
         for axis, size in axes.get(name, {}).items():
             number = _number(shape[axis])
             if number is not None:
-                place = _what_fixed_it(call, inputs, axes)
+                place = _what_fixed_it(denoiser, inputs, axes, name, axis)
                 what = "the batch" if size == BATCH else f"axis {axis} of {name}"
                 fix = "--batch N" if size == BATCH else f"a size for it in the condition {name}"
                 raise CmfastError(
@@ -147,6 +158,23 @@ def _limit(
     return most
 
 
+def _check_output(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> None:
+    """Raise CmfastError where the network returns another shape than x has, which broadcasting can hide."""
+    given = {name: value for name, value in inputs.items() if name not in ("x", "sigma", "sigma_next")}
+    with torch.inference_mode():
+        output = denoiser.output(inputs["x"], inputs["sigma"], given, inputs.get("sigma_next"))
+    if output.shape[1:] != inputs["x"].shape[1:]:
+        raise wrong_output(output.shape[1:], denoiser)
+
+
+def wrong_output(sizes: Iterable[object], denoiser: Denoiser) -> CmfastError:
+    """Return the error for a network that returns other sizes than its samples have."""
+    return CmfastError(
+        f"the network returns [{', '.join(map(str, ('B', *sizes)))}], and the model's shape is "
+        f"{list(denoiser.spec.shape)}; the two must be the same"
+    )
+
+
 def _number(size: Any) -> int | None:
     """Return a size that is a number, also one that torch found to be one; None: it is dynamic."""
     if isinstance(size, int):
@@ -154,41 +182,76 @@ def _number(size: Any) -> int | None:
     return int(size.node.expr) if size.node.expr.is_number else None
 
 
-def _what_fixed_it(call: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> str:
-    """Return ": FILE:LINE: CODE" of what compared a dynamic size with a number, as far as torch can tell."""
-    names = {name for sizes in axes.values() for name in sizes.values()}
-    dims = {name: torch.export.Dim(name, max=MOST) for name in sorted(names)}
-    with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-        program: Any = torch.export.draft_export(
-            call, tuple(inputs.values()), dynamic_shapes=_shapes(inputs, axes, dims)
-        )
-        from torch._logging.structured import INTERN_TABLE
+def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes, name: str, axis: int) -> str:
+    """Return ": FILE:LINE: CODE" of what made a size a number: traced once more, and looked at line by line."""
+    found: list[str] = []
+    before = sys.gettrace()
+    last = ("", 0)
 
-        files = {number: name for name, number in INTERN_TABLE.items()}
-        for failure in program._report.failures:
-            if not re.search(r"\b\d+\b", str(failure.data.get("expr", ""))):  # two sizes that are the same one
-                continue
-            stack = failure.data.get("user_stack") or failure.data.get("stack") or []
-            frames = [(files.get(frame["filename"], ""), frame["line"], frame.get("loc") or "") for frame in stack]
-            if line := _place(frames):
-                return f": {line}"
-    return ""
+    def begin(values: tuple[Tensor, ...]) -> None:
+        tensor = values[tuple(inputs).index(name)]
+
+        def line(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+            nonlocal last
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if found or package in LIBRARIES or not _is_foreign(frame.f_code.co_filename):
+                return None
+            if _number(tensor.shape[axis]) is not None:
+                found.append(_place([(*last, "")]))
+                return None
+            while event == "return" and frame.f_back and not _is_foreign(frame.f_back.f_code.co_filename):
+                frame = frame.f_back  # torch's, between a module and the one that calls it
+            at = frame.f_back if event == "return" and frame.f_back else frame
+            last = (at.f_code.co_filename, at.f_lineno)
+            return line
+
+        sys.settrace(line)
+
+    names = {size for sizes in axes.values() for size in sizes.values()}
+    free = dict.fromkeys(names, torch.export.Dim.AUTO)
+    try:
+        call = _with_names(denoiser, tuple(inputs), begin, lambda: sys.settrace(before))
+        torch.export.export(call, tuple(inputs.values()), dynamic_shapes=_shapes(inputs, axes, free))
+    finally:
+        sys.settrace(before)
+    return f": {found[0]}" if found and found[0] else ""
 
 
 def _untraceable(denoiser: Denoiser, inputs: Mapping[str, Tensor], err: BaseException) -> CmfastError:
     """Return the error for a denoiser that torch.export cannot follow: the module and the line where it stopped."""
-    frames = [(f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_tb(err.__traceback__)]
-    line = _place(frames) or _line_of(str(err))
-    where = _module_that_fails(denoiser, inputs)
-    text = re.split(r"(?<=[.;:])\s*\n|\n\n|The error above occurred", str(err).strip())[0]
+    names = tuple(inputs)
+
+    def run() -> None:
+        with torch.inference_mode():
+            denoiser(**inputs)
+
+    where, eager = _module_that_fails(denoiser, run)
+    if eager is not None:  # it is the network itself that fails
+        return CmfastError(f"{where} fails{_at(eager)}: {_reason(eager)}")
+    where, _ = _module_that_fails(
+        denoiser, lambda: torch.export.export(_with_names(denoiser, names), tuple(inputs.values()))
+    )
     return CmfastError(
-        f"{where} cannot be traced{line and f' at {line}'}: {type(err).__name__}: {one_line(text, 200)}; a graph needs "
-        "code that does not look at the values of tensors"
+        f"{where} cannot be traced{_at(err)}: {_reason(err)}; a graph needs code that does not look at the values of "
+        "tensors"
     )
 
 
-def _module_that_fails(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> str:
-    """Return the path and type of the innermost module in which a trace stops, by tracing once more."""
+def _at(err: BaseException) -> str:
+    """Return " at FILE:LINE: CODE" of the user's code that an error comes from, or nothing."""
+    frames = [(f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_tb(err.__traceback__)]
+    line = _place(frames) or _line_of(str(err))
+    return f" at {line}" if line else ""
+
+
+def _reason(err: BaseException) -> str:
+    """Return the first sentence of an error, with its type."""
+    text = re.split(r"(?<=[.;:])\s*\n|\n\n|The error above occurred", str(err).strip())[0]
+    return f"{type(err).__name__}: {one_line(text, 200)}"
+
+
+def _module_that_fails(denoiser: Denoiser, run: Callable[[], object]) -> tuple[str, Exception | None]:
+    """Run a denoiser; return the path and type of the innermost module in which that stops, and the error."""
     entered: list[str] = []
 
     def enter(name: str, module: nn.Module) -> Any:
@@ -201,13 +264,13 @@ def _module_that_fails(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> str:
     handles += [leave(module) for name, module in denoiser.named_modules() if name]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            torch.export.export(_with_names(denoiser, tuple(inputs)), tuple(inputs.values()))
-    except Exception:
-        return entered[-1] if entered else "the network"
+            run()
+    except Exception as err:
+        return (entered[-1] if entered else "the network"), err
     finally:
         for handle in handles:
             handle.remove()
-    return "the network"
+    return "the network", None
 
 
 def _line_of(stack: str) -> str:
@@ -218,10 +281,15 @@ def _line_of(stack: str) -> str:
 
 def _place(frames: list[tuple[str, int, str]]) -> str:
     """Return FILE:LINE: CODE of the innermost frame that is neither torch's nor ours; "" if there is none."""
-    own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
     for name, number, code in reversed(frames):
-        path = Path(name)
-        if path.is_absolute() and not own.intersection(path.parents):
+        if _is_foreign(name):
             code = code or linecache.getline(name, number).strip()
-            return f"{path.name}:{number}: {one_line(code, 100)}"
+            return f"{Path(name).name}:{number}: {one_line(code, 100)}"
     return ""
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file of code is neither torch's nor ours."""
+    own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
+    path = Path(name)
+    return path.is_absolute() and not own.intersection(path.parents)
