@@ -60,6 +60,11 @@ def inputs(denoiser: Denoiser) -> dict[str, Tensor]:
     return {"x": x, "sigma": torch.tensor([0.1, 1.0, 10.0]), **named(label)}
 
 
+def split(given: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return x, sigma and the conditions, as `Denoiser.output` takes them."""
+    return given["x"], given["sigma"], {name: value for name, value in given.items() if name == "label"}
+
+
 # The kernels.
 
 
@@ -156,17 +161,17 @@ def test_a_group_that_the_kernels_would_divide_wrongly_is_refused() -> None:
 @needs_triton
 def test_a_fused_network_computes_what_it_was_made_from(name: str) -> None:
     denoiser = new(name)
-    x, sigma, label = inputs(denoiser)
-    want = denoiser.output(x, sigma, label)
-    second = denoiser.output(x, sigma, label, sigma / 2) if name == "adm two times" else None
+    x, sigma, conditions = split(inputs(denoiser))
+    want = denoiser.output(x, sigma, conditions)
+    second = denoiser.output(x, sigma, conditions, sigma / 2) if name == "adm two times" else None
     fuse(denoiser)
-    got = denoiser.output(x, sigma, label)
+    got = denoiser.output(x, sigma, conditions)
     assert want.std() > 0.1
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # as far as channels_last alone moves it: 3e-6
     if second is not None:
         assert (second - want).abs().max() > 0.01
-        np.testing.assert_allclose(denoiser.output(x, sigma, label, sigma / 2), second, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(denoiser.output(x, sigma, conditions, sigma / 2), second, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7, 8])
@@ -191,10 +196,10 @@ def test_padded_convolutions_of_an_image_are_those_that_were_given(channels: int
 @needs_triton
 def test_in_half_precision_it_is_no_further_from_float32_than_the_network_was(name: str, precision: str) -> None:
     full, denoiser = new(name), new(name).to_precision(precision)
-    x, sigma, label = inputs(full)
-    exact, before = full.output(x, sigma, label), denoiser.output(x, sigma, label)
+    x, sigma, conditions = split(inputs(full))
+    exact, before = full.output(x, sigma, conditions), denoiser.output(x, sigma, conditions)
     fuse(denoiser)
-    after = denoiser.output(x, sigma, label)
+    after = denoiser.output(x, sigma, conditions)
     assert after.dtype == torch.float32
     error = float((before - exact).square().mean().sqrt())
     assert error > 1e-4
@@ -232,12 +237,12 @@ class Calls(TorchFunctionMode):
 @needs_triton
 def test_all_layers_behind_the_embedding_are_one_product(name: str) -> None:
     denoiser = new(name)
-    x, sigma, label = inputs(denoiser)
+    x, sigma, conditions = split(inputs(denoiser))
     with Calls() as before:
-        denoiser.output(x, sigma, label)
+        denoiser.output(x, sigma, conditions)
     fuse(denoiser)
     with Calls() as after:
-        denoiser.output(x, sigma, label)
+        denoiser.output(x, sigma, conditions)
     attention = len(after.attended)
     pointwise = sum(type(module).__name__ == "Pointwise" for module in denoiser.network.modules())
     assert after.names.count("linear") == 2 + 1 + pointwise  # of the embedding; behind it; 1x1 convolutions
