@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The readers of manifests and of ONNX files on any bytes: they read, or throw cmfast::ArtifactError with one line.
+// The readers of manifests, ONNX files and plans on any bytes: they read, or throw cmfast::ArtifactError with one line.
 //
 // With clang++ -fsanitize=fuzzer it is a target of libFuzzer (make fuzz-cpp). With -DINPUTS=20000 it is a program of its
 // own: it mutates the files that are its arguments so many times, the same way in every run.
 #include <cmfast/manifest.hpp>
 #include <cmfast/noise.hpp>
+#include <cmfast/plan.hpp>
 
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +30,8 @@ bool reads(Read&& read, std::string_view bytes) {
 bool either(std::string_view bytes) {
     const bool manifest = reads([](auto b, auto where) { cmfast::parse_manifest(b, where); }, bytes);
     const bool onnx = reads([](auto b, auto where) { cmfast::parse_onnx_manifest(b, where); }, bytes);
-    return manifest || onnx;
+    const bool plan = reads([](auto b, auto where) { cmfast::parse_plan_manifest(b, where); }, bytes);
+    return manifest || onnx || plan;
 }
 
 }  // namespace

@@ -21,6 +21,8 @@ from helpers import ROOT
 from helpers.cpp import INCLUDE, STRICT, call, compiler, need_compiler, onnxruntime_library
 from helpers.graphs import write_denoiser
 
+# tensorrt.hpp needs NvInfer.h, which no package registry carries.
+HEADERS = sorted(path.name for path in (INCLUDE / "cmfast").iterdir() if path.name != "tensorrt.hpp")
 EXAMPLES = ROOT / "examples" / "cpp"
 
 
@@ -144,7 +146,7 @@ def test_versions_are_those_of_the_package() -> None:
         assert cmfast.__version__ in (ROOT / "cmfast" / name).read_text()
 
 
-@pytest.mark.parametrize("header", sorted(path.name for path in (INCLUDE / "cmfast").iterdir()))
+@pytest.mark.parametrize("header", HEADERS)
 def test_each_header_stands_alone_and_gives_no_warning(header: str, tmp_path: Path) -> None:
     (tmp_path / "p.cpp").write_text(f"#include <cmfast/{header}>\nint main() {{ return 0; }}\n")
     by = "clang++" if compiler("clang++") else "g++"  # of other tests' programs, too

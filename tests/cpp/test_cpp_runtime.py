@@ -14,6 +14,7 @@ import pytest
 from cmfast import noise
 from cmfast.sampling import to_uint8
 from helpers.cpp import SANITIZE, SOURCES, build, call
+from helpers.plans import plan
 
 BASE = {
     "schema": "cmfast/2", "kind": "denoiser", "shape": [1, 4, 4], "data": "image", "conditions": [],
@@ -132,3 +133,17 @@ def test_control_characters_of_a_file_stay_out_of_errors(driver: Path) -> None:
         "no given: the manifest is not a JSON object (the manifest has the key 'a\\x0ab' twice); "
         "export the model again with cmfast-export"
     ]
+
+
+@pytest.mark.parametrize("magic", [b"ftrt", b"vtrt"])
+def test_a_plan_is_read_as_it_was_sealed_and_refused_when_a_byte_changed(
+    driver: Path, magic: bytes, tmp_path: Path
+) -> None:
+    whole = plan(tmp_path / "model.engine", magic=magic).read_bytes()
+    altered = [whole[:-1], whole[:-1] + b"X", whole.replace(b'"clip": true', b'"clip": null'), whole + whole[64:]]
+    good, *lines = read(driver, "plans", [whole, *altered, b"PK" + whole])
+    assert good == "ok [1, 8, 8] image images sqrt 0.002 80 10 2[80, 0.8] label: a class from 0 to 9"
+    assert [line.split(": ")[1].split(" (")[0][:34] for line in lines[:2]] == ["it was altered or damaged since it"] * 2
+    assert lines[2].startswith("no given: ")
+    assert "it holds two manifests" in lines[3]
+    assert "not a TensorRT engine" in lines[4]

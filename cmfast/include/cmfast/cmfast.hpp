@@ -19,5 +19,6 @@
 #include "manifest.hpp"
 #include "model.hpp"
 #include "noise.hpp"
+#include "plan.hpp"
 #include "sampling.hpp"
 #include "spec.hpp"

@@ -114,6 +114,12 @@ class JsonReader {
  public:
     explicit JsonReader(std::string_view text) : text_(text) {}
 
+    /// Where the first value ends; what follows it is not looked at.
+    std::size_t read_first() {
+        element(0);
+        return at_;
+    }
+
     Json read() {
         Json value = element(0);
         skip_space();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The manifest: what a model file says about itself, found and checked before anything runs it.
 //
-//   cmfast::Manifest manifest = cmfast::read_manifest("model.onnx");     // needs no backend
+//   cmfast::Manifest manifest = cmfast::read_manifest("model.onnx");     // of cmfast/plan.hpp; needs no backend
 //
 // In an ONNX file it is metadata_props["cmfast"], JSON: docs/format.md. Schemas "cmfast/2" and "cmfast/1" are read.
 // As cmfast/formats/manifest.py: keys that are not known are ignored, an unknown schema is refused.
@@ -36,6 +36,14 @@ struct Selftest {
     double atol = 0;                                        // largest difference allowed, data units
 };
 
+/// What built a TensorRT engine, for what: cmfast/plan.hpp.
+struct Engine {
+    std::string library;              // "tensorrt" or "tensorrt_rtx"; "": this is no engine
+    std::string version;              // of the library
+    std::string plan_sha256;          // of the file, these 64 digits counted as zeros
+    std::int64_t batch[3] = {0, 0, 0};  // least, usual, most
+};
+
 /// A model file's description of itself.
 struct Manifest {
     enum class Kind { denoiser, sampler, server };
@@ -46,6 +54,7 @@ struct Manifest {
     std::map<std::string, std::string> made_by;  // versions; "flavour": which runtime the nodes are for
     std::string graph_sha256;
     Selftest selftest;
+    Engine engine;
 
     /// The name of the graph's output.
     std::string output() const {
@@ -108,6 +117,7 @@ class ManifestReader {
             throw Error("a sampler has exactly one list of noise levels, the one it was built with");
         }
         manifest.selftest = selftest(manifest.spec);
+        manifest.engine = engine();
         return manifest;
     }
 
@@ -390,6 +400,31 @@ class ManifestReader {
         return found;
     }
 
+    Engine engine() const {
+        Engine found;
+        const Json* object = values_.find("engine");
+        if (!object || object->items.empty()) return found;
+        const auto word = [&](const char* key) {
+            const Json* value = object->find(key);
+            if (!is_kind(value, Json::Kind::text) || value->text.empty()) {
+                throw Error(text("engine.", key, " must be a text, got ", shown(value)));
+            }
+            return value->text;
+        };
+        found.library = word("library");
+        found.version = word("version");
+        found.plan_sha256 = word("plan_sha256");
+        const Json* batch = object->find("batch");
+        for (std::size_t i = 0; i < 3; ++i) {
+            const bool there = is_kind(batch, Json::Kind::list) && batch->items.size() == 3;
+            if (!there || !is_whole(&batch->items[i], i ? found.batch[i - 1] : 1, two_to_31 - 1)) {
+                throw Error("engine.batch must be the least, the usual and the most samples of a batch");
+            }
+            found.batch[i] = batch->items[i].integer;
+        }
+        return found;
+    }
+
     Selftest selftest(const Spec& spec) const {
         Selftest test;
         const Json* object = values_.find("selftest");
@@ -490,15 +525,13 @@ inline Manifest parse_onnx_manifest(std::string_view bytes, const std::string& w
                             "make one that has it: cmfast-export model.pt");
     }
     Manifest manifest = parse_manifest(found->second, where);
+    if (!manifest.engine.library.empty()) {
+        throw ArtifactError(where + ": an ONNX file with the manifest of a TensorRT engine; export the model again");
+    }
     if (!head.external.empty()) {
         throw ArtifactError(where + ": its weights are in another file, and C++ opens models of one file only");
     }
     return manifest;
-}
-
-/// Read the manifest of an ONNX file.
-inline Manifest read_manifest(const std::filesystem::path& path) {
-    return parse_onnx_manifest(detail::read_file(path), path.string());
 }
 
 }  // namespace cmfast

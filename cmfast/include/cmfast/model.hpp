@@ -55,6 +55,7 @@ class Backend {
     virtual const Manifest& manifest() const = 0;
     virtual const std::string& name() const = 0;  // backend and device in words
     virtual std::size_t batch() const = 0;        // the only batch size that it takes; 0: any
+    virtual std::size_t most() const { return max_batch; }  // samples of a call
 
     /// Let `run` read these inputs and write this output, in the order of the manifest, until the next call.
     virtual void bind(std::vector<Tensor>& inputs, Tensor& output) = 0;
@@ -299,7 +300,7 @@ class Model {
             throw Error(detail::text(n, " samples are more than memory has addresses for"));
         }
         const std::size_t fixed = backend_->batch();
-        const std::size_t most = fixed ? fixed : batch_;
+        const std::size_t most = fixed ? fixed : std::min(batch_, backend_->most());
         for (std::size_t start = 0; start < n; start += most) {
             const std::size_t some = std::min(most, n - start);
             bind(fixed ? fixed : some);
