@@ -12,7 +12,7 @@ from cmfast.errors import CmfastError
 from cmfast_train.config.phase import Phase, phase, types_of
 from cmfast_train.config.readers import READERS, Reader, cut, read
 from cmfast_train.config.train_config import LIMITS, OF_THE_MODEL, TrainConfig
-from cmfast_train.methods.table import find, names
+from cmfast_train.methods.table import ROWS, find, names
 
 
 def check_set_once(assignments: Iterable[str]) -> None:
@@ -107,7 +107,7 @@ def _phases(value: str) -> tuple[Phase, ...]:
         method, slash, number = title.partition("/")
         if not colon:
             raise ValueError(part)
-        if method not in names():
+        if method not in ROWS and method not in names():  # which looks at all installed packages
             raise CmfastError(f"--set phases: no method {cut(method)!r}; there are {', '.join(names())}")
         row = find(method)
         if slash and not row.numbered:

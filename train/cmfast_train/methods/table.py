@@ -300,7 +300,7 @@ _OURS: tuple[Method[Any], ...] = (
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite"),
     ),
 )
-ROWS: dict[str, Method[Any]] = {row.name: row for row in _OURS}
+ROWS: dict[str, Method[Any]] = {row.name: row for row in _OURS}  # `find` adds those of other packages
 
 
 def names() -> tuple[str, ...]:
