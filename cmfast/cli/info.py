@@ -27,7 +27,7 @@ Examples:
   cmfast-info model.onnx --selftest               does this machine compute the same?
   cmfast-info model.engine                        TensorRT's, without TensorRT and without a GPU
   cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and what says so
-  cmfast-info model000100.pt --source openai      what still has to be told
+  cmfast-info model000100.pt --source openai      what you still have to specify
 """
 
 

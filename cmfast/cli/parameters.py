@@ -37,7 +37,7 @@ SOURCE = click.option(
     "--source",
     default="",
     metavar="NAME",
-    help="What a foreign file is: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, fastgen; default: recognise it.",
+    help="Origin of a foreign file: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, fastgen; default: detected.",
 )
 SET = click.option(
     "--set",

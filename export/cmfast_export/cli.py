@@ -27,7 +27,7 @@ Examples:
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
   cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
-  cmfast-export l4.engine h100.engine --format triton -o repository                     an engine a kind of card
+  cmfast-export l4.engine h100.engine --format triton -o repository                     one engine per kind of card
   cmfast-export cd_imagenet64_l2.pt                             OpenAI's, known by its name
   cmfast-export ema.pt --source openai --set image_size=64 --set head_channels=64 --set scaling=boundary
   cmfast-export diffusers-ct_imagenet64                         a diffusers folder
@@ -66,9 +66,9 @@ Examples:
     type=click.Choice([*PRECISIONS, AUTO]),
     default="fp32",
     show_default=True,
-    help="Of the network's trunk; auto: the fastest inside --tolerance.",
+    help="What the network computes in; auto: the fastest within --tolerance.",
 )
-@click.option("--guidance", type=float, help="Sampler: weight of classifier-free guidance, two evaluations a step.")
+@click.option("--guidance", type=float, help="Sampler: weight of classifier-free guidance, two evaluations per step.")
 @click.option("--null", multiple=True, metavar="NAME=NUMBER", help="With guidance: what stands for no condition.")
 @click.option(
     "--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision and device."
@@ -78,7 +78,7 @@ Examples:
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the graph is run to check it, and timed for auto.",
+    help="Device for verifying, and for timing with auto.",
 )
 @click.option("--target", help="Engine by TensorRT-RTX: compute capabilities, for example 8.9,12.0; default: all.")
 @click.option(
@@ -88,14 +88,14 @@ Examples:
     "--cache",
     type=click.Path(path_type=Path),
     envvar="CMFAST_CACHE",
-    help="Engine: keep engines in this folder, found by content; default: $CMFAST_CACHE.",
+    help="Engine: cache engines by content in this folder; default: $CMFAST_CACHE.",
 )
 @click.option(
     "--serve", multiple=True, metavar="NAME=VALUE", help="Triton: max_batch, queue_delay_us, instances, device, name."
 )
 @SOURCE
 @SET
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be written and stop.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be written and stop.")
 def command(
     checkpoint: Path | None,
     others: tuple[Path, ...],
@@ -121,10 +121,10 @@ def command(
     assignments: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Export CHECKPOINT and prove that what was written computes the same.
+    """Export CHECKPOINT and verify the file against PyTorch.
 
     CHECKPOINT is a cmfast model (.pt, .safetensors), OpenAI's, the first public implementation's or EDM's weights, or a
-    diffusers folder; for engines and Triton also a verified .onnx file; for Triton also engines, one a kind of card.
+    diffusers folder; for engines and Triton also a verified .onnx file; for Triton also engines, one per kind of card.
     cmfast-info says what a file is. With --network it is the weights of a network of your own, or left out.
     """
     asks = click.get_current_context().get_parameter_source

@@ -20,7 +20,7 @@ EPILOG = """\b
 Examples:
   cmfast-ema runs/photos --std 0.12                     runs/photos/model_std0.12.pt, at the end of training
   cmfast-ema runs/photos --std 0.07 --images 6400000    as if training had ended there
-  cmfast-ema runs/photos --std 0.2 --dry-run            say how near the snapshots come
+  cmfast-ema runs/photos --std 0.2 --dry-run            print how close the snapshots come
 """
 
 LIMIT = 0.2  # error of the profile above which the result is not the requested average
@@ -33,9 +33,9 @@ LIMIT = 0.2  # error of the profile above which the result is not the requested 
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Checkpoint to write, .pt or .safetensors; default: in DIR."
 )
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be written and stop.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be written and stop.")
 def command(run: Path, std: float, images: int | None, out: Path | None, dry_run: bool) -> None:
-    """Make the average of the weights that training would have kept with another width.
+    """Reconstruct the weight average that training would have kept with another width.
 
     DIR is the folder of a run that kept snapshots of power-function averages (EDM2, arXiv:2312.02696), DIR/ema/*.pt.
     Those of its last phase are combined, least squares over the averages' profiles, into the average of width --std.

@@ -47,23 +47,29 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
 @click.command("cmfast-eval", epilog=EPILOG)
 @click.argument("model", metavar="MODEL|SAMPLES", type=click.Path(path_type=Path))
-@click.option("--data-set", type=click.Choice(sorted(PRESETS)), required=True, help="What the samples are compared to.")
-@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Its folder, .zip, .npy or .npz.")
-@click.option("--features", metavar="NAME|FILE", help="What images are compared by, see below; default: by --data-set.")
+@click.option("--data-set", type=click.Choice(sorted(PRESETS)), required=True, help="Data to compare with.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder, .zip, .npy or .npz of the data."
+)
+@click.option("--features", metavar="NAME|FILE", help="Features to compare by, see below; default: by --data-set.")
 @click.option("--metrics", type=_Metrics(), help="Default: fd,kid,pr and, of a classifier's features, is.")
-@click.option("--steps", type=INTS, help="Network calls an image; default: those that the model has levels for.")
+@click.option("--steps", type=INTS, help="Network calls per image; default: all with default noise levels.")
 @click.option("--heun", type=INTS, default=(), help="Heun steps of a teacher, 2 N - 1 calls each.")
-@click.option("-n", "--number", type=int, help="Samples; default: 10000, or as many as the data where they are fewer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the samples and of all random subsets.")
+@click.option("-n", "--number", type=int, help="Samples; default: 10000, at most as many as the data.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the samples and of all random subsets.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples drawn at a time.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
-@click.option("--search", is_flag=True, help="Search the second noise level of two that gives the least fd.")
-@click.option("--search-calls", type=int, default=12, show_default=True, help="Levels to try.")
-@click.option("--search-bounds", type=FLOATS, help="Levels to search between; default: sigma_data times 0.1 and 20.")
-@click.option("--write", is_flag=True, help="Write the level found into the checkpoint MODEL, for 2 steps.")
-@click.option("--train-log", type=click.Path(path_type=Path), help="The run's folder: its length goes into the record.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw quality and time against calls to NAME.png.")
+@click.option("--search", is_flag=True, help="Search for the second of two noise levels that minimises fd.")
+@click.option("--search-calls", type=int, default=12, show_default=True, help="Noise levels to try.")
+@click.option(
+    "--search-bounds", type=FLOATS, help="Range of noise levels to search; default: sigma_data times 0.1 and 20."
+)
+@click.option("--write", is_flag=True, help="Make the result the default of the checkpoint MODEL for 2 steps.")
+@click.option(
+    "--train-log", type=click.Path(path_type=Path), help="Folder of the run; its length goes into the record."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot quality and time against calls to this .png file.")
 def command(**options: Any) -> None:
     """Compare the samples of MODEL, or SAMPLES drawn before, with a data set.
 

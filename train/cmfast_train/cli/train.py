@@ -55,7 +55,7 @@ Examples:
     "assignments",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Change a field of the configuration, METHOD.NAME=VALUE of a phase.",
+    help="Change a field of the configuration; METHOD.NAME=VALUE: of a phase.",
 )
 @click.option(
     "--init",
@@ -65,7 +65,7 @@ Examples:
 @click.option(
     "--teacher",
     type=click.Path(path_type=Path),
-    help="Distil this model; default: the one that a phase starts from.",
+    help="Distil this model; default: the one a phase starts from.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
 def command(
@@ -77,7 +77,7 @@ def command(
     teacher: Path | None,
     dry_run: bool,
 ) -> None:
-    """Train a consistency model. The same command again continues a run that was stopped or killed.
+    """Train a consistency model. Run the same command again to resume.
 
     A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
     from nothing or any model ct, ict, ect, sct; from nothing mf.
