@@ -134,7 +134,7 @@ def test_a_command_line_of_the_documentation_is_understood(
         "cmfast-sample model.onnx --fast -o a.png",
         "cmfast-bench model.onnx --device tpu",
         "cmfast-train imagenet --out runs/imagenet",
-        "cmfast-export",
+        "cmfast-export model.pt --kind picture",
         "cmfast-info a.onnx b.onnx",
         "cmfast-eval model.onnx --data-set faces",
     ],
