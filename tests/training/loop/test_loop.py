@@ -121,7 +121,7 @@ def test_an_interrupted_run_saves_its_last_step_and_says_how_to_continue(tmp_pat
     [
         ("batch=16", "batch"),
         ("edm.lr=0.5", "phases"),
-        ("seed=1", "cloneofsimo"),
+        ("seed=1", "seed"),
         ("sigma_data=1", "sigma_data"),
         ("c_noise=ln/4", "c_noise"),
     ],
