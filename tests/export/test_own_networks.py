@@ -124,10 +124,13 @@ def test_a_branch_for_large_batches_is_noted_and_compared(tmp_path: Path) -> Non
     assert max(row.batch for row in found.denoiser.parity.rows) == 64
 
 
-def test_every_operator_of_these_networks_is_counted(tmp_path: Path) -> None:
+def test_every_operator_of_these_networks_is_counted_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     found = export_onnx(wrapped("DiT of a sequence and a class"), tmp_path / "m.onnx")
     assert found.notes == ()
     assert found.manifest.cost["flops"] > 1e5
+    assert capfd.readouterr() == ("", "")
 
 
 # Guidance and encoders.

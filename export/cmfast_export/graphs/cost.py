@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
-from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE
+from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, quiet
 
 MATRIX = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")  # what is counted
 # Work that would be missing from the count: none of our graphs has these.
@@ -67,9 +67,9 @@ def _of_one_image(model: ir.Model) -> ir.Graph:
     for value in copy.graph.inputs:
         assert value.shape is not None
         value.shape = ir.Shape([_size(size) for size in value.shape])
-    fold_constants(
-        copy, onnx_shape_inference=True
-    )  # the batch that Reshape takes from the shape of an input: inference does not follow it
+    with quiet():  # which says what it does not fold
+        # The batch that Reshape takes from the shape of an input: inference does not follow it.
+        fold_constants(copy, onnx_shape_inference=True)
     return copy.graph
 
 
