@@ -104,7 +104,7 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
     bystander.write_text("nobody's")
     before = load(target).sample(2)
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise CheckFailed("no")
 
     with monkeypatch.context() as failing:
@@ -124,7 +124,7 @@ import os, signal, sys
 from cmfast_export import pipeline
 from cmfast_export.graphs import writer
 writer.MAX_BYTES = 10_000
-pipeline.verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
+pipeline.verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
 pipeline.export_onnx(sys.argv[1], sys.argv[2])
 """
 
