@@ -37,8 +37,8 @@ class Row:
 
     where: str  # "sigma 0.002", "batch 5, mixed sigmas", "2 steps at 80, 0.8"
     batch: int
-    max_abs: float  # largest absolute difference, data units
-    mse: float  # mean squared difference
+    max_abs: float  # largest absolute difference, data units, times `_gain`
+    mse: float  # mean square of the same difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,10 @@ def verify(
             x, sigma = case.x, case.sigma
             given: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
             got = _or_nan(partial(ours.denoise, x, sigma, **given), x.shape)
+            gain = _gain(spec, x, sigma)
             for each, model in zip(rows, theirs, strict=True):
-                each.append(_row(case.where, got, _or_nan(partial(model.denoise, x, sigma, **given), x.shape)))
+                want = _or_nan(partial(model.denoise, x, sigma, **given), x.shape)
+                each.append(_row(case.where, got * gain, want * gain))
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
@@ -127,10 +129,11 @@ def verify(
             size = sizes[index % len(sizes)]
             conditions = some_values(spec.conditions, batch, seed=1, size=size)
             got = _or_nan(partial(ours.from_noise, noise, sigmas, conditions=conditions), noise.shape[1:])
+            gain = _gain(spec, got, np.full(batch, sigmas[-1], np.float32))  # of the last call, which gives the sample
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
             for each, model in zip(rows, theirs, strict=True):
                 want = _or_nan(partial(Looped(model, guidance).from_noise, noise, sigmas, conditions), noise.shape[1:])
-                each.append(_row(where, got, want))
+                each.append(_row(where, got * gain, want * gain))
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
 
 
@@ -227,6 +230,16 @@ def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int
             sigma_next=part * sigma if spec.second_time else None,
             conditions=some_values(spec.conditions, len(sigma), seed=number, size=sizes[number % len(sizes)]),
         )
+
+
+def _gain(spec: ModelSpec, x: Floats, sigma: Floats) -> Floats:
+    """Return what differences of denoisers are multiplied with, [B, 1, ..]: 1 / max(1, sigma) where eps is predicted.
+
+    x0 = x - sigma eps magnifies what rounding does to eps.
+    """
+    predicts_eps = spec.scaling.rpartition("_")[2] == "eps"
+    gain = 1 / np.maximum(1, sigma) if predicts_eps else np.ones_like(sigma)
+    return gain.astype(np.float32).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _row(where: str, got: Floats, want: Floats) -> Row:

@@ -20,7 +20,9 @@ from torch import Tensor
 import cmfast
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency
+from cmfast_export import export_onnx
 from cmfast_train.backends.diffusers_pipeline import DiffusersBackend
+from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.networks import unet2d
@@ -28,6 +30,7 @@ from cmfast_train.networks.adm import randomise
 from cmfast_train.networks.build import build_network, check_weights, network_from_dict, network_to_dict
 from cmfast_train.networks.unet2d import Unet2dConfig
 from helpers.foreign.diffusers_folders import draft, with_denoiser
+from helpers.runs import assert_equal_weights, losses_of, run_here
 from helpers.specs import named
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a diffusion teacher:cmfast.errors.CmfastWarning")
@@ -60,6 +63,16 @@ SMALL: dict[str, dict[str, Any]] = {
         "upsample_type": "resnet",
         "resnet_time_scale_shift": "scale_shift",
         "num_class_embeds": 5,
+    },
+    "digits": {  # of the preset's images
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [32, 32],
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "num_class_embeds": 10,
     },
     "plain": {  # of odd groups and no attention, other activations
         "sample_size": 4,
@@ -291,6 +304,53 @@ def test_a_folder_is_sampled_with_ddim_and_with_heun(
         assert np.load(out)["arr_0"].shape[:3] == (2, 8, 16)
     model = cmfast.load(saved["cifar10"])
     assert model.sample(2, steps=10, seed=1).shape == (2, 8, 8, 3)
+
+
+def test_a_folder_is_exported_and_verified(saved: dict[str, Path], tmp_path: Path) -> None:
+    found = export_onnx(saved["classes"], tmp_path / "sampler.onnx", kind="sampler", sigmas=(157.0, 9.0))
+    (note,) = found.notes
+    assert "batches above 63" in note  # diffusers' ResnetBlock2D copies them where it doubles pixels
+    assert found.manifest.source["pipeline"] == "DDPMPipeline"
+    # Float32 sums of another order, times max(1, sigma): the network predicts noise.
+    assert found.denoiser.parity.worst.max_abs < 1e-5
+    model, folder = cmfast.load(tmp_path / "sampler.onnx"), cmfast.load(saved["classes"])
+    one, other = (each.sample(2, label=[1, 4], seed=3, sigmas=(157.0, 9.0)).astype(int) for each in (model, folder))
+    assert np.abs(one - other).max() <= 1
+
+
+def test_half_precision_is_made_on_the_graph(saved: dict[str, Path], tmp_path: Path) -> None:
+    found = export_onnx(saved["plain"], tmp_path / "half.onnx", precision="fp16")
+    assert found.notes == ()  # our UNet2DModel has no branch by the size of the batch
+    assert found.manifest.dtype == "float16"
+    with pytest.raises(EngineError, match="cmfast-export --precision fp16"):
+        TorchBackend(saved["plain"], precision="fp16")
+
+
+def test_a_consistency_model_is_distilled_from_a_folder(saved: dict[str, Path], tmp_path: Path) -> None:
+    """A student of our network learns from it; it knows noise levels from those of its first time on."""
+    settings = ["phases=cd:24", f"teacher={saved['digits']}"]
+    with pytest.raises(CmfastError, match=r"it knows noise levels from 0\.01000\d+ to 157\.4\d+, the run has 0\.002"):
+        run_here(tmp_path / "refused", *settings)
+    run_here(tmp_path / "run", *settings, "sigma_min=0.0101")
+    assert all(math.isfinite(line["loss"]) for line in losses_of(tmp_path / "run"))
+    assert load_checkpoint(tmp_path / "run" / "model.pt").spec.scaling == "boundary"
+
+
+def test_a_network_of_diffusers_is_trained_on_as_a_latent_consistency_model(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = load_model(saved["digits"]).spec
+    # A random network that predicts noise is off by 157 at the last level: no step of usual size.
+    settings = ["phases=cd:16", f"init={saved['digits']}", "cd.lr=1e-8"]
+    with pytest.raises(CmfastError, match=f"add --set sigma_max={spec.sigma_max!r} --set sigmas={spec.sigma_max!r}:"):
+        run_here(tmp_path / "refused", *settings)
+    settings += [f"sigma_max={spec.sigma_max!r}", f"sigmas={spec.sigma_max!r}"]
+    run_here(tmp_path / "run", *settings)
+    student = load_checkpoint(tmp_path / "run" / "model.pt")
+    assert (student.spec.scaling, student.spec.c_noise, student.spec.renoise) == ("lcm_eps", "discrete", "sqrt")
+    assert (student.spec.times, student.network) == (spec.times, load_model(saved["digits"]).network)
+    run_here(tmp_path / "recomputed", *settings, "recompute=true")
+    assert_equal_weights(load_checkpoint(tmp_path / "recomputed" / "model.pt").weights, student.weights)
 
 
 # What is refused.

@@ -87,7 +87,7 @@ class TorchBackend:
         denoiser = source.denoiser() if isinstance(source, Checkpoint) else snapshot(source)
         if TRUNKS[precision or "fp32"] != torch.float32 and not converts_itself(denoiser.network):
             raise EngineError(
-                f"{precision} of a network of your own is made by its export: cmfast-export --precision {precision}; "
+                f"{precision} of this network is made by its export: cmfast-export --precision {precision}; "
                 "here use fp32"
             )
         self.denoiser = denoiser.to_precision(precision or "fp32").to(device)

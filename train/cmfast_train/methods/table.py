@@ -183,7 +183,8 @@ def _halves(hyper: Pd, before: Pd) -> str:
 
 # Consistency models hold the boundary condition; a diffusion model's scaling, which continuous-time methods and
 # progressive distillation need, differs from it at noise levels around sigma_min only, so the weights serve both.
-TO_BOUNDARY, FROM_BOUNDARY = {"edm": "boundary"}, {"boundary": "edm"}
+# The same for what latent consistency models do with networks of discrete times that predict the noise or v.
+TO_BOUNDARY, FROM_BOUNDARY = {"edm": "boundary", "vp_eps": "lcm_eps", "vp_v": "lcm_v"}, {"boundary": "edm"}
 
 _OURS: tuple[Method[Any], ...] = (
     Method(

@@ -43,7 +43,7 @@ def converts_itself(network: nn.Module) -> bool:
 
     Of any other network half precision is made on the exported graph (`cmfast_export.graphs.half`).
     """
-    return type(network).__module__.startswith("cmfast_train.networks.")
+    return type(network).__module__.startswith("cmfast_train.networks.") and not hasattr(network, "half_on_graph")
 
 
 def convert_trunk(network: nn.Module, dtype: torch.dtype) -> None:

@@ -182,7 +182,9 @@ def _kind() -> type[nn.Module]:
     """Return UNet2DModel with our signature; diffusers is imported by the first call only."""
     torchvision_datasets()  # diffusers imports torchvision, which beside a CPU torch fails without this
     try:
+        from diffusers.models.attention_processor import Attention
         from diffusers.models.embeddings import TimestepEmbedding
+        from diffusers.models.resnet import ResnetBlock2D
         from diffusers.models.unets.unet_2d import UNet2DModel
         from diffusers.models.upsampling import Upsample2D
     except ModuleNotFoundError as err:
@@ -204,6 +206,10 @@ def _kind() -> type[nn.Module]:
         def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:  # type: ignore[override]
             (output,) = super().forward(x, cast(c_noise, torch.float32), label, return_dict=False)
             return cast(output, torch.float32)
+
+        def blocks(self) -> list[nn.Module]:
+            """Return the blocks that training shards and recomputes."""
+            return [module for module in self.modules() if isinstance(module, (ResnetBlock2D, Attention))]
 
     class Embedding(TimestepEmbedding):
         """The embedding of the noise level, float32 also where training runs in half precision."""

@@ -20,6 +20,7 @@ from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.methods.distances import Distance
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
+from cmfast_train.networks.unet2d import Unet2dConfig
 from cmfast_train.training.initial_model import Start, start_of
 
 
@@ -126,6 +127,8 @@ def why_not_fused(
         return f"the device is {device.type}"
     if isinstance(network, CloneofsimoConfig):
         return "network=cloneofsimo has other layers"
+    if isinstance(network, Unet2dConfig):
+        return "diffusers' UNet2DModel has other layers"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if not config.channels_last:

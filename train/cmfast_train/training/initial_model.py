@@ -171,9 +171,10 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) 
         except CmfastError as err:
             raise CmfastError(f"--init {config.init}: {err}") from None
     if config.sigma_max != spec.sigma_max:
+        top = _exact(spec.sigma_max)
         raise CmfastError(
             f"--init {config.init}: its noise levels end at {spec.sigma_max:g}, the run's at {config.sigma_max:g}; add "
-            f"--set sigma_max={spec.sigma_max:g} --set sigmas={spec.sigma_max:g}:{spec.sigma_max:g},0.8"
+            f"--set sigma_max={top} --set sigmas={top}:{top},0.8"
         )
     sigmas = {len(s): s for s in config.sigmas}
     return dataclasses.replace(
@@ -190,8 +191,8 @@ def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) ->
     """Return the student's spec; a teacher must know all its noise levels."""
     if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
         raise CmfastError(
-            f"--teacher {config.teacher}: it knows noise levels from {teacher.spec.sigma_min:g} to "
-            f"{teacher.spec.sigma_max:g}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
+            f"--teacher {config.teacher}: it knows noise levels from {_exact(teacher.spec.sigma_min)} to "
+            f"{_exact(teacher.spec.sigma_max)}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
             "change --set sigma_min, sigma_max"
         )
     return spec
@@ -199,3 +200,8 @@ def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) ->
 
 def _consistent(renoise: str) -> str:
     return "sqrt" if renoise == "ddim" else renoise
+
+
+def _exact(sigma: float) -> str:
+    """Return a noise level so that what is typed is the same number."""
+    return f"{sigma:g}" if float(f"{sigma:g}") == sigma else repr(sigma)

@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """Return the blocks that a network consists of: nearly all of its weights and its arithmetic."""
+    if callable(own := getattr(network, "blocks", None)):
+        return list(own())
     kinds = (nn.Sequential,) if isinstance(network, CloneofsimoUnet) else (adm.ResBlock, adm.Attention, edm.Block)
     return [module for module in network.modules() if isinstance(module, kinds)]
 
@@ -202,10 +204,10 @@ class _PlainNorms(TorchFunctionMode):
         return output.contiguous(memory_format=torch.channels_last)
 
 
-def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor, **named: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(*inputs)
-    output: Tensor = checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs, **named)
+    output: Tensor = checkpoint(forward, *inputs, use_reentrant=False, **named)
     return output
 
 
