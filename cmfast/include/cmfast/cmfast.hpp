@@ -15,10 +15,12 @@
 // Python      docs/edge.md; tests/cpp compares the two
 #pragma once
 
+#include "backend.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "model.hpp"
 #include "noise.hpp"
 #include "plan.hpp"
 #include "sampling.hpp"
+#include "selftest.hpp"
 #include "spec.hpp"

@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "noise.hpp"
@@ -31,82 +32,6 @@
 #include "spec.hpp"
 
 namespace cmfast {
-
-/// A buffer that a graph reads or writes: float32, or int64 where the input is a class.
-struct Tensor {
-    std::string name;
-    std::vector<std::int64_t> shape;
-    std::vector<float> floats;
-    std::vector<std::int64_t> numbers;
-    bool is_number = false;
-
-    /// Make room for the shape.
-    void resize() {
-        std::size_t count = 1;
-        for (const auto side : shape) count *= static_cast<std::size_t>(side);
-        is_number ? numbers.resize(count) : floats.resize(count);
-    }
-};
-
-/// What runs a model file. Opening is slow, calling is not.
-class Backend {
- public:
-    virtual ~Backend() = default;
-    virtual const Manifest& manifest() const = 0;
-    virtual const std::string& name() const = 0;  // backend and device in words
-    virtual std::size_t batch() const = 0;        // the only batch size that it takes; 0: any
-    virtual std::size_t most() const { return max_batch; }  // samples of a call
-
-    /// Let `run` read these inputs and write this output, in the order of the manifest, until the next call.
-    virtual void bind(std::vector<Tensor>& inputs, Tensor& output) = 0;
-    virtual void run() = 0;
-};
-
-namespace detail {  // what backends check of a graph that they opened
-
-/// Names of the inputs that a manifest promises, the noisy one first.
-inline std::vector<std::string> input_names(const Manifest& manifest) {
-    const bool denoiser = manifest.kind == Manifest::Kind::denoiser;
-    std::vector<std::string> names = {denoiser ? "x" : "noise"};
-    if (denoiser) names.push_back("sigma");
-    if (denoiser && manifest.spec.second_time) names.push_back("sigma_next");
-    for (const auto& each : manifest.spec.conditions) names.push_back(each.name);
-    return names;
-}
-
-inline bool is_class(const Manifest& manifest, const std::string& name) {
-    for (const auto& each : manifest.spec.conditions) {
-        if (each.name == name) return each.kind == Condition::Kind::class_number;
-    }
-    return false;
-}
-
-inline void check_names(std::vector<std::string> wanted, std::vector<std::string> found, const std::string& where) {
-    const std::string said = listed(wanted);
-    std::sort(wanted.begin(), wanted.end());
-    std::sort(found.begin(), found.end());
-    if (found == wanted) return;
-    throw ArtifactError(where + ": the graph's inputs are " + listed(found) + ", its manifest says " + said);
-}
-
-/// Compare the shape of x or noise with the manifest; return the batch size where it is fixed, else 0.
-inline std::size_t fixed_batch(const Manifest& manifest, const std::string& name, const std::vector<std::int64_t>& found,
-                               const std::string& where) {
-    const auto& shape = manifest.spec.shape;
-    const std::size_t before = manifest.kind == Manifest::Kind::denoiser ? 1 : 2;
-    const auto from = static_cast<std::ptrdiff_t>(before);
-    if (found.size() != before + shape.size() || !std::equal(shape.begin(), shape.end(), found.begin() + from)) {
-        throw ArtifactError(where + ": the graph's " + name + " is " + listed(found) + ", its manifest says samples of " +
-                            listed(shape));
-    }
-    const std::int64_t batch = found[manifest.kind == Manifest::Kind::sampler ? 1 : 0];
-    if (batch == 0 || batch > static_cast<std::int64_t>(max_batch)) {
-        throw ArtifactError(text(where, ": the graph's batch size is fixed at ", batch, "; at most ", max_batch, " are run"));
-    }
-    return batch > 0 ? static_cast<std::size_t>(batch) : 0;
-}
-
-}  // namespace detail
 
 /// A few-step model on a backend.
 class Model {
@@ -458,61 +383,5 @@ class Model {
     std::optional<Sampler> sampler_;
     std::vector<float> scratch_;
 };
-
-/// How far this machine is from the values that the exporter recorded in the file.
-struct SelftestResult {
-    double max_abs = 0;  // largest difference, data units
-    double atol = 0;     // allowed
-    bool passed = false;
-};
-
-/// Draw the sample that the file's manifest records values of, and compare: docs/format.md. Throws where it has none.
-///
-/// Conditions and noise levels of the model are those of the test afterwards.
-inline SelftestResult selftest(Model& model) {
-    const Selftest& test = model.manifest().selftest;
-    if (!test.present) {
-        throw Error("this file has no self-test; export the model again with cmfast-export");
-    }
-    model.steps(0);
-    const auto& conditions = model.spec().conditions;
-    for (std::size_t i = 0; i < conditions.size(); ++i) {
-        const Condition& each = conditions[i];
-        const auto given = test.conditions.find(each.name);
-        if (each.kind == Condition::Kind::class_number) {
-            std::int64_t number = drawn_label(test.seed, 0, each.classes);
-            if (given != test.conditions.end()) {
-                const double value = given->second.size() == 1 ? given->second[0] : -1;
-                if (!(value >= 0 && value < 0x1p31)) throw Error("selftest.conditions has no class for " + each.name);
-                number = static_cast<std::int64_t>(value);
-            }
-            model.set(each.name, number);
-            continue;
-        }
-        std::vector<std::int64_t> shape = each.shape;
-        std::size_t count = 1;
-        for (auto& side : shape) {
-            if (side < 0) side = 16;  // as cmfast.conditions.some_values
-            count *= static_cast<std::size_t>(side);
-        }
-        std::vector<float> values(count);
-        if (given == test.conditions.end()) {
-            gaussian(test.seed, 0, label_step - 1 - static_cast<std::uint32_t>(i), count, values.data());
-        } else {
-            values.assign(given->second.begin(), given->second.end());
-            if (values.size() != count) throw Error("selftest.conditions has too few or too many values of " + each.name);
-        }
-        model.set(each.name, values.data(), shape);
-    }
-    std::vector<float> sample(model.spec().size());
-    model.sample(1, test.seed, sample.data());
-    SelftestResult result;
-    result.atol = test.atol;
-    for (std::size_t i = 0; i < test.at.size(); ++i) {
-        result.max_abs = std::max(result.max_abs, std::fabs(static_cast<double>(sample[test.at[i]]) - test.values[i]));
-    }
-    result.passed = result.max_abs <= result.atol;
-    return result;
-}
 
 }  // namespace cmfast
