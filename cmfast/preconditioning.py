@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from typing import Any
 
 from cmfast.schedule import DiscreteTimes
@@ -104,7 +105,7 @@ def discrete_time(sigma: Array, times: DiscreteTimes | None) -> Array:
     assert times is not None, "ModelSpec checks it"
     levels = _log_levels(times)
     if hasattr(sigma, "new_tensor"):  # torch, without importing it
-        table, log = sigma.new_tensor(levels), sigma.log()
+        table, log = _like(sigma, times), sigma.log()
     else:
         import numpy as np
 
@@ -113,6 +114,25 @@ def discrete_time(sigma: Array, times: DiscreteTimes | None) -> Array:
     low = (log[..., None] >= table).sum(-1).clip(1, len(levels) - 1) - 1
     below, above = table[low], table[low + 1]
     return (low + (log - below) / (above - below)).clip(0, len(levels) - 1)
+
+
+_ON_GPUS: dict[tuple[DiscreteTimes, str, str], Array] = {}  # by table, dtype and device
+
+
+def _like(sigma: Array, times: DiscreteTimes) -> Array:
+    """Return ln of a table's levels as a tensor like sigma.
+
+    On a GPU it is made once: a copy from the host waits for the queue, and a CUDA graph, which is recorded after plain
+    calls, cannot hold one.
+    """
+    torch: Any = sys.modules["torch"]  # whose tensor sigma is
+    if not sigma.is_cuda or torch.compiler.is_compiling():
+        return sigma.new_tensor(_log_levels(times))
+    key = (times, str(sigma.dtype), str(sigma.device))
+    if key not in _ON_GPUS:
+        with torch.inference_mode(False):
+            _ON_GPUS[key] = sigma.new_tensor(_log_levels(times))
+    return _ON_GPUS[key]
 
 
 @functools.lru_cache(maxsize=16)

@@ -353,6 +353,33 @@ def test_a_network_of_diffusers_is_trained_on_as_a_latent_consistency_model(
     assert_equal_weights(load_checkpoint(tmp_path / "recomputed" / "model.pt").weights, student.weights)
 
 
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
+@pytest.mark.parametrize("variant", ["", "channels_last", "cuda_graph"])
+def test_a_gpu_computes_what_the_cpu_computes(saved: dict[str, Path], variant: str) -> None:
+    there, here = cmfast.load(saved["digits"], device="cuda", variant=variant), cmfast.load(saved["digits"])
+    x = cmfast.gaussian(1, range(4), 0, here.spec.shape)
+    for sigma in (0.02, 0.5, 3.0, 0.5):  # a graph is recorded at one of the first calls, and replayed
+        want = here.denoise(sigma * x, sigma, label=[1, 2, 3, 4])
+        # Two float32 libraries, cuDNN's transforms among their sums; the error of the noise is magnified by sigma.
+        atol = 1e-3 * max(1, sigma)
+        np.testing.assert_allclose(there.denoise(sigma * x, sigma, label=[1, 2, 3, 4]), want, rtol=0, atol=atol)
+    for seed in (0, 1, 2):
+        assert there.sample(4, seed=seed, steps=10).shape == (4, 8, 8, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
+def test_a_consistency_model_is_distilled_from_a_folder_on_a_gpu(saved: dict[str, Path], tmp_path: Path) -> None:
+    """The optimiser steps are recorded as a CUDA graph where the run can: the teacher's table of times is in it."""
+    settings = ["phases=cd:400", f"teacher={saved['digits']}", "sigma_min=0.0101", "device=cuda", "precision=fp32"]
+    run_here(tmp_path / "run", *settings)
+    assert all(math.isfinite(line["loss"]) for line in losses_of(tmp_path / "run"))
+
+
 # What is refused.
 
 BAD: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
