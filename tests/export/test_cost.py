@@ -87,7 +87,7 @@ def test_a_convolution_between_elementwise_nodes(batch: int | str, dtype: int, s
          2 * 4 * 8 * 8 * 5),
         (node("MatMul", ["x", "w"], ["out"]), {"w": [8, 5]}, ["B", 4, 8, 5], 2 * 4 * 8 * 8 * 5),
     ],
-    ids=["groups", "dilation", "transposed convolution", "product"],
+    ids=["groups", "dilation", "transposed convolution", "einsum", "product"],
 )  # fmt: skip
 def test_one_operator(
     operator: onnx.NodeProto, weights: dict[str, list[int]], output: list[int | str], flops: int

@@ -14,6 +14,7 @@ import linecache
 import logging
 import re
 import sys
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -289,7 +290,8 @@ def _place(frames: list[tuple[str, int, str]]) -> str:
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file of code is neither torch's nor ours."""
+    """Whether a file of code is neither torch's nor ours nor of Python's library."""
     own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
     path = Path(name)
-    return path.is_absolute() and not own.intersection(path.parents)
+    library = Path(sysconfig.get_path("stdlib")) in path.parents and "site-packages" not in path.parts
+    return path.is_absolute() and not library and not own.intersection(path.parents)

@@ -159,7 +159,7 @@ def test_it_exports_and_samples(
     assert manifest.spec == load_checkpoint(model).spec
     assert manifest.parity["max_abs"] <= 1e-4
     inputs = [value.name for value in onnx.load(exported).graph.input]
-    assert inputs == ["x", "sigma", "label"]  # also of a network with two times: it is asked for r = 0
+    assert inputs == ["x", "sigma", *(["sigma_next"] if name == "mf" else []), "label"]
 
     for steps in sorted({1, 2} & set(manifest.spec.sigmas)):
         out = tmp_path / f"{steps}.npz"
