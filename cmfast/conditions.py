@@ -83,7 +83,7 @@ class Condition:
             )
         object.__setattr__(self, "shape", shape)
         if self.null is not None:
-            real_number(f"null of the condition {name}", self.null)
+            object.__setattr__(self, "null", real_number(f"null of the condition {name}", self.null))
 
     @property
     def entries(self) -> int:
@@ -178,11 +178,12 @@ def some_values(
     samples = range(first, first + n)
     values: dict[str, npt.NDArray[Any]] = {}
     for index, each in enumerate(conditions):
+        step = noise.LABEL_STEP if each.name == LABEL else noise.LABEL_STEP - 1 - index
         if each.kind == "class":
-            values[each.name] = noise.labels(seed, samples, each.classes)
+            values[each.name] = noise.labels(seed, samples, each.classes, step=step)
         else:
             shape = [size if isinstance(side, str) else side for side in each.shape]
-            values[each.name] = noise.gaussian(seed, samples, noise.LABEL_STEP - 1 - index, shape)
+            values[each.name] = noise.gaussian(seed, samples, step, shape)
     return values
 
 

@@ -57,12 +57,14 @@ def slices(
     return np.stack([gaussian(seed, samples, step, shape) for step in range(steps)])
 
 
-def labels(seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
-    """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1."""
+def labels(
+    seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int, *, step: int = LABEL_STEP
+) -> npt.NDArray[np.int64]:
+    """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1; step: the stream of numbers."""
     classes = whole_number("number of classes", classes, 1, 2**32)
     numbers = as_u64(samples, "sample")
     need_memory(4 * PEAK * len(numbers), f"{len(numbers)} labels", "draw fewer at a time")
-    first = _bits(seed, numbers, LABEL_STEP, 1)[:, 0, 0].astype(np.uint64)
+    first = _bits(seed, numbers, step, 1)[:, 0, 0].astype(np.uint64)
     return ((first * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
 
 

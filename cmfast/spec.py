@@ -105,7 +105,7 @@ class ModelSpec:
         0 is sigma_max. Their order does not matter, and a closing last index, which OpenAI writes, is dropped.
         """
         if not self.grid:
-            raise CmfastError("this model has no grid that indices could point into; say the noise levels: --sigmas")
+            raise CmfastError("this model has no grid that indices could point into; pass the noise levels: --sigmas")
         levels = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
         if len(set(indices)) < len(indices):
             raise CmfastError(f"an index is there twice: {shown(indices)}")
@@ -125,7 +125,7 @@ class ModelSpec:
             levels = as_levels(sigmas)
             if steps is not None and steps != len(levels):
                 raise CmfastError(
-                    f"{shown(steps)} steps were asked for with {len(levels)} noise levels; give one of the two"
+                    f"{shown(steps)} steps were requested with {len(levels)} noise levels; pass one of the two"
                 )
             return check_sigmas(levels, self.sigma_min, self.sigma_max)
         if steps is None:

@@ -111,7 +111,7 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
         return engine
     names = sorted("." + entry.name for entry in entry_points(group="cmfast.backends") if entry.name != "folder")
     have = ", ".join([*all_suffixes(), *names])
-    raise EngineError(f"{file}: no engine runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
+    raise EngineError(f"{file}: no backend runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
 
 
 def _path(path: object) -> Path:

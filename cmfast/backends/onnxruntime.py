@@ -194,7 +194,7 @@ def check_cuda() -> None:
 
 
 def _open(ort: Any, file: OnnxFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
-    """Return a session on these providers, or raise with the reason why it is not to be had."""
+    """Return a session on these providers, or raise with the reason why there is none."""
     path = file.path
     names = [name for name, _ in wanted]
     try:

@@ -25,8 +25,7 @@ from cmfast.formats import protobuf as pb
 from cmfast.formats.content import content_sha256
 from cmfast.formats.recognise import HEAD
 from cmfast.formats.recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
-from cmfast.formats.selftest import check_selftest
-from cmfast.formats.values import check_parts, object_of
+from cmfast.formats.values import check_parts, check_selftest, object_of
 from cmfast.spec import ModelSpec
 
 SCHEMA = "cmfast/2"
@@ -286,7 +285,7 @@ def compare_sha256(file: Path, found: str, wanted: str) -> None:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
         raise CmfastError(f"a SHA-256 has 64 hex digits, got {wanted!r}")
     if found != wanted.lower():
-        raise ArtifactError(f"{file}: its SHA-256 is {found}, not {wanted.lower()} as asked; not opened")
+        raise ArtifactError(f"{file}: its SHA-256 is {found}, not {wanted.lower()} as requested; not opened")
 
 
 def file_sha256(file: Path) -> str:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cmfast.conditions import some_values
-from cmfast.errors import CmfastError, shown
-from cmfast.formats.values import is_number
+from cmfast.errors import CmfastError
+from cmfast.formats.values import check_selftest
 from cmfast.spec import ModelSpec
 
 COUNT = 8  # values that are recorded
-KEYS = {"seed", "conditions", "at", "values", "atol"}
 
 
 class Samples(Protocol):
@@ -73,21 +72,6 @@ def run_selftest(model: Samples, recorded: Mapping[str, Any]) -> SelftestResult:
         raise CmfastError(f"selftest.at has an index beyond the {sample.size} values of a sample")
     pairs = zip(recorded["at"], recorded["values"], strict=True)
     return SelftestResult(max(abs(float(sample[i]) - value) for i, value in pairs), recorded["atol"])
-
-
-def check_selftest(recorded: Mapping[str, Any]) -> None:
-    """Raise CmfastError unless a self-test has its keys, and numbers where numbers belong."""
-    if not recorded:
-        return
-    seed, at, values, atol = (recorded.get(name) for name in ("seed", "at", "values", "atol"))
-    whole = [seed, *(at if isinstance(at, (list, tuple)) else [None])]
-    fits = recorded.keys() >= KEYS and isinstance(recorded["conditions"], Mapping) and len(whole) > 1
-    fits = fits and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in whole)
-    fits = fits and isinstance(values, (list, tuple)) and len(values) == len(whole) - 1
-    if not fits or not all(is_number(n) for n in (*(values or ()), atol)) or (atol or 0) < 0:
-        raise CmfastError(
-            f"selftest must have {', '.join(sorted(KEYS))}, as docs/format.md says, got {shown(recorded)}"
-        )
 
 
 def _sample(model: Samples, recorded: Mapping[str, Any], sigmas: Sequence[float] | None) -> Any:

@@ -12,6 +12,7 @@ from cmfast.errors import CmfastError, shown
 MAX_TEXT = 4000  # characters of one text
 MAX_DEPTH = 4  # of lists and objects in "source" and "engine"
 LARGEST = 2.0**63  # of a number
+OF_SELFTEST = {"seed", "conditions", "at", "values", "atol"}  # keys of "selftest": `cmfast.formats.selftest`
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
@@ -31,6 +32,21 @@ def check_parts(parts: Mapping[str, Any]) -> None:
                     raise CmfastError(f"{where} must be a printable text, got {shown(value)}")
             elif not _is_plain(value, MAX_DEPTH):
                 raise CmfastError(f"{where} must be printable texts, numbers, lists and objects, got {shown(value)}")
+
+
+def check_selftest(recorded: Mapping[str, Any]) -> None:
+    """Raise CmfastError unless a self-test has its keys, and numbers where numbers belong."""
+    if not recorded:
+        return
+    seed, at, values, atol = (recorded.get(name) for name in ("seed", "at", "values", "atol"))
+    whole = [seed, *(at if isinstance(at, (list, tuple)) else [None])]
+    fits = recorded.keys() >= OF_SELFTEST and isinstance(recorded["conditions"], Mapping) and len(whole) > 1
+    fits = fits and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in whole)
+    fits = fits and isinstance(values, (list, tuple)) and len(values) == len(whole) - 1
+    if not fits or not all(is_number(n) for n in (*(values or ()), atol)) or (atol or 0) < 0:
+        raise CmfastError(
+            f"selftest must have {', '.join(sorted(OF_SELFTEST))}, as docs/format.md says, got {shown(recorded)}"
+        )
 
 
 def object_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

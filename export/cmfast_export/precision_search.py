@@ -100,7 +100,7 @@ def export_fastest(model: Source, out: str | os.PathLike[str], graph: GraphReque
                 break
         if not passed:
             reasons = "; ".join(dict.fromkeys(each.why for each in failed))
-            raise CheckFailed(f"no precision is to be had inside the tolerance: {reasons}")
+            raise CheckFailed(f"no precision is inside the tolerance: {reasons}")
         times = _times({name: exported.path for name, exported in passed.items()}, device) if timed else {}
         best = min(passed, key=lambda name: times.get(name, 0.0))
         exported = _move(passed[best], target)

@@ -93,7 +93,7 @@ class GraphRequest:
         if self.kind == "denoiser" and self.guidance is not None:
             raise CmfastError("--guidance is for a sampler: add --kind sampler")
         if self.null and self.guidance is None:
-            raise CmfastError("--null says what stands for no condition in guidance; add --guidance W")
+            raise CmfastError("--null requires --guidance W")
         if self.kind == "denoiser" and (self.steps is not None or self.sigmas is not None):
             raise CmfastError(
                 "noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler"
@@ -149,7 +149,12 @@ class Request:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What is read."""
-        return (self.model, *self.engines, *([self.own.spec] if self.own and self.own.spec else []))
+        made = self.own is not None and not self.own.weights and self.own.spec is None
+        return (
+            *(() if made else (self.model,)),
+            *self.engines,
+            *([self.own.spec] if self.own and self.own.spec else []),
+        )
 
     @property
     def name(self) -> str:
@@ -243,10 +248,12 @@ def make_request(
     """
     target = find_target(form)
     own = _own(model, network, spec, target, source)
-    model = model or spec
+    read = model or spec
+    model = read or (Path(network.rpartition(":")[2].rpartition(".")[2]) if network else None)
     if model is None:
         raise CmfastError("name a model: cmfast-export model.pt; of a network of your own also --network and --spec")
-    check_model(model)
+    if read is not None:  # else the factory's name stands for it
+        check_model(read)
     if engines and not (target.takes_engines and format_of(model) is ENGINE):
         raise CmfastError(f"{engines[0]}: one file at a time; several engines can be put into one --format triton")
     of_graph = (kind, steps, sigmas, opset, guidance, *null)
@@ -256,6 +263,10 @@ def make_request(
             f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
         )
     exported = format_of(model) is not None
+    if exported and own:
+        raise CmfastError(f"{model}: exported already; --network and --spec are for a network that is to be exported")
+    if own and (others := [text for text in assignments if not text.startswith("weights=")]):
+        raise CmfastError(f"--set {others[0]}: the conventions of a network of your own are in --spec; remove it")
     if exported and not target.takes_files:
         raise CmfastError(f"{model}: exported already; --format engine or --format triton takes it further")
     if exported and (graph_asked or source or assignments):
@@ -298,8 +309,6 @@ def _own(model: Path | None, network: str, spec: Path | None, target: Target, so
         raise CmfastError("--source is for checkpoints of known formats, --network for a network of your own; pass one")
     if not target.kinds:
         raise CmfastError(f"--format {target.name} takes checkpoints of known networks, not --network")
-    if model is None and spec is None:
-        raise CmfastError("--network needs its conventions, --spec spec.json, or a file of weights")
     return OwnNetwork(factory=network, spec=spec, weights=model is not None)
 
 
@@ -308,6 +317,8 @@ def _null(assignments: Sequence[str]) -> dict[str, float]:
     values: dict[str, float] = {}
     for text in assignments:
         name, equals, number = text.partition("=")
+        if name in values:
+            raise CmfastError(f"--null {shorten(text)}: {name} is already set; remove one of the two")
         try:
             values[name] = float(number)
         except ValueError:

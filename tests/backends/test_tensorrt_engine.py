@@ -258,7 +258,7 @@ def test_without_a_gpu_that_is_said_in_one_line(plans: dict[str, Path]) -> None:
         ({"device": "cpu"}, "runs on NVIDIA GPUs only, not on cpu: --device cuda"),
         ({"variant": "cuda_graph"}, "runs one way only, not cuda_graph"),
         ({"precision": "fp16"}, "runs in the precision that it was exported with"),
-        ({"sha256": "0" * 64}, "not " + "0" * 64 + " as asked; not opened"),
+        ({"sha256": "0" * 64}, "not " + "0" * 64 + " as requested; not opened"),
         ({"sha256": "0"}, "a SHA-256 has 64 hex digits"),
     ],
 )

@@ -549,7 +549,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "a.onnx"], "a.onnx is given twice"),
         (["a.onnx", "./folder/../a.onnx"], "a.onnx is given twice"),
         (["noise.onnx"], "noise.onnx: not a whole ONNX file"),
-        (["model.tflite"], "no engine runs files ending in .tflite"),
+        (["model.tflite"], "no backend runs files ending in .tflite"),
         (["a.onnx", "small.onnx"], "small.onnx draws images [1, 4, 4], a.onnx images [1, 8, 8]"),
         (["--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx; pass it as a MODEL"),
         (["a.onnx", "--compile"], "--compile needs a checkpoint to compile; add --baseline model.pt"),

@@ -181,7 +181,7 @@ def test_json_is_the_manifest_and_nothing_else(
             "future.onnx",
             "schema 'cmfast/3', this version reads 'cmfast/1' and 'cmfast/2'; update cmfast or export",
         ),
-        ("model.trt", "model.trt: no engine runs files ending in .trt; there are some for .onnx, .engine, .plan, "),
+        ("model.trt", "model.trt: no backend runs files ending in .trt; there are some for .onnx, .engine, .plan, "),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--json"]])

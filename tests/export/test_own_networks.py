@@ -209,7 +209,7 @@ def test_what_stands_for_no_condition_is_taken_from_the_model(tmp_path: Path) ->
         ({"kind": "sampler", "guidance": 2.0, "null": {"label": 5}}, "need a class from 0 to 4"),
         ({"kind": "sampler", "guidance": float("nan"), "null": {"label": 4}}, "needs a finite weight"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"state": 0}}, "no such condition; this model has label"),
-        ({"null": {"label": 0}}, "add --guidance"),
+        ({"null": {"label": 0}}, "--null requires --guidance W"),
     ],
 )
 def test_guidance_that_cannot_be_is_one_line(options: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def outer(inner: nn.Module) -> nn.Module:
     [
         (
             lambda: FixesTheBatch(6),
-            r"batch shall be dynamic.* constant 2: test_own_networks.py:\d+: .*the line that fixes",
+            r"batch must be dynamic.* constant 2: test_own_networks.py:\d+: .*the line that fixes",
         ),
         (
             lambda: outer(LooksAtValues()),
@@ -425,8 +425,12 @@ def test_weights_are_optional_and_the_code_is_imported_only_when_it_is_named(
     [
         ((), "name a model"),
         (("--spec", "spec.json"), "add --network package.module:factory"),
-        (("--network", "my_policy:make"), "needs its conventions, --spec spec.json"),
+        (("--network", "my_policy:make"), "returns a plain module: pass its conventions"),
         (("weights.pt", "--network", "my_policy:make"), "returns a plain module: pass its conventions"),
+        (
+            ("--network", "my_policy:make", "--spec", "spec.json", "--set", "sigma_data=3"),
+            "the conventions of a network",
+        ),
         (("--network", "my_policy", "--spec", "spec.json"), "need package.module:factory"),
         (("--network", "my_policy:none", "--spec", "spec.json"), "my_policy cannot be imported"),
         (("--network", "nowhere.net:make", "--spec", "spec.json"), "nowhere.net cannot be imported"),
@@ -515,3 +519,20 @@ def test_the_names_of_the_packages_are_there_without_their_import_of_torch() -> 
         assert all(hasattr(package, name) for name in package.__all__)
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"shape": 16}, "shape must be a list of sizes"),
+        ({"conditions": ["state"]}, "conditions must be passed by name"),
+        ({"null": 3}, "null must be passed by name"),
+        ({"sigmas": [80.0]}, "sigmas must be"),
+        ({"sigmas": {1: 80.0}}, "default noise levels for 1 steps are no list"),
+        ({"clip": "no"}, "clip must be true or false, got 'no'"),
+    ],
+    ids=str,
+)
+def test_a_convention_of_the_wrong_kind_is_one_line(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        wrap(nn.Linear(3, 3), **{"shape": (3,), "scaling": "edm", "c_noise": "ln/4", **values})

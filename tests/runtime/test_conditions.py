@@ -196,6 +196,23 @@ def test_values_for_timing_are_those_of_the_seed_whatever_the_batch() -> None:
     assert np.std(whole["text"]) > 0.5
 
 
+def test_two_classes_are_drawn_independently_so_that_a_swapped_pair_shows() -> None:
+    conditions = (
+        Condition(name="a", kind="class", classes=5),
+        class_label(5),
+        Condition(name="b", kind="class", classes=5),
+    )
+    drawn = some_values(conditions, 200)
+    np.testing.assert_array_equal(drawn["label"], cmfast.noise.labels(0, range(200), 5))
+    for one, other in (("a", "b"), ("a", "label"), ("b", "label")):
+        assert 20 < int((drawn[one] == drawn[other]).sum()) < 60, "a fifth agrees by chance"
+
+
+def test_the_number_of_no_condition_is_a_plain_one() -> None:
+    null = Condition(name="state", shape=(2,), null=np.float32(0))  # type: ignore[arg-type]
+    assert json.dumps(null.to_dict()) == '{"name": "state", "kind": "tensor", "shape": [2], "null": 0.0}'
+
+
 # The commands.
 
 

@@ -146,7 +146,7 @@ def test_steps_pick_the_models_own_levels_and_the_fewest_without_steps() -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"steps": 2, "sigmas": [80.0]}, "2 steps were asked for with 1 noise levels; give one of the two"),
+        ({"steps": 2, "sigmas": [80.0]}, "2 steps were requested with 1 noise levels; pass one of the two"),
         ({"steps": 0}, "the number of steps must be at least 1, got 0"),
         ({"steps": 3}, "for these numbers of steps: 1, 2; for 3, pass them, for example --sigmas 80"),
         ({"sigmas": [80.0, 90.0]}, "90 follows 80"),

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
+from cmfast_train.config.about import ABOUT
 from cmfast_train.config.overrides import override
 from cmfast_train.config.phase import phase, types_of
-from cmfast_train.config.presets import ABOUT, PRESETS
+from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import DATA, FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.methods import find, names
 from cmfast_train.networks.build import build_network

@@ -78,16 +78,19 @@ def _made(place: str) -> Any:
     module, colon, name = place.partition(":")
     if not colon or not name:
         raise CmfastError(f"--network {shown(place)}: need package.module:factory")
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it; a console script does not
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` has it; a console script does not
     try:
-        factory = resolve_name(place)
-    except (ImportError, AttributeError, ValueError) as err:
-        raise CmfastError(f"--network {place}: {module} cannot be imported: {one_line(err, 200)}") from None
+        try:
+            factory = resolve_name(place)
+        except (ImportError, AttributeError, ValueError) as err:
+            raise CmfastError(f"--network {place}: {module} cannot be imported: {one_line(err, 200)}") from None
+        if not callable(factory):
+            raise CmfastError(f"--network {place}: {name} is {shown(factory)}, which cannot be called")
+        return factory()
     finally:
-        sys.path.remove(os.getcwd())
-    if not callable(factory):
-        raise CmfastError(f"--network {place}: {name} is {shown(factory)}, which cannot be called")
-    return factory()
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _conventions(file: Path) -> Mapping[str, Any]:

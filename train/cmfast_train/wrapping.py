@@ -70,6 +70,14 @@ def wrap(
     """
     if not isinstance(net, nn.Module):
         raise CmfastError(f"net must be a torch.nn.Module, got {shown(net)}")
+    if not isinstance(shape, (list, tuple)):
+        raise CmfastError(f"shape must be a list of sizes such as (16, 7), got {shown(shape)}")
+    for name, mapping in (("conditions", conditions), ("null", null), ("encoders", encoders)):
+        if not isinstance(mapping or {}, Mapping):
+            raise CmfastError(f"{name} must be passed by name, such as {{'state': ..}}, got {shown(mapping)}")
+    levels: Any = {1: (sigma_max,)} if sigmas is None else sigmas  # checked by ModelSpec
+    if isinstance(levels, Mapping):
+        levels = {steps: tuple(s) if isinstance(s, (list, tuple)) else s for steps, s in levels.items()}
     named = {name: _condition(name, what) for name, what in (conditions or {}).items()}
     for name, value in (null or {}).items():
         if name not in named:
@@ -81,7 +89,7 @@ def wrap(
     spec = ModelSpec(
         shape=tuple(shape), data=data, conditions=declared, second_time=second_time, sigma_min=sigma_min,
         sigma_max=sigma_max, sigma_data=sigma_data, scaling=scaling, c_noise=c_noise, times=times, renoise=renoise,
-        clip=bool(clip), sigmas={1: (sigma_max,)} if sigmas is None else {k: tuple(v) for k, v in sigmas.items()},
+        clip=True if clip is None else clip, sigmas=levels,
     )  # fmt: skip
     if clip is None:
         spec = replace(spec, clip=spec.data == "image")

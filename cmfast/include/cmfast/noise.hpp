@@ -130,11 +130,12 @@ inline void gaussian(std::uint64_t seed, std::uint64_t sample, std::uint32_t ste
 }
 
 /// The class of a sample of this seed, uniform over 0 .. classes - 1: what Python draws where no label is given.
-inline std::int64_t drawn_label(std::uint64_t seed, std::uint64_t sample, std::int64_t classes) {
+inline std::int64_t drawn_label(std::uint64_t seed, std::uint64_t sample, std::int64_t classes,
+                                std::uint32_t step = label_step) {
     if (classes < 1 || classes > (std::int64_t{1} << 32)) {
         throw Error(detail::text("the number of classes must be from 1 to 2**32, got ", classes));
     }
-    const auto words = philox({0, label_step, static_cast<std::uint32_t>(sample), static_cast<std::uint32_t>(sample >> 32)},
+    const auto words = philox({0, step, static_cast<std::uint32_t>(sample), static_cast<std::uint32_t>(sample >> 32)},
                               {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
     if (classes == std::int64_t{1} << 32) return words[0];
     return static_cast<std::int64_t>((std::uint64_t{words[0]} * static_cast<std::uint64_t>(classes)) >> 32);

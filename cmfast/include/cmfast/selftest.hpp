@@ -36,7 +36,9 @@ inline SelftestResult selftest(Model& model) {
         const Condition& each = conditions[i];
         const auto given = test.conditions.find(each.name);
         if (each.kind == Condition::Kind::class_number) {
-            std::int64_t number = drawn_label(test.seed, 0, each.classes);
+            std::int64_t number = drawn_label(
+                test.seed, 0, each.classes,
+                each.name == "label" ? label_step : label_step - 1 - static_cast<std::uint32_t>(i));
             if (given != test.conditions.end()) {
                 const double value = given->second.size() == 1 ? given->second[0] : -1;
                 if (!(value >= 0 && value < 0x1p31)) throw Error("selftest.conditions has no class for " + each.name);

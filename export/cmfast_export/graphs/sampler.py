@@ -58,16 +58,18 @@ class Guidance:
         have = ", ".join(conditions) or "none"
         declared = {name: each.null for name, each in conditions.items() if each.null is not None}
         made = cls(weight=weight, null=dict(null or declared))
-        if not made.null or not np.isfinite(weight):
+        if not np.isfinite(weight):
+            raise CmfastError(f"--guidance needs a finite weight, got {weight}")
+        if not made.null:
             raise CmfastError(
-                f"--guidance needs a finite weight and what stands for no condition, for example --null label=10; this "
-                f"model has the conditions {have}, and declares none"
+                f"--guidance needs what stands for no condition, for example --null label=10; this model has the "
+                f"conditions {have}, and declares none"
             )
         for name, value in made.null.items():
             if name not in conditions:
                 raise CmfastError(f"--null {name}={value:g}: no such condition; this model has {have}")
             entries = conditions[name].entries
-            if entries and (value != int(value) or not 0 <= value < entries):
+            if entries and not (0 <= value < entries and value == int(value)):
                 raise CmfastError(f"--null {name}={value:g}: need a class from 0 to {entries - 1}")
         return made
 

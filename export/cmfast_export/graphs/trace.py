@@ -49,7 +49,7 @@ def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Trace
     """Trace a denoiser with these example inputs.
 
     Raises:
-        CmfastError: it cannot be traced, or its code makes a size constant that shall be dynamic. The line names the
+        CmfastError: it cannot be traced, or its code makes a size constant that must be dynamic. The line names the
             module, the file and the code.
     """
     call, examples = _with_names(denoiser, tuple(inputs)), tuple(inputs.values())
@@ -65,7 +65,10 @@ def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Trace
         _check_output(denoiser, inputs)
         # A size is not free. Without a demand the trace says what the code makes of it.
         free = dict.fromkeys(dims, torch.export.Dim.AUTO)
-        program = torch.export.export(call, examples, dynamic_shapes=_shapes(inputs, axes, free))
+        try:
+            program = torch.export.export(call, examples, dynamic_shapes=_shapes(inputs, axes, free))
+        except Exception as err:
+            raise _untraceable(denoiser, inputs, err) from None
         return Traced(program=program, most=_limit(program, denoiser, inputs, axes))
 
 
@@ -135,7 +138,7 @@ def _shapes(inputs: Mapping[str, Tensor], axes: Axes, dims: Mapping[str, Any]) -
 def _limit(
     program: torch.export.ExportedProgram, denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes
 ) -> int | None:
-    """Return the largest batch of a trace; raise where a size that shall be dynamic has become a number."""
+    """Return the largest batch of a trace; raise where a size that must be dynamic has become a number."""
     specs = program.graph_signature.user_inputs
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     most: int | None = None
@@ -148,7 +151,7 @@ def _limit(
                 what = "the batch" if size == BATCH else f"axis {axis} of {name}"
                 fix = "--batch N" if size == BATCH else f"a size for it in the condition {name}"
                 raise CmfastError(
-                    f"{what} shall be dynamic, and the network's code makes it the constant {number}{place}; take "
+                    f"{what} must be dynamic, and the network's code makes it the constant {number}{place}; take "
                     f"the size from the tensor's shape there, or pass {fix}"
                 )
             if size == BATCH:
@@ -203,7 +206,8 @@ def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes,
             while event == "return" and frame.f_back and not _is_foreign(frame.f_back.f_code.co_filename):
                 frame = frame.f_back  # torch's, between a module and the one that calls it
             at = frame.f_back if event == "return" and frame.f_back else frame
-            last = (at.f_code.co_filename, at.f_lineno)
+            if _is_foreign(at.f_code.co_filename):
+                last = (at.f_code.co_filename, at.f_lineno)
             return line
 
         sys.settrace(line)
@@ -212,7 +216,8 @@ def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes,
     free = dict.fromkeys(names, torch.export.Dim.AUTO)
     try:
         call = _with_names(denoiser, tuple(inputs), begin, lambda: sys.settrace(before))
-        torch.export.export(call, tuple(inputs.values()), dynamic_shapes=_shapes(inputs, axes, free))
+        with contextlib.suppress(Exception):  # without the line then
+            torch.export.export(call, tuple(inputs.values()), dynamic_shapes=_shapes(inputs, axes, free))
     finally:
         sys.settrace(before)
     return f": {found[0]}" if found and found[0] else ""
@@ -294,4 +299,5 @@ def _is_foreign(name: str) -> bool:
     own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
     path = Path(name)
     library = Path(sysconfig.get_path("stdlib")) in path.parents and "site-packages" not in path.parts
-    return path.is_absolute() and not library and not own.intersection(path.parents)
+    of_torch = {"sympy", "mpmath"}.intersection(path.parts)  # which computes sizes with them
+    return path.is_absolute() and not library and not of_torch and not own.intersection(path.parents)

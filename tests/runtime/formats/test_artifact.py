@@ -534,7 +534,9 @@ def test_a_damaged_file_is_not_opened_where_its_sha256_was_said(
     whole, short = handmade_onnx(8), tmp_path / "short.onnx"
     short.write_bytes(whole.read_bytes()[:-20])
     cmfast.load(whole, sha256=file_sha256(whole))
-    with pytest.raises(ArtifactError, match=r"short\.onnx: its SHA-256 is [0-9a-f]{64}, not .* as asked; not opened"):
+    with pytest.raises(
+        ArtifactError, match=r"short\.onnx: its SHA-256 is [0-9a-f]{64}, not .* as requested; not opened"
+    ):
         cmfast.load(short, sha256=file_sha256(whole))
     with pytest.raises(ArtifactError, match="not a whole ONNX file"):
         cmfast.load(short, sha256=file_sha256(short))

@@ -220,7 +220,7 @@ def set_threads(threads: int | None) -> None:
     """
     if _forked and threads not in (None, 1):
         raise EngineError(
-            f"{threads} threads were asked for in a process that was forked, where PyTorch hangs with more than one; "
+            f"{threads} threads were requested in a process that was forked, where PyTorch hangs with more than one; "
             'start it by "spawn" (multiprocessing.set_start_method), or leave the threads out'
         )
     if threads is not None:

@@ -16,9 +16,7 @@ from typing import Any
 import click
 
 from cmfast.cli.running import needs, run_command
-from cmfast_train.config.overrides import check_set_once, override
-from cmfast_train.config.presets import ABOUT, PRESETS
-from cmfast_train.config.train_config import to_dict
+from cmfast_train.config.about import ABOUT
 
 EPILOG = (
     "\b\nPresets:\n"
@@ -37,7 +35,7 @@ Examples:
 
 
 @click.command("cmfast-train", epilog=EPILOG)
-@click.argument("preset", type=click.Choice(sorted(PRESETS)))
+@click.argument("preset", type=click.Choice(sorted(ABOUT)))
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -82,6 +80,10 @@ def command(
     A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
     from nothing or any model ct, ict, ect, sct; from nothing mf.
     """
+    from cmfast_train.config.overrides import check_set_once, override
+    from cmfast_train.config.presets import PRESETS
+    from cmfast_train.config.train_config import to_dict
+
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
     assignments = (*(f"{name}={file}" for name, file in models.items()), *assignments)
     check_set_once(assignments)

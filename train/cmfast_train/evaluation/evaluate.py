@@ -178,7 +178,7 @@ def read_samples(path: Path, n: int | None, channels: int | None = None) -> Byte
             f"{list(images.shape)}"
         )
     if n is not None and len(images) < n:
-        raise CmfastError(f"{path}: {n:,} samples were asked for, it has {len(images):,}")
+        raise CmfastError(f"{path}: {n:,} samples were requested, it has {len(images):,}")
     return images[:n]
 
 

@@ -76,7 +76,7 @@ def sources() -> tuple[Source, ...]:
         row = entry.load()
         if not isinstance(row, Source) or entry.name not in row.names:
             raise CmfastError(f"the entry point {entry.value} of {ENTRY_POINTS} is not a Source called {entry.name}")
-        if taken := {name for each in found for name in each.names} & set(row.names):
+        if taken := {*FOLDERS_AND_OWN, *(name for each in found for name in each.names)} & set(row.names):
             raise CmfastError(f"a source {min(taken)} exists already; {entry.value} needs another name")
         found.append(row)
     return tuple(found)

@@ -341,7 +341,8 @@ def register(method: Method[Any]) -> None:
         raise CmfastError(f"the name of a method must be a Python identifier, got {shown(method.name)}")
     if ROWS.get(method.name, method) is not method:
         raise CmfastError(f"a method {method.name} exists already; choose another name")
-    if not dataclasses.is_dataclass(method.hyper):
+    parameters: Any = getattr(method.hyper, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
         raise CmfastError(f"{method.name}: hyper must be a frozen dataclass, got {shown(method.hyper)}")
     if taken := set(method.fields()) & set(COMMON):
         raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; rename the hyperparameter")
