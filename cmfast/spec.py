@@ -98,6 +98,10 @@ class ModelSpec:
                     "need as many numbers as steps"
                 )
             check_sigmas(sigmas, self.sigma_min, self.sigma_max)
+        # As a manifest has them, so that a spec with 80 equals what is read back.
+        for name in ("sigma_min", "sigma_max", "sigma_data"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "sigmas", {steps: tuple(map(float, s)) for steps, s in self.sigmas.items()})
 
     def levels_at(self, indices: Sequence[int]) -> tuple[float, ...]:
         """Return the noise levels at indices into the model's grid: `ts` of OpenAI's scripts, `timesteps` of diffusers.

@@ -172,3 +172,9 @@ def test_an_absurd_number_of_steps_is_answered_in_one_short_line() -> None:
     with pytest.raises(CmfastError) as raised:
         spec().levels(200_000)
     assert len(str(raised.value)) < 1000
+
+
+def test_whole_numbers_are_the_floats_that_a_manifest_has() -> None:
+    model = spec(sigma_max=80, sigma_min=1, sigma_data=1, sigmas={1: (80,), 2: [80, 2]})
+    assert model == spec(sigma_max=80.0, sigma_min=1.0, sigma_data=1.0, sigmas={1: (80.0,), 2: (80.0, 2.0)})
+    assert json.dumps(model.to_dict()) == json.dumps(ModelSpec.from_dict(model.to_dict()).to_dict())
