@@ -335,7 +335,7 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ("cut.npz", ["--data-set", "digits"], "cut.npz: not a whole .npz file: "),
     ("mixed", ["--data-set", "digits"], "mixed: its images differ in size or colours: (4, 4, 1), (8, 8, 1)"),
     ("broken", ["--data-set", "digits"], "cannot read the image "),
-    ("good.npz", ["--data-set", "digits", "-n", 11], "good.npz: 11 samples were asked for, it has 10"),
+    ("good.npz", ["--data-set", "digits", "-n", 11], "good.npz: 11 samples were requested, it has 10"),
     ("good.npz", ["--data-set", "digits", "--steps", 1], "these samples are drawn already; --steps, --heun, --search"),
     ("good.npz", ["--data-set", "digits", "--search"], "these samples are drawn already"),
     ("three.npz", ["--data-set", "digits"], "the metric kid needs at least 4 images of the data and 4 samples, there"),

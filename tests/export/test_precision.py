@@ -289,7 +289,7 @@ def test_auto_without_any_precision_inside_says_by_how_much_and_writes_nothing(
     tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision_search, "BY_RATE", ("fp16", "fp32"))
-    with pytest.raises(CheckFailed, match=r"no precision is to be had inside the tolerance: .*differs .*; .*differs "):
+    with pytest.raises(CheckFailed, match=r"no precision is inside the tolerance: .*differs .*; .*differs "):
         export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(tolerance=1e-12), timed=False)
     assert os.listdir(tmp_path) == []
 
