@@ -85,7 +85,7 @@ def start(job: Job, request: Request) -> Start:
         file_mib=model_bytes(contender.file) / 2**20,
         kind=contender.model.manifest.kind,
         dtype=contender.model.manifest.dtype,
-        image=list(contender.model.spec.image),
+        image=list(contender.model.spec.shape),
         source=dict(contender.model.manifest.source),
         backend=contender.model.backend.name,
         variant=contender.variant,
