@@ -291,7 +291,7 @@ class ReturnsMore(Mlp):
             {"net": UNet1d(), "shape": (8, 3), "conditions": {"state": (5,)}},
             r"network.enter \(Conv1d\) fails at own_netw",
         ),
-        ({"net": ReturnsMore(6), "shape": (6,)}, r"the network returns \[B, 2, 6\], and the model's shape is \[6\]"),
+        ({"net": ReturnsMore(6), "shape": (6,)}, r"the network returned \[2, 2, 6\], and must return \[B, 6\]"),
     ],
 )
 def test_a_network_that_fails_says_so_itself(options: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -536,3 +536,33 @@ def test_the_names_of_the_packages_are_there_without_their_import_of_torch() -> 
 def test_a_convention_of_the_wrong_kind_is_one_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(CmfastError, match=words):
         wrap(nn.Linear(3, 3), **{"shape": (3,), "scaling": "edm", "c_noise": "ln/4", **values})
+
+
+class Returns(nn.Module):
+    """A network that returns something else than it should."""
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.make = nn.Linear(7, 7), make
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor) -> Any:
+        return self.make(self.layer(x) + c_noise[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda y: y[:, :1, :1], r"the network returned \[2, 1, 1\], and must return \[B, 16, 7\]"),
+        (lambda y: y[0], r"returned \[16, 7\], and must return \[B, 16, 7\]"),
+        (lambda y: y.flatten(1), r"returned \[2, 112\], and must return"),
+        (lambda y: (y, y), "returned tuple, and must return"),
+    ],
+    ids=["broadcast", "no batch", "flat", "tuple"],
+)
+def test_a_network_that_returns_another_shape_is_one_line_and_no_file(make: Any, words: str, tmp_path: Path) -> None:
+    denoiser = wrap(Returns(make), shape=(16, 7), scaling="edm", c_noise="ln/4")
+    with pytest.raises(CmfastError, match=words):
+        denoiser(torch.zeros(2, 16, 7), torch.ones(2))
+    with pytest.raises(CmfastError, match="returned"):
+        export_onnx(denoiser, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []

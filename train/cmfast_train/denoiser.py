@@ -53,7 +53,8 @@ class Denoiser(nn.Module):
                     c_noise is a logarithm, it begins at sigma_min
 
         Raises:
-            CmfastError: a condition is missing, or the model has none of that name.
+            CmfastError: a condition is missing, the model has none of that name, or the network returned another shape
+                than it was given.
         """
         wanted = [condition.name for condition in self.spec.conditions]
         if list(conditions) != wanted and sorted(conditions) != sorted(wanted):
@@ -68,6 +69,10 @@ class Denoiser(nn.Module):
         output: Tensor = self.network(
             cast(c_in * x, self.trunk), noise_condition(sigma, self.spec, torch), **times, **conditions
         )
+        # Another shape would be broadcast to that of x without a word.
+        if not isinstance(output, Tensor) or output.ndim != x.ndim or output.shape[1:] != x.shape[1:]:
+            what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise CmfastError(f"the network returned {what}, and must return [B, {str(list(x.shape[1:]))[1:]}")
         return output
 
 
