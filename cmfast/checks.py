@@ -43,6 +43,11 @@ def whole_number(name: str, value: object, least: int = 0, most: int | None = No
     return number
 
 
+def is_whole(value: object, least: int, most: int) -> bool:
+    """Whether a value is an int from `least` to `most`, as JSON has them; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def real_number(name: str, value: Any) -> float:
     """Return a finite real number as a float; a bool and a text are none."""
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cmfast.checks import array_of_numbers, need_memory, real_number, shown
+from cmfast.checks import array_of_numbers, is_whole, need_memory, real_number, shown
 from cmfast.errors import CmfastError, printable
 
 if TYPE_CHECKING:  # a manifest is read without numpy
@@ -58,14 +58,14 @@ class Condition:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise CmfastError(f"condition {name}: kind must be {' or '.join(KINDS)}, got {shown(self.kind)}")
         if self.kind == "class":
-            if not _is_whole(self.classes, 1, MAX_CLASSES):
+            if not is_whole(self.classes, 1, MAX_CLASSES):
                 raise CmfastError(
                     f"condition {name}: classes must be a positive whole number, got {shown(self.classes)}"
                 )
             if self.shape:
                 raise CmfastError(f"condition {name}: a class has no shape, got {shown(self.shape)}")
             check_class_names(self.class_names, self.classes)
-            if self.null is not None and not _is_whole(self.null, 0, self.classes):
+            if self.null is not None and not is_whole(self.null, 0, self.classes):
                 raise CmfastError(
                     f"condition {name}: null must be a class from 0 to {self.classes}, got {shown(self.null)}"
                 )
@@ -77,7 +77,7 @@ class Condition:
         if not isinstance(self.shape, (tuple, list)) or len(self.shape) > MAX_RANK:
             raise CmfastError(f"condition {name}: shape must be at most {MAX_RANK} sizes, got {shown(self.shape)}")
         shape = tuple(f"{name}_{axis}" if side is None else side for axis, side in enumerate(self.shape))
-        if not all(_is_whole(side, 1, 2**31 - 1) or is_name(side) for side in shape):
+        if not all(is_whole(side, 1, 2**31 - 1) or is_name(side) for side in shape):
             raise CmfastError(
                 f"condition {name}: sizes are whole numbers from 1 or names of dynamic sizes, got {shown(self.shape)}"
             )
@@ -278,10 +278,6 @@ def _value(condition: Condition, given: Any, n: int, sizes: dict[str, tuple[int,
 
 def _shape_text(condition: Condition, n: int | None = None) -> str:
     return f"[{', '.join(map(str, (*(() if n is None else (n,)), *condition.shape)))}]"
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _numbers(what: str, value: Any, n: int, classes: int, names: tuple[str, ...]) -> npt.NDArray[np.int64]:

@@ -310,8 +310,7 @@ class Model:
         every = self._checked(given, n)
         parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
         batches = [
-            (range(first + p.start, first + p.stop), {name: np.ascontiguousarray(v[p]) for name, v in every.items()})
-            for p in parts
+            (range(first + p.start, first + p.stop), {name: value[p] for name, value in every.items()}) for p in parts
         ]
         shape = self.spec.shape
         samples: npt.NDArray[Any] = (

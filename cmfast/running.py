@@ -33,6 +33,8 @@ def from_noise(
         CheckFailed: the model returned NaN or infinity.
     """
     n = noise.shape[1]
+    # Once, not at every step: a value for all samples is one array in memory, seen many times.
+    conditions = {name: np.ascontiguousarray(value) for name, value in conditions.items()}
     if isinstance(backend, LoopBackend):
         if n == 0:
             return np.empty(noise.shape[1:], np.float32)

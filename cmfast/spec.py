@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmfast.checks import whole_number
+from cmfast.checks import is_whole, whole_number
 from cmfast.conditions import LABEL, Condition, check_conditions, class_label
 from cmfast.errors import CmfastError, one_line, shown
 from cmfast.schedule import MAX_STEPS, DiscreteTimes, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
@@ -52,7 +52,7 @@ class ModelSpec:
         shape = self.shape
         if not isinstance(shape, (tuple, list)) or not 1 <= len(shape) <= MAX_RANK:
             raise CmfastError(f"shape must be one to {MAX_RANK} positive whole numbers, got {shown(shape)}")
-        if not all(_is_whole(side, 1, 65536) for side in shape):
+        if not all(is_whole(side, 1, 65536) for side in shape):
             raise CmfastError(f"shape must be whole numbers from 1 to 65536, got {shown(shape)}")
         object.__setattr__(self, "shape", tuple(shape))
         if isinstance(self.data, str) and self.data == "auto":
@@ -64,7 +64,7 @@ class ModelSpec:
         object.__setattr__(self, "conditions", check_conditions(self.conditions))
         if not isinstance(self.second_time, bool):
             raise CmfastError(f"second_time must be true or false, got {shown(self.second_time)}")
-        if not _is_whole(self.grid, 0, 65536) or self.grid == 1:
+        if not is_whole(self.grid, 0, 65536) or self.grid == 1:
             raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {shown(self.grid)}")
         if not isinstance(self.clip, bool):
             raise CmfastError(f"clip must be true or false, got {shown(self.clip)}")
@@ -91,7 +91,7 @@ class ModelSpec:
         if not isinstance(self.sigmas, Mapping):
             raise CmfastError(f"sigmas must be {{steps: noise levels}}, got {shown(self.sigmas)}")
         for steps, sigmas in self.sigmas.items():
-            if not isinstance(sigmas, (tuple, list)) or not _is_whole(steps, 0, 65536) or len(sigmas) != steps:
+            if not isinstance(sigmas, (tuple, list)) or not is_whole(steps, 0, 65536) or len(sigmas) != steps:
                 many = len(sigmas) if isinstance(sigmas, (tuple, list)) else "no list"
                 raise CmfastError(
                     f"the default noise levels for {shown(steps)} steps are {many}: {shown(sigmas)}; "
@@ -229,7 +229,7 @@ def _of_first_schema(values: Mapping[str, Any]) -> dict[str, Any]:
     image, classes, names = values["image"], values["classes"], values.get("class_names", ())
     if not isinstance(image, (list, tuple)) or len(image) != 3:
         raise CmfastError(f"image must be three positive whole numbers (C, H, W), got {shown(image)}")
-    if not _is_whole(classes, 0, 2**31 - 1) or not isinstance(names, (list, tuple)):
+    if not is_whole(classes, 0, 2**31 - 1) or not isinstance(names, (list, tuple)):
         raise CmfastError(f"classes must be 0 (unconditional) or a positive whole number, got {shown(classes)}")
     if names and not classes:
         raise CmfastError(f"class_names has {len(names)} names for no classes")
@@ -259,7 +259,3 @@ def _levels(values: Any) -> tuple[float, ...]:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

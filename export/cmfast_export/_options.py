@@ -67,7 +67,8 @@ def check_opset(opset: int | None) -> None:
 
 def check_tolerance(tolerance: float | None) -> None:
     """Raise CmfastError unless a tolerance is a number that a difference can be compared with."""
-    if tolerance is not None and not 0 < tolerance < math.inf:  # which no NaN is
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and 0 < tolerance < math.inf):  # which no NaN is
         raise CmfastError(f"--tolerance must be a finite number greater than 0 (data units), got {tolerance}")
 
 

@@ -30,6 +30,7 @@ from cmfast.formats.manifest import (
     rounding,
 )
 from cmfast.formats.selftest import record_selftest
+from cmfast.formats.table import ONNX
 from cmfast.model import Model
 from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec
@@ -141,12 +142,13 @@ def export_onnx(
         CmfastError: the request cannot be fulfilled, or the network cannot be traced; the line names the module.
         CheckFailed: the file differs from PyTorch by more than the tolerance; no file was written.
     """
+    goal = check_target(out, ONNX.suffixes)
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), batch=batch, opset=opset,
         precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
         flavour=flavour,
     )  # fmt: skip
-    return export_onnx_as(model, out, graph)
+    return export_onnx_as(model, goal, graph)
 
 
 @one_writer(check_target)
@@ -162,6 +164,11 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if request.flavour:
         check_ort_cuda(request.opset, precision)
+    if not isinstance(model, (Checkpoint, Denoiser, str, os.PathLike)):
+        raise CmfastError(
+            f"a model is a Denoiser, a checkpoint or a path, got {type(model).__name__}; "
+            "cmfast_train.wrap(net, shape=..., scaling=..., c_noise=...) makes a Denoiser of a module"
+        )
     loaded = model if isinstance(model, (Checkpoint, Denoiser)) else load_model(model)
     references = [TorchBackend(loaded)]
     ours = converts_itself(references[0].denoiser.network)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from cmfast.checks import MAX_BATCH
+from cmfast.checks import MAX_BATCH, real_number
+from cmfast.checks import whole_number as a_whole_number
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder
 from cmfast.formats.manifest import KINDS, PRECISIONS, check_model
@@ -77,6 +78,12 @@ class GraphRequest:
         ):
             if value not in allowed:
                 raise CmfastError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
+        if self.guidance is not None:
+            real_number("guidance", self.guidance)
+        for name, number in self.null.items():
+            real_number(f"null of the condition {name}", number)
+        if self.steps is not None:
+            a_whole_number("number of steps", self.steps)
         check_tolerance(self.tolerance)
         if self.batch is not None:
             check_range("the batch", self.batch, 1, MAX_BATCH, "samples, or dynamic")

@@ -207,7 +207,7 @@ def test_what_stands_for_no_condition_is_taken_from_the_model(tmp_path: Path) ->
         ({"guidance": 2.0}, "--guidance is for a sampler"),
         ({"kind": "sampler", "guidance": 2.0}, "what stands for no condition, for example --null label=10"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"label": 5}}, "need a class from 0 to 4"),
-        ({"kind": "sampler", "guidance": float("nan"), "null": {"label": 4}}, "needs a finite weight"),
+        ({"kind": "sampler", "guidance": float("nan"), "null": {"label": 4}}, "guidance must be a finite number"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"state": 0}}, "no such condition; this model has label"),
         ({"null": {"label": 0}}, "--null requires --guidance W"),
     ],
@@ -566,3 +566,59 @@ def test_a_network_that_returns_another_shape_is_one_line_and_no_file(make: Any,
     with pytest.raises(CmfastError, match="returned"):
         export_onnx(denoiser, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": nn.Linear(3, 3)}, r"got Linear; cmfast_train.wrap\(net, shape="),
+        ({"out": "model.txt"}, "must end in .onnx"),
+        ({"steps": "1"}, "number of steps must be a whole number"),
+        ({"guidance": "2"}, "guidance must be a finite number"),
+        ({"guidance": float("nan"), "null": {"label": 3}}, "guidance must be a finite number, got nan"),
+        ({"guidance": 2.0, "null": {"label": "x"}}, "null of the condition label must be a finite number"),
+        ({"tolerance": "a"}, "tolerance must be a finite number greater than 0"),
+    ],
+    ids=str,
+)
+def test_a_request_of_the_wrong_kind_is_one_line_before_the_work(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    given = {"model": wrap(nn.Linear(3, 3), shape=(3,), scaling="edm", c_noise="ln/4"), "kind": "sampler", **options}
+    model, out = given.pop("model"), tmp_path / given.pop("out", "model.onnx")
+    with pytest.raises(CmfastError, match=words):
+        export_onnx(model, out, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_may_be_called_like_a_method_of_a_module() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor, c_noise: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x) + keys
+            return y
+
+    encoder = nn.Linear(5, 3)
+    denoiser = wrap(
+        Adds(), shape=(3,), scaling="edm", c_noise="ln/4", conditions={"keys": (5,)}, encoders={"keys": encoder}
+    )
+    x, sigma, keys = torch.randn(2, 3), torch.ones(2), torch.randn(2, 5)
+    plain = wrap(Adds(), shape=(3,), scaling="edm", c_noise="ln/4", conditions={"keys": (3,)})
+    plain.network.load_state_dict(denoiser.network.net.state_dict())
+    torch.testing.assert_close(denoiser(x, sigma, keys=keys), plain(x, sigma, keys=encoder(keys)), rtol=0, atol=1e-6)
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    as_numpy = wrap(
+        nn.Linear(3, 3), shape=[np.int64(3)], scaling="edm", c_noise="ln/4", sigma_max=np.float64(80),
+        sigmas={2: torch.tensor([80.0, 2.5])}, conditions={"state": (np.int32(4),)}, null={"state": np.float32(0)},
+    )  # fmt: skip
+    plain = wrap(
+        nn.Linear(3, 3), shape=(3,), scaling="edm", c_noise="ln/4", sigmas={2: (80.0, 2.5)}, conditions={"state": (4,)},
+        null={"state": 0.0},
+    )  # fmt: skip
+    assert as_numpy.spec == plain.spec
+    assert json.dumps(as_numpy.spec.to_dict()) == json.dumps(plain.spec.to_dict())

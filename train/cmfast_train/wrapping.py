@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,21 +76,21 @@ def wrap(
     for name, mapping in (("conditions", conditions), ("null", null), ("encoders", encoders)):
         if not isinstance(mapping or {}, Mapping):
             raise CmfastError(f"{name} must be passed by name, such as {{'state': ..}}, got {shown(mapping)}")
-    levels: Any = {1: (sigma_max,)} if sigmas is None else sigmas  # checked by ModelSpec
+    levels: Any = {1: (_plain(sigma_max),)} if sigmas is None else sigmas  # checked by ModelSpec
     if isinstance(levels, Mapping):
-        levels = {steps: tuple(s) if isinstance(s, (list, tuple)) else s for steps, s in levels.items()}
-    named = {name: _condition(name, what) for name, what in (conditions or {}).items()}
+        levels = {_plain(steps): _plain(s) for steps, s in levels.items()}
+    named = {name: _condition(name, _plain(what)) for name, what in (conditions or {}).items()}
     for name, value in (null or {}).items():
         if name not in named:
             raise CmfastError(f"null has {shown(name)}, and the conditions are {', '.join(named) or 'none'}")
-        named[name] = replace(named[name], null=value)
+        named[name] = replace(named[name], null=_plain(value))
     declared = tuple(named.values())
     if isinstance(times, Mapping):
         times = discrete_times(times)
     spec = ModelSpec(
-        shape=tuple(shape), data=data, conditions=declared, second_time=second_time, sigma_min=sigma_min,
-        sigma_max=sigma_max, sigma_data=sigma_data, scaling=scaling, c_noise=c_noise, times=times, renoise=renoise,
-        clip=True if clip is None else clip, sigmas=levels,
+        shape=_plain(shape), data=data, conditions=declared, second_time=second_time, sigma_min=_plain(sigma_min),
+        sigma_max=_plain(sigma_max), sigma_data=_plain(sigma_data), scaling=scaling, c_noise=c_noise, times=times,
+        renoise=renoise, clip=True if clip is None else clip, sigmas=levels,
     )  # fmt: skip
     if clip is None:
         spec = replace(spec, clip=spec.data == "image")
@@ -115,12 +116,21 @@ class Encoded(nn.Module):
     def __init__(self, net: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.net = net
-        self.encoders = nn.ModuleDict(dict(encoders))
+        # Not by their own names: a ModuleDict has methods, and refuses modules called like them.
+        self.encoders = nn.ModuleDict({f"{name}_encoder": module for name, module in encoders.items()})
+        self.names = tuple(encoders)
 
     def forward(self, x: Tensor, c_noise: Tensor, **inputs: Tensor) -> Tensor:
-        encoded = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+        encoded = {name: self.encoders[f"{name}_encoder"](inputs[name]) for name in self.names}
         output: Tensor = self.net(x, c_noise, **{**inputs, **encoded})
         return output
+
+
+def _plain(value: Any) -> Any:
+    """Return scalars of numpy and PyTorch as Python's numbers, and lists and arrays of them as tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(each) for each in value)
+    return _plain(value.tolist()) if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
 
 
 def check_float32(network: nn.Module) -> None:

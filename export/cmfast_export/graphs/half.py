@@ -115,8 +115,8 @@ class _Halving:
         self.graph, self.dtype = model.graph, dtype
         self.opset = model.graph.opset_imports[""]
         x, *others = self.graph.inputs
-        self.of_x = _depending(self.graph, {x})
-        self.of_sigma = _depending(self.graph, {v for v in others if v.name in ("sigma", "sigma_next")})
+        self.of_x = depending(self.graph, {x})
+        self.of_sigma = depending(self.graph, {v for v in others if v.name in ("sigma", "sigma_next")})
         self.half: set[ir.Value] = set()
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.left: Counter[str] = Counter()
@@ -208,8 +208,8 @@ class _Halving:
                 table.add(rounded)
 
 
-def _depending(graph: ir.Graph, sources: set[ir.Value]) -> set[ir.Value]:
-    """Return the values that depend on these."""
+def depending(graph: ir.Graph, sources: set[ir.Value]) -> set[ir.Value]:
+    """Return the values that depend on these, which are among them."""
     found = set(sources)
     for node in graph:
         if not found.isdisjoint(value for value in node.inputs if value is not None):

@@ -23,6 +23,7 @@ from cmfast.sampling import renoise_std
 from cmfast.spec import ModelSpec
 from cmfast_export._options import check_steps
 from cmfast_export.graphs.emulate import HALVES, emulated
+from cmfast_export.graphs.half import depending
 
 # Operators that repeat an operand along an axis of size 1, as numpy does; to others a value of a noise level is given
 # for the whole batch.
@@ -223,8 +224,8 @@ class _Parts:
 
     def __init__(self, graph: ir.Graph, times: Sequence[ir.Value]) -> None:
         x = {graph.inputs[0]}
-        of_x, of_times = _depending(graph, x), _depending(graph, set(times))
-        of_conditions = _depending(graph, set(graph.inputs) - x - set(times))
+        of_x, of_times = depending(graph, x), depending(graph, set(times))
+        of_conditions = depending(graph, set(graph.inputs) - x - set(times))
         self.levels, self.once, self.each = list[ir.Node](), list[ir.Node](), list[ir.Node]()
         for node in graph:
             result = node.outputs[0]
@@ -234,15 +235,6 @@ class _Parts:
                 self.once.append(node)
             else:
                 self.each.append(node)
-
-
-def _depending(graph: ir.Graph, sources: set[ir.Value]) -> set[ir.Value]:
-    """Return the values that depend on these."""
-    found = set(sources)
-    for node in graph:
-        if not found.isdisjoint(value for value in node.inputs if value is not None):
-            found.update(node.outputs)
-    return found
 
 
 def _measure_x(graph: ir.Graph, times: Sequence[ir.Value]) -> None:

@@ -149,6 +149,19 @@ def _averaged(hyper: Ct | Cd) -> str:
     return _grows(hyper)
 
 
+def _grid(hyper: Ct | Cd, done: int, steps: int) -> tuple[int]:
+    """Return how many noise levels the grid has."""
+    return (ct_scales(done, steps, hyper.s0, hyper.s1),)
+
+
+def _scm_needs(hyper: Scm) -> Needs:
+    return Needs(finite=hyper.derivative == "finite", log_variance=hyper.adaptive)
+
+
+def _scm_warmup(hyper: Scm, done: int, steps: int) -> tuple[float]:
+    return (tangent_warmup(done, steps, hyper.warmup),)
+
+
 def _decay(hyper: Ct | Cd, done: int, steps: int) -> float:
     return hyper.mu0 if hyper.mu == "fixed" else ct_ema(done, steps, hyper.s0, hyper.s1, hyper.mu0)
 
@@ -203,7 +216,7 @@ _OURS: tuple[Method[Any], ...] = (
         defaults={"lr": 4e-4, "ema": 0.9999},
         from_scaling=TO_BOUNDARY,
         needs=_distance,
-        constants=lambda hyper, done, steps: (ct_scales(done, steps, hyper.s0, hyper.s1),),  # noise levels
+        constants=_grid,
         target_decay=_decay,
         check=_averaged,
     ),
@@ -216,7 +229,7 @@ _OURS: tuple[Method[Any], ...] = (
         from_scaling=TO_BOUNDARY,
         distils=("diffusion",),
         needs=_distance,
-        constants=lambda hyper, done, steps: (ct_scales(done, steps, hyper.s0, hyper.s1),),  # noise levels
+        constants=_grid,
         target_decay=_decay,
         check=_averaged,
     ),
@@ -267,8 +280,8 @@ _OURS: tuple[Method[Any], ...] = (
         scalings=("trigflow", "edm"),
         from_scaling=FROM_BOUNDARY,
         differentiates=True,
-        needs=lambda hyper: Needs(finite=hyper.derivative == "finite", log_variance=hyper.adaptive),
-        constants=lambda hyper, done, steps: (tangent_warmup(done, steps, hyper.warmup),),
+        needs=_scm_needs,
+        constants=_scm_warmup,
     ),
     Method(
         name="scd",
@@ -282,8 +295,8 @@ _OURS: tuple[Method[Any], ...] = (
         from_scaling=FROM_BOUNDARY,
         distils=("diffusion",),
         differentiates=True,
-        needs=lambda hyper: Needs(finite=hyper.derivative == "finite", log_variance=hyper.adaptive),
-        constants=lambda hyper, done, steps: (tangent_warmup(done, steps, hyper.warmup),),
+        needs=_scm_needs,
+        constants=_scm_warmup,
     ),
     Method(
         name="mf",
