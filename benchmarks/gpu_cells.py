@@ -26,7 +26,8 @@ from cmfast.bench.roofline import floor_ms
 from cmfast.checks import NotFinite
 from cmfast.conditions import some_values
 from cmfast.errors import CheckFailed, EngineError
-from cmfast.formats.manifest import PRECISIONS, ROUNDING, WINOGRAD
+from cmfast.formats.manifest import ROUNDING, WINOGRAD
+from cmfast.formats.values import PRECISIONS
 from cmfast.noise import gaussian
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint

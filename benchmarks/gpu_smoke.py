@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import gpu_extra
 from cmfast.bench.timing import machine
-from cmfast.formats.manifest import PRECISIONS
+from cmfast.formats.values import PRECISIONS
 from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.networks.adm import Attention, randomise
 from gpu_bench import ceiling_items

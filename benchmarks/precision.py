@@ -27,7 +27,7 @@ from cmfast.bench.timing import provenance
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
-from cmfast.formats.manifest import PRECISIONS
+from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_export.graphs.emulate import emulate_file

@@ -135,6 +135,15 @@ def check_conditions(conditions: Any) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
+def no_label(conditions: Sequence[Condition]) -> CmfastError:
+    """Return the error for a label that was passed to a model that has none."""
+    if not conditions:
+        return CmfastError("a label was given, but the model is unconditional: it has no classes")
+    return CmfastError(
+        f"a label was given, but the model has no classes; it has {', '.join(e.name for e in conditions)}"
+    )
+
+
 def condition_values(
     conditions: Sequence[Condition], given: Mapping[str, Any] | None, n: int
 ) -> dict[str, npt.NDArray[Any]]:

@@ -20,7 +20,7 @@ from cmfast.checks import (
     shown,
     whole_number,
 )
-from cmfast.conditions import LABEL, class_numbers, condition_values
+from cmfast.conditions import LABEL, class_numbers, condition_values, no_label
 from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, draw_batches
 from cmfast.errors import CmfastError
 from cmfast.progress import progress_bar
@@ -239,7 +239,7 @@ class Model:
         classes = self.spec.classes
         if not classes:
             if label is not None:
-                raise CmfastError("a label was given, but the model is unconditional: it has no classes")
+                raise no_label(self.spec.conditions)
             return None
         if label is None:
             return portable.labels(seed, range(first, first + n), classes)
@@ -265,7 +265,7 @@ class Model:
 
     def _checked(self, given: Mapping[str, Any], n: int) -> Arrays:
         if not self.spec.classes and given.get(LABEL) is not None:
-            raise CmfastError("a label was given, but the model is unconditional: it has no classes")
+            raise no_label(self.spec.conditions)
         return condition_values(self.spec.conditions, given, n)
 
     def _few_steps(self, levels: tuple[float, ...]) -> Drawing:

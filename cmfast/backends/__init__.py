@@ -28,8 +28,9 @@ from cmfast.backends.protocol import variant_words as variant_words
 from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads
 from cmfast.errors import CmfastError, EngineError, MissingDependency
-from cmfast.formats.manifest import PRECISIONS, check_model
+from cmfast.formats.manifest import check_model
 from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
+from cmfast.formats.values import PRECISIONS
 
 
 def _onnxruntime(*arguments: Any) -> Backend:
@@ -63,7 +64,7 @@ def open_backend(
                else, and cpu for everything else
     threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
     variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the engine
-    precision  one of cmfast.formats.manifest.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its
+    precision  one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its
                own
     sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
                were hashed is loaded

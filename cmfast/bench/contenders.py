@@ -277,8 +277,8 @@ def _ways(request: Request) -> Iterator[_Way]:
 
 def _precisions(models: tuple[Path, ...]) -> list[str]:
     """Return the precisions of the exported files, each once, by the name of the option."""
-    from cmfast.formats.manifest import PRECISIONS
     from cmfast.formats.table import read_manifest
+    from cmfast.formats.values import PRECISIONS
 
     dtypes = {read_manifest(file).dtype for file in models if format_of(file)}
     return [name for name, dtype in PRECISIONS.items() if dtype in dtypes]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
-from cmfast.formats.manifest import PRECISIONS, check_model
+from cmfast.formats.manifest import check_model
 from cmfast.formats.table import ENGINE, ONNX, format_of
+from cmfast.formats.values import PRECISIONS
 from cmfast.schedule import MAX_STEPS
 
 # Of cmfast.backends.VARIANTS: single words, and the combinations that are worth timing.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.checks import shown
-from cmfast.conditions import Condition, in_words
+from cmfast.conditions import Condition, in_words, no_label
 from cmfast.errors import ArtifactError, CmfastError, one_line
 from cmfast.spec import ModelSpec
 
@@ -36,7 +36,7 @@ def read_conditions(spec: ModelSpec, texts: Iterable[str], label: str | None) ->
         if name in known:
             values[name] = _read(known[name], value)
         elif name == "label":
-            raise CmfastError("a label was given, but the model is unconditional: it has no classes")
+            raise no_label(spec.conditions)
         else:
             have = ", ".join(known) or "none"
             raise CmfastError(f"--condition {shown(name)}: the model has no such condition; it has {have}")

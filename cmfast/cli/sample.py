@@ -11,7 +11,7 @@ from cmfast.checks import check_threads, shown
 from cmfast.cli.parameters import FLOATS, INTS
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
-from cmfast.formats.manifest import PRECISIONS
+from cmfast.formats.values import PRECISIONS
 
 EPILOG = """\b
 Examples:

@@ -25,7 +25,7 @@ from cmfast.formats import protobuf as pb
 from cmfast.formats.content import content_sha256
 from cmfast.formats.recognise import HEAD
 from cmfast.formats.recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
-from cmfast.formats.values import check_parts, check_selftest, object_of
+from cmfast.formats.values import PRECISIONS, check_parts, check_selftest, object_of
 from cmfast.spec import ModelSpec
 
 SCHEMA = "cmfast/2"
@@ -33,8 +33,6 @@ SCHEMAS = ("cmfast/1", SCHEMA)  # that are read
 # server: a sampler whose inputs have the batch first, noise [B, K, *shape] and a class [B, 1], as servers want it.
 KINDS = ("denoiser", "sampler", "server")
 MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest lives, to 4096
-# What the trunk of a network computes in, by the name of an option, and what the manifest calls it.
-PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def may_use_tf32(dtype: str) -> bool:

@@ -13,9 +13,8 @@ from click.core import ParameterSource
 
 from cmfast.cli.parameters import FLOATS, SET, SOURCE
 from cmfast.cli.running import needs, run_command
-from cmfast.formats.manifest import PRECISIONS
-from cmfast_export import report
-from cmfast_export.request import AUTO, make_request
+from cmfast.formats.values import PRECISIONS
+from cmfast_export import AUTO
 from cmfast_export.targets.table import NAMES
 
 EPILOG = """\b
@@ -129,6 +128,8 @@ def command(
     """
     asks = click.get_current_context().get_parameter_source
     with needs("cmfast-export", "export,cpu"):
+        from cmfast_export.request import make_request
+
         request = make_request(
             model=checkpoint,
             engines=others,
@@ -157,6 +158,7 @@ def command(
         click.echo(f"would write {request.out}: {request.what}")
         return
     with needs("cmfast-export", "export,cpu"):
+        from cmfast_export import report
         from cmfast_export.conversion import convert
     report.finished(convert(request, seen=lambda found: report.graph(found, request)), request)
 

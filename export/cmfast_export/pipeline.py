@@ -20,17 +20,10 @@ from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_library import import_onnxruntime
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
-from cmfast.formats.manifest import (
-    FLAVOUR,
-    MAX_CHARACTERS,
-    PRECISIONS,
-    Manifest,
-    graph_sha256,
-    read_onnx,
-    rounding,
-)
+from cmfast.formats.manifest import FLAVOUR, MAX_CHARACTERS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.formats.selftest import record_selftest
 from cmfast.formats.table import ONNX
+from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
 from cmfast.schedule import as_levels
 from cmfast.spec import ModelSpec

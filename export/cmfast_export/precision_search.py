@@ -19,13 +19,15 @@ from cmfast.bench.timing import interleave, summarise
 from cmfast.conditions import some_values
 from cmfast.errors import CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file, check_target, temporary_folder
-from cmfast.formats.manifest import PRECISIONS, ROUNDING, rounding
+from cmfast.formats.manifest import ROUNDING, rounding
+from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
 from cmfast.noise import slices
+from cmfast_export import AUTO
 from cmfast_export._target import one_writer
 from cmfast_export.graphs.writer import replacing_data
 from cmfast_export.pipeline import Exported, Source, export_onnx_as
-from cmfast_export.request import AUTO, GraphRequest
+from cmfast_export.request import GraphRequest
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model

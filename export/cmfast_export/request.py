@@ -19,9 +19,10 @@ from cmfast.checks import MAX_BATCH, real_number
 from cmfast.checks import whole_number as a_whole_number
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder
-from cmfast.formats.manifest import KINDS, PRECISIONS, check_model
+from cmfast.formats.manifest import KINDS, check_model
 from cmfast.formats.table import ENGINE, all_suffixes, format_of
-from cmfast_export import FLAVOURS
+from cmfast.formats.values import PRECISIONS
+from cmfast_export import AUTO, FLAVOURS
 from cmfast_export._options import (
     check_opset,
     check_range,
@@ -33,8 +34,6 @@ from cmfast_export._options import (
 )
 from cmfast_export._target import files_of
 from cmfast_export.targets.table import Target, at, find_target
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

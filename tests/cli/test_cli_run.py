@@ -90,7 +90,7 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     assert result.stderr == b"cmfast-info: No space left on device\n"
 
 
-@pytest.mark.parametrize("module", ["cmfast.cli.sample", "click", "cmfast.formats.manifest"])
+@pytest.mark.parametrize("module", ["cmfast.cli.sample", "click", "cmfast.cli.running"])
 def test_an_interrupt_while_a_command_is_imported_is_one_line(module: str) -> None:
     code = f"""
 import importlib.abc, os, signal, sys

@@ -20,8 +20,9 @@ from onnx import TensorProto
 
 import cmfast
 from cmfast.errors import CheckFailed, CmfastError, EngineError
-from cmfast.formats.manifest import PRECISIONS, ROUNDING
+from cmfast.formats.manifest import ROUNDING
 from cmfast.formats.table import read_manifest
+from cmfast.formats.values import PRECISIONS
 from cmfast_export import cli, precision_search
 from cmfast_export import pipeline as exporting
 from cmfast_export.graphs.denoiser import denoiser_graph

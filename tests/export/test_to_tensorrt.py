@@ -21,8 +21,9 @@ from cmfast.backends import tensorrt_library as library
 from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
 from cmfast.files import atomic_file
-from cmfast.formats.manifest import MAX_CHARACTERS, PRECISIONS, file_sha256, read_onnx
+from cmfast.formats.manifest import MAX_CHARACTERS, file_sha256, read_onnx
 from cmfast.formats.tensorrt_plan import read_plan
+from cmfast.formats.values import PRECISIONS
 from cmfast_export import cli, conversion
 from cmfast_export._options import parse_options
 from cmfast_export.graphs.denoiser import denoiser_graph

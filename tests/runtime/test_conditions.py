@@ -98,7 +98,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"state": np.zeros(14, complex), "text": 0}, "condition state must be an array of numbers"),
     ({"state": np.zeros(14), "text": np.zeros((6, 0, 8))}, r"condition text must be \[words, 8\], got \[6, 0, 8\]"),
     ({"state": np.zeros(14), "txt": 0}, "no condition 'txt'; it has state, text"),
-    ({"state": np.zeros(14), "text": VALUES["text"], "label": 1}, "a label was given, but the model is unconditional"),
+    ({"state": np.zeros(14), "text": VALUES["text"], "label": 1}, "has no classes; it has state, text"),
 ]
 
 
@@ -253,7 +253,7 @@ def test_the_command_samples_with_conditions_and_writes_arrays(
         (["--condition", "state=1", "--condition", "state=2"], "--condition state: given twice"),
         (["--condition", "state=1,2"], "condition state must be [14], got [2]"),
         (["--condition", "task=west"], "this model needs the condition state"),
-        (["--label", "1"], "a label was given, but the model is unconditional"),
+        (["--label", "1"], "a label was given, but the model has no classes; it has state, text, task"),
         (["-o", "grid.png"], "these samples are no images; write arrays"),
         (["-o", "folder"], "these samples are no images; write arrays"),
     ],

@@ -27,7 +27,8 @@ from cmfast.backends import DeviceTimes, Drawn, Inputs, variant_words
 from cmfast.backends.cuda_runtime import check_process
 from cmfast.backends.origin import Origin, pickled
 from cmfast.errors import EngineError, OutOfMemory
-from cmfast.formats.manifest import PRECISIONS, Manifest
+from cmfast.formats.manifest import Manifest
+from cmfast.formats.values import PRECISIONS
 from cmfast.noise import as_u64
 from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
