@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tools read
 FLAVOURS = ("", "ort-cuda")  # which runtime a graph is for; "": any, ort-cuda: ONNX Runtime's CUDA provider
+STORED = ("", "fp16")  # what weights may be stored as; "": as they are computed with
 AUTO = "auto"  # the precision that is searched for
 BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16
 

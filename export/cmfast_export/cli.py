@@ -67,6 +67,7 @@ Examples:
     show_default=True,
     help="What the network computes in; auto: the fastest within --tolerance.",
 )
+@click.option("--weights", type=click.Choice(["fp16"]), help="Store float16 weights: half the file.")
 @click.option("--guidance", type=float, help="Sampler: weight of classifier-free guidance, two evaluations per step.")
 @click.option("--null", multiple=True, metavar="NAME=NUMBER", help="With guidance: what stands for no condition.")
 @click.option(
@@ -108,6 +109,7 @@ def command(
     batch: str,
     opset: int | None,
     precision: str,
+    weights: str | None,
     guidance: float | None,
     null: tuple[str, ...],
     tolerance: float | None,
@@ -143,6 +145,7 @@ def command(
             batch=batch,
             opset=opset,
             precision=precision,
+            weights=weights or "",
             guidance=guidance,
             null=null,
             tolerance=tolerance,

@@ -36,6 +36,7 @@ from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.graphs.half import Halved, halved
 from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
+from cmfast_export.graphs.storage import stored_as_float16
 from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight_bytes, write_data
 from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
@@ -106,6 +107,7 @@ def export_onnx(
     device: str = "cpu",
     tolerance: float | None = None,
     flavour: str = "",
+    weights: str = "",
 ) -> Exported:
     """Export a model to an ONNX file, compare the file with PyTorch, and only then give it its name.
 
@@ -127,6 +129,7 @@ def export_onnx(
         tolerance: largest allowed absolute difference from float32 PyTorch, data units; None: what rounding to this
             precision may cost (`cmfast.formats.manifest.rounding`).
         flavour: ort-cuda: only for ONNX Runtime's CUDA provider; "": for any runtime.
+        weights: fp16: store the weights as float16, half the file; the arithmetic stays as it is. "": as they are.
 
     Returns:
         The file and how far it is from PyTorch.
@@ -139,7 +142,7 @@ def export_onnx(
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), batch=batch, opset=opset,
         precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
-        flavour=flavour,
+        flavour=flavour, weights=weights,
     )  # fmt: skip
     return export_onnx_as(model, goal, graph)
 
@@ -172,7 +175,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     for each in references:
         each.batch = request.batch  # the network's code may take no other
     dtype = PRECISIONS[precision]
-    tolerance = rounding(dtype, request.device) if request.tolerance is None else request.tolerance
+    tolerance = request.tolerance or rounding(PRECISIONS["fp16"] if request.weights else dtype, request.device)
     spec = references[0].manifest.spec
     levels = spec.levels(request.steps, request.sigmas) if kind != "denoiser" else ()
     guidance = None if request.guidance is None else Guidance.of(request.guidance, request.null, spec)
@@ -184,6 +187,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
     made_by |= {FLAVOUR: flavour} if flavour else {}
     made_by |= {"guidance": guidance.in_words} if guidance else {}
+    made_by |= {"weights": PRECISIONS[request.weights]} if request.weights else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
     manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
 
@@ -195,7 +199,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
         notes.append(f"the network's code has a branch for batches above {most}; the file was compared there too")
     sampled = None
     rewritten = ort_cuda_graph(graph) if flavour else None
-    written = rewritten.model if rewritten else graph
+    written = _stored(rewritten.model if rewritten else graph, request)
     with replacing_data(target) as announce:
         data = write_data(written, target, announce) if weight_bytes(written) > writer.MAX_BYTES else None
         with atomic_file(target) as file:
@@ -209,7 +213,8 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
                 notes = [note for note in notes if not note.startswith(UNCOUNTED)]
                 manifest = replace(manifest, kind=kind, spec=one, cost=_cost(looped, notes))
                 rewritten = ort_cuda_graph(looped) if flavour else None
-                size = writer.write_with_manifest(rewritten.model if rewritten else looped, manifest, file, data)
+                looped = _stored(rewritten.model if rewritten else looped, request)
+                size = writer.write_with_manifest(looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
@@ -234,6 +239,10 @@ def _denoiser_graph(model: Checkpoint | Denoiser, request: GraphRequest, ours: b
     if ours or precision not in HALVED:
         return Halved(model=graph, left={})
     return halved(graph, ir.DataType[PRECISIONS[precision].upper()])
+
+
+def _stored(graph: ir.Model, request: GraphRequest) -> ir.Model:
+    return stored_as_float16(graph) if request.weights else graph
 
 
 def _cost(graph: ir.Model, notes: list[str]) -> Mapping[str, float]:

@@ -22,7 +22,7 @@ from cmfast.files import check_target, check_target_folder
 from cmfast.formats.manifest import KINDS, check_model
 from cmfast.formats.table import ENGINE, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
-from cmfast_export import AUTO, FLAVOURS
+from cmfast_export import AUTO, FLAVOURS, STORED
 from cmfast_export._options import (
     check_opset,
     check_range,
@@ -54,6 +54,7 @@ class GraphRequest:
             file. None: what rounding to this precision may cost (`cmfast.formats.manifest.rounding`).
         flavour: ort-cuda: only for ONNX Runtime's CUDA provider (`targets.ort_cuda`). Device cpu checks it with
             GroupNorm written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself.
+        weights: fp16: stored as float16, half the file, while the arithmetic stays; "": as they are.
     """
 
     kind: str = "denoiser"
@@ -67,6 +68,7 @@ class GraphRequest:
     device: str = "cpu"
     tolerance: float | None = None
     flavour: str = ""
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -74,9 +76,12 @@ class GraphRequest:
             ("precision", self.precision, (*PRECISIONS, AUTO)),
             ("device", self.device, ("cpu", "cuda")),
             ("flavour", self.flavour, FLAVOURS),
+            ("weights", self.weights, STORED),
         ):
             if value not in allowed:
                 raise CmfastError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
+        if self.weights and self.precision not in ("fp32", "tf32"):
+            raise CmfastError(f"weights of precision {self.precision} are stored in it already; leave fp16 weights out")
         if self.guidance is not None:
             real_number("guidance", self.guidance)
         for name, number in self.null.items():
@@ -212,6 +217,7 @@ def make_request(
     batch: str = "dynamic",
     opset: int | None = None,
     precision: str = "fp32",
+    weights: str = "",
     guidance: float | None = None,
     null: Sequence[str] = (),
     tolerance: float | None = None,
@@ -238,6 +244,7 @@ def make_request(
         batch: see steps.
         opset: see steps.
         precision: see steps.
+        weights: see steps.
         guidance: see steps.
         null: NAME=NUMBER, with guidance.
         tolerance: see steps.
@@ -262,11 +269,12 @@ def make_request(
         check_model(read)
     if engines and not (target.takes_engines and format_of(model) is ENGINE):
         raise CmfastError(f"{engines[0]}: one file at a time; several engines can be put into one --format triton")
-    of_graph = (kind, steps, sigmas, opset, guidance, *null)
+    of_graph = (kind, steps, sigmas, opset, guidance, weights or None, *null)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
     if not target.kinds and (graph_asked or tolerance is not None):
         raise CmfastError(
-            f"--kind, --steps, --sigmas, --batch, --opset, --precision and --tolerance are for graphs, not for {form}"
+            "--kind, --steps, --sigmas, --batch, --opset, --precision, --weights and --tolerance are for graphs, "
+            f"not for {form}"
         )
     exported = format_of(model) is not None
     if exported and own:
@@ -296,6 +304,7 @@ def make_request(
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=sigmas, batch=_batch(batch), opset=opset, precision=precision,
         guidance=guidance, null=_null(null), tolerance=tolerance, device=device, flavour=target.flavour,
+        weights=weights,
     )  # fmt: skip
     given = build if target.flag == "--build" else serve
     options = parse_options(at(target.options), target.flag, given) if target.options else None
