@@ -29,7 +29,7 @@ test: lint cpp-tools
 	$(BIN)/python -m pytest -n logical --dist loadfile
 
 # The formulas, the arrows between the packages, the borders; one run killed and continued, one export against PyTorch.
-QUICK := tests/runtime tests/backends/test_onnxruntime_engine.py tests/evaluation/test_metrics.py tests/cli/test_cli_info.py
+QUICK := tests/runtime tests/backends/test_onnxruntime_backend.py tests/evaluation/test_metrics.py tests/cli/test_cli_info.py
 QUICK += $(addprefix tests/promises/test_,house.py imports.py layout.py border.py readme.py)
 QUICK += $(addprefix tests/training/,test_config.py test_ema.py networks/test_adm.py methods/test_losses.py methods/test_schedules.py)
 QUICK += tests/training/loop/test_loop.py::test_a_run_killed_at_any_step_and_begun_again_ends_with_the_same_bits

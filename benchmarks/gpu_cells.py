@@ -25,7 +25,7 @@ from cmfast.bench import timing
 from cmfast.bench.roofline import floor_ms
 from cmfast.checks import NotFinite
 from cmfast.conditions import some_values
-from cmfast.errors import CheckFailed, EngineError
+from cmfast.errors import BackendError, CheckFailed
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.values import PRECISIONS
 from cmfast.noise import gaussian
@@ -136,7 +136,7 @@ class Bench:
         """Return a backend, or raise NotHere if this version or this card lacks the way."""
         try:
             return TorchBackend(self.model(network), self.device, None, way, precision)
-        except EngineError as err:
+        except BackendError as err:
             raise NotHere(str(err)) from None
 
     def cost(self, network: str, precision: str) -> dict[str, float]:

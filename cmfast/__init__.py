@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmfast.backends.protocol import Backend
     from cmfast.conditions import Condition, class_label
-    from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError, MissingDependency
+    from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError, EngineError, MissingDependency
     from cmfast.formats.manifest import Manifest
     from cmfast.formats.table import read_manifest
     from cmfast.images import save_images
@@ -40,6 +40,7 @@ _MODULES = (
 __all__ = [
     "ArtifactError",
     "Backend",
+    "BackendError",
     "CheckFailed",
     "CmfastError",
     "Condition",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of what callers pass and engines return, made once where it enters: numbers, arrays, labels, memory.
+"""Checks of what callers pass and backends return, made once where it enters: numbers, arrays, labels, memory.
 
 All raise CmfastError. `cmfast.model` calls them before and after the work; noise levels are checked in
 `cmfast.schedule`, files in `cmfast.files`.
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmfast.errors import CheckFailed, CmfastError, EngineError, printable
+from cmfast.errors import BackendError, CheckFailed, CmfastError, printable
 
 if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read without it
     import numpy.typing as npt
 
 MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
-MAX_BATCH = 65_536  # images that one call of a graph or an engine computes
+MAX_BATCH = 65_536  # images that one call of a graph or a backend computes
 SMALL = 2**28  # bytes; less is not compared with the memory that is available
 _SHOWN = 80  # characters of a value in an error
 
@@ -75,7 +75,7 @@ def array_of_numbers(name: str, value: Any) -> npt.NDArray[Any]:
 
 
 def check_threads(threads: object) -> int | None:
-    """Return the number of CPU threads; None: the engine's choice."""
+    """Return the number of CPU threads; None: the backend's choice."""
     if threads is None:
         return None
     try:
@@ -122,23 +122,23 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def returned_array(engine: str, images: object, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
-    """Return what an engine of this name returned, if it is an array of this shape and type."""
+def returned_array(backend: str, images: object, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
+    """Return what a backend of this name returned, if it is an array of this shape and type."""
     import numpy as np
 
     if not isinstance(images, np.ndarray) or images.shape != tuple(shape) or images.dtype != dtype:
-        raise EngineError(
-            f"{engine} returned {shown(images)}, and its manifest promises {dtype.__name__} {list(shape)}; "
+        raise BackendError(
+            f"{backend} returned {shown(images)}, and its manifest promises {dtype.__name__} {list(shape)}; "
             "export the model again with cmfast-export"
         )
     return images
 
 
-def not_finite(engine: str, sigmas: Sequence[float]) -> NotFinite:
-    """Return the error for an engine of this name that returned NaN or infinity at these noise levels."""
+def not_finite(backend: str, sigmas: Sequence[float]) -> NotFinite:
+    """Return the error for a backend of this name that returned NaN or infinity at these noise levels."""
     some = ", ".join(f"{sigma:g}" for sigma in sigmas[:8]) + (", .." if len(sigmas) > 8 else "")
     return NotFinite(
-        f"{engine} returned values that are not finite (NaN or infinity) at noise level {some}; "
+        f"{backend} returned values that are not finite (NaN or infinity) at noise level {some}; "
         "the weights are damaged, or the precision is too low: try it in fp32"
     )
 

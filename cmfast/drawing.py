@@ -54,7 +54,7 @@ def draw_batches(
     """Yield the samples of each batch: uint8 [b, H, W, C] when `pixels`, else float32 [b, *shape].
 
     Raises:
-        EngineError: the backend returned something else than its manifest says.
+        BackendError: the backend returned something else than its manifest says.
         CheckFailed: it returned NaN or infinity.
     """
     return (_on_backend if _drawn_by_backend(backend, drawing) else _here)(backend, drawing, batches, seed, pixels)

@@ -22,12 +22,16 @@ class ArtifactError(CmfastError):
     """A model file is missing, damaged, of the wrong kind, or does not describe itself."""
 
 
-class EngineError(CmfastError):
+class BackendError(CmfastError):
     """A backend or a device is unavailable, or failed. There is no fallback."""
 
 
-class OutOfMemory(EngineError):
-    """A device has too little memory, perhaps only beside what else is on it: see `engine_error`."""
+EngineError = BackendError
+"""The first name of `BackendError`: the same class, so `except cmfast.EngineError` stays valid."""
+
+
+class OutOfMemory(BackendError):
+    """A device has too little memory, perhaps only beside what else is on it: see `backend_error`."""
 
 
 class CheckFailed(CmfastError):
@@ -53,10 +57,10 @@ class CmfastWarning(UserWarning):
 _NO_MEMORY = ("out of memory", "alloc_failed", "failed to allocate", "not enough memory", "can't allocate memory")
 
 
-def engine_error(message: str) -> EngineError:
-    """Return the error of an engine, OutOfMemory where the library's words in the message say so."""
+def backend_error(message: str) -> BackendError:
+    """Return the error of a backend, OutOfMemory where the library's words in the message say so."""
     short = any(words in message.lower() for words in _NO_MEMORY)
-    return OutOfMemory(message) if short else EngineError(message)
+    return OutOfMemory(message) if short else BackendError(message)
 
 
 # What a file is read from for now, and the path that the user knows. Unlike catch_warnings it belongs to one thread.

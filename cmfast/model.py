@@ -48,7 +48,7 @@ def load(
 
     device     cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
                engine, which runs nowhere else, and cpu for everything else
-    threads    CPU threads; None leaves the choice to the engine
+    threads    CPU threads; None leaves the choice to the backend
     variant    a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
     precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
     sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust

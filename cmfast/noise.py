@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Portable Gaussian noise: the same numbers, to the bit, in every language and on every engine.
+"""Portable Gaussian noise: the same numbers, to the bit, in every language and on every backend.
 
     (seed, sample, step, index) --Philox4x32-10--> 32 random bits --> uniform --inverse CDF--> float32
 

@@ -27,7 +27,7 @@ from cmfast.backends.protocol import TimedBackend as TimedBackend
 from cmfast.backends.protocol import variant_words as variant_words
 from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads
-from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.errors import BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import check_model
 from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
@@ -58,12 +58,12 @@ def open_backend(
     precision: str = "",
     sha256: str | None = None,
 ) -> Backend:
-    """Open a model file with the engine that its suffix stands for.
+    """Open a model file with the backend of its suffix.
 
     device     cpu or cuda; an unavailable one is an error. None: cuda for a TensorRT engine, which runs nowhere
                else, and cpu for everything else
-    threads    CPU threads, at most MAX_THREADS; None leaves the choice to the engine
-    variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the engine
+    threads    CPU threads, at most MAX_THREADS; None leaves the choice to the backend
+    variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the backend
     precision  one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its
                own
     sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
@@ -75,7 +75,7 @@ def open_backend(
     _check(device, threads, variant, precision, sha256)
     variant = " ".join(variant_words(variant))
     if format_of(file) and precision:
-        raise EngineError(
+        raise BackendError(
             f"{file}: an exported file runs in the precision that it was exported with; "
             f"make another: cmfast-export model.pt --precision {precision}"
         )
@@ -83,10 +83,10 @@ def open_backend(
         path=file.absolute(), device=device, threads=threads, variant=variant, precision=precision, sha256=sha256,
         files=states_of(file), opener=open_backend,
     )  # fmt: skip
-    engine = _open(file, device, threads, variant, precision, sha256)
-    with contextlib.suppress(AttributeError):  # not in the protocol: engines of others may have no room for it
-        engine.origin = origin  # type: ignore[attr-defined]
-    return engine
+    backend = _open(file, device, threads, variant, precision, sha256)
+    with contextlib.suppress(AttributeError):  # not in the protocol: others may have no room for it
+        backend.origin = origin  # type: ignore[attr-defined]
+    return backend
 
 
 def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Backend:
@@ -97,22 +97,22 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")
     for entry in entry_points(group="cmfast.backends", name=name):
         try:
-            engine_type = entry.load()
+            backend_type = entry.load()
         except ModuleNotFoundError as err:
             what = "running a model folder" if file.is_dir() else f"running a {file.suffix} file"
             raise MissingDependency(what, (err.name or "?").split(".")[0], "train") from None
-        engine: Backend
+        backend: Backend
         if sha256 is None:
-            engine = engine_type(file, device, threads, variant, precision)
-            return engine
+            backend = backend_type(file, device, threads, variant, precision)
+            return backend
         from cmfast.backends.pinned import pinned
 
         with pinned(file, sha256) as same:
-            engine = engine_type(same, device, threads, variant, precision)
-        return engine
+            backend = backend_type(same, device, threads, variant, precision)
+        return backend
     names = sorted("." + entry.name for entry in entry_points(group="cmfast.backends") if entry.name != "folder")
     have = ", ".join([*all_suffixes(), *names])
-    raise EngineError(f"{file}: no backend runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
+    raise BackendError(f"{file}: no backend runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
 
 
 def _path(path: object) -> Path:
@@ -125,7 +125,7 @@ def _path(path: object) -> Path:
 
 
 def _check(device: object, threads: object, variant: object, precision: object, sha256: object) -> None:
-    """Raise CmfastError for what no engine knows, whatever its type."""
+    """Raise CmfastError for what no backend knows, whatever its type."""
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise CmfastError(f"device must be cpu or cuda, got {device!r}")
     check_threads(threads)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """As much of CUDA's runtime as an engine needs: buffers, a stream, events, graphs. Over cuda-bindings, without torch.
 
-Everything here belongs to device 0; which card that is, CUDA_VISIBLE_DEVICES says. An error of CUDA is an EngineError
+Everything here belongs to device 0; which card that is, CUDA_VISIBLE_DEVICES says. An error of CUDA is an BackendError
 in one line.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends.protocol import DeviceTimes, Inputs
-from cmfast.errors import EngineError, MissingDependency, engine_error
+from cmfast.errors import BackendError, MissingDependency, backend_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ def runtime() -> Any:
 
 
 def open_gpu() -> Gpu:
-    """Select device 0 and return what it is, or raise EngineError saying why there is none."""
+    """Select device 0 and return what it is, or raise BackendError saying why there is none."""
     cuda = runtime()
     error, count = cuda.cudaGetDeviceCount()
     if int(error) or not count:
         why = _words(cuda, error) if int(error) else "no device is visible"
-        raise EngineError(f"no NVIDIA GPU can be used here ({why}); check the driver: nvidia-smi")
+        raise BackendError(f"no NVIDIA GPU can be used here ({why}); check the driver: nvidia-smi")
     call(cuda.cudaSetDevice, 0)
     attribute = cuda.cudaDeviceAttr
     major = call(cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, 0)
@@ -57,9 +57,9 @@ def open_gpu() -> Gpu:
 
 
 def check_process(opened: int, name: str) -> None:
-    """Raise EngineError in a child of fork, where CUDA does not work; `opened`: the process that opened the engine."""
+    """Raise BackendError in a child of fork, where CUDA does not work; `opened`: the process that opened the engine."""
     if opened != os.getpid():
-        raise EngineError(
+        raise BackendError(
             f"{name} was opened before this process was forked, and CUDA does not survive that; open the model here, "
             'in a process started by "spawn" (multiprocessing.set_start_method)'
         )
@@ -70,7 +70,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     error, *values = function(*arguments)
     if int(error):
         cuda = runtime()
-        raise engine_error(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
+        raise backend_error(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
     return values[0] if values else None
 
 
@@ -147,7 +147,7 @@ class Stream:
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record what `work` hands over, without running it, as a graph."""
-        # Thread-local: other threads may go on allocating, as other engines do.
+        # Thread-local: other threads may go on allocating, as other backends do.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
         try:

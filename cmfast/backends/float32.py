@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,9 +43,9 @@ def measured(
 
 
 def check(errors: Mapping[str, float], name: str) -> None:
-    """Raise EngineError where an error of `measured` is larger than float32's."""
+    """Raise BackendError where an error of `measured` is larger than float32's."""
     if off := [f"{what} by {error:.1e}" for what, error in errors.items() if not error < LIMIT]:
-        raise EngineError(
+        raise BackendError(
             f"{name} was to multiply float32 as float32, and is off ({', '.join(off)}; float32: {LIMIT:.1e} at most), "
             "as TensorFloat-32 is; set NVIDIA_TF32_OVERRIDE=0 in the environment, which no library overrides, or "
             "choose another precision"

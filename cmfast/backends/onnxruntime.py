@@ -29,7 +29,7 @@ from cmfast.backends.onnxruntime_library import (
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.checks import MAX_BATCH
-from cmfast.errors import ArtifactError, CmfastError, EngineError, engine_error
+from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
 from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
 
@@ -123,7 +123,7 @@ class OnnxRuntimeBackend:
         except CmfastError:
             raise
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
-            raise engine_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
+            raise backend_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
         first = inputs["noise" if "noise" in inputs else "x"]
         want = (first.shape[self.manifest.batch_axis], *self.manifest.spec.shape)
         if output.dtype != np.float32 or output.shape != want:
@@ -180,8 +180,8 @@ def _keep_inherited() -> None:
 
     It still runs there, on the thread that calls it.
     """
-    for engine in _OPENED:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._session))
+    for backend in _OPENED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend._session))
 
 
 if hasattr(os, "register_at_fork"):
@@ -189,7 +189,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_cuda() -> None:
-    """Raise EngineError unless this ONNX Runtime, card and driver can run files on CUDA."""
+    """Raise BackendError unless this ONNX Runtime, card and driver can run files on CUDA."""
     _check_gpu(import_for("cuda", ""), Path(), "", "float32")
 
 
@@ -218,16 +218,16 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
             (CUDA, "CUDA", "install what it needs: pip install 'onnxruntime-gpu[cuda,cudnn]'"),
         ):
             if name in names and (missing := missing_library(ort, extra)):
-                return EngineError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
+                return BackendError(f"{this} cannot load its {extra} provider: {missing}; {fix}")
         if not why or any(f"{library} failure" in why for library in ("CUDA", "CUBLAS", "CUDNN")):
             said = f": {why}" if why else " and fell back to another provider"
-            return EngineError(f"device cuda was requested, but {this} could not start it{said}; see nvidia-smi")
+            return BackendError(f"device cuda was requested, but {this} could not start it{said}; see nvidia-smi")
         if "graph capture" in why:
             fix = "use it without that variant, or export it with a fixed --batch"
-            return EngineError(f"{path}: {this} cannot run it as a CUDA graph; {fix}: {why}")
+            return BackendError(f"{path}: {this} cannot run it as a CUDA graph; {fix}: {why}")
     if dtype == "bfloat16" and "NOT_IMPLEMENTED" in why:
         use = "use a GPU (--device cuda), or " if names == [CPU] else ""
-        return EngineError(
+        return BackendError(
             f"{path}: {this} lacks bfloat16 operations of this file on this device; "
             f"{use}export it with --precision fp16 or fp32: {why}"
         )
@@ -240,17 +240,17 @@ def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) ->
     if variant not in have:
         there = ", ".join(map(repr, have))
         also = "" if device == "cuda" else "; 'nhwc', 'cuda_graph' and 'tensorrt' need --device cuda"
-        raise EngineError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
+        raise BackendError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
     if device == "cpu" or variant == "tensorrt":
         check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT")
     # Its NHWC kernels are float and float16: core/providers/cuda/cuda_nhwc_kernels.cc. To be removed when it has more.
     if "nhwc" in variant and dtype == "bfloat16":
-        raise EngineError(
+        raise BackendError(
             f"{path}: a file in bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out, or "
             "export it with --precision fp16"
         )
     if variant == "tensorrt" and dtype == "float32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
-        raise EngineError(
+        raise BackendError(
             f"{path}: a float32 file, and ONNX Runtime's TensorRT provider multiplies float32 as TensorFloat-32 "
             "without a switch for it; set NVIDIA_TF32_OVERRIDE=0 in the environment, or export with --precision tf32"
         )
@@ -262,13 +262,13 @@ def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
         if not has_provider(ort, name):
             what = "TensorRT" if name == TENSORRT else "CUDA"
             asked = "variant tensorrt" if name == TENSORRT else "device cuda"
-            raise EngineError(
+            raise BackendError(
                 f"{asked} was requested, but the installed onnxruntime {ort.__version__} is a build without {what}; "
                 "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
             )
     gpu = cuda.open_gpu()
     if dtype in ("tf32", "bfloat16") and int(gpu.compute_capability.split(".")[0]) < 8:
-        raise EngineError(
+        raise BackendError(
             f"{path}: a file in {dtype}, which the {gpu.name} lacks (compute capability {gpu.compute_capability}, "
             "needed 8.0); export it with --precision fp16 or fp32"
         )

@@ -20,7 +20,7 @@ from cmfast.backends import cuda_runtime as cuda
 from cmfast.backends.clock import Clock
 from cmfast.backends.onnxruntime_library import cause
 from cmfast.backends.protocol import Inputs
-from cmfast.errors import EngineError, engine_error
+from cmfast.errors import BackendError, backend_error
 from cmfast.formats.manifest import Manifest
 
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
@@ -45,7 +45,7 @@ class CudaSession:
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the output for these inputs, which are copied in and out."""
         if sorted(inputs) != sorted(self._names):
-            raise EngineError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
+            raise BackendError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(inputs)}")
         key = tuple(inputs[name].shape for name in self._names)
         new = key not in self._ready
         bound = self._bind(inputs) if new else self._ready.pop(key)
@@ -57,7 +57,7 @@ class CudaSession:
             result = self._stream.run(inputs, bound.inputs, bound.output, work, self._clock.times)
         except Exception as err:
             self._close(bound)
-            raise engine_error(f"{self._failure(new)}: {cause(err)}") from None
+            raise backend_error(f"{self._failure(new)}: {cause(err)}") from None
         self._ready[key] = bound  # the last used last
         return result
 

@@ -18,7 +18,7 @@ from cmfast.formats.small_onnx import chain_model
 
 @functools.cache
 def check_float32(device: str) -> None:
-    """Raise EngineError where a float32 file would not be computed in float32; asked once a process."""
+    """Raise BackendError where a float32 file would not be computed in float32; asked once a process."""
     float32.check(errors(device), f"ONNX Runtime on {device}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where an engine came from: a process pool gets that instead of the engine, and opens the file again."""
+"""Where a backend came from: a process pool gets that instead of the backend, and opens the file again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Files = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The file and the options that an engine was opened with."""
+    """The file and the options that a backend was opened with."""
 
     path: Path  # absolute
     device: str
@@ -43,9 +43,9 @@ def reopened(origin: Origin) -> Backend:
     return origin.reopen()
 
 
-def pickled(engine: object) -> tuple[object, tuple[Origin]]:
-    """Return what `__reduce__` of an engine returns, or raise CmfastError where it was not opened from a file."""
-    origin = getattr(engine, "origin", None)
+def pickled(backend: object) -> tuple[object, tuple[Origin]]:
+    """Return what `__reduce__` of a backend returns, or raise CmfastError where it was not opened from a file."""
+    origin = getattr(backend, "origin", None)
     if origin is None:
         raise CmfastError("only a model that was opened by cmfast.load can be pickled: its file is opened again")
     return reopened, (origin,)

@@ -34,7 +34,7 @@ from cmfast.backends.tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.errors import CmfastError, CmfastWarning, EngineError, OutOfMemory
+from cmfast.errors import BackendError, CmfastError, CmfastWarning, OutOfMemory
 from cmfast.formats.manifest import Manifest, check_file, compare_sha256
 from cmfast.formats.tensorrt_plan import parse_plan
 
@@ -62,9 +62,9 @@ class TensorRtBackend:
         sha256: str | None = None,
     ) -> None:
         if device != "cuda":
-            raise EngineError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
+            raise BackendError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
         if variant:
-            raise EngineError(f"{path}: a TensorRT engine runs one way only, not {variant}")
+            raise BackendError(f"{path}: a TensorRT engine runs one way only, not {variant}")
         self._process = os.getpid()
         plan = check_file(path).read_bytes()
         if sha256 is not None:
@@ -86,7 +86,7 @@ class TensorRtBackend:
             self._runtime.engine_host_code_allowed = True  # the runtime of the older version travels in the plan
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
+            raise BackendError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
         self._stream = cuda.Stream()
         self._ready: dict[tuple[tuple[int, ...], ...], _Ready] = {}
         self._clock = Clock()
@@ -126,7 +126,7 @@ class TensorRtBackend:
         if ready.graph is not None:
             self._stream.launch(ready.graph)
         elif not ready.context.execute_async_v3(int(self._stream.handle)):
-            raise EngineError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
+            raise BackendError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
 
     def _prepare(self, given: Inputs) -> _Ready:
         """Return a context for inputs of these shapes, its buffers bound, and its CUDA graph where we capture one."""
@@ -141,22 +141,22 @@ class TensorRtBackend:
         input_mode = self._trt.TensorIOMode.INPUT
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == input_mode]
         if sorted(inputs) != sorted(given):
-            raise EngineError(f"{self.name}: the engine's inputs are {', '.join(inputs)}, got {', '.join(given)}")
+            raise BackendError(f"{self.name}: the engine's inputs are {', '.join(inputs)}, got {', '.join(given)}")
         for name in inputs:
             shape = given[name].shape
             if not context.set_input_shape(name, shape):
-                raise EngineError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
+                raise BackendError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
             buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
         outputs = [name for name in names if name not in inputs]
         shapes = [tuple(context.get_tensor_shape(name)) for name in outputs]
         if shapes != [(batch, *self.manifest.spec.shape)]:
             want = [batch, *self.manifest.spec.shape]
-            raise EngineError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
+            raise BackendError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
         (output,) = outputs
         buffers[output] = cuda.Buffer(shapes[0], np.float32)
         for name, buffer in buffers.items():
             if not context.set_tensor_address(name, buffer.device):
-                raise EngineError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")
+                raise BackendError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")
         ready = _Ready(context=context, inputs={name: buffers[name] for name in inputs}, output=buffers[output])
         for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
             buffer.host[...] = 0
@@ -185,7 +185,7 @@ class TensorRtBackend:
                 if kept is not None:  # what does not suit this card or driver it refuses, and compiles again
                     self._compiled.deserialize(kept)
             if not config.set_runtime_cache(self._compiled):
-                raise EngineError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
+                raise BackendError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
         return self._engine.create_execution_context(config)
 
     def _captures_itself(self) -> bool:
@@ -211,28 +211,30 @@ REBUILD = "build it here: cmfast-export model.onnx --format engine"
 
 
 def check_host(path: Path, manifest: Manifest) -> None:
-    """Raise EngineError unless the plan was built for this operating system and processor."""
+    """Raise BackendError unless the plan was built for this operating system and processor."""
     built = manifest.engine["platform"]
     portable = manifest.engine["library"] == "tensorrt_rtx"  # its plans run on Linux and Windows alike
     if not portable and built != this_platform():
-        raise EngineError(f"{path}: built for {built}, this is {this_platform()}; {REBUILD}")
+        raise BackendError(f"{path}: built for {built}, this is {this_platform()}; {REBUILD}")
 
 
 def check_version(path: Path, manifest: Manifest, here: str, cuda_here: str) -> None:
-    """Raise EngineError unless this version of the library, for this major version of CUDA, can load the plan."""
+    """Raise BackendError unless this version of the library, for this major version of CUDA, can load the plan."""
     built, library = str(manifest.engine["version"]), LIBRARIES[str(manifest.engine["library"])]
     cuda_built = manifest.engine.get("cuda")
     if cuda_built and cuda_here and cuda_built != cuda_here:
-        raise EngineError(f"{path}: built for CUDA {cuda_built}, the {library} here is for CUDA {cuda_here}; {REBUILD}")
+        raise BackendError(
+            f"{path}: built for CUDA {cuda_built}, the {library} here is for CUDA {cuda_here}; {REBUILD}"
+        )
     if built == here or (manifest.engine.get("version_compatible") and _number(built) <= _number(here)):
         return
-    raise EngineError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {REBUILD}")
+    raise BackendError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {REBUILD}")
 
 
 def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
-    """Raise EngineError unless the plan was built for a card like this one; warn if it was tuned on another model."""
+    """Raise BackendError unless the plan was built for a card like this one; warn if it was tuned on another model."""
     if why := other_card(manifest.engine, gpu):
-        raise EngineError(f"{path}: {why}; {REBUILD}")
+        raise BackendError(f"{path}: {why}; {REBUILD}")
     tuned_on = manifest.engine.get("gpu")
     if tuned_on and tuned_on != gpu.name:
         warnings.warn(f"{path} was tuned on the {tuned_on}; here is the {gpu.name}", CmfastWarning, stacklevel=2)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cmfast.errors import CmfastError, EngineError, MissingDependency, one_line
+from cmfast.errors import BackendError, CmfastError, MissingDependency, one_line
 
 LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}  # [rtx] brings it on x86-64 only: there are no other wheels
@@ -28,10 +28,10 @@ def import_library(name: str, what: str) -> Any:
             import tensorrt_rtx as trt
     except ModuleNotFoundError as err:
         if (err.name or "").split(".")[0] != name:  # the package is there, what it loads is not
-            raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
+            raise BackendError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
         raise MissingDependency(what, name.replace("_", "-"), EXTRAS[name]) from None
     except (ImportError, OSError, RuntimeError) as err:
-        raise EngineError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
+        raise BackendError(f"{what} needs {LIBRARIES[name]}, which cannot be loaded: {one_line(err)}") from None
     return trt
 
 

@@ -47,7 +47,7 @@ def compare(request: Request, say: Say = silent) -> Record:
     Raises:
         CmfastError: the request cannot be fulfilled.
         CheckFailed: a model's images differ from the reference's by more than the tolerance, unless keep_going.
-        EngineError: a contender failed, unless keep_going; or none is left.
+        BackendError: a contender failed, unless keep_going; or none is left.
     """
     return measure(prepare(request, say))
 

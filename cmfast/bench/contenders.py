@@ -17,7 +17,7 @@ from cmfast.bench.failures import ContenderDiffers, ContenderFailed, Failures, L
 from cmfast.bench.request import Request
 from cmfast.checks import NotFinite, need_memory
 from cmfast.conditions import in_words
-from cmfast.errors import CmfastError, EngineError, OutOfMemory, engine_error
+from cmfast.errors import BackendError, CmfastError, OutOfMemory, backend_error
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.table import ONNX, format_of
 
@@ -77,7 +77,7 @@ class Job:
             if not self.keep_going:
                 err.add_note(f"cmfast-bench was running {self.name}")
                 raise
-            short = isinstance(engine_error(reason(err)), OutOfMemory)
+            short = isinstance(backend_error(reason(err)), OutOfMemory)
             raise ContenderFailed(self, reason(err), memory=short) from None
 
     @property
@@ -108,7 +108,7 @@ def open_contenders(request: Request, failures: Failures) -> list[Contender]:
             )
             check_float32(backend, request.device, way.variant)
         except Exception as err:
-            if not (request.keep_going or (isinstance(err, EngineError) and not way.requested)):
+            if not (request.keep_going or (isinstance(err, BackendError) and not way.requested)):
                 raise
             failures.note(LeftOut(contender=way.name, what="opening", why=reason(err)))
             continue
@@ -141,7 +141,7 @@ def _takes(model: Model) -> str:
 
 
 def check_float32(backend: Backend, device: str, variant: str) -> None:
-    """Raise EngineError if ONNX Runtime would run a float32 file on a GPU as TensorFloat-32, whose rate is another."""
+    """Raise BackendError if ONNX Runtime would run a float32 file on a GPU as TensorFloat-32, whose rate is another."""
     if device != "cuda" or backend.manifest.dtype != "float32" or not backend.name.startswith("ONNX Runtime"):
         return
     from cmfast.backends.onnxruntime import OnnxRuntimeBackend
@@ -150,7 +150,7 @@ def check_float32(backend: Backend, device: str, variant: str) -> None:
         return
     if variant == "tensorrt":  # until that provider has an option for it: github.com/microsoft/onnxruntime/issues/26029
         if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
-            raise EngineError(
+            raise BackendError(
                 f"{backend.name} multiplies float32 as TensorFloat-32 and has no option against it; set "
                 "NVIDIA_TF32_OVERRIDE=0 in the environment, or time a file in fp16"
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cmfast.backends import DeviceTimes, TimedBackend
 from cmfast.bench.roofline import BYTES, COST, Ceilings, Floor, floor_ms, measure_machine
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 from cmfast.formats.table import ENGINE, format_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def device_times(
         seconds: time after which DEVICE_FEW calls are enough.
 
     Raises:
-        EngineError: the backend gave no times.
+        BackendError: the backend gave no times.
     """
     end = time.perf_counter() + seconds
     call()  # the first after another contender is not counted, as in cmfast.bench.timing
@@ -69,7 +69,7 @@ def device_times(
         with backend.timed() as times:
             call()
         if not times:
-            raise EngineError("the backend promised the times of its calls and gave none")
+            raise BackendError("the backend promised the times of its calls and gave none")
         rows.append({name: sum(getattr(each, name) for each in times) for name in _TIMES})
     return DeviceMedians(**{name: statistics.median(row[name] for row in rows) for name in _TIMES}, calls=len(rows))
 

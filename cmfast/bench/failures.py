@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
+from cmfast.errors import BackendError, CheckFailed, CmfastError, one_line
 
 if TYPE_CHECKING:
     from cmfast.bench.contenders import Job
@@ -35,7 +35,7 @@ class LeftOut:
         return f"{self.contender}{where}{part}: {self.why}"
 
 
-class ContenderFailed(EngineError):
+class ContenderFailed(BackendError):
     """A contender failed at a setting. The message begins with both."""
 
     def __init__(self, job: Job, why: str, *, memory: bool = False) -> None:
@@ -97,9 +97,9 @@ class Failures:
         self._say(f"left out: {self.left_out[-1]}")
 
     def check_some_are_left(self, settings: Sequence[object]) -> None:
-        """Raise EngineError if no contender is left."""
+        """Raise BackendError if no contender is left."""
         if not settings:
-            raise EngineError(f"no contender is left to time; the first that failed: {self.left_out[0]}")
+            raise BackendError(f"no contender is left to time; the first that failed: {self.left_out[0]}")
 
 
 def reason(err: Exception) -> str:

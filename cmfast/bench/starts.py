@@ -16,7 +16,7 @@ from cmfast.bench.probe import Launch
 from cmfast.bench.record import Start
 from cmfast.bench.request import Request
 from cmfast.bench.turns import Budget
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 from cmfast.formats.table import model_bytes
 
 
@@ -45,7 +45,7 @@ def start_all(
         job = next(job for jobs in settings for job in jobs if job.contender is contender)
         try:
             starts.append(start(job, request))
-        except EngineError as err:
+        except BackendError as err:
             if not (request.keep_going or request.budget):
                 raise
             failures.note(LeftOut(contender=contender.name, what="start", why=str(err)))
@@ -58,7 +58,7 @@ def start(job: Job, request: Request) -> Start:
     """Open a contender and make its first call in a process of its own.
 
     Raises:
-        EngineError: it does not start there.
+        BackendError: it does not start there.
     """
     contender = job.contender
     launch = Launch(
@@ -76,7 +76,7 @@ def start(job: Job, request: Request) -> Start:
     done = subprocess.run(program, capture_output=True, text=True, env=cold)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise EngineError(
+        raise BackendError(
             f"{contender.name} runs in this process but fails in one of its own: {why}; skip starts with --no-starts"
         )
     return Start(

@@ -12,7 +12,7 @@ from cmfast.bench.contenders import Agreed, Job, compare_images
 from cmfast.bench.diagnosis import DeviceMedians, device_times
 from cmfast.bench.failures import ContenderFailed, Failures, Say
 from cmfast.bench.request import Request
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 
 MIN_CALLS = 20  # counted, for each contender at each setting, unless they take MOST times --seconds
 MOST = 3
@@ -115,7 +115,7 @@ def _time_on_device(job: Job, request: Request, failures: Failures, times: Times
         return
     try:
         times.on_device[job.name] = device_times(backend, job.call)
-    except EngineError as err:
+    except BackendError as err:
         failure = err if isinstance(err, ContenderFailed) else ContenderFailed(job, str(err))
         failures.met(failure, what="device_times")
 

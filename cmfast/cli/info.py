@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""cmfast-info: what a model file is. Needs neither PyTorch nor an engine for exported files."""
+"""cmfast-info: what a model file is. Exported files need neither PyTorch nor a backend."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The manifest: what a model file says about itself, found and checked before anything runs it.
 
-    manifest = read_manifest("model.onnx")        # needs neither onnx nor an engine
+    manifest = read_manifest("model.onnx")        # needs neither onnx nor a backend
 
 In ONNX it is `metadata_props["cmfast"]`. The reader walks the protobuf itself (`cmfast.formats.protobuf`): that starts
-in milliseconds, sees a truncated file, and finds tensors that point outside the file before an engine opens them.
+in milliseconds, sees a truncated file, and finds tensors that point outside the file before a backend opens them.
 In TensorRT's engines it is the network's name (`cmfast.formats.tensorrt_plan`).
 """
 

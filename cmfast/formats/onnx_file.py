@@ -13,7 +13,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO
 
-from cmfast.errors import ArtifactError, CmfastError, EngineError
+from cmfast.errors import ArtifactError, BackendError, CmfastError
 from cmfast.formats.content import content_digest
 from cmfast.formats.manifest import changed, check_file, compare_sha256, external_file, parse_onnx
 from cmfast.formats.protobuf import ProtobufError
@@ -87,7 +87,7 @@ class OnnxFile:
 
     def _give_weights(self, ort: Any, options: Any) -> None:
         if not hasattr(options, "add_external_initializers_from_files_in_memory"):
-            raise EngineError(
+            raise BackendError(
                 f"{self.path}: its weights are in another file, and ONNX Runtime {ort.__version__} does not take them "
                 "from memory; update it: pip install -U onnxruntime"
             )

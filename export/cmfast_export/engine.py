@@ -61,7 +61,7 @@ def export_engine(
     Raises:
         CmfastError: the request cannot be fulfilled.
         CheckFailed: the graph differs from PyTorch, or the engine from the graph; no file was written.
-        EngineError: the library cannot build it.
+        BackendError: the library cannot build it.
     """
     goal = check_target(out, ENGINE.suffixes)
     options = BuildOptions(batch=tuple(batch), sizes=tuple(sizes), library=library, target=tuple(target))

@@ -283,9 +283,9 @@ class _Check:
         """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
         dtype = read_onnx(file)[0].dtype
         with tempfile.TemporaryDirectory() as folder:
-            engine = self._open(file, Path(folder))
-            parity, *same = verify(engine, self.references, more=self.more, guidance=self.guidance)
-            del engine
+            backend = self._open(file, Path(folder))
+            parity, *same = verify(backend, self.references, more=self.more, guidance=self.guidance)
+            del backend
             as_is = None
             # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
             if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:

@@ -17,7 +17,7 @@ from cmfast.backends import open_backend
 from cmfast.backends.onnxruntime import check_cuda
 from cmfast.bench.timing import interleave, summarise
 from cmfast.conditions import some_values
-from cmfast.errors import CheckFailed, CmfastError, EngineError
+from cmfast.errors import BackendError, CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.formats.manifest import ROUNDING, rounding
 from cmfast.formats.values import PRECISIONS
@@ -96,7 +96,7 @@ def export_fastest(model: Source, out: str | os.PathLike[str], graph: GraphReque
             try:
                 one = replace(graph, precision=precision, tolerance=limit)
                 passed[precision] = export_onnx_as(loaded, file, one)
-            except (CheckFailed, EngineError) as err:
+            except (CheckFailed, BackendError) as err:
                 failed.append(Tried(precision=precision, max_abs=None, median_ms=None, why=str(err)))
             if passed and not timed:
                 break

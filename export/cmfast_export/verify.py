@@ -73,13 +73,13 @@ class Parity:
         return values if self.boundary is None else {**values, "boundary": float(f"{self.boundary:.3g}")}
 
 
-def verify_denoiser(file: Backend, torch_engine: Backend, batches: Sequence[int] | None = None) -> Parity:
+def verify_denoiser(file: Backend, torch_backend: Backend, batches: Sequence[int] | None = None) -> Parity:
     """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
 
     batches  default: 1, 2 and 5, of large samples 1, 2 and 3; of a file of one batch size that one
     Samples are random, uniform in [-1, 1], with noise of the level added; conditions are random (`some_values`).
     """
-    return verify(file, [torch_engine], batches)[0]
+    return verify(file, [torch_backend], batches)[0]
 
 
 def verify_sampler(file: Backend, denoiser: Backend, batches: Sequence[int] | None = None) -> Parity:
@@ -107,7 +107,7 @@ def verify(
         sizes: of the conditions' dynamic axes, in turn.
     """
     spec = file.manifest.spec
-    ours, theirs = Model(file), [Model(engine) for engine in references]
+    ours, theirs = Model(file), [Model(backend) for backend in references]
     rows: list[list[Row]] = [[] for _ in theirs]
     boundary = None
     if file.manifest.kind == "denoiser":
@@ -177,7 +177,7 @@ def _or_nan(call: Callable[[], Floats], shape: tuple[int, ...]) -> Floats:
 
 
 def compare_batches(file: Backend, few: int, most: int, size: int = SIZES[0]) -> Row:
-    """Compare an engine's images at a large batch with its own at a small one, the same noise: the first and the last.
+    """Compare a backend's images at a large batch with its own at a small one, the same noise: the first and the last.
 
     Another batch size is other kernels, and a machine that can compute many images for comparison is not always there.
     """

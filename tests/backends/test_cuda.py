@@ -17,7 +17,7 @@ import pytest
 
 from cmfast.backends import DeviceTimes
 from cmfast.backends import cuda_runtime as cuda
-from cmfast.errors import EngineError, OutOfMemory, engine_error
+from cmfast.errors import BackendError, OutOfMemory, backend_error
 from helpers.host_cuda import HostCuda
 
 MIB = 2**20
@@ -34,7 +34,7 @@ def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
         try:
             cuda.open_gpu()
-        except EngineError as err:
+        except BackendError as err:
             pytest.skip(str(err))
     return cuda.runtime()
 
@@ -189,7 +189,7 @@ def test_what_cuda_refuses_is_one_line_and_the_stream_works_afterwards(runtime: 
         kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         cuda.call(runtime.cudaMemcpyAsync, 0, x.device, x.size, kind, stream.handle)
 
-    with pytest.raises(EngineError, match="CUDA failed in cudaMemcpyAsync: invalid argument"):
+    with pytest.raises(BackendError, match="CUDA failed in cudaMemcpyAsync: invalid argument"):
         stream.run({"x": some(0, 4)}, {"x": x}, y, nowhere, [])
     work = copying(runtime, stream, x, y)
     np.testing.assert_array_equal(stream.run({"x": some(1, 4)}, {"x": x}, y, work), some(1, 4))
@@ -211,10 +211,10 @@ def test_more_memory_than_there_is_is_an_error_and_less_is_had_afterwards(runtim
     ],
 )
 def test_a_librarys_words_decide_whether_memory_was_short(said: str, short: bool) -> None:
-    assert isinstance(engine_error(said), OutOfMemory) == short
+    assert isinstance(backend_error(said), OutOfMemory) == short
 
 
 def test_another_process_is_told_that_cuda_does_not_survive_a_fork() -> None:
     cuda.check_process(os.getpid(), "it")
-    with pytest.raises(EngineError, match="it was opened before this process was forked"):
+    with pytest.raises(BackendError, match="it was opened before this process was forked"):
         cuda.check_process(os.getpid() + 1, "it")

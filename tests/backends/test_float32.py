@@ -20,7 +20,7 @@ from cmfast.backends import float32
 from cmfast.backends import onnxruntime_float32 as in_onnxruntime
 from cmfast.backends.float32 import Floats
 from cmfast.bench.contenders import check_float32
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.denoiser import Denoiser
@@ -72,7 +72,7 @@ def test_an_operand_of_ten_bits_is_seen(what: str, rounding: Any, kept: str) -> 
     )
     errors = float32.measured(multiply, conv)
     assert {name for name, error in errors.items() if error > 1.2 * float32.LIMIT} == {what}
-    with pytest.raises(EngineError, match=rf"ONNX Runtime cuda was to .* is off \({what} by .*NVIDIA_TF32_OVERRIDE=0"):
+    with pytest.raises(BackendError, match=rf"ONNX Runtime cuda was to .* is off \({what} by .*NVIDIA_TF32_OVERRIDE=0"):
         float32.check(errors, "ONNX Runtime cuda")
 
 
@@ -89,7 +89,7 @@ def test_half_precision_is_seen(dtype: torch.dtype) -> None:
 
 def test_a_result_that_is_no_number_is_off() -> None:
     errors = float32.measured(lambda a, b: np.full((512, 512), np.nan, np.float32), convolve)
-    with pytest.raises(EngineError, match="product by nan"):
+    with pytest.raises(BackendError, match="product by nan"):
         float32.check(errors, "it")
 
 
@@ -103,17 +103,17 @@ def test_onnx_runtime_on_a_cpu_is_float32() -> None:
 def test_float32_by_onnx_runtimes_tensorrt_is_timed_only_where_tensorfloat_is_off(
     handmade_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = cmfast.load(handmade_onnx()).backend  # on a CPU: nothing is run
-    assert engine.manifest.dtype == "float32"
+    backend = cmfast.load(handmade_onnx()).backend  # on a CPU: nothing is run
+    assert backend.manifest.dtype == "float32"
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-    with pytest.raises(EngineError, match=r"multiplies float32 as TensorFloat-32 .*NVIDIA_TF32_OVERRIDE=0") as caught:
-        check_float32(engine, "cuda", "tensorrt")
+    with pytest.raises(BackendError, match=r"multiplies float32 as TensorFloat-32 .*NVIDIA_TF32_OVERRIDE=0") as caught:
+        check_float32(backend, "cuda", "tensorrt")
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(engine, "manifest", replace(engine.manifest, dtype="float16"))
-    check_float32(engine, "cuda", "tensorrt")
+    monkeypatch.setattr(backend, "manifest", replace(backend.manifest, dtype="float16"))
+    check_float32(backend, "cuda", "tensorrt")
     monkeypatch.undo()
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    check_float32(engine, "cuda", "tensorrt")
+    check_float32(backend, "cuda", "tensorrt")
 
 
 @pytest.mark.gpu
@@ -237,7 +237,7 @@ def test_a_run_in_float32_that_the_gpu_rounds_is_refused(
     monkeypatch.setattr(in_torch.torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary")
     monkeypatch.setattr(in_torch, "errors", lambda device: {"product": 1e-7, "convolution": 3.3e-4})
     with (
-        pytest.raises(EngineError, match=r"PyTorch on the NVIDIA Imaginary .*\(convolution by 3.3e-04;"),
+        pytest.raises(BackendError, match=r"PyTorch on the NVIDIA Imaginary .*\(convolution by 3.3e-04;"),
         in_torch.exact_float32(torch.device("cuda")),
     ):
         pytest.fail("it went on")

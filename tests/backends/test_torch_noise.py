@@ -213,7 +213,7 @@ def test_the_kernel_draws_only_where_it_works(works: bool, monkeypatch: pytest.M
     assert asked == ["cuda"]
 
 
-def test_engine_and_noise_are_imported_and_used_where_there_is_no_triton() -> None:
+def test_backend_and_noise_are_imported_and_used_where_there_is_no_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None; import cmfast_train.backends.pytorch; "
         "from cmfast_train.backends.torch_noise import *; "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Why a contender of cmfast-bench takes its time: costs, the roofline, times on a GPU, and the words for them.
 
-The GPU here is an engine with made-up times: what is tested is what the command makes of them.
+The GPU here is a backend with made-up times: what is tested is what the command makes of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cmfast.bench.diagnosis import DEVICE_CALLS, DEVICE_FEW, DeviceMedians, cost
 from cmfast.bench.record import Start
 from cmfast.bench.roofline import Ceilings, Floor
 from cmfast.cli import bench
-from cmfast.errors import EngineError, engine_error
+from cmfast.errors import BackendError, backend_error
 from cmfast.formats.manifest import Manifest
 from cmfast.model import Model
 from helpers.specs import image_spec
@@ -131,8 +131,8 @@ def test_machines_are_described_in_units_of_their_size() -> None:
 
 
 def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -> None:
-    engine = FakeGpu(manifest())
-    assert isinstance(engine, TimedBackend)
+    backend = FakeGpu(manifest())
+    assert isinstance(backend, TimedBackend)
     x = np.ones((1, 1, 8, 8), np.float32)
     calls = 0
 
@@ -140,26 +140,26 @@ def test_device_times_are_medians_of_twenty_calls_and_a_call_is_all_its_runs() -
         nonlocal calls
         calls += 1
         for _ in range(2):
-            engine.run({"x": x})
+            backend.run({"x": x})
 
     # Of three calls, two hold a run that is a hundred times slower: the median is 101 runs' time.
-    found = device_times(engine, two_steps)
+    found = device_times(backend, two_steps)
     assert calls == DEVICE_CALLS + 1 >= 21
     assert found.calls == DEVICE_CALLS
     assert asdict(found) == pytest.approx(
         {name: 101 * ms for name, ms in asdict(TIMES).items()} | {"calls": DEVICE_CALLS}
     )
-    one = device_times(engine, lambda: engine.run({"x": x}))
+    one = device_times(backend, lambda: backend.run({"x": x}))
     assert one == DeviceMedians(**asdict(TIMES), calls=DEVICE_CALLS), "a rare slow run does not move the median"
 
 
 def test_slow_calls_are_asked_a_few_times_only() -> None:
-    engine, x = FakeGpu(manifest()), np.ones((1, 1, 8, 8), np.float32)
-    assert device_times(engine, lambda: engine.run({"x": x}), seconds=0).calls == DEVICE_FEW
+    backend, x = FakeGpu(manifest()), np.ones((1, 1, 8, 8), np.float32)
+    assert device_times(backend, lambda: backend.run({"x": x}), seconds=0).calls == DEVICE_FEW
 
 
-def test_an_engine_that_keeps_its_times_to_itself_is_an_error() -> None:
-    with pytest.raises(EngineError, match="promised the times of its calls and gave none"):
+def test_a_backend_that_keeps_its_times_to_itself_is_an_error() -> None:
+    with pytest.raises(BackendError, match="promised the times of its calls and gave none"):
         device_times(FakeGpu(manifest()), lambda: None)
 
 
@@ -298,13 +298,13 @@ def test_this_machine_itself_can_be_measured(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handmade_onnx: Factory) -> Callable[..., list[Any]]:
-    """Let a GPU be simulated: files of a folder are opened by engines with made-up times."""
+    """Let a GPU be simulated: files of a folder are opened by backends with made-up times."""
     opened: list[Any] = []
 
-    def install(engines: dict[str, FakeGpu]) -> list[Any]:
+    def install(backends: dict[str, FakeGpu]) -> list[Any]:
         def open_backend(file: Path, device: str, threads: int | None, *, variant: str, precision: str) -> FakeGpu:
             opened.append((file.name, device, threads, variant, precision))
-            return engines[f"{file.name} {variant}".rstrip()]
+            return backends[f"{file.name} {variant}".rstrip()]
 
         def start(job: Any, _: object) -> Start:
             return Start(
@@ -387,8 +387,8 @@ def test_the_next_command_runs_the_fastest_in_the_way_that_was_fastest(
                 np.ones(1000).sum()
             return super().run(inputs)
 
-    engines = {variant: (FakeGpu if variant == fast else Slow)(manifest()) for variant in ("", "tensorrt")}
-    gpu({f"model.onnx {variant}".rstrip(): engine for variant, engine in engines.items()})
+    backends = {variant: (FakeGpu if variant == fast else Slow)(manifest()) for variant in ("", "tensorrt")}
+    gpu({f"model.onnx {variant}".rstrip(): backend for variant, backend in backends.items()})
     options = ("--device", "cuda", "--variants", "tensorrt", "--steps", 1, "--batch", 1, *QUICK)
     last = call(bench.main, "model.onnx", *options).stdout.splitlines()[-1]
     assert last == f"next: cmfast-sample model.onnx --steps 1 {how} -n 64 -o samples.png"
@@ -410,7 +410,7 @@ class Failing(FakeGpu):
         return super().run(inputs)
 
 
-SHORT = EngineError("PyTorch is short of memory")
+SHORT = BackendError("PyTorch is short of memory")
 CRASH = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\nCompile with TORCH_USE_CUDA_DSA")
 ON_GPU = ("--device", "cuda", "--steps", 1, "--batch", 1, *QUICK, "--json", "bench.json")
 
@@ -488,7 +488,7 @@ def test_a_start_that_fails_beside_the_others_costs_the_row_nothing_else(
     gpu({"model.onnx": FakeGpu(manifest())})
 
     def start(*_: object) -> Any:
-        raise EngineError("no memory is left for a second process")
+        raise BackendError("no memory is left for a second process")
 
     monkeypatch.setattr(starts, "start", start)
     assert call(bench.main, "model.onnx", *ON_GPU).returncode == 2
@@ -502,11 +502,11 @@ def test_a_start_that_fails_beside_the_others_costs_the_row_nothing_else(
 def test_the_memory_of_who_runs_nowhere_is_given_back_before_the_timing(
     gpu: Callable[..., list[Any]], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engines = {"model.onnx": FakeGpu(manifest()), "model.onnx tensorrt": Failing(0, RuntimeError("CUDA error"))}
-    gone = weakref.ref(engines["model.onnx tensorrt"])
+    backends = {"model.onnx": FakeGpu(manifest()), "model.onnx tensorrt": Failing(0, RuntimeError("CUDA error"))}
+    gone = weakref.ref(backends["model.onnx tensorrt"])
     seen: list[Any] = []
-    gpu(engines)
-    monkeypatch.setattr(cmfast.backends, "open_backend", lambda file, *_, variant, precision: engines.pop(
+    gpu(backends)
+    monkeypatch.setattr(cmfast.backends, "open_backend", lambda file, *_, variant, precision: backends.pop(
         f"{file.name} {variant}".rstrip()))  # fmt: skip
     usual = timing.interleave
 
@@ -522,7 +522,7 @@ def test_the_memory_of_who_runs_nowhere_is_given_back_before_the_timing(
 
 
 class Card:
-    """Memory for so many engines at a time, beside their weights."""
+    """Memory for so many backends at a time, beside their weights."""
 
     def __init__(self, room: int) -> None:
         self.room, self.holders, self.most = room, set[Any](), 0
@@ -540,7 +540,7 @@ class Holding(FakeGpu):
         self._card.most = max(self._card.most, len(self._card.holders))
         if len(self._card.holders) > self._card.room:
             self.release()
-            raise engine_error("CUDA failed in cudaGraphInstantiate: out of memory")
+            raise backend_error("CUDA failed in cudaGraphInstantiate: out of memory")
         return super().run(inputs)
 
     def release(self) -> None:
@@ -553,7 +553,7 @@ def test_the_memory_of_a_setting_is_given_back_before_the_next(
     card = Card(room=2)
 
     class PerBatch(Holding):
-        """A graph for each batch size, as PyTorch's engine keeps them."""
+        """A graph for each batch size, as PyTorch's backend keeps them."""
 
         def run(self, inputs: Any) -> Any:
             batches.setdefault(self, set()).add(len(inputs["x"]))
@@ -600,7 +600,7 @@ def test_who_has_no_memory_alone_either_is_left_out(gpu: Callable[..., list[Any]
 
         def run(self, inputs: Any) -> Any:
             if self._runs >= 1:
-                raise engine_error("Failed to allocate memory for requested buffer of size 9")
+                raise backend_error("Failed to allocate memory for requested buffer of size 9")
             return super().run(inputs)
 
     result = bench_two(gpu, call, Holding(card, "one"), Growing(card, "two"), "--keep-going")

@@ -40,7 +40,7 @@ def test_the_command_draws_the_images_that_the_library_draws(
     assert content(tmp_path) == ["images.npz"]
 
 
-def test_an_error_of_the_engine_is_one_line_in_a_process_of_its_own(
+def test_an_error_of_the_backend_is_one_line_in_a_process_of_its_own(
     tiny_checkpoint: Factory, run: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
 ) -> None:
     result = run("cmfast.cli.sample", tiny_checkpoint(10), "--label", 10, "-o", tmp_path / "grid.png")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import onnxruntime as engine
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
+from cmfast.backends import onnxruntime as backend
+from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError
 from cmfast.formats.manifest import ROUNDING
 from cmfast.formats.table import read_manifest
 from cmfast_export import cli
@@ -340,14 +340,14 @@ def test_the_command_names_the_file_after_the_flavour_and_says_what_was_not_run(
         assert words in result.stdout
 
 
-# The engine's variant.
+# The backend's variant.
 
 
 def test_nhwc_is_an_option_of_the_cuda_provider_and_combines_with_cuda_graphs() -> None:
-    ((name, plain),) = engine._providers("", "float16", 42)
-    ((_, nhwc),) = engine._providers("nhwc", "float16", 42)
-    ((_, both),) = engine._providers("nhwc cuda_graph", "float16", 42)
-    assert name == engine.CUDA
+    ((name, plain),) = backend._providers("", "float16", 42)
+    ((_, nhwc),) = backend._providers("nhwc", "float16", 42)
+    ((_, both),) = backend._providers("nhwc cuda_graph", "float16", 42)
+    assert name == backend.CUDA
     assert nhwc == {**plain, "prefer_nhwc": "1"}
     assert both == {**plain, "prefer_nhwc": "1", "enable_cuda_graph": "1"}
 
@@ -355,8 +355,8 @@ def test_nhwc_is_an_option_of_the_cuda_provider_and_combines_with_cuda_graphs() 
 def test_nhwc_needs_a_gpu_and_a_type_that_has_kernels(
     handmade_onnx: Callable[..., Path], flavoured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EngineError, match="on cpu has the variants '', not 'nhwc'; 'nhwc', 'cuda_graph' and"):
+    with pytest.raises(BackendError, match="on cpu has the variants '', not 'nhwc'; 'nhwc', 'cuda_graph' and"):
         cmfast.load(handmade_onnx(), variant="nhwc")
     manifest = replace(read_manifest(handmade_onnx()), dtype="bfloat16")
-    with pytest.raises(EngineError, match="bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out"):
-        engine._check_variant(Path("model.onnx"), "cuda", "nhwc cuda_graph", manifest)
+    with pytest.raises(BackendError, match="bfloat16, of which ONNX Runtime has no NHWC convolutions; leave nhwc out"):
+        backend._check_variant(Path("model.onnx"), "cuda", "nhwc cuda_graph", manifest)

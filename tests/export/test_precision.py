@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto
 
 import cmfast
-from cmfast.errors import CheckFailed, CmfastError, EngineError
+from cmfast.errors import BackendError, CheckFailed, CmfastError
 from cmfast.formats.manifest import ROUNDING
 from cmfast.formats.table import read_manifest
 from cmfast.formats.values import PRECISIONS
@@ -300,7 +300,7 @@ def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def fails() -> None:
-        raise EngineError("device cuda was requested, but there is none")
+        raise BackendError("device cuda was requested, but there is none")
 
     monkeypatch.setattr(precision_search, "check_cuda", fails)
     monkeypatch.setattr(precision_search, "export_onnx_as", None)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cmfast.backends import open_backend
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
+from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError
 from cmfast.schedule import karras_sigmas, sigmas_of_indices
 from cmfast_export.targets.diffusers_folder import Timesteps, export_diffusers, nearest_timesteps, unet_config
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint
@@ -132,7 +132,7 @@ def test_what_the_pipeline_cannot_do_with_other_channels_is_said_and_true(
             with pytest.raises(TypeError):
                 pipeline(1)
             assert pipeline(1, output_type="np").images.shape == (1, 16, 16, channels)
-        with pytest.raises(EngineError, match=f"a fault of diffusers, and this model's images have {channels}"):
+        with pytest.raises(BackendError, match=f"a fault of diffusers, and this model's images have {channels}"):
             open_backend(out, variant="diffusers")
     assert export_diffusers(checkpoint_of(), tmp_path / "3").limits == ""
 

@@ -19,7 +19,7 @@ import pytest
 
 from cmfast.backends import tensorrt_library as library
 from cmfast.conditions import class_label
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, EngineError
+from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError
 from cmfast.files import atomic_file
 from cmfast.formats.manifest import MAX_CHARACTERS, file_sha256, read_onnx
 from cmfast.formats.tensorrt_plan import read_plan
@@ -430,7 +430,7 @@ def test_a_graph_that_the_library_cannot_read_is_one_line(handmade_onnx: Factory
     model = onnx.load(handmade_onnx(8))
     model.graph.node[0].op_type = "NotAnOperator"
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(EngineError, match=r"the library cannot read it: .*NotAnOperator") as caught:
+    with pytest.raises(BackendError, match=r"the library cannot read it: .*NotAnOperator") as caught:
         build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", BuildOptions())
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["model.onnx"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CUDA: the engines compute there what they compute on the CPU, training runs there, and where it is not, that is said.
+"""CUDA: backends compute there what they compute on the CPU, training runs there; without CUDA, an error says so.
 
 pytest -m gpu        on a machine with an NVIDIA GPU and cmfast[gpu]
 """
@@ -30,7 +30,7 @@ import cmfast
 from cmfast.backends import DrawBackend, TimedBackend, open_backend
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import KEPT
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import to_uint8
 from cmfast_train.backends import torch_noise
@@ -102,7 +102,7 @@ def need(precision: str) -> None:
         pytest.skip(f"this card has no {precision}")
 
 
-# Engines.
+# Backends.
 
 ORDER = [
     (1, 0),
@@ -129,10 +129,10 @@ def test_onnx_runtime_on_cuda_computes_what_it_computes_on_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("onnx_cuda")
 def test_onnx_runtime_gets_the_device_that_was_asked_for_without_tensorfloat(handmade_onnx: Factory) -> None:
-    engine = open_backend(handmade_onnx(8), "cuda")
-    assert isinstance(engine, OnnxRuntimeBackend)
-    assert engine.name == "ONNX Runtime cuda"
-    session = engine._session
+    backend = open_backend(handmade_onnx(8), "cuda")
+    assert isinstance(backend, OnnxRuntimeBackend)
+    assert backend.name == "ONNX Runtime cuda"
+    session = backend._session
     assert session.get_providers()[0] == "CUDAExecutionProvider"
     assert session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "0"
 
@@ -174,9 +174,9 @@ def test_onnx_runtime_draws_the_right_images_whatever_the_order_of_batch_sizes(
 @pytest.mark.usefixtures("onnx_cuda")
 def test_a_tensorfloat_file_is_run_so(sampler_file: Callable[[str], Path]) -> None:
     need("tf32")
-    engine = open_backend(sampler_file("tf32"), "cuda")
-    assert isinstance(engine, OnnxRuntimeBackend)
-    assert engine._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "1"
+    backend = open_backend(sampler_file("tf32"), "cuda")
+    assert isinstance(backend, OnnxRuntimeBackend)
+    assert backend._session.get_provider_options()["CUDAExecutionProvider"]["use_tf32"] == "1"
 
 
 @pytest.mark.gpu
@@ -195,7 +195,7 @@ def test_a_batch_size_that_was_dropped_is_captured_anew(sampler_file: Callable[[
 def test_onnx_runtime_with_tensorrt_draws_the_right_images(sampler_file: Callable[[str], Path]) -> None:
     try:
         there = cmfast.load(sampler_file("fp16"), device="cuda", variant="tensorrt")
-    except EngineError as err:
+    except BackendError as err:
         if "cannot load its TensorRT provider" not in str(err):
             raise
         pytest.skip(str(err))
@@ -212,11 +212,11 @@ def test_pytorch_on_cuda_computes_what_it_computes_on_the_cpu(
     precision: str, variant: str, tiny_checkpoint: Factory
 ) -> None:
     need(precision)
-    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
-    assert engine.name == f"PyTorch cuda {precision} {variant}".rstrip()
+    backend = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
+    assert backend.name == f"PyTorch cuda {precision} {variant}".rstrip()
     before = torch.cuda.memory_allocated()
     assert before > 0, "the weights are elsewhere"
-    assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
+    assert_close(cmfast.Model(backend), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
 
 
 @pytest.mark.gpu
@@ -230,10 +230,10 @@ def test_pytorch_compiled_on_cuda_computes_what_it_computes_on_the_cpu(
     variant: str, precision: str, tiny_checkpoint: Factory
 ) -> None:
     need(precision)
-    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
+    backend = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision=precision)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # what the compiler says is its affair
-        assert_close(cmfast.Model(engine), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
+        assert_close(cmfast.Model(backend), cmfast.load(tiny_checkpoint(10)), TOLERANCES[precision])
 
 
 @pytest.mark.gpu
@@ -257,7 +257,7 @@ def test_a_recorded_sampler_draws_what_the_loop_draws_whatever_the_order_of_batc
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-def test_engines_with_and_without_tensorfloat_do_not_disturb_each_other(tiny_checkpoint: Factory) -> None:
+def test_backends_with_and_without_tensorfloat_do_not_disturb_each_other(tiny_checkpoint: Factory) -> None:
     need("tf32")
     exact, fast = (cmfast.load(tiny_checkpoint(10), device="cuda", precision=each) for each in ("fp32", "tf32"))
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
@@ -403,14 +403,14 @@ def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
 def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
     variant: str, tiny_checkpoint: Factory
 ) -> None:
-    engine = open_backend(tiny_checkpoint(0), "cuda", variant=variant)
-    assert isinstance(engine, DrawBackend)
-    model = cmfast.Model(engine)
+    backend = open_backend(tiny_checkpoint(0), "cuda", variant=variant)
+    assert isinstance(backend, DrawBackend)
+    model = cmfast.Model(backend)
     batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
     want = {seed: model.sample_float(8, batch=2, seed=seed, sigmas=(80.0, 0.8)) for seed in (1, 2)}
-    left = engine.draw(3, batches, (80.0, 0.8), pixels=False)
+    left = backend.draw(3, batches, (80.0, 0.8), pixels=False)
     next(left)
-    one, two = (engine.draw(seed, batches, (80.0, 0.8), pixels=False) for seed in (1, 2))
+    one, two = (backend.draw(seed, batches, (80.0, 0.8), pixels=False) for seed in (1, 2))
     for part, _ in batches:
         for seed, drawing in ((1, one), (2, two)):
             with torch.cuda.stream(torch.cuda.Stream() if part.start % 4 else torch.cuda.current_stream()):
@@ -581,7 +581,7 @@ def test_a_gpu_makes_the_batches_that_the_thread_makes() -> None:
 def test_onnx_runtime_without_cuda_is_an_error_with_the_line_that_installs_it(handmade_onnx: Factory) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(handmade_onnx(8), device="cuda")
     assert str(caught.value) == (
         f"device cuda was requested, but the installed onnxruntime {onnxruntime.__version__} is a build without CUDA; "
@@ -593,7 +593,7 @@ def test_pytorch_without_cuda_is_an_error_that_names_the_cause(tiny_checkpoint: 
     if torch.cuda.is_available():
         pytest.skip("this PyTorch has CUDA")
     cause = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(tiny_checkpoint(0), device="cuda")
     assert f"device cuda was requested, but PyTorch {torch.__version__} {cause}" in str(caught.value)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Engines on a GPU: TensorRT's and TensorRT-RTX's, whichever this machine has, against the ONNX files on the CPU.
 
-pytest -m gpu        what can be tested without one is in test_to_tensorrt and test_tensorrt_engine
+pytest -m gpu        what can be tested without one is in test_to_tensorrt and test_tensorrt_backend
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cmfast
 from cmfast.cli import info, sample
-from cmfast.errors import ArtifactError, CmfastError, EngineError, MissingDependency
+from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast_export import export_onnx
 from cmfast_train.backends.diffusers_pipeline import DiffusersBackend
 from cmfast_train.backends.pytorch import TorchBackend
@@ -322,7 +322,7 @@ def test_half_precision_is_made_on_the_graph(saved: dict[str, Path], tmp_path: P
     found = export_onnx(saved["plain"], tmp_path / "half.onnx", precision="fp16")
     assert found.notes == ()  # our UNet2DModel has no branch by the size of the batch
     assert found.manifest.dtype == "float16"
-    with pytest.raises(EngineError, match="cmfast-export --precision fp16"):
+    with pytest.raises(BackendError, match="cmfast-export --precision fp16"):
         TorchBackend(saved["plain"], precision="fp16")
 
 
@@ -457,7 +457,7 @@ def test_half_precision_in_pytorch_is_refused_in_one_line(saved: dict[str, Path]
 
 
 def test_diffusers_own_pipeline_is_run_of_consistency_models_only(saved: dict[str, Path]) -> None:
-    with pytest.raises(EngineError, match="DDPMPipeline"):
+    with pytest.raises(BackendError, match="DDPMPipeline"):
         DiffusersBackend(saved["plain"])
 
 

@@ -18,7 +18,7 @@ import cmfast
 from cmfast import checks
 from cmfast.checks import NotFinite
 from cmfast.conditions import Condition
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast.formats.manifest import Manifest
 from cmfast.images import MAX_GRID_PIXELS, check_images, check_output
 from cmfast.model import Model
@@ -32,7 +32,7 @@ WRONG = ["8", None, True, [[80]], {}, object(), 1j, math.nan, math.inf, -1, 10**
 
 
 class Scaled:
-    """An engine in numpy: denoised = factor x; also of samplers."""
+    """A backend in numpy: denoised = factor x; also of samplers."""
 
     batch: int | None = None
     name = "numpy"
@@ -87,22 +87,22 @@ def test_noise_levels_of_any_number_type_up_to_those_of_churn_are_denoised(sigma
     np.testing.assert_array_equal(model().denoise(X, sigma), X * np.float32(0.01))
 
 
-@pytest.mark.parametrize("engine", [Scaled(), Looped(), Scaled(kind="sampler")], ids=["denoiser", "loop", "sampler"])
+@pytest.mark.parametrize("backend", [Scaled(), Looped(), Scaled(kind="sampler")], ids=["denoiser", "loop", "sampler"])
 @pytest.mark.parametrize(
     "sigmas", [(80, math.nan), (0.8, 80), (80, 80), (80, -1), (80, 0.001), "80", 80.0, None, (), ("a", 1), [True, 1]]
 )
-def test_from_noise_refuses_levels_that_do_not_fall_whatever_runs_the_model(engine: Scaled, sigmas: Any) -> None:
-    before = engine.calls
+def test_from_noise_refuses_levels_that_do_not_fall_whatever_runs_the_model(backend: Scaled, sigmas: Any) -> None:
+    before = backend.calls
     with pytest.raises(CmfastError, match=r"noise level|sampler of 2 step"):
-        Model(engine).from_noise(Z, sigmas)
-    assert engine.calls == before
+        Model(backend).from_noise(Z, sigmas)
+    assert backend.calls == before
 
 
-@pytest.mark.parametrize("engine", [Scaled(), Looped(), Scaled(kind="sampler")], ids=["denoiser", "loop", "sampler"])
-def test_float64_levels_are_the_same_levels_for_every_engine(engine: Scaled) -> None:
-    got = Model(engine).from_noise(Z, np.array([80, 0.8]))  # type: ignore[arg-type]
+@pytest.mark.parametrize("backend", [Scaled(), Looped(), Scaled(kind="sampler")], ids=["denoiser", "loop", "sampler"])
+def test_float64_levels_are_the_same_levels_for_every_backend(backend: Scaled) -> None:
+    got = Model(backend).from_noise(Z, np.array([80, 0.8]))  # type: ignore[arg-type]
     assert got.dtype == np.float32
-    np.testing.assert_array_equal(got, Model(engine).from_noise(Z, (80.0, 0.8)))
+    np.testing.assert_array_equal(got, Model(backend).from_noise(Z, (80.0, 0.8)))
 
 
 @pytest.mark.parametrize("sigmas", ["8", 8, [80, math.nan], [1, 2], [80, -1], [80, 0.001], [], None, [True]])
@@ -115,16 +115,16 @@ def test_the_few_step_loop_and_model_sample_refuse_the_same_levels(sigmas: Any) 
 
 
 def test_more_levels_than_anyone_waits_for_are_refused_before_the_first_call() -> None:
-    engine = Scaled()
+    backend = Scaled()
     for ask in (
-        lambda: Model(engine).sample(1, sigmas=np.linspace(80, 1, 10**6)),  # type: ignore[arg-type]
-        lambda: Model(engine).sample(1, steps=10**9),
-        lambda: Model(engine).sample_heun(1, steps=10**8),
+        lambda: Model(backend).sample(1, sigmas=np.linspace(80, 1, 10**6)),  # type: ignore[arg-type]
+        lambda: Model(backend).sample(1, steps=10**9),
+        lambda: Model(backend).sample_heun(1, steps=10**8),
         lambda: cmfast.karras_sigmas(10**9),
     ):
         with pytest.raises(CmfastError, match=r"10000|1048576"):
             ask()
-    assert engine.calls == 0
+    assert backend.calls == 0
 
 
 # Numbers and memory.
@@ -133,13 +133,13 @@ def test_more_levels_than_anyone_waits_for_are_refused_before_the_first_call() -
 @pytest.mark.parametrize("name", ["n", "batch", "first", "seed", "steps"])
 @pytest.mark.parametrize("value", [each for each in WRONG if each is not None], ids=lambda each: type(each).__name__)
 def test_a_number_of_the_wrong_type_or_size_is_named(name: str, value: Any) -> None:
-    engine = Scaled()
+    backend = Scaled()
     if name == "batch" and isinstance(value, int) and value > 1:
         return  # a larger batch than there are images is all of them
     with pytest.raises(CmfastError, match=r"whole number|at least 1|at most|of memory") as raised:
-        Model(engine).sample(**{"n": 1, name: value})
+        Model(backend).sample(**{"n": 1, name: value})
     assert len(str(raised.value)) < 300
-    assert engine.calls == 0
+    assert backend.calls == 0
 
 
 @pytest.mark.parametrize("value", [np.int64(2), np.uint8(2), np.array(2)])
@@ -157,13 +157,13 @@ def test_more_images_than_memory_holds_are_refused_with_both_sizes(n: int) -> No
 
 def test_noise_labels_and_a_batch_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "available_memory", lambda: 2**30)
-    engine = Scaled()
-    engine.batch = 2**40
+    backend = Scaled()
+    backend.batch = 2**40
     for ask in (
         lambda: cmfast.gaussian(0, range(10**9), 0, (3, 64, 64)),
         lambda: labels(0, range(10**9), 10),
         lambda: model().sample_heun(10**5, steps=10_000, batch=10**5, churn=1),
-        lambda: Model(engine).denoise(X, 1.0),
+        lambda: Model(backend).denoise(X, 1.0),
     ):
         with pytest.raises(CmfastError, match=r"of memory, and 1\.0 GiB are available"):
             ask()
@@ -209,18 +209,18 @@ def test_labels_do_not_depend_on_how_the_images_are_split() -> None:
 # Empty batches.
 
 
-@pytest.mark.parametrize("engine", [Scaled(classes=3), Looped(classes=3), Scaled(kind="sampler", classes=3)])
-def test_an_empty_batch_gives_an_empty_array_and_calls_nothing(engine: Scaled) -> None:
-    none = Model(engine)
+@pytest.mark.parametrize("backend", [Scaled(classes=3), Looped(classes=3), Scaled(kind="sampler", classes=3)])
+def test_an_empty_batch_gives_an_empty_array_and_calls_nothing(backend: Scaled) -> None:
+    none = Model(backend)
     empty = none.from_noise(Z[:, :0], (80.0, 0.8), np.zeros(0, np.int64))
     assert (empty.shape, empty.dtype) == ((0, 1, 2, 2), np.float32)
-    if engine.manifest.kind == "denoiser":
+    if backend.manifest.kind == "denoiser":
         assert none.denoise(X[:0], 80.0, 1).shape == (0, 1, 2, 2)
         assert none.denoise(X[:0], [], []).shape == (0, 1, 2, 2)
-    assert engine.calls == 0
+    assert backend.calls == 0
     assert cmfast.gaussian(0, [], 0, (3, 2)).shape == (0, 3, 2)
     with pytest.raises(CmfastError, match=r"noise level 0 cannot|sampler graph has no denoiser"):
-        none.denoise(X[:0], 0.0, 1) if engine.manifest.kind != "denoiser" else none.denoise(X[:1], 0.0, 1)
+        none.denoise(X[:0], 0.0, 1) if backend.manifest.kind != "denoiser" else none.denoise(X[:1], 0.0, 1)
 
 
 # What models return.
@@ -256,10 +256,10 @@ def test_input_that_is_not_finite_is_the_callers() -> None:
 
 @pytest.mark.parametrize("wrong", [np.zeros((1, 2, 2), np.float32), np.float32(1), np.zeros(X.shape), None])
 def test_output_of_another_shape_or_type_is_an_error(wrong: Any) -> None:
-    engine = Scaled()
-    engine.run = lambda inputs: wrong  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match=r"numpy returned .*, and its manifest promises float32 \[2, 1, 2, 2\]"):
-        Model(engine).denoise(X, 1.0)
+    backend = Scaled()
+    backend.run = lambda inputs: wrong  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"numpy returned .*, and its manifest promises float32 \[2, 1, 2, 2\]"):
+        Model(backend).denoise(X, 1.0)
 
 
 # Classes by name.

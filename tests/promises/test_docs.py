@@ -251,7 +251,7 @@ def test_the_backend_of_the_page_runs_its_files_in_python_and_in_commands(tmp_pa
         "assert images.std() > 1\n"
         "try:\n"
         "    cmfast.load('data.shrink', variant='cuda_graph')\n"
-        "except cmfast.EngineError as error:\n"
+        "except cmfast.BackendError as error:\n"
         "    print(error)\n"
         "from cmfast.cli.commands import sample\n"
         "sys.argv = ['cmfast-sample', 'data.shrink', '-n', '4', '--steps', '2', '-o', 'grid.png']\n"

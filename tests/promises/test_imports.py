@@ -152,7 +152,7 @@ def test_the_check_above_can_fail() -> None:
 def test_every_public_name_is_there_and_importing_the_package_alone_brings_none() -> None:
     assert not brings("cmfast", "numpy")
     for name in cmfast.__all__:
-        assert getattr(cmfast, name).__name__ == name
+        assert getattr(cmfast, name).__name__ == {"EngineError": "BackendError"}.get(name, name)
         assert python(f"import cmfast; print(cmfast.{name}.__module__)").stdout.startswith("cmfast.")
     assert set(cmfast.__all__) <= set(dir(cmfast))
     with pytest.raises(AttributeError, match="'cmfast' has no attribute 'nothing'"):
@@ -264,7 +264,7 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_classifiers(w
     assert sum(size for name, size in sizes.items() if name not in classifiers) < 2_000_000
 
 
-def test_the_wheel_announces_its_commands_and_engines(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_announces_its_commands_and_backends(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     text = wheel.read(name).decode()
     for command, target in COMMANDS.items():

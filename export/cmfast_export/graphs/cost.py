@@ -44,7 +44,7 @@ def graph_cost(model: ir.Model) -> dict[str, float]:
         if node.op_type in UNKNOWN:
             raise CmfastError(f"the cost of a graph with {node.op_type} in it ({node.name}) is not known")
         if node.outputs[0] in known:
-            continue  # every engine computes it once, when it loads the file
+            continue  # every backend computes it once, when it loads the file
         weights += sum(_constant_bytes(node, known, batch))
         if node.op_type in MATRIX:
             flops += _flops(node)

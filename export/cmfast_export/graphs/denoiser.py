@@ -5,7 +5,7 @@
 
 All are float32, classes int64. The precision is in the graph, with a Cast at every border to what stays float32: a
 network of ours is traced as `Denoiser.to_precision` made it, any other in float32 and converted by `half`. So every
-engine runs the same roundings, and none decides about types.
+backend runs the same roundings, and none decides about types.
 """
 
 from __future__ import annotations

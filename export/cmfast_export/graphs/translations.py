@@ -14,7 +14,7 @@ op: Any = opset18  # untyped: its annotations ask for element types, which diffe
 
 
 def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
-    """Group normalisation over InstanceNormalization, which every engine has a fast kernel for; x [B, C, ...].
+    """Group normalisation over InstanceNormalization, which every backend has a fast kernel for; x [B, C, ...].
 
     Native GroupNormalization (opset 21) is taken apart into reductions by ONNX Runtime and crashes OpenVINO.
     """

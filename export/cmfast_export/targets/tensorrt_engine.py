@@ -34,7 +34,7 @@ from cmfast.backends.tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.errors import ArtifactError, CheckFailed, CmfastError, CmfastWarning, EngineError, printable
+from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError, CmfastWarning, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.formats import protobuf as pb
 from cmfast.formats.manifest import Manifest, check_plain, check_unchanged, file_sha256, read_onnx, rounding
@@ -216,7 +216,7 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(_utf8(onnx)):
         errors = [" ".join(str(parser.get_error(i)).split()) for i in range(parser.num_errors)]
-        raise EngineError(f"{onnx}: the library cannot read it: {'; '.join(errors)[:400] or reason(log)}")
+        raise BackendError(f"{onnx}: the library cannot read it: {'; '.join(errors)[:400] or reason(log)}")
     config = builder.create_builder_config()
     _configure(trt, config, options, tf32=manifest.dtype == "tf32")
     batch = _add_profile(builder, network, config, manifest.batch_axis, options)
@@ -226,7 +226,7 @@ def _build(trt: Any, onnx: Path, manifest: Manifest, options: BuildOptions) -> A
     with ctrl_c_ends_build(trt, config):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{onnx}: the engine could not be built: {reason(log)}")
+        raise BackendError(f"{onnx}: the engine could not be built: {reason(log)}")
     if cache is not None:
         _keep(cache, options.timing_cache)
     return plan
@@ -300,7 +300,7 @@ def _set_profile(
         ]
         profile.set_shape(tensor.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
-        raise EngineError(
+        raise BackendError(
             f"the library does not take the batches {', '.join(map(str, batch))} with sizes "
             f"{', '.join(map(str, options.free))}"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 from cmfast_train.backends.torch_noise import has_triton
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels import fuse as fuse_module
@@ -348,7 +348,7 @@ def test_other_formats_than_channels_last_are_refused() -> None:
 @needs_triton
 def test_the_weights_that_were_given_stay_as_they_were(name: str) -> None:
     denoiser = new(name)
-    given = dict(denoiser.network.state_dict())  # a checkpoint's: other engines are made from it
+    given = dict(denoiser.network.state_dict())  # a checkpoint's: other backends are made from it
     before = {key: tensor.clone() for key, tensor in given.items()}
     fuse(denoiser)
     denoiser(**inputs(denoiser))
@@ -358,7 +358,9 @@ def test_the_weights_that_were_given_stay_as_they_were(name: str) -> None:
 
 def test_other_networks_are_refused_in_one_line() -> None:
     network = build_network(CloneofsimoConfig(image_size=8, width=32))
-    with pytest.raises(EngineError, match="for the networks adm, song and dhariwal, not for CloneofsimoUnet") as caught:
+    with pytest.raises(
+        BackendError, match="for the networks adm, song and dhariwal, not for CloneofsimoUnet"
+    ) as caught:
         fuse(Denoiser(network, image_spec(image=(3, 8, 8))))
     assert "\n" not in str(caught.value)
 
@@ -367,7 +369,7 @@ def test_without_triton_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     denoiser = new("adm")
     before = denoiser.network
-    with pytest.raises(EngineError, match="need triton, which is not installed: pip install triton"):
+    with pytest.raises(BackendError, match="need triton, which is not installed: pip install triton"):
         fuse(denoiser)
     assert denoiser.network is before
 
@@ -377,7 +379,7 @@ def test_where_triton_does_not_work_that_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fuse_module, "why_no_kernels", lambda _: "triton does not work here (no C compiler)")
     denoiser = new("adm")
     before = denoiser.network
-    with pytest.raises(EngineError, match=r"^the fused kernels do not run here: .*\(no C compiler\); use another"):
+    with pytest.raises(BackendError, match=r"^the fused kernels do not run here: .*\(no C compiler\); use another"):
         fuse(denoiser)
     assert denoiser.network is before
 
@@ -386,5 +388,5 @@ def test_where_triton_does_not_work_that_is_said(monkeypatch: pytest.MonkeyPatch
 def test_a_network_is_fused_once() -> None:
     denoiser = new("adm")
     fuse(denoiser)
-    with pytest.raises(EngineError, match="not for FusedAdm"):
+    with pytest.raises(BackendError, match="not for FusedAdm"):
         fuse(denoiser)

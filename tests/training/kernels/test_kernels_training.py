@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
@@ -300,7 +300,7 @@ def test_what_has_fused_norms_and_why_the_rest_has_not(
         if not why:
             check_fused(demanded, network, device, processes)
             return
-        kind = EngineError if device == CPU else CmfastError
+        kind = BackendError if device == CPU else CmfastError
         with pytest.raises(kind, match=f"^fused=true: .* with fused norms, {re.escape(why)}; use --set") as caught:
             check_fused(demanded, network, device, processes)
         assert "\n" not in str(caught.value)

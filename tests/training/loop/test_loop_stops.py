@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, EngineError
+from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning
 from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
@@ -266,7 +266,7 @@ def test_too_little_memory_in_a_step_or_at_a_checkpoint_is_one_line_with_two_way
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.40 GiB")  # what PyTorch raises there
 
     monkeypatch.setattr(f"cmfast_train.training.{where}", short)
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(BackendError) as raised:
         run_here(tmp_path, *SHORT)
     assert str(raised.value) == (
         "the GPU has too little memory for batch=8; --set recompute=true continues this run with less memory, more "

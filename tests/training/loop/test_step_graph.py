@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast_train.backends.torch_cuda import WARM_UPS
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
@@ -249,11 +249,11 @@ def test_a_checkpoint_for_which_memory_never_suffices_is_one_line(
     tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = Short(monkeypatch, 100)
-    with pytest.raises(EngineError, match="too little memory for batch=8; --set recompute=true continues this run"):
+    with pytest.raises(BackendError, match="too little memory for batch=8; --set recompute=true continues this run"):
         run_of(tmp_path)
     assert len(short.seen) == 2
     monkeypatch.setattr(step_graph, "why_not", lambda *_: "graph=false")
-    with pytest.raises(EngineError, match="too little memory for batch=8"):
+    with pytest.raises(BackendError, match="too little memory for batch=8"):
         run_of(tmp_path)
     assert len(short.seen) == 3, "without a recording there was nothing to free"
 
@@ -289,7 +289,7 @@ class Cuda:
 
 def test_graph_true_where_it_cannot_be_is_an_error_with_the_reason(tmp_path: Path) -> None:
     config = override(PRESETS["digits"], [*TINY, "phases=edm:80", "graph=true"])
-    with pytest.raises(EngineError, match="the steps of edm cannot be a CUDA graph, the device is cpu; use"):
+    with pytest.raises(BackendError, match="the steps of edm cannot be a CUDA graph, the device is cpu; use"):
         train(config, tmp_path / "run", None)
     assert not (tmp_path / "run" / "config.json").exists()
     run: Any = new_run(tmp_path, "phases=edm:80,ect:80", "graph=true", "dropout=0.1", lively=False)

@@ -427,7 +427,7 @@ def test_an_imported_file_exports_to_what_the_original_computes(channels: int, w
     x = some(len(LEVELS), channels, 8, 8)
     for batch in (1, 3, len(LEVELS)):  # the batch is dynamic
         got = model.denoise(x[:batch].numpy(), np.float32(LEVELS[:batch]))
-        # Another engine's convolutions and sines, at values of up to 10.
+        # Another backend's convolutions and sines, at values of up to 10.
         np.testing.assert_allclose(got, original(weights, x[:batch], torch.tensor(LEVELS[:batch])), atol=2e-5)
     np.testing.assert_array_equal(model.denoise(x.numpy(), EPS), x)
 

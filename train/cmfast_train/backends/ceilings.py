@@ -13,7 +13,7 @@ import torch
 
 from cmfast.bench import roofline
 from cmfast.bench.roofline import Way
-from cmfast.errors import EngineError
+from cmfast.errors import BackendError
 from cmfast_train.backends.torch_cuda import arithmetic
 
 DTYPES = {
@@ -25,12 +25,12 @@ def cuda_ways(dtype: str) -> list[tuple[str, Callable[[], Way]]]:
     """Return makers of ways to measure the GPU in a manifest's dtype, with the unit of each.
 
     Raises:
-        EngineError: PyTorch sees no GPU, or the GPU lacks the type.
+        BackendError: PyTorch sees no GPU, or the GPU lacks the type.
     """
     if not torch.cuda.is_available():
-        raise EngineError(f"PyTorch {torch.__version__} has no CUDA device")
+        raise BackendError(f"PyTorch {torch.__version__} has no CUDA device")
     if dtype in ("tf32", "bfloat16") and torch.cuda.get_device_capability() < (8, 0):
-        raise EngineError(f"the {torch.cuda.get_device_name()} has no {dtype}")
+        raise BackendError(f"the {torch.cuda.get_device_name()} has no {dtype}")
     return ways("cuda", dtype)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""diffusers' own ConsistencyModelPipeline as an engine, for comparison: cmfast-bench --diffusers.
+"""diffusers' own ConsistencyModelPipeline as a backend, for comparison: cmfast-bench --diffusers.
 
 Nothing else here needs diffusers: `importers.diffusers` reads its folders, and our U-Net runs them.
 """
@@ -19,7 +19,7 @@ import torch
 from cmfast.backends.cuda_runtime import check_process
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import Inputs, variant_words
-from cmfast.errors import CmfastError, EngineError, MissingDependency, OutOfMemory, one_line
+from cmfast.errors import BackendError, CmfastError, MissingDependency, OutOfMemory, one_line
 from cmfast.formats.manifest import Manifest
 from cmfast.schedule import karras_sigmas
 from cmfast_train.backends.pytorch import TorchBackend, out_of_memory, set_threads
@@ -39,9 +39,9 @@ def open_folder(
     if "diffusers" not in variant_words(variant):
         return TorchBackend(folder, device, threads, variant, precision)
     if variant_words(variant) != ("diffusers",):
-        raise EngineError(f"the variant diffusers combines with no other, got {variant!r}")
+        raise BackendError(f"the variant diffusers combines with no other, got {variant!r}")
     if precision not in ("", "fp32"):
-        raise EngineError(
+        raise BackendError(
             f"{folder}: diffusers' pipeline is run in fp32 only, not in {precision}; without the variant diffusers "
             "our U-Net runs the folder in any"
         )
@@ -64,20 +64,20 @@ class DiffusersBackend:
             ) from None
         draft = identify(folder)
         if not isinstance(draft, Draft) or draft.format != "diffusers" or draft.spec is None:
-            raise EngineError(f"{folder}: diffusers runs folders that it wrote")
+            raise BackendError(f"{folder}: diffusers runs folders that it wrote")
         if not isinstance(draft.network, AdmConfig):
-            raise EngineError(f"{folder}: {draft.what}; the variant diffusers runs a ConsistencyModelPipeline")
+            raise BackendError(f"{folder}: {draft.what}; the variant diffusers runs a ConsistencyModelPipeline")
         if not draft.spec.clip:
-            raise EngineError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
+            raise BackendError(f"{folder}: diffusers' pipeline clips its images, and this model's are not (clip false)")
         if (channels := draft.spec.image[0]) != 3:
             # ConsistencyModelPipeline.check_inputs compares latents with (B, 3, S, S), whatever the network: diffusers
             # 0.21 to 0.42. Remove this when it takes the network's own number.
-            raise EngineError(
+            raise BackendError(
                 f"{folder}: diffusers' pipeline takes a first noise of 3 channels only, a fault of diffusers, and this "
                 f"model's images have {channels}; leave diffusers out, cmfast runs the folder itself"
             )
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("device cuda was requested, but PyTorch finds no CUDA device; use --device cpu")
+            raise BackendError("device cuda was requested, but PyTorch finds no CUDA device; use --device cpu")
         set_threads(threads)
         self._process = os.getpid()
         self.manifest = Manifest(kind="denoiser", spec=draft.spec, source=draft.source)
@@ -90,7 +90,7 @@ class DiffusersBackend:
 
     def run(self, inputs: Inputs) -> Floats:
         """Refuse: the pipeline has no single call of the denoiser."""
-        raise EngineError("diffusers' pipeline runs the whole loop only, not one call of the denoiser")
+        raise BackendError("diffusers' pipeline runs the whole loop only, not one call of the denoiser")
 
     def loop(self, noise: Floats, sigmas: Sequence[float], conditions: Inputs) -> Floats:
         """Return images [B, C, H, W] in [-1, 1] from unit noise [K, B, C, H, W], by one call of the pipeline."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PyTorch as an engine of the runtime: what exported files are compared with, by the exporter and by cmfast-bench.
+"""PyTorch as a backend of the runtime: what exported files are compared with, by the exporter and by cmfast-bench.
 
 The runtime finds it through the entry point group "cmfast.backends", by suffix: .pt, .pth, .safetensors, .pkl, a
 folder. What is particular to CUDA is in `torch_cuda`.
@@ -26,7 +26,7 @@ from cmfast import sampling
 from cmfast.backends import DeviceTimes, Drawn, Inputs, variant_words
 from cmfast.backends.cuda_runtime import check_process
 from cmfast.backends.origin import Origin, pickled
-from cmfast.errors import EngineError, OutOfMemory
+from cmfast.errors import BackendError, OutOfMemory
 from cmfast.formats.manifest import Manifest
 from cmfast.formats.values import PRECISIONS
 from cmfast.noise import as_u64
@@ -87,7 +87,7 @@ class TorchBackend:
         self.name = " ".join(filter(None, ("PyTorch", device, precision, *words)))
         denoiser = source.denoiser() if isinstance(source, Checkpoint) else snapshot(source)
         if TRUNKS[precision or "fp32"] != torch.float32 and not converts_itself(denoiser.network):
-            raise EngineError(
+            raise BackendError(
                 f"{precision} of this network is made by its export: cmfast-export --precision {precision}; "
                 "here use fp32"
             )
@@ -114,7 +114,7 @@ class TorchBackend:
 
     def run(self, inputs: Inputs) -> Floats:
         """Return f(x, sigma, **conditions), float32 [B, *shape]."""
-        call = self._call  # not self, which would keep an engine alive that keeps what it computes
+        call = self._call  # not self, which would keep a backend alive that keeps what it computes
         return self._compute("run", lambda tensors: call(**tensors), inputs)
 
     def loop(self, noise: Floats, sigmas: Sequence[float], conditions: Inputs) -> Floats:
@@ -195,7 +195,7 @@ def _filled_up(values: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
 class _Border:
     """Where PyTorch's errors become lines."""
 
-    name: str  # of the engine
+    name: str  # of the backend
     compiled: bool  # by torch.compile
     process: int | None = None  # that opened it on CUDA
 
@@ -211,7 +211,7 @@ class _Border:
             if not self.compiled:
                 raise
             # commonly: there is no C++ compiler
-            raise EngineError(f"torch.compile could not compile or run the model: {_line(err)}") from None
+            raise BackendError(f"torch.compile could not compile or run the model: {_line(err)}") from None
 
 
 def set_threads(threads: int | None) -> None:
@@ -220,7 +220,7 @@ def set_threads(threads: int | None) -> None:
     In a child of fork there is one only: the others stayed in the parent, and OpenMP would wait for them for ever.
     """
     if _forked and threads not in (None, 1):
-        raise EngineError(
+        raise BackendError(
             f"{threads} threads were requested in a process that was forked, where PyTorch hangs with more than one; "
             'start it by "spawn" (multiprocessing.set_start_method), or leave the threads out'
         )
@@ -245,7 +245,7 @@ def _after_fork() -> None:
 
 @functools.cache
 def _watch_forks() -> None:
-    """From the first engine on, notice when this process is a child: the threads of its parent are not there."""
+    """From the first backend on, notice when this process is a child: the threads of its parent are not there."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
 
@@ -270,17 +270,17 @@ def _check(model: object, device: str, variant: str, precision: str) -> tuple[st
     """Return the words of the variant; raise unless PyTorch, this build of it on this machine, can run a model so."""
     if device == "cuda" and not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
-        raise EngineError(
+        raise BackendError(
             f"device cuda was requested, but PyTorch {torch.__version__} {why}; "
             "use --device cpu, or install a CUDA build of torch (pytorch.org says how)"
         )
     words = _words(model, device, variant)
     if precision not in ("", *PRECISIONS):
-        raise EngineError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise BackendError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "tf32" and device == "cpu":
-        raise EngineError("precision tf32 is a GPU's way to multiply float32; use --device cuda, or --precision fp32")
+        raise BackendError("precision tf32 is a GPU's way to multiply float32; use --device cuda, or --precision fp32")
     if precision in ("tf32", "bf16") and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        raise EngineError(
+        raise BackendError(
             f"the {torch.cuda.get_device_name()} has no {precision} (that begins with compute capability 8.0); "
             "use --precision fp16 or fp32"
         )
@@ -290,16 +290,16 @@ def _check(model: object, device: str, variant: str, precision: str) -> tuple[st
 def _words(model: object, device: str, variant: str) -> tuple[str, ...]:
     words = variant_words(variant)
     if "diffusers" in words:
-        raise EngineError(f"{model}: diffusers runs folders that it wrote, not this file")
+        raise BackendError(f"{model}: diffusers runs folders that it wrote, not this file")
     for word in words:
         if word not in VARIANTS[device]:
             also = f"; {word!r} needs --device cuda" if word in VARIANTS["cuda"] else ""
             have = ", ".join(map(repr, VARIANTS[device]))
-            raise EngineError(f"PyTorch on {device} has the variants {have}, not {word!r}{also}")
+            raise BackendError(f"PyTorch on {device} has the variants {have}, not {word!r}{also}")
     modes = [word for word in words if word in MODES]
     others = [word for word in words if word in (*MODES, "fused", "cuda_graph") and word not in modes[:1]]
     if modes and others:
-        raise EngineError(
+        raise BackendError(
             f"{modes[0]!r} does not combine with {others[0]!r}: torch.compile has its own way to fuse and to "
             "record; use one of them, or either with 'channels_last'"
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cmfast.backends import DeviceTimes, Inputs
 from cmfast.backends.clock import Clock
-from cmfast.errors import EngineError, one_line
+from cmfast.errors import BackendError, one_line
 
 Floats = npt.NDArray[np.float32]
 Compute = Callable[[dict[str, Tensor]], Tensor]
@@ -255,7 +255,7 @@ def record(
         errors_of: Whose forbidden calls break the recording off: "global", or "thread_local" where others go on.
 
     Raises:
-        EngineError: PyTorch cannot record it.
+        BackendError: PyTorch cannot record it.
         torch.OutOfMemoryError: the GPU has too little memory for it.
     """
     try:
@@ -267,7 +267,7 @@ def record(
         raise
     except RuntimeError as err:
         cause = err.__context__ or err  # the end of a recording that was broken off fails too
-        raise EngineError(error.format(reason=one_line(cause, 300) or "?")) from None
+        raise BackendError(error.format(reason=one_line(cause, 300) or "?")) from None
 
     def replay() -> Result:
         graph.replay()

@@ -29,7 +29,7 @@ class EvalConfig:
     number: int | None = None  # samples; None: MOST, or as many as there are data
     seed: int = 0  # of the samples and of all random subsets
     batch: int = 64  # samples drawn at a time
-    device: str | None = None  # cpu, cuda; None: the engine's
+    device: str | None = None  # cpu, cuda; None: the backend's default
     search: bool = False
     search_calls: int = 12  # noise levels to try
     search_bounds: tuple[float, ...] | None = None  # noise levels, data units

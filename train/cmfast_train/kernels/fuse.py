@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from cmfast.errors import EngineError, one_line
+from cmfast.errors import BackendError, one_line
 from cmfast_train.backends.torch_noise import has_triton
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.adm import AdmUnet
@@ -21,20 +21,20 @@ def fuse(denoiser: Denoiser) -> None:
     the tensors of the old one, has no state dict of its own, and no derivative; `networks` says what it leaves out.
 
     Raises:
-        EngineError: Triton is not installed or does not work, or the network is none of adm, song, dhariwal.
+        BackendError: Triton is not installed or does not work, or the network is none of adm, song, dhariwal.
     """
     kind = type(denoiser.network)
     if kind not in (AdmUnet, SongUnet, DhariwalUnet):
-        raise EngineError(
+        raise BackendError(
             f"the fused kernels are for the networks adm, song and dhariwal, not for {kind.__name__}; "
             "use another variant"
         )
     try:
         import triton  # noqa: F401
     except ImportError:
-        raise EngineError("the fused kernels need triton, which is not installed: pip install triton") from None
+        raise BackendError("the fused kernels need triton, which is not installed: pip install triton") from None
     if why := why_no_kernels(next(denoiser.parameters()).device):
-        raise EngineError(f"the fused kernels do not run here: {why}; use another variant")
+        raise BackendError(f"the fused kernels do not run here: {why}; use another variant")
     from cmfast_train.kernels.networks import fused
 
     denoiser.network = fused(denoiser.network)

@@ -105,7 +105,7 @@ def resampled(x: Tensor, direction: str, kernel: Tensor, padding: int | None = N
     padding  pixels of zeros on every side before halving; None: so many that the side is exactly halved
     """
     channels, taps = x.shape[1], kernel.shape[-1]
-    if taps == 2:  # the box filter: the same numbers, and operators that every engine is fast at
+    if taps == 2:  # the box filter: the same numbers, and operators that every backend is fast at
         return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0)
     around = (taps - 1) // 2 if padding is None else padding
     each = cast(kernel, x.dtype).expand(channels, 1, taps, taps)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig
@@ -85,7 +85,7 @@ def context_of(config: TrainConfig, out: Path, accelerator: Accelerator, images:
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
-        EngineError: something that the configuration demands is not available on the device.
+        BackendError: something that the configuration demands is not available on the device.
     """
     torch.manual_seed(config.seed)
     start = start_of(config, classes)
@@ -113,7 +113,7 @@ def check_fused(config: TrainConfig, network: NetworkConfig, device: torch.devic
         return
     for phase in config.phases:
         if why := why_not_fused(config, phase, network, device, processes):
-            kind = EngineError if device.type != "cuda" else CmfastError
+            kind = BackendError if device.type != "cuda" else CmfastError
             raise kind(f"fused=true: {phase.name} cannot be trained with fused norms, {why}; use --set fused=auto")
 
 

@@ -19,7 +19,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     """Multiply in full float32 on CUDA in this context, also in cuDNN's convolutions, whose default is TensorFloat-32.
 
     Raises:
-        EngineError: the GPU's libraries round nevertheless.
+        BackendError: the GPU's libraries round nevertheless.
     """
     with arithmetic(tf32=False, benchmark=None):
         if device.type == "cuda":

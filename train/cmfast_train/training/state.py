@@ -99,7 +99,7 @@ class Run:
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
-        EngineError: something that the configuration demands is not available on the device.
+        BackendError: something that the configuration demands is not available on the device.
     """
 
     def __init__(self, config: TrainConfig, out: Path, accelerator: Accelerator, images: int, classes: int) -> None:

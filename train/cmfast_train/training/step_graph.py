@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast_train.backends.torch_cuda import WARM_UPS  # plain steps before a recording
 from cmfast_train.backends.torch_cuda import record as record_graph
 from cmfast_train.config.phase import Phase
@@ -88,7 +88,7 @@ def check_graph(context: RunContext) -> None:
         return
     for phase in context.config.phases:
         if why := why_not(context, phase):
-            kind = EngineError if context.device.type != "cuda" else CmfastError
+            kind = BackendError if context.device.type != "cuda" else CmfastError
             raise kind(f"graph=true: the steps of {phase.name} cannot be a CUDA graph, {why}; use --set graph=auto")
 
 

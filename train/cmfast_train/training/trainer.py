@@ -30,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cmfast.errors import CheckFailed, CmfastError, EngineError, one_line
+from cmfast.errors import BackendError, CheckFailed, CmfastError, one_line
 from cmfast.progress import progress_bar
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.batches import batches
@@ -183,7 +183,7 @@ def _memory_in_one_line(config: TrainConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         less = "" if config.recompute else "--set recompute=true continues this run with less memory, more slowly; "
-        raise EngineError(
+        raise BackendError(
             f"the GPU has too little memory for batch={config.batch}; {less}smaller micro-batches compute the same: "
             f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
         ) from None
@@ -208,12 +208,12 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     """Return the processes, the device and the precision of a run.
 
     Raises:
-        EngineError: the device or the precision is not available.
+        BackendError: the device or the precision is not available.
         CmfastError: the configuration cannot be trained by these processes.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        raise EngineError(f"device=cuda is not available: {why}; use --set device=cpu or install a CUDA build")
+        raise BackendError(f"device=cuda is not available: {why}; use --set device=cpu or install a CUDA build")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise CmfastError("the launcher requests Accelerate's FSDP; remove that and use --set shard=true")
     if torch.get_default_dtype() != torch.float32:
@@ -226,7 +226,7 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and cpu:
-        raise EngineError("precision=fp16 needs CUDA; on a CPU use fp32 or bf16")
+        raise BackendError("precision=fp16 needs CUDA; on a CPU use fp32 or bf16")
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if config.batch % (accelerator.num_processes * config.accumulation):
         raise CmfastError(

@@ -19,7 +19,7 @@ import pytest
 import cmfast
 from cmfast.backends import ReleasingBackend, cuda_runtime, open_backend, tensorrt
 from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
-from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
+from cmfast.errors import ArtifactError, BackendError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import file_sha256
 from cmfast.formats.table import read_manifest
 from cmfast.noise import gaussian
@@ -171,7 +171,7 @@ def test_a_buffer_whose_second_half_is_not_to_be_had_leaves_nothing(monkeypatch:
     monkeypatch.setattr(cuda_runtime, "runtime", lambda: gpu)
     monkeypatch.setattr(gpu, "cudaHostAlloc", lambda size, flags: (1, None))
     gpu.cudaHostAlloc.__name__ = "cudaHostAlloc"
-    with pytest.raises(EngineError, match="CUDA failed in cudaHostAlloc: invalid argument"):
+    with pytest.raises(BackendError, match="CUDA failed in cudaHostAlloc: invalid argument"):
         cuda_runtime.Buffer((4,), np.float32)
     assert gpu.memory == {}
 
@@ -180,7 +180,7 @@ def test_a_run_that_fails_leaves_no_events(on_host: Open) -> None:
     model, gpu, trt = on_host("denoiser", "tensorrt_rtx")
     model.sample(4)
     trt.contexts[0].execute_async_v3 = lambda stream: False  # type: ignore[method-assign]
-    with model.backend.timed(), pytest.raises(EngineError, match="TensorRT-RTX cuda failed"):  # type: ignore[attr-defined]
+    with model.backend.timed(), pytest.raises(BackendError, match="TensorRT-RTX cuda failed"):  # type: ignore[attr-defined]
         model.sample(4)
     gpu.cudaStreamSynchronize(0)
     assert gpu.events == {}
@@ -239,7 +239,7 @@ def test_a_plan_that_the_library_cannot_load_is_refused_with_its_words(
     on_host("denoiser")
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"unloadable")  # parse_plan is patched
     with pytest.raises(
-        EngineError, match=r"TensorRT cannot load it: Serialization assertion failed\.; build it here: "
+        BackendError, match=r"TensorRT cannot load it: Serialization assertion failed\.; build it here: "
     ):
         cmfast.load(plans["denoiser"])
 
@@ -248,7 +248,7 @@ def test_without_a_gpu_that_is_said_in_one_line(plans: dict[str, Path]) -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
     if not int(real.cudaGetDeviceCount()[0]):
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineError, match=r"^no NVIDIA GPU can be used here \(.+\); check the driver: nvidia-smi$"):
+    with pytest.raises(BackendError, match=r"^no NVIDIA GPU can be used here \(.+\); check the driver: nvidia-smi$"):
         cmfast.load(plans["denoiser"])
 
 
@@ -284,7 +284,7 @@ REBUILD = "build it here: cmfast-export model.onnx --format engine"
 
 
 def test_an_engine_for_another_system_is_refused(plans: dict[str, Path]) -> None:
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         check_host(HERE, manifest(plans, platform="windows_amd64"))
     assert str(caught.value).startswith("model.engine: built for windows_amd64, this is ")
     assert str(caught.value).endswith(REBUILD)
@@ -293,7 +293,7 @@ def test_an_engine_for_another_system_is_refused(plans: dict[str, Path]) -> None
 
 
 def test_an_engine_of_another_version_is_refused(plans: dict[str, Path]) -> None:
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         check_version(HERE, manifest(plans, version="10.13.3.9"), "11.4.0.106", "13")
     assert str(caught.value) == (
         f"model.engine: built by TensorRT 10.13.3.9, here is TensorRT 11.4.0.106; install that one, or {REBUILD}"
@@ -303,13 +303,13 @@ def test_an_engine_of_another_version_is_refused(plans: dict[str, Path]) -> None
     check_version(HERE, compatible, "11.4.0.106", "13")
     check_version(HERE, compatible, "10.14.0.1", "13")
     for older in ("9.3.0.1", "10.12.0.36"):  # later versions only
-        with pytest.raises(EngineError, match=rf"built by TensorRT 10\.13\.3\.9, here is TensorRT {older}"):
+        with pytest.raises(BackendError, match=rf"built by TensorRT 10\.13\.3\.9, here is TensorRT {older}"):
             check_version(HERE, compatible, older, "13")
 
 
 def test_an_engine_for_another_cuda_is_refused(plans: dict[str, Path]) -> None:
     built = manifest(plans, version="11.4.0.106", cuda="12")
-    with pytest.raises(EngineError, match="built for CUDA 12, the TensorRT here is for CUDA 13; build it here"):
+    with pytest.raises(BackendError, match="built for CUDA 12, the TensorRT here is for CUDA 13; build it here"):
         check_version(HERE, built, "11.4.0.106", "13")
     check_version(HERE, built, "11.4.0.106", "12")
     check_version(HERE, built, "11.4.0.106", "")  # not known
@@ -318,7 +318,7 @@ def test_an_engine_for_another_cuda_is_refused(plans: dict[str, Path]) -> None:
 def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
     gpu = cuda_runtime.Gpu(name="NVIDIA L4", compute_capability="8.9")
     for_hopper = {"compute_capability": ["9.0"]}
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         check_gpu(HERE, manifest(plans, **for_hopper), gpu)
     assert str(caught.value) == (
         f"model.engine: built for compute capability 9.0, the NVIDIA L4 here has 8.9; {REBUILD}"
@@ -328,5 +328,5 @@ def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
     with pytest.warns(CmfastWarning, match="was tuned on the NVIDIA L40S; here is the NVIDIA L4"):
         check_gpu(HERE, manifest(plans, compute_capability=["8.9"], gpu="NVIDIA L40S"), gpu)
     old = cuda_runtime.Gpu(name="NVIDIA T4", compute_capability="7.5")
-    with pytest.raises(EngineError, match=r"the NVIDIA T4 here has 7\.5"):
+    with pytest.raises(BackendError, match=r"the NVIDIA T4 here has 7\.5"):
         check_gpu(HERE, manifest(plans, **for_hopper, hardware_compatible="ampere+"), old)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PyTorch as an engine: loops, precisions, refusals, and on the CPU as much of its way on a GPU as there is."""
+"""PyTorch as a backend: loops, precisions, refusals, and on the CPU as much of its way on a GPU as there is."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import nn
 import cmfast
 from cmfast import sampling
 from cmfast.backends import VARIANTS, DrawBackend, Drawn, Inputs, LoopBackend, TimedBackend, open_backend, variant_words
-from cmfast.errors import CmfastError, EngineError
+from cmfast.errors import BackendError, CmfastError
 from cmfast.model import Model
-from cmfast_train.backends import pytorch as engine_module
+from cmfast_train.backends import pytorch as backend_module
 from cmfast_train.backends import torch_cuda, torch_noise
 from cmfast_train.backends.diffusers_pipeline import open_folder
 from cmfast_train.backends.pytorch import TorchBackend
@@ -77,7 +77,7 @@ def test_the_loop_checks_the_label_as_the_denoiser_does(tiny_checkpoint: Factory
         unconditional.from_noise(noise, (80.0,), np.array([0, 1]))
 
 
-def test_an_engine_on_the_cpu_has_no_times_of_a_device(tiny_checkpoint: Factory) -> None:
+def test_a_backend_on_the_cpu_has_no_times_of_a_device(tiny_checkpoint: Factory) -> None:
     assert not isinstance(TorchBackend(tiny_checkpoint(0)), TimedBackend)
 
 
@@ -126,29 +126,29 @@ def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_
 def test_the_manifest_and_the_name_say_the_precision(
     precision: str, dtype: str, trunk: torch.dtype, tiny_checkpoint: Factory
 ) -> None:
-    engine = TorchBackend(tiny_checkpoint(10), variant="channels_last", precision=precision)
-    assert engine.manifest.dtype == dtype
-    assert engine.name == " ".join(filter(None, ["PyTorch", "cpu", precision, "channels_last"]))
-    types = {type(m): m.weight.dtype for m in engine.denoiser.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    backend = TorchBackend(tiny_checkpoint(10), variant="channels_last", precision=precision)
+    assert backend.manifest.dtype == dtype
+    assert backend.name == " ".join(filter(None, ["PyTorch", "cpu", precision, "channels_last"]))
+    types = {type(m): m.weight.dtype for m in backend.denoiser.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert types == {nn.Conv2d: trunk, nn.Linear: torch.float32}
 
 
-def test_a_checkpoint_stays_float32_when_an_engine_of_it_is_not(tiny_checkpoint: Factory) -> None:
+def test_a_checkpoint_stays_float32_when_a_backend_of_it_is_not(tiny_checkpoint: Factory) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint(10))
     before = {name: weight.clone() for name, weight in checkpoint.weights.items()}
-    engine = TorchBackend(checkpoint, precision="fp16")
-    Model(engine).sample(1)
+    backend = TorchBackend(checkpoint, precision="fp16")
+    Model(backend).sample(1)
     for name, weight in checkpoint.weights.items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, before[name])
-    assert engine.manifest.source["sha256"] == TorchBackend(checkpoint).manifest.source["sha256"]
+    assert backend.manifest.source["sha256"] == TorchBackend(checkpoint).manifest.source["sha256"]
 
 
 # What is refused.
 
 
 def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         TorchBackend(path, **options)
     return str(caught.value)
 
@@ -199,7 +199,7 @@ def test_words_of_a_variant_come_in_any_order_with_spaces_or_commas() -> None:
 
 @pytest.fixture
 def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Open engines for CUDA with their weights on the CPU; give what else was done to the model, in order."""
+    """Open backends for CUDA with their weights on the CPU; give what else was done to the model, in order."""
     done: list[str] = []
     to = nn.Module.to
 
@@ -214,8 +214,8 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nn.Module, "to", elsewhere)
-    monkeypatch.setattr(engine_module, "compiled", compiled)
-    monkeypatch.setattr(engine_module, "fuse", lambda denoiser: (done.append("fused"), fuse(denoiser)))
+    monkeypatch.setattr(backend_module, "compiled", compiled)
+    monkeypatch.setattr(backend_module, "fuse", lambda denoiser: (done.append("fused"), fuse(denoiser)))
     return done
 
 
@@ -236,22 +236,22 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_variant_on_cuda_does_what_each_of_its_words_says(
     variant: str, name: str, want: str, tiny_checkpoint: Factory, no_card: list[str]
 ) -> None:
-    engine = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision="fp16")
-    assert engine.name == f"PyTorch cuda fp16 {name}".rstrip()
-    assert isinstance(engine, TorchBackend)
-    assert isinstance(engine, DrawBackend)
-    assert isinstance(engine, TimedBackend)
-    assert isinstance(engine._execute, OnCuda)
+    backend = open_backend(tiny_checkpoint(10), "cuda", variant=variant, precision="fp16")
+    assert backend.name == f"PyTorch cuda fp16 {name}".rstrip()
+    assert isinstance(backend, TorchBackend)
+    assert isinstance(backend, DrawBackend)
+    assert isinstance(backend, TimedBackend)
+    assert isinstance(backend._execute, OnCuda)
     assert no_card == ["cuda", *(word for word in want.split() if word != "captures")]
-    assert engine._execute._captures is ("captures" in want)
+    assert backend._execute._captures is ("captures" in want)
 
 
 @pytest.mark.usefixtures("no_card")
-def test_a_fused_engine_draws_the_images_of_the_plain_one(tiny_checkpoint: Factory, recorded: list[str]) -> None:
+def test_a_fused_backend_draws_the_images_of_the_plain_one(tiny_checkpoint: Factory, recorded: list[str]) -> None:
     pytest.importorskip("triton")
-    engine = TorchBackend(tiny_checkpoint(10), "cuda", variant="fused cuda_graph")
-    engine._run_on(OnCuda(captures=True, tf32=False, device="cpu"))
-    got, want = (Model(e).sample_float(3, steps=2, seed=3) for e in (engine, TorchBackend(tiny_checkpoint(10))))
+    backend = TorchBackend(tiny_checkpoint(10), "cuda", variant="fused cuda_graph")
+    backend._run_on(OnCuda(captures=True, tf32=False, device="cpu"))
+    got, want = (Model(e).sample_float(3, steps=2, seed=3) for e in (backend, TorchBackend(tiny_checkpoint(10))))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # sums in another order
     assert recorded[0] == "captured"
 
@@ -275,12 +275,12 @@ def test_words_that_exclude_each_other_are_named(variant: str, one: str, other: 
 
 
 def test_the_variant_diffusers_combines_with_no_other(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="combines with no other, got 'diffusers channels_last'"):
+    with pytest.raises(BackendError, match="combines with no other, got 'diffusers channels_last'"):
         open_folder(tmp_path, "cpu", None, "diffusers channels_last", "")
 
 
 def test_diffusers_pipeline_is_run_in_float32_only(tmp_path: Path) -> None:
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         open_folder(tmp_path, "cpu", None, "diffusers", "fp16")
     assert str(caught.value) == (
         f"{tmp_path}: diffusers' pipeline is run in fp32 only, not in fp16; without the variant diffusers "
@@ -289,14 +289,14 @@ def test_diffusers_pipeline_is_run_in_float32_only(tmp_path: Path) -> None:
 
 
 def test_too_large_a_batch_is_an_error_that_says_so(tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchBackend(tiny_checkpoint(0))
+    backend = TorchBackend(tiny_checkpoint(0))
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
 
-    monkeypatch.setattr(engine, "_execute", full)
-    with pytest.raises(EngineError) as caught:
-        Model(engine).sample(1)
+    monkeypatch.setattr(backend, "_execute", full)
+    with pytest.raises(BackendError) as caught:
+        Model(backend).sample(1)
     assert str(caught.value) == (
         "PyTorch cpu is short of memory; try a smaller batch: CUDA out of memory. Tried to allocate 20.00 MiB."
     )
@@ -362,7 +362,7 @@ def test_flags_that_were_set_by_the_new_interface_are_as_they_were(precision: st
 
 
 @pytest.mark.usefixtures("defaults")
-def test_two_engines_in_one_process_do_not_change_each_others_flags() -> None:
+def test_two_backends_in_one_process_do_not_change_each_others_flags() -> None:
     before = flags()
     seen: dict[str, list[object]] = {"on": [], "off": []}
 
@@ -373,9 +373,9 @@ def test_two_engines_in_one_process_do_not_change_each_others_flags() -> None:
 
         return run
 
-    engines = {name: OnCuda(captures=False, tf32=name == "on", device="cpu") for name in seen}
+    backends = {name: OnCuda(captures=False, tf32=name == "on", device="cpu") for name in seen}
     for name in ("on", "off", "on", "off", "off", "on"):
-        engines[name]("run", compute(name), {"x": np.ones(2, np.float32)})
+        backends[name]("run", compute(name), {"x": np.ones(2, np.float32)})
         assert flags() == before
     assert set(seen["on"]) == {True}
     assert set(seen["off"]) == {False}
@@ -494,10 +494,10 @@ def test_every_call_inside_timed_is_timed_and_none_outside(monkeypatch: pytest.M
 
 def test_every_batch_of_a_draw_is_timed(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Factory) -> None:
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
-    engine = drawing_engine(tiny_checkpoint(0))
-    assert isinstance(engine, TimedBackend)
-    with engine.timed() as times:
-        Model(engine).sample(5, batch=2, steps=1)
+    backend = drawing_backend(tiny_checkpoint(0))
+    assert isinstance(backend, TimedBackend)
+    with backend.timed() as times:
+        Model(backend).sample(5, batch=2, steps=1)
     assert len(times) == 3
     for each in times:
         assert min(each.copy_in_ms, each.compute_ms, each.copy_out_ms) > 0
@@ -506,13 +506,13 @@ def test_every_batch_of_a_draw_is_timed(monkeypatch: pytest.MonkeyPatch, tiny_ch
 
 @pytest.mark.parametrize("variant", ["", "cuda_graph"])
 @pytest.mark.parametrize("precision", ["", "bf16"])
-def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
+def test_a_backend_through_fixed_buffers_draws_what_it_draws_without(
     variant: str, precision: str, tiny_checkpoint: Factory, recorded: list[str]
 ) -> None:
-    engine = TorchBackend(tiny_checkpoint(10), precision=precision)
+    backend = TorchBackend(tiny_checkpoint(10), precision=precision)
     plain = Model(TorchBackend(tiny_checkpoint(10), precision=precision))
-    engine._execute = OnCuda(captures=variant == "cuda_graph", tf32=False, device="cpu")
-    model = Model(engine)
+    backend._execute = OnCuda(captures=variant == "cuda_graph", tf32=False, device="cpu")
+    model = Model(backend)
     for seed, (steps, batch) in enumerate([(2, 3), (1, 3), (2, 1), (4, 3), (2, 3)]):
         noise, label = noise_of(model, steps, batch, seed), np.arange(batch)
         got, want = (m.from_noise(noise, LEVELS[steps], label) for m in (model, plain))
@@ -525,12 +525,12 @@ def test_an_engine_through_fixed_buffers_draws_what_it_draws_without(
 # Whole draws on the device.
 
 
-def drawing_engine(path: Path, precision: str = "", *, captures: bool = False) -> TorchBackend:
-    """Return an engine that draws as it does on CUDA, with the CPU as the device."""
-    engine = TorchBackend(path, precision=precision)
-    engine._run_on(OnCuda(captures=captures, tf32=False, device="cpu"))
-    assert isinstance(engine, DrawBackend)
-    return engine
+def drawing_backend(path: Path, precision: str = "", *, captures: bool = False) -> TorchBackend:
+    """Return a backend that draws as it does on CUDA, with the CPU as the device."""
+    backend = TorchBackend(path, precision=precision)
+    backend._run_on(OnCuda(captures=captures, tf32=False, device="cpu"))
+    assert isinstance(backend, DrawBackend)
+    return backend
 
 
 REQUESTS: list[dict[str, Any]] = [
@@ -549,7 +549,7 @@ def test_what_is_drawn_on_the_device_is_what_the_loop_makes_of_noise_from_numpy(
     classes: int, precision: str, captures: bool, tiny_checkpoint: Factory, recorded: list[str]
 ) -> None:
     path = tiny_checkpoint(classes)
-    model = Model(drawing_engine(path, precision, captures=captures))
+    model = Model(drawing_backend(path, precision, captures=captures))
     plain = Model(TorchBackend(path, precision=precision))
     assert not isinstance(plain.backend, DrawBackend)
     for request in REQUESTS:
@@ -578,7 +578,7 @@ def drawn_by_hand(
 
 
 def test_a_last_smaller_batch_is_no_new_size_to_capture(tiny_checkpoint: Factory, recorded: list[str]) -> None:
-    model = Model(drawing_engine(tiny_checkpoint(10), captures=True))
+    model = Model(drawing_backend(tiny_checkpoint(10), captures=True))
     for n in (3, 4, 7, 8):
         assert model.sample(n, batch=3, steps=2).shape == (n, 8, 8, 1)
     assert recorded.count("captured") == 1
@@ -605,12 +605,12 @@ def test_the_next_batch_is_on_its_way_before_the_host_waits_for_one() -> None:
 
 
 def test_draws_that_take_turns_or_are_left_do_not_mix_their_images(tiny_checkpoint: Factory) -> None:
-    engine = drawing_engine(tiny_checkpoint(0))
-    model = Model(engine)
+    backend = drawing_backend(tiny_checkpoint(0))
+    model = Model(backend)
     batches: list[tuple[range, Inputs]] = [(range(start, start + 2), {}) for start in range(0, 8, 2)]
 
     def draw(seed: int) -> Iterator[Drawn]:
-        return engine.draw(seed, batches, LEVELS[2], pixels=False)
+        return backend.draw(seed, batches, LEVELS[2], pixels=False)
 
     want = {seed: drawn_by_hand(model, 8, batch=2, seed=seed, sigmas=LEVELS[2]) for seed in (1, 2)}
     left = draw(3)
@@ -626,10 +626,10 @@ def test_draws_that_take_turns_or_are_left_do_not_mix_their_images(tiny_checkpoi
 
 
 def test_a_draw_that_is_not_finite_is_an_error_and_never_a_white_image(tiny_checkpoint: Factory) -> None:
-    engine = drawing_engine(tiny_checkpoint(0))
+    backend = drawing_backend(tiny_checkpoint(0))
     with torch.no_grad():
-        next(engine.denoiser.parameters()).fill_(float("inf"))
-    for draw in (Model(engine).sample, Model(engine).sample_float):
+        next(backend.denoiser.parameters()).fill_(float("inf"))
+    for draw in (Model(backend).sample, Model(backend).sample_float):
         with pytest.raises(CmfastError) as caught:
             draw(3, steps=2, batch=2)
         assert "PyTorch cpu returned values that are not finite (NaN or infinity) at noise level 80, " in str(
@@ -640,38 +640,38 @@ def test_a_draw_that_is_not_finite_is_an_error_and_never_a_white_image(tiny_chec
 def test_a_draw_short_of_memory_is_an_error_that_says_so(
     tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = drawing_engine(tiny_checkpoint(0))
+    backend = drawing_backend(tiny_checkpoint(0))
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
 
     monkeypatch.setattr(torch_noise, "gaussian", full)
-    with pytest.raises(EngineError) as caught:
-        Model(engine).sample(1)
+    with pytest.raises(BackendError) as caught:
+        Model(backend).sample(1)
     assert str(caught.value) == (
         "PyTorch cpu is short of memory; try a smaller batch: CUDA out of memory. Tried to allocate 20.00 MiB."
     )
 
 
-def test_an_engine_that_draws_something_else_than_it_was_asked_for_is_named(tiny_checkpoint: Factory) -> None:
-    engine = drawing_engine(tiny_checkpoint(0))
-    engine.draw = lambda *_, **__: iter([Drawn(np.zeros((2, 1, 8, 8), np.float32), True)])
-    with pytest.raises(EngineError, match=r"promises uint8 \[2, 8, 8, 1\]; export the model again"):
-        Model(engine).sample(2)
+def test_a_backend_that_draws_something_else_than_it_was_asked_for_is_named(tiny_checkpoint: Factory) -> None:
+    backend = drawing_backend(tiny_checkpoint(0))
+    backend.draw = lambda *_, **__: iter([Drawn(np.zeros((2, 1, 8, 8), np.float32), True)])
+    with pytest.raises(BackendError, match=r"promises uint8 \[2, 8, 8, 1\]; export the model again"):
+        Model(backend).sample(2)
 
 
-def test_an_engine_goes_with_its_last_reference_and_with_it_what_it_keeps(tiny_checkpoint: Factory) -> None:
-    engine = TorchBackend(tiny_checkpoint(10))
-    engine._run_on(kept := OnCuda(captures=False, tf32=False, device="cpu"))
-    model = Model(engine)
+def test_a_backend_goes_with_its_last_reference_and_with_it_what_it_keeps(tiny_checkpoint: Factory) -> None:
+    backend = TorchBackend(tiny_checkpoint(10))
+    backend._run_on(kept := OnCuda(captures=False, tf32=False, device="cpu"))
+    model = Model(backend)
     model.from_noise(noise_of(model, 1, 2), (80.0,), np.array([0, 1]))
     model.denoise(noise_of(model, 1, 2)[0], 1.0, np.array([0, 1]))
     model.sample(3, batch=2)
     assert len(kept._programs) == 3
-    gone, memory = weakref.ref(engine), weakref.ref(kept)
+    gone, memory = weakref.ref(backend), weakref.ref(kept)
     gc.disable()  # a cycle would wait for it, and GPU memory with it
     try:
-        del model, engine, kept
+        del model, backend, kept
         assert gone() is None
         assert memory() is None
     finally:
@@ -682,6 +682,6 @@ def test_a_capture_that_cannot_be_is_an_error_in_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("here it can")
     with pytest.raises(
-        EngineError, match=r"^PyTorch could not capture this model as a CUDA graph; use another [^\n]+$"
+        BackendError, match=r"^PyTorch could not capture this model as a CUDA graph; use another [^\n]+$"
     ):
         torch_cuda.capture(lambda: torch.zeros(1))

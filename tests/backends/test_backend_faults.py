@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines where files change, lie or are links, processes fork, memory ends: it works, or it is one line."""
+"""Backends where files change, lie or are links, processes fork, memory ends: it works, or it is one line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from onnx import TensorProto, helper
 
 import cmfast
 from cmfast.backends import MAX_THREADS, onnxruntime, open_backend, pinned
-from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, EngineError
+from cmfast.errors import ArtifactError, BackendError, CmfastError, CmfastWarning
 from cmfast.formats import onnx_file
 from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_onnx
-from cmfast_train.backends import pytorch as torch_engine
+from cmfast_train.backends import pytorch as torch_backend
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Told
@@ -133,13 +133,13 @@ def test_a_checkpoint_that_is_renamed_over_between_check_and_load_is_not_loaded(
         monkeypatch.setattr(pinned, "DESCRIPTORS", tmp_path / "none")
     path = Path(shutil.copy(tiny_checkpoint(10, suffix), tmp_path / f"model{suffix}"))
     other = Path(shutil.copy(tiny_checkpoint(0, suffix), tmp_path / f"other{suffix}"))
-    real = torch_engine.load_model
+    real = torch_backend.load_model
 
     def swapped(model: Path) -> Any:
         os.replace(other, path)
         return real(model)
 
-    monkeypatch.setattr(torch_engine, "load_model", swapped)
+    monkeypatch.setattr(torch_backend, "load_model", swapped)
     model = cmfast.load(path, sha256=file_sha256(path))
     assert model.spec.classes == 10
     assert model.sample(1).shape == (1, 8, 8, 1)
@@ -173,7 +173,7 @@ def test_a_warning_about_a_checkpoint_that_is_read_under_another_path_names_the_
 ) -> None:
     path = foreign_file(tmp_path / "weights.pt")
     told = Told.parse(["image_size=8", "head_channels=32", "qkv=3hd", "scaling=edm"])
-    monkeypatch.setattr(torch_engine, "load_model", lambda model: load_model(model, "openai", told))
+    monkeypatch.setattr(torch_backend, "load_model", lambda model: load_model(model, "openai", told))
     with pytest.warns(CmfastWarning) as said:
         cmfast.load(path, sha256=file_sha256(path))
     assert [str(each.message).startswith(f"{path}: ") for each in said] == [True]
@@ -337,9 +337,9 @@ def test_what_onnx_runtime_reports_while_it_runs_is_one_line_with_the_cause_and_
     nodes: list[Any], values: list[int], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "run.onnx", nodes=nodes, more=[constant("bad", values)], outputs={"out": None})
-    engine = open_with_any_output(path)
-    with pytest.raises(EngineError, match=words) as caught:
-        engine.run({"x": X, "sigma": np.ones(2, np.float32)})
+    backend = open_with_any_output(path)
+    with pytest.raises(BackendError, match=words) as caught:
+        backend.run({"x": X, "sigma": np.ones(2, np.float32)})
     assert "\n" not in str(caught.value)
     assert "onnxruntime_src" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -380,7 +380,7 @@ def test_a_pickled_model_opens_the_same_file_with_the_same_options(
         pickle.loads(sent)
 
 
-def test_an_engine_that_was_not_opened_from_a_file_is_not_pickled(tiny_checkpoint: Factory) -> None:
+def test_a_backend_that_was_not_opened_from_a_file_is_not_pickled(tiny_checkpoint: Factory) -> None:
     with pytest.raises(CmfastError, match=r"opened by cmfast\.load"):
         pickle.dumps(TorchBackend(tiny_checkpoint(0)))
 
@@ -410,7 +410,7 @@ def test_a_checkpoint_runs_in_a_forked_child_of_a_process_with_several_threads(t
         want = model.sample(2)
 
         def child() -> bool:
-            with pytest.raises(EngineError, match="PyTorch hangs with more than one"):
+            with pytest.raises(BackendError, match="PyTorch hangs with more than one"):
                 cmfast.load(tiny_checkpoint(0), threads=2)
             again = cmfast.load(tiny_checkpoint(0))
             return all(np.abs(each.sample(2).astype(int) - want).max() <= 1 for each in (model, again))
@@ -437,7 +437,7 @@ def test_a_gpu_is_not_used_after_a_fork() -> None:
     from cmfast.backends.cuda_runtime import check_process
 
     check_process(os.getpid(), "TensorRT cuda")
-    with pytest.raises(EngineError, match=r"TensorRT cuda was opened before this process was forked.*spawn"):
+    with pytest.raises(BackendError, match=r"TensorRT cuda was opened before this process was forked.*spawn"):
         check_process(os.getpid() + 1, "TensorRT cuda")
 
 
@@ -494,14 +494,14 @@ def test_a_checkpoint_without_memory_is_one_line(
         raise error
 
     monkeypatch.setattr(model.backend, "_execute", full)
-    with pytest.raises(EngineError, match="PyTorch cpu is short of memory; try a smaller batch"):
+    with pytest.raises(BackendError, match="PyTorch cpu is short of memory; try a smaller batch"):
         model.denoise(X, 1.0)
 
 
 def test_real_allocations_that_fail_are_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
-    assert torch_engine.out_of_memory(caught.value)
+    assert torch_backend.out_of_memory(caught.value)
 
 
 def test_arrays_that_cannot_be_written_to_give_no_warning_of_pytorch(tiny_checkpoint: Factory) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""diffusers' own pipeline beside our engines: the same noise, the same images, the same table of times."""
+"""diffusers' own pipeline beside our backends: the same noise, the same images, the same table of times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import cmfast
 from cmfast.backends import LoopBackend, open_backend
 from cmfast.cli import bench
-from cmfast.errors import CmfastError, EngineError, MissingDependency
+from cmfast.errors import BackendError, CmfastError, MissingDependency
 from cmfast.formats.table import model_bytes
 from cmfast.model import Model
 from cmfast.noise import gaussian
@@ -90,9 +90,9 @@ def test_what_the_pipeline_cannot_do_is_refused(folders: dict[int, Path], tiny_c
         model.sample(1, sigmas=(80, 1.5))
     with pytest.raises(CmfastError, match="starts at sigma_max, 80, not at"):
         model.sample(1, sigmas=model.spec.levels_at([22]))
-    with pytest.raises(EngineError, match="whole loop only"):
+    with pytest.raises(BackendError, match="whole loop only"):
         model.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0)
-    with pytest.raises(EngineError, match="diffusers runs folders"):
+    with pytest.raises(BackendError, match="diffusers runs folders"):
         open_backend(tiny_checkpoint(), variant="diffusers")
 
 
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_clipped_is_not_compared_with_a_pipeline_that_clips(
     checkpoint = load_model(folders[0])
     spec = dataclasses.replace(checkpoint.spec, clip=False)
     export_diffusers(dataclasses.replace(checkpoint, spec=spec), tmp_path / "unclipped")
-    with pytest.raises(EngineError, match="clips its images"):
+    with pytest.raises(BackendError, match="clips its images"):
         open_backend(tmp_path / "unclipped", variant="diffusers")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ONNX Runtime as an engine: what it refuses and how it says so, and its way on a GPU, walked on the CPU.
+"""ONNX Runtime as a backend: what it refuses and how it says so, and its way on a GPU, walked on the CPU.
 
 The fixed buffers, the bindings and the graph ids are real, and so is the session; only the memory is the host's and
 the stream does at once what it is handed. What needs a GPU is in test_gpu.py.
@@ -25,7 +25,7 @@ from cmfast.backends import TimedBackend, cuda_runtime, open_backend
 from cmfast.backends import onnxruntime as module
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import KEPT, CudaSession
-from cmfast.errors import ArtifactError, EngineError
+from cmfast.errors import ArtifactError, BackendError
 from cmfast.formats.manifest import Manifest
 from helpers.specs import image_spec
 
@@ -124,11 +124,11 @@ def test_a_sampler_and_a_server_graph_draw_the_same_images(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["sampler", "server"])
 def test_the_fixed_batch_is_found_at_the_axis_of_the_batch(kind: str, tmp_path: Path) -> None:
-    engine = open_backend(sampler(tmp_path / "fixed.onnx", kind, batch=4))
-    assert engine.batch == 4
+    backend = open_backend(sampler(tmp_path / "fixed.onnx", kind, batch=4))
+    assert backend.batch == 4
 
 
-def test_an_engine_on_the_cpu_has_no_times_of_a_device(handmade_onnx: Factory) -> None:
+def test_a_backend_on_the_cpu_has_no_times_of_a_device(handmade_onnx: Factory) -> None:
     assert not isinstance(open_backend(handmade_onnx()), TimedBackend)
 
 
@@ -138,7 +138,7 @@ def test_an_engine_on_the_cpu_has_no_times_of_a_device(handmade_onnx: Factory) -
 @pytest.mark.parametrize("variant", ["cuda_graph", "tensorrt", "compiled", "channels_last"])
 def test_a_variant_that_the_cpu_has_not_is_refused(variant: str, handmade_onnx: Factory) -> None:
     path = handmade_onnx()
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(path, variant=variant)
     assert str(caught.value) == (
         f"{path}: ONNX Runtime on cpu has the variants '', not {variant!r}; "
@@ -148,7 +148,7 @@ def test_a_variant_that_the_cpu_has_not_is_refused(variant: str, handmade_onnx: 
 
 def test_a_variant_that_cuda_has_not_is_refused(handmade_onnx: Factory) -> None:
     path = handmade_onnx()
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(path, device="cuda", variant="compiled")
     assert str(caught.value) == (
         f"{path}: ONNX Runtime on cuda has the variants '', 'nhwc', 'cuda_graph', 'nhwc cuda_graph', 'tensorrt', "
@@ -158,7 +158,7 @@ def test_a_variant_that_cuda_has_not_is_refused(handmade_onnx: Factory) -> None:
 
 def test_a_bfloat16_file_on_the_cpu_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = half_convolution(tmp_path / "half.onnx")
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(path)
     message = str(caught.value)
     assert message.startswith(
@@ -173,7 +173,7 @@ def test_a_float32_file_is_not_run_by_a_provider_that_only_knows_tensorfloat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-    with pytest.raises(EngineError, match=r"multiplies float32 as TensorFloat-32.*set NVIDIA_TF32_OVERRIDE=0"):
+    with pytest.raises(BackendError, match=r"multiplies float32 as TensorFloat-32.*set NVIDIA_TF32_OVERRIDE=0"):
         cmfast.load(denoiser(tmp_path / "float32.onnx"), device="cuda", variant="tensorrt")
     # Switched off, or with a file that asks for it, it is the next thing that is missing here.
     if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
@@ -182,10 +182,10 @@ def test_a_float32_file_is_not_run_by_a_provider_that_only_knows_tensorfloat(
         f"variant tensorrt was requested, but the installed onnxruntime {VERSION} is a build without TensorRT; "
         "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
     )
-    with pytest.raises(EngineError, match=re.escape(said)):
+    with pytest.raises(BackendError, match=re.escape(said)):
         cmfast.load(denoiser(tmp_path / "tf32.onnx", "tf32"), device="cuda", variant="tensorrt")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    with pytest.raises(EngineError, match=re.escape(said)):
+    with pytest.raises(BackendError, match=re.escape(said)):
         cmfast.load(tmp_path / "float32.onnx", device="cuda", variant="tensorrt")
 
 
@@ -214,7 +214,7 @@ def test_a_provider_whose_libraries_are_missing_is_an_error_in_the_words_of_the_
     if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(onnxruntime.get_available_providers()):
         pytest.skip("this onnxruntime brings the libraries")
     pretended_gpu("9.0")
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(denoiser(tmp_path / "tf32.onnx", "tf32"), device="cuda", variant=variant)
     message = str(caught.value)
     assert message.startswith(f"ONNX Runtime {VERSION} cannot load its {provider} provider: ")
@@ -229,7 +229,7 @@ def test_a_precision_that_the_card_lacks_is_refused(
 ) -> None:
     pretended_gpu("7.5")
     path = denoiser(tmp_path / "new.onnx", dtype)
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         cmfast.load(path, device="cuda")
     assert str(caught.value) == (
         f"{path}: a file in {dtype}, which the Test 1 lacks (compute capability 7.5, needed 8.0); "
@@ -240,11 +240,11 @@ def test_a_precision_that_the_card_lacks_is_refused(
 @pytest.mark.parametrize(
     ("said", "error", "words"),
     [
-        ("", EngineError, "could not start it and fell back to another provider; see nvidia-smi"),
-        ("CUDA failure 100: no CUDA-capable device is detected ; GPU=0", EngineError, "CUDA failure 100"),
+        ("", BackendError, "could not start it and fell back to another provider; see nvidia-smi"),
+        ("CUDA failure 100: no CUDA-capable device is detected ; GPU=0", BackendError, "CUDA failure 100"),
         (
             "This session cannot use the graph capture feature as requested by the user as all nodes ...",
-            EngineError,
+            BackendError,
             "use it without that variant, or export it with a fixed --batch: This session",
         ),
         ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF", ArtifactError, "cannot open it: [ONNXRuntimeError] : 7"),
@@ -444,7 +444,7 @@ def test_inputs_that_the_graph_does_not_take_are_an_error_and_leave_nothing_behi
 ) -> None:
     both = bench(denoiser(tmp_path / "model.onnx"), captures=False)
     wrong = {name: value for name, value in {**inputs_of_denoiser(2), **change}.items() if value is not None}
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(BackendError) as caught:
         both.device.run(wrong)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -463,7 +463,7 @@ def test_a_capture_that_fails_says_so_and_its_id_is_not_given_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(both.plain._session, "run_with_iobinding", fail)
-        with pytest.raises(EngineError) as caught:
+        with pytest.raises(BackendError) as caught:
             both.device.run(inputs_of_denoiser(2))
     assert str(caught.value) == (
         "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph: "
