@@ -34,6 +34,7 @@ from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import MOST, denoiser_graph
 from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.graphs.half import Halved, halved
+from cmfast_export.graphs.probe import check_module, check_network
 from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.storage import stored_as_float16
@@ -166,6 +167,8 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
             "cmfast_train.wrap(net, shape=..., scaling=..., c_noise=...) makes a Denoiser of a module"
         )
     loaded = model if isinstance(model, (Checkpoint, Denoiser)) else load_model(model)
+    if isinstance(loaded, Denoiser):
+        check_module(loaded)
     references = [TorchBackend(loaded)]
     ours = converts_itself(references[0].denoiser.network)
     if request.flavour and not ours:
@@ -191,7 +194,11 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
     manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
 
+    own = isinstance(loaded, Denoiser) and not ours
+    fixed = check_network(references[0].denoiser, request.batch) if own else None
     made = _denoiser_graph(loaded, request, ours)
+    if fixed is not None:  # the trace did not see it
+        raise fixed
     graph, most, notes = made.model, made.model.graph.meta.get(MOST), list[str]()
     manifest = replace(manifest, cost=_cost(graph, notes))
     if most is not None:

@@ -10,6 +10,8 @@ backend runs the same roundings, and none decides about types.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -22,7 +24,8 @@ from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_export._options import check_opset
-from cmfast_export.graphs.half import INSIDE, widen_some
+from cmfast_export.graphs.emulate import HALVES
+from cmfast_export.graphs.half import INSIDE, depending, widen_some
 from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, quiet, trace, unconvertible, wrong_output
 from cmfast_export.graphs.translations import TRANSLATIONS
 from cmfast_train.denoiser import Denoiser
@@ -71,11 +74,14 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     returned = model.graph.outputs[0].shape
     if returned is not None and list(returned)[1:] != list(denoiser.spec.shape):
         raise wrong_output(list(returned)[1:], denoiser)
+    if denoiser.trunk == torch.float32:
+        _check_float32(model.graph)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.meta[INSIDE] = scopes.startswith("['', 'network'")
     with quiet():
         tidy(model)
+    check_branches(model.graph)
     if denoiser.trunk == torch.bfloat16:
         widen_some(model.graph)
     if opset >= LATE_OPSET:
@@ -110,6 +116,29 @@ def _example(spec: ModelSpec, batch: int | None) -> tuple[dict[str, torch.Tensor
     if batch is None:
         axes = {name: {0: BATCH, **axes.get(name, {})} for name in inputs}
     return inputs, axes
+
+
+def _check_float32(graph: ir.Graph) -> None:
+    """Raise CmfastError where a network has half precision of its own: autocast, or .half() of a tensor."""
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype in HALVES:
+                scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+                where = scopes[-2] if len(scopes) > 1 else "the network"  # the last is the operator's
+                raise CmfastError(
+                    f"{where} computes in {value.dtype.name.lower()} by itself; remove autocast and .half() there: "
+                    "half precision is made by the export"
+                )
+
+
+def check_branches(graph: ir.Graph) -> None:
+    """Raise CmfastError where a graph takes one branch for a whole batch, by the values in it."""
+    of_inputs = depending(graph, set(graph.inputs))
+    if any(node.op_type == "If" and node.inputs[0] in of_inputs for node in graph):
+        raise CmfastError(
+            "the network takes one branch for all samples of a batch (torch.cond), by values of the batch; compute "
+            "both and choose for each sample: torch.where"
+        )
 
 
 def _name_sizes(model: ir.Model, axes: Axes) -> None:

@@ -68,10 +68,7 @@ def halved(model: ir.Model, dtype: ir.DataType) -> Halved:
     model = model.clone()
     for node, inside in zip(model.graph, marks, strict=True):
         node.meta[INSIDE] = inside
-        if any(
-            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for attribute in node.attributes.values()
-        ):
+        if has_graph(node):
             raise CmfastError(f"half precision of a graph with {node.op_type} is not supported; pass --precision fp32")
     left = _Halving(model, dtype).run()
     if dtype == ir.DataType.BFLOAT16:
@@ -206,6 +203,12 @@ class _Halving:
         for table in (self.of_x, self.of_sigma):
             if result in table:
                 table.add(rounded)
+
+
+def has_graph(node: ir.Node) -> bool:
+    """Whether a node has a graph of its own, as branches and loops have; it may take values from outside."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())
 
 
 def depending(graph: ir.Graph, sources: set[ir.Value]) -> set[ir.Value]:

@@ -23,7 +23,7 @@ from cmfast.sampling import renoise_std
 from cmfast.spec import ModelSpec
 from cmfast_export._options import check_steps
 from cmfast_export.graphs.emulate import HALVES, emulated
-from cmfast_export.graphs.half import depending
+from cmfast_export.graphs.half import depending, has_graph
 
 # Operators that repeat an operand along an axis of size 1, as numpy does; to others a value of a noise level is given
 # for the whole batch.
@@ -80,6 +80,11 @@ def sampler_graph(
 ) -> ir.Model:
     """Return the ONNX model that runs `denoiser` at `sigmas`, without manifest. `denoiser` is left as it is."""
     check_steps(len(sigmas))
+    if node := next((node for node in denoiser.graph if has_graph(node)), None):
+        raise CmfastError(
+            f"a sampler of a graph with {node.op_type} is not supported: write the network without torch.cond, "
+            "while_loop and scan, or export its denoiser"
+        )
     denoiser = denoiser.clone()
     source = denoiser.graph
     shape = source.inputs[0].shape

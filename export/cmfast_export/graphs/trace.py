@@ -10,16 +10,12 @@ import contextlib
 import copy
 import inspect
 import io
-import linecache
 import logging
 import re
 import sys
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.errors import CmfastError, one_line
+from cmfast_export.graphs.places import at, failed, is_foreign, line_of, module_that_fails, place, reason
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
 
@@ -88,7 +85,7 @@ def unconvertible(program: torch.export.ExportedProgram, err: BaseException) -> 
         return CmfastError(f"the network cannot be written as ONNX: {one_line(reasons[-1], 300)}")
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     where = (modules[-1] if modules else "") or "network"
-    line = _line_of(node.meta.get("stack_trace") or "")
+    line = line_of(node.meta.get("stack_trace") or "")
     return CmfastError(
         f"{where}: the operator {node.target} has no ONNX form{line and f', {line}'}; write it with others"
     )
@@ -96,10 +93,11 @@ def unconvertible(program: torch.export.ExportedProgram, err: BaseException) -> 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's own progress and deprecation notes off the terminal; errors still raise."""
+    """Keep the exporter's own progress, graphs and deprecation notes off the terminal; errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    unseen = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -147,11 +145,11 @@ def _limit(
         for axis, size in axes.get(name, {}).items():
             number = _number(shape[axis])
             if number is not None:
-                place = _what_fixed_it(denoiser, inputs, axes, name, axis)
+                where = _what_fixed_it(denoiser, inputs, axes, name, axis)
                 what = "the batch" if size == BATCH else f"axis {axis} of {name}"
                 fix = "--batch N" if size == BATCH else f"a size for it in the condition {name}"
                 raise CmfastError(
-                    f"{what} must be dynamic, and the network's code makes it the constant {number}{place}; take "
+                    f"{what} must be dynamic, and the network's code makes it the constant {number}{where}; take "
                     f"the size from the tensor's shape there, or pass {fix}"
                 )
             if size == BATCH:
@@ -198,15 +196,15 @@ def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes,
         def line(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
             nonlocal last
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if found or package in LIBRARIES or not _is_foreign(frame.f_code.co_filename):
+            if found or package in LIBRARIES or not is_foreign(frame.f_code.co_filename):
                 return None
             if _number(tensor.shape[axis]) is not None:
-                found.append(_place([(*last, "")]))
+                found.append(place([(*last, "")]))
                 return None
-            while event == "return" and frame.f_back and not _is_foreign(frame.f_back.f_code.co_filename):
+            while event == "return" and frame.f_back and not is_foreign(frame.f_back.f_code.co_filename):
                 frame = frame.f_back  # torch's, between a module and the one that calls it
             at = frame.f_back if event == "return" and frame.f_back else frame
-            if _is_foreign(at.f_code.co_filename):
+            if is_foreign(at.f_code.co_filename):
                 last = (at.f_code.co_filename, at.f_lineno)
             return line
 
@@ -231,73 +229,14 @@ def _untraceable(denoiser: Denoiser, inputs: Mapping[str, Tensor], err: BaseExce
         with torch.inference_mode():
             denoiser(**inputs)
 
-    where, eager = _module_that_fails(denoiser, run)
+    where, eager = module_that_fails(denoiser, run)
     if eager is not None:  # it is the network itself that fails
-        return CmfastError(f"{where} fails{_at(eager)}: {_reason(eager)}")
-    where, _ = _module_that_fails(
-        denoiser, lambda: torch.export.export(_with_names(denoiser, names), tuple(inputs.values()))
-    )
+        return failed(where, eager)
+    with quiet():
+        where, _ = module_that_fails(
+            denoiser, lambda: torch.export.export(_with_names(denoiser, names), tuple(inputs.values()))
+        )
     return CmfastError(
-        f"{where} cannot be traced{_at(err)}: {_reason(err)}; a graph needs code that does not look at the values of "
+        f"{where} cannot be traced{at(err)}: {reason(err)}; a graph needs code that does not look at the values of "
         "tensors"
     )
-
-
-def _at(err: BaseException) -> str:
-    """Return " at FILE:LINE: CODE" of the user's code that an error comes from, or nothing."""
-    frames = [(f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_tb(err.__traceback__)]
-    line = _place(frames) or _line_of(str(err))
-    return f" at {line}" if line else ""
-
-
-def _reason(err: BaseException) -> str:
-    """Return the first sentence of an error, with its type."""
-    text = re.split(r"(?<=[.;:])\s*\n|\n\n|The error above occurred", str(err).strip())[0]
-    return f"{type(err).__name__}: {one_line(text, 200)}"
-
-
-def _module_that_fails(denoiser: Denoiser, run: Callable[[], object]) -> tuple[str, Exception | None]:
-    """Run a denoiser; return the path and type of the innermost module in which that stops, and the error."""
-    entered: list[str] = []
-
-    def enter(name: str, module: nn.Module) -> Any:
-        return module.register_forward_pre_hook(lambda *_: entered.append(f"{name} ({type(module).__name__})"))
-
-    def leave(module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda *_: entered.pop() and None)
-
-    handles = [enter(name, module) for name, module in denoiser.named_modules() if name]
-    handles += [leave(module) for name, module in denoiser.named_modules() if name]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            run()
-    except Exception as err:
-        return (entered[-1] if entered else "the network"), err
-    finally:
-        for handle in handles:
-            handle.remove()
-    return "the network", None
-
-
-def _line_of(stack: str) -> str:
-    """Return the innermost place of a printed stack that is neither torch's nor ours."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    return _place([(name, int(number), "") for name, number in found])
-
-
-def _place(frames: list[tuple[str, int, str]]) -> str:
-    """Return FILE:LINE: CODE of the innermost frame that is neither torch's nor ours; "" if there is none."""
-    for name, number, code in reversed(frames):
-        if _is_foreign(name):
-            code = code or linecache.getline(name, number).strip()
-            return f"{Path(name).name}:{number}: {one_line(code, 100)}"
-    return ""
-
-
-def _is_foreign(name: str) -> bool:
-    """Whether a file of code is neither torch's nor ours nor of Python's library."""
-    own = {Path(torch.__file__).parent, Path(__file__).parent.parent, Path(inspect.getfile(Denoiser)).parent}
-    path = Path(name)
-    library = Path(sysconfig.get_path("stdlib")) in path.parents and "site-packages" not in path.parts
-    of_torch = {"sympy", "mpmath"}.intersection(path.parts)  # which computes sizes with them
-    return path.is_absolute() and not library and not of_torch and not own.intersection(path.parents)
