@@ -291,7 +291,7 @@ class ReturnsMore(Mlp):
             {"net": UNet1d(), "shape": (8, 3), "conditions": {"state": (5,)}},
             r"network.enter \(Conv1d\) fails at own_netw",
         ),
-        ({"net": ReturnsMore(6), "shape": (6,)}, r"the network returned \[2, 2, 6\], and must return \[B, 6\]"),
+        ({"net": ReturnsMore(6), "shape": (6,)}, r"the network returned \[3, 2, 6\], and must return \[B, 6\]"),
     ],
 )
 def test_a_network_that_fails_says_so_itself(options: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -74,10 +74,9 @@ def check_network(denoiser: Denoiser, batch: int | None = None) -> CmfastError |
         one = _inputs(denoiser.spec, b, 0)
         where, err = _failure(denoiser, one)
         if err is not None:
-            error = failed(where, err, f" at a batch of {b}")
             if batch is None and _failure(denoiser, _inputs(denoiser.spec, 2, 0))[1] is None:
-                return error
-            raise error from None
+                return failed(where, err, f" at a batch of {b}")
+            raise failed(where, err) from None
         _check(denoiser, b, alone=batch is None)
     return None
 
