@@ -99,11 +99,11 @@ def _export(checkpoint: Path, onnx: Path) -> tuple[float, float]:
 
 def _large_batch(checkpoint: Path, onnx: Path, batch: int) -> dict[str, Any]:
     """Run the file at one large batch, noise levels mixed, and compare some of its images with PyTorch."""
-    levels = np.resize(np.geomspace(0.002, 80, 16).astype(np.float32), batch)
+    sigmas = np.resize(np.geomspace(0.002, 80, 16).astype(np.float32), batch)
     reference = Model(open_backend(checkpoint))
-    x = levels[:, None, None, None] * gaussian(5, range(batch), 0, reference.spec.image)
+    x = sigmas[:, None, None, None] * gaussian(5, range(batch), 0, reference.spec.image)
     label = reference.labels(batch, seed=5)
-    theirs = reference.denoise(x[:COMPARED], levels[:COMPARED], None if label is None else label[:COMPARED])
+    theirs = reference.denoise(x[:COMPARED], sigmas[:COMPARED], None if label is None else label[:COMPARED])
     del reference
 
     onnxruntime = import_onnxruntime()
@@ -112,7 +112,7 @@ def _large_batch(checkpoint: Path, onnx: Path, batch: int) -> dict[str, Any]:
     options.enable_mem_pattern = False
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     start = time.perf_counter()
-    (ours,) = session.run(None, {"x": x, "sigma": levels, **({} if label is None else {"label": label})})
+    (ours,) = session.run(None, {"x": x, "sigma": sigmas, **({} if label is None else {"label": label})})
     return {
         "batch": batch,
         "s": round(time.perf_counter() - start, 1),

@@ -28,7 +28,7 @@ from cmfast.conditions import some_values
 from cmfast.errors import BackendError, CheckFailed
 from cmfast.formats.manifest import ROUNDING, WINOGRAD
 from cmfast.formats.values import PRECISIONS
-from cmfast.noise import gaussian
+from cmfast.noise import slices
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from gpu_cost import count
@@ -150,7 +150,7 @@ class Bench:
         """Return noise [K, B, C, H, W], the conditions, and noise levels."""
         spec = self.model(cell.network).spec
         noise = _noise(cell.batch, cell.steps, spec.image)
-        return noise, some_values(spec.conditions, cell.batch), spec.levels(cell.steps)
+        return noise, some_values(spec.conditions, cell.batch), spec.sigmas_for(cell.steps)
 
 
 def compare(want: Any, got: Any, precision: str, device: str) -> tuple[float, float]:
@@ -180,7 +180,7 @@ def median_compute_ms(times: Sequence[DeviceTimes]) -> float:
 
 @functools.lru_cache(maxsize=2)
 def _noise(batch: int, steps: int, image: tuple[int, int, int]) -> Any:
-    return np.stack([gaussian(0, range(batch), k, image) for k in range(steps)])
+    return slices(0, range(batch), steps, image)
 
 
 @dataclass(frozen=True, kw_only=True)

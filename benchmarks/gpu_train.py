@@ -197,7 +197,7 @@ class Training:
         """Return the Frechet distance of n samples, by the protocol of the records made on a CPU."""
         reference, about = self.reference()
         model = self.model()
-        row = few_steps(model, model.levels(steps), n, seed=0, batch=256)
+        row = few_steps(model, model.sigmas_for(steps), n, seed=0, batch=256)
         row |= reference.measure(row.pop("images"))
         return {"kind": "evaluation", "model": "few steps", **row, **about}
 

@@ -26,7 +26,7 @@ from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.model import Model
-from cmfast.noise import gaussian
+from cmfast.noise import slices
 from cmfast_export.verify import verify_denoiser
 from cmfast_train.checkpoint import save_checkpoint
 from networks import parameters, random_model
@@ -82,8 +82,8 @@ def _export(*arguments: object) -> float:
 
 def _loop_difference(sampler: Model, denoiser: Model) -> float:
     """Return the largest difference of the sampler graph and the Python loop over a denoiser, same noise, batch 8."""
-    sigmas = sampler.levels()
-    noise = np.stack([gaussian(3, range(8), k, sampler.spec.image) for k in range(len(sigmas))])
+    sigmas = sampler.sigmas_for()
+    noise = slices(3, range(8), len(sigmas), sampler.spec.image)
     label = denoiser.labels(8, seed=3)
     return float(np.abs(sampler.from_noise(noise, sigmas, label) - denoiser.from_noise(noise, sigmas, label)).max())
 

@@ -29,7 +29,7 @@ from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import check_outputs, write_text
 from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
-from cmfast.noise import gaussian
+from cmfast.noise import slices
 from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.tensorrt_engine import build_engine
@@ -104,10 +104,10 @@ def _measure(checkpoint: Checkpoint, steps: int, number: int, engines: bool, fol
 def _images(models: dict[str, Model], steps: int, number: int) -> dict[str, Floats]:
     """Return what a model draws, and what it denoises at both ends of the noise levels; all must be numbers."""
     spec = models["denoiser"].spec
-    noise = np.stack([gaussian(0, range(number), k, spec.image) for k in range(steps)])
+    noise = slices(0, range(number), steps, spec.image)
     label = models["denoiser"].labels(number)
-    levels = models["sampler"].levels()
-    images = {f"{steps} step(s)": models["sampler"].from_noise(noise, levels, label)}
+    sigmas = models["sampler"].sigmas_for()
+    images = {f"{steps} step(s)": models["sampler"].from_noise(noise, sigmas, label)}
     for sigma in ENDS:
         images[f"denoised at sigma {sigma:g}"] = models["denoiser"].denoise(np.float32(sigma) * noise[0], sigma, label)
     for name, values in images.items():

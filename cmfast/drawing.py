@@ -32,7 +32,7 @@ class Drawing:
 
     slices: int
     draw: Callable[[Floats, Arrays], Floats]
-    levels: tuple[float, ...] = ()  # of the few-step loop, which some backends have; () for another algorithm
+    sigmas: tuple[float, ...] = ()  # of the few-step loop, which some backends have; () for another algorithm
 
 
 def check_noise(backend: Backend, drawing: Drawing, batch: int) -> None:
@@ -61,7 +61,7 @@ def draw_batches(
 
 
 def _drawn_by_backend(backend: Backend, drawing: Drawing) -> bool:
-    return bool(drawing.levels) and isinstance(backend, DrawBackend)
+    return bool(drawing.sigmas) and isinstance(backend, DrawBackend)
 
 
 def _here(
@@ -86,10 +86,10 @@ def _on_backend(
     assert isinstance(backend, DrawBackend)
     shape = backend.manifest.spec.shape
     shape, dtype = ((*shape[1:], shape[0]), np.uint8) if pixels else (shape, np.float32)
-    results = backend.draw(seed, batches, drawing.levels, pixels=pixels)
+    results = backend.draw(seed, batches, drawing.sigmas, pixels=pixels)
     for (samples, _), drawn in zip(batches, results, strict=True):
         if not drawn.finite:
-            raise not_finite(backend.name, drawing.levels)
+            raise not_finite(backend.name, drawing.sigmas)
         yield returned_array(backend.name, drawn.images, (len(samples), *shape), dtype)
 
 

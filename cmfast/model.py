@@ -26,7 +26,7 @@ from cmfast.errors import CmfastError
 from cmfast.progress import progress_bar
 from cmfast.running import from_noise, run
 from cmfast.sampling import Churn, heun, heun_calls, noise_slices
-from cmfast.schedule import as_levels, karras_sigmas
+from cmfast.schedule import as_sigmas, karras_sigmas
 from cmfast.spec import ModelSpec
 
 Label = int | str | Sequence[int | str]  # a class or one a sample, by number, or by name where the model has names
@@ -95,7 +95,7 @@ class Model:
             CmfastError: a condition is missing, unknown or does not fit, or another argument is out of its range.
             CheckFailed: the model returned NaN or infinity.
         """
-        drawing = self._few_steps(self.levels(steps, sigmas))
+        drawing = self._few_steps(self.sigmas_for(steps, sigmas))
         pixels = self.spec.data == "image"
         return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
 
@@ -113,7 +113,7 @@ class Model:
         progress: bool = False,
     ) -> Floats:
         """Draw n samples as `sample` does; return float32 [n, *shape], of images in [-1, 1]."""
-        drawing = self._few_steps(self.levels(steps, sigmas))
+        drawing = self._few_steps(self.sigmas_for(steps, sigmas))
         return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
 
     def sample_heun(
@@ -170,7 +170,7 @@ class Model:
             CheckFailed: the model returned NaN or infinity.
         """
         noise = array_of_numbers("noise", noise)
-        sigmas = self.levels(sigmas=sigmas if sigmas is not None else ())
+        sigmas = self.sigmas_for(sigmas=sigmas if sigmas is not None else ())
         shape = self.spec.shape
         if noise.ndim != 2 + len(shape) or (len(noise), *noise.shape[2:]) != (len(sigmas), *shape):
             need = ", ".join(map(str, shape))
@@ -213,11 +213,11 @@ class Model:
             )
         return self._denoise(x, sigma, sigma_next, self._values(label, conditions, len(x)))
 
-    def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
+    def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
         if self.manifest.kind != "denoiser":
             (built,) = self.spec.sigmas.values()
-            asked = as_levels(sigmas) if sigmas is not None else built
+            asked = as_sigmas(sigmas) if sigmas is not None else built
             if steps is not None:
                 steps = whole_number("number of steps", steps, 1)
             if asked != tuple(built) or steps not in (None, len(built)):
@@ -226,7 +226,7 @@ class Model:
                     "and runs no others; a denoiser runs any: cmfast-export model.pt --kind denoiser"
                 )
             return tuple(built)
-        return self.spec.levels(steps, sigmas)
+        return self.spec.sigmas_for(steps, sigmas)
 
     def labels(self, n: int, *, seed: int = 0, label: Label | Labels | None = None, first: int = 0) -> Labels | None:
         """Return the class of each of n samples, int64 [n], that `sample` uses; None for a model without a label.
@@ -268,23 +268,23 @@ class Model:
             raise no_label(self.spec.conditions)
         return condition_values(self.spec.conditions, given, n)
 
-    def _few_steps(self, levels: tuple[float, ...]) -> Drawing:
+    def _few_steps(self, sigmas: tuple[float, ...]) -> Drawing:
         def draw(noise: Floats, conditions: Arrays) -> Floats:
-            return from_noise(self.backend, self._denoise, noise, levels, conditions)
+            return from_noise(self.backend, self._denoise, noise, sigmas, conditions)
 
-        return Drawing(len(levels), draw, levels)
+        return Drawing(len(sigmas), draw, sigmas)
 
     def _heun_steps(self, steps: int, churn: float | Churn) -> Drawing:
         self._check_denoiser()
         if self.spec.second_time:
             raise CmfastError("Heun's steps are for diffusion models, and this is a flow map: sample it in few steps")
         heun_calls(steps)
-        levels = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
+        sigmas = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
         full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
-        steps = len(levels)
+        steps = len(sigmas)
 
         def draw(noise: Floats, conditions: Arrays) -> Floats:
-            return np.asarray(heun(lambda x, s: self._denoise(x, s, None, conditions), noise, levels, churn=full))
+            return np.asarray(heun(lambda x, s: self._denoise(x, s, None, conditions), noise, sigmas, churn=full))
 
         return Drawing(noise_slices(steps, full), draw)
 
@@ -329,14 +329,14 @@ class Model:
         return "images" if self.spec.data == "image" else "samples"
 
     def _denoise(self, x: Floats, sigma: Any, sigma_next: Any, conditions: Arrays) -> Floats:
-        levels = self._noise_levels(sigma, len(x))
-        inputs: dict[str, npt.NDArray[Any]] = {"x": np.ascontiguousarray(x), "sigma": levels}
+        sigmas = self._sigma_each(sigma, len(x))
+        inputs: dict[str, npt.NDArray[Any]] = {"x": np.ascontiguousarray(x), "sigma": sigmas}
         if self.spec.second_time:
-            inputs["sigma_next"] = self._next_levels(0.0 if sigma_next is None else sigma_next, levels)
+            inputs["sigma_next"] = self._next_sigmas(0.0 if sigma_next is None else sigma_next, sigmas)
         elif sigma_next is not None:
             raise CmfastError("sigma_next is for flow maps, and this model takes one noise level")
         inputs |= {name: np.ascontiguousarray(value) for name, value in conditions.items()}
-        return run(self.backend, inputs, len(x), levels)
+        return run(self.backend, inputs, len(x), sigmas)
 
     def _check_denoiser(self) -> None:
         if self.manifest.kind != "denoiser":
@@ -344,7 +344,7 @@ class Model:
                 "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
             )
 
-    def _noise_levels(self, sigma: Any, n: int) -> Floats:
+    def _sigma_each(self, sigma: Any, n: int) -> Floats:
         """Return the noise levels of n images, float32 [n]."""
         if isinstance(sigma, (str, bytes, bool)):
             raise CmfastError(f"sigma must be a noise level or {n} of them, got {shown(sigma)}")
@@ -362,15 +362,15 @@ class Model:
             )
         return np.array(np.broadcast_to(given.astype(np.float32), (n,)))
 
-    def _next_levels(self, sigma_next: Any, sigmas: Floats) -> Floats:
+    def _next_sigmas(self, sigma_next: Any, sigmas: Floats) -> Floats:
         """Return the noise levels that a flow map goes to, float32 [n]."""
         given = array_of_numbers("sigma_next", sigma_next)
         if isinstance(sigma_next, bool) or given.shape not in ((), sigmas.shape):
             raise CmfastError(f"sigma_next must be one noise level or {len(sigmas)} of them, got {shown(sigma_next)}")
-        levels = np.array(np.broadcast_to(given.astype(np.float32), sigmas.shape))
-        if not ((levels >= 0) & (levels < sigmas)).all():
+        after = np.array(np.broadcast_to(given.astype(np.float32), sigmas.shape))
+        if not ((after >= 0) & (after < sigmas)).all():
             raise CmfastError(f"sigma_next must be from 0 and below sigma, got {shown(sigma_next)}")
-        return levels
+        return after
 
     def _number(self, n: int, size: int) -> int:
         """Return n, if that many samples of numbers of `size` bytes fit into memory."""

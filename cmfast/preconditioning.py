@@ -103,17 +103,17 @@ def discrete_time(sigma: Array, times: DiscreteTimes | None) -> Array:
     Between the levels of the table by interpolation in ln(sigma); beyond them the first or the last.
     """
     assert times is not None, "ModelSpec checks it"
-    levels = _log_levels(times)
+    logs = _log_sigmas(times)
     if hasattr(sigma, "new_tensor"):  # torch, without importing it
         table, log = _like(sigma, times), sigma.log()
     else:
         import numpy as np
 
         sigma = np.asarray(sigma)
-        table, log = np.asarray(levels, sigma.dtype if sigma.dtype.kind == "f" else float), np.log(sigma)
-    low = (log[..., None] >= table).sum(-1).clip(1, len(levels) - 1) - 1
+        table, log = np.asarray(logs, sigma.dtype if sigma.dtype.kind == "f" else float), np.log(sigma)
+    low = (log[..., None] >= table).sum(-1).clip(1, len(logs) - 1) - 1
     below, above = table[low], table[low + 1]
-    return (low + (log - below) / (above - below)).clip(0, len(levels) - 1)
+    return (low + (log - below) / (above - below)).clip(0, len(logs) - 1)
 
 
 _ON_GPUS: dict[tuple[DiscreteTimes, str, str], Array] = {}  # by table, dtype and device
@@ -127,16 +127,16 @@ def _like(sigma: Array, times: DiscreteTimes) -> Array:
     """
     torch: Any = sys.modules["torch"]  # whose tensor sigma is
     if not sigma.is_cuda or torch.compiler.is_compiling():
-        return sigma.new_tensor(_log_levels(times))
+        return sigma.new_tensor(_log_sigmas(times))
     key = (times, str(sigma.dtype), str(sigma.device))
     if key not in _ON_GPUS:
         with torch.inference_mode(False):
-            _ON_GPUS[key] = sigma.new_tensor(_log_levels(times))
+            _ON_GPUS[key] = sigma.new_tensor(_log_sigmas(times))
     return _ON_GPUS[key]
 
 
 @functools.lru_cache(maxsize=16)
-def _log_levels(times: DiscreteTimes) -> list[float]:
+def _log_sigmas(times: DiscreteTimes) -> list[float]:
     return [math.log(sigma) for sigma in times.sigmas]
 
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from cmfast.checks import shown, whole_number
 from cmfast.errors import CmfastError
-from cmfast.schedule import MAX_STEPS, as_levels
+from cmfast.schedule import MAX_STEPS, as_sigmas
 from cmfast.spec import ModelSpec
 
 Array = Any  # numpy.ndarray or torch.Tensor; the loop only uses operators and clip
@@ -41,12 +41,12 @@ def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelS
              (`spec.second_time`) is called with (x, sigma, sigma_next): with "ddim" the noise level of the next call,
              0 in the last, and else 0 always, because the noise of the next call is fresh
     noise    [K, B, *shape] unit Gaussian, one slice a step; "ddim" uses the first only
-    sigmas   K noise levels, data units, decreasing (`ModelSpec.levels` also compares them with the model's range)
+    sigmas   K noise levels, data units, decreasing (`ModelSpec.sigmas_for` also compares them with the model's range)
     spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
     """
     if not isinstance(spec, ModelSpec):
         raise CmfastError(f"spec must be a cmfast.ModelSpec, got {shown(spec)}")
-    sigmas = as_levels(sigmas)  # as Python floats they keep the type of the noise
+    sigmas = as_sigmas(sigmas)  # as Python floats they keep the type of the noise
     least = spec.sigma_min if spec.renoise == "sqrt" else 0.0
     if not sigmas or sigmas[-1] <= 0 or any(not least <= after <= before for before, after in pairwise(sigmas)):
         raise CmfastError(f"noise levels must decrease and stay above {least:g}, got {shown(sigmas)}")
@@ -115,15 +115,14 @@ def heun(
     sigmas        N noise levels, data units, strictly decreasing: `karras_sigmas(N, ...)`; the closing 0 is added here
     second_order  False: Euler's method, N network calls
     """
-    sigmas = as_levels(sigmas)
+    sigmas = as_sigmas(sigmas)
     if not sigmas or sigmas[-1] <= 0 or any(after >= before for before, after in pairwise(sigmas)):
         raise CmfastError(f"Heun's noise levels must strictly decrease and stay above 0, got {shown(sigmas)}")
     steps, need = len(sigmas), noise_slices(len(sigmas), churn)
     if len(noise) < need:
         raise CmfastError(f"{steps} steps need {need} slices of noise, got {len(noise)}")
-    levels = [*sigmas, 0.0]
-    x = levels[0] * noise[0]
-    for i, (sigma, after) in enumerate(pairwise(levels), start=1):
+    x = sigmas[0] * noise[0]
+    for i, (sigma, after) in enumerate(pairwise([*sigmas, 0.0]), start=1):
         raised = sigma * (1 + churn.gamma(sigma, steps))
         if raised > sigma:
             x = x + churn.s_noise * (raised**2 - sigma**2) ** 0.5 * noise[i]

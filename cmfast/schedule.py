@@ -142,23 +142,23 @@ def sigmas_of_indices(
 
 def check_sigmas(sigmas: Sequence[float], sigma_min: float, sigma_max: float) -> tuple[float, ...]:
     """Return sigmas as a tuple of floats, or say which one is wrong and what is allowed."""
-    levels = as_levels(sigmas)
-    if not levels:
+    sigmas = as_sigmas(sigmas)
+    if not sigmas:
         raise CmfastError(f"no noise levels were given; give at least one, for example --sigmas {sigma_max:g}")
-    if not sigma_min < levels[0] <= sigma_max:
+    if not sigma_min < sigmas[0] <= sigma_max:
         raise CmfastError(
-            f"the first noise level is {levels[0]:g}, but this model was trained for "
+            f"the first noise level is {sigmas[0]:g}, but this model was trained for "
             f"{sigma_min:g} < sigma <= {sigma_max:g}; start with --sigmas {sigma_max:g}"
         )
-    for before, after in pairwise(levels):
+    for before, after in pairwise(sigmas):
         if not sigma_min < after < before:
             raise CmfastError(
                 f"noise levels must strictly decrease and stay above {sigma_min:g}: {after:g} follows {before:g}"
             )
-    return levels
+    return sigmas
 
 
-def as_levels(sigmas: Any) -> tuple[float, ...]:
+def as_sigmas(sigmas: Any) -> tuple[float, ...]:
     """Return a list or array of finite numbers, at most MAX_STEPS of them, as floats; their order is not checked."""
     if isinstance(sigmas, (str, bytes, dict, set)) or not hasattr(sigmas, "__iter__"):
         raise CmfastError(f"noise levels must be a list of numbers such as [80, 0.8], got {shown(sigmas)}")

@@ -16,7 +16,7 @@ from typing import Any
 from cmfast.checks import is_whole, whole_number
 from cmfast.conditions import LABEL, Condition, check_conditions, class_label
 from cmfast.errors import CmfastError, one_line, shown
-from cmfast.schedule import MAX_STEPS, DiscreteTimes, as_levels, check_sigmas, karras_sigmas, sigmas_of_indices
+from cmfast.schedule import MAX_STEPS, DiscreteTimes, as_sigmas, check_sigmas, karras_sigmas, sigmas_of_indices
 
 SCALINGS = (  # formulas: cmfast.preconditioning
     "boundary", "edm", "trigflow", "cloneofsimo", "flow", "x0", "eps", "vp_x0", "vp_eps", "vp_v", "lcm_eps", "lcm_v",
@@ -68,11 +68,11 @@ class ModelSpec:
             raise CmfastError(f"grid must be 0 (none) or 2 to 65536 levels, got {shown(self.grid)}")
         if not isinstance(self.clip, bool):
             raise CmfastError(f"clip must be true or false, got {shown(self.clip)}")
-        levels = (self.sigma_min, self.sigma_max, self.sigma_data)
+        scales = (self.sigma_min, self.sigma_max, self.sigma_data)
         # Squares of them are float32.
-        if not all(_is_real(s) and 1e-18 <= s <= 1e18 for s in levels):
+        if not all(_is_real(s) and 1e-18 <= s <= 1e18 for s in scales):
             raise CmfastError(
-                f"sigma_min, sigma_max and sigma_data must be positive numbers, 1e-18 to 1e18, got {shown(levels)}"
+                f"sigma_min, sigma_max and sigma_data must be positive numbers, 1e-18 to 1e18, got {shown(scales)}"
             )
         if not self.sigma_min < self.sigma_max:
             raise CmfastError(f"need sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
@@ -103,19 +103,19 @@ class ModelSpec:
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "sigmas", {steps: tuple(map(float, s)) for steps, s in self.sigmas.items()})
 
-    def levels_at(self, indices: Sequence[int]) -> tuple[float, ...]:
+    def sigmas_at(self, indices: Sequence[int]) -> tuple[float, ...]:
         """Return the noise levels at indices into the model's grid: `ts` of OpenAI's scripts, `timesteps` of diffusers.
 
         0 is sigma_max. Their order does not matter, and a closing last index, which OpenAI writes, is dropped.
         """
         if not self.grid:
             raise CmfastError("this model has no grid that indices could point into; pass the noise levels: --sigmas")
-        levels = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
+        sigmas = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
         if len(set(indices)) < len(indices):
             raise CmfastError(f"an index is there twice: {shown(indices)}")
-        return check_sigmas(levels, self.sigma_min, self.sigma_max)
+        return check_sigmas(sigmas, self.sigma_min, self.sigma_max)
 
-    def levels(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
+    def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels to sample with: the given `sigmas`, else the defaults for `steps`.
 
         steps   number of network calls (NFE); without both, the fewest that the model has defaults for
@@ -126,12 +126,12 @@ class ModelSpec:
         if steps is not None:
             steps = whole_number("number of steps", steps, 1)
         if sigmas is not None:
-            levels = as_levels(sigmas)
-            if steps is not None and steps != len(levels):
+            sigmas = as_sigmas(sigmas)
+            if steps is not None and steps != len(sigmas):
                 raise CmfastError(
-                    f"{shown(steps)} steps were requested with {len(levels)} noise levels; pass one of the two"
+                    f"{shown(steps)} steps were requested with {len(sigmas)} noise levels; pass one of the two"
                 )
-            return check_sigmas(levels, self.sigma_min, self.sigma_max)
+            return check_sigmas(sigmas, self.sigma_min, self.sigma_max)
         if steps is None:
             steps = min(self.sigmas, default=1)
         if steps not in self.sigmas:
@@ -216,7 +216,7 @@ class ModelSpec:
             known["conditions"] = tuple(Condition.from_dict(each) for each in known["conditions"])
             if known.get("times") is not None:
                 known["times"] = DiscreteTimes.from_dict(known["times"])
-            known["sigmas"] = {_steps(k): _levels(v) for k, v in known["sigmas"].items()}
+            known["sigmas"] = {_steps(k): _sigmas(v) for k, v in known["sigmas"].items()}
             return cls(**known)
         except (TypeError, ValueError, AttributeError, OverflowError) as err:
             raise CmfastError(f"the description of the model is malformed: {one_line(err)}") from None
@@ -251,7 +251,7 @@ def _steps(key: Any) -> int:
     return int(key)
 
 
-def _levels(values: Any) -> tuple[float, ...]:
+def _sigmas(values: Any) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(_is_real(value) for value in values):
         raise ValueError(f"sigmas holds {shown(values)}, which is no list of noise levels")
     return tuple(float(value) for value in values)

@@ -189,7 +189,7 @@ def check_all_run(contenders: list[Contender], settings: list[list[Job]], reques
         if any(job.contender is contender for jobs in settings for job in jobs):
             continue
         model = contender.model
-        steps = request.steps[0] if model.manifest.kind == "denoiser" else len(model.levels())
+        steps = request.steps[0] if model.manifest.kind == "denoiser" else len(model.sigmas_for())
         batch = model.backend.batch or request.batch[0]
         raise CmfastError(f"{contender.file} runs at none of these settings; it needs --steps {steps} --batch {batch}")
 
@@ -287,12 +287,13 @@ def _precisions(models: tuple[Path, ...]) -> list[str]:
 def _runs(contender: Contender, steps: int, batch: int) -> bool:
     """Whether it can: a sampler has one number of steps, a graph may have one batch size (padding is not timed)."""
     model = contender.model
-    return (model.manifest.kind == "denoiser" or len(model.levels()) == steps) and model.backend.batch in (None, batch)
+    fits = model.manifest.kind == "denoiser" or len(model.sigmas_for()) == steps
+    return fits and model.backend.batch in (None, batch)
 
 
 def _sigmas(running: list[Contender], steps: int) -> tuple[float, ...]:
     """Return the noise levels of a setting: those of its samplers, else the model's default."""
-    built = {c.model.levels(): c for c in running if c.model.manifest.kind != "denoiser"}
+    built = {c.model.sigmas_for(): c for c in running if c.model.manifest.kind != "denoiser"}
     if len(built) > 1:
         files = " and ".join(str(c.file) for c in list(built.values())[:2])
         raise CmfastError(f"{files} are samplers of {steps} step(s) at different noise levels; time them separately")
@@ -302,4 +303,4 @@ def _sigmas(running: list[Contender], steps: int) -> tuple[float, ...]:
     if steps not in defaults:
         have = ",".join(str(k) for k in sorted(defaults))
         raise CmfastError(f"{running[0].file} has no default noise levels for {steps} step(s); use --steps {have}")
-    return running[0].model.levels(steps)
+    return running[0].model.sigmas_for(steps)

@@ -114,7 +114,7 @@ def command(
     if indices is not None:
         if steps is not None or sigmas is not None:
             raise CmfastError("--indices, --steps and --sigmas exclude each other; pass one of them")
-        sigmas = loaded.spec.levels_at(indices)
+        sigmas = loaded.spec.sigmas_at(indices)
     bar = number > batch
     if heun is not None:
         how = f"{heun} Heun step(s), {heun_calls(heun)} network call(s) per sample"
@@ -122,11 +122,11 @@ def command(
             number, steps=heun, churn=stochastic, seed=seed, conditions=given, batch=batch, first=first, progress=bar
         )
     else:
-        levels = loaded.levels(steps, sigmas)
-        some = ", ".join(f"{sigma:g}" for sigma in levels[:20]) + (", .." if len(levels) > 20 else "")
-        how = f"{len(levels)} step(s) at {some}"
+        sigmas = loaded.sigmas_for(steps, sigmas)
+        some = ", ".join(f"{sigma:g}" for sigma in sigmas[:20]) + (", .." if len(sigmas) > 20 else "")
+        how = f"{len(sigmas)} step(s) at {some}"
         samples = loaded.sample(
-            number, sigmas=levels, seed=seed, conditions=given, batch=batch, first=first, progress=bar
+            number, sigmas=sigmas, seed=seed, conditions=given, batch=batch, first=first, progress=bar
         )
     save_samples(out, samples, loaded.labels(number, seed=seed, label=given.get("label"), first=first))
     click.echo(f"{out}: {number} {loaded.noun.removesuffix('s')}(s), {how}, {loaded.backend.name}")

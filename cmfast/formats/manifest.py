@@ -89,9 +89,9 @@ class Manifest:
         """What the graph takes, in its order."""
         spec, server = self.spec, self.kind == "server"
         if self.kind == "denoiser":
-            levels = ("sigma", "sigma_next") if spec.second_time else ("sigma",)
+            times = ("sigma", "sigma_next") if spec.second_time else ("sigma",)
             found = [Input("x", "float32", ("batch", *spec.shape))]
-            found += [Input(name, "float32", ("batch",)) for name in levels]
+            found += [Input(name, "float32", ("batch",)) for name in times]
         else:
             (steps,) = spec.sigmas
             axes = ("batch", steps) if server else (steps, "batch")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, temporary_folder
 from cmfast.formats.table import ENGINE, ONNX, format_of
-from cmfast.schedule import as_levels
+from cmfast.schedule import as_sigmas
 from cmfast_export.request import GraphRequest
 from cmfast_export.targets.tensorrt_engine import Built, build_engine, check_build
 from cmfast_export.targets.tensorrt_options import BuildOptions
@@ -68,7 +68,7 @@ def export_engine(
     folder = None if cache is None else Path(cache)
     check_build(options, goal, folder)
     graph = GraphRequest(
-        kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), precision=precision,
+        kind=kind, steps=steps, sigmas=None if sigmas is None else as_sigmas(sigmas), precision=precision,
         guidance=guidance, null=dict(null or {}), tolerance=tolerance,
     )  # fmt: skip
     if isinstance(model, (str, os.PathLike)) and format_of(model) is ONNX:

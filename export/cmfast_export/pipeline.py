@@ -25,7 +25,7 @@ from cmfast.formats.selftest import record_selftest
 from cmfast.formats.table import ONNX
 from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
-from cmfast.schedule import as_levels
+from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET
 from cmfast_export._target import one_writer
@@ -141,7 +141,7 @@ def export_onnx(
     """
     goal = check_target(out, ONNX.suffixes)
     graph = GraphRequest(
-        kind=kind, steps=steps, sigmas=None if sigmas is None else as_levels(sigmas), batch=batch, opset=opset,
+        kind=kind, steps=steps, sigmas=None if sigmas is None else as_sigmas(sigmas), batch=batch, opset=opset,
         precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
         flavour=flavour, weights=weights,
     )  # fmt: skip
@@ -180,7 +180,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     dtype = PRECISIONS[precision]
     tolerance = request.tolerance or rounding(PRECISIONS["fp16"] if request.weights else dtype, request.device)
     spec = references[0].manifest.spec
-    levels = spec.levels(request.steps, request.sigmas) if kind != "denoiser" else ()
+    sigmas = spec.sigmas_for(request.steps, request.sigmas) if kind != "denoiser" else ()
     guidance = None if request.guidance is None else Guidance.of(request.guidance, request.null, spec)
     flavour = request.flavour
 
@@ -192,7 +192,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
     made_by |= {"guidance": guidance.in_words} if guidance else {}
     made_by |= {"weights": PRECISIONS[request.weights]} if request.weights else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
-    manifest = replace(manifest, spec=_fitting(manifest, kind, levels))
+    manifest = replace(manifest, spec=_fitting(manifest, kind, sigmas))
 
     own = isinstance(loaded, Denoiser) and not ours
     fixed = check_network(references[0].denoiser, request.batch) if own else None
@@ -214,9 +214,9 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
             agreement = check(file, "the denoiser graph")
             found = _summary(agreement)
             if kind != "denoiser":
-                looped = sampler_graph(graph, levels, spec, guidance)
+                looped = sampler_graph(graph, sigmas, spec, guidance)
                 looped = server_graph(looped) if kind == "server" else looped
-                one = replace(manifest.spec, sigmas={len(levels): levels})
+                one = replace(manifest.spec, sigmas={len(sigmas): sigmas})
                 notes = [note for note in notes if not note.startswith(UNCOUNTED)]
                 manifest = replace(manifest, kind=kind, spec=one, cost=_cost(looped, notes))
                 rewritten = ort_cuda_graph(looped) if flavour else None
@@ -225,7 +225,7 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
-            tested = record_selftest(Looped(Model(references[0]), guidance), rounding(dtype, "cuda"), levels or None)
+            tested = record_selftest(Looped(Model(references[0]), guidance), rounding(dtype, "cuda"), sigmas or None)
             manifest = replace(manifest, selftest=tested)
             _seal(file, size, manifest)
     return Exported(
@@ -261,11 +261,11 @@ def _cost(graph: ir.Model, notes: list[str]) -> Mapping[str, float]:
         return {}
 
 
-def _fitting(manifest: Manifest, kind: str, levels: Sequence[float]) -> ModelSpec:
+def _fitting(manifest: Manifest, kind: str, sigmas: Sequence[float]) -> ModelSpec:
     """Return the spec that the file's manifest can hold, checked before the work; names may be left out of it."""
     room = len('"graph_sha256": "", ') + 64 + ROOM
     spec = manifest.fitting(room).spec
-    last = replace(spec, sigmas={len(levels): tuple(levels)}) if kind != "denoiser" else spec
+    last = replace(spec, sigmas={len(sigmas): tuple(sigmas)}) if kind != "denoiser" else spec
     length = len(replace(manifest, kind=kind, spec=last).to_json(0)) + room
     if length > MAX_CHARACTERS:
         raise CmfastError(

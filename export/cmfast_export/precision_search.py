@@ -116,7 +116,7 @@ def _times(files: dict[str, Path], device: str) -> dict[str, float]:
     calls = {}
     for name, file in files.items():
         model = Model(open_backend(file, device))
-        sigmas = model.levels()
+        sigmas = model.sigmas_for()
         noise = slices(0, range(1), len(sigmas), model.spec.shape)
         conditions = some_values(model.spec.conditions, 1)
         calls[name] = lambda m=model, z=noise, s=sigmas, c=conditions: m.from_noise(z, s, conditions=c)

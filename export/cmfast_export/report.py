@@ -190,5 +190,5 @@ def folder(written: Folder, request: Request) -> None:
     click.echo("next, in Python:")
     click.echo(f'  pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("{written.path}")')
     for steps, timesteps in written.timesteps.items():
-        levels = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
-        click.echo(f"  pipeline(timesteps={list(timesteps.indices)}{more})    # {steps} step(s), at {levels}")
+        sigmas = ", ".join(f"{sigma:g}" for sigma in timesteps.sigmas)
+        click.echo(f"  pipeline(timesteps={list(timesteps.indices)}{more})    # {steps} step(s), at {sigmas}")

@@ -123,7 +123,7 @@ def verify(
             if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
     else:
-        sigmas = ours.levels()
+        sigmas = ours.sigmas_for()
         for index, batch in enumerate(_batches(file, batches, more)):
             noise = slices(1, range(batch), len(sigmas), spec.shape)
             size = sizes[index % len(sizes)]
@@ -147,8 +147,8 @@ class Looped:
         self, n: int, *, sigmas: Sequence[float] | None, seed: int, conditions: Mapping[str, Any] | None
     ) -> Floats:
         """Draw n samples, float32 [n, *shape]."""
-        levels = self.model.levels(sigmas=sigmas)
-        return self.from_noise(slices(seed, range(n), len(levels), self.spec.shape), levels, conditions or {})
+        sigmas = self.model.sigmas_for(sigmas=sigmas)
+        return self.from_noise(slices(seed, range(n), len(sigmas), self.spec.shape), sigmas, conditions or {})
 
     def from_noise(self, noise: Floats, sigmas: Sequence[float], conditions: Mapping[str, Any]) -> Floats:
         """Return samples [B, *shape] from unit noise [K, B, *shape]."""
@@ -181,7 +181,7 @@ def compare_batches(file: Backend, few: int, most: int, size: int = SIZES[0]) ->
 
     Another batch size is other kernels, and a machine that can compute many images for comparison is not always there.
     """
-    model, sigmas = Model(file), Model(file).levels()
+    model, sigmas = Model(file), Model(file).sigmas_for()
     noise = slices(2, range(most), len(sigmas), model.spec.shape)
     conditions = some_values(model.spec.conditions, most, seed=2, size=size)
     every = model.from_noise(noise, sigmas, conditions=conditions)
@@ -211,12 +211,12 @@ class _Case:
 
 
 def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int]) -> Iterator[_Case]:
-    levels = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
-    levels[0], levels[-1] = spec.sigma_min, spec.sigma_max
-    cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in levels] if batches[0] == 1 else []
+    sigmas = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
+    sigmas[0], sigmas[-1] = spec.sigma_min, spec.sigma_max
+    cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in sigmas] if batches[0] == 1 else []
     for b in batches:
         if b > 1:  # spread over all levels, also where the batch is smaller than their number
-            mixed = np.resize(levels, b) if b >= LEVELS else levels[np.linspace(0, LEVELS - 1, b).round().astype(int)]
+            mixed = np.resize(sigmas, b) if b >= LEVELS else sigmas[np.linspace(0, LEVELS - 1, b).round().astype(int)]
             cases.append((f"batch {b}, mixed sigmas", mixed))
     for number, (where, sigma) in enumerate(cases):
         rng = np.random.default_rng(number)

@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         randomise(network)
         spec = image_spec(image=(3, 8, 8), classes=classes, grid=40)
         spec = dataclasses.replace(
-            spec, sigmas={n: spec.levels_at(i) for n, i in {1: [0], 2: [22, 0], 4: [36, 30, 22, 0]}.items()}
+            spec, sigmas={n: spec.sigmas_at(i) for n, i in {1: [0], 2: [22, 0], 4: [36, 30, 22, 0]}.items()}
         )
         made[classes] = tmp_path_factory.mktemp("folders") / f"classes{classes}"
         export_diffusers(Checkpoint(spec=spec, network=config, weights=network.state_dict()), made[classes])
@@ -64,7 +64,7 @@ def test_the_pipeline_draws_the_images_that_our_loop_draws_from_the_same_noise(
 ) -> None:
     theirs = Model(open_backend(folders[classes], variant="diffusers"))
     ours = cmfast.load(folders[classes])
-    sigmas = ours.spec.levels_at(indices)
+    sigmas = ours.spec.sigmas_at(indices)
     noise = np.stack([gaussian(2, range(3), step, (3, 8, 8)) for step in range(len(sigmas))])
     label = ours.labels(3, seed=2)
     assert isinstance(theirs.backend, LoopBackend)
@@ -80,7 +80,7 @@ def test_the_scheduler_draws_its_own_noise_again_afterwards(folders: dict[int, P
 
     before = module.randn_tensor
     model = Model(open_backend(folders[0], variant="diffusers"))
-    model.sample(1, sigmas=model.spec.levels_at([22, 0]))
+    model.sample(1, sigmas=model.spec.sigmas_at([22, 0]))
     assert module.randn_tensor is before
 
 
@@ -89,7 +89,7 @@ def test_what_the_pipeline_cannot_do_is_refused(folders: dict[int, Path], tiny_c
     with pytest.raises(CmfastError, match=r"1\.5 is none of them"):
         model.sample(1, sigmas=(80, 1.5))
     with pytest.raises(CmfastError, match="starts at sigma_max, 80, not at"):
-        model.sample(1, sigmas=model.spec.levels_at([22]))
+        model.sample(1, sigmas=model.spec.sigmas_at([22]))
     with pytest.raises(BackendError, match="whole loop only"):
         model.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0)
     with pytest.raises(BackendError, match="diffusers runs folders"):
@@ -125,6 +125,6 @@ def test_the_pipeline_is_timed_beside_the_others(
     weights = sum(file.stat().st_size for file in folders[5].rglob("*") if file.is_file())
     assert model_bytes(folders[5]) == weights
     assert [start["file_mib"] for start in record["starts"]] == [weights / 2**20] * (3 if starts == "--starts" else 0)
-    assert record["rows"][0]["sigmas"] == list(cmfast.load(folders[5]).spec.levels(2))
+    assert record["rows"][0]["sigmas"] == list(cmfast.load(folders[5]).spec.sigmas_for(2))
     refused(call(bench.main, "--diffusers"), "nothing to time")
     refused(call(bench.main, tmp_path / "bench.json", "--diffusers"), "--diffusers needs a diffusers folder")

@@ -566,7 +566,7 @@ def drawn_by_hand(
     model: Model, n: int, *, batch: int, seed: int = 0, first: int = 0, label: Any = None, **levels: Any
 ) -> npt.NDArray[np.float32]:
     """Return images from noise of numpy through the loop; the last batch is as large as the others."""
-    sigmas, batch = model.levels(levels.get("steps"), levels.get("sigmas")), min(batch, n)
+    sigmas, batch = model.sigmas_for(levels.get("steps"), levels.get("sigmas")), min(batch, n)
     labels = model.labels(n, seed=seed, label=label, first=first)
     images = []
     for start in range(0, n, batch):

@@ -123,7 +123,7 @@ def test_an_unknown_component_is_refused_by_its_name(installed: Path, tmp_path: 
 def test_pkg_config_and_plain_compilers_find_the_headers(installed: Path, tmp_path: Path) -> None:
     need("pkg-config")
     (tmp_path / "p.cpp").write_text(
-        "#include <cmfast/cmfast.hpp>\nint main() { return cmfast::Spec().levels(1).size() == 1 ? 0 : 1; }\n"
+        "#include <cmfast/cmfast.hpp>\nint main() { return cmfast::Spec().sigmas_for(1).size() == 1 ? 0 : 1; }\n"
     )
     asked = {"PKG_CONFIG_PATH": str(installed / "cmfast" / "pkgconfig")}
     flags = call(Path("pkg-config"), "--cflags", "--libs", "cmfast", **asked).decode().split()

@@ -32,7 +32,7 @@ def floats(data: bytes) -> npt.NDArray[np.float32]:
     return np.frombuffer(data, np.float32)
 
 
-def levels_text(levels: list[float]) -> str:
+def sigmas_text(levels: list[float]) -> str:
     return ",".join(map(repr, levels))
 
 
@@ -63,11 +63,11 @@ def test_the_loop_draws_what_pythons_draws_to_the_bit(
     levels = [80.0, 7.1, 0.8]
     data = {"data": "image" if len(shape) == 3 else "array"}
     manifest = json.dumps(BASE | data | {"shape": shape, "renoise": renoise, "clip": clip, "second_time": second})
-    found = floats(call(driver, "sample", manifest, levels_text(levels), 11, 3, 2))
+    found = floats(call(driver, "sample", manifest, sigmas_text(levels), 11, 3, 2))
     z = np.stack([noise.gaussian(11, range(3, 5), step, shape) for step in range(3)])
     wanted = python_loop(z, levels, renoise, clip, second)
     np.testing.assert_array_equal(found.view(np.uint32), wanted.ravel().view(np.uint32))
-    given = call(driver, "sample", manifest, levels_text(levels), 11, 3, 2, "noise", given=z.tobytes())
+    given = call(driver, "sample", manifest, sigmas_text(levels), 11, 3, 2, "noise", given=z.tobytes())
     np.testing.assert_array_equal(floats(given), found)
 
 

@@ -257,7 +257,7 @@ def test_a_level_that_is_written_is_that_of_the_checkpoint_and_old_exports_are_n
     assert after.sha256() == before.sha256()
     assert all(torch.equal(after.weights[name], before.weights[name]) for name in before.weights)
     assert after.spec == replace(before.spec, sigmas={**before.spec.sigmas, 2: (80.0, best)})
-    assert cmfast.load(path).levels(2) == (80.0, best)
+    assert cmfast.load(path).sigmas_for(2) == (80.0, best)
     lines = result.stdout.splitlines()
     assert lines[4].startswith(f"{path}: 2 steps are now at 80, {best:g}, with fd ")
     assert lines[5] == f"with the level before, to be made anew: {tmp_path / 'model.onnx'}"

@@ -23,7 +23,7 @@ from cmfast_train.evaluation.search import (
     golden_section,
     own_checkpoint,
     search_level,
-    write_levels,
+    write_sigmas,
 )
 from helpers.full_disk import files_of_at_most
 from helpers.specs import image_spec
@@ -110,7 +110,7 @@ def test_levels_are_written_and_the_weights_stay_to_the_bit(
     path = tmp_path / f"model{suffix}"
     path.write_bytes(tiny_checkpoint(10, suffix).read_bytes())
     before = load_checkpoint(tiny_checkpoint(10, suffix))
-    write_levels(path, (80.0, 1.25))
+    write_sigmas(path, (80.0, 1.25))
     after = load_checkpoint(path)
     assert after.sha256() == before.sha256()
     assert after.weights.keys() == before.weights.keys()
@@ -126,9 +126,9 @@ def test_levels_are_not_written_into_other_weights_or_without_space_or_into_a_de
     path = tmp_path / "model.pt"
     path.write_bytes(tiny_checkpoint(10).read_bytes())
     with pytest.raises(CmfastError, match="has other weights now than those that were searched"):
-        write_levels(path, (80.0, 1.25), load_checkpoint(tiny_checkpoint(0)).sha256())
+        write_sigmas(path, (80.0, 1.25), load_checkpoint(tiny_checkpoint(0)).sha256())
     with files_of_at_most(10_000), pytest.raises(CmfastError, match=f"cannot write {path}"):
-        write_levels(path, (80.0, 1.25), load_checkpoint(path).sha256())
+        write_sigmas(path, (80.0, 1.25), load_checkpoint(path).sha256())
     assert path.read_bytes() == tiny_checkpoint(10).read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
     with pytest.raises(CmfastError, match="not a regular file"):
@@ -139,7 +139,7 @@ def test_levels_that_do_not_fall_leave_the_file_as_it_was(tiny_checkpoint: Facto
     path = tmp_path / "model.pt"
     path.write_bytes(tiny_checkpoint(10).read_bytes())
     with pytest.raises(CmfastError, match="strictly decrease"):
-        write_levels(path, (80.0, 90.0))
+        write_sigmas(path, (80.0, 90.0))
     assert path.read_bytes() == tiny_checkpoint(10).read_bytes()
 
 

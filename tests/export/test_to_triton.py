@@ -61,7 +61,7 @@ def samplers(tiny_checkpoint: Make) -> Graphs:
 
     def make(classes: int = 10, batch: int | None = None, steps: int = 2) -> tuple[ir.Model, ModelSpec]:
         graph, spec = denoiser(classes, batch)
-        levels = spec.levels(steps)
+        levels = spec.sigmas_for(steps)
         return sampler_graph(graph, levels, spec), replace(spec, sigmas={steps: levels})
 
     return make

@@ -377,7 +377,7 @@ def test_what_is_drawn_on_the_card_is_what_the_loop_makes_of_noise_from_numpy(
     assert isinstance(model.backend, DrawBackend)
     n, batch, first = 7, 3, 2**63 - 4
     for seed, steps in [(1, 2), (2**64 - 1, 1), (1, 2)]:
-        levels = model.levels(steps)
+        levels = model.sigmas_for(steps)
         label = model.labels(n, seed=seed, first=first)
         assert label is not None
         want = []

@@ -261,5 +261,5 @@ def test_indices_need_a_grid_and_stand_alone(tiny_checkpoint: Make, tmp_path: Pa
     refused(call(sample.main, tiny_checkpoint(), "--indices", "22,0", *out), "has no grid", "--sigmas")
     refused(call(sample.main, tiny_checkpoint(), "--indices", "0", "--steps", "1", *out), "pass one of them")
     with pytest.raises(CmfastError, match="index 40 is not in a grid of 40"):
-        image_spec(image=(3, 8, 8), grid=40).levels_at([40, 0])
-    assert image_spec(image=(3, 8, 8), grid=40).levels_at([0, 22, 39]) == (80.0, pytest.approx(1.382368))
+        image_spec(image=(3, 8, 8), grid=40).sigmas_at([40, 0])
+    assert image_spec(image=(3, 8, 8), grid=40).sigmas_at([0, 22, 39]) == (80.0, pytest.approx(1.382368))

@@ -180,7 +180,7 @@ def test_our_steps_are_those_of_diffusers_ddim_at_the_same_times(
     checkpoint, scheduler = load_model(tmp_path), pipeline.scheduler
     assert (checkpoint.spec.clip, checkpoint.spec.renoise) == (clip, "ddim")
     label = some_labels(checkpoint, 3)
-    ours = with_denoiser(checkpoint, 3, label, checkpoint.spec.levels(10))
+    ours = with_denoiser(checkpoint, 3, label, checkpoint.spec.sigmas_for(10))
 
     scheduler.set_timesteps(10)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
@@ -200,7 +200,7 @@ def test_the_images_are_those_of_diffusers_own_pipeline(diffusers: ModuleType, t
     pipeline = pipeline_of(diffusers, "cifar10", prediction_type="v_prediction", timestep_spacing="trailing")
     pipeline.save_pretrained(tmp_path)
     checkpoint = load_model(tmp_path)
-    ours = with_denoiser(checkpoint, 3, None, checkpoint.spec.levels(20))
+    ours = with_denoiser(checkpoint, 3, None, checkpoint.spec.sigmas_for(20))
     generator = torch.Generator().manual_seed(1)
     drawn = pipeline(3, generator, num_inference_steps=20, use_clipped_model_output=True, output_type="pt")
     np.testing.assert_allclose(ours, 2 * drawn.images - 1, rtol=0, atol=1e-4)
@@ -234,7 +234,7 @@ def test_the_default_levels_are_the_trailing_times_of_diffusers(diffusers: Modul
     for steps, levels in spec.sigmas.items():
         scheduler.set_timesteps(steps)
         assert levels == tuple(spec.times.sigma(int(t)) for t in scheduler.timesteps)
-    assert spec.sigma_max == spec.levels()[0] == pytest.approx(157.4, rel=1e-3)
+    assert spec.sigma_max == spec.sigmas_for()[0] == pytest.approx(157.4, rel=1e-3)
 
 
 def test_a_folder_of_the_first_versions_is_read_from_its_top(saved: dict[str, Path], tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ def test_the_default_levels_are_those_that_diffusers_takes_for_so_many_steps(
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(saved["lsun256"])
     checkpoint = imported(saved["lsun256"])
     pipeline.scheduler.set_timesteps(steps)
-    np.testing.assert_allclose(checkpoint.spec.levels(steps), pipeline.scheduler.sigmas[:-1], rtol=1e-6)
+    np.testing.assert_allclose(checkpoint.spec.sigmas_for(steps), pipeline.scheduler.sigmas[:-1], rtol=1e-6)
     theirs = with_pipeline(pipeline, 2, None, num_inference_steps=steps)
-    assert_same_images(with_denoiser(checkpoint, 2, None, checkpoint.spec.levels(steps)), theirs, atol=1e-5)
+    assert_same_images(with_denoiser(checkpoint, 2, None, checkpoint.spec.sigmas_for(steps)), theirs, atol=1e-5)
 
 
 def test_other_numbers_in_the_scheduler_are_followed(diffusers: ModuleType, tmp_path: Path) -> None:
@@ -365,13 +365,13 @@ def test_a_small_network_under_a_released_name_is_no_released_model(edited: Call
     found = draft(edited("imagenet64", to="diffusers-cd_imagenet64_l2", sample_size=64))
     assert "name" not in found.source
     assert found.spec is not None
-    assert found.spec.levels(2) == (80.0, karras_sigmas(40)[20])
+    assert found.spec.sigmas_for(2) == (80.0, karras_sigmas(40)[20])
 
 
 def test_a_released_name_with_another_grid_does_not_bring_its_levels(edited: Callable[..., Path]) -> None:
     found = draft(edited("imagenet64", to="diffusers-ct_imagenet64", sample_size=64))
     assert found.spec is not None
-    assert found.spec.levels(2) == (80.0, karras_sigmas(40)[20])
+    assert found.spec.sigmas_for(2) == (80.0, karras_sigmas(40)[20])
 
 
 def test_where_a_step_would_end_at_sigma_min_there_are_no_default_levels(edited: Callable[..., Path]) -> None:

@@ -381,7 +381,7 @@ def test_no_public_name_answers_a_wrong_type_with_a_traceback(value: Any) -> Non
         lambda: image_spec(image=(1, 2, 2), sigma_max=value),
         lambda: image_spec(image=(1, 2, 2), sigmas=value),
         lambda: image_spec(image=(1, 2, 2), sigmas={1: value}),
-        lambda: image_spec(image=(1, 2, 2), grid=40).levels_at(value),
+        lambda: image_spec(image=(1, 2, 2), grid=40).sigmas_at(value),
         lambda: cmfast.sample(lambda x, sigma: x, value, (80.0,), image_spec(image=(1, 2, 2))),
         lambda: cmfast.sample(lambda x, sigma: x, Z[:1], (80.0,), value),
         lambda: Churn(s_noise=value),

@@ -37,6 +37,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 # {word of 0.1.0: what it is called now}. Files and commands of 0.1.0 keep the old words and are still read.
 PUBLIC: dict[str, str] = {
     "Model.engine": "backend",
+    "Model.levels": "Model.sigmas_for",
     "image": "shape",
     "classes": "conditions",
     "class_names": "conditions",

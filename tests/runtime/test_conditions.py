@@ -53,7 +53,7 @@ def test_a_model_of_any_shape_and_conditions_is_sampled_as_the_formulas_say(
     assert (samples.dtype, samples.shape) == (np.float32, (6, *shape))
     z = np.stack([cmfast.gaussian(4, range(6), step, shape) for step in range(3)])
     np.testing.assert_allclose(samples, sampled(z, changes, 3, offset(names)), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(model.from_noise(z, model.levels(3), conditions=given), samples)
+    np.testing.assert_array_equal(model.from_noise(z, model.sigmas_for(3), conditions=given), samples)
     np.testing.assert_array_equal(model.sample_float(6, steps=3, seed=4, conditions=given), samples)
 
 

@@ -137,10 +137,10 @@ def test_whatever_json_holds_it_is_a_spec_or_our_error(wrong: dict[str, Any]) ->
 
 def test_steps_pick_the_models_own_levels_and_the_fewest_without_steps() -> None:
     model = spec(sigmas={2: (80.0, 0.8), 4: (80.0, 5.0, 0.8, 0.2)})
-    assert model.levels(4) == (80.0, 5.0, 0.8, 0.2)
-    assert model.levels() == (80.0, 0.8)
-    assert model.levels(sigmas=[80, 1.5, 0.3]) == (80.0, 1.5, 0.3)
-    assert model.levels(2, [70.0, 1.0]) == (70.0, 1.0)
+    assert model.sigmas_for(4) == (80.0, 5.0, 0.8, 0.2)
+    assert model.sigmas_for() == (80.0, 0.8)
+    assert model.sigmas_for(sigmas=[80, 1.5, 0.3]) == (80.0, 1.5, 0.3)
+    assert model.sigmas_for(2, [70.0, 1.0]) == (70.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -155,22 +155,22 @@ def test_steps_pick_the_models_own_levels_and_the_fewest_without_steps() -> None
 )
 def test_steps_without_levels_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(CmfastError, match=words):
-        spec().levels(**arguments)
+        spec().sigmas_for(**arguments)
 
 
 @given(steps=st.integers(1, 40), sigma_max=st.floats(1, 200), sigma_min=st.floats(1e-3, 0.01))
 def test_the_levels_that_the_error_suggests_are_accepted(steps: int, sigma_max: float, sigma_min: float) -> None:
     model = spec(sigmas={}, sigma_max=sigma_max, sigma_min=sigma_min)
     with pytest.raises(CmfastError) as raised:
-        model.levels(steps)
+        model.sigmas_for(steps)
     suggested = re.search(r"--sigmas (\S+)", str(raised.value))
     assert suggested
-    assert len(model.levels(sigmas=[float(s) for s in suggested[1].split(",")])) == steps
+    assert len(model.sigmas_for(sigmas=[float(s) for s in suggested[1].split(",")])) == steps
 
 
 def test_an_absurd_number_of_steps_is_answered_in_one_short_line() -> None:
     with pytest.raises(CmfastError) as raised:
-        spec().levels(200_000)
+        spec().sigmas_for(200_000)
     assert len(str(raised.value)) < 1000
 
 

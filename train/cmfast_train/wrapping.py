@@ -76,9 +76,9 @@ def wrap(
     for name, mapping in (("conditions", conditions), ("null", null), ("encoders", encoders)):
         if not isinstance(mapping or {}, Mapping):
             raise CmfastError(f"{name} must be passed by name, such as {{'state': ..}}, got {shown(mapping)}")
-    levels: Any = {1: (_plain(sigma_max),)} if sigmas is None else sigmas  # checked by ModelSpec
-    if isinstance(levels, Mapping):
-        levels = {_plain(steps): _plain(s) for steps, s in levels.items()}
+    defaults: Any = {1: (_plain(sigma_max),)} if sigmas is None else sigmas  # checked by ModelSpec
+    if isinstance(defaults, Mapping):
+        defaults = {_plain(steps): _plain(s) for steps, s in defaults.items()}
     named = {name: _condition(name, _plain(what)) for name, what in (conditions or {}).items()}
     for name, value in (null or {}).items():
         if name not in named:
@@ -90,7 +90,7 @@ def wrap(
     spec = ModelSpec(
         shape=_plain(shape), data=data, conditions=declared, second_time=second_time, sigma_min=_plain(sigma_min),
         sigma_max=_plain(sigma_max), sigma_data=_plain(sigma_data), scaling=scaling, c_noise=c_noise, times=times,
-        renoise=renoise, clip=True if clip is None else clip, sigmas=levels,
+        renoise=renoise, clip=True if clip is None else clip, sigmas=defaults,
     )  # fmt: skip
     if clip is None:
         spec = replace(spec, clip=spec.data == "image")

@@ -208,7 +208,7 @@ class ManifestReader {
         if (spec.scaling == "seed") spec.scaling = "cloneofsimo";  // its name in "cmfast/1"
         spec.c_noise = any_word("c_noise");
         spec.renoise = one_of("renoise", {"sqrt", "plain", "ddim"});
-        spec.sigmas = levels(spec);
+        spec.sigmas = sigmas(spec);
         return spec;
     }
 
@@ -361,7 +361,7 @@ class ManifestReader {
         return value.number;
     }
 
-    std::map<int, std::vector<double>> levels(const Spec& spec) const {
+    std::map<int, std::vector<double>> sigmas(const Spec& spec) const {
         const Json& object = need("sigmas");
         if (object.kind != Json::Kind::object) {
             throw Error(text("sigmas must be {steps: noise levels}, got ", object.shown()));

@@ -38,7 +38,7 @@ class Model {
  public:
     explicit Model(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {
         given_.resize(spec().conditions.size());
-        sigmas_ = spec().levels();
+        sigmas_ = spec().sigmas_for();
     }
 
     const Manifest& manifest() const { return backend_->manifest(); }
@@ -46,17 +46,17 @@ class Model {
     const std::string& name() const { return backend_->name(); }
 
     /// Noise levels of the next calls: the model's default ones for so many network calls; 0: for the fewest.
-    void steps(int steps) { sigmas(spec().levels(steps)); }
+    void steps(int steps) { sigmas(spec().sigmas_for(steps)); }
 
     /// Noise levels of the next calls, data units, decreasing.
-    void sigmas(std::vector<double> levels) {
-        if (manifest().kind != Manifest::Kind::denoiser && levels != spec().levels()) {
-            throw Error(detail::text("this file is a sampler of ", spec().levels().size(), " step(s), at ",
-                                     detail::listed(spec().levels(), "", ""), ", and runs no others; a denoiser runs "
+    void sigmas(std::vector<double> sigmas) {
+        if (manifest().kind != Manifest::Kind::denoiser && sigmas != spec().sigmas_for()) {
+            throw Error(detail::text("this file is a sampler of ", spec().sigmas_for().size(), " step(s), at ",
+                                     detail::listed(spec().sigmas_for(), "", ""), ", and runs no others; a denoiser runs "
                                      "any: cmfast-export model.pt --kind denoiser"));
         }
-        if (levels == sigmas_) return;
-        sigmas_ = spec().levels(levels);
+        if (sigmas == sigmas_) return;
+        sigmas_ = spec().sigmas_for(sigmas);
         bound_ = 0;
     }
     const std::vector<double>& sigmas() const { return sigmas_; }

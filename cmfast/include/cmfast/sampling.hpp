@@ -3,7 +3,7 @@
 //
 //   cmfast::Spec spec;
 //   spec.shape = {1, 8, 8};
-//   cmfast::Sampler sampler(spec, spec.levels(2));                // buffers for one sample at a time
+//   cmfast::Sampler sampler(spec, spec.sigmas_for(2));                // buffers for one sample at a time
 //   sampler.sample(denoise, /*seed*/ 0, /*first*/ 0, image);      // image: spec.size() floats, data units
 //
 // You bring   denoise  void(const float* x, float sigma, float* x0), for batch * spec.size() values; of a flow map

@@ -103,7 +103,7 @@ struct Spec {
     }
 
     /// The default noise levels for so many network calls; 0: for the fewest that the model has defaults for.
-    const std::vector<double>& levels(int steps = 0) const {
+    const std::vector<double>& sigmas_for(int steps = 0) const {
         if (steps < 0) throw Error(detail::text("the number of steps must be at least 1, got ", steps));
         const auto found = steps == 0 ? sigmas.begin() : sigmas.find(steps);
         if (found != sigmas.end()) return found->second;
@@ -115,7 +115,7 @@ struct Spec {
     }
 
     /// Given noise levels, checked.
-    const std::vector<double>& levels(const std::vector<double>& given) const {
+    const std::vector<double>& sigmas_for(const std::vector<double>& given) const {
         return check_sigmas(given, sigma_min, sigma_max);
     }
 };

@@ -96,7 +96,7 @@ def sampler_graph(
     builder = _Builder(noise)
     _measure_x(source, times)
     parts = _Parts(source, times)
-    levels = _values_of_levels(denoiser, parts, _levels(sigmas, spec))
+    known_of_step = _values_of_sigmas(denoiser, parts, _times_of(sigmas, spec))
 
     once = [dict(zip(given, conditions, strict=True))]
     if guidance:
@@ -119,7 +119,7 @@ def sampler_graph(
         results = []
         for known, suffix in zip(once, (f".{step}", f".{step}.null"), strict=False):
             values = {**known, source.inputs[0]: x}
-            for value, content in levels[step].items():
+            for value, content in known_of_step[step].items():
                 values[value] = builder.constant(f"{value.name}.{step}", content)
             builder.copy(parts.each, values, suffix)
             results.append(values[source.outputs[0]])
@@ -146,7 +146,7 @@ def sampler_graph(
     return ir.Model(graph, ir_version=denoiser.ir_version)
 
 
-def _levels(sigmas: Sequence[float], spec: ModelSpec) -> list[dict[str, float]]:
+def _times_of(sigmas: Sequence[float], spec: ModelSpec) -> list[dict[str, float]]:
     """Return what each call is given: sigma, and of a flow map sigma_next, as `cmfast.sampling.sample` does."""
     following = [*sigmas[1:], 0.0] if spec.renoise == "ddim" else [0.0] * len(sigmas)
     return [
@@ -231,11 +231,11 @@ class _Parts:
         x = {graph.inputs[0]}
         of_x, of_times = depending(graph, x), depending(graph, set(times))
         of_conditions = depending(graph, set(graph.inputs) - x - set(times))
-        self.levels, self.once, self.each = list[ir.Node](), list[ir.Node](), list[ir.Node]()
+        self.of_sigmas, self.once, self.each = list[ir.Node](), list[ir.Node](), list[ir.Node]()
         for node in graph:
             result = node.outputs[0]
             if result in of_times and result not in of_x and result not in of_conditions:
-                self.levels.append(node)
+                self.of_sigmas.append(node)
             elif result not in of_times and result not in of_x:
                 self.once.append(node)
             else:
@@ -255,7 +255,7 @@ def _measure_x(graph: ir.Graph, times: Sequence[ir.Value]) -> None:
             graph.remove(node, safe=True)
 
 
-def _values_of_levels(
+def _values_of_sigmas(
     model: ir.Model, parts: _Parts, calls: Sequence[Mapping[str, float]]
 ) -> list[dict[ir.Value, np.ndarray[Any, Any]]]:
     """Return, for each call, what the rest of the graph takes from the nodes of the noise levels.
@@ -265,13 +265,13 @@ def _values_of_levels(
     as a GPU would, because a CPU has no kernels for all of it.
     """
     onnxruntime = import_onnxruntime("exporting")
-    nodes, graph = set(parts.levels), model.graph
+    nodes, graph = set(parts.of_sigmas), model.graph
     sigma = graph.inputs[1]
     assert sigma.shape is not None
     size = sigma.shape[0]
     times = [value for value in graph.inputs if value.name in calls[0]]
     direct = [value for value in times if any(user not in nodes for user, _ in value.uses())]
-    outputs = [value for node in parts.levels for value in node.outputs]
+    outputs = [value for node in parts.of_sigmas for value in node.outputs]
     frontier = [value for value in outputs if any(user not in nodes for user, _ in value.uses())]
     part = ir.Model(ir.convenience.extract(graph, inputs=times, outputs=frontier), ir_version=model.ir_version)
     half = next((value.dtype for value in outputs if value.dtype in HALVES), None)

@@ -77,7 +77,7 @@ def export_diffusers(checkpoint: Checkpoint, out: str | os.PathLike[str]) -> Wri
         _write_json(folder / diffusers.UNET, unet_config(config))
         _write_weights(folder / "unet" / f"{WEIGHTS}.safetensors", checkpoint.weights, config)
         _verify(folder, checkpoint, config)
-    nearest = {steps: nearest_timesteps(levels, spec, grid) for steps, levels in sorted(spec.sigmas.items())}
+    nearest = {steps: nearest_timesteps(sigmas, spec, grid) for steps, sigmas in sorted(spec.sigmas.items())}
     return Written(
         path=Path(out),
         grid=grid,
@@ -110,11 +110,11 @@ def nearest_timesteps(sigmas: Sequence[float], spec: ModelSpec, grid: int) -> Ti
     None where the grid cannot express them: the pipeline starts at sigma_max whatever it is told, and the indices
     have to differ.
     """
-    levels = karras_sigmas(grid, spec.sigma_min, spec.sigma_max)[:-1]  # at the last the model is the identity
-    indices = [min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / sigma))) for sigma in sigmas]
+    karras = karras_sigmas(grid, spec.sigma_min, spec.sigma_max)[:-1]  # at the last the model is the identity
+    indices = [min(range(len(karras)), key=lambda i: abs(math.log(karras[i] / sigma))) for sigma in sigmas]
     if indices[0] != 0 or sorted(set(indices)) != indices:
         return None
-    return Timesteps(indices=tuple(reversed(indices)), sigmas=tuple(levels[i] for i in indices))
+    return Timesteps(indices=tuple(reversed(indices)), sigmas=tuple(karras[i] for i in indices))
 
 
 def unet_config(config: AdmConfig) -> dict[str, Any]:

@@ -74,11 +74,11 @@ class Tensor:
 def config_text(name: str, served: Served, max_batch: int, options: ServeOptions) -> str:
     """Return config.pbtxt; `max_batch` is what `largest_batch` returned."""
     spec = served.manifest.spec
-    (levels,) = spec.sigmas.values()
+    (sigmas,) = spec.sigmas.values()
     # Of a model that Triton batches, shapes are without the batch. One whose batch is fixed it cannot batch: ONNX
     # Runtime's backend refuses max_batch_size > 0 unless the first axis is dynamic, TensorRT's would send other sizes.
     first = [] if served.batch is None else [served.batch]
-    inputs = [Tensor("noise", "TYPE_FP32", [*first, len(levels), *spec.shape])]
+    inputs = [Tensor("noise", "TYPE_FP32", [*first, len(sigmas), *spec.shape])]
     for each in spec.conditions:
         sides = [DYNAMIC if isinstance(side, str) else side for side in each.shape]
         kind, dims = ("TYPE_INT64", [1]) if each.kind == "class" else ("TYPE_FP32", sides)
@@ -87,7 +87,7 @@ def config_text(name: str, served: Served, max_batch: int, options: ServeOptions
     outputs = [Tensor(drawn, "TYPE_FP32", [*first, *spec.shape])]
     sizes = _sizes(served, max_batch, options.device)
     sections = [
-        f"# cmfast, noise levels {', '.join(f'{s:g}' for s in levels)}; noise: unit Gaussian"
+        f"# cmfast, noise levels {', '.join(f'{s:g}' for s in sigmas)}; noise: unit Gaussian"
         + ("; images: in [-1, 1]" if spec.data == "image" else ""),
         f'name: "{name}"',
         f'platform: "{_PLATFORMS[served.backend]}"',

@@ -439,5 +439,5 @@ def test_its_two_and_five_steps_are_one_file_each(write: Write, tmp_path: Path) 
         path = tmp_path / f"sampler{steps}.onnx"
         export_onnx(tmp_path / "model.pt", path, kind="sampler", steps=steps)
         model, noise = cmfast.load(path), some(steps, 3, 1, 8, 8)
-        want = original_sample(weights, noise, model.levels())
-        np.testing.assert_allclose(model.from_noise(noise.numpy(), model.levels()), want, rtol=1e-5, atol=1e-4)
+        want = original_sample(weights, noise, model.sigmas_for())
+        np.testing.assert_allclose(model.from_noise(noise.numpy(), model.sigmas_for()), want, rtol=1e-5, atol=1e-4)

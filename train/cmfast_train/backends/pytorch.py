@@ -119,13 +119,13 @@ class TorchBackend:
 
     def loop(self, noise: Floats, sigmas: Sequence[float], conditions: Inputs) -> Floats:
         """Return what `cmfast.sampling.sample` returns, float32 [B, *shape]; it runs on tensors as it is."""
-        levels = tuple(float(sigma) for sigma in sigmas)
+        sigmas = tuple(float(sigma) for sigma in sigmas)
         call, spec = self._call, self.manifest.spec
 
         def compute(tensors: dict[str, Tensor]) -> Tensor:
-            return _loop(call, tensors[NOISE], levels, _without(tensors, NOISE), spec)
+            return _loop(call, tensors[NOISE], sigmas, _without(tensors, NOISE), spec)
 
-        return self._compute(levels, compute, {NOISE: noise, **conditions})
+        return self._compute(sigmas, compute, {NOISE: noise, **conditions})
 
     def _compute(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         with self._border.crossed():
@@ -135,17 +135,17 @@ class TorchBackend:
 def _loop(
     call: Callable[..., Tensor],
     noise: Tensor,
-    levels: tuple[float, ...],
+    sigmas: tuple[float, ...],
     conditions: Mapping[str, Tensor],
     spec: ModelSpec,
 ) -> Tensor:
     """Return `cmfast.sampling.sample`, which runs on tensors as it is."""
 
-    def denoise(x: Tensor, *sigmas: float) -> Tensor:
-        both = dict(zip(("sigma", "sigma_next"), (x.new_full((len(x),), sigma) for sigma in sigmas), strict=False))
+    def denoise(x: Tensor, *one_or_two: float) -> Tensor:
+        both = dict(zip(("sigma", "sigma_next"), (x.new_full((len(x),), sigma) for sigma in one_or_two), strict=False))
         return call(x=x, **both, **conditions)
 
-    samples: Tensor = sample(denoise, noise, levels, spec)
+    samples: Tensor = sample(denoise, noise, sigmas, spec)
     return samples
 
 
@@ -161,7 +161,7 @@ def _draw(
     pixels: bool,
 ) -> Iterator[Drawn]:
     """Yield batches drawn on the device from the noise on; the contract is `cmfast.backends.DrawBackend.draw`."""
-    levels = tuple(float(sigma) for sigma in sigmas)
+    sigmas = tuple(float(sigma) for sigma in sigmas)
     most = max((len(samples) for samples, _ in batches), default=0)
     key = torch_noise.key_of(seed).numpy()
 
@@ -171,12 +171,12 @@ def _draw(
         return {NOISE: key} | {name: _filled_up(value, most) for name, value in each.items()}
 
     def compute(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        noise = torch_noise.gaussian(tensors[NOISE], tensors[SAMPLES], len(levels), spec.shape)
-        x0 = _loop(call, noise, levels, _without(tensors, NOISE, SAMPLES), spec)
+        noise = torch_noise.gaussian(tensors[NOISE], tensors[SAMPLES], len(sigmas), spec.shape)
+        x0 = _loop(call, noise, sigmas, _without(tensors, NOISE, SAMPLES), spec)
         images = sampling.pixels(x0).to(torch.uint8).permute(0, 2, 3, 1) if pixels else x0
         return images.contiguous(), x0.isfinite().all()
 
-    results = device.each(("draw", levels, pixels), compute, (inputs(*batch) for batch in batches))
+    results = device.each(("draw", sigmas, pixels), compute, (inputs(*batch) for batch in batches))
     for samples, _ in batches:
         with border.crossed():
             images, finite = next(results)

@@ -215,7 +215,7 @@ class TrainConfig:
                     f"{name}={getattr(self, name)} images of {size_text(self.image_size)} px are {values:,} values, "
                     f"more than {MOST_VALUES:,}; reduce {name}"
                 )
-        lengths = [len(levels) for levels in self.sigmas]
+        lengths = [len(sigmas) for sigmas in self.sigmas]
         if max(lengths, default=0) > MOST_LEVELS or len(set(lengths)) < len(lengths):
             raise CmfastError(
                 f"sigmas must be lists of different lengths, for 1 to {MOST_LEVELS} steps; got lists of "

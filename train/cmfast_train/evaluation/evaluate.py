@@ -115,18 +115,18 @@ class Reference:
 
 
 def few_steps(
-    model: Model, levels: Sequence[float], n: int, *, seed: int = 0, batch: int = 64, progress: bool = False
+    model: Model, sigmas: Sequence[float], n: int, *, seed: int = 0, batch: int = 64, progress: bool = False
 ) -> dict[str, Any]:
     """Return a row {steps, calls, sigmas, n, ms_per_image, images} of n samples at these noise levels."""
     images, ms = _timed(
         lambda count, first: model.sample(
-            count, sigmas=levels, seed=seed, batch=batch, first=first, progress=progress and count > batch
+            count, sigmas=sigmas, seed=seed, batch=batch, first=first, progress=progress and count > batch
         ),
         n,
         model.backend.batch or batch,
     )
-    calls = len(levels)
-    return {"steps": calls, "calls": calls, "sigmas": list(levels), "n": n, "ms_per_image": ms, "images": images}
+    calls = len(sigmas)
+    return {"steps": calls, "calls": calls, "sigmas": list(sigmas), "n": n, "ms_per_image": ms, "images": images}
 
 
 def heun_steps(

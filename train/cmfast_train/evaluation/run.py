@@ -42,7 +42,7 @@ from cmfast_train.evaluation.search import (
     exported_with_others,
     own_checkpoint,
     search_level,
-    write_levels,
+    write_sigmas,
 )
 
 
@@ -108,7 +108,7 @@ class _Subject:
     source: dict[str, Any]  # for the record
     samples: Bytes | None = None  # uint8 [N, H, W, C]
     model: Model | None = None
-    levels: tuple[tuple[float, ...], ...] = ()  # of each number of few steps, checked
+    sigmas: tuple[tuple[float, ...], ...] = ()  # of each number of few steps, checked
     checkpoint: Checkpoint | None = None  # whose second level is searched
 
 
@@ -147,7 +147,7 @@ def _model(config: EvalConfig) -> _Subject:
         image=model.spec.image,
         source={"model": {"file": config.model.name, "engine": model.backend.name, "source": weights}},
         model=model,
-        levels=tuple(model.levels(k) for k in steps),
+        sigmas=tuple(model.sigmas_for(k) for k in steps),
         checkpoint=checkpoint,
     )
 
@@ -158,8 +158,8 @@ def _rows(config: EvalConfig, subject: _Subject, number: int) -> Iterator[dict[s
         yield {"name": config.model.name[:22], "n": number, "images": subject.samples}
         return
     show = sys.stderr.isatty()
-    for levels in subject.levels:
-        yield few_steps(subject.model, levels, number, seed=config.seed, batch=config.batch, progress=show)
+    for sigmas in subject.sigmas:
+        yield few_steps(subject.model, sigmas, number, seed=config.seed, batch=config.batch, progress=show)
     for steps in config.heun:
         yield heun_steps(subject.model, steps, number, seed=config.seed, batch=config.batch, progress=show)
 
@@ -192,7 +192,7 @@ def _search(
     elif not written:
         click.echo(f"best: {best:g}, with fd {least:.6g}; add --write to make it the default for 2 steps")
     else:
-        write_levels(config.model, (first, best), subject.checkpoint.sha256())
+        write_sigmas(config.model, (first, best), subject.checkpoint.sha256())
         click.echo(f"{config.model}: 2 steps are now at {first:g}, {best:g}, with fd {least:.6g}")
         others = exported_with_others(config.model, subject.checkpoint.sha256(), (first, best))
         names = ", ".join(map(str, others)) or "files exported from it elsewhere"

@@ -54,12 +54,12 @@ def search_level(distance: Callable[[float], float], spec: ModelSpec, low: float
 
     Levels have four digits, or are those of the grid that the model was trained on.
     """
-    levels = karras_sigmas(spec.grid, spec.sigma_min, spec.sigma_max)[1:-1] if spec.grid else ()
+    sigmas = karras_sigmas(spec.grid, spec.sigma_min, spec.sigma_max)[1:-1] if spec.grid else ()
     found: dict[float, float] = {}
 
     def evaluate(log_sigma: float) -> float:
         sigma = math.exp(log_sigma)
-        level = min(levels, key=lambda s: abs(math.log(s / sigma))) if levels else float(f"{sigma:.4g}")
+        level = min(sigmas, key=lambda s: abs(math.log(s / sigma))) if sigmas else float(f"{sigma:.4g}")
         if level not in found:
             found[level] = distance(level)
         return found[level]
@@ -103,7 +103,7 @@ def check_writable(path: Path) -> None:
     check_target(path)
 
 
-def write_levels(path: str | os.PathLike[str], levels: tuple[float, float], sha256: str | None = None) -> None:
+def write_sigmas(path: str | os.PathLike[str], sigmas: tuple[float, float], sha256: str | None = None) -> None:
     """Make these the default noise levels for 2 steps of a checkpoint, atomically; its weights stay as they are.
 
     sha256  of the weights that the levels are of: others, of a run that goes on meanwhile, do not get them
@@ -114,11 +114,11 @@ def write_levels(path: str | os.PathLike[str], levels: tuple[float, float], sha2
             f"{path} has other weights now than those that were searched, so nothing was written; search again when no "
             "training writes it"
         )
-    spec = replace(checkpoint.spec, sigmas={**checkpoint.spec.sigmas, 2: levels})
+    spec = replace(checkpoint.spec, sigmas={**checkpoint.spec.sigmas, 2: sigmas})
     save_checkpoint(replace(checkpoint, spec=spec), path)
 
 
-def exported_with_others(path: Path, sha256: str, levels: tuple[float, float]) -> list[Path]:
+def exported_with_others(path: Path, sha256: str, sigmas: tuple[float, float]) -> list[Path]:
     """Return the exported files beside a checkpoint, of weights with this SHA-256, with other levels for 2 steps."""
     found = []
     for file in sorted(path.parent.iterdir()):
@@ -127,6 +127,6 @@ def exported_with_others(path: Path, sha256: str, levels: tuple[float, float]) -
                 manifest = read_manifest(file)
             except ArtifactError:
                 continue  # somebody else's
-            if manifest.source.get("sha256") == sha256 and manifest.spec.sigmas.get(2) not in (None, levels):
+            if manifest.source.get("sha256") == sha256 and manifest.spec.sigmas.get(2) not in (None, sigmas):
                 found.append(file)
     return found

@@ -154,7 +154,7 @@ def _network(unet: Mapping[str, Any], file: Path) -> AdmConfig:
     if unet["time_embedding_dim"] not in (None, 0, 4 * widths[0]):
         raise refusal(file, "time_embedding_dim", unet["time_embedding_dim"], f"supported: {4 * widths[0]}")
 
-    attention, resblock_updown = _levels(unet, len(widths), file)
+    attention, resblock_updown = _attention_levels(unet, len(widths), file)
     if not resblock_updown and unet["downsample_padding"] != 1:
         raise refusal(file, "downsample_padding", unet["downsample_padding"], "supported: 1")
     attended = [width for width, here in zip(widths, attention, strict=True) if here] + widths[-1:]
@@ -184,7 +184,7 @@ def _network(unet: Mapping[str, Any], file: Path) -> AdmConfig:
         raise ArtifactError(f"{file}: {what}") from None
 
 
-def _levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool], bool]:
+def _attention_levels(unet: Mapping[str, Any], count: int, file: Path) -> tuple[list[bool], bool]:
     """Return which levels attend, the widest image first, and whether residual blocks resample (else convolutions)."""
     ways: dict[str, list[tuple[bool, str]]] = {}
     for way, types in _BLOCKS.items():
@@ -233,14 +233,14 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
         return dataclasses.replace(spec, sigmas=told)
     if known and (known.grid, known.image_size) == (grid, config.image_size):
         where = "the sister file of bedroom256; none was published" if known.borrowed else f"the released {release}"
-        sigmas = {**spec.sigmas, **known.levels}
+        sigmas = {**spec.sigmas, **known.sigmas}
     else:
-        sigmas, where = {**spec.sigmas, **_even_levels(spec)}, "diffusers' num_inference_steps=2 and 4"
+        sigmas, where = {**spec.sigmas, **_even_sigmas(spec)}, "diffusers' num_inference_steps=2 and 4"
     facts.usual("sigmas", tuple(sigmas.values()), where)
     return dataclasses.replace(spec, sigmas=sigmas)
 
 
-def _even_levels(spec: ModelSpec) -> dict[int, tuple[float, ...]]:
+def _even_sigmas(spec: ModelSpec) -> dict[int, tuple[float, ...]]:
     """Return the noise levels of 2 and 4 steps that CMStochasticIterativeScheduler.set_timesteps(K) takes.
 
     They are every (N // K)-th of its grid of N, from the first. Where that includes the last there are none: at
@@ -249,9 +249,9 @@ def _even_levels(spec: ModelSpec) -> dict[int, tuple[float, ...]]:
     found: dict[int, tuple[float, ...]] = {}
     for steps in (2, 4):
         indices = [step * (spec.grid // steps) for step in range(steps)]
-        levels = sigmas_of_indices(indices, spec.grid, spec.sigma_min, spec.sigma_max)
-        if len(levels) == steps:
-            found[steps] = levels
+        sigmas = sigmas_of_indices(indices, spec.grid, spec.sigma_min, spec.sigma_max)
+        if len(sigmas) == steps:
+            found[steps] = sigmas
     return found
 
 

@@ -169,7 +169,7 @@ def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSp
         }
         sigmas = told_sigmas(facts)
         if sigmas is None:
-            sigmas = default_levels(times)
+            sigmas = default_sigmas(times)
             facts.usual("sigmas", f"of {', '.join(map(str, sigmas))} steps", 'DDIM, timestep_spacing "trailing"')
         conditions = (class_label(config.classes),) if config.classes else ()
         return ModelSpec(shape=config.image_shape, conditions=conditions, times=times, sigmas=sigmas, **values)
@@ -177,7 +177,7 @@ def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSp
         raise ArtifactError(f"{file}: {err}") from None
 
 
-def default_levels(times: DiscreteTimes) -> dict[int, tuple[float, ...]]:
+def default_sigmas(times: DiscreteTimes) -> dict[int, tuple[float, ...]]:
     """Return the noise levels of DDIM with STEPS steps, at evenly spaced times from the last one.
 
     diffusers calls these times timestep_spacing "trailing" (arXiv:2305.08891, Table 2): the first step is at the

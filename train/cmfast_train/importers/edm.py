@@ -152,11 +152,11 @@ def _draft(
     elif facts.told.head_channels is not None:
         raise CmfastError(f"--set head_channels={facts.told.head_channels}: the attention of {network} has one head")
 
-    top, levels = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
+    top, sigmas = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
     if system == "ect" and config.image_size in SECOND_LEVEL:
-        levels[2] = (top, SECOND_LEVEL[config.image_size])
+        sigmas[2] = (top, SECOND_LEVEL[config.image_size])
     spec = spec_of(
-        facts, config.image_shape, config.classes, usual, where, levels, fixed=fixed, fixed_where=fixed_where
+        facts, config.image_shape, config.classes, usual, where, sigmas, fixed=fixed, fixed_where=fixed_where
     )
     warnings = []
     if system == "edm" and spec is not None and spec.scaling == "edm":

@@ -78,7 +78,7 @@ class Told:
                 raise CmfastError(f"{name} must be a whole number from 1 to {LARGEST}, got {value}")
         if self.heads is not None and self.head_channels is not None:
             raise CmfastError("heads and head_channels say the same thing; give one of them")
-        steps = [len(levels) for levels in self.sigmas or ()]
+        steps = [len(sigmas) for sigmas in self.sigmas or ()]
         if len(set(steps)) < len(steps):
             raise CmfastError(f"sigmas has two lists of the same length: {self.sigmas}")
 
@@ -192,7 +192,7 @@ def told_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:
     if facts.told.sigmas is None:
         return None
     facts.usual("sigmas", facts.told.sigmas, "--set")
-    return {len(levels): levels for levels in facts.told.sigmas}
+    return {len(sigmas): sigmas for sigmas in facts.told.sigmas}
 
 
 def spec_of(
@@ -201,15 +201,15 @@ def spec_of(
     classes: int,
     usual: Mapping[str, Any],
     where: str,
-    levels: Mapping[int, tuple[float, ...]] | None = None,
-    levels_where: str = "",
+    sigmas: Mapping[int, tuple[float, ...]] | None = None,
+    sigmas_where: str = "",
     fixed: Mapping[str, Any] | None = None,
     fixed_where: str = "",
 ) -> ModelSpec | None:
     """Return the conventions as a ModelSpec, or None where some are missing (they are in `facts.missing` then).
 
     usual   what the source, which `where` names, is known for: of CONVENTIONS; what is not in it must be told
-    levels  default noise levels for 2 and more steps, data units, from `levels_where`; one step is always sigma_max
+    sigmas  default noise levels for 2 and more steps, data units, from `sigmas_where`; one step is always sigma_max
     fixed   what nobody can tell otherwise, because `fixed_where` says it
     """
     fixed = fixed or {}
@@ -219,10 +219,11 @@ def spec_of(
     }
     if image is None or facts.missing:
         return None
-    sigmas = told_sigmas(facts)
-    if sigmas is None:
+    if (given := told_sigmas(facts)) is not None:
+        sigmas = given
+    else:
         top = float(values["sigma_max"])
-        sigmas = {1: (top,), **{steps: given for steps, given in (levels or {}).items() if given[0] == top}}
-        facts.usual("sigmas", tuple(sigmas.values()), levels_where or where)
+        sigmas = {1: (top,), **{steps: few for steps, few in (sigmas or {}).items() if few[0] == top}}
+        facts.usual("sigmas", tuple(sigmas.values()), sigmas_where or where)
     conditions = (class_label(classes),) if classes else ()
     return ModelSpec(shape=image, data="image", conditions=conditions, sigmas=sigmas, **values)

@@ -35,7 +35,7 @@ class Released:
     borrowed: bool = False  # none was published, so `second` is that of the sister file
 
     @property
-    def levels(self) -> dict[int, tuple[float, ...]]:
+    def sigmas(self) -> dict[int, tuple[float, ...]]:
         """Default noise levels for two steps, data units."""
         return {} if self.second is None else {2: sigmas_of_indices([0, self.second], self.grid)}
 
@@ -108,14 +108,14 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
         facts.fixed("dtype", f"{' and '.join(dtypes)}, read as float32")
 
     image = None if image_size is None else config.image_shape
-    levels, borrowed = (known.levels, known.borrowed) if known else ({}, False)
+    sigmas, borrowed = (known.sigmas, known.borrowed) if known else ({}, False)
     spec = spec_of(
         facts,
         image,
         config.classes,
         usual,
         where or "openai/consistency_models",
-        levels,
+        sigmas,
         "the sister file of bedroom256; none was published" if borrowed else where,
         {field: value for field, value in fixed.items() if field in CONVENTIONS},
         where,

@@ -36,8 +36,8 @@ def draw(
     values = some_values(spec.conditions, n, seed=seed)
     conditions = {name: torch.from_numpy(value).to(device) for name, value in values.items()}
 
-    def denoise(x: Tensor, *levels: float) -> Tensor:
-        x0: Tensor = denoiser(x, *(x.new_full([len(x)], level) for level in levels), **conditions)
+    def denoise(x: Tensor, *one_or_two: float) -> Tensor:
+        x0: Tensor = denoiser(x, *(x.new_full([len(x)], sigma) for sigma in one_or_two), **conditions)
         return x0
 
     with torch.inference_mode():
@@ -48,6 +48,6 @@ def draw(
 
 def save_grid(denoiser: nn.Module, spec: ModelSpec, path: Path, n: int, device: torch.device) -> None:
     """Write a PNG grid of n images of seed 0, drawn in two steps, or the fewest that the model has defaults for."""
-    sigmas = spec.sigmas.get(2) or spec.levels()
+    sigmas = spec.sigmas.get(2) or spec.sigmas_for()
     with atomic_file(path) as temporary:
         grid_image(to_uint8(draw(denoiser, spec, n, tuple(sigmas), 0, device))).save(temporary, format="PNG")

@@ -197,10 +197,10 @@ def _check_finite(run: Run, losses: list[tuple[int, int, Tensor, Tensor]]) -> No
     if bool(torch.stack([loss.isfinite().all() for _, _, loss, _ in losses]).all()):
         return
     step, images, loss, sigma = next(entry for entry in losses if not bool(entry[2].isfinite().all()))
-    levels = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
+    sigmas = ", ".join(f"{s:.4g}" for s in sigma[~torch.isfinite(loss)][:8].tolist())
     raise CheckFailed(
         f"the loss is not finite at step {step} of {run.phase.method} ({images:,} images), "
-        f"noise levels {levels}; the last checkpoint is untouched; {run.advice()}"
+        f"noise levels {sigmas}; the last checkpoint is untouched; {run.advice()}"
     )
 
 
