@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test quick lint docs fuzz fuzz-cpp cpp-tools gpu clean
+.PHONY: demo test quick lint docs fuzz fuzz-cpp cpp-tools web-tools gpu clean
 
 demo: $(INSTALLED)
 	@mkdir -p demo
@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/cmfast-bench demo/model.onnx demo/sampler.onnx --baseline demo/model.pt --steps 1,2 --batch 1,8 --seconds 1 --json demo/latency.json --plot demo/latency.png
 	@echo "demo/samples.png holds 64 digits drawn in two steps each"
 
-test: lint cpp-tools
+test: lint cpp-tools web-tools
 	$(BIN)/python -m pytest -n logical --dist loadfile
 
 # The formulas, the arrows between the packages, the borders; one run killed and continued, one export against PyTorch.
@@ -52,6 +52,10 @@ fuzz: $(INSTALLED)
 # g++, clang++, CMake and pkg-config, where Debian's packages can be installed; else tests are skipped by a tool's name.
 cpp-tools:
 	@sh tests/cpp/tools.sh
+
+# Chromium and onnxruntime-web, likewise.
+web-tools:
+	@sh tests/web/tools.sh
 
 # libFuzzer on the C++ readers, from a corpus of one exported file; FUZZ_SECONDS sets how long.
 FUZZ_SECONDS ?= 60

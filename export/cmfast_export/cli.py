@@ -26,6 +26,7 @@ Examples:
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
   cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
+  cmfast-export model.pt --format web --build fetch=true -o site                        a page that draws in the browser
   cmfast-export l4.engine h100.engine --format triton -o repository                     one engine per kind of card
   cmfast-export cd_imagenet64_l2.pt                             OpenAI's, known by its name
   cmfast-export ema.pt --source openai --set image_size=64 --set head_channels=64 --set scaling=boundary
@@ -49,7 +50,7 @@ Examples:
     default="onnx",
     show_default=True,
     help="onnx: a graph; ort-cuda: one for ONNX Runtime's CUDA provider; engine: TensorRT's; triton: a model "
-    "repository; cmfast: a checkpoint; diffusers: its folder.",
+    "repository; web: a page for browsers; cmfast: a checkpoint; diffusers: its folder.",
 )
 @click.option(
     "--kind",
@@ -82,7 +83,7 @@ Examples:
 )
 @click.option("--target", help="Engine by TensorRT-RTX: compute capabilities, for example 8.9,12.0; default: all.")
 @click.option(
-    "--build", multiple=True, metavar="NAME=VALUE", help="Engine: batch=1,8,64, library, level, workspace_mib, ..."
+    "--build", multiple=True, metavar="NAME=VALUE", help="Engine: batch=1,8,64, library, level, ...; web: fetch, ..."
 )
 @click.option(
     "--cache",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cmfast_export.targets.diffusers_folder import Written as Folder
     from cmfast_export.targets.tensorrt_engine import Built
     from cmfast_export.targets.triton_repository import Written as Repository
+    from cmfast_export.targets.web.page import Written as Page
 
 
 def finished(found: object, request: Request) -> None:
@@ -172,6 +173,16 @@ def repository(written: Repository, request: Request) -> None:
     click.echo(" ".join([f"  tritonserver --model-repository {written.path}", *written.arguments]))
     click.echo("and in Python:")
     click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
+
+
+def page(written: Page, request: Request) -> None:
+    """Report a page."""
+    click.echo(
+        f"{written.path}: a page with onnxruntime-web {written.version}, {written.files} files, "
+        f"{written.size / 1e6:.1f} MB in all, the largest {written.largest / 1e6:.1f} MB"
+    )
+    click.echo("next, then open http://localhost:8000 in a browser:")
+    click.echo(f"  python -m http.server 8000 --bind 127.0.0.1 --directory {written.path}")
 
 
 def checkpoint(_: None, request: Request) -> None:

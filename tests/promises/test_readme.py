@@ -28,6 +28,7 @@ from cmfast_export._options import parse_options
 from cmfast_export.cli import command as export
 from cmfast_export.targets.tensorrt_engine import BuildOptions
 from cmfast_export.targets.triton_config import ServeOptions
+from cmfast_export.targets.web.runtime import WebOptions
 from cmfast_train.cli.evaluate import command as evaluate
 from cmfast_train.cli.train import command as train
 from cmfast_train.config.overrides import override
@@ -181,6 +182,13 @@ def test_fields_of_the_table_of_the_configuration_exist() -> None:
     assert {text for text in named if "." not in text} <= fields
     of_phases = {text.removeprefix("METHOD.") for text in named if "." in text}
     assert of_phases <= types_of("ect").keys()
+
+
+def test_options_of_pages_in_the_table_are_those_that_there_are() -> None:
+    table = (ROOT / "docs" / "browser.md").read_text(encoding="utf-8").partition("| `--build` |")[2].split("\n\n")[0]
+    named = re.findall(r"^\| `(\w+=[^`]+)`", table, re.MULTILINE)
+    assert parse_options(WebOptions, "--build", named)
+    assert {text.partition("=")[0] for text in named} == {field.name for field in dataclasses.fields(WebOptions)}
 
 
 def test_options_of_engines_and_of_servers_in_the_tables_exist() -> None:

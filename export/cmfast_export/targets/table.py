@@ -86,6 +86,10 @@ TARGETS = (
         report=f"{_REPORT}:repository",
     ),
     Target(
+        name="web", writer=f"{_HERE}.web.page:write", kinds=("denoiser", "sampler"), automatic=False,
+        options=f"{_HERE}.web.runtime:WebOptions", check=f"{_HERE}.web.page:check", report=f"{_REPORT}:page",
+    ),
+    Target(
         name="cmfast", writer=f"{_HERE}.checkpoint:write", suffixes=(".pt", ".safetensors"), needs="model", kinds=(),
         takes_files=False, report=f"{_REPORT}:checkpoint",
     ),
