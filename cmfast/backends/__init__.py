@@ -29,7 +29,7 @@ from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads
 from cmfast.errors import BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import check_model
-from cmfast.formats.table import ENGINE, ONNX, all_suffixes, format_of
+from cmfast.formats.table import ENGINE, ONNX, OPENVINO, Format, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
 
 
@@ -45,8 +45,17 @@ def _tensorrt(*arguments: Any) -> Backend:
     return TensorRtBackend(*arguments)
 
 
-# What opens a file of each format of `cmfast.formats.table`; called with (path, device, threads, variant, sha256).
-BACKENDS: dict[str, Callable[..., Backend]] = {ONNX.name: _onnxruntime, ENGINE.name: _tensorrt}
+def _openvino(*arguments: Any) -> Backend:
+    from cmfast.backends.openvino.backend import OpenVinoBackend
+
+    return OpenVinoBackend(*arguments)
+
+
+# What opens a file of each format of `cmfast.formats.table`; called with (path, device, threads, variant, sha256),
+# OpenVINO's also with a precision.
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    ONNX.name: _onnxruntime, ENGINE.name: _tensorrt, OPENVINO.name: _openvino,
+}  # fmt: skip
 
 
 def open_backend(
@@ -64,8 +73,8 @@ def open_backend(
                else, and cpu for everything else
     threads    CPU threads, at most MAX_THREADS; None leaves the choice to the backend
     variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the backend
-    precision  one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs; an exported file has its
-               own
+    precision  one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs and for a file that OpenVINO
+               runs; any other exported file has its own
     sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
                were hashed is loaded
     """
@@ -74,7 +83,8 @@ def open_backend(
         device = known.device if (known := format_of(file)) else "cpu"
     _check(device, threads, variant, precision, sha256)
     variant = " ".join(variant_words(variant))
-    if format_of(file) and precision:
+    known = _format(file, variant)
+    if known and known is not OPENVINO and precision:
         raise BackendError(
             f"{file}: an exported file runs in the precision that it was exported with; "
             f"make another: cmfast-export model.pt --precision {precision}"
@@ -89,9 +99,16 @@ def open_backend(
     return backend
 
 
+def _format(file: Path, variant: str) -> Format | None:
+    """Return the format whose backend runs a file: OpenVINO's also for an .onnx file, with the variant "openvino"."""
+    known = format_of(file)
+    return OPENVINO if known is ONNX and "openvino" in variant.split() else known
+
+
 def _open(file: Path, device: str, threads: int | None, variant: str, precision: str, sha256: str | None) -> Backend:
-    if known := format_of(file):
-        return BACKENDS[known.name](file, device, threads, variant, sha256)
+    if known := _format(file, variant):
+        more = (precision,) if known is OPENVINO else ()
+        return BACKENDS[known.name](file, device, threads, variant, sha256, *more)
     from importlib.metadata import entry_points  # slow to import, and .onnx does without
 
     name = "folder" if file.is_dir() else file.suffix.removeprefix(".")

@@ -27,8 +27,8 @@ from cmfast.backends.onnxruntime_library import (
     quiet,
 )
 from cmfast.backends.origin import Origin, pickled
+from cmfast.backends.ports import Port, check_ports
 from cmfast.backends.protocol import DeviceTimes, Inputs
-from cmfast.checks import MAX_BATCH
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
 from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
@@ -136,43 +136,9 @@ class OnnxRuntimeBackend:
 
     def _check_graph(self, path: Path) -> int | None:
         """Raise unless the graph takes and gives what its manifest says; return its fixed batch size, if it has one."""
-        shape = self.manifest.spec.shape
-        nodes, wanted = self._session.get_inputs(), self.manifest.inputs
-        names = [each.name for each in wanted]
-        if [node.name for node in nodes] != names:
-            raise ArtifactError(
-                f"{path}: the graph's inputs are {', '.join(node.name for node in nodes)}; its manifest needs "
-                f"{', '.join(names)}"
-            )
-        for node, each in zip(nodes, wanted, strict=True):
-            self._check_value(path, node, "int64" if each.dtype == "int64" else "float")
-            have = list(node.shape)
-            fits = len(have) == len(each.shape) and all(
-                isinstance(want, str) or not isinstance(side, int) or side == want
-                for side, want in zip(have, each.shape, strict=True)
-            )
-            if not fits:
-                raise ArtifactError(
-                    f"{path}: the graph's {each.name} is {have}, its manifest says {list(each.shape)}; export it again"
-                )
-        outputs = self._session.get_outputs()
-        if len(outputs) != 1:
-            raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one")
-        self._check_value(path, outputs[0], "float")
-        given = list(outputs[0].shape)  # empty: the file does not say; `run` looks at each
-        sides = given[1:] if len(given) == 1 + len(shape) else None
-        if given and (sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, shape, strict=True))):
-            raise ArtifactError(f"{path}: the graph returns {given}, its manifest says [batch, {str(list(shape))[1:]}")
-        batch = nodes[0].shape[self.manifest.batch_axis]
-        if isinstance(batch, int) and not 0 < batch <= MAX_BATCH:
-            raise ArtifactError(
-                f"{path}: the graph's batch size is fixed at {batch}; at most {MAX_BATCH:,} are run: export it again"
-            )
-        return batch if isinstance(batch, int) else None
-
-    def _check_value(self, path: Path, node: Any, element: str) -> None:
-        if node.type != f"tensor({element})":
-            raise ArtifactError(f"{path}: the graph's {node.name} is {node.type}, and needs tensor({element})")
+        sides = (self._session.get_inputs(), self._session.get_outputs())
+        inputs, outputs = ([Port(node.name, node.type, tuple(node.shape)) for node in nodes] for nodes in sides)
+        return check_ports(path, self.manifest, inputs, outputs, ("tensor(float)", "tensor(int64)"))
 
 
 def _keep_inherited() -> None:

@@ -26,6 +26,8 @@ VARIANTS = {
     "reduce-overhead": "CUDA: PyTorch with torch.compile in that mode, which compiles faster and tries fewer kernels",
     "cuda_graph": "CUDA: PyTorch's whole sampler, or ONNX Runtime's graph, captured once and replayed",
     "tensorrt": "ONNX Runtime with its TensorRT provider",
+    "openvino": "CPU: an .onnx file by OpenVINO, which also takes a precision",
+    "throughput": "OpenVINO with its hint THROUGHPUT: a batch in parts, each on a stream of its own",
     "diffusers": "diffusers' own pipeline of its folder",
 }
 

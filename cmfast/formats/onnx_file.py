@@ -80,6 +80,18 @@ class OnnxFile:
         finally:
             self.close()
 
+    def content(self) -> bytes:
+        """Return the bytes of the file, for a library that reads them; ArtifactError where weights are beside it."""
+        if self._beside:
+            raise ArtifactError(
+                f"{self.path}: its weights are in another file, which only ONNX Runtime is given; export the "
+                "checkpoint with --format openvino"
+            )
+        content: bytes = _mapped(self._handles[0])[:] if self._bytes is None else self._bytes
+        if self._state() != self._before:
+            raise ArtifactError(f"{self.path}: it was written to while it was opened; open it again")
+        return content
+
     def close(self) -> None:
         """Close the files; their mappings end with the last reference."""
         for handle in self._handles:

@@ -46,9 +46,16 @@ def _read_plan(file: Path) -> Manifest:
     return read_plan(file)
 
 
+def _read_ir(file: Path) -> Manifest:
+    from cmfast.formats.openvino_ir import read_ir
+
+    return read_ir(file)
+
+
 ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=_read_onnx)
 ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=_read_plan)  # also TensorRT-RTX's
-FORMATS = (ONNX, ENGINE)
+OPENVINO = Format(name="openvino", suffixes=(".xml",), device="cpu", read=_read_ir)  # its weights are beside, in .bin
+FORMATS = (ONNX, ENGINE, OPENVINO)
 
 
 def format_of(path: str | os.PathLike[str]) -> Format | None:
@@ -74,9 +81,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def model_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the size of a model, bytes: of a folder all files in it, of an ONNX file also the weights beside it."""
+    """Return the size of a model, bytes: of a folder all files in it, of a file also the weights beside it."""
     file = Path(path)
     if file.is_dir():
         return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
-    beside = read_onnx_file(file).external if format_of(file) is ONNX else []
-    return file.stat().st_size + sum(external_file(file, name, hard_links=True).stat().st_size for name in set(beside))
+    return file.stat().st_size + sum(each.stat().st_size for each in files_beside(file))
+
+
+def files_beside(file: Path) -> list[Path]:
+    """Return the files of weights beside an exported file: those that an .onnx file names, the .bin of an IR."""
+    found = format_of(file)
+    names = set(read_onnx_file(file).external) if found is ONNX else {f"{file.stem}.bin"} if found is OPENVINO else ()
+    return [external_file(file, name, hard_links=True) for name in sorted(names)]

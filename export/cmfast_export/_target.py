@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from cmfast.files.locks import exclusive, lock_beside
-from cmfast.formats.manifest import read_onnx_file
-from cmfast.formats.table import ONNX, format_of
+from cmfast.formats.table import files_beside
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,9 +59,7 @@ def one_writer(check: Callable[[str | os.PathLike[str]], object]) -> Callable[[C
 
 
 def files_of(model: Path) -> list[Path]:
-    """Return what a model is read from: its file, the weights beside an ONNX file, a folder and what is in it."""
+    """Return what a model is read from: its file, the weights beside it, a folder and what is in it."""
     if model.is_dir():
         return [model, *sorted(model.glob("*")), *sorted(model.glob("*/*"))]
-    if format_of(model) is not ONNX:
-        return [model]
-    return [model, *(model.parent / name for name in sorted(set(read_onnx_file(model).external)))]
+    return [model, *files_beside(model)]

@@ -180,7 +180,7 @@ def test_importing_the_runtime_takes_a_tenth_of_a_second(compiled: dict[str, str
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({!r})); from {} import {} as main; sys.argv[0] = {!r}; main()"
 HEAVY = ["torch", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "torchvision", "accelerate", "safetensors", "sklearn"]
-HEAVY += ["tensorrt", "tensorrt_rtx", "cuda", "torchmetrics", "torch_fidelity", "matplotlib"]
+HEAVY += ["openvino", "tensorrt", "tensorrt_rtx", "cuda", "torchmetrics", "torch_fidelity", "matplotlib"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
