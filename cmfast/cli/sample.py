@@ -24,6 +24,7 @@ Examples:
   cmfast-sample teacher.onnx --heun 18 -o grid.png                 a diffusion model: EDM's sampler, 35 calls
   cmfast-sample policy.onnx -n 1 --condition state=state.npy -o actions.npy
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
+  cmfast-sample model.onnx --variant openvino --precision bf16     OpenVINO, in a precision of your choice
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
 """
 
@@ -60,8 +61,8 @@ Examples:
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
-@click.option("--variant", default="", metavar="NAME", help="A way to run it: cuda_graph, tensorrt, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of a checkpoint that PyTorch runs.")
+@click.option("--variant", default="", metavar="NAME", help="A way to run it: openvino, cuda_graph, compiled, ...")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of a checkpoint, or by OpenVINO.")
 @click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
 @click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
 def command(
