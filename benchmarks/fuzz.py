@@ -13,6 +13,8 @@ line of at most MAX_LINE characters; anything else, and a call of more than MAX_
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import json
 import math
 import random
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 
@@ -98,9 +101,13 @@ def fuzz(
     result = Result(reader=reader.name, seed=seed)
     corpus = reader.corpus(folder)
     begun, number = time.perf_counter(), start
-    while (inputs is None or number < start + inputs) and (seconds is None or time.perf_counter() - begun < seconds):
-        _one(reader, mutated(corpus, reader.name, seed, number), folder, number, result, show=show)
-        number += 1
+    # What is installed is looked up once, not for each input: that would be most of the time of some readers.
+    with mock.patch("importlib.metadata.entry_points", functools.cache(importlib.metadata.entry_points)):
+        while (inputs is None or number < start + inputs) and (
+            seconds is None or time.perf_counter() - begun < seconds
+        ):
+            _one(reader, mutated(corpus, reader.name, seed, number), folder, number, result, show=show)
+            number += 1
     result.seconds = time.perf_counter() - begun
     return result
 
