@@ -35,6 +35,8 @@ if find_spec("onnx_ir") and find_spec("onnxscript"):  # else nothing is exported
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
+# Python's own collections, at 700 objects more, were a seventh of the time of tests that export. Garbage may wait.
+gc.set_threshold(10_000, 20, 50)
 settings.register_profile("cmfast", deadline=None)  # a busy machine is not a failure
 settings.load_profile("cmfast")
 
