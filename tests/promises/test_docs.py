@@ -172,7 +172,7 @@ def test_drawings_are_wellformed_and_have_a_title_for_those_who_do_not_see_them(
 
 
 def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
-    """Here, in test_readme.py (the README and quickstart.md) or in tests/bench/test_comparison.py (api.md)."""
+    """Here, in test_readme (the README, quickstart), test_comparison (api) or test_own_training (training)."""
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
     found = {page: len(examples(page)) for page in pages if examples(page)}
     assert found == {
@@ -181,6 +181,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "docs/edge.md": 1,
         "docs/extending.md": 8,
         "docs/quickstart.md": 1,
+        "docs/training.md": 1,
     }
 
 

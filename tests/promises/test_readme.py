@@ -124,7 +124,7 @@ def test_a_command_line_of_the_documentation_is_understood(
     params = parse(words)
     if words[0] == "cmfast-train" and "NAME=VALUE" not in line:
         models = [f"{name}={params[name]}" for name in ("init", "teacher") if params[name]]
-        assert override(PRESETS[params["preset"]], [*models, *params["assignments"]])
+        assert override(PRESETS[params["preset"] or "arrays"], [*models, *params["assignments"]])
     if words[0] in ("cmfast-export", "cmfast-info"):
         assert Told.parse(params["assignments"])
 

@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmfast_train.checkpoint import Checkpoint, save_checkpoint
+    from cmfast_train.config.phase import phase
+    from cmfast_train.config.train_config import TrainConfig
     from cmfast_train.denoiser import Denoiser
+    from cmfast_train.fitting import Trained, train
     from cmfast_train.importers import load_model
     from cmfast_train.wrapping import wrap
 
 _MODULES = {
     "Checkpoint": "checkpoint",
     "Denoiser": "denoiser",
+    "TrainConfig": "config.train_config",
+    "Trained": "fitting",
     "load_model": "importers",
+    "phase": "config.phase",
     "save_checkpoint": "checkpoint",
+    "train": "fitting",
     "wrap": "wrapping",
 }
-__all__ = ["Checkpoint", "Denoiser", "load_model", "save_checkpoint", "wrap"]
+__all__ = [
+    "Checkpoint", "Denoiser", "TrainConfig", "Trained", "load_model", "phase", "save_checkpoint", "train", "wrap",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

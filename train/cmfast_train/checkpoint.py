@@ -3,7 +3,8 @@
 
     {"format": "cmfast/2", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
-A model that was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
+A network of one's own is {"type": "own", "factory": "package.module:factory"}, and its code is the user's. A model that
+was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
 runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another
 file (`training.trainer`).
 """
@@ -14,12 +15,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmfast.errors import ArtifactError, CmfastError, one_line, printable
 from cmfast.files import atomic_file
@@ -28,6 +29,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train.border import naming
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.build import NetworkConfig, build_network, check_weights, network_from_dict, network_to_dict
+from cmfast_train.networks.own import OwnConfig
 from cmfast_train.safe_load import HoldsObjectsError, plain, read_tensors, safe_load
 
 __all__ = [
@@ -49,16 +51,33 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     source: Mapping[str, Any] = field(default_factory=lambda: OWN)  # of the weights: format, ...
 
-    def denoiser(self) -> Denoiser:
-        """Return the model, ready to evaluate on the CPU."""
-        check_count(self.network, len(self.weights))
+    def denoiser(self, network: nn.Module | None = None) -> Denoiser:
+        """Return the model, ready to evaluate on the CPU.
+
+        Args:
+            network: of a model with a network of one's own: what it was trained as, or its `Denoiser`. It is copied.
+
+        Raises:
+            ArtifactError: the weights do not fit the network.
+            CmfastError: a network of one's own is missing, or the model has one of ours.
+        """
+        config = self.network
+        if network is not None:
+            if not isinstance(config, OwnConfig):
+                raise CmfastError(
+                    "this model's network is one of cmfast's, which is in the file; leave the network out"
+                )
+            config = replace(config, module=network.network if isinstance(network, Denoiser) else network)
+        check_count(config, len(self.weights))
+        own = isinstance(config, OwnConfig)
         try:
-            with torch.device("meta"):
-                network = build_network(self.network)
-            network.load_state_dict(dict(self.weights), strict=True, assign=True)
+            with torch.device("cpu" if own else "meta"):
+                built = build_network(config)
+            # In place where weights may have several names, which `assign` would make weights of their own.
+            built.load_state_dict(dict(self.weights), strict=True, assign=not own)
         except (RuntimeError, OverflowError, ZeroDivisionError, TypeError, ValueError) as err:
             raise ArtifactError(f"the weights do not fit the network: {printable(one_line(err))}") from None
-        return Denoiser(network, self.spec).eval().requires_grad_(False)
+        return Denoiser(built.cpu(), self.spec).eval().requires_grad_(False)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the weights: names, shapes and bytes in the order of the names."""
@@ -159,9 +178,10 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
     except (CmfastError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as err:
         raise ArtifactError(f"{file}: the checkpoint's description is malformed: {one_line(err)}") from None
     entries = spec.label.entries if spec.label else 0
-    if network.image_shape != spec.shape or network.classes != entries:
+    own = isinstance(network, OwnConfig)
+    if not isinstance(network, OwnConfig) and (network.image_shape != spec.shape or network.classes != entries):
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
-    _check_weights(weights, file)
+    _check_weights(weights, file, own=own)
     try:
         check_count(network, len(weights))
         check_weights(network, weights)
@@ -185,13 +205,14 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def _check_weights(weights: Mapping[Any, Any], file: Path) -> None:
-    """Raise ArtifactError unless these are named tensors of plain, finite float32 values."""
+def _check_weights(weights: Mapping[Any, Any], file: Path, *, own: bool) -> None:
+    """Raise ArtifactError unless these are named tensors of plain, finite float32 values; own: or of whole numbers."""
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ArtifactError(f"{file}: its weights are not named tensors")
         what = ""
-        if tensor.layout != torch.strided or tensor.dtype != torch.float32:
+        counts = own and not tensor.is_floating_point() and not tensor.is_complex()  # buffers, such as masks
+        if tensor.layout != torch.strided or (tensor.dtype != torch.float32 and not counts):
             what = f"{tensor.dtype}, {tensor.layout}"
         elif tensor.device.type != "cpu":
             what = f"on {tensor.device.type}, so it has no values"
@@ -202,7 +223,7 @@ def _check_weights(weights: Mapping[Any, Any], file: Path) -> None:
                 f"{file}: the weight {name[:100]} is {what.replace(', torch.strided', '')}; "
                 "a checkpoint's weights are float32"
             )
-        if not is_finite(tensor):
+        if not counts and not is_finite(tensor):
             raise ArtifactError(
                 f"{file}: the weight {name[:100]} has values that are not finite; its training diverged"
             )

@@ -40,8 +40,6 @@ class Denoiser(nn.Module):
         return self
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor | None = None, **conditions: Tensor) -> Tensor:
-        if self.spec.second_time and sigma_next is None:
-            sigma_next = torch.zeros_like(sigma)
         return denoised(self.output(x, sigma, conditions, sigma_next), x, sigma, self.spec)
 
     def output(
@@ -62,6 +60,8 @@ class Denoiser(nn.Module):
                 f"this model has the conditions {', '.join(wanted) or 'none'}, got {', '.join(conditions) or 'none'}"
             )
         _, _, c_in = scalings(expand(sigma, x), self.spec)
+        if self.spec.second_time and sigma_next is None:
+            sigma_next = torch.zeros_like(sigma)
         times = {}
         if sigma_next is not None:
             least = self.spec.sigma_min if self.spec.c_noise in LOGARITHMS else 0.0

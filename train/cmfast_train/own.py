@@ -17,23 +17,32 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import nn
 
 from cmfast.errors import ArtifactError, CmfastError, one_line, shown
 from cmfast.formats.manifest import check_file
 from cmfast.formats.values import object_of
 from cmfast_train.border import naming
-from cmfast_train.checkpoint import read_tensors
+from cmfast_train.checkpoint import Checkpoint, checkpoint_of, is_own, read_tensors
+from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers.facts import Facts, Told
 from cmfast_train.importers.sets import one_set
+from cmfast_train.networks.own import OwnConfig
+from cmfast_train.training.initial_model import Own
 from cmfast_train.wrapping import wrap
 
 LARGEST = 2**20  # bytes of a file of conventions
 
 
 def own_model(
-    network: str, spec: str | os.PathLike[str] | None, weights: str | os.PathLike[str] | None, told: Told | None = None
+    network: str,
+    spec: str | os.PathLike[str] | None,
+    weights: str | os.PathLike[str] | None,
+    told: Told | None = None,
+    *,
+    teacher: bool = False,
 ) -> Denoiser:
     """Return the denoiser around what a factory makes.
 
@@ -41,36 +50,76 @@ def own_model(
         network: package.module:factory; called without arguments, it returns a `torch.nn.Module`, or a `Denoiser`. The
             current folder is searched too.
         spec: JSON object with the keyword arguments of `cmfast_train.wrap`, such as {"shape": [16, 7], "conditions":
-            {"state": [14]}, "scaling": "edm", "c_noise": "ln/4"}; None: the factory returns a `Denoiser`.
-        weights: file with the network's state dict, .pt or .safetensors; None: as the factory made them.
+            {"state": [14]}, "scaling": "edm", "c_noise": "ln/4"}; None: the factory returns a `Denoiser`, or `weights`
+            is a checkpoint of cmfast, which has its conventions.
+        weights: file with the network's state dict, .pt or .safetensors, or a checkpoint of cmfast; None: as the
+            factory made them.
         told: which set of weights of several in the file.
+        teacher: it is the teacher of what `spec` describes: the conventions of a checkpoint count, not an error.
 
     Raises:
         CmfastError: there is no such factory, the conventions are not whole, or the weights do not fit.
     """
     made = _made(network)
+    if not isinstance(made, (nn.Module, Denoiser)):
+        raise CmfastError(f"--network {network} must return a torch.nn.Module, got {shown(made)}")
+    if weights is None:
+        return _denoiser(made, network, spec)
+    file = check_file(weights)
+    with naming(file):
+        content = read_tensors(file)
+        if is_own(content):
+            checkpoint = checkpoint_of(content, file)
+            if spec is not None and not teacher:
+                raise CmfastError(f"{file}: a cmfast checkpoint, which has its conventions: leave --spec out")
+            return _fitting(checkpoint, made, file, network)
+        denoiser = _denoiser(made, network, spec)
+        module = made.network if isinstance(made, Denoiser) else made
+        whole = isinstance(content, dict) and content.keys() == module.state_dict().keys()
+        tensors = content if whole else one_set(content, Facts(told or Told()), file)[1]
+        try:
+            module.load_state_dict(dict(tensors), strict=True)
+        except (RuntimeError, TypeError, ValueError) as err:
+            raise ArtifactError(f"{file}: the weights do not fit {network}: {one_line(err, 300)}") from None
+    return denoiser
+
+
+def own_run(config: TrainConfig, network: str, spec: Path | None) -> Own:
+    """Return what a run of `cmfast-train --network` starts from; new weights are those of the run's seed.
+
+    Args:
+        config: of the run, with the files of --init and --teacher.
+        network: package.module:factory.
+        spec: JSON file of conventions.
+
+    Raises:
+        CmfastError: as of `own_model`.
+    """
+    torch.manual_seed(config.seed)
+    denoiser = own_model(network, spec, config.init or None)
+    teacher = own_model(network, spec, config.teacher, teacher=True) if config.teacher else None
+    return Own(denoiser=denoiser.requires_grad_(True) if config.init else denoiser, teacher=teacher, factory=network)
+
+
+def _denoiser(made: nn.Module | Denoiser, network: str, spec: str | os.PathLike[str] | None) -> Denoiser:
+    """Return what a factory made with its conventions."""
     if isinstance(made, Denoiser):
         if spec is not None:
             raise CmfastError(f"--network {network} returns a Denoiser, which has its conventions: leave --spec out")
-        denoiser = made
-    elif not isinstance(made, nn.Module):
-        raise CmfastError(f"--network {network} must return a torch.nn.Module, got {shown(made)}")
-    elif spec is None:
+        return made
+    if spec is None:
         raise CmfastError(f"--network {network} returns a plain module: pass its conventions, --spec spec.json")
-    else:
-        denoiser = wrap(made, **_conventions(Path(spec)))
-    if weights is not None:
-        file = check_file(weights)
-        with naming(file):
-            module = made.network if isinstance(made, Denoiser) else made
-            content = read_tensors(file)
-            whole = isinstance(content, dict) and content.keys() == module.state_dict().keys()
-            tensors = content if whole else one_set(content, Facts(told or Told()), file)[1]
-            try:
-                module.load_state_dict(dict(tensors), strict=True)
-            except (RuntimeError, TypeError, ValueError) as err:
-                raise ArtifactError(f"{file}: the weights do not fit {network}: {one_line(err, 300)}") from None
-    return denoiser
+    return wrap(made, **_conventions(Path(spec)))
+
+
+def _fitting(checkpoint: Checkpoint, made: nn.Module | Denoiser, file: Path, network: str) -> Denoiser:
+    """Return the model of a checkpoint, whose network a factory made."""
+    if not isinstance(checkpoint.network, OwnConfig):
+        raise CmfastError(f"{file}: its network is one of cmfast's, which is in the file: leave --network out")
+    try:
+        return checkpoint.denoiser(made)
+    except ArtifactError as err:
+        raise ArtifactError(f"{file}: {network}: {err}") from None
 
 
 def _made(place: str) -> Any:

@@ -18,7 +18,7 @@ from cmfast_train.cli.train import main
 from cmfast_train.config.overrides import override
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.methods.schedules import pd_sigmas
-from cmfast_train.training.step import Inputs, drop_labels
+from cmfast_train.training.step import Inputs, drop_conditions
 from cmfast_train.training.trainer import train
 from helpers.runs import TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 
@@ -62,7 +62,7 @@ def test_labels_are_dropped_as_often_as_requested_and_the_model_knows_the_number
 
     uniform = torch.rand(40_000, 4, generator=torch.Generator().manual_seed(0))
     inputs = Inputs(images=x, conditions={"label": torch.full((40_000,), 3)}, noise=x, uniform=uniform)
-    dropped = drop_labels(Fake, inputs)["label"] == 10  # type: ignore[arg-type]
+    dropped = drop_conditions(Fake, inputs)["label"] == 10  # type: ignore[arg-type]
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.01)  # four standard deviations
     flipped = uniform[:, 3] < 0.5
     assert float(dropped[flipped].float().mean()) == pytest.approx(0.25, abs=0.015), "independent of flips"

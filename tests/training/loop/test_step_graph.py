@@ -208,8 +208,8 @@ class Short:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, look: Callable[[], Any] = lambda: None) -> None:
         self.times, self.seen = times, []
-        self._enough, self._look = saving.save_grid, look
-        monkeypatch.setattr(saving, "save_grid", self)
+        self._enough, self._look = saving.save_samples, look
+        monkeypatch.setattr(saving, "save_samples", self)
 
     def __call__(self, denoiser: Any, *arguments: Any) -> None:
         self.seen.append((weakref.ref(denoiser), self._look(), [before() is not None for before, *_ in self.seen]))

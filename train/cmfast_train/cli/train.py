@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from cmfast.cli.running import needs, run_command
+from cmfast.errors import CmfastError
 from cmfast_train.config.about import ABOUT
 
 EPILOG = (
@@ -29,13 +30,14 @@ Examples:
   cmfast-train folder --data photos --out runs/photos --set image_size=64 --set conditional=false
   cmfast-train digits --out runs/cd --set phases=edm:40000,cd:100000
   cmfast-train cifar10 --data DIR --out runs/ect --init edm.pkl --set conditional=false --set phases=ect:25600000
+  cmfast-train --network policy:Policy --spec spec.json --data arrays.npz --out runs/policy
   accelerate launch --num_processes 8 -m cmfast_train.cli.train cifar10 --data DIR --out runs/cifar10
 """
 )
 
 
 @click.command("cmfast-train", epilog=EPILOG)
-@click.argument("preset", type=click.Choice(sorted(ABOUT)))
+@click.argument("preset", required=False, type=click.Choice(sorted(ABOUT)))
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -46,8 +48,10 @@ Examples:
     "--data",
     type=click.Path(path_type=Path),
     envvar="CMFAST_DATA",
-    help="Images: a folder, .zip, .npy or .npz; not needed for digits. Also CMFAST_DATA.",
+    help="Images: a folder, .zip, .npy or .npz; not needed for digits. Arrays: .npz. Also CMFAST_DATA.",
 )
+@click.option("--network", default="", metavar="MODULE:FACTORY", help="A network of your own: imported and called.")
+@click.option("--spec", type=click.Path(path_type=Path), help="JSON: the conventions of that network.")
 @click.option(
     "--set",
     "assignments",
@@ -67,40 +71,53 @@ Examples:
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
 def command(
-    preset: str,
+    preset: str | None,
     out: Path,
     data: Path | None,
+    network: str,
+    spec: Path | None,
     assignments: tuple[str, ...],
     init: Path | None,
     teacher: Path | None,
     dry_run: bool,
 ) -> None:
-    """Train a consistency model. Run the same command again to resume.
+    """Train a consistency model: the network of a PRESET, or your own. Run the same command again to resume.
 
     A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
     from nothing or any model ct, ict, ect, sct; from nothing mf.
     """
     from cmfast_train.config.overrides import check_set_once, override
     from cmfast_train.config.presets import PRESETS
-    from cmfast_train.config.train_config import to_dict
+    from cmfast_train.config.train_config import to_dict, with_own_network
 
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
+    if preset is None and not network:
+        raise CmfastError(
+            f"name a preset, or pass a network of your own, --network; there are {', '.join(sorted(ABOUT))}"
+        )
+    if spec is not None and not network:
+        raise CmfastError("--spec describes a network of your own: add --network package.module:factory")
     assignments = (*(f"{name}={file}" for name, file in models.items()), *assignments)
     check_set_once(assignments)
-    config = override(PRESETS[preset], assignments)
+    base = PRESETS[preset or "arrays"]
+    config = override(with_own_network(base) if network else base, assignments)
+    if config.own and not network:
+        raise CmfastError("a network of your own is named by --network package.module:factory, with --spec spec.json")
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))
         return
     with _termination_as_interrupt():
         try:
             with needs("cmfast-train", "train"):
+                from cmfast_train.own import own_run
                 from cmfast_train.training.trainer import train
-            model = train(config, out, data)
+            model = train(config, out, data, own_run(config, network, spec) if network else None)
         except KeyboardInterrupt as stopped:
             raise click.exceptions.Exit(_interrupted(out, saved=bool(stopped.args))) from None
     if int(os.environ.get("RANK", "0")) == 0:
-        click.echo(f"{model} is trained on {config.images:,} images; samples are in {out / 'samples'}")
-        click.echo(f"next: cmfast-export {model}")
+        what = "samples" if config.data == "arrays" else "images"
+        click.echo(f"{model} is trained on {config.images:,} {what}; samples are in {out / 'samples'}")
+        click.echo(f"next: cmfast-export {model}{f' --network {network}' if network else ''}")
 
 
 def _interrupted(out: Path, saved: bool) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from cmfast.errors import CmfastError
 from cmfast_train.config.phase import Phase, phase, types_of
 from cmfast_train.config.readers import READERS, Reader, cut, read
-from cmfast_train.config.train_config import LIMITS, OF_THE_MODEL, TrainConfig
+from cmfast_train.config.train_config import LIMITS, OF_OWN, OF_THE_MODEL, OWN, TrainConfig
 from cmfast_train.methods.table import ROWS, find, names
 
 
@@ -50,7 +50,7 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
             texts_of.setdefault(method, []).append(text)
         else:
             changes[name] = parse_field(text, TrainConfig, name, value)
-    if "phases" in changes:  # other methods have other conventions, unless some were set
+    if "phases" in changes and not config.own:  # other methods have other conventions, unless some were set
         usual = dict(zip(("scaling", "c_noise"), config.conventions(), strict=True))
         changes = {name: "auto" for name, value in usual.items() if getattr(config, name) == value} | changes
     # All at once: values that are only right together, such as sigma_max and sigmas, are checked together.
@@ -61,6 +61,8 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
             raise CmfastError(f"--set {texts[0]}: this run has no phase {method!r}; its phases: {', '.join(have)}")
     if changes.get("init", config.init) and (given := sorted(changes.keys() & OF_THE_MODEL)):
         raise CmfastError(f"--set {given[0]}: already set by the model of --init; remove it")
+    if changes.get("network", config.network) == OWN and (given := sorted(changes.keys() & OF_OWN)):
+        raise CmfastError(f"--set {given[0]}: a network of your own has its conventions, --spec; remove it")
     of_phases = {method: _settings(method, texts) for method, texts in texts_of.items()}
     changes["phases"] = tuple(phase.changed(of_phases.get(phase.method, {})) for phase in phases)
     return dataclasses.replace(config, **changes)

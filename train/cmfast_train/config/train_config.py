@@ -28,8 +28,9 @@ from cmfast_train.networks.shape import (
     size_text,
 )
 
-DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64")
-NETWORKS = ("adm", "cloneofsimo")  # cmfast_train.networks
+ARRAYS, OWN = "arrays", "own"  # data and network that the caller of `cmfast_train.train` passes
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "folder", "imagenet9", "imagenet64", ARRAYS)
+NETWORKS = ("adm", "cloneofsimo", OWN)  # cmfast_train.networks
 LIMITS: dict[str, int] = {  # largest values, and lengths of lists
     "batch": 2**20,  # images
     "grid": 4096,  # images
@@ -53,19 +54,21 @@ class TrainConfig:
     """
 
     # data
-    data: str  # one of DATA: cmfast_train.data.images
-    image_size: Size  # pixels: one number for square images, else (height, width), --set image_size=32x64; images are
-    # padded (mnist) or resized and cropped (folder) to it
-    channels: int  # 1 or 3
+    data: str = ARRAYS  # one of DATA: cmfast_train.data.images; arrays: cmfast_train.data.arrays
+    image_size: Size = 0  # pixels: one number for square images, else (height, width), --set image_size=32x64; images
+    # are padded (mnist) or resized and cropped (folder) to it. 0 for arrays, whose shape the network has
+    channels: int = 0  # 1 or 3; 0 for arrays
     conditional: bool = True  # class-conditional where the data have classes
-    label_dropout: float = 0.0  # probability that a sample is trained without its label, for guidance
+    label_dropout: float = 0.0  # probability that a sample is trained without its label, for guidance; of a network of
+    # one's own: without all conditions that have a null
     flip: bool = False  # mirror images at random
     class_names: tuple[str, ...] = ()  # of the data's classes, filled in by the run
     download: bool = False  # let torchvision fetch mnist, fashion-mnist or cifar10 into --data
     # network
     init: str = ""  # model to start from, with its network and its conventions; cmfast-train --init
     teacher: str = ""  # model to distil, instead of the one that a phase starts from; cmfast-train --teacher
-    network: str = "adm"  # adm, or cloneofsimo: the first public implementation's, unconditional
+    network: str = "adm"  # adm; cloneofsimo: the first public implementation's, unconditional; own: a denoiser that is
+    # passed, with its conventions, always so for arrays
     model_channels: int = 128  # width of the first level; of cloneofsimo, all there is to choose (its D)
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
@@ -105,12 +108,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
         check_types(self)
-        for name, value in zip(("scaling", "c_noise"), self.conventions(), strict=True):
+        if self.data == ARRAYS:
+            object.__setattr__(self, "network", OWN)
+        for name, value in () if self.own else zip(("scaling", "c_noise"), self.conventions(), strict=True):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         if self.data not in DATA:
             raise CmfastError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
-        if self.channels not in (1, 3):
+        if self.data != ARRAYS and self.channels not in (1, 3):
             raise CmfastError(f"channels must be 1 or 3, got {self.channels}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise CmfastError(f"precision must be auto, fp32, bf16 or fp16, got {self.precision!r}")
@@ -122,7 +127,10 @@ class TrainConfig:
         if not self.phases:
             raise CmfastError("a run needs at least one phase, for example --set phases=edm:100000,ect:200000")
         check_positive(self, "batch", "accumulation", "checkpoint_images", "log_images", "grid", "sigma_max")
-        check_image(self.channels, self.image_size)
+        if self.data != ARRAYS:
+            check_image(self.channels, self.image_size)
+        elif self.flip:
+            raise CmfastError("flip=true mirrors images, and data=arrays are trained on as they are; remove it")
         self._check_limits()
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
@@ -140,9 +148,10 @@ class TrainConfig:
         self._check_methods()
         if self.batch % self.accumulation:
             raise CmfastError(f"batch={self.batch} does not divide into accumulation={self.accumulation} micro-batches")
-        if any(s[0] != self.sigma_max for s in self.sigmas if s):
+        if not self.own and any(s[0] != self.sigma_max for s in self.sigmas if s):
             raise CmfastError(f"default noise levels must begin with sigma_max={self.sigma_max:g}, got {self.sigmas}")
-        self.spec(0)  # checks the noise levels
+        if not self.own:
+            self.spec(0)  # checks the noise levels
         for phase in self.phases:
             if wrong := phase.row.check_sigmas(phase.hyper, self.sigma_min, self.sigma_max):
                 raise CmfastError(f"{phase.method}.{wrong}")
@@ -174,6 +183,11 @@ class TrainConfig:
         return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
 
     @property
+    def own(self) -> bool:
+        """Whether the network is the caller's, and with it the conventions."""
+        return self.network == OWN
+
+    @property
     def methods(self) -> tuple[Method[Any], ...]:
         """The rows of the phases' methods, in their order."""
         return tuple(phase.row for phase in self.phases)
@@ -195,9 +209,9 @@ class TrainConfig:
         if self.compile and self.dropout and any(row.differentiates for row in self.methods):
             raise CmfastError("compile=true draws other dropout masks than derivatives do; add --set dropout=0")
         for row in self.methods:
-            if row.second_time and self.network != "adm":
+            if row.second_time and self.network not in ("adm", OWN):
                 raise CmfastError(f"{row.name} needs a network that takes two times; network={self.network} takes one")
-            if not self.init:  # whose conventions are the file's
+            if not self.init and not self.own:  # whose conventions are the file's
                 check_conventions(row, self.scaling, self.c_noise)
 
     def _check_limits(self) -> None:
@@ -208,7 +222,7 @@ class TrainConfig:
             if number > limit:
                 what = name if isinstance(value, int) else f"the number of {name}"
                 raise CmfastError(f"{what} must be at most {limit:,}, got {number:,}")
-        for name in ("batch", "grid"):
+        for name in () if self.data == ARRAYS else ("batch", "grid"):
             values = getattr(self, name) * self.channels * math.prod(self.image_sides)
             if values > MOST_VALUES:
                 raise CmfastError(
@@ -225,6 +239,8 @@ class TrainConfig:
     def _check_network(self) -> None:
         if self.network not in NETWORKS:
             raise CmfastError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        if self.own:
+            return
         if self.network == "adm":
             fields = self.network_fields()
             check_network(fields)
@@ -248,7 +264,7 @@ class TrainConfig:
                 continue
             if before and before.method == phase.method and (wrong := row.check_after(phase.hyper, before.hyper)):
                 raise CmfastError(f"{phase.name} {wrong}")
-            has_teacher = before.row.leaves in row.distils if before else self.init
+            has_teacher = before.row.leaves in row.distils if before else self.init or self.own  # `own_start` checks
             if not (has_teacher or self.teacher):
                 first = next((name for name in names() if find(name).leaves == row.distils[0]), "METHOD")
                 raise CmfastError(
@@ -271,6 +287,33 @@ class TrainConfig:
         return -(-phase.images // self.batch)
 
 
+def with_own_network(config: TrainConfig) -> TrainConfig:
+    """Return a configuration with a network of one's own instead of the one that it describes."""
+    usual: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name in OF_OWN
+    }
+    return dataclasses.replace(config, **{**usual, "network": OWN})
+
+
+def of_denoiser(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
+    """Return the configuration of a run with a denoiser of one's own, with its conventions.
+
+    Raises:
+        CmfastError: the configuration says otherwise, or a method's noise levels do not fit.
+    """
+    levels = tuple(spec.sigmas[steps] for steps in sorted(spec.sigmas))
+    values: dict[str, Any] = {name: getattr(spec, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
+    values |= {"scaling": spec.scaling, "c_noise": spec.c_noise, "sigmas": levels}
+    usual: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for name in sorted(OF_OWN):
+        here = getattr(config, name)
+        if here not in (usual[name], values.get(name, usual[name])):
+            raise CmfastError(
+                f"{name}={shown(here)}: the denoiser has its conventions and sizes; pass them to wrap only"
+            )
+    return dataclasses.replace(config, **values)
+
+
 def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterable[str] = ()) -> None:
     """Raise CmfastError unless a method can train a model of these conventions. also: scalings that the error adds."""
     if scaling in (row.scalings or (scaling,)) and c_noise in (row.c_noises or (c_noise,)):
@@ -284,6 +327,9 @@ def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterab
 OF_THE_MODEL = frozenset(
     {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
 )
+
+# Fields that a denoiser of one's own sets, and the values of them that say nothing.
+OF_OWN = OF_THE_MODEL - {"network"} | {"sigma_max", "scaling", "c_noise", "sigmas", "dropout", "class_names"}
 
 # Fields that may change between a run and its continuation: they do not affect the result.
 FREE_FIELDS = frozenset(
@@ -306,6 +352,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
         CmfastError: it is not the configuration of a run.
     """
     fields = _fields(values, TrainConfig, "the configuration")
+    if missing := [name for name in ("data", "image_size", "channels") if name not in fields]:
+        raise CmfastError(f"the configuration lacks {missing[0]}")
     for name in ("network", "scaling"):  # as 0.1.0 wrote them
         fields |= {name: "cloneofsimo"} if fields.get(name) == "seed" else {}
     phases = fields.get("phases", ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches of the images to train on, in an order that depends on the step alone.
+"""Batches of the samples to train on, in an order that depends on the step alone.
 
 The order is a function of (seed, step), so a resumed run sees what an uninterrupted one would have seen,
 and any number of processes share one batch. Batches are made ahead of the step that needs them, in a thread or in
@@ -16,16 +16,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from cmfast_train.data.arrays import ArraySamples, Samples
 from cmfast_train.data.images import Batch, Data, Images, check_batch
 from cmfast_train.data.workers import from_workers
 
 AHEAD = 2  # batches that wait, at most, for the step that needs them
-ON_DEVICE = 2 * 10**9  # bytes of images that are kept on a GPU, at most; CIFAR-10 has 154 million
+ON_DEVICE = 2 * 10**9  # bytes of samples that are kept on a GPU, at most; CIFAR-10 has 154 million
 INDICES = 2**15  # that are copied to a GPU at once
 
 
 def batches(
-    data: Data,
+    data: Data | Samples,
     batch: int,
     seed: int,
     start: int,
@@ -47,34 +48,36 @@ def batches(
         CmfastError: An image cannot be read, or a worker process has died.
     """
     order = _StepIndices(len(data), batch, seed, start, stop, share)
-    if keep is not None and isinstance(data, Images) and data.images.nbytes < ON_DEVICE:
-        yield from _device_batches(data, order, keep)
-        return
+    if keep is not None and isinstance(data, (Images, ArraySamples)) and data.in_memory:
+        whole = data.tensors()
+        if sum(tensor.nbytes for tensor in whole) < ON_DEVICE:
+            yield from _device_batches(whole, order, keep)
+            return
     if workers:
         yield from map(check_batch, from_workers(data, order, workers, pin))
         return
 
     def make(step: int) -> Batch | str:
         made = data.__getitems__(order.at(step))
-        return made if isinstance(made, str) or not pin else (_pinned(made[0]), _pinned(made[1]))
+        return made if isinstance(made, str) or not pin else tuple(map(_pinned, made))
 
     with contextlib.closing(_ahead(make, range(start, stop), pin)) as stream:
         yield from map(check_batch, stream)
 
 
-def _device_batches(data: Images, order: _StepIndices, device: torch.device) -> Generator[Batch, None, None]:
-    """Yield the batches of an order from a copy of the data on the device, which makes them there.
+def _device_batches(whole: Batch, order: _StepIndices, device: torch.device) -> Generator[Batch, None, None]:
+    """Yield the batches of an order from a copy of all samples on the device, which makes them there.
 
     Indices are copied for many steps at once: what a GPU waits for least often.
     """
-    images, labels = data.images.to(device), data.labels.to(device)
+    parts = [tensor.to(device) for tensor in whole]
     steps = max(1, INDICES // order.batch)
     for first in range(order.start, order.stop, steps):
         block = torch.stack([order.tensor(step) for step in range(first, min(first + steps, order.stop))])
         if device.type == "cuda":
             block = block.pin_memory()
         for indices in block.to(device, non_blocking=True):
-            yield images.index_select(0, indices), labels.index_select(0, indices)
+            yield tuple(part.index_select(0, indices) for part in parts)
 
 
 class _StepIndices:

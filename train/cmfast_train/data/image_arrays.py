@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,13 @@ def read_npz_array(path: Path, name: str, otherwise: str) -> Array:
         if name not in names:
             raise ArtifactError(f"{path}: {otherwise}")
         return _member(path, archive, name)
+
+
+def read_npz(path: Path, check: Callable[[list[str]], object]) -> dict[str, Array]:
+    """Return all arrays of an .npz by name. check: is called with the names before anything is read."""
+    with _opened(path) as (archive, names):
+        check(names)
+        return {name: _member(path, archive, name) for name in names}
 
 
 def map_npy(path: Path) -> Array:

@@ -29,7 +29,8 @@ from cmfast_train.data.image_arrays import read_arrays
 from cmfast_train.data.image_folders import find_images, find_zipped
 from cmfast_train.data.image_reader import MAX_FILE, Fit, check_shape, read_image, to_rgb
 
-Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
+Batch = tuple[Tensor, ...]  # images uint8 [B, C, H, W] and labels int64 [B]; of other samples, see `arrays`
+LABELLED = ("label",)  # what a batch of images holds beside them
 
 SYNSETS = 1000  # classes of ImageNet-1k, a folder each
 
@@ -61,8 +62,14 @@ IMAGENET9: dict[str, tuple[int, ...]] = {
 class Images(Dataset[Batch]):
     """Images in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], `classes` (0: the data have none)."""
 
+    names, in_memory = LABELLED, True
+
     def __init__(self, images: Tensor, labels: Tensor, classes: int, class_names: Sequence[str] = ()) -> None:
         self.images, self.labels, self.classes, self.class_names = images, labels, classes, tuple(class_names)
+
+    def tensors(self) -> Batch:
+        """Return all images and labels."""
+        return self.images, self.labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,6 +87,8 @@ class FolderImages(Dataset[Batch | str]):
     labelled  whether classes are needed; without, nothing is asked of dataset.json and of empty folders
     samples  (path, or name in the .zip; class) of each image
     """
+
+    names, in_memory = LABELLED, False
 
     def __init__(
         self, root: Path, size: int | tuple[int, int], channels: int, classes: Mapping[str, int] | None = None,
@@ -115,6 +124,8 @@ class FolderImages(Dataset[Batch | str]):
 
 class ArrayImages(Dataset[Batch | str]):
     """Images of a .npy or .npz file, see `image_arrays`; of another size they are resized and cropped as files are."""
+
+    names, in_memory = LABELLED, False
 
     def __init__(self, file: Path, size: tuple[int, int], channels: int, *, labelled: bool = True) -> None:
         self.file, self.fit = file, Fit(*size, channels)
@@ -189,6 +200,11 @@ def check_batch(batch: Batch | str) -> Batch:
     if isinstance(batch, str):
         raise CmfastError(batch)
     return batch
+
+
+def in_data_units(samples: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1], other samples as they are."""
+    return to_unit_range(samples) if samples.dtype == torch.uint8 else samples
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.data._utils import signal_handling
 from cmfast.errors import CmfastError, one_line
 
 
-def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tuple[Tensor, Tensor] | str, None, None]:
+def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tuple[Tensor, ...] | str, None, None]:
     """Yield data.__getitems__(indices) for each list of indices in `order`, made by so many processes."""
     with tempfile.TemporaryDirectory(prefix="cmfast-batches-", ignore_cleanup_errors=True) as folder:
         yield from _from_workers(data, order, workers, pin, Path(folder))
@@ -33,7 +33,7 @@ def from_workers(data: Any, order: Any, workers: int, pin: bool) -> Generator[tu
 
 def _from_workers(
     data: Any, order: Any, workers: int, pin: bool, folder: Path
-) -> Generator[tuple[Tensor, Tensor] | str, None, None]:
+) -> Generator[tuple[Tensor, ...] | str, None, None]:
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         # What DataLoader asks the system for. It fails here first: its own half-made iterator prints a traceback.
@@ -70,23 +70,22 @@ def _from_workers(
 class _Stored:
     """A batch in a file, on its way. DataLoader calls `pin_memory` in its thread."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._pinned: tuple[Tensor, Tensor] | None = None
+    def __init__(self, file: Path, parts: int) -> None:
+        self.file, self.parts = file, parts
+        self._pinned: tuple[Tensor, ...] | None = None
 
     def pin_memory(self, *_: Any) -> _Stored:
-        images, labels = self.tensors()
-        self._pinned = images.pin_memory(), labels.pin_memory()
+        self._pinned = tuple(part.pin_memory() for part in self.tensors())
         return self
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Return the batch; its file is removed."""
         if self._pinned is not None:
             return self._pinned
         with self.file.open("rb") as opened:
-            images, labels = (torch.from_numpy(np.load(opened, allow_pickle=False)) for _ in range(2))
+            parts = tuple(torch.from_numpy(np.load(opened, allow_pickle=False)) for _ in range(self.parts))
         self.file.unlink()
-        return images, labels
+        return parts
 
 
 class _Storing:
@@ -95,7 +94,7 @@ class _Storing:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, batch: tuple[Tensor, Tensor] | str) -> _Stored | str:
+    def __call__(self, batch: tuple[Tensor, ...] | str) -> _Stored | str:
         if isinstance(batch, str):
             return batch
         try:
@@ -108,7 +107,7 @@ class _Storing:
                 f"a worker process cannot write a batch to {self.folder} ({err.strerror}); name another folder with "
                 "TMPDIR, or read images in this process: --set workers=0"
             )
-        return _Stored(Path(name))
+        return _Stored(Path(name), len(batch))
 
 
 def _not_started(workers: int, err: OSError) -> str:

@@ -15,18 +15,21 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
 from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.precision import float32_weights
 from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
 
-# Every configuration has image_size, image_shape, channels and classes; networks are called with
-# (x, c_noise), and label=, c_noise_next= where they have them.
-NetworkConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig
+# Each of ours has image_size, image_shape, channels and classes; networks are called with (x, c_noise), and label=,
+# c_noise_next= where they have them.
+OursConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig
+NetworkConfig = OursConfig | OwnConfig
 _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),
     "cloneofsimo": (CloneofsimoConfig, CloneofsimoUnet),
     "song": (SongConfig, SongUnet),
     "dhariwal": (DhariwalConfig, DhariwalUnet),
     "unet2d": (Unet2dConfig, unet2d),
+    "own": (OwnConfig, OwnConfig.build),
 }
 _FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
 _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every tensor
@@ -46,6 +49,8 @@ def build_network(config: NetworkConfig) -> nn.Module:
 
 def check_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> None:
     """Raise CmfastError unless these are as many tensors and values as the network has: before it is built."""
+    if isinstance(config, OwnConfig):
+        return  # only its code knows
     have = [tensor.numel() for tensor in weights.values()]
     need = list(_SIZES[network_type(config)](vars(config)))
     if (len(have), sum(have)) != (len(need), sum(need)):
@@ -62,7 +67,7 @@ def network_type(config: NetworkConfig) -> str:
 
 def network_to_dict(config: NetworkConfig) -> dict[str, Any]:
     """Return {"type": ..., ...} of plain containers; `network_from_dict` reads it back."""
-    values = dataclasses.asdict(config)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.compare}
     return {"type": network_type(config), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
@@ -75,7 +80,7 @@ def network_from_dict(values: Mapping[str, Any]) -> NetworkConfig:
     if not isinstance(name, str) or name not in _TYPES:
         raise CmfastError(f"unknown network type {shown(name)}; this version knows {', '.join(_TYPES)}")
     kind = _TYPES[name][0]
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind) if field.compare}
     given = {key: value for key, value in values.items() if key != "type"}
     if unknown := [key for key in given if key not in fields]:
         raise CmfastError(f"the network {name} has no field {shown(unknown[0])}; is the file of a newer cmfast?")

@@ -10,6 +10,7 @@ from typing import final
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cmfast.errors import BackendError, CmfastError
@@ -20,8 +21,9 @@ from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.methods.distances import Distance
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
+from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.unet2d import Unet2dConfig
-from cmfast_train.training.initial_model import Start, start_of
+from cmfast_train.training.initial_model import Own, Start, start_of
 
 
 @final
@@ -37,6 +39,7 @@ class RunContext:
         made_for: what a continuation must find unchanged: data, device, precision, models.
         mesh: of the processes that share the weights; None where each holds them all.
         lpips: LPIPS with its weights, where a phase needs it.
+        shown: conditions of the samples that a checkpoint draws, by name; {}: by the seed.
     """
 
     config: TrainConfig
@@ -46,6 +49,7 @@ class RunContext:
     made_for: Mapping[str, object]
     mesh: DeviceMesh | None
     lpips: Distance | None
+    shown: Mapping[str, Tensor]
 
     @property
     def spec(self) -> ModelSpec:
@@ -73,7 +77,15 @@ class RunContext:
         return why_not_fused(self.config, phase, self.network, self.device, self.accelerator.num_processes)
 
 
-def context_of(config: TrainConfig, out: Path, accelerator: Accelerator, images: int, classes: int) -> RunContext:
+def context_of(
+    config: TrainConfig,
+    out: Path,
+    accelerator: Accelerator,
+    images: int,
+    classes: int,
+    own: Own | None = None,
+    shown: Mapping[str, Tensor] | None = None,
+) -> RunContext:
     """Return the context of a run, and seed the random state that its new weights are drawn from.
 
     Args:
@@ -82,13 +94,15 @@ def context_of(config: TrainConfig, out: Path, accelerator: Accelerator, images:
         accelerator: its processes, device and precision.
         images: number of images of the data.
         classes: number of classes of the data.
+        own: denoisers of one's own, where network=own.
+        shown: conditions of the samples that a checkpoint draws.
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
         BackendError: something that the configuration demands is not available on the device.
     """
     torch.manual_seed(config.seed)
-    start = start_of(config, classes)
+    start = start_of(config, classes, own)
     device, processes = accelerator.device, accelerator.num_processes
     check_fused(config, start.network, device, processes)
     return RunContext(
@@ -101,9 +115,11 @@ def context_of(config: TrainConfig, out: Path, accelerator: Accelerator, images:
             "device": device.type,
             "precision": accelerator.mixed_precision,
             "models": list(start.sha256),
+            **({"network": start.shape} if start.shape else {}),
         },
         mesh=init_device_mesh(device.type, (processes,)) if config.shard and processes > 1 else None,
         lpips=_load_lpips(config),  # now, for a phase that needs it may be days away
+        shown=shown or {},
     )
 
 
@@ -127,6 +143,8 @@ def why_not_fused(
         return f"the device is {device.type}"
     if isinstance(network, CloneofsimoConfig):
         return "network=cloneofsimo has other layers"
+    if isinstance(network, OwnConfig):
+        return "the network is your own"
     if isinstance(network, Unet2dConfig):
         return "diffusers' UNet2DModel has other layers"
     if phase.row.differentiates:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cmfast.conditions import in_words
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.checkpoint import Checkpoint, weights_sha256
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import TrainConfig, check_conventions
+from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
+from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.shape import plain_size, size_text
 
 
@@ -31,6 +34,7 @@ class Start:
         model_spec: conventions of the model of --init, which `spec` may replace; None without --init.
         teacher: the model of --teacher.
         sha256: of the weights of --init and --teacher, which a continuation must find again.
+        shape: of a network of one's own in words, which a continuation must find again; "" of ours.
     """
 
     spec: ModelSpec
@@ -39,22 +43,43 @@ class Start:
     model_spec: ModelSpec | None
     teacher: Checkpoint | None
     sha256: tuple[str, str]
+    shape: str = ""
 
     def first_weights(self) -> Mapping[str, Tensor]:
         """Return the weights that the run starts from: of --init, or newly drawn."""
         return build_network(self.network).state_dict() if self.weights is None else self.weights
 
 
-def start_of(config: TrainConfig, classes: int) -> Start:
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """Denoisers of one's own that a run gets.
+
+    Attributes:
+        denoiser: what is trained, with its conventions and first weights; copied.
+        teacher: what is distilled, where the first phase distils.
+        factory: package.module:factory that made the network, for checkpoints; "" if there is none.
+    """
+
+    denoiser: Denoiser
+    teacher: Denoiser | None = None
+    factory: str = ""
+
+
+def start_of(config: TrainConfig, classes: int, own: Own | None = None) -> Start:
     """Return what a run starts from.
 
     Args:
-        config: of the run.
+        config: of the run; of one with network=own with the conventions of its denoiser.
         classes: number of classes of the data.
+        own: the denoiser of a run with network=own.
 
     Raises:
         CmfastError: a model cannot be read, or does not fit the run or its methods.
     """
+    if own is not None:
+        return _own_start(config, own)
+    if config.own:
+        raise CmfastError("network=own needs the network: cmfast-train --network, or cmfast_train.train(denoiser=)")
     spec = config.spec(classes)
     teacher = _load(config.teacher, "--teacher", spec) if config.teacher else None
     digests = ("", teacher.sha256() if teacher else "")
@@ -84,13 +109,83 @@ def start_of(config: TrainConfig, classes: int) -> Start:
     elif config.dropout:
         raise CmfastError(f"--init {config.init}: its network has no dropout; add --set dropout=0")
     return Start(
-        spec=_inside(teacher, _student_spec(model.spec, config, spec.class_names), config),
+        spec=_inside(teacher, _student_spec(model.spec, config, spec.class_names, f"--init {config.init}"), config),
         network=network,
         weights=model.weights,
         model_spec=model.spec,
         teacher=teacher,
         sha256=(model.sha256(), digests[1]),
     )
+
+
+def _own_start(config: TrainConfig, own: Own) -> Start:
+    """Return what a run with a denoiser of one's own starts from."""
+    denoiser, spec, first = own.denoiser, own.denoiser.spec, config.phases[0]
+    if first.row.distils and own.teacher is None and not config.init:
+        raise CmfastError(
+            f"{first.name} distils a {first.row.distils[0]} model: pass teacher=, which may be the denoiser itself "
+            f"(cmfast-train: --teacher FILE), or put another phase before it, such as edm"
+        )
+    if own.teacher is not None and not any(row.distils for row in config.methods):
+        raise CmfastError(f"a teacher, and none of these phases distils: {', '.join(p.name for p in config.phases)}")
+    if not any(weight.requires_grad for weight in denoiser.network.parameters()):
+        raise CmfastError("no weight of the denoiser requires a gradient: denoiser.requires_grad_(True)")
+    for row in config.methods:
+        if row.second_time and not spec.second_time:
+            raise CmfastError(f"{row.name} needs a network that takes two noise levels: wrap(..., second_time=True)")
+    if config.label_dropout and all(each.null is None for each in spec.conditions):
+        raise CmfastError("label_dropout needs a condition that can be left out: wrap(..., null={'label': 10})")
+    student = dataclasses.replace(
+        _student_spec(spec, config, spec.class_names, "the denoiser"), second_time=spec.second_time
+    )
+    teacher = None
+    if own.teacher is not None:
+        teacher = checkpoint_of_denoiser(own.teacher)
+        _check_own_teacher(teacher.spec, spec)
+    return Start(
+        spec=_inside(teacher, student, config),
+        network=OwnConfig(factory=own.factory, module=denoiser.network),
+        weights=_copied(denoiser),
+        model_spec=spec,
+        teacher=teacher,
+        sha256=(weights_sha256(_copied(denoiser)) if config.init else "", teacher.sha256() if teacher else ""),
+        shape=_in_words(denoiser),
+    )
+
+
+def checkpoint_of_denoiser(denoiser: Denoiser, factory: str = "") -> Checkpoint:
+    """Return a denoiser of one's own as a checkpoint, its weights copied."""
+    config = OwnConfig(factory=factory, module=denoiser.network)
+    return Checkpoint(spec=denoiser.spec, network=config, weights=_copied(denoiser))
+
+
+def _copied(denoiser: Denoiser) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in denoiser.network.state_dict().items()}
+
+
+def _in_words(denoiser: Denoiser) -> str:
+    """Return what a network takes and how large it is."""
+    weights = denoiser.network.state_dict()
+    taken = ", ".join(f"{each.name} {in_words(each)}" for each in denoiser.spec.conditions)
+    return (
+        f"{list(denoiser.spec.shape)}{f' of {taken}' if taken else ''}, {len(weights)} tensors of "
+        f"{sum(weight.numel() for weight in weights.values()):,} values"
+    )
+
+
+def _check_own_teacher(teacher: ModelSpec, student: ModelSpec) -> None:
+    """Raise CmfastError unless a teacher takes what the data of the student hold."""
+    if teacher.shape != student.shape:
+        raise CmfastError(
+            f"the teacher is a model of {list(teacher.shape)}, the denoiser of {list(student.shape)}; they must agree"
+        )
+    known = {each.name: (each.kind, each.shape, each.classes) for each in student.conditions}
+    for each in teacher.conditions:
+        if known.get(each.name) != (each.kind, each.shape, each.classes):
+            raise CmfastError(
+                f"the teacher takes the condition {each.name}, {in_words(each)}, and the denoiser "
+                f"{'another of this name' if each.name in known else 'has none of this name'}"
+            )
 
 
 def network_config(config: TrainConfig, classes: int) -> NetworkConfig:
@@ -158,8 +253,14 @@ def _check_names(model: str, names: tuple[str, ...], of_data: tuple[str, ...], l
     )
 
 
-def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) -> ModelSpec:
-    """Return the conventions of a student that starts from a model of `spec`. names: of the data's classes, or ().
+def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...], model: str) -> ModelSpec:
+    """Return the conventions of a student that starts from a model of `spec`.
+
+    Args:
+        spec: of the model.
+        config: of the run.
+        names: of the data's classes, or ().
+        model: what it is called in errors.
 
     Of several methods, the last one that cannot train every scaling decides.
     """
@@ -169,7 +270,7 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...]) 
         try:
             check_conventions(row, scaling, spec.c_noise, also=row.from_scaling)
         except CmfastError as err:
-            raise CmfastError(f"--init {config.init}: {err}") from None
+            raise CmfastError(f"{model}: {err}") from None
     if config.sigma_max != spec.sigma_max:
         top = _exact(spec.sigma_max)
         raise CmfastError(

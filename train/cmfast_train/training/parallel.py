@@ -42,8 +42,12 @@ T = TypeVar("T")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a network consists of: nearly all of its weights and its arithmetic."""
-    if callable(own := getattr(network, "blocks", None)):
+    """Return the blocks that a network consists of: nearly all of its weights and its arithmetic.
+
+    A network of one's own that has a method `blocks` says which they are; else it is one.
+    """
+    own = getattr(network, "blocks", None)
+    if callable(own) and not isinstance(own, nn.Module):  # a list of modules, often called so, is callable, too
         return list(own())
     kinds = (nn.Sequential,) if isinstance(network, CloneofsimoUnet) else (adm.ResBlock, adm.Attention, edm.Block)
     return [module for module in network.modules() if isinstance(module, kinds)]

@@ -20,14 +20,14 @@ from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.training.initial_model import phase_spec
 from cmfast_train.training.parallel import fill, fill_optimizer, together, whole
-from cmfast_train.training.preview import save_grid
+from cmfast_train.training.preview import save_samples
 from cmfast_train.training.state import Run
 
 STATE_FORMAT = "cmfast-state/2"
 
 
 def save(run: Run) -> None:
-    """Write the model, a sample grid and, last, the state that a resumed run continues from.
+    """Write the model, samples of it and, last, the state that a resumed run continues from.
 
     Raises:
         CheckFailed: the weights are not finite; nothing is written.
@@ -50,6 +50,7 @@ def save(run: Run) -> None:
         "target": whole(_parameters(state.target), main),
         "teacher": whole(_parameters(state.saved_teacher), main),
         "log_variance": whole(state.log_variance, main),
+        **({"buffers": whole(state.buffers, main)} if run.config.own else {}),  # those of ours do not change
         "optimizer": whole(state.optimizer.state_dict(), main),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
     }
@@ -72,7 +73,7 @@ def resume(run: Run) -> None:
     _check_made_for(run, values.get("made_for", {}))
     try:
         index, step = _position(run.config, values["phase"], values["step"])
-        run.enter(index, step, {**run.state.buffers, **values["weights"]})
+        run.enter(index, step, _whole_weights(run, values["weights"], values.get("buffers", run.state.buffers)))
         state = run.state
         for module, name in ((state.target, "target"), (state.saved_teacher, "teacher")):
             if module is not None:
@@ -131,8 +132,8 @@ def _write(run: Run, values: Mapping[str, Any]) -> None:
     save_checkpoint(checkpoint, context.out / "model.pt")
     # A separate denoiser: the one in training runs in mixed precision and with dropout.
     denoiser = checkpoint.denoiser().to(context.device)
-    grid = context.out / "samples" / f"{run.images:012d}.png"
-    save_grid(denoiser, checkpoint.spec, grid, run.config.grid, context.device)
+    place = context.out / "samples" / f"{run.images:012d}"
+    save_samples(denoiser, checkpoint.spec, place, run.config.grid, context.device, context.shown)
     _save_averages(run, values["averages"])
     with atomic_file(context.out / "state.pt") as temporary:
         torch.save(dict(values), temporary)
@@ -154,7 +155,13 @@ def _save_averages(run: Run, averages: Mapping[str, Mapping[str, Tensor]]) -> No
 def _checkpoint(run: Run, weights: Mapping[str, Tensor]) -> Checkpoint:
     """Return the model with these whole weights."""
     spec = phase_spec(run.context.spec, run.phase)
-    return Checkpoint(spec=spec, network=run.context.network, weights={**run.state.buffers, **weights})
+    weights = _whole_weights(run, weights, run.state.buffers)
+    return Checkpoint(spec=spec, network=run.context.network, weights=weights)
+
+
+def _whole_weights(run: Run, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of the network from its parameters, named once each, and its buffers."""
+    return {**buffers, **weights, **{other: weights[name] for other, name in run.state.tied.items()}}
 
 
 def _parameters(denoiser: Denoiser | None) -> dict[str, Tensor]:

@@ -26,8 +26,10 @@ from cmfast_train.methods.distances import Distance, distance_of
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.networks.fused import fuse_norms
+from cmfast_train.networks.own import OwnConfig, live_buffers, tied
 from cmfast_train.training.context import RunContext, context_of
 from cmfast_train.training.ema import Averages, update_ema
+from cmfast_train.training.initial_model import Own
 from cmfast_train.training.parallel import recompute, shard
 from cmfast_train.training.step_networks import StepNetworks, Student
 
@@ -44,7 +46,8 @@ class PhaseState:
         model: the student as Accelerate wrapped it.
         student: the denoiser in training, and the log-variance of its loss where that is learned.
         weights: parameters of the network in training, by name.
-        buffers: what else its state dict holds.
+        buffers: what else its state dict holds, as it is now.
+        tied: further names of parameters that have several -> the name in `weights`.
         averages: of the weights, including the model's EMA.
         target: the average that the method compares with, if its row has one.
         teacher: the model that is distilled, if the method distils.
@@ -61,6 +64,7 @@ class PhaseState:
     student: Student
     weights: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
+    tied: Mapping[str, str]
     averages: Averages
     target: Denoiser | None
     teacher: Denoiser | None
@@ -96,14 +100,25 @@ class Run:
         accelerator: its processes, device and precision.
         images: number of images of the data.
         classes: number of classes of the data.
+        own: denoisers of one's own, where network=own.
+        shown: conditions of the samples that a checkpoint draws.
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
         BackendError: something that the configuration demands is not available on the device.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, accelerator: Accelerator, images: int, classes: int) -> None:
-        self.context = context_of(config, out, accelerator, images, classes)
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        accelerator: Accelerator,
+        images: int,
+        classes: int,
+        own: Own | None = None,
+        shown: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.context = context_of(config, out, accelerator, images, classes, own, shown)
         self.state = begin_phase(self.context, 0, self.context.start.first_weights())
         self.step = 0  # optimiser steps of the phase that are done
 
@@ -177,7 +192,8 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
         model=model,
         student=student,
         weights=trained_weights,
-        buffers={name: value for name, value in weights.items() if name not in trained_weights},
+        buffers=live_buffers(denoiser.network),
+        tied=tied(denoiser.network),
         averages=averages,
         target=target,
         teacher=teacher,
@@ -239,10 +255,12 @@ def _new(
 ) -> Denoiser:
     """Return a denoiser with these weights, laid out and placed as the run has it."""
     config = context.config
-    with torch.device("meta"):
-        network = build_network(network_config or context.network)
+    shape = network_config or context.network
+    own = isinstance(shape, OwnConfig)
+    with torch.device("cpu" if own else "meta"):
+        network = build_network(shape)
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
-    network.load_state_dict(plain, assign=True)
+    network.load_state_dict(plain, assign=not own)  # in place where weights may be tied
     if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
         network.map_augment.requires_grad_(False)  # EDM's augmentation is not part of this training
     if not context.why_not_fused(phase):
@@ -256,6 +274,6 @@ def _new(
     denoiser = Denoiser(network, spec or context.spec)
     if context.mesh is not None:
         shard(network, context.mesh)
-    elif config.channels_last:
+    elif config.channels_last and not own:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.to(context.device)

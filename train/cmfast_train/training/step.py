@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmfast_train.data.images import to_unit_range
+from cmfast_train.data.images import in_data_units
 from cmfast_train.methods.paths import Conditions, expand
 from cmfast_train.methods.step import Step
 from cmfast_train.training.state import Run, exchanging_gradients, set_lr, update_averages
@@ -22,7 +22,7 @@ from cmfast_train.training.state import Run, exchanging_gradients, set_lr, updat
 class Inputs:
     """The inputs of a step: this process's share of the batch, on the device."""
 
-    images: Tensor  # uint8 [b, C, H, W]
+    images: Tensor  # uint8 [b, C, H, W]; of other samples float32 [b, *shape], data units
     conditions: Conditions  # by name, [b, ..]
     noise: Tensor  # unit Gaussian [b, *shape]
     uniform: Tensor  # [b, 4] in [0, 1)
@@ -34,7 +34,7 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
     Args:
         run: whose weights are trained.
         step: of the whole run, from 0.
-        images: uint8 [b, C, H, W].
+        images: uint8 [b, C, H, W]; other samples float32 [b, *shape], data units.
         conditions: those of the model, by name, [b, ..].
         share: which of the batch this process takes.
     """
@@ -72,10 +72,10 @@ def seed_dropout(run: Run, step: int) -> None:
 def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the mean loss, clipped, in the student's weights; return loss and noise levels, [b]."""
     config, state, accelerator = run.config, run.state, run.context.accelerator
-    x0 = to_unit_range(inputs.images)
+    x0 = in_data_units(inputs.images)
     if config.flip:
         x0 = torch.where(expand(inputs.uniform[:, 3] < 0.5, x0), x0.flip(-1), x0)
-    conditions = drop_labels(run, inputs)
+    conditions = drop_conditions(run, inputs)
     losses, sigmas = [], []
     method, constants = state.phase.row.function(), state.phase.constants(run.step, state.total)
     size = len(x0) // config.accumulation
@@ -103,18 +103,20 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.cat(losses), torch.cat(sigmas)
 
 
-def drop_labels(run: Run, inputs: Inputs) -> Conditions:
-    """Return the conditions, each label with probability `label_dropout` replaced by that of no class.
+def drop_conditions(run: Run, inputs: Inputs) -> Conditions:
+    """Return the conditions, those that have a null replaced by it with probability `label_dropout`, all at once.
 
     Classifier-free guidance (arXiv:2207.12598), Algorithm 1. Column 3 of `uniform` decides about flips by its first
     binary digit, and here by the rest, which is independent of it.
     """
-    label = run.context.spec.label
-    if not run.config.label_dropout or label is None or label.null is None:
+    if not run.config.label_dropout:
         return inputs.conditions
     without = (2 * inputs.uniform[:, 3]) % 1 < run.config.label_dropout
-    values = inputs.conditions[label.name]
-    return {**inputs.conditions, label.name: values.masked_fill(without, label.null)}
+    values = dict(inputs.conditions)
+    for each in run.context.spec.conditions:
+        if each.null is not None:
+            values[each.name] = values[each.name].masked_fill(expand(without, values[each.name]), each.null)
+    return values
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -101,6 +101,8 @@ def why_not(context: RunContext, phase: Phase) -> str:
         return f"the device is {accelerator.device.type}"
     if accelerator.num_processes > 1:
         return "the run has more than one process"
+    if context.config.own:
+        return "a network of your own may read numbers on the CPU"
     if accelerator.mixed_precision == "fp16":
         return "precision=fp16 reads each step's gradients"
     return _why_not(context.config, phase, dropout=context.dropout > 0)

@@ -139,8 +139,12 @@ class StepNetworks:
 def output_of(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
 ) -> Tensor:
-    """Return F [B, *shape] of a denoiser, evaluated with those of the conditions that it has."""
-    return denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
+    """Return F [B, *shape] of a denoiser, evaluated with those of the conditions that it has.
+
+    In mixed precision a network of one's own returns half precision; what follows is float32.
+    """
+    output = denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def conditions_of(denoiser: Denoiser, conditions: Conditions) -> dict[str, Tensor]:

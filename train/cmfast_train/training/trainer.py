@@ -7,7 +7,7 @@ processes or in micro-batches computes the same up to rounding.
 
 DIR/model.pt    the EMA weights (`checkpoint`)      DIR/config.json    the configuration
 DIR/state.pt    what resuming needs                 DIR/log.jsonl, DIR/tensorboard    the curves
-DIR/samples/    a grid per checkpoint               DIR/phases/, DIR/ema/    models of finished phases, more averages
+DIR/samples/    samples per checkpoint              DIR/phases/, DIR/ema/    models of finished phases, more averages
 
 A step is in `step`, recorded as a CUDA graph in `step_graph`; what it computes in `methods`; the networks that it
 evaluates in `step_networks`; the state of a phase in `state`, what is
@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cmfast.errors import BackendError, CheckFailed, CmfastError, one_line
+from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning, one_line
 from cmfast.progress import progress_bar
-from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.config.train_config import ARRAYS, TrainConfig, of_denoiser
+from cmfast_train.data.arrays import Given, Samples, check_spread, samples_of
 from cmfast_train.data.batches import batches
-from cmfast_train.data.images import Data, load_data
+from cmfast_train.data.images import Data, check_batch, load_data
 from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
+from cmfast_train.training.initial_model import Own
 from cmfast_train.training.log import TrainLog
 from cmfast_train.training.parallel import together
 from cmfast_train.training.saving import resume
@@ -62,18 +65,24 @@ class NoBatch(Exception):
         return CmfastError(f"{self.cause}; {out} holds a checkpoint of the last step; the same command continues")
 
 
-def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
+def train(
+    config: TrainConfig, out: Path, data_root: Path | None, own: Own | None = None, arrays: Given | None = None
+) -> Path:
     """Train, or continue, a run; return the path of its model.pt.
 
     Args:
         config: of the run.
         out: its folder.
-        data_root: folder or archive of the data, where the data set needs one.
+        data_root: folder, archive or file of the data, where the data set needs one.
+        own: the denoiser of a run with network=own.
+        arrays: of a run with data=arrays: what `cmfast_train.data.arrays.samples_of` takes; None: data_root.
 
     Raises:
         CmfastError: the configuration, the data, the models or the folder do not fit, or the run cannot go on.
         KeyboardInterrupt: a signal stopped it; with the argument SAVED if a checkpoint of its last step was written.
     """
+    if own is not None:
+        config = of_denoiser(config, own.denoiser.spec)
     accelerator = accelerator_of(config)
     with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
 
@@ -85,9 +94,10 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
         together(accelerator, claim if main else None)
         if accelerator.mixed_precision == "no":  # the default of cuDNN is TensorFloat-32
             together(accelerator, lambda: whole_run.enter_context(exact_float32(accelerator.device)))
-        data = _load_data(config, data_root, accelerator)
+        data = _load_data(config, data_root, accelerator, own, arrays)
         config = _with_names(config, data)
-        run = Run(config, out, accelerator, len(data), data.classes)
+        shown = _shown(config, data)
+        run = Run(config, out, accelerator, len(data), data.classes, own, shown)
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # no other run can change it now
         check_graph(run.context)
         resume(run)
@@ -96,7 +106,7 @@ def train(config: TrainConfig, out: Path, data_root: Path | None) -> Path:
     return out / "model.pt"
 
 
-def _take_steps(run: Run, data: Data) -> None:
+def _take_steps(run: Run, data: Data | Samples) -> None:
     """Take the remaining steps, with checkpoints, log and progress bar; stop at a signal."""
     config, accelerator, saved = run.config, run.context.accelerator, run.images
     take = Steps(run)
@@ -112,7 +122,7 @@ def _take_steps(run: Run, data: Data) -> None:
         _stop_signals() as stopped,
         TrainLog(run.context.out, run.images, config, accelerator) as log,
         trying_algorithms(accelerator.device),
-        progress_bar("training", config.images, "images", run.images, accelerator.is_main_process) as advance,
+        progress_bar("training", config.images, _unit(config), run.images, accelerator.is_main_process) as advance,
     ):
         try:
             if accelerator.device.type == "cuda":
@@ -137,7 +147,7 @@ def _take_steps(run: Run, data: Data) -> None:
             raise err.with_advice(is_saved, run.context.out) from None
 
 
-def steps(run: Run, data: Data, take: Steps | None = None) -> Iterator[Tensor]:
+def steps(run: Run, data: Data | Samples, take: Steps | None = None) -> Iterator[Tensor]:
     """Run the remaining optimiser steps; yield the loss of each image, [B], after each step."""
     take = take or Steps(run)
     config, accelerator = run.config, run.context.accelerator
@@ -151,7 +161,7 @@ def steps(run: Run, data: Data, take: Steps | None = None) -> Iterator[Tensor]:
     ) as stream:
         for step in range(done, total):
             try:
-                images, label = next(stream)
+                images, *values = next(stream)
             except Exception as err:  # between two steps: the run can be saved
                 if unchecked:
                     _check_finite(run, unchecked)
@@ -160,7 +170,8 @@ def steps(run: Run, data: Data, take: Steps | None = None) -> Iterator[Tensor]:
                 take.next_phase()
             try:
                 with _memory_in_one_line(config):
-                    conditions = {"label": label} if run.context.spec.classes else {}
+                    given = dict(zip(data.names, values, strict=True))
+                    conditions = {each.name: given[each.name] for each in run.context.spec.conditions}
                     loss, sigma = take(step, images, conditions, share)
             except RuntimeError as err:
                 if accelerator.num_processes > 1 and _GONE.search(str(err)):
@@ -236,14 +247,37 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _load_data(config: TrainConfig, root: Path | None, accelerator: Accelerator) -> Data:
+def _load_data(
+    config: TrainConfig, root: Path | None, accelerator: Accelerator, own: Own | None, arrays: Given | None
+) -> Data | Samples:
     """Return the data set. One process of each machine loads it before the others, because it may have to download."""
+    if config.data == ARRAYS:
+        given = root if arrays is None else arrays
+        if own is None or given is None:
+            raise CmfastError("data=arrays needs --network MODULE:FACTORY, --spec FILE and --data FILE")
+        samples = together(accelerator, lambda: samples_of(given, own.denoiser.spec))
+        assert samples is not None
+        if accelerator.is_main_process and (far := check_spread(samples, own.denoiser.spec)):
+            warnings.warn(far, CmfastWarning, stacklevel=4)
+        return samples
     first = accelerator.is_local_main_process
     data = together(accelerator, (lambda: load_data(config, root)) if first else None)
     return data if data is not None else load_data(config, root)
 
 
-def _with_names(config: TrainConfig, data: Data) -> TrainConfig:
+def _shown(config: TrainConfig, data: Data | Samples) -> dict[str, Tensor]:
+    """Return the conditions of the first training samples, which checkpoints draw with; {} of images by the seed."""
+    if config.data != ARRAYS:
+        return {}
+    _, *values = check_batch(data.__getitems__(list(range(min(config.grid, len(data))))))
+    return dict(zip(data.names, values, strict=True))
+
+
+def _unit(config: TrainConfig) -> str:
+    return "samples" if config.data == ARRAYS else "images"
+
+
+def _with_names(config: TrainConfig, data: Data | Samples) -> TrainConfig:
     """Return the configuration with the names of the data's classes, if the model is conditional."""
     names = tuple(data.class_names)
     return dataclasses.replace(config, class_names=names) if config.conditional else config

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""`cmfast_train.train` and `cmfast-train --network`: a network and data of one's own, from arrays to an export."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cmfast
+import cmfast_export
+import cmfast_train
+from cmfast.errors import CmfastError
+from cmfast_train import TrainConfig, phase
+from helpers import ROOT
+from helpers.own_networks import embed
+from helpers.runs import assert_equal_to_the_bit, log_of, losses_of
+
+T, A, S = 8, 2, 3  # steps, actions, size of the state
+QUICK: dict[str, Any] = {"batch": 16, "log_images": 16, "grid": 4, "tensorboard": False, "device": "cpu"}
+
+
+class Policy(nn.Module):
+    """Actions [B, T, A] from noise and a state; the second time is one more number, where there is one."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.enter = nn.Linear(T * A + S + 8 * times, 64)
+        self.leave = nn.Linear(64, T * A)
+
+    def forward(self, x: Tensor, c_noise: Tensor, state: Tensor, c_noise_next: Tensor | None = None) -> Tensor:
+        times = [embed(c) for c in (c_noise, c_noise_next) if c is not None]
+        hidden = nn.functional.silu(self.enter(torch.cat([x.flatten(1), state, *times], dim=1)))
+        return self.leave(hidden).unflatten(1, (T, A))
+
+
+def data(n: int = 256, seed: int = 0) -> dict[str, Any]:
+    """Return actions whose mean is the first number of the state, halved; standard deviation 0.5 in all."""
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(n, S, generator=generator)
+    noise = torch.randn(n, T, A, generator=generator)
+    return {"x": 0.45 * state[:, :1, None] + 0.2 * noise, "state": state}
+
+
+def denoiser(net: nn.Module | None = None, **changes: Any) -> cmfast_train.Denoiser:
+    torch.manual_seed(0)
+    usual: dict[str, Any] = {"shape": (T, A), "conditions": {"state": (S,)}, "scaling": "edm", "c_noise": "ln/4"}
+    return cmfast_train.wrap(net or Policy(), **{**usual, **changes})
+
+
+def train(phases: str, /, out: Path | None = None, **more: Any) -> cmfast_train.Trained:
+    names = {"denoiser": more.pop("denoiser", None) or denoiser(), "data": more.pop("data", None) or data()}
+    names |= {"teacher": more.pop("teacher", None)}
+    steps = tuple(phase(each.partition(":")[0], int(each.partition(":")[2])) for each in phases.split(","))
+    return cmfast_train.train(TrainConfig(phases=steps, **{**QUICK, **more}), out=out, **names)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, cmfast_train.Trained]:
+    out = tmp_path_factory.mktemp("policy") / "run"
+    phases = (phase("edm", 40_000, lr=5e-3, ema=0.99), phase("ect", 20_000, lr=1e-3, ema=0.99, stages=(1, 4)))
+    settings = {**QUICK, "batch": 100, "log_images": 10_000, "checkpoint_images": 30_000}
+    return out, cmfast_train.train(
+        TrainConfig(phases=phases, **settings), denoiser=denoiser(), data=data(4000), out=out
+    )
+
+
+def test_actions_of_an_exported_policy_follow_its_state(run: Any, tmp_path: Path) -> None:
+    _, trained = run
+    cmfast_export.export_onnx(trained.denoiser, tmp_path / "policy.onnx", kind="sampler", steps=1)
+    state = data(500, seed=1)["state"].numpy()
+    actions = cmfast.load(tmp_path / "policy.onnx").sample(500, conditions={"state": state})
+    assert (actions.shape, actions.dtype) == ((500, T, A), np.float32)
+    means = actions.mean(axis=(1, 2))
+    slope = np.polyfit(state[:, 0], means, 1)[0]
+    assert slope == pytest.approx(0.45, abs=0.1)  # of a run of two seconds
+    assert actions.std() == pytest.approx(0.49, abs=0.12)
+
+
+def test_the_folder_of_a_run_holds_models_samples_and_curves(run: Any) -> None:
+    out, trained = run
+    assert trained.out == out
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert names == [
+        "config.json", "log.jsonl", "model.pt", "phases/1_edm.pt", "samples/000000030000.npz",
+        "samples/000000060000.npz", "state.pt",
+    ]  # fmt: skip
+    with np.load(out / "samples/000000060000.npz") as drawn:
+        assert {name: drawn[name].shape for name in drawn} == {"samples": (4, T, A), "state": (4, S)}
+        np.testing.assert_array_equal(drawn["state"], data(4000)["state"][:4])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["data"], config["network"], config["scaling"]) == ("arrays", "own", "edm")
+    checkpoint = cmfast_train.load_model(out / "model.pt")
+    assert checkpoint.spec == trained.denoiser.spec
+    assert checkpoint.spec.scaling == "boundary", "a consistency model holds the boundary condition"
+    again = checkpoint.denoiser(Policy())
+    assert_equal_to_the_bit(again.network.state_dict(), trained.denoiser.network.state_dict())
+
+
+def test_a_model_without_its_network_is_one_line(run: Any, tmp_path: Path) -> None:
+    checkpoint = cmfast_train.load_model(run[0] / "model.pt")
+    with pytest.raises(CmfastError, match=r"its code is not in the file.*denoiser\(net\)"):
+        checkpoint.denoiser()
+    with pytest.raises(CmfastError, match="weights do not fit the network"):
+        checkpoint.denoiser(Policy(times=2))
+    with pytest.raises(CmfastError, match="its code is not in the file"):
+        cmfast_export.export_onnx(run[0] / "model.pt", tmp_path / "model.onnx")
+
+
+def test_the_given_network_stays_as_it_is_and_the_result_trains_on() -> None:
+    given = denoiser()
+    before = {name: value.clone() for name, value in given.network.state_dict().items()}
+    trained = train("edm:64", denoiser=given, batch=16)
+    assert_equal_to_the_bit(dict(given.network.state_dict()), before)
+    assert not torch.equal(trained.denoiser.network.leave.weight, given.network.leave.weight)
+    assert not trained.denoiser.network.training
+    again = train("ect:64", denoiser=trained.denoiser)
+    assert not torch.equal(again.denoiser.network.leave.weight, trained.denoiser.network.leave.weight)
+
+
+class Stopping(torch.utils.data.Dataset[Any]):
+    """Samples one by one; the process gets a signal at the n-th batch that is read."""
+
+    def __init__(self, at: int | None) -> None:
+        self.whole, self.at, self.read = data(64), at, 0
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.read += 1
+        if self.at is not None and self.read == 16 * self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {name: values[index] for name, values in self.whole.items()}
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    plain, stopped, given = tmp_path / "plain", tmp_path / "stopped", denoiser(Noisy())
+    settings: dict[str, Any] = {"denoiser": given, "checkpoint_images": 1000, "emas": (0.9,)}
+    whole = train("edm:128,ect:128", plain, data=Stopping(None), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train("edm:128,ect:128", stopped, data=Stopping(20), **settings)
+    assert 128 < log_of(stopped)[-1]["images"] < 256, "in the second phase"
+    again = train("edm:128,ect:128", stopped, data=Stopping(None), **settings)
+    states = [torch.load(out / "state.pt", weights_only=True) for out in (plain, stopped)]
+    assert_equal_to_the_bit(*states)
+    assert losses_of(plain) == losses_of(stopped)
+    assert_equal_to_the_bit(*(dict(each.denoiser.network.state_dict()) for each in (whole, again)))
+    arrays = train("edm:128,ect:128", data=data(64), **settings)
+    assert_equal_to_the_bit(*(dict(each.denoiser.network.state_dict()) for each in (whole, arrays)))
+
+
+class Noisy(nn.Module):
+    """What networks have beside plain weights: dropout, tied and frozen weights, statistics that change, a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.norm, self.dropout = Policy(), nn.BatchNorm1d(T * A), nn.Dropout(0.2)
+        self.one, self.other = nn.Linear(A, A), nn.Linear(A, A)
+        self.other.weight = self.one.weight
+        self.frozen = nn.Linear(S, S).requires_grad_(False)
+        self.register_buffer("mask", torch.ones(T, 1, dtype=torch.bool))
+
+    def forward(self, x: Tensor, c_noise: Tensor, state: Tensor) -> Tensor:
+        hidden = self.dropout(self.policy(x, c_noise, self.frozen(state))) * self.mask
+        return self.other(self.one(self.norm(hidden.flatten(1)).unflatten(1, (T, A))))
+
+
+def test_tied_and_frozen_weights_and_statistics_are_what_they_should_be(tmp_path: Path) -> None:
+    given = denoiser(Noisy())
+    trained = train("edm:320", tmp_path / "run", denoiser=given).denoiser.network
+    assert trained.one.weight is trained.other.weight
+    saved = cmfast_train.load_model(tmp_path / "run" / "model.pt").weights
+    assert torch.equal(saved["one.weight"], saved["other.weight"]), "both names hold the average"
+    assert torch.equal(trained.frozen.weight, given.network.frozen.weight)
+    assert not trained.frozen.weight.requires_grad
+    assert trained.one.weight.requires_grad
+    assert int(trained.norm.num_batches_tracked) == 20
+    assert trained.norm.running_mean.abs().max() > 0.001
+    assert trained.mask.dtype == torch.bool
+
+
+def test_the_example_of_the_page_trains_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r'```python title="train_policy.py"\n(.*?)```', page("training.md"), re.DOTALL)
+    (network,) = re.findall(r'```python title="policy.py"\n(.*?)```', page("extending.md"), re.DOTALL)
+    assert len([line for line in text.splitlines() if line and "import" not in line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "policy.py").write_text(network)
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.normal(0, 0.5, (300, 16, 7)), "state": rng.normal(size=(300, 14))}  # float64, as numpy has them
+    np.savez("demonstrations.npz", **arrays)
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(text.replace("500_000", "256"), "train_policy.py", "exec"), names)  # shorter
+    finally:
+        sys.modules.pop("policy", None)
+    assert (tmp_path / "runs/policy/phases/1_edm.pt").exists()
+    drawn = cmfast.load("policy.onnx").sample(2, conditions={"state": np.zeros(14)})
+    assert drawn.shape == (2, 16, 7)
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the user's: code, conventions, data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_policy.py").write_text(
+        "from test_own_training import Policy, denoiser\nmake = Policy\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    spec = {"shape": [T, A], "conditions": {"state": [S]}, "scaling": "edm", "c_noise": "ln/4"}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    np.savez(tmp_path / "data.npz", **{name: values.numpy() for name, values in data().items()})
+    return tmp_path
+
+
+def test_the_command_trains_continues_and_exports(
+    folder: Path, call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    from cmfast_export.cli import main as export
+    from cmfast_train.cli.train import main
+
+    own = ["--network", "own_policy:make", "--spec", "spec.json", "--data", "data.npz"]
+    settings = ["batch=16", "device=cpu", "tensorboard=false", "grid=4"]
+    settings = [word for setting in settings for word in ("--set", setting)]
+    result = call(main, *own, "--out", "run", *settings, "--set", "phases=edm:64")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "run/model.pt is trained on 64 samples; samples are in run/samples",
+        "next: cmfast-export run/model.pt --network own_policy:make",
+    ]
+    assert cmfast_train.load_model("run/model.pt").network.factory == "own_policy:make"  # type: ignore[union-attr]
+    teacher = ["--teacher", "run/model.pt", "--set", "phases=cd:32"]
+    assert call(main, *own, "--out", "cd", *settings, *teacher).returncode == 0
+    goes_on = ["--network", "own_policy:make", "--data", "data.npz", "--init", "run/model.pt"]
+    assert call(main, *goes_on, "--out", "ect", *settings, "--set", "phases=ect:32").returncode == 0
+    result = call(export, "run/model.pt", "--network", "own_policy:make", "-o", "model.onnx")
+    assert result.returncode == 0, result.stderr
+    refused(call(main, *own, "--out", "run", *settings, "--set", "phases=edm:128"), "another phases")
+    refused(call(main, "--out", "x", *own[2:]), "--network")
+    refused(call(main, *own, "--out", "x", "--set", "sigma_data=1"), "--set sigma_data", "--spec")
+    refused(call(main, *own[:4], "--out", "x"), "--data FILE")
+    refused(call(export, "run/model.pt"), "its code is not in the file", "--network own_policy:make")
