@@ -144,10 +144,13 @@ def check_images(path: str | os.PathLike[str], n: int, image: Sequence[int]) -> 
             )
 
 
-def grid_image(images: Pixels) -> Image:
-    """Return uint8 images [N, H, W, C] as one picture, about as wide as high; small images are enlarged, unsmoothed."""
+def grid_image(images: Pixels, *, columns: int = 0) -> Image:
+    """Return uint8 images [N, H, W, C] as one picture; small images are enlarged, unsmoothed.
+
+    columns  images in a row; 0: about as many as rows
+    """
     n, height, width, channels = images.shape
-    columns, scale, gap = _columns(n), _scale(height, width), GAP
+    columns, scale, gap = columns or _columns(n), _scale(height, width), GAP
     rows = -(-n // columns)
     sheet = np.full(
         (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 32, np.uint8

@@ -179,7 +179,7 @@ class Model:
             )
         if noise.dtype != np.float32:
             raise CmfastError(f"noise must be float32, got {noise.dtype}")
-        values = self._values(label, conditions, noise.shape[1])
+        values = self.values(noise.shape[1], label, conditions)
         return from_noise(self.backend, self._denoise, noise, sigmas, values)
 
     def denoise(
@@ -211,7 +211,7 @@ class Model:
             raise CmfastError(
                 f"x must be float32 [B, {', '.join(map(str, self.spec.shape))}], got {x.dtype} {list(x.shape)}"
             )
-        return self._denoise(x, sigma, sigma_next, self._values(label, conditions, len(x)))
+        return self._denoise(x, sigma, sigma_next, self.values(len(x), label, conditions))
 
     def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments."""
@@ -247,6 +247,15 @@ class Model:
         assert self.spec.label is not None
         return class_numbers(label, n, self.spec.label.entries, self.spec.class_names)
 
+    def values(
+        self, n: int, label: Label | npt.ArrayLike | None = None, conditions: Conditions | None = None
+    ) -> Arrays:
+        """Return the conditions of n samples by name, int64 [n] or float32 [n, *shape], checked; none is drawn."""
+        given = self._given(label, conditions)
+        if self.spec.classes and given.get(LABEL) is None:
+            raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
+        return self._checked(given, n)
+
     def _given(self, label: Any, conditions: Conditions | None) -> dict[str, Any]:
         """Return what was passed by name, the label among it."""
         if conditions is not None and not isinstance(conditions, Mapping):
@@ -255,13 +264,6 @@ class Model:
         if label is not None and given.get(LABEL) is not None:
             raise CmfastError("the label was passed twice, by `label` and in `conditions`; remove one")
         return given if label is None else given | {LABEL: label}
-
-    def _values(self, label: Any, conditions: Conditions | None, n: int) -> Arrays:
-        """Return the conditions of n samples, checked; here nothing is drawn from a seed."""
-        given = self._given(label, conditions)
-        if self.spec.classes and given.get(LABEL) is None:
-            raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
-        return self._checked(given, n)
 
     def _checked(self, given: Mapping[str, Any], n: int) -> Arrays:
         if not self.spec.classes and given.get(LABEL) is not None:

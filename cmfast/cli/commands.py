@@ -14,6 +14,14 @@ def sample() -> None:
         main()
 
 
+def edit() -> None:
+    """Run cmfast-edit."""
+    with interruptible("cmfast-edit"):
+        from cmfast.cli.edit import main
+
+        main()
+
+
 def info() -> None:
     """Run cmfast-info."""
     with interruptible("cmfast-info"):
