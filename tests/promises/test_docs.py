@@ -21,11 +21,12 @@ import pytest
 
 import cmfast
 from helpers import ROOT
+from helpers.graphs import write_denoiser
 from helpers.runs import TINY, log_of
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("cmfast", "cmfast.bench", "cmfast_train", "cmfast_export")
+PACKAGES = ("cmfast", "cmfast.bench", "cmfast.editing", "cmfast_train", "cmfast_export")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="needs the repository")
 
@@ -179,6 +180,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "README.md": 1,
         "docs/api.md": 1,
         "docs/edge.md": 1,
+        "docs/editing.md": 1,
         "docs/extending.md": 8,
         "docs/quickstart.md": 1,
         "docs/training.md": 1,
@@ -190,6 +192,19 @@ def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
     names: dict[str, Any] = {}
     exec(compile(text, "edge.md", "exec"), names)
     assert (names["x0"].dtype, names["x0"].shape) == (np.float32, (4, 1, 8, 8))
+
+
+def test_the_example_of_the_editing_page_gives_the_shapes_of_its_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    label = {"name": "label", "kind": "class", "classes": 10}
+    model = write_denoiser(tmp_path / "model.onnx", {"shape": [1, 8, 8], "conditions": [label]})
+    ((_, text),) = examples("docs/editing.md")
+    names: dict[str, Any] = {}
+    exec(compile(text.replace("runs/digits/model.onnx", model.name), "editing.md", "exec"), names)
+    assert (names["images"].dtype, names["images"].shape) == (np.uint8, (10, 8, 8, 1))
+    assert (tmp_path / "compare.png").exists()
 
 
 def untitled() -> list[str]:

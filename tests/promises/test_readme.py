@@ -20,6 +20,7 @@ import pytest
 from onnx import helper
 
 from cmfast.cli.bench import command as bench
+from cmfast.cli.edit import command as edit
 from cmfast.cli.info import command as info
 from cmfast.cli.sample import command as sample
 from cmfast.conditions import class_label
@@ -43,7 +44,7 @@ SITE = tuple(  # cli.md is --help itself, which test_docs.py compares; benchmark
     f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in ("cli", "benchmarks")
 )
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *SITE)
-COMMANDS = {str(command.name): command for command in (train, export, sample, info, bench, evaluate)}
+COMMANDS = {str(command.name): command for command in (train, export, sample, edit, info, bench, evaluate)}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the repository")
 
