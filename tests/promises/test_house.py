@@ -179,8 +179,8 @@ def names_a_label(source: str) -> bool:
 
 
 # Where a label is what it is: the public API, its arrays in files, the command line, data sets, networks.
-OF_LABELS = ("cmfast.model", "cmfast.images", "cmfast.editing.", "cmfast.cli.", "cmfast_train.data.", "cmfast_train.networks.",
-             "cmfast_train.kernels.networks")  # fmt: skip
+OF_LABELS = ("cmfast.model", "cmfast.images", "cmfast.editing.", "cmfast.cli.", "cmfast_train.data.",
+             "cmfast_train.networks.", "cmfast_train.kernels.networks")  # fmt: skip
 
 
 def test_only_the_api_data_and_networks_have_a_parameter_called_label() -> None:
