@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cmfast.editing import inputs
 from cmfast.editing.constraints import Averages, Constraint, Grey, Known
-from cmfast.editing.loop import edited, levels_from, need_denoiser
+from cmfast.editing.loop import edited, sigmas_from, need_denoiser
 from cmfast.model import Conditions, Label, Model
 
 STEPS = 18  # network calls, where the caller says nothing
@@ -64,9 +64,9 @@ def inpaint(
     """
     need_denoiser(model)
     number, constraint = of_known(model, known, mask, n)
-    levels = levels_from(model.spec, steps, sigmas, default=STEPS)
+    sigmas = sigmas_from(model.spec, steps, sigmas, default=STEPS)
     return edited(
-        model, number, levels, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
+        model, number, sigmas, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
         first=first, floats=floats, progress=progress,
     )  # fmt: skip
 
@@ -103,9 +103,9 @@ def colorize(
     """
     need_denoiser(model)
     number, constraint = of_grey(model, grey, n)
-    levels = levels_from(model.spec, steps, sigmas, default=STEPS)
+    sigmas = sigmas_from(model.spec, steps, sigmas, default=STEPS)
     return edited(
-        model, number, levels, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
+        model, number, sigmas, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
         first=first, floats=floats, progress=progress,
     )  # fmt: skip
 
@@ -143,9 +143,9 @@ def upscale(
     """
     need_denoiser(model)
     number, constraint = of_averages(model, low, n)
-    levels = levels_from(model.spec, steps, sigmas, default=STEPS)
+    sigmas = sigmas_from(model.spec, steps, sigmas, default=STEPS)
     return edited(
-        model, number, levels, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
+        model, number, sigmas, constraint=constraint, seed=seed, label=label, conditions=conditions, batch=batch,
         first=first, floats=floats, progress=progress,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from cmfast.spec import ModelSpec
 def edited(
     model: Model,
     n: int,
-    levels: Sequence[float],
+    sigmas: Sequence[float],
     *,
     constraint: Constraint | None = None,
     start: Floats | None = None,
@@ -47,7 +47,7 @@ def edited(
     Args:
         model: A denoiser.
         n: How many.
-        levels: Noise levels, data units, decreasing.
+        sigmas: Noise levels, data units, decreasing.
         constraint: What is kept; None: nothing.
         start: Around what the loop starts [n, *shape], data units; None: 0, and what the constraint keeps.
         noisy: Whether noise of the first level is added to it; it already has it otherwise.
@@ -75,13 +75,13 @@ def edited(
             return x0 if constraint is None else constraint.project(x0, part)
 
         indices = range(first + part.start, first + part.stop)
-        noise = portable.slices(seed, indices, len(levels), spec.shape)
+        noise = portable.slices(seed, indices, len(sigmas), spec.shape)
         y = around[part] if constraint is None else constraint.project(around[part], part)
-        noise[0] = (noise[0] if noisy else 0) + y / np.float32(levels[0])
-        x0 = sample(denoise, noise, levels, free)
+        noise[0] = (noise[0] if noisy else 0) + y / np.float32(sigmas[0])
+        x0 = sample(denoise, noise, sigmas, free)
         return constraint.limit(x0, part) if spec.clip and constraint is not None else x0
 
-    check_noise(model.backend, Drawing(len(levels), lambda z, c: z), batch)
+    check_noise(model.backend, Drawing(len(sigmas), lambda z, c: z), batch)
     pixels = spec.data == "image" and not floats
     shape, dtype = ((*spec.shape[1:], spec.shape[0]), np.uint8) if pixels else (spec.shape, np.float32)
     need_memory(n * int(np.prod(shape)) * 4, f"{n} {model.noun} {list(shape)}", "draw fewer at a time")
@@ -106,7 +106,7 @@ def need_denoiser(model: Model) -> None:
         )
 
 
-def levels_from(
+def sigmas_from(
     spec: ModelSpec, steps: int | None, sigmas: Sequence[float] | None = None, *, start: float = 0.0, default: int = 1
 ) -> tuple[float, ...]:
     """Return the noise levels of an edit, data units.
@@ -119,7 +119,7 @@ def levels_from(
         default: Steps, where neither is passed.
     """
     if sigmas is not None:
-        return spec.levels(steps, sigmas)
+        return spec.sigmas_for(steps, sigmas)
     steps = whole_number("number of steps", default if steps is None else steps, 1, MAX_STEPS)
     start = start or spec.sigma_max
     check_sigmas([start], spec.sigma_min, spec.sigma_max)

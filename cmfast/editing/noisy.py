@@ -15,7 +15,7 @@ from cmfast import noise as portable
 from cmfast.checks import real_number, shown, whole_number
 from cmfast.editing import inputs
 from cmfast.editing.constraints import Floats
-from cmfast.editing.loop import edited, levels_from, need_denoiser
+from cmfast.editing.loop import edited, sigmas_from, need_denoiser
 from cmfast.errors import CmfastError
 from cmfast.model import Conditions, Label, Model
 from cmfast.sampling import to_uint8
@@ -57,9 +57,9 @@ def sdedit(
     """
     need_denoiser(model)
     values = inputs.samples(model.spec, "guide", guide)
-    levels = levels_from(model.spec, steps, start=_level(sigma), default=2)
+    sigmas = sigmas_from(model.spec, steps, start=_level(sigma), default=2)
     return edited(
-        model, inputs.number(n, ("guide", len(values))), levels, start=values, seed=seed, label=label,
+        model, inputs.number(n, ("guide", len(values))), sigmas, start=values, seed=seed, label=label,
         conditions=conditions, batch=batch, first=first, floats=floats, progress=progress,
     )  # fmt: skip
 
@@ -98,9 +98,9 @@ def denoise(
     """
     need_denoiser(model)
     values = inputs.samples(model.spec, "noisy", noisy, inside=False)
-    levels = levels_from(model.spec, steps, start=_level(sigma))
+    sigmas = sigmas_from(model.spec, steps, start=_level(sigma))
     return edited(
-        model, inputs.number(n, ("noisy", len(values))), levels, start=values, noisy=False, seed=seed, label=label,
+        model, inputs.number(n, ("noisy", len(values))), sigmas, start=values, noisy=False, seed=seed, label=label,
         conditions=conditions, batch=batch, first=first, floats=floats, progress=progress,
     )  # fmt: skip
 
@@ -142,16 +142,16 @@ def interpolate(
     points = _points(seeds)
     n = whole_number("number of samples", n, len(points))
     batch = min(whole_number("batch", batch, 1), model.backend.batch or n, n)
-    levels, shape = model.levels(steps, sigmas), model.spec.shape
+    sigmas, shape = model.sigmas_for(steps, sigmas), model.spec.shape
     values = model.values(n, label, conditions)
-    ends = [portable.slices(seed, [index], len(levels), shape)[:, 0] for seed, index in points]
+    ends = [portable.slices(seed, [index], len(sigmas), shape)[:, 0] for seed, index in points]
     pixels = model.spec.data == "image" and not floats
     drawn = []
     for begin in range(0, n, batch):
         part = range(begin, min(begin + batch, n))
         noise = np.stack([_between(ends, i * (len(ends) - 1) / (n - 1)) for i in part], axis=1)
         given = {name: value[part.start : part.stop] for name, value in values.items()}
-        x0 = model.from_noise(noise, levels, conditions=given)
+        x0 = model.from_noise(noise, sigmas, conditions=given)
         drawn.append(to_uint8(x0) if pixels else x0)
     return np.concatenate(drawn)
 
