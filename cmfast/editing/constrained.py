@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cmfast.editing import inputs
 from cmfast.editing.constraints import Averages, Constraint, Grey, Known
-from cmfast.editing.loop import edited, sigmas_from, need_denoiser
+from cmfast.editing.loop import edited, need_denoiser, sigmas_from
 from cmfast.model import Conditions, Label, Model
 
 STEPS = 18  # network calls, where the caller says nothing

@@ -15,7 +15,7 @@ from cmfast import noise as portable
 from cmfast.checks import real_number, shown, whole_number
 from cmfast.editing import inputs
 from cmfast.editing.constraints import Floats
-from cmfast.editing.loop import edited, sigmas_from, need_denoiser
+from cmfast.editing.loop import edited, need_denoiser, sigmas_from
 from cmfast.errors import CmfastError
 from cmfast.model import Conditions, Label, Model
 from cmfast.sampling import to_uint8
