@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from playwright.sync_api import Browser, Page, sync_playwright
 
 import startup
 from cmfast import load
@@ -35,6 +34,9 @@ from cmfast.files import check_outputs, write_text
 from cmfast_export.conversion import convert
 from cmfast_export.request import make_request
 from cmfast_export.targets.web.page import Written
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 FLAGS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -51,6 +53,8 @@ def command(runtime: str, runs: int, json_file: Path | None) -> None:
     if runs < 1:
         raise CmfastError(f"--runs must be at least 1, got {runs}")
     check_outputs({"--json": json_file}, ())
+    from playwright.sync_api import sync_playwright
+
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise CmfastError("this needs Chromium or Chrome, and neither is in PATH")

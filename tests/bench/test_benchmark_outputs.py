@@ -17,6 +17,7 @@ from cmfast.errors import CmfastError
 from helpers import BENCHMARKS
 
 SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a folder of the test
+    "browser": ["--onnxruntime-web", "DIR"],
     "cpp_timing": [],
     "foreign": [],
     "fuzz": ["--inputs", "13"],

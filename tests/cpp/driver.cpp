@@ -27,7 +27,10 @@ std::string described(const cmfast::Manifest& m) {
     std::string out = cmfast::detail::listed(m.spec.shape) + " " + m.spec.data + " " + m.output() + " " + m.spec.renoise;
     out += cmfast::detail::text(" ", m.spec.sigma_min, " ", m.spec.sigma_max, " ", m.spec.clip, m.spec.second_time);
     for (const auto& [steps, levels] : m.spec.sigmas) out += cmfast::detail::text(" ", steps, cmfast::detail::listed(levels));
-    for (const auto& each : m.spec.conditions) out += " " + each.name + ": " + each.in_words();
+    for (const auto& each : m.spec.conditions) {
+        out += " " + each.name + ": " + each.in_words();
+        if (each.null) out += cmfast::detail::text(" (null ", *each.null, ", ", each.entries(), " entries)");
+    }
     return out;
 }
 

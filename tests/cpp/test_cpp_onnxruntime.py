@@ -107,6 +107,22 @@ def test_a_class_has_a_name(draw: Callable[..., Any], model: Path, tmp_path: Pat
     )
 
 
+def test_the_class_of_no_condition_is_drawn_with_as_in_python(
+    draw: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    file = write_denoiser(tmp_path / "model.onnx", {"conditions": [LABEL | {"null": 10}]})
+    loaded = cmfast.load(file)
+    wanted = loaded.sample_float(2, seed=4, label=10)
+    assert np.abs(wanted - loaded.sample_float(2, seed=4, label=9)).max() > 0.01
+    # x / (1 + sigma) + 10 / 16: one rounding more or less
+    np.testing.assert_allclose(draw(file, "sample", 1, 2, 4, 0, "label=10"), wanted.ravel(), atol=1e-6, rtol=0)
+    drawn = loaded.sample_float(2, seed=4)  # a label left out is a class of the seed, not that of none
+    np.testing.assert_allclose(draw(file, "sample", 1, 2, 4, 0), drawn.ravel(), atol=1e-6, rtol=0)
+    with pytest.raises(cmfast.CmfastError) as caught:
+        loaded.sample_float(2, seed=4, label=11)
+    assert refused(model, "cpu", file, "sample", 1, 2, 4, 0, "label=11") == str(caught.value)
+
+
 def test_the_raw_denoiser_is_not_clipped(draw: Callable[..., Any], tmp_path: Path) -> None:
     file = write_denoiser(tmp_path / "model.onnx", {"second_time": True, "renoise": "ddim"})
     x = 8 * np.ones((3, 1, 4, 4), np.float32)

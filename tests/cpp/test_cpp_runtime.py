@@ -22,6 +22,8 @@ BASE = {
     "renoise": "sqrt", "clip": True, "sigmas": {"1": [80.0], "2": [80.0, 0.8]}, "dtype": "float32",
 }  # fmt: skip
 
+NULL = {"name": "label", "kind": "class", "classes": 3}
+
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -94,6 +96,9 @@ def test_pixels_are_rounded_as_pythons(driver: Path) -> None:
         ({"conditions": [{"name": "x", "kind": "tensor", "shape": []}]}, "a condition's name must be an identifier"),
         ({"conditions": [{"name": "state", "kind": "tensor", "shape": [0]}]}, "sizes are whole numbers from 1"),
         ({"conditions": [{"name": "label", "kind": "class", "classes": 0}]}, "classes must be a positive whole number"),
+        ({"conditions": [NULL | {"null": 4}]}, "condition label: null must be a class from 0 to 3, got 4"),
+        ({"conditions": [NULL | {"null": True}]}, "condition label: null must be a finite number, got True"),
+        ({"conditions": [{"name": "a", "kind": "tensor", "null": "0"}]}, "condition a: null must be a finite number"),
         ({"made_by": {"a\nb": "c"}}, "made_by must have printable keys"),
         ({"parity": {"max_abs": "small"}}, "parity.max_abs is wrong"),
     ],
@@ -125,6 +130,14 @@ def test_dynamic_sizes_have_names(driver: Path) -> None:
     ]
     (line,) = read(driver, "manifests", [json.dumps(BASE | {"conditions": conditions}).encode()])
     assert line.endswith("image: float32 [B, 3, height, image_2] state: float32 [B, 14]")
+
+
+def test_what_stands_for_no_condition_is_read(driver: Path) -> None:
+    tensor = {"name": "state", "kind": "tensor", "shape": [2], "null": -0.5}
+    lists = [[NULL | {"null": 3}, tensor], [NULL | {"null": None}, tensor | {"null": None}]]
+    given, none = read(driver, "manifests", [json.dumps(BASE | {"conditions": each}).encode() for each in lists])
+    assert given.endswith("label: a class from 0 to 2 (null 3, 4 entries) state: float32 [B, 2] (null -0.5, 0 entries)")
+    assert none.endswith("label: a class from 0 to 2 state: float32 [B, 2]")
 
 
 def test_control_characters_of_a_file_stay_out_of_errors(driver: Path) -> None:

@@ -310,7 +310,7 @@ class ManifestReader {
 
     static Condition condition(const Json& values) {
         const Json *name = values.find("name"), *kind = values.find("kind"), *classes = values.find("classes"),
-                   *names = values.find("class_names"), *shape = values.find("shape");
+                   *names = values.find("class_names"), *shape = values.find("shape"), *null = values.find("null");
         if (values.kind != Json::Kind::object || !name || !kind) {
             throw Error(text("a condition is an object with a name and a kind, got ", values.shown()));
         }
@@ -322,6 +322,9 @@ class ManifestReader {
         const std::string where = "condition " + found.name + ": ";
         if (names && names->kind != Json::Kind::list) throw Error(where + "class_names must be a list");
         if (shape && shape->kind != Json::Kind::list) throw Error(where + "shape must be a list");
+        if (is_kind(null, Json::Kind::null)) null = nullptr;
+        if (null && !is_real(null)) throw Error(text(where, "null must be a finite number, got ", null->shown()));
+        if (null) found.null = null->number;
         if (kind->kind == Json::Kind::text && kind->text == "class") {
             found.kind = Condition::Kind::class_number;
             if (!is_whole(classes, 1, two_to_31 - 1)) {
@@ -329,6 +332,9 @@ class ManifestReader {
             }
             if (shape && !shape->items.empty()) throw Error(where + "a class has no shape");
             found.classes = classes->integer;
+            if (null && !is_whole(null, 0, found.classes)) {
+                throw Error(text(where, "null must be a class from 0 to ", found.classes, ", got ", null->shown()));
+            }
             if (names) found.class_names = class_names(*names, found.classes);
             return found;
         }

@@ -89,9 +89,9 @@ class Model {
         const std::size_t at = index(condition, Condition::Kind::class_number);
         const Condition& wanted = spec().conditions[at];
         for (std::size_t i = 0; i < count; ++i) {
-            if (numbers[i] < 0 || numbers[i] >= wanted.classes) {
+            if (numbers[i] < 0 || numbers[i] >= wanted.entries()) {
                 throw Error(detail::text(wanted.name, " ", numbers[i], " is out of range; this model has the classes 0 "
-                                         "to ", wanted.classes - 1));
+                                         "to ", wanted.entries() - 1));
             }
         }
         given_[at].value.numbers.assign(numbers, numbers + count);

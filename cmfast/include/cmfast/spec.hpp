@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,13 @@ struct Condition {
     std::vector<std::string> class_names;  // of the classes 0, 1, ..; empty: they have none
     std::vector<std::int64_t> shape;       // of a tensor, without the batch; -1: differs from call to call
     std::vector<std::string> sides;        // names of the sizes that differ, "" elsewhere; equal names are equal sizes
+    std::optional<double> null;            // what stands for no condition: a class, at most `classes`, or what fills it
+
+    /// Of a class: how many numbers it may have, that of no class included.
+    std::int64_t entries() const {
+        const bool more = kind == Kind::class_number && null;
+        return more ? std::max(classes, static_cast<std::int64_t>(*null) + 1) : classes;
+    }
 
     /// What it takes, for errors.
     std::string in_words() const {
