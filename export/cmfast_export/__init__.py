@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmfast_export.engine import export_engine
     from cmfast_export.pipeline import Exported, export_onnx
+    from cmfast_export.targets.openvino_ir import Converted, export_openvino
     from cmfast_export.targets.table import Target
     from cmfast_export.targets.tensorrt_engine import Built
 
@@ -30,12 +31,14 @@ BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16
 
 _MODULES = {
     "Built": "targets.tensorrt_engine",
+    "Converted": "targets.openvino_ir",
     "Exported": "pipeline",
     "Target": "targets.table",
     "export_engine": "engine",
     "export_onnx": "pipeline",
+    "export_openvino": "targets.openvino_ir",
 }
-__all__ = ["Built", "Exported", "Target", "export_engine", "export_onnx"]
+__all__ = ["Built", "Converted", "Exported", "Target", "export_engine", "export_onnx", "export_openvino"]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,8 @@ def convert(request: Request, seen: Callable[[Choice], object] = lambda _: None)
         request.check_out()  # what another export wrote meanwhile
         write = at(request.target.writer)
         if request.target.needs == "model":
-            return write(_model(request), request)
+            exported = request.target.takes_files and request.graph is None
+            return write(request.model if exported else _model(request), request)
         with _graph(request, seen) as file:
             return write(file, request)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cmfast.conditions import LABEL
-from cmfast.formats.table import ONNX, format_of
+from cmfast.formats.table import ONNX, files_beside, format_of
 from cmfast_export.targets.table import at
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cmfast_export.precision_search import Choice
     from cmfast_export.request import Request
     from cmfast_export.targets.diffusers_folder import Written as Folder
+    from cmfast_export.targets.openvino_ir import Converted
     from cmfast_export.targets.tensorrt_engine import Built
     from cmfast_export.targets.triton_repository import Written as Repository
     from cmfast_export.targets.web.page import Written as Page
@@ -141,6 +142,35 @@ def engine(built: Built, request: Request) -> None:
     click.echo(_sample(built.path, built.manifest))
     if format_of(source) is not ONNX and not request.own:
         _bench(built.path, source, told, " --device cuda")
+
+
+def openvino(converted: Converted, request: Request) -> None:
+    """Report an IR: how far it is from PyTorch as this CPU runs it, at each noise level."""
+    from rich.console import Console
+    from rich.table import Table
+
+    path, manifest = converted.path, converted.manifest
+    images = manifest.spec.data == "image"
+    how = manifest.made_by["verified"]
+    click.echo(f"{path.name} against {converted.against} in float32: {converted.tolerance:.0e} allowed, by {how}")
+    table = Table("compared at", "largest difference", "dB", *["grey levels"] * images)
+    for row in converted.parity.rows:
+        grey = [f"{row.grey_levels:.2g}"] * images
+        table.add_row(row.where, f"{row.max_abs:.1e}", f"{row.psnr_db:.1f}", *grey)
+    if converted.parity.boundary is not None:
+        table.add_row("boundary: f(x, sigma_min) against x", f"{converted.parity.boundary:.1e}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if images:
+        click.echo("grey levels: root mean square, in steps of an 8-bit image")
+    size = sum(file.stat().st_size for file in (path, *files_beside(path))) / 2**20
+    click.echo(
+        f"{path} and {path.with_suffix('.bin').name}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and "
+        f"verified in {converted.seconds:.1f} s"
+    )
+    click.echo("next:")
+    click.echo(_sample(path, manifest))
+    if format_of(request.model) is None and not request.own:
+        _bench(path, request.model, request.told)
 
 
 def _sample(path: Path, manifest: Manifest) -> str:

@@ -282,7 +282,7 @@ def make_request(
     if own and (others := [text for text in assignments if not text.startswith("weights=")]):
         raise CmfastError(f"--set {others[0]}: the conventions of a network of your own are in --spec; remove it")
     if exported and not target.takes_files:
-        raise CmfastError(f"{model}: exported already; --format engine or --format triton takes it further")
+        raise CmfastError(f"{model}: exported already; --format engine, openvino or triton takes it further")
     if exported and (graph_asked or source or assignments):
         raise CmfastError(f"{model}: exported already, so its kind and precision are in it; export the checkpoint")
     _check_flags(target, build, serve, cache_given)

@@ -40,6 +40,16 @@ class Row:
     max_abs: float  # largest absolute difference, data units, times `_gain`
     mse: float  # mean square of the same difference
 
+    @property
+    def psnr_db(self) -> float:
+        """Peak signal-to-noise ratio, dB, for images in [-1, 1]; 200 stands for equal to the bit."""
+        return 200.0 if self.mse == 0 else min(200.0, 10 * math.log10(4 / self.mse))
+
+    @property
+    def grey_levels(self) -> float:
+        """Root mean square of the difference in steps of an 8-bit image, of which [-1, 1] has 255."""
+        return 127.5 * math.sqrt(self.mse)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
@@ -54,9 +64,8 @@ class Parity:
 
     @property
     def psnr_db(self) -> float:
-        """Worst peak signal-to-noise ratio, dB, for images in [-1, 1]; 200 stands for equal to the bit."""
-        mse = max(row.mse for row in self.rows)
-        return 200.0 if mse == 0 else min(200.0, 10 * math.log10(4 / mse))
+        """The worst of the rows, dB."""
+        return min(row.psnr_db for row in self.rows)
 
     def failure(self, tolerance: float, of: str = "PyTorch") -> str | None:
         """Return what is wrong in words, or None; `of` is what was compared with."""

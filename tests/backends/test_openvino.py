@@ -17,7 +17,6 @@ from onnx import TensorProto, helper
 
 import cmfast
 from cmfast.backends import float32, open_backend
-from cmfast.backends.openvino import backend as module
 from cmfast.backends.openvino import compiled, library
 from cmfast.backends.openvino.backend import OpenVinoBackend
 from cmfast.errors import ArtifactError, BackendError
@@ -136,7 +135,7 @@ def test_a_file_is_run_in_its_own_precision_unless_another_is_requested(tmp_path
 def test_a_precision_that_the_cpu_lacks_is_one_line_with_those_that_it_has(
     precision: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "capabilities", lambda core: frozenset({"FP32", "INT8"}))  # as of a CPU with AVX2 only
+    monkeypatch.setattr(library, "capabilities", lambda core: frozenset({"FP32", "INT8"}))  # as of a CPU with AVX2 only
     path = write_denoiser(tmp_path / "model.onnx")
     with pytest.raises(BackendError) as caught:
         opened(path, precision=precision)
@@ -157,7 +156,7 @@ def test_another_precision_than_the_requested_one_is_never_taken_in_silence(
     ov = library.import_openvino("this test")
     if "FP16" in library.capabilities(ov.Core()):
         pytest.skip("this CPU has float16")
-    monkeypatch.setattr(module, "capabilities", lambda core: frozenset({"FP32", "FP16"}))
+    monkeypatch.setattr(library, "capabilities", lambda core: frozenset({"FP32", "FP16"}))
     backend = opened(write_denoiser(tmp_path / "model.onnx"), precision="fp16")
     with pytest.raises(BackendError, match=r"OpenVINO was to compute in f16 and chose \w+ on this CPU"):
         backend.run({"x": np.zeros((1, 1, 4, 4), np.float32), "sigma": np.ones(1, np.float32)})

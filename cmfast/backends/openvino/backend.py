@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from cmfast.backends.cache import check_cache
 from cmfast.backends.openvino.compiled import Disk, Graphs, Ready
-from cmfast.backends.openvino.library import TYPES, capabilities, cause, cpu_name, import_openvino
+from cmfast.backends.openvino.library import TYPES, capabilities, cause, check_precision, cpu_name, import_openvino
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.ports import Port, check_ports
 from cmfast.backends.protocol import Inputs
@@ -79,14 +80,16 @@ class OpenVinoBackend:
             manifest = self._file.manifest
             check_plain(path, manifest, "OpenVINO")
             dtype = PRECISIONS[precision] if precision else manifest.dtype
-            _check_precision(path, dtype, core)
+            check_precision(path, dtype, core)
             model, digest = _read(core, self._file)
             self.batch = check_ports(path, manifest, _ports(model.inputs), _ports(model.outputs), ("f32", "i64"))
         except BaseException:
             self._file.close()
             raise
-        if isinstance(self._file, OnnxFile):  # of an IR, weights are read when a graph is compiled
+        if isinstance(self._file, OnnxFile):
             self._file.close()
+        else:  # its weights are read whenever a graph is compiled
+            weakref.finalize(self, self._file.close)
         self.manifest = replace(manifest, dtype=dtype)
         words = [dtype] * (dtype != "float32") + ["throughput"] * (self._streams > 1)
         self.name = " ".join(["OpenVINO cpu", *words])
@@ -168,18 +171,6 @@ def _streams(path: Path, device: str, variant: str, threads: int | None) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return threads or cores or 1
-
-
-def _check_precision(path: Path, dtype: str, core: Any) -> None:
-    """Raise BackendError unless the CPU computes in a manifest's dtype, as OpenVINO says what it is capable of."""
-    if dtype not in TYPES:
-        raise BackendError(f"{path}: a file in {dtype}, which no CPU computes in; pass --precision fp32 to run it")
-    found = capabilities(core)
-    if TYPES[dtype][1] not in found:
-        there = " or ".join(name for name, value in PRECISIONS.items() if TYPES.get(value, ("", ""))[1] in found)
-        raise BackendError(
-            f"{path}: {dtype}, which OpenVINO lacks on this CPU ({cpu_name(core)}); pass --precision {there}"
-        )
 
 
 def _ports(nodes: Any) -> list[Port]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from cmfast.errors import MissingDependency, one_line
+from cmfast.errors import BackendError, MissingDependency, one_line
+from cmfast.formats.values import PRECISIONS
 
 TELEMETRY = "openvino_telemetry"
 # Values of a manifest's dtype: OpenVINO's type, and its word among a device's OPTIMIZATION_CAPABILITIES.
@@ -46,6 +48,18 @@ def _without_telemetry() -> Iterator[None]:
 def capabilities(core: Any) -> frozenset[str]:
     """Return what the CPU is said to have: words such as FP32, BF16, FP16, INT8."""
     return frozenset(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def check_precision(path: Path, dtype: str, core: Any) -> None:
+    """Raise BackendError unless the CPU computes in a manifest's dtype, as OpenVINO says what it is capable of."""
+    if dtype not in TYPES:
+        raise BackendError(f"{path}: a file in {dtype}, which no CPU computes in; pass --precision fp32 to run it")
+    found = capabilities(core)
+    if TYPES[dtype][1] not in found:
+        there = " or ".join(name for name, value in PRECISIONS.items() if TYPES.get(value, ("", ""))[1] in found)
+        raise BackendError(
+            f"{path}: {dtype}, which OpenVINO lacks on this CPU ({cpu_name(core)}); pass --precision {there}"
+        )
 
 
 def cpu_name(core: Any) -> str:

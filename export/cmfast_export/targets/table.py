@@ -22,7 +22,7 @@ from typing import Any
 from cmfast.checks import shown
 from cmfast.errors import CmfastError
 from cmfast.formats.manifest import KINDS
-from cmfast.formats.table import ENGINE, ONNX
+from cmfast.formats.table import ENGINE, ONNX, OPENVINO
 
 GROUP = "cmfast.targets"  # of entry points
 
@@ -35,7 +35,8 @@ class Target:
         name: of `--format`.
         writer: place of the function that writes it.
         suffixes: of the file that it writes, the usual one first; (): it writes a folder.
-        needs: what the writer gets: "graph", a verified ONNX file, or "model", the checkpoint or denoiser.
+        needs: what the writer gets: "graph", a verified ONNX file, or "model", the checkpoint or denoiser (of a target
+            that takes files also the path of one).
         kinds: graphs that it can be made from, the default first; (): none, so no option of a graph applies.
         takes_files: whether it is also made from an exported ONNX file.
         takes_engines: whether it is also made from engines, several together.
@@ -79,6 +80,10 @@ TARGETS = (
         name="engine", writer=f"{_HERE}.tensorrt_engine:write", suffixes=ENGINE.suffixes,
         options=f"{_HERE}.tensorrt_options:BuildOptions", caches=True, check=f"{_HERE}.tensorrt_engine:check",
         report=f"{_REPORT}:engine",
+    ),
+    Target(
+        name="openvino", writer=f"{_HERE}.openvino_ir:write", suffixes=OPENVINO.suffixes, needs="model",
+        automatic=False, check=f"{_HERE}.openvino_ir:check", report=f"{_REPORT}:openvino",
     ),
     Target(
         name="triton", writer=f"{_HERE}.triton_repository:write", kinds=("server",), takes_engines=True,
