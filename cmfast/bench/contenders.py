@@ -272,7 +272,11 @@ def _ways(request: Request) -> Iterator[_Way]:
     for file in request.models:
         name = file.name if same.count(file.name) == 1 else str(file)
         for variant in ("", *(request.onnx_variants() if format_of(file) is ONNX else ())):
-            yield _Way(name=f"{name} {variant}".rstrip(), file=file, variant=variant)
+            extra = (request.precision or ()) if request.takes_precision(file, variant) else ()
+            own = _precisions((file,)) if extra else []
+            for precision in ("", *(each for each in extra if each not in own)):
+                words = " ".join(filter(None, (name, variant, precision)))
+                yield _Way(name=words, file=file, variant=variant, precision=precision)
 
 
 def _precisions(models: tuple[Path, ...]) -> list[str]:

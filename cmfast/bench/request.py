@@ -10,7 +10,7 @@ from pathlib import Path
 from cmfast.checks import MAX_BATCH, check_threads, shown
 from cmfast.errors import CmfastError
 from cmfast.formats.manifest import check_model
-from cmfast.formats.table import ENGINE, ONNX, format_of
+from cmfast.formats.table import ENGINE, ONNX, OPENVINO, format_of
 from cmfast.formats.values import PRECISIONS
 from cmfast.schedule import MAX_STEPS
 
@@ -19,7 +19,7 @@ BASELINE_VARIANTS = (
     "channels_last", "fused", "compiled", "reduce-overhead", "cuda_graph", "channels_last cuda_graph",
     "fused cuda_graph",
 )  # fmt: skip
-ONNX_VARIANTS = ("cuda_graph", "nhwc", "nhwc cuda_graph", "tensorrt")
+ONNX_VARIANTS = ("cuda_graph", "nhwc", "nhwc cuda_graph", "tensorrt", "openvino", "openvino throughput")
 CUDA_WORDS = {"fused", "reduce-overhead", "cuda_graph", "nhwc", "tensorrt"}
 
 MAX_VALUES = 100  # of --steps and of --batch
@@ -37,7 +37,7 @@ class Request:
 
     models: tuple[Path, ...] = ()  # exported files, or checkpoints
     baseline: Path | None = None  # a checkpoint, run by PyTorch: what outputs and speed are compared with
-    precision: tuple[str, ...] | None = None  # extra precisions for the baseline, beside fp32; None: the models'
+    precision: tuple[str, ...] | None = None  # extra ones for the baseline and OpenVINO; None: the models'
     variants: tuple[str, ...] | None = None  # beside the plain way; None: channels_last for the baseline
     diffusers: bool = False  # also diffusers' own pipeline, for a baseline that is its folder
     steps: tuple[int, ...] = (1, 2)  # network calls per image
@@ -106,11 +106,20 @@ class Request:
         """Return the ways to run an .onnx file beside the plain one."""
         return tuple(variant for variant in ONNX_VARIANTS if variant in (self.variants or ()))
 
+    def takes_precision(self, file: Path, variant: str) -> bool:
+        """Whether an exported file, run this way, takes a precision: by OpenVINO."""
+        known = format_of(file)
+        return known is OPENVINO or (known is ONNX and "openvino" in variant.split())
+
     def _check_precision(self) -> None:
         if self.precision is None:
             return
-        if self.baseline is None:
-            raise CmfastError("--precision needs a checkpoint that PyTorch runs; add --baseline model.pt")
+        openvino = any(self.takes_precision(file, way) for file in self.models for way in ("", *self.onnx_variants()))
+        if self.baseline is None and not openvino:
+            raise CmfastError(
+                "--precision needs a checkpoint that PyTorch runs, or OpenVINO; add --baseline model.pt or "
+                "--variants openvino"
+            )
         _check_names("precision", self.precision, tuple(PRECISIONS))
 
     def _check_variants(self) -> None:

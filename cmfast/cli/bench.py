@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ EPILOG = """\b
 Examples:
   cmfast-bench model.onnx --baseline model.pt
   cmfast-bench model.onnx sampler.onnx --baseline model.pt --steps 2 --batch 1,8,64 --json bench.json
+  cmfast-bench model.onnx --baseline model.pt --variants openvino --precision bf16     on a CPU, also in bfloat16
   cmfast-bench --baseline model.pt --compile --threads 4 --plot bench.png
   cmfast-bench model.onnx --baseline cd_imagenet64 --diffusers     by cmfast's U-Net and by diffusers
   cmfast-bench sampler.engine fp16.onnx --baseline model.pt --device cuda --variants channels_last,cuda_graph
@@ -47,14 +49,15 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     "--precision",
     metavar="NAME,..",
     callback=_names,
-    help="Extra precisions for the baseline; default: those of the MODELs.",
+    help="Extra precisions for the baseline and for OpenVINO; default: those of the MODELs.",
 )
 @click.option(
     "--variants",
     metavar="NAME,..",
     callback=_names,
     help="Other ways to run. Baseline: channels_last (default), fused, compiled, reduce-overhead, cuda_graph, "
-    "'channels_last cuda_graph', 'fused cuda_graph'. An .onnx file: cuda_graph, nhwc, 'nhwc cuda_graph', tensorrt.",
+    "'channels_last cuda_graph', 'fused cuda_graph'. An .onnx file: openvino, 'openvino throughput', cuda_graph, nhwc, "
+    "'nhwc cuda_graph', tensorrt.",
 )
 @click.option("--diffusers", is_flag=True, help="Also time diffusers' own pipeline; the baseline is its folder.")
 @click.option("--steps", type=INTS, default="1,2", show_default=True, help="Network calls per image.")
@@ -150,7 +153,8 @@ def _next_command(record: Record, prepared: Prepared) -> str:
     best = max(rows, key=lambda row: row.times_as_fast)
     winner = exported[best.contender]
     how = " --device cuda" if request.device == "cuda" else ""
-    how += f" --variant {winner.variant}" if winner.variant else ""
+    how += f" --variant {shlex.quote(winner.variant)}" if winner.variant else ""
+    how += f" --precision {winner.precision}" if winner.precision else ""
     return f"cmfast-sample {winner.file} --steps {best.steps}{how} -n 64 -o samples.png"
 
 

@@ -81,6 +81,21 @@ def test_samplers_and_servers_run_in_whole_and_in_parts(kind: str, batch: Any, v
         np.testing.assert_array_equal(model.from_noise(noise, (80.0, 0.8)), noise[0] - noise[1])
 
 
+def test_inputs_that_a_graph_does_not_read_are_taken_and_a_graph_of_others_is_refused(tmp_path: Path) -> None:
+    path = write_denoiser(tmp_path / "model.onnx", {"conditions": [LABEL]})
+    model = onnx.load(path)
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("Identity", ["x"], ["denoised"]))
+    onnx.save(model, path)
+    loaded = cmfast.load(path, variant="openvino")
+    x = np.ones((2, 1, 4, 4), np.float32)
+    np.testing.assert_array_equal(loaded.denoise(x, 5.0, label=3), x)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "y"
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match="the graph's inputs are y; its manifest needs x, sigma, label"):
+        opened(path)
+
+
 def test_results_are_the_callers_own(tmp_path: Path) -> None:
     model = cmfast.load(write_denoiser(tmp_path / "model.onnx"), variant="openvino")
     first = model.sample_float(2, seed=1)

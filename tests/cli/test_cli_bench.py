@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 
 import cmfast
 from cmfast.backends import open_backend
+from cmfast.backends.openvino.library import capabilities, import_openvino
 from cmfast.bench import comparison
 from cmfast.bench.timing import FEW, usable_cores
 from cmfast.cli.bench import main
@@ -536,6 +538,29 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
     assert names(call(main, *options, "--variants", "channels_last", "--compile")) == [*EAGER, "PyTorch cpu compiled"]
 
 
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
+def test_openvino_is_a_contender_in_each_precision_that_is_asked_for(
+    handmade_onnx: Factory, tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    shutil.copy(handmade_onnx(8), model)
+    settings = ("--steps", 1, "--batch", 2)
+    options = (*settings, "--variants", "openvino,openvino throughput", "--precision", "fp32,bf16")
+    ways = ["model.onnx", "model.onnx openvino", "model.onnx openvino throughput"]
+    if "BF16" in capabilities(import_openvino("this test").Core()):
+        both = [ways[0], *(f"{way}{word}" for way in ways[1:] for word in ("", " bf16"))]
+        eager = ["PyTorch cpu", "PyTorch cpu bf16"]
+        assert names(call(main, model, *options, "--baseline", tiny_checkpoint(0), "--dry-run")) == [*eager, *both]
+        result = call(main, model, *options, *QUICK, "--no-starts", "--json", tmp_path / "bench.json")
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        assert [row["contender"] for row in rows] == both
+        found = {row["contender"]: (row["backend"], row["dtype"], row["tolerance"]) for row in rows}
+        assert found["model.onnx openvino"] == ("OpenVINO cpu", "float32", 1e-3)
+        assert found["model.onnx openvino bf16"] == ("OpenVINO cpu bfloat16", "bfloat16", 3e-1)
+    assert names(call(main, model, *options[:-2], "--dry-run")) == ways
+
+
 # What can be got wrong.
 
 
@@ -565,10 +590,10 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
         (["a.onnx", "--tolerance", "0"], "--tolerance must be greater than 0, got 0"),
         (["a.onnx", "--budget", "0"], "--budget must be greater than 0, got 0"),
         (["a.onnx", "--tolerance", "nan"], "--tolerance must be greater than 0, got nan"),
-        (["a.onnx", "--precision", "fp16"], "--precision needs a checkpoint that PyTorch runs; add --baseline"),
+        (["a.onnx", "--precision", "fp16"], "--precision needs a checkpoint that PyTorch runs, or OpenVINO; add"),
         (["--baseline", "model.pt", "--precision", "int8"], "distinct names from fp32, tf32, fp16, bf16, got int8"),
         (["--baseline", "model.pt", "--precision", "fp16,fp16"], "--precision takes distinct names"),
-        (["a.onnx", "--variants", "fast"], "fused cuda_graph, nhwc, nhwc cuda_graph, tensorrt, got fast"),
+        (["a.onnx", "--variants", "fast"], "nhwc, nhwc cuda_graph, tensorrt, openvino, openvino throughput, got fast"),
         (["--baseline", "model.pt", "--variants", "fused cuda_graph"], "fused cuda_graph needs an NVIDIA GPU"),
         (["a.onnx", "--variants", "diffusers"], "--variants takes distinct names"),
         (["a.onnx", "--variants", "cuda_graph"], "--variants cuda_graph needs an NVIDIA GPU: add --device cuda"),

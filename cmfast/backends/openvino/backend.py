@@ -25,12 +25,13 @@ from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.ports import Port, check_ports
 from cmfast.backends.protocol import Inputs
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
-from cmfast.formats.manifest import check_plain
+from cmfast.formats.manifest import Manifest, check_plain
 from cmfast.formats.onnx_file import DESCRIPTORS, OnnxFile
 from cmfast.formats.openvino_ir import IrFile
 from cmfast.formats.table import OPENVINO, format_of
 from cmfast.formats.values import PRECISIONS
 
+TYPE_NAMES = ("f32", "i64")
 VARIANTS = ("", "throughput")  # beside "openvino", which chooses this backend for an .onnx file
 
 
@@ -82,7 +83,9 @@ class OpenVinoBackend:
             dtype = PRECISIONS[precision] if precision else manifest.dtype
             check_precision(path, dtype, core)
             model, digest = _read(core, self._file)
-            self.batch = check_ports(path, manifest, _ports(model.inputs), _ports(model.outputs), ("f32", "i64"))
+            inputs, outputs = _ports(model.inputs), _ports(model.outputs)
+            self._used = frozenset(port.name for port in inputs)
+            self.batch = check_ports(path, manifest, _with_unused(inputs, manifest), outputs, TYPE_NAMES)
         except BaseException:
             self._file.close()
             raise
@@ -113,7 +116,8 @@ class OpenVinoBackend:
         n = inputs[first].shape[axes[first]]
         size = n if self.batch else -(-n // self._streams)  # of a part, the last of which may be shorter
         parts = [range(start, min(start + size, n)) for start in range(0, n, size)]
-        every = [{k: _part(v, axes[k], part, size) for k, v in inputs.items()} for part in parts]
+        used = {name: value for name, value in inputs.items() if name in self._used}
+        every = [{k: _part(v, axes[k], part, size) for k, v in used.items()} for part in parts]
         ready = self._graphs.ready({name: value.shape for name, value in every[0].items()}, len(parts))
         try:
             return self._run(ready, every, size, n)
@@ -179,6 +183,17 @@ def _ports(nodes: Any) -> list[Port]:
         sides = tuple(side.get_length() if side.is_static else "?" for side in node.get_partial_shape())
         found.append(Port(min(node.get_names(), default=""), node.get_element_type().get_type_name(), sides))
     return found
+
+
+def _with_unused(ports: list[Port], manifest: Manifest) -> list[Port]:
+    """Return the inputs of a graph with those that it does not read, which OpenVINO drops from an .onnx file."""
+    known = {port.name: port for port in ports}
+    if list(known) != [each.name for each in manifest.inputs if each.name in known]:
+        return ports
+    return [
+        known.get(each.name) or Port(each.name, TYPE_NAMES[each.dtype == "int64"], each.shape)
+        for each in manifest.inputs
+    ]
 
 
 def _part(values: npt.NDArray[Any], axis: int, part: range, size: int) -> npt.NDArray[Any]:
