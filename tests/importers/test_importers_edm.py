@@ -211,7 +211,7 @@ def test_what_a_state_dict_does_not_say_is_asked_for_by_name(tmp_path: Path) -> 
         load_model(file)
     for words in (
         "DDPM++ (SongUNet) of EDM's family, 8 px", "does not say its scaling, sigma_min",
-        "--source ect (or edm, fastgen)", "--set scaling=boundary --set sigma_min=",
+        "--source ect (or edm, fastgen, sid, cmt)", "--set scaling=boundary --set sigma_min=",
     ):  # fmt: skip
         assert words in str(refused.value)
     checkpoint = load_model(file, told=Told(scaling="boundary", sigma_min=0.002))
@@ -416,7 +416,12 @@ def test_the_values_in_a_snapshot_go_before_what_is_usual(snapshot: Callable[...
         ("VEPrecond", "", Told(), "its class VEPrecond is a baseline"),
         ("iDDPMPrecond", "", Told(), "its class iDDPMPrecond is a baseline"),
         ("StyleGAN", "", Told(), "a pickled 'StyleGAN', which is not known here; known are EDMPrecond, ECMPrecond"),
-        ("ECMPrecond", "edm", Told(), "--source edm, but the pickle's class ECMPrecond is ECT's; leave --source out"),
+        (
+            "ECMPrecond",
+            "edm",
+            Told(),
+            "--source edm, but the pickle's class ECMPrecond is that of ECT or CMT; leave --source out",
+        ),
         (
             "EDMPrecond",
             "",

@@ -72,8 +72,10 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
         return diffusers.draft(file, facts)
     check_file(file)
     if file.suffix == ".pkl":
-        if system not in ("", "edm", "ect"):
-            raise CmfastError(f"{file}: a .pkl is read as EDM or ECT wrote it; --source {source} is for others")
+        if system not in ("", "edm", "ect", "sid", "cmt"):
+            raise CmfastError(
+                f"{file}: a .pkl is read as EDM, ECT, CMT or SiD wrote it; --source {source} is for others"
+            )
         with open(file, "rb") as stream:
             refuse_others(file, stream)
         return edm.draft_pickle(pickles.read_pickle(file), facts, source, file)

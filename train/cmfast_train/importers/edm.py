@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""EDM's family: checkpoints of EDM (arXiv:2206.00364), ECT (arXiv:2406.14548) and FastGen.
+"""EDM's family: checkpoints of EDM (arXiv:2206.00364), ECT (arXiv:2406.14548), CMT (arXiv:2509.24526), FastGen, SiD.
 
-State dicts, and the pickles that EDM and ECT write (`pickles`). The three share their networks (`networks.edm`) and
+State dicts, and the pickles that all but FastGen write (`pickles`). They share their networks (`networks.edm`) and
 nearly all conventions. What differs is the scaling, and no tensor shows it: a pickle names the class, else it is asked.
+SiD (arXiv:2404.04057) and SiDA (2410.14919) keep EDM's scaling and call the network once, at one noise level.
 """
 
 from __future__ import annotations
@@ -28,13 +29,22 @@ SHARED = {"c_noise": "ln/4", "renoise": "plain", "clip": False, "sigma_max": 80.
 SYSTEMS = {
     "edm": {"scaling": "edm", "sigma_min": 0.002},
     "ect": {"scaling": "boundary", "sigma_min": 0.003},  # trains with EDM's scaling, evaluates with this one
+    "cmt": {"scaling": "boundary", "sigma_min": 0.003},  # ECT's code
     "fastgen": {"scaling": "edm", "sigma_min": 0.002},  # its sigma_shift is 0 unless a person sets it
+    "sid": {"scaling": "edm", "sigma_min": 0.002, "sigma_max": 2.5},  # sigma_G, the only level that it is trained at
 }
-# Side in pixels: where ECT's second step starts, data units. In FastGen it depends on the method, so it is told.
-SECOND_LEVEL = {32: 0.821, 64: 1.526}
+# Side in pixels: where the second step starts, data units. In FastGen it depends on the method, so it is told.
+SECOND_LEVEL = {"ect": {32: 0.821, 64: 1.526}, "cmt": {32: 0.821, 64: 0.821}}
 TEACHER = re.compile(r"edm-.+-(vp|ve|adm)")  # names of files without suffix: EDM's networks, as FastGen converts them
-USUAL_WHERE = {"edm": "EDM's sampler", "ect": "ECT's evaluation"}  # of what no pickle says
-CLASSES = {"EDMPrecond": "edm", "ECMPrecond": "ect"}  # of a pickle: the system
+# Names of files without suffix: what SiD's training writes (its alpha and thousands of images), what SiDA published.
+SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6}|.+_sid(|a|2a)_alpha[\d.]+-\d{6}")
+USUAL_WHERE = {  # of what no pickle says
+    "edm": "EDM's sampler", "ect": "ECT's evaluation", "cmt": "CMT's evaluation", "sid": "SiD's generation",
+}  # fmt: skip
+SHOWN = {"edm": "EDM", "ect": "ECT", "cmt": "CMT", "sid": "SiD"}
+CLASSES = {  # of a pickle: the systems that have it, the first unless something says another
+    "EDMPrecond": ("edm", "sid"), "ECMPrecond": ("ect", "cmt"), "EDMPrecond_EncoderDecoder": ("sid",),
+}  # fmt: skip
 BASELINES = {"VPPrecond": "DDPM++ of Song et al.", "VEPrecond": "NCSN++ of Song et al.", "iDDPMPrecond": "iDDPM"}
 
 
@@ -49,7 +59,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     system = source.partition(":")[0]
     where = f"--source {system}" if system else "EDM's family"
     if TEACHER.fullmatch(file.stem):
-        if system in ("ect", "fastgen"):
+        if system not in ("", "edm"):
             raise CmfastError(
                 f"{file}: --source {system}, but its name is that of EDM's own network, which others start from; "
                 "leave --source out, or rename the file if it was trained further"
@@ -59,7 +69,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
 
 
 def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
-    """Say what a network snapshot is: {"ema": network, "loss_fn": ..., ...} as `read_pickle` returns it."""
+    """Say what a network snapshot is: {"ema": network, ...} as `read_pickle` returns it."""
     networks = {
         key: value
         for key, value in (tree.items() if isinstance(tree, dict) else ())
@@ -67,7 +77,7 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
     }
     if not networks:
         raise ArtifactError(f"{file}: a pickle without a network in it, so no model")
-    key = facts.usual("weights", "ema", "the pickle")  # the average is what both systems evaluate
+    key = facts.usual("weights", "ema", "the pickle")  # the average is what all of them evaluate
     if key not in networks:
         example = shown(next(iter(networks)))
         raise CmfastError(f"{file}: the pickle has no network {shown(key)!r}; say --set weights={example}")
@@ -79,12 +89,17 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
         )
     if name not in CLASSES:
         raise ArtifactError(f"{file}: a pickled {name[:80]!r}, which is not known here; known are {', '.join(CLASSES)}")
-    system, where = CLASSES[name], f"the pickle's class {name}"
-    if source.partition(":")[0] not in ("", system):
-        raise CmfastError(f"{file}: --source {source}, but {where} is {system.upper()}'s; leave --source out")
+    where, told = f"the pickle's class {name}", source.partition(":")[0]
+    if told not in ("", *CLASSES[name]):
+        owner = " or ".join(SHOWN[system] for system in CLASSES[name])
+        raise CmfastError(f"{file}: --source {source}, but {where} is that of {owner}; leave --source out")
+    by_name = "sid" in CLASSES[name] and SID.fullmatch(file.stem)
+    system = told or ("sid" if by_name else CLASSES[name][0])
+    if system == "sid":
+        facts.fixed("system", "sid", "--source" if told else where if len(CLASSES[name]) == 1 else "the file's name")
     # The class computes with these. EDM's sigma_min is only the least that it supports, 0; its sampler has its own.
     fixed: dict[str, Any] = {"scaling": SYSTEMS[system]["scaling"], "c_noise": SHARED["c_noise"]}
-    for field in ("sigma_data", "sigma_min") if system == "ect" else ("sigma_data",):
+    for field in ("sigma_data", "sigma_min") if name == "ECMPrecond" else ("sigma_data",):
         fixed[field] = _number(network.state.get(field), f"{file}: {where} has no {field}")
     tensors = module_tensors(network, file)
     for key, tensor in tensors.items():
@@ -153,8 +168,8 @@ def _draft(
         raise CmfastError(f"--set head_channels={facts.told.head_channels}: the attention of {network} has one head")
 
     top, sigmas = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
-    if system == "ect" and config.image_size in SECOND_LEVEL:
-        sigmas[2] = (top, SECOND_LEVEL[config.image_size])
+    if (second := SECOND_LEVEL.get(system, {}).get(config.image_size)) is not None:
+        sigmas[2] = (top, second)
     spec = spec_of(
         facts, config.image_shape, config.classes, usual, where, sigmas, fixed=fixed, fixed_where=fixed_where
     )
@@ -162,16 +177,17 @@ def _draft(
     if system == "edm" and spec is not None and spec.scaling == "edm":
         warnings.append(
             "a diffusion teacher, not a consistency model: its images need many steps, in few they are blurred"
+            + ("; if it is SiD's one-step generator: --source sid" if fixed_where else "")
         )
     return Draft(
         format="edm",
-        what=f"{network} of EDM's family, {config.image_size} px",
+        what=f"{network} of EDM's family, {config.image_size} px" + (", SiD's one-step generator" * (system == "sid")),
         facts=facts,
         network=config,
         spec=spec,
         source={"format": "edm", "qkv": "hd3", "network": network} | ({"system": system} if system else {}),
         weights=lambda: {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()},
-        hint="" if system else "--source ect (or edm, fastgen)",
+        hint="" if system else "--source ect (or edm, fastgen, sid, cmt)",
         warnings=tuple(warnings),
     )
 
@@ -198,7 +214,7 @@ def _refuse_two_times(weights: Mapping[str, Tensor], system: str, file: Path) ->
         return next((int(shape[axis]) for key, shape in shapes.items() if shape and re.fullmatch(name, key)), 0)
 
     waves = size(r"logvar_linear\.weight", -1) or 2 * size(r"map_noise\.freqs", -1)
-    unsure = not waves and system not in ("edm", "ect")  # theirs can have wide waves, and take one time
+    unsure = not waves and system in ("", "fastgen")  # the others can have wide waves, and take one time
     waves = size(r"enc\.\d+x\d+_conv\.weight", 0) if unsure else waves
     two_times = waves and size(r"map_layer0\.weight", -1) == 2 * waves
     if two_times or any(name.startswith("r_timestep.") for name in shapes):

@@ -58,7 +58,7 @@ class Source:
 _OURS = (
     Source(names=("openai",), matches=openai.matches, draft=openai.draft),
     Source(names=("cloneofsimo",), matches=cloneofsimo.matches, draft=cloneofsimo.draft),
-    Source(names=("edm", "ect", "fastgen"), matches=edm.matches, draft=edm.draft),
+    Source(names=("edm", "ect", "fastgen", "sid", "cmt"), matches=edm.matches, draft=edm.draft),
 )
 FOLDERS_AND_OWN = ("cmfast", "diffusers")  # recognised by what holds the tensors, not by their names
 
