@@ -37,7 +37,8 @@ SOURCE = click.option(
     "--source",
     default="",
     metavar="NAME",
-    help="Origin of a foreign file: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, cmt, fastgen, sid; default: detected.",
+    help="Origin of a foreign file: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, cmt, fastgen, sid; default: "
+    "detected.",
 )
 SET = click.option(
     "--set",

@@ -24,6 +24,7 @@ from cmfast_train.importers.pickle_opcodes import Foreign
 from cmfast_train.importers.pickles import module_tensors
 from cmfast_train.networks.edm import HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.edm_layers import FILTERS
+from cmfast_train.networks.shape import Size
 
 SHARED = {"c_noise": "ln/4", "renoise": "plain", "clip": False, "sigma_max": 80.0, "sigma_data": 0.5, "grid": 0}
 SYSTEMS = {
@@ -34,7 +35,7 @@ SYSTEMS = {
     "sid": {"scaling": "edm", "sigma_min": 0.002, "sigma_max": 2.5},  # sigma_G, the only level that it is trained at
 }
 # Side in pixels: where the second step starts, data units. In FastGen it depends on the method, so it is told.
-SECOND_LEVEL = {"ect": {32: 0.821, 64: 1.526}, "cmt": {32: 0.821, 64: 0.821}}
+SECOND_LEVEL: dict[str, dict[Size, float]] = {"ect": {32: 0.821, 64: 1.526}, "cmt": {32: 0.821, 64: 0.821}}
 TEACHER = re.compile(r"edm-.+-(vp|ve|adm)")  # names of files without suffix: EDM's networks, as FastGen converts them
 # Names of files without suffix: what SiD's training writes (its alpha and thousands of images), what SiDA published.
 SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6}|.+_sid(|a|2a)_alpha[\d.]+-\d{6}")
