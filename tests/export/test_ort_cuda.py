@@ -37,7 +37,7 @@ from cmfast_export.targets.ort_cuda_stand_in import written_out
 from cmfast_export.targets.tensorrt_engine import build_engine
 from cmfast_export.targets.tensorrt_options import BuildOptions
 from cmfast_export.targets.triton_repository import write_repository
-from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
@@ -326,10 +326,10 @@ def test_auto_does_not_choose_for_the_flavour(
 
 
 def test_the_command_names_the_file_after_the_flavour_and_says_what_was_not_run(
-    tiny_checkpoint: Callable[..., Path], call: Callable[..., Any], tmp_path: Path
+    call: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tmp_path / "model.pt"
-    model.write_bytes(tiny_checkpoint(0).read_bytes())
+    save_checkpoint(checkpoint("song"), model)
     result = call(cli.main, model, "--format", "ort-cuda", "--precision", "fp16")
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "model_fp16_ort_cuda.onnx"]

@@ -261,7 +261,9 @@ def exporting_tensor(content: Any) -> Any:
 def test_without_a_clock_auto_takes_the_first_by_rate_inside_the_tolerance(
     tolerance: float | None, precision: str, tiny_checkpoint: Factory, tmp_path: Path
 ) -> None:
-    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(tolerance=tolerance), timed=False)
+    choice = export_fastest(
+        tiny_checkpoint(10), tmp_path / "model.onnx", GraphRequest(tolerance=tolerance), timed=False
+    )
     assert choice.precision == precision
     assert read_manifest(tmp_path / "model.onnx").dtype == PRECISIONS[precision]
     assert choice.timed == ""
@@ -278,7 +280,7 @@ def test_with_a_clock_auto_takes_the_fastest(
     monkeypatch.setattr(
         precision_search, "_times", lambda files, device: {p: 1.0 if p == fastest else 2.0 for p in files}
     )
-    choice = export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(), timed=True)
+    choice = export_fastest(tiny_checkpoint(10), tmp_path / "model.onnx", GraphRequest(), timed=True)
     assert choice.precision == fastest
     assert {t.precision: t.median_ms for t in choice.tried} == {
         p: 1.0 if p == fastest else 2.0 for p in precision_search.ON_CPU
@@ -291,7 +293,7 @@ def test_auto_without_any_precision_inside_says_by_how_much_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr(precision_search, "BY_RATE", ("fp16", "fp32"))
     with pytest.raises(CheckFailed, match=r"no precision is inside the tolerance: .*differs .*; .*differs "):
-        export_fastest(tiny_checkpoint(0), tmp_path / "model.onnx", GraphRequest(tolerance=1e-12), timed=False)
+        export_fastest(tiny_checkpoint(10), tmp_path / "model.onnx", GraphRequest(tolerance=1e-12), timed=False)
     assert os.listdir(tmp_path) == []
 
 
@@ -305,17 +307,17 @@ def test_auto_on_a_gpu_that_is_not_there_says_so_before_any_work(
     monkeypatch.setattr(precision_search, "check_cuda", fails)
     monkeypatch.setattr(precision_search, "export_onnx_as", None)
     options = ("-o", tmp_path / "model.onnx", "--precision", "auto", "--device", "cuda")
-    refused(call(cli.main, tiny_checkpoint(0), *options), "device cuda was requested, but there is none")
+    refused(call(cli.main, tiny_checkpoint(10), *options), "device cuda was requested, but there is none")
 
 
 def test_opset_0_is_no_opset(tiny_checkpoint: Factory) -> None:
     with pytest.raises(CmfastError, match="opset must be from 18 to 23, got 0"):
-        denoiser_graph(load_checkpoint(tiny_checkpoint(0)).denoiser(), opset=0)
+        denoiser_graph(load_checkpoint(tiny_checkpoint(10)).denoiser(), opset=0)
 
 
 def test_the_command_says_what_auto_found(tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    result = call(cli.main, tiny_checkpoint(0), "-o", out, "--precision", "auto")
+    result = call(cli.main, tiny_checkpoint(10), "-o", out, "--precision", "auto")
     assert result.returncode == 0, result.stderr
     assert re.search(r"^fp32: \d\.\de-\d+ from float32 PyTorch, \d+\.\d+ ms an image$", result.stdout, re.MULTILINE)
     assert re.search(r"^fp16: \d\.\de-\d+ from float32 PyTorch, \d+\.\d+ ms an image$", result.stdout, re.MULTILINE)
@@ -326,7 +328,7 @@ def test_the_command_names_half_files_after_their_precision_and_shows_both_refer
     tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tmp_path / "model.pt"
-    model.write_bytes(tiny_checkpoint(0).read_bytes())
+    model.write_bytes(tiny_checkpoint(10).read_bytes())
     result = call(cli.main, model, "--precision", "fp16")
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "model_fp16.onnx"]
