@@ -476,12 +476,12 @@ HALF = ["PyTorch cpu fp16", "PyTorch cpu fp16 channels_last"]
 def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint, model = tmp_path / "model.pt", tmp_path / "half.onnx"
     handmade_denoiser(model, {"sha256": new_checkpoint(checkpoint)}, dtype="float16")
-    options = ("--steps", 1, "--batch", 2, *QUICK, "--json", tmp_path / "bench.json")
+    options = ("--variants", "", "--steps", 1, "--batch", 2, *QUICK, "--json", tmp_path / "bench.json")
     result = call(main, model, "--baseline", checkpoint, *options)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["contender"]: row for row in record["rows"]}
-    assert list(rows) == [*EAGER, *HALF, "half.onnx"]
+    assert list(rows) == [EAGER[0], HALF[0], "half.onnx"]
     for name, row in rows.items():
         half = name not in EAGER
         same = "PyTorch cpu fp16" if half else "PyTorch cpu"
@@ -490,7 +490,7 @@ def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callabl
         assert row["times_as_fast"] == pytest.approx(rows["PyTorch cpu"]["median_ms"] / row["median_ms"])
         assert row["times_as_fast_same_precision"] == pytest.approx(rows[same]["median_ms"] / row["median_ms"])
         assert row["max_abs_diff"] <= 1e-6, "the images are those of float32"
-    assert [row["dtype"] for row in record["starts"]] == ["float32"] * 2 + ["float16"] * 3
+    assert [row["dtype"] for row in record["starts"]] == ["float32", "float16", "float16"]
     assert "same type" in result.stdout
     assert f"{rows['half.onnx']['times_as_fast_same_precision']:.2f}x" in result.stdout
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from PIL import Image
 
 import cmfast
 from cmfast.cli.sample import main
+from cmfast.formats.table import read_manifest
 from cmfast.sampling import Churn
-from cmfast_export.pipeline import export_onnx
+from cmfast_export.graphs.sampler import sampler_graph
+from cmfast_export.graphs.writer import write_with_manifest
+from helpers.graphs import write_denoiser
 
 Factory = Callable[..., Path]
 
@@ -41,11 +46,12 @@ def test_the_command_draws_the_images_that_the_library_draws(
 
 
 def test_an_error_of_the_backend_is_one_line_in_a_process_of_its_own(
-    tiny_checkpoint: Factory, run: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+    run: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    result = run("cmfast.cli.sample", tiny_checkpoint(10), "--label", 10, "-o", tmp_path / "grid.png")
+    model = write_denoiser(tmp_path / "model.onnx", {"conditions": [{"name": "label", "kind": "class", "classes": 10}]})
+    result = run("cmfast.cli.sample", model, "--label", 10, "-o", tmp_path / "grid.png")
     refused(result, "label 10 is out of range; this model has the classes 0 to 9")
-    assert content(tmp_path) == []
+    assert content(tmp_path) == ["model.onnx"]
 
 
 # The same `main`, in this process.
@@ -176,9 +182,13 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
 
 
 def test_heun_steps_of_a_sampler_file_are_refused_in_one_line(
-    tiny_checkpoint: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    export_onnx(tiny_checkpoint(0), tmp_path / "sampler.onnx", kind="sampler", steps=2)
+    manifest, levels = read_manifest(handmade_onnx()), (80.0, 0.8)
+    sampler = replace(manifest, kind="sampler", spec=replace(manifest.spec, sigmas={2: levels}))
+    (tmp_path / "sampler.onnx").touch()
+    graph = sampler_graph(ir.load(handmade_onnx()), levels, manifest.spec)
+    write_with_manifest(graph, sampler, tmp_path / "sampler.onnx")
     result = call(main, tmp_path / "sampler.onnx", "--heun", "18", "-o", tmp_path / "grid.png")
     refused(result, "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser")
     assert content(tmp_path) == ["sampler.onnx"]
