@@ -182,14 +182,16 @@ def test_a_request_that_cannot_be_is_one_line_and_writes_nothing(
 
 
 def test_heun_steps_of_a_sampler_file_are_refused_in_one_line(
-    handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
+    call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    manifest, levels = read_manifest(handmade_onnx()), (80.0, 0.8)
+    model, levels = write_denoiser(tmp_path / "sampler.onnx", {"made_by": {"cmfast": "0.1"}}), (80.0, 0.8)
+    manifest = read_manifest(model)
     sampler = replace(manifest, kind="sampler", spec=replace(manifest.spec, sigmas={2: levels}))
-    (tmp_path / "sampler.onnx").touch()
-    graph = sampler_graph(ir.load(handmade_onnx()), levels, manifest.spec)
-    write_with_manifest(graph, sampler, tmp_path / "sampler.onnx")
-    result = call(main, tmp_path / "sampler.onnx", "--heun", "18", "-o", tmp_path / "grid.png")
+    graph = ir.load(model)
+    for node in graph.graph:
+        node.name = node.outputs[0].name  # from which each step makes one of its own
+    write_with_manifest(sampler_graph(graph, levels, manifest.spec), sampler, model)
+    result = call(main, model, "--heun", "18", "-o", tmp_path / "grid.png")
     refused(result, "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser")
     assert content(tmp_path) == ["sampler.onnx"]
 

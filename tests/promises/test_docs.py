@@ -294,8 +294,8 @@ def test_the_target_of_the_page_is_written_by_the_command(
     made = call(cli.main, tiny_checkpoint(0), "--format", "weights", "-o", "a.npz", "--precision", "fp16")
     assert made.returncode == 0, made.stderr
     assert "largest difference" in made.stdout, "the graph that it is made from was verified"
-    arrays = np.load("a.npz")
-    assert any(array.dtype == np.float16 and array.ndim == 4 for array in arrays.values())
+    with np.load("a.npz") as arrays:
+        assert any(array.dtype == np.float16 and array.ndim == 4 for array in arrays.values())
     wrong: list[tuple[list[str], str]] = [
         (["-o", "a.onnx"], "for --format weights the name must end in .npz"),
         (["--kind", "sampler"], "--format weights is made from files of kind denoiser, not sampler"),
