@@ -52,10 +52,11 @@ MNIST_FILES = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for wha
 class Recipe:
     """How a preset is trained in minutes.
 
-    settings  of `cmfast-train --set`
-    edm       part of the training time that the teacher gets
-    probe     optimiser steps of each phase that the speed is measured by; the first half warms up
-    samples   of an evaluation, the first as in the record on a CPU
+    Args:
+        settings: of `cmfast-train --set`
+        edm: part of the training time that the teacher gets
+        probe: optimiser steps of each phase that the speed is measured by; the first half warms up
+        samples: of an evaluation, the first as in the record on a CPU
     """
 
     settings: tuple[str, ...]

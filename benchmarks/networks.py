@@ -22,7 +22,8 @@ NAMES = ("digits", "mnist", "cifar10", "imagenet64")  # 0.8M, 7.7M, 43M and Open
 def random_model(name: str, device: str = "cpu") -> Checkpoint:
     """Return a class-conditional model of a preset's shape, or of OpenAI's ImageNet-64.
 
-    device  where the weights are drawn, and stay: a checkpoint's are on the CPU otherwise
+    Args:
+        device: where the weights are drawn, and stay: a checkpoint's are on the CPU otherwise
     """
     if name == "imagenet64":
         config = AdmConfig(image_size=64, attention=(32, 16, 8), head_channels=HEAD_CHANNELS, **NETWORKS[64])

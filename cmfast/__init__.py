@@ -13,6 +13,8 @@ The names below are the public interface; each is imported when it is first used
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -32,11 +34,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where the names below are looked for.
-_MODULES = (
-    "errors", "conditions", "schedule", "spec", "noise", "images", "sampling", "formats.manifest", "formats.table",
-    "backends.protocol", "model",
-)  # fmt: skip
+_HOMES = {  # the modules of the names below
+    "ArtifactError": "errors",
+    "Backend": "backends.protocol",
+    "BackendError": "errors",
+    "CheckFailed": "errors",
+    "CmfastError": "errors",
+    "Condition": "conditions",
+    "DiscreteTimes": "schedule",
+    "EngineError": "errors",
+    "Manifest": "formats.manifest",
+    "MissingDependency": "errors",
+    "Model": "model",
+    "ModelSpec": "spec",
+    "class_label": "conditions",
+    "gaussian": "noise",
+    "karras_sigmas": "schedule",
+    "load": "model",
+    "read_manifest": "formats.table",
+    "sample": "sampling",
+    "save_images": "images",
+}
 __all__ = [
     "ArtifactError",
     "Backend",
@@ -60,15 +78,30 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        modules = (import_module(f"cmfast.{module}") for module in _MODULES)
-        globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
-        return globals()[name]
-    if not name.startswith("_") and find_spec(f"cmfast.{name}"):  # cmfast.noise is there without its own import
-        return import_module(f"cmfast.{name}")
-    raise AttributeError(f"module 'cmfast' has no attribute {name!r}")
+def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the `__getattr__` and `__dir__` of a package whose public names are imported when they are first used.
+
+    Args:
+        package: the name of the package.
+        homes: public name -> its module, relative to the package. Modules that are no names of it are found too.
+
+    Returns:
+        The two functions of PEP 562.
+    """
+
+    def get(name: str) -> Any:
+        if name in homes:
+            value = getattr(import_module(f"{package}.{homes[name]}"), name)
+            vars(sys.modules[package])[name] = value
+            return value
+        if not name.startswith("_") and find_spec(f"{package}.{name}"):  # cmfast.noise is there without its own import
+            return import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return get, names
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -96,7 +96,11 @@ class Condition:
         return any(isinstance(side, str) for side in self.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of the manifest, ready for JSON."""
+        """Return the entry of the manifest.
+
+        Returns:
+            The fields that its kind has, by name, ready for JSON.
+        """
         null = {} if self.null is None else {"null": self.null}
         if self.kind == "tensor":
             return {"name": self.name, "kind": "tensor", "shape": list(self.shape), **null}
@@ -105,7 +109,17 @@ class Condition:
 
     @classmethod
     def from_dict(cls, values: Any) -> Condition:
-        """Read what `to_dict` wrote. Unknown keys are ignored; a missing or wrong one is a CmfastError."""
+        """Read what `to_dict` wrote.
+
+        Args:
+            values: the fields by name; unknown keys are ignored.
+
+        Returns:
+            The condition.
+
+        Raises:
+            CmfastError: a key is missing, or a value is wrong.
+        """
         if not isinstance(values, Mapping) or not {"name", "kind"} <= values.keys():
             raise CmfastError(f"a condition is an object with a name and a kind, got {shown(values)}")
         known: dict[str, Any] = {name: values[name] for name in ("name", "kind", "classes", "null") if name in values}
@@ -118,7 +132,19 @@ class Condition:
 
 
 def class_label(classes: int, names: Sequence[str] = (), *, null: int | None = None) -> Condition:
-    """Return the usual condition of a class-conditional model, named "label"; null: see `Condition`."""
+    """Return the usual condition of a class-conditional model, named "label".
+
+    Args:
+        classes: how many there are.
+        names: of the classes 0, 1, ..; () for none.
+        null: the number that stands for no class, as in guidance: see `Condition`.
+
+    Returns:
+        The condition.
+
+    Raises:
+        CmfastError: `classes` is no positive whole number, or the names do not fit it.
+    """
     return Condition(name=LABEL, kind="class", classes=classes, class_names=tuple(names), null=null)
 
 
@@ -151,8 +177,9 @@ def condition_values(
 
     A tensor for all samples is one array in memory, seen n times: read only, and not contiguous.
 
-    given  by name: of a class numbers or names, one for all samples or n of them; of a tensor an array [*shape] for all
-           samples or [n, *shape]. Every condition needs a value
+    Args:
+        given: by name: of a class numbers or names, one for all samples or n of them; of a tensor an array [*shape]
+            for all samples or [n, *shape]. Every condition needs a value
 
     Raises:
         CmfastError: a condition is missing or unknown, has another shape or type, or is not finite; it is named.
@@ -180,7 +207,8 @@ def some_values(
 
     What a model is timed and checked with, where nobody gives any. A label is the one that `sample` draws.
 
-    size  of the dynamic axes
+    Args:
+        size: of the dynamic axes
     """
     from cmfast import noise
 
@@ -201,9 +229,13 @@ def class_numbers(
 ) -> npt.NDArray[np.int64]:
     """Return the class of each of n samples, int64 [n].
 
-    given  a class for all or n of them: numbers, names where the model has them, or both. A text is looked up as a name
-           and read as a number; if these are two classes, that is an error. "+7" is always the number
-    what   the name of the condition, for errors
+    Args:
+        given: a class for all or n of them: numbers, names where the model has them, or both. A text is looked up
+            as a name and read as a number; if these are two classes, that is an error. "+7" is always the number
+        what: the name of the condition, for errors
+
+    Raises:
+        CmfastError: a number or a name is no class of the condition.
     """
     if isinstance(given, str):
         each_of: list[Any] = [given]

@@ -18,7 +18,9 @@ import numpy.typing as npt
 from cmfast import noise as portable
 from cmfast import sampling
 from cmfast.backends import Backend, DrawBackend
-from cmfast.checks import need_memory, not_finite, returned_array
+from cmfast.checks import need_memory, not_finite, returned_array, shown, whole_number
+from cmfast.progress import progress_bar
+from cmfast.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -33,6 +35,15 @@ class Drawing:
     slices: int
     draw: Callable[[Floats, Arrays], Floats]
     sigmas: tuple[float, ...] = ()  # of the few-step loop, which some backends have; () for another algorithm
+
+
+def check_number(n: int, spec: ModelSpec, noun: str, *, pixels: bool) -> int:
+    """Return n, if that many samples fit into memory, uint8 when `pixels`, else float32; `noun` is for the error."""
+    n = whole_number(f"number of {noun}", n, 1)
+    need = n * ((1 if pixels else 4) * math.prod(spec.shape) + 8)  # and a label
+    shape = ", ".join(map(str, spec.shape))
+    need_memory(need, f"{shown(n)} {noun} [{shape}]", "draw fewer at a time: the next ones with `first`")
+    return n
 
 
 def check_noise(backend: Backend, drawing: Drawing, batch: int) -> None:
@@ -58,6 +69,53 @@ def draw_batches(
         CheckFailed: it returned NaN or infinity.
     """
     return (_on_backend if _drawn_by_backend(backend, drawing) else _here)(backend, drawing, batches, seed, pixels)
+
+
+def collect(
+    backend: Backend,
+    drawing: Drawing,
+    conditions: Arrays,
+    n: int,
+    seed: int,
+    first: int,
+    batch: int,
+    *,
+    pixels: bool,
+    noun: str,
+    show: bool,
+) -> npt.NDArray[Any]:
+    """Draw n samples in batches; return uint8 [n, H, W, C] when `pixels`, else float32 [n, *shape].
+
+    Args:
+        backend: what runs the model.
+        drawing: what is done to a batch.
+        conditions: of all n samples.
+        n: how many.
+        seed: of the noise.
+        first: index of the first sample.
+        batch: samples at a time.
+        pixels: whether images are rounded to uint8.
+        noun: what is drawn, for the bar on stderr.
+        show: whether there is a bar.
+
+    Raises:
+        BackendError: the backend returned something else than its manifest says.
+        CheckFailed: it returned NaN or infinity.
+    """
+    parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
+    batches = [
+        (range(first + p.start, first + p.stop), {name: value[p] for name, value in conditions.items()}) for p in parts
+    ]
+    shape = backend.manifest.spec.shape
+    samples: npt.NDArray[Any] = (
+        np.empty((n, *shape[1:], shape[0]), np.uint8) if pixels else np.empty((n, *shape), np.float32)
+    )
+    results = draw_batches(backend, drawing, batches, seed, pixels=pixels)
+    with progress_bar("sampling", n, noun, show=show) as advance:
+        for part, some in zip(parts, results, strict=True):
+            samples[part] = some  # batch by batch: floats take four times the memory of pixels
+            advance(part.stop - part.start, "")
+    return samples
 
 
 def _drawn_by_backend(backend: Backend, drawing: Drawing) -> bool:

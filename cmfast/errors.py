@@ -41,7 +41,13 @@ class CheckFailed(CmfastError):
 
 
 class MissingDependency(CmfastError):
-    """An optional package is not installed."""
+    """An optional package is not installed.
+
+    Args:
+        what: what was to be done, the start of the message.
+        package: the package that is missing.
+        extra: the extra of cmfast that brings it.
+    """
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed: pip install 'cmfast[{extra}]'")

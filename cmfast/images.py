@@ -40,9 +40,15 @@ OTHER_FILES = {  # types of files that are not written here, so that a slip does
 
 
 def save_images(path: str | os.PathLike[str], images: Pixels, labels: npt.NDArray[np.int64] | None = None) -> None:
-    """Write uint8 images [N, H, W, C] where `path` says: NAME.png a grid, NAME.npz arrays, else a folder of PNGs.
+    """Write images where `path` says: NAME.png a grid, NAME.npz arrays, else a folder of PNGs.
 
-    The .npz has arr_0 (the images) and, of a class-conditional model, arr_1 (the labels, int64 [N]).
+    Args:
+        path: the file or the folder; it has its name only when it is complete.
+        images: uint8 [N, H, W, C], C 1 or 3.
+        labels: their classes, int64 [N]; the .npz has them as arr_1, beside arr_0, the images.
+
+    Raises:
+        CmfastError: an array has another type or shape, or `path` cannot be written.
     """
     images = array_of_numbers("images", images)
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
@@ -102,8 +108,9 @@ def check_output(
 ) -> str:
     """Return what is written to `path`, .png, .npz or "" for a folder, or raise CmfastError if it cannot.
 
-    inputs  what the same command reads; none of it is replaced
-    arrays  .npy is written too, of data that are no images
+    Args:
+        inputs: what the same command reads; none of it is replaced
+        arrays: .npy is written too, of data that are no images
     """
     suffix = _suffix(path, arrays)
     if suffix:
@@ -147,7 +154,9 @@ def check_images(path: str | os.PathLike[str], n: int, image: Sequence[int]) -> 
 def grid_image(images: Pixels, *, columns: int = 0) -> Image:
     """Return uint8 images [N, H, W, C] as one picture; small images are enlarged, unsmoothed.
 
-    columns  images in a row; 0: about as many as rows
+    Args:
+        images: uint8 [N, H, W, C].
+        columns: images in a row; 0: about as many as rows.
     """
     n, height, width, channels = images.shape
     columns, scale, gap = columns or _columns(n), _scale(height, width), GAP

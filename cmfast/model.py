@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,18 +20,24 @@ from cmfast.checks import (
     whole_number,
 )
 from cmfast.conditions import LABEL, class_numbers, condition_values, no_label
-from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, draw_batches
+from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, check_number, collect
 from cmfast.errors import CmfastError
-from cmfast.progress import progress_bar
-from cmfast.running import from_noise, run
-from cmfast.sampling import Churn, heun, heun_calls, noise_slices
-from cmfast.schedule import as_sigmas, karras_sigmas
+from cmfast.running import (
+    few_step_drawing,
+    from_noise,
+    given_conditions,
+    heun_drawing,
+    next_noise_levels,
+    noise_levels,
+    own_noise,
+    run,
+)
+from cmfast.sampling import Churn
+from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
 
 Label = int | str | Sequence[int | str]  # a class or one a sample, by number, or by name where the model has names
 Conditions = Mapping[str, Any]  # values by name: of a tensor an array, of a class what a label may be
-# The highest noise level that `denoise` takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
-CHURNED = math.sqrt(2)
 
 
 def load(
@@ -46,18 +51,32 @@ def load(
 ) -> Model:
     """Open a model file (.onnx; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
-    device     cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
-               engine, which runs nowhere else, and cpu for everything else
-    threads    CPU threads; None leaves the choice to the backend
-    variant    a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
-    precision  fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own
-    sha256     what the file must hash to; a TensorRT engine is native code, so load only what you trust
+    Args:
+        path: the file, or a folder that diffusers wrote.
+        device: cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
+            engine, which runs nowhere else, and cpu for everything else.
+        threads: CPU threads; None leaves the choice to the backend.
+        variant: a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
+        precision: fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own.
+        sha256: what the file must hash to; a TensorRT engine is native code, so load only what you trust.
+
+    Returns:
+        The model on its backend, ready to sample.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no model.
+        BackendError: the device, the variant or the precision is not available for this file.
+        MissingDependency: the backend's library is not installed.
     """
     return Model(open_backend(path, device, threads, variant=variant, precision=precision, sha256=sha256))
 
 
 class Model:
-    """A few-step model on a backend. `load` makes one."""
+    """A few-step model on a backend. `load` makes one.
+
+    Args:
+        backend: what runs the model file.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -77,11 +96,11 @@ class Model:
         first: int = 0,
         progress: bool = False,
     ) -> npt.NDArray[Any]:
-        """Draw n samples: images as uint8 [n, H, W, C], other data as float32 [n, *shape].
+        """Draw n samples: images as uint8, other data as float32.
 
         Args:
             n: How many.
-            steps: Network calls a sample (NFE), with the model's default noise levels; without both, the fewest.
+            steps: Network calls per sample (NFE), with the model's default noise levels; without both, the fewest.
             sigmas: Noise levels, data units, decreasing from sigma_max; instead of steps.
             seed: Sample i of a seed is the same whatever n, `batch`, the backend and the machine are.
             label: A class for all samples, or n of them, by number or by name; None: drawn from the seed.
@@ -91,13 +110,16 @@ class Model:
             first: Index of the first sample, to go on where another call stopped; first + n is at most 2**64.
             progress: Show a bar on stderr.
 
+        Returns:
+            Images uint8 [n, H, W, C], other data float32 [n, *shape].
+
         Raises:
             CmfastError: a condition is missing, unknown or does not fit, or another argument is out of its range.
             CheckFailed: the model returned NaN or infinity.
         """
         drawing = self._few_steps(self.sigmas_for(steps, sigmas))
         pixels = self.spec.data == "image"
-        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
+        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_float(
         self,
@@ -112,9 +134,16 @@ class Model:
         first: int = 0,
         progress: bool = False,
     ) -> Floats:
-        """Draw n samples as `sample` does; return float32 [n, *shape], of images in [-1, 1]."""
+        """Draw n samples as `sample` does, without rounding images to uint8.
+
+        Args:
+            n: How many; this, the other arguments and the errors are those of `sample`.
+
+        Returns:
+            Samples float32 [n, *shape], images in [-1, 1].
+        """
         drawing = self._few_steps(self.sigmas_for(steps, sigmas))
-        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=False)
 
     def sample_heun(
         self,
@@ -129,15 +158,25 @@ class Model:
         first: int = 0,
         progress: bool = False,
     ) -> npt.NDArray[Any]:
-        """Draw n samples with a diffusion model, in many steps (`cmfast.sampling.heun`); return what `sample` does.
+        """Draw n samples with a diffusion model in many steps: Heun's method (`cmfast.sampling.heun`).
 
-        steps  Heun steps, 2 steps - 1 network calls a sample, from sigma_max down the Karras grid to sigma_min and 0
-        churn  the paper's S_churn, or all four of its numbers; 0: deterministic
-        The rest is as in `sample`. The start of sample i of a seed is the one that `sample` takes too.
+        Args:
+            n: How many.
+            steps: Heun steps, 2 steps - 1 network calls per sample, from sigma_max down the Karras grid to sigma_min
+                and 0.
+            churn: The paper's S_churn, or all four of its numbers; 0: deterministic.
+            seed: This and the other arguments are those of `sample`; sample i of a seed starts from the same noise.
+
+        Returns:
+            What `sample` returns: images uint8 [n, H, W, C], other data float32 [n, *shape].
+
+        Raises:
+            CmfastError: the file is a sampler, the model a flow map, or an argument is out of its range.
+            CheckFailed: the model returned NaN or infinity.
         """
         drawing = self._heun_steps(steps, churn)
         pixels = self.spec.data == "image"
-        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
+        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_heun_float(
         self,
@@ -152,9 +191,16 @@ class Model:
         first: int = 0,
         progress: bool = False,
     ) -> Floats:
-        """Draw n samples as `sample_heun` does; return float32 [n, *shape], data units, not clipped."""
+        """Draw n samples as `sample_heun` does, without rounding images to uint8.
+
+        Args:
+            n: How many; this and the other arguments and the errors are those of `sample_heun`.
+
+        Returns:
+            Samples float32 [n, *shape], data units, not clipped.
+        """
         drawing = self._heun_steps(steps, churn)
-        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=False)
 
     def from_noise(
         self,
@@ -163,22 +209,23 @@ class Model:
         label: Label | Labels | None = None,
         conditions: Conditions | None = None,
     ) -> Floats:
-        """Return samples [B, *shape] in data units from unit noise [K, B, *shape] at K noise levels.
+        """Run the few-step loop on noise of your own.
+
+        Args:
+            noise: Unit Gaussian, float32 [K, B, *shape], one slice per step.
+            sigmas: K noise levels, data units, strictly decreasing from sigma_max.
+            label: A class, or one per sample [B], by number or by name; needed exactly when the model has a label.
+            conditions: Values of the model's conditions by name, [*shape] or [B, *shape].
+
+        Returns:
+            Samples float32 [B, *shape], data units.
 
         Raises:
             CmfastError: the levels do not strictly decrease above sigma_min, or a shape or a condition does not fit.
             CheckFailed: the model returned NaN or infinity.
         """
-        noise = array_of_numbers("noise", noise)
         sigmas = self.sigmas_for(sigmas=sigmas if sigmas is not None else ())
-        shape = self.spec.shape
-        if noise.ndim != 2 + len(shape) or (len(noise), *noise.shape[2:]) != (len(sigmas), *shape):
-            need = ", ".join(map(str, shape))
-            raise CmfastError(
-                f"noise must be [{len(sigmas)}, B, {need}] for {len(sigmas)} levels, got {list(noise.shape)}"
-            )
-        if noise.dtype != np.float32:
-            raise CmfastError(f"noise must be float32, got {noise.dtype}")
+        noise = own_noise(noise, len(sigmas), self.spec.shape)
         values = self.values(noise.shape[1], label, conditions)
         return from_noise(self.backend, self._denoise, noise, sigmas, values)
 
@@ -191,15 +238,18 @@ class Model:
         sigma_next: float | Floats | None = None,
         conditions: Conditions | None = None,
     ) -> Floats:
-        """Return f(x, sigma), float32 [B, *shape], not clipped: the raw contract, for algorithms of your own.
+        """Evaluate f(x, sigma): the raw contract, for algorithms of your own. The result is not clipped.
 
         Args:
             x: [B, *shape] float32, data units plus noise.
-            sigma: Noise level, data units: a number, or one a sample [B]; above 0 and at most sqrt(2) sigma_max,
+            sigma: Noise level, data units: a number, or one per sample [B]; above 0 and at most sqrt(2) sigma_max,
                 where Heun's churn goes.
-            label: A class, or one a sample [B], by number or by name; needed exactly when the model has a label.
+            label: A class, or one per sample [B], by number or by name; needed exactly when the model has a label.
             sigma_next: Of a flow map, the noise level to go to, from 0, below sigma; None: 0.
             conditions: Values of the model's conditions by name, [*shape] or [B, *shape].
+
+        Returns:
+            x0, float32 [B, *shape], data units.
 
         Raises:
             CmfastError: a shape, a type, a noise level or a condition is not one of these.
@@ -214,7 +264,19 @@ class Model:
         return self._denoise(x, sigma, sigma_next, self.values(len(x), label, conditions))
 
     def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
-        """Return the noise levels that `sample` uses for these arguments."""
+        """Return the noise levels that `sample` uses for these arguments.
+
+        Args:
+            steps: Network calls per sample; None: as many as `sigmas` has, else the fewest that have a default.
+            sigmas: Noise levels, data units, strictly decreasing; None: the defaults for `steps`.
+
+        Returns:
+            The noise levels, data units, decreasing.
+
+        Raises:
+            CmfastError: the model has no default for so many steps, the file is a sampler built for others, or the
+                levels do not strictly decrease inside the model's range.
+        """
         if self.manifest.kind != "denoiser":
             (built,) = self.spec.sigmas.values()
             asked = as_sigmas(sigmas) if sigmas is not None else built
@@ -229,10 +291,20 @@ class Model:
         return self.spec.sigmas_for(steps, sigmas)
 
     def labels(self, n: int, *, seed: int = 0, label: Label | Labels | None = None, first: int = 0) -> Labels | None:
-        """Return the class of each of n samples, int64 [n], that `sample` uses; None for a model without a label.
+        """Return the class of each of n samples that `sample` uses.
 
-        label  as `sample` takes it. A text is looked up among the names of the classes and read as a number; "+7" is
-               always the number
+        Args:
+            n: How many.
+            seed: Of the classes that are drawn.
+            label: As `sample` takes it. A text is looked up among the names of the classes and read as a number;
+                "+7" is always the number.
+            first: Index of the first sample.
+
+        Returns:
+            Classes int64 [n]; None for a model without a label.
+
+        Raises:
+            CmfastError: the model has no label, or none of this number or name.
         """
         n = whole_number("number of images", n, 0)
         first, seed = check_range(first, n), portable.check_seed(seed)
@@ -250,20 +322,23 @@ class Model:
     def values(
         self, n: int, label: Label | npt.ArrayLike | None = None, conditions: Conditions | None = None
     ) -> Arrays:
-        """Return the conditions of n samples by name, int64 [n] or float32 [n, *shape], checked; none is drawn."""
-        given = self._given(label, conditions)
+        """Return the conditions of n samples, checked; nothing is drawn from a seed.
+
+        Args:
+            n: How many.
+            label: A class, or n of them, by number or by name.
+            conditions: Values of the model's conditions by name, [*shape] or [n, *shape].
+
+        Returns:
+            Conditions by name, int64 [n] or float32 [n, *shape].
+
+        Raises:
+            CmfastError: a condition is missing, unknown or does not fit.
+        """
+        given = given_conditions(label, conditions)
         if self.spec.classes and given.get(LABEL) is None:
             raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
         return self._checked(given, n)
-
-    def _given(self, label: Any, conditions: Conditions | None) -> dict[str, Any]:
-        """Return what was passed by name, the label among it."""
-        if conditions is not None and not isinstance(conditions, Mapping):
-            raise CmfastError(f"conditions are passed by name, such as {{'state': array}}, got {shown(conditions)}")
-        given = dict(conditions or {})
-        if label is not None and given.get(LABEL) is not None:
-            raise CmfastError("the label was passed twice, by `label` and in `conditions`; remove one")
-        return given if label is None else given | {LABEL: label}
 
     def _checked(self, given: Mapping[str, Any], n: int) -> Arrays:
         if not self.spec.classes and given.get(LABEL) is not None:
@@ -271,24 +346,11 @@ class Model:
         return condition_values(self.spec.conditions, given, n)
 
     def _few_steps(self, sigmas: tuple[float, ...]) -> Drawing:
-        def draw(noise: Floats, conditions: Arrays) -> Floats:
-            return from_noise(self.backend, self._denoise, noise, sigmas, conditions)
-
-        return Drawing(len(sigmas), draw, sigmas)
+        return few_step_drawing(self.backend, self._denoise, sigmas)
 
     def _heun_steps(self, steps: int, churn: float | Churn) -> Drawing:
         self._check_denoiser()
-        if self.spec.second_time:
-            raise CmfastError("Heun's steps are for diffusion models, and this is a flow map: sample it in few steps")
-        heun_calls(steps)
-        sigmas = karras_sigmas(steps, self.spec.sigma_min, self.spec.sigma_max)
-        full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
-        steps = len(sigmas)
-
-        def draw(noise: Floats, conditions: Arrays) -> Floats:
-            return np.asarray(heun(lambda x, s: self._denoise(x, s, None, conditions), noise, sigmas, churn=full))
-
-        return Drawing(noise_slices(steps, full), draw)
+        return heun_drawing(self._denoise, self.spec, steps, churn)
 
     def _draw(
         self,
@@ -303,27 +365,16 @@ class Model:
         pixels: bool,
     ) -> npt.NDArray[Any]:
         """Check the request and draw it; return uint8 [n, H, W, C] when `pixels`, else float32 [n, *shape]."""
-        n, batch = self._number(n, 1 if pixels else 4), whole_number("batch", batch, 1)
+        n, batch = check_number(n, self.spec, self.noun, pixels=pixels), whole_number("batch", batch, 1)
         first, seed = check_range(first, n), portable.check_seed(seed)
         batch = min(self.backend.batch or batch, n)
         check_noise(self.backend, drawing, batch)
         if (drawn := self.labels(n, seed=seed, label=given.get(LABEL), first=first)) is not None:
             given = {**given, LABEL: drawn}
         every = self._checked(given, n)
-        parts = [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
-        batches = [
-            (range(first + p.start, first + p.stop), {name: value[p] for name, value in every.items()}) for p in parts
-        ]
-        shape = self.spec.shape
-        samples: npt.NDArray[Any] = (
-            np.empty((n, *shape[1:], shape[0]), np.uint8) if pixels else np.empty((n, *shape), np.float32)
+        return collect(
+            self.backend, drawing, every, n, seed, first, batch, pixels=pixels, noun=self.noun, show=progress
         )
-        results = draw_batches(self.backend, drawing, batches, seed, pixels=pixels)
-        with progress_bar("sampling", n, self.noun, show=progress) as advance:
-            for part, some in zip(parts, results, strict=True):
-                samples[part] = some  # batch by batch: floats take four times the memory of pixels
-                advance(part.stop - part.start, "")
-        return samples
 
     @property
     def noun(self) -> str:
@@ -331,10 +382,10 @@ class Model:
         return "images" if self.spec.data == "image" else "samples"
 
     def _denoise(self, x: Floats, sigma: Any, sigma_next: Any, conditions: Arrays) -> Floats:
-        sigmas = self._sigma_each(sigma, len(x))
+        sigmas = noise_levels(sigma, len(x), self.spec)
         inputs: dict[str, npt.NDArray[Any]] = {"x": np.ascontiguousarray(x), "sigma": sigmas}
         if self.spec.second_time:
-            inputs["sigma_next"] = self._next_sigmas(0.0 if sigma_next is None else sigma_next, sigmas)
+            inputs["sigma_next"] = next_noise_levels(0.0 if sigma_next is None else sigma_next, sigmas)
         elif sigma_next is not None:
             raise CmfastError("sigma_next is for flow maps, and this model takes one noise level")
         inputs |= {name: np.ascontiguousarray(value) for name, value in conditions.items()}
@@ -345,39 +396,3 @@ class Model:
             raise CmfastError(
                 "a sampler graph has no denoiser to call; export one: cmfast-export model.pt --kind denoiser"
             )
-
-    def _sigma_each(self, sigma: Any, n: int) -> Floats:
-        """Return the noise levels of n images, float32 [n]."""
-        if isinstance(sigma, (str, bytes, bool)):
-            raise CmfastError(f"sigma must be a noise level or {n} of them, got {shown(sigma)}")
-        given = array_of_numbers("sigma", sigma)
-        if given.shape not in ((), (n,)):
-            raise CmfastError(f"sigma must be one noise level or {n} of them, got shape {list(given.shape)}")
-        most = CHURNED * self.spec.sigma_max
-        # A little more than it, for what rounding to float32 adds. What float32 rounds to 0 is refused as 0 is.
-        inside = (given >= np.finfo(np.float32).tiny) & (given <= most * (1 + 1e-6))
-        if not inside.all():
-            wrong = float(given[~inside].flat[0])
-            raise CmfastError(
-                f"noise level {wrong:g} cannot be denoised: this model was trained for {self.spec.sigma_min:g} to "
-                f"{self.spec.sigma_max:g}, and denoise takes 0 < sigma <= {most:.6g} (sqrt(2) times that, for churn)"
-            )
-        return np.array(np.broadcast_to(given.astype(np.float32), (n,)))
-
-    def _next_sigmas(self, sigma_next: Any, sigmas: Floats) -> Floats:
-        """Return the noise levels that a flow map goes to, float32 [n]."""
-        given = array_of_numbers("sigma_next", sigma_next)
-        if isinstance(sigma_next, bool) or given.shape not in ((), sigmas.shape):
-            raise CmfastError(f"sigma_next must be one noise level or {len(sigmas)} of them, got {shown(sigma_next)}")
-        after = np.array(np.broadcast_to(given.astype(np.float32), sigmas.shape))
-        if not ((after >= 0) & (after < sigmas)).all():
-            raise CmfastError(f"sigma_next must be from 0 and below sigma, got {shown(sigma_next)}")
-        return after
-
-    def _number(self, n: int, size: int) -> int:
-        """Return n, if that many samples of numbers of `size` bytes fit into memory."""
-        n = whole_number(f"number of {self.noun}", n, 1)
-        shape = ", ".join(map(str, self.spec.shape))
-        need = n * (size * math.prod(self.spec.shape) + 8)  # and a label
-        need_memory(need, f"{shown(n)} {self.noun} [{shape}]", "draw fewer at a time: the next ones with `first`")
-        return n

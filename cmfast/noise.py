@@ -34,12 +34,19 @@ PEAK = 64  # bytes of memory for a number while it is drawn
 def gaussian(
     seed: int, sample: int | Sequence[int] | npt.NDArray[np.int64], step: int, shape: Sequence[int]
 ) -> npt.NDArray[np.float32]:
-    """Return unit Gaussian noise, float32 [*shape], or [B, *shape] when `sample` is a sequence of B indices.
+    """Return unit Gaussian noise: the same bits in every language and on every backend.
 
-    seed    0 <= seed < 2**64
-    sample  index of the image, 0 <= sample < 2**64
-    step    which network call the noise is for, from 0
-    shape   of one sample, for example (C, H, W); filled in C order
+    Args:
+        seed: 0 <= seed < 2**64.
+        sample: index of the sample, 0 <= sample < 2**64, or a sequence of B indices.
+        step: the network call that the noise is for, from 0.
+        shape: of one sample, for example (C, H, W); filled in C order.
+
+    Returns:
+        float32 [*shape], or [B, *shape] for a sequence of indices.
+
+    Raises:
+        CmfastError: an argument is out of its range, or there is too little memory.
     """
     samples = as_u64(sample, "sample")
     sides = _as_shape(shape)

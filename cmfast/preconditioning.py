@@ -148,10 +148,11 @@ def flow_time(sigma: Array) -> Array:
 def noise_condition(sigma: Array, spec: ModelSpec, xp: Any) -> Array:
     """Return c_noise(sigma), what the network's noise embedding is fed.
 
-    sigma  noise level, data units
-    xp     the module that owns `log` and `atan`: numpy or torch
-
     "250ln" reaches from -1553 to 1096 on the usual range: never compute it in half precision.
+
+    Args:
+        sigma: noise level, data units
+        xp: the module that owns `log` and `atan`: numpy or torch
     """
     if spec.c_noise == "250ln":  # OpenAI, diffusers: 1000 * ln(sigma) / 4
         return 250.0 * xp.log(sigma)

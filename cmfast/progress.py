@@ -16,7 +16,12 @@ LINE_S = 30.0  # between lines where stderr is no terminal
 def progress_bar(what: str, total: int, unit: str, start: int = 0, show: bool = True) -> Iterator[Advance]:
     """Give the function that moves the progress of `what`, shown on stderr.
 
-    total, start  items in all, and already done when a run is resumed: a line says so, and no speed counts them
+    Args:
+        what: the work, in words.
+        total: items in all.
+        unit: what they are, in words.
+        start: items that were done before, when a run is resumed: a line says so, and no speed counts them.
+        show: whether anything is shown.
     """
     if not show or sys.stderr is None:  # a program without standard streams
         yield lambda count, text: None

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,17 @@ import numpy.typing as npt
 
 from cmfast import sampling
 from cmfast.backends import Backend, LoopBackend
-from cmfast.checks import need_memory, not_finite, returned_array
-from cmfast.drawing import Arrays, Floats
-from cmfast.errors import CmfastError
+from cmfast.checks import array_of_numbers, need_memory, not_finite, returned_array
+from cmfast.conditions import LABEL
+from cmfast.drawing import Arrays, Drawing, Floats
+from cmfast.errors import CmfastError, shown
+from cmfast.sampling import Churn, heun, heun_calls, noise_slices
+from cmfast.schedule import karras_sigmas
+from cmfast.spec import ModelSpec
 
 Inputs = dict[str, npt.NDArray[Any]]
+# The highest noise level that a denoiser takes, over sigma_max: Heun's churn (arXiv:2206.00364) goes up to it.
+CHURNED = math.sqrt(2)
 Denoise = Callable[[Floats, float, float | None, Arrays], Floats]  # (x, sigma, sigma_next, conditions) -> x0
 
 
@@ -27,7 +34,8 @@ def from_noise(
 ) -> Floats:
     """Return samples [B, *shape] in data units from unit noise [K, B, *shape] at K noise levels.
 
-    denoise  the raw contract, for a backend of a denoiser without a loop of its own
+    Args:
+        denoise: the raw contract, for a backend of a denoiser without a loop of its own
 
     Raises:
         CheckFailed: the model returned NaN or infinity.
@@ -53,10 +61,44 @@ def from_noise(
     return run(backend, inputs, n, sigmas)
 
 
+def few_step_drawing(backend: Backend, denoise: Denoise, sigmas: tuple[float, ...]) -> Drawing:
+    """Return how a batch is drawn in few steps, at these noise levels; `denoise`: see `from_noise`."""
+
+    def draw(noise: Floats, conditions: Arrays) -> Floats:
+        return from_noise(backend, denoise, noise, sigmas, conditions)
+
+    return Drawing(len(sigmas), draw, sigmas)
+
+
+def heun_drawing(denoise: Denoise, spec: ModelSpec, steps: int, churn: float | Churn) -> Drawing:
+    """Return how a batch is drawn by Heun's method, see `cmfast.sampling.heun`.
+
+    Args:
+        denoise: the raw contract.
+        spec: of a diffusion model.
+        steps: Heun steps.
+        churn: the paper's S_churn, or all four of its numbers.
+
+    Raises:
+        CmfastError: the model is a flow map, or an argument is out of its range.
+    """
+    if spec.second_time:
+        raise CmfastError("Heun's steps are for diffusion models, and this is a flow map: sample it in few steps")
+    heun_calls(steps)
+    sigmas = karras_sigmas(steps, spec.sigma_min, spec.sigma_max)
+    full = churn if isinstance(churn, Churn) else Churn(s_churn=churn)
+
+    def draw(noise: Floats, conditions: Arrays) -> Floats:
+        return np.asarray(heun(lambda x, s: denoise(x, s, None, conditions), noise, sigmas, churn=full))
+
+    return Drawing(noise_slices(len(sigmas), full), draw)
+
+
 def run(backend: Backend, inputs: Inputs, n: int, sigmas: Floats | Sequence[float]) -> Floats:
     """Run a graph on n samples, [n, *shape]; where it takes one batch size only, repeat the last to fill it up.
 
-    sigmas  noise levels, for the error where the result is not finite
+    Args:
+        sigmas: noise levels, for the error where the result is not finite
     """
     shape = backend.manifest.spec.shape
     if n == 0:
@@ -97,3 +139,66 @@ def _batch_first(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if name == "noise":
         return np.ascontiguousarray(values.swapaxes(0, 1))
     return values[:, None] if values.dtype == np.int64 else values
+
+
+def given_conditions(of_class: Any, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a caller passed as conditions by name, the label among it, or raise CmfastError."""
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise CmfastError(f"conditions are passed by name, such as {{'state': array}}, got {shown(conditions)}")
+    given = dict(conditions or {})
+    if of_class is not None and given.get(LABEL) is not None:
+        raise CmfastError("the label was passed twice, by `label` and in `conditions`; remove one")
+    return given if of_class is None else given | {LABEL: of_class}
+
+
+def own_noise(noise: Any, count: int, shape: tuple[int, ...]) -> Floats:
+    """Return a caller's unit noise [count, B, *shape], or raise CmfastError."""
+    noise = array_of_numbers("noise", noise)
+    if noise.ndim != 2 + len(shape) or (len(noise), *noise.shape[2:]) != (count, *shape):
+        need = ", ".join(map(str, shape))
+        raise CmfastError(f"noise must be [{count}, B, {need}] for {count} levels, got {list(noise.shape)}")
+    if noise.dtype != np.float32:
+        raise CmfastError(f"noise must be float32, got {noise.dtype}")
+    found: Floats = noise
+    return found
+
+
+def noise_levels(sigma: Any, n: int, spec: ModelSpec) -> Floats:
+    """Return the noise levels of n samples, float32 [n], data units, or raise CmfastError.
+
+    Args:
+        sigma: one for all samples, or n of them.
+        n: number of samples.
+        spec: gives the range that the model was trained on.
+    """
+    if isinstance(sigma, (str, bytes, bool)):
+        raise CmfastError(f"sigma must be a noise level or {n} of them, got {shown(sigma)}")
+    given = array_of_numbers("sigma", sigma)
+    if given.shape not in ((), (n,)):
+        raise CmfastError(f"sigma must be one noise level or {n} of them, got shape {list(given.shape)}")
+    most = CHURNED * spec.sigma_max
+    # A little more than it, for what rounding to float32 adds. What float32 rounds to 0 is refused as 0 is.
+    inside = (given >= np.finfo(np.float32).tiny) & (given <= most * (1 + 1e-6))
+    if not inside.all():
+        wrong = float(given[~inside].flat[0])
+        raise CmfastError(
+            f"noise level {wrong:g} cannot be denoised: this model was trained for {spec.sigma_min:g} to "
+            f"{spec.sigma_max:g}, and denoise takes 0 < sigma <= {most:.6g} (sqrt(2) times that, for churn)"
+        )
+    return np.array(np.broadcast_to(given.astype(np.float32), (n,)))
+
+
+def next_noise_levels(sigma_next: Any, sigmas: Floats) -> Floats:
+    """Return the noise levels that a flow map goes to, float32 [n], or raise CmfastError.
+
+    Args:
+        sigma_next: one for all samples, or n of them, data units, from 0, below those of `sigmas`.
+        sigmas: the noise levels that it goes from, [n].
+    """
+    given = array_of_numbers("sigma_next", sigma_next)
+    if isinstance(sigma_next, bool) or given.shape not in ((), sigmas.shape):
+        raise CmfastError(f"sigma_next must be one noise level or {len(sigmas)} of them, got {shown(sigma_next)}")
+    after = np.array(np.broadcast_to(given.astype(np.float32), sigmas.shape))
+    if not ((after >= 0) & (after < sigmas)).all():
+        raise CmfastError(f"sigma_next must be from 0 and below sigma, got {shown(sigma_next)}")
+    return after

@@ -35,14 +35,22 @@ MAX_S_NOISE = 100.0  # EDM takes 1.003; noise that is far from 1 overflows float
 
 
 def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelSpec) -> Array:
-    """Draw samples from noise in K = len(sigmas) network calls; return x0 [B, *shape] in data units.
+    """Draw samples from noise in K = len(sigmas) network calls: Algorithm 1 of arXiv:2303.01469.
 
-    denoise  callable (x [B, *shape], sigma) -> x0 [B, *shape]; conditions are bound by the caller. A flow map
-             (`spec.second_time`) is called with (x, sigma, sigma_next): with "ddim" the noise level of the next call,
-             0 in the last, and else 0 always, because the noise of the next call is fresh
-    noise    [K, B, *shape] unit Gaussian, one slice a step; "ddim" uses the first only
-    sigmas   K noise levels, data units, decreasing (`ModelSpec.sigmas_for` also compares them with the model's range)
-    spec     gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call
+    Args:
+        denoise: callable (x [B, *shape], sigma) -> x0 [B, *shape]; conditions are bound by the caller. A flow map
+            (`spec.second_time`) is called with (x, sigma, sigma_next): with "ddim" the noise level of the next
+            call, 0 in the last, and else 0 always, because the noise of the next call is fresh.
+        noise: [K, B, *shape] unit Gaussian, one slice per step; "ddim" uses the first only.
+        sigmas: K noise levels, data units, decreasing (`ModelSpec.sigmas_for` also compares them with the model's
+            range).
+        spec: gives sigma_min, the renoising rule, and whether x0 is clipped to [-1, 1] after every call.
+
+    Returns:
+        x0 [B, *shape], data units.
+
+    Raises:
+        CmfastError: the levels do not decrease above sigma_min, or the noise has another number of slices.
     """
     if not isinstance(spec, ModelSpec):
         raise CmfastError(f"spec must be a cmfast.ModelSpec, got {shown(spec)}")
@@ -106,14 +114,23 @@ NO_CHURN = Churn()
 def heun(
     denoise: Denoise, noise: Array, sigmas: Sequence[float], *, churn: Churn = NO_CHURN, second_order: bool = True
 ) -> Array:
-    """Draw images in N = len(sigmas) steps, `heun_calls(N)` network calls; return x [B, C, H, W] in data units.
+    """Draw images in N = len(sigmas) steps, `heun_calls(N)` network calls: EDM (arXiv:2206.00364), Algorithm 2.
 
-    denoise       callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller. Churn calls it
-                  up to sqrt(2) sigmas[0]. Nothing is clipped
-    noise         [K, B, C, H, W] unit Gaussian: slice 0 the start, slice i the churn of step i, from 1; K is
-                  `noise_slices(N, churn)`, which is 1 without churn
-    sigmas        N noise levels, data units, strictly decreasing: `karras_sigmas(N, ...)`; the closing 0 is added here
-    second_order  False: Euler's method, N network calls
+    Args:
+        denoise: callable (x [B, C, H, W], sigma) -> x0 [B, C, H, W]; a label is bound by the caller. Churn calls it
+            up to sqrt(2) sigmas[0]. Nothing is clipped.
+        noise: [K, B, C, H, W] unit Gaussian: slice 0 the start, slice i the churn of step i, from 1; K is
+            `noise_slices(N, churn)`, which is 1 without churn.
+        sigmas: N noise levels, data units, strictly decreasing: `karras_sigmas(N, ...)`; the closing 0 is added
+            here.
+        churn: EDM's stochasticity; without it the sampler is deterministic.
+        second_order: False: Euler's method, N network calls.
+
+    Returns:
+        x [B, C, H, W], data units.
+
+    Raises:
+        CmfastError: the levels do not strictly decrease above 0, or there is too little noise.
     """
     sigmas = as_sigmas(sigmas)
     if not sigmas or sigmas[-1] <= 0 or any(after >= before for before, after in pairwise(sigmas)):

@@ -53,7 +53,17 @@ class DiscreteTimes:
         return _sigmas_of_times(self)
 
     def sigma(self, time: float) -> float:
-        """Return the noise level of a time, between whole ones by interpolation in ln(sigma)."""
+        """Return the noise level of a time, between whole ones by interpolation in ln(sigma).
+
+        Args:
+            time: from 0 to steps - 1.
+
+        Returns:
+            The noise level, data units.
+
+        Raises:
+            CmfastError: the time is outside of the table.
+        """
         time = real_number("time", time)
         if not 0 <= time <= self.steps - 1:
             raise CmfastError(f"time {time:g} is outside of 0 to {self.steps - 1}")
@@ -64,7 +74,15 @@ class DiscreteTimes:
     def lcm_sigmas(self, steps: int, original: int = 50) -> tuple[float, ...]:
         """Return the noise levels at which a latent consistency model is called: diffusers' LCMScheduler.
 
-        original  steps of the solver that it was distilled with; the times are evenly spread over its own
+        Args:
+            steps: number of network calls.
+            original: steps of the solver that it was distilled with; the times are evenly spread over its own.
+
+        Returns:
+            The noise levels, data units, decreasing.
+
+        Raises:
+            CmfastError: not 1 <= steps <= original <= the number of times.
         """
         original = whole_number("number of original steps", original, 1, self.steps)
         steps = whole_number("number of steps", steps, 1, original)
@@ -72,12 +90,26 @@ class DiscreteTimes:
         return tuple(self.sigma(times[i * original // steps]) for i in range(steps))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of the manifest, ready for JSON."""
+        """Return the entry of the manifest.
+
+        Returns:
+            The fields by name, ready for JSON.
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> DiscreteTimes:
-        """Read what `to_dict` wrote. Unknown keys are ignored; a wrong value is a CmfastError."""
+        """Read what `to_dict` wrote.
+
+        Args:
+            values: the fields by name; unknown keys are ignored.
+
+        Returns:
+            The table of times.
+
+        Raises:
+            CmfastError: a value is wrong.
+        """
         if not isinstance(values, Mapping):
             raise CmfastError(f"times must be an object with a schedule, got {shown(values)}")
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
@@ -99,7 +131,20 @@ def _sigmas_of_times(times: DiscreteTimes) -> tuple[float, ...]:
 
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> tuple[float, ...]:
-    """Return n noise levels from sigma_max down to sigma_min, data units: EDM (arXiv:2206.00364), eq. 5."""
+    """Return n noise levels from sigma_max down to sigma_min: EDM (arXiv:2206.00364), eq. 5.
+
+    Args:
+        n: number of noise levels.
+        sigma_min: the last one, data units.
+        sigma_max: the first one, data units.
+        rho: how much the grid favours low noise levels; 7 in EDM.
+
+    Returns:
+        n noise levels, data units, decreasing; both ends are exact.
+
+    Raises:
+        CmfastError: n is below 1, or not 0 < sigma_min < sigma_max, or rho is too small.
+    """
     if isinstance(n, int) and n < 1:
         raise CmfastError(f"a grid needs at least one noise level, got {shown(n)}")
     n = whole_number("number of noise levels in a grid", n, 1, MAX_GRID)
@@ -126,9 +171,21 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
 def sigmas_of_indices(
     indices: Sequence[int], n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> tuple[float, ...]:
-    """Return the noise levels at `indices` of the n-level Karras grid, in decreasing order.
+    """Return the noise levels at `indices` of the n-level Karras grid.
 
-    A closing n - 1, which OpenAI's scripts write and which stands for "stop here", is dropped.
+    Args:
+        indices: whole numbers from 0, which is sigma_max, in any order. A closing n - 1, which OpenAI's scripts write
+            and which stands for "stop here", is dropped.
+        n: noise levels of the grid.
+        sigma_min: its last one, data units.
+        sigma_max: its first one, data units.
+        rho: see `karras_sigmas`.
+
+    Returns:
+        The noise levels, data units, decreasing.
+
+    Raises:
+        CmfastError: an index is not in the grid.
     """
     grid = karras_sigmas(n, sigma_min, sigma_max, rho)
     if isinstance(indices, (str, bytes)) or not hasattr(indices, "__iter__"):
@@ -141,7 +198,19 @@ def sigmas_of_indices(
 
 
 def check_sigmas(sigmas: Sequence[float], sigma_min: float, sigma_max: float) -> tuple[float, ...]:
-    """Return sigmas as a tuple of floats, or say which one is wrong and what is allowed."""
+    """Return sigmas as a tuple of floats.
+
+    Args:
+        sigmas: noise levels, data units.
+        sigma_min: all of them must be above it.
+        sigma_max: none may be above it.
+
+    Returns:
+        The noise levels as floats.
+
+    Raises:
+        CmfastError: they are not numbers that strictly decrease inside the range; the error names the first wrong one.
+    """
     sigmas = as_sigmas(sigmas)
     if not sigmas:
         raise CmfastError(f"no noise levels were given; give at least one, for example --sigmas {sigma_max:g}")

@@ -106,7 +106,14 @@ class ModelSpec:
     def sigmas_at(self, indices: Sequence[int]) -> tuple[float, ...]:
         """Return the noise levels at indices into the model's grid: `ts` of OpenAI's scripts, `timesteps` of diffusers.
 
-        0 is sigma_max. Their order does not matter, and a closing last index, which OpenAI writes, is dropped.
+        Args:
+            indices: from 0, which is sigma_max, in any order. A closing last index, which OpenAI writes, is dropped.
+
+        Returns:
+            The noise levels, data units, decreasing.
+
+        Raises:
+            CmfastError: the model has no grid, or an index is not in it or there twice.
         """
         if not self.grid:
             raise CmfastError("this model has no grid that indices could point into; pass the noise levels: --sigmas")
@@ -118,8 +125,15 @@ class ModelSpec:
     def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels to sample with: the given `sigmas`, else the defaults for `steps`.
 
-        steps   number of network calls (NFE); without both, the fewest that the model has defaults for
-        sigmas  noise levels, data units, strictly decreasing
+        Args:
+            steps: number of network calls (NFE); without both, the fewest that the model has defaults for.
+            sigmas: noise levels, data units, strictly decreasing.
+
+        Returns:
+            The noise levels, data units, decreasing.
+
+        Raises:
+            CmfastError: the model has no defaults for so many steps, or the levels do not decrease inside its range.
         """
         if isinstance(steps, int) and steps < 1:
             raise CmfastError(f"the number of steps must be at least 1, got {shown(steps)}")
@@ -174,7 +188,14 @@ class ModelSpec:
         return self.label.class_names if self.label else ()
 
     def with_class_names(self, names: Sequence[str]) -> ModelSpec:
-        """Return the spec with other names of the label's classes, () for none; without a label, as it is."""
+        """Return the spec with other names of the label's classes; without a label, as it is.
+
+        Args:
+            names: of the classes 0, 1, ..; () for none.
+
+        Returns:
+            The new spec.
+        """
         renamed = (
             dataclasses.replace(each, class_names=tuple(names)) if each.name == LABEL else each
             for each in self.conditions
@@ -182,7 +203,11 @@ class ModelSpec:
         return dataclasses.replace(self, conditions=tuple(renamed))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys of the manifest that describe the model, ready for JSON."""
+        """Return the keys of the manifest that describe the model.
+
+        Returns:
+            The fields by name, ready for JSON.
+        """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["shape"] = list(self.shape)
         values["conditions"] = [condition.to_dict() for condition in self.conditions]
@@ -195,7 +220,14 @@ class ModelSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """Read what `to_dict` wrote, of this schema or of "cmfast/1".
 
-        Unknown keys are ignored; a missing or wrong one is a CmfastError.
+        Args:
+            values: the keys of the manifest; unknown ones are ignored.
+
+        Returns:
+            The spec.
+
+        Raises:
+            CmfastError: a key is missing, or a value is wrong.
         """
         if not isinstance(values, Mapping):
             raise CmfastError(f"the description of the model must be an object, got {shown(values)}")

@@ -69,14 +69,24 @@ def open_backend(
 ) -> Backend:
     """Open a model file with the backend of its suffix.
 
-    device     cpu or cuda; an unavailable one is an error. None: cuda for a TensorRT engine, which runs nowhere
-               else, and cpu for everything else
-    threads    CPU threads, at most MAX_THREADS; None leaves the choice to the backend
-    variant    words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the backend
-    precision  one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs and for a file that OpenVINO
-               runs; any other exported file has its own
-    sha256     what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
-               were hashed is loaded
+    Args:
+        path: the file or folder.
+        device: cpu or cuda; an unavailable one is an error. None: cuda for a TensorRT engine, which runs nowhere
+            else, and cpu for everything else.
+        threads: CPU threads, at most MAX_THREADS; None leaves the choice to the backend.
+        variant: words of VARIANTS, as in "channels_last cuda_graph"; which exist and combine depends on the backend.
+        precision: one of cmfast.formats.values.PRECISIONS, for a checkpoint that PyTorch runs and for a file that
+            OpenVINO runs; any other exported file has its own.
+        sha256: what the file must hash to, hex digits; anything else is refused, and nothing else than the bytes that
+            were hashed is loaded.
+
+    Returns:
+        The opened backend.
+
+    Raises:
+        BackendError: no backend runs the file, or it does not have the device, variant or precision.
+        ArtifactError: the file is missing, damaged, or not the hashed one.
+        MissingDependency: the backend's library is not installed.
     """
     file = _path(path)
     if device is None:

@@ -92,7 +92,8 @@ class Stream:
     ) -> npt.NDArray[np.float32]:
         """Copy values into the device's inputs, hand over `work`, copy the output back; return it, waited for.
 
-        times  what it cost is appended here; None: no clock runs
+        Args:
+            times: what it cost is appended here; None: no clock runs
         """
         begun = time.perf_counter()
         for name, buffer in inputs.items():

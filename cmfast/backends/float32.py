@@ -33,8 +33,9 @@ def measured(
 ) -> dict[str, float]:
     """Return the largest relative error of the library's matrix product and of its convolution.
 
-    multiply  a [512, 576], b [576, 512] -> a b
-    convolve  x [8, 64, 16, 16], w [64, 64, 3, 3] -> their convolution without padding, [8, 64, 14, 14]
+    Args:
+        multiply: a [512, 576], b [576, 512] -> a b
+        convolve: x [8, 64, 16, 16], w [64, 64, 3, 3] -> their convolution without padding, [8, 64, 14, 14]
     """
     return {
         "product": _error(multiply(*product_operands()), _exact_product()),

@@ -46,18 +46,6 @@ _OPENED: weakref.WeakSet[OnnxRuntimeBackend] = weakref.WeakSet()
 class OnnxRuntimeBackend:
     """A graph run by ONNX Runtime: a `cmfast.Backend`, on CUDA also a `TimedBackend` and a `ReleasingBackend`.
 
-    variant  "": node by node. On CUDA also:
-             "nhwc": with `prefer_nhwc`, convolutions of [B, H, W, C], which a file of the flavour ort-cuda is made for;
-             "nhwc cuda_graph": both
-             "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same
-             call) and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser
-             in a Python loop is a launch a step and cannot be less: ONNX Runtime captures within one call of its own,
-             and does not allow a capture around several of them (CUDA error 900; its pull request 32081 would).
-             One launch for all steps needs a sampler graph
-             "tensorrt": by ONNX Runtime's TensorRT provider, which builds its engine at the first call, again where a
-             batch size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA
-             takes what TensorRT does not
-
     The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
     TensorFloat-32 (`artifact.may_use_tf32`). `onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
     TensorFloat-32 for both unless NVIDIA_TF32_OVERRIDE=0 is in the environment: it has no option.
@@ -65,6 +53,19 @@ class OnnxRuntimeBackend:
     One thread at a time. On CUDA the times are between events on the stream, but for two: host_ms and enqueue_ms are
     the host's clock, and with cuda_graph ONNX Runtime before 1.28 waits for the graph itself, so that enqueue_ms is
     nearly all.
+
+    Variants, on CUDA only; "" runs node by node:
+
+    * "nhwc": with `prefer_nhwc`, convolutions of [B, H, W, C], which a file of the flavour ort-cuda is made for.
+    * "cuda_graph": captured at the first call with a batch size (ONNX Runtime warms up before, within the same call)
+      and replayed as one launch from then on. For a sampler that is the whole few-step loop. A denoiser in a Python
+      loop is a launch a step and cannot be less: ONNX Runtime captures within one call of its own, and does not allow
+      a capture around several of them (CUDA error 900; its pull request 32081 would). One launch for all steps needs
+      a sampler graph.
+    * "nhwc cuda_graph": both.
+    * "tensorrt": by ONNX Runtime's TensorRT provider, which builds its engine at the first call, again where a batch
+      size is outside of what it has seen, and keeps none on disk: cmfast's engine files do that. CUDA takes what
+      TensorRT does not.
     """
 
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only

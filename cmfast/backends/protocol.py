@@ -40,10 +40,14 @@ class Backend(Protocol):
     batch: int | None  # the only batch size that it takes; None: any
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's one output, float32 [B, *shape].
+        """Evaluate the graph.
 
-        Inputs of a denoiser are x, sigma, of a flow map sigma_next, and the conditions by name; of a sampler noise and
-        the conditions.
+        Args:
+            inputs: of a denoiser x, sigma, of a flow map sigma_next, and the conditions by name; of a sampler noise and
+                the conditions.
+
+        Returns:
+            The graph's one output, float32 [B, *shape].
         """
         ...
 
@@ -81,8 +85,9 @@ class DrawBackend(Protocol):
     ) -> Iterator[Drawn]:
         """Yield each batch, while the next one is drawn: what `loop` returns for the noise of `cmfast.noise`.
 
-        batches  indices of the samples, and their conditions
-        pixels   uint8 is wanted, of images, else float32
+        Args:
+            batches: indices of the samples, and their conditions
+            pixels: uint8 is wanted, of images, else float32
         """
         ...
 

@@ -48,7 +48,8 @@ class TensorRtBackend:
     TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
     set, for the next process. Larger batches than the engine was built for are run in parts. One thread at a time.
 
-    sha256  what the file must hash to; the bytes that were hashed are those that are loaded
+    Args:
+        sha256: what the file must hash to; the bytes that were hashed are those that are loaded
     """
 
     origin: Origin | None = None

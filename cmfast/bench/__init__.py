@@ -14,8 +14,9 @@ The names below are public; each is imported when it is first used. `interleave`
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmfast import lazily
 
 if TYPE_CHECKING:
     from cmfast.bench.comparison import compare
@@ -59,12 +60,4 @@ __all__ = [
     "summarise",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cmfast.bench' has no attribute {name!r}")
-    return getattr(import_module(f"cmfast.bench.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -95,7 +95,11 @@ class Record:
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> str:
-        """Return the record as JSON. It has the names of files, not their folders."""
+        """Return the record as JSON. It has the names of files, not their folders.
+
+        Returns:
+            JSON, indented.
+        """
         values = asdict(self)
         options = values.pop("request") | {
             "models": [file.name for file in self.request.models],
@@ -104,7 +108,11 @@ class Record:
         return json.dumps({"what": "sample", "options": options, "included": INCLUDED} | values, indent=1)
 
     def save(self, path: Path) -> None:
-        """Write the record as a .json file, whole or not at all."""
+        """Write the record as a .json file, whole or not at all.
+
+        Args:
+            path: the file.
+        """
         from cmfast.files import write_text
 
         write_text(path, self.to_json() + "\n")

@@ -97,13 +97,21 @@ class Request:
         return [*([self.baseline] if self.baseline else []), *self.models]
 
     def baseline_variants(self) -> tuple[str, ...]:
-        """Return the ways to run the baseline beside the plain one, without diffusers' pipeline."""
+        """Return the ways to run the baseline beside the plain one, without diffusers' pipeline.
+
+        Returns:
+            Words of `cmfast.backends.VARIANTS`.
+        """
         wanted = ("channels_last",) if self.variants is None else self.variants
         wanted = (*wanted, *(("compiled",) if self.compiled else ()))
         return tuple(variant for variant in BASELINE_VARIANTS if variant in wanted)
 
     def onnx_variants(self) -> tuple[str, ...]:
-        """Return the ways to run an .onnx file beside the plain one."""
+        """Return the ways to run an .onnx file beside the plain one.
+
+        Returns:
+            Words of `cmfast.backends.VARIANTS`.
+        """
         return tuple(variant for variant in ONNX_VARIANTS if variant in (self.variants or ()))
 
     def takes_precision(self, file: Path, variant: str) -> bool:

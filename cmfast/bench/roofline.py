@@ -75,6 +75,9 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
         dtype: a manifest's: float32, tf32, float16, bfloat16.
         threads: CPU threads; None: each library's choice.
 
+    Returns:
+        The highest rates that were reached, FLOP/s and bytes/s.
+
     Raises:
         CmfastError: the device, the dtype or the number of threads is not one of these.
     """
@@ -103,7 +106,7 @@ def measure_machine(device: str = "cpu", dtype: str = "float32", threads: int | 
 
 
 def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: int = 1) -> Floor | None:
-    """Return the larger of operations over rate and bytes over bandwidth; None: one of them is unknown.
+    """Return the least time that a call can take: the larger of operations over rate and bytes over bandwidth.
 
     The bandwidth is that of memory. Data that fit a cache can be faster than this floor, and so can a convolution with
     fewer multiplications than its definition (Winograd's).
@@ -113,6 +116,9 @@ def floor_ms(cost: Mapping[str, float], ceilings: Ceilings, batch: int, steps: i
         ceilings: of the device.
         batch: images per call.
         steps: runs of the graph: the steps of a denoiser; 1 for a sampler, which has them inside.
+
+    Returns:
+        The floor, ms, and which of the two it is; None: the cost or a ceiling is unknown.
     """
     if not cost.keys() >= set(COST):
         return None

@@ -58,7 +58,7 @@ def interleave(
     most_s: float = math.inf,
     budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Call the contenders in turns; return for each the time of every counted call, ms, none dropped.
+    """Call the contenders in turns and time every call.
 
     A round is one burst of each contender; the next round begins one contender later. The first call of a burst is
     never counted: caches and thread pools are still the previous contender's.
@@ -70,6 +70,9 @@ def interleave(
         warmup_s: each is called for this long, and at least twice, before anything is counted.
         most_s: counted time after which FEW calls of a contender are enough.
         budget_s: wall time, with the warm-up, after which no further round begins; there is always one.
+
+    Returns:
+        For each contender the time of every counted call, ms, none dropped.
 
     Raises:
         CmfastError: there are no contenders, or `seconds` or `calls` is out of range.
@@ -110,7 +113,17 @@ class Summary:
 
 
 def summarise(times_ms: Sequence[float]) -> Summary:
-    """Return median, 10th and 90th percentile and the worst of all counted calls."""
+    """Return median, 10th and 90th percentile and the worst of all counted calls.
+
+    Args:
+        times_ms: one time per call, ms.
+
+    Returns:
+        The summary, ms.
+
+    Raises:
+        CmfastError: there are no times.
+    """
     ordered = sorted(times_ms)
     if not ordered:
         raise CmfastError("no times to summarise")

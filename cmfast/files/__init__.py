@@ -73,7 +73,9 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
 def atomic_folder(path: StrPath, within: StrPath | None = None) -> Iterator[Path]:
     """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then.
 
-    within  another place for the temporary folder, on the file system of `path`: where somebody watches what is beside
+    Args:
+        within: another place for the temporary folder, on the file system of `path`: where somebody watches what is
+            beside
 
     Raises:
         CmfastError: `path` cannot be a new folder (`check_target_folder`), or there is no space for it.
@@ -120,8 +122,12 @@ def temporary_folder(beside: StrPath) -> Iterator[Path]:
 def check_target(path: StrPath, suffixes: Sequence[str] = (), inputs: Iterable[StrPath] = ()) -> Path:
     """Return `path` as a Path if a file can be written there, else raise CmfastError: before the work, not after it.
 
-    suffixes  those that are allowed, in lower case; (): any
-    inputs    what the same command reads; none of it is replaced
+    Args:
+        suffixes: those that are allowed, in lower case; (): any
+        inputs: what the same command reads; none of it is replaced
+
+    Raises:
+        CmfastError: no file can be written there, or it has another suffix.
     """
     target = Path(path)
     if suffixes and target.suffix.lower() not in suffixes:
@@ -159,7 +165,11 @@ def check_target_folder(path: StrPath, inputs: Iterable[StrPath] = ()) -> Path:
 def check_outputs(outputs: Mapping[str, StrPath | None], inputs: Iterable[StrPath] = ()) -> None:
     """Raise CmfastError unless all files of a command can be written: {option: path or None}, no two the same.
 
-    inputs  what the command reads; none of it is replaced
+    Args:
+        inputs: what the command reads; none of it is replaced
+
+    Raises:
+        CmfastError: a file cannot be written, or two options name the same one.
     """
     read, seen = list(inputs), dict[Path, str]()
     for option, path in outputs.items():

@@ -43,8 +43,9 @@ def lock_beside(target: str | os.PathLike[str]) -> Path:
 def exclusive(lock: str | os.PathLike[str], busy: str) -> Iterator[None]:
     """Hold a lock file while the block runs; it is removed at the end. One that a killed process left is taken over.
 
-    lock  the file, in a folder that exists; `lock_beside` names one
-    busy  what another process does while it has the lock, for the error: "a run is going on in DIR"
+    Args:
+        lock: the file, in a folder that exists; `lock_beside` names one
+        busy: what another process does while it has the lock, for the error: "a run is going on in DIR"
 
     Raises:
         CmfastError: another process, or another thread of this one, has it.

@@ -35,7 +35,8 @@ Fields = dict[int, list[int | memoryview]]
 def content_sha256(path: Path, beside: Callable[[str], Path]) -> str:
     """Return the digest of an ONNX file, hex digits.
 
-    beside  returns the data file of a location that the file names, or raises
+    Args:
+        beside: returns the data file of a location that the file names, or raises
     """
     opened: dict[str, memoryview] = {}
 

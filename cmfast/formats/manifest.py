@@ -114,7 +114,17 @@ class Manifest:
         return 1 if self.kind == "sampler" else 0
 
     def to_json(self, limit: int = MAX_CHARACTERS) -> str:
-        """Return the manifest as JSON, at most 4,000 characters; 0: of any length, for a checkpoint's."""
+        """Return the manifest as JSON.
+
+        Args:
+            limit: most characters that it may have; 0: any number, for a checkpoint.
+
+        Returns:
+            One line of JSON.
+
+        Raises:
+            CmfastError: it is longer, or one of its parts holds what a manifest cannot.
+        """
         values: dict[str, Any] = {"schema": SCHEMA, "kind": self.kind, **self.spec.to_dict()}
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
@@ -128,7 +138,14 @@ class Manifest:
         return text
 
     def fitting(self, room: int = 0) -> Manifest:
-        """Return the manifest without its class names if they leave no `room` (characters) for more; then warn."""
+        """Return the manifest without its class names, with a warning, if they leave too little room.
+
+        Args:
+            room: characters that must stay free for more.
+
+        Returns:
+            This manifest, or one without class names.
+        """
         if not self.spec.class_names or len(self.to_json(0)) + room <= MAX_CHARACTERS:
             return self
         warnings.warn(
@@ -141,7 +158,18 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
-        """Read a manifest; `where` names its file in errors. Unknown keys are ignored, an unknown schema is refused."""
+        """Read a manifest. Unknown keys are ignored, an unknown schema is refused.
+
+        Args:
+            text: the JSON.
+            where: what names its file in errors.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ArtifactError: it is no JSON object, of another schema, or a value is wrong.
+        """
         try:
             values = json.loads(text, object_pairs_hook=object_of) if len(text) <= 16 * MAX_CHARACTERS else None
         except CmfastError as err:
@@ -303,7 +331,9 @@ def external_file(file: Path, location: str, *, hard_links: bool = False) -> Pat
     Beside: a plain name, in the folder of the model once all links are followed. In a cache of Hugging Face's hub both
     are links into one folder of blobs; a link to anywhere else would let a model read any file as its weights.
 
-    hard_links  allow a file with another name elsewhere, as in backups: where its content is compared with a digest
+    Args:
+        hard_links: allow a file with another name elsewhere, as in backups: where its content is compared with a
+            digest
     """
     plain = (
         bool(location)

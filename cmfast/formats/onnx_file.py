@@ -27,7 +27,9 @@ NOWHERE = "/nonexistent"  # where ONNX Runtime finds weights that we did not giv
 class OnnxFile:
     """An opened model file, from its check to its session. Raises ArtifactError where it is not whole and closed.
 
-    sha256  what the file must hash to. Then it is read into memory, and nothing that happens to it on disk matters
+    Args:
+        sha256: what the file must hash to. Then it is read into memory, and nothing that happens to it on disk
+            matters
     """
 
     def __init__(self, path: Path, sha256: str | None = None) -> None:

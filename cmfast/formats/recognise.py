@@ -37,7 +37,8 @@ def what_it_is_instead(head: bytes) -> str:
 
     A zip archive is named too: whoever expects one, as PyTorch's checkpoints are, asks only about other files.
 
-    head  the first bytes of the file, at best HEAD of them
+    Args:
+        head: the first bytes of the file, at best HEAD of them
     """
     head = head[:HEAD]
     if not head:

@@ -70,7 +70,17 @@ def all_suffixes() -> tuple[str, ...]:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Return the manifest of an exported file, or raise ArtifactError saying what the file is and what to type."""
+    """Read the manifest of an exported file. It needs neither a backend nor PyTorch.
+
+    Args:
+        path: an .onnx file, a TensorRT engine, or another exported format.
+
+    Returns:
+        The manifest, checked.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no exported model; the error says what it is and what to type.
+    """
     file = check_file(path)
     if found := format_of(file):
         return found.read(file)

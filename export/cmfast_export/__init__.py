@@ -12,8 +12,9 @@ denoiser, `graphs.sampler` builds the sampler from it, `verify` compares, and `p
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmfast import lazily
 
 if TYPE_CHECKING:
     from cmfast_export.engine import export_engine
@@ -29,7 +30,7 @@ STORED = ("", "fp16")  # what weights may be stored as; "": as they are computed
 AUTO = "auto"  # the precision that is searched for
 BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16
 
-_MODULES = {
+_HOMES = {  # the modules of the names below
     "Built": "targets.tensorrt_engine",
     "Converted": "targets.openvino_ir",
     "Exported": "pipeline",
@@ -40,13 +41,4 @@ _MODULES = {
 }
 __all__ = ["Built", "Converted", "Exported", "Target", "export_engine", "export_onnx", "export_openvino"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        globals()[name] = getattr(import_module(f"cmfast_export.{_MODULES[name]}"), name)
-        return globals()[name]
-    raise AttributeError(f"module 'cmfast_export' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

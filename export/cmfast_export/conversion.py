@@ -16,7 +16,7 @@ from cmfast_export.targets.table import at
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.own import own_model
 
 
@@ -56,8 +56,8 @@ def _graph(request: Request, seen: Callable[[Choice], object]) -> Iterator[Path]
 
 
 def _model(request: Request) -> Checkpoint | Denoiser:
-    told = Told.parse(request.assignments)
+    given = Given.parse(request.assignments)
     if request.own:
         weights = request.model if request.own.weights else None
-        return own_model(request.own.factory, request.own.spec, weights, told)
-    return load_model(request.model, request.source, told)
+        return own_model(request.own.factory, request.own.spec, weights, given)
+    return load_model(request.model, request.source, given)

@@ -42,7 +42,7 @@ def graph(found: Choice, request: Request) -> None:
 
 def onnx(found: Choice, request: Request) -> None:
     """Report an ONNX file."""
-    exported, checkpoint, told = found.exported, request.model, request.told
+    exported, checkpoint, given = found.exported, request.model, request.given
     graph(found, request)
     if exported.left:
         many = ", ".join(f"{count} {name}" for name, count in exported.left.items())
@@ -58,7 +58,7 @@ def onnx(found: Choice, request: Request) -> None:
     if exported.data:
         click.echo(f"its weights, too many for one file, are in {exported.data}; keep the two together")
     if exported.rewritten:
-        _ort_cuda(exported, checkpoint, told)
+        _ort_cuda(exported, checkpoint, given)
         return
     click.echo("next:")
     if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
@@ -66,10 +66,10 @@ def onnx(found: Choice, request: Request) -> None:
         return
     click.echo(_sample(exported.path, manifest))
     if not request.own:
-        _bench(exported.path, checkpoint, told)
+        _bench(exported.path, checkpoint, given)
 
 
-def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
+def _ort_cuda(exported: Exported, checkpoint: Path, given: str) -> None:
     made = exported.rewritten
     assert made
     found = f"{made.group_norms} GroupNorm, {made.attentions} MultiHeadAttention"
@@ -79,7 +79,7 @@ def _ort_cuda(exported: Exported, checkpoint: Path, told: str) -> None:
         click.echo("its CUDA kernels have not been run here; --device cuda verifies them where there is a GPU")
     click.echo("next, where there is one:")
     click.echo(f"  cmfast-sample {exported.path} -n 16 -o samples.png --device cuda --variant nhwc")
-    _bench(exported.path, checkpoint, told, ' --device cuda --variants "nhwc,nhwc cuda_graph"')
+    _bench(exported.path, checkpoint, given, ' --device cuda --variants "nhwc,nhwc cuda_graph"')
 
 
 def parity(exported: Exported, path: Path) -> None:
@@ -117,7 +117,7 @@ def choice(chosen: Choice) -> None:
 
 def engine(built: Built, request: Request) -> None:
     """Report an engine file."""
-    source, told = request.model, request.told
+    source, given = request.model, request.given
     about = built.manifest.engine
     cards = ", ".join(about["compute_capability"]) or "all cards that it supports"
     least, often, most = about["batch"]
@@ -141,7 +141,7 @@ def engine(built: Built, request: Request) -> None:
     click.echo(f"  cmfast-info {built.path}")
     click.echo(_sample(built.path, built.manifest))
     if format_of(source) is not ONNX and not request.own:
-        _bench(built.path, source, told, " --device cuda")
+        _bench(built.path, source, given, " --device cuda")
 
 
 def openvino(converted: Converted, request: Request) -> None:
@@ -180,10 +180,10 @@ def _sample(path: Path, manifest: Manifest) -> str:
     return f"  cmfast-sample {path} -n 16{more} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
 
 
-def _bench(path: Path, checkpoint: Path, told: str, more: str = "") -> None:
-    if told:  # cmfast-bench does not take what was said of a foreign file
+def _bench(path: Path, checkpoint: Path, given: str, more: str = "") -> None:
+    if given:  # cmfast-bench does not take what was passed about a foreign file
         baseline = path.with_suffix(".pt")
-        click.echo(f"  cmfast-export {checkpoint} {told} --format cmfast -o {baseline}")
+        click.echo(f"  cmfast-export {checkpoint} {given} --format cmfast -o {baseline}")
         checkpoint = baseline
     click.echo(f"  cmfast-bench {path} --baseline {checkpoint}{more}")
 

@@ -173,8 +173,8 @@ class Request:
         return _stem(self.model)
 
     @property
-    def told(self) -> str:
-        """What was said of a foreign file, as one would type it again."""
+    def given(self) -> str:
+        """What the user passed about a foreign file, as typed."""
         words = [f"--source {self.source}"] * bool(self.source) + [f"--set {text}" for text in self.assignments]
         return " ".join(words)
 

@@ -85,8 +85,10 @@ class Parity:
 def verify_denoiser(file: Backend, torch_backend: Backend, batches: Sequence[int] | None = None) -> Parity:
     """Compare two denoisers at LEVELS noise levels: each alone, then mixed in batches of the given sizes.
 
-    batches  default: 1, 2 and 5, of large samples 1, 2 and 3; of a file of one batch size that one
     Samples are random, uniform in [-1, 1], with noise of the level added; conditions are random (`some_values`).
+
+    Args:
+        batches: default: 1, 2 and 5, of large samples 1, 2 and 3; of a file of one batch size that one
     """
     return verify(file, [torch_backend], batches)[0]
 

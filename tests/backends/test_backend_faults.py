@@ -31,7 +31,7 @@ from cmfast.formats.manifest import Manifest, file_sha256, graph_sha256, read_on
 from cmfast_train.backends import pytorch as torch_backend
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.importers import load_model
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers import ROOT
 from helpers.specs import image_spec
@@ -172,8 +172,8 @@ def test_a_warning_about_a_checkpoint_that_is_read_under_another_path_names_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = foreign_file(tmp_path / "weights.pt")
-    told = Told.parse(["image_size=8", "head_channels=32", "qkv=3hd", "scaling=edm"])
-    monkeypatch.setattr(torch_backend, "load_model", lambda model: load_model(model, "openai", told))
+    given = Given.parse(["image_size=8", "head_channels=32", "qkv=3hd", "scaling=edm"])
+    monkeypatch.setattr(torch_backend, "load_model", lambda model: load_model(model, "openai", given))
     with pytest.warns(CmfastWarning) as said:
         cmfast.load(path, sha256=file_sha256(path))
     assert [str(each.message).startswith(f"{path}: ") for each in said] == [True]

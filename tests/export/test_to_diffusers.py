@@ -73,11 +73,11 @@ def test_diffusers_loads_every_tensor_and_draws_the_same_images(
     assert not any(info.values()), info  # missing, unexpected, mismatched
     assert capfd.readouterr().err == ""  # it warns there
     label = labels(checkpoint, 2)
-    for told, sigmas in (
+    for given, sigmas in (
         ({"num_inference_steps": 1}, (80.0,)),
         ({"num_inference_steps": None, "timesteps": [22, 0]}, sigmas_of_indices([0, 22], 40)),
     ):
-        theirs = with_pipeline(pipeline, 2, label, **told)
+        theirs = with_pipeline(pipeline, 2, label, **given)
         assert_same_images(with_denoiser(checkpoint, 2, label, sigmas), theirs, atol=1e-5)
 
 

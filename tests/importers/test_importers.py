@@ -22,7 +22,7 @@ from cmfast_export import cli as export
 from cmfast_export.targets.diffusers_folder import export_diffusers
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers.specs import image_spec
 
@@ -49,18 +49,18 @@ def lines(text: str) -> dict[str, str]:
     return {line[:13].strip(): line[13:].strip() for line in text.splitlines()}
 
 
-def test_info_says_what_is_known_what_says_so_and_what_has_to_be_told(foreign: Path, call: Make) -> None:
+def test_info_says_what_is_known_what_says_so_and_what_is_missing(foreign: Path, call: Make) -> None:
     told = lines(call(info.main, foreign).stdout)
     assert told["format"].startswith("openai: an ADM U-Net")
     assert told["network"].endswith("channels 32, 64   (the tensors)")
     assert told["classes"] == "3   (the tensors)"
-    assert told["to be told"].startswith("--source openai:imagenet64-cd")
-    assert "--set qkv=3hd" in told["to be told"]
+    assert told["missing"].startswith("--source openai:imagenet64-cd")
+    assert "--set qkv=3hd" in told["missing"]
     assert "scaling" not in told
     done = lines(call(info.main, foreign, *SAY, "--set", "grid=40").stdout)
     assert done["scaling"] == "boundary   (--set)"
     assert done["c_noise"] == "250ln   (openai/consistency_models)"
-    assert "to be told" not in done
+    assert "missing" not in done
 
 
 def test_info_as_json_is_the_manifest_or_says_what_is_missing(foreign: Path, call: Make, refused: Make) -> None:
@@ -69,7 +69,7 @@ def test_info_as_json_is_the_manifest_or_says_what_is_missing(foreign: Path, cal
     assert (source["format"], source["qkv"], len(source["sha256"])) == ("openai", "3hd", 64)
     assert source["told"] == {"image_size": 8, "head_channels": 32, "qkv": "3hd", "scaling": "boundary"}
     assert (manifest["scaling"], manifest["shape"], manifest["conditions"][0]["classes"]) == ("boundary", [3, 8, 8], 3)
-    refused(call(info.main, foreign, "--json"), "does not say its image_size", "--set scaling=boundary")
+    refused(call(info.main, foreign, "--json"), "its image_size", "--set scaling=boundary")
 
 
 def test_a_foreign_file_becomes_onnx_a_checkpoint_and_a_folder_that_draw_the_same_images(
@@ -113,14 +113,14 @@ def test_safetensors_without_a_description_are_foreign_too(tmp_path: Path) -> No
     network = AdmUnet(CONFIG)
     randomise(network)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    told = Told.parse(TOLD)
-    assert load_model(tmp_path / "model.safetensors", "openai", told).network == CONFIG
+    given = Given.parse(TOLD)
+    assert load_model(tmp_path / "model.safetensors", "openai", given).network == CONFIG
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "does not say its image_size, qkv, head_channels, scaling, c_noise"),
+        ((), "its image_size, qkv, head_channels, scaling, c_noise"),
         (("--source", "edm"), "--source edm, but its tensors are named as in openai"),
         (("--source", "keras"), "--source keras: unknown; there are cmfast, diffusers, openai"),
         (("--set", "scaling"), "--set scaling: expected NAME=VALUE"),
@@ -181,7 +181,7 @@ def test_weights_that_share_their_memory_are_written_apart(suffix: str, tmp_path
     weights = dict(network.state_dict())
     weights["out.0.bias"] = weights["out.0.weight"]
     torch.save(weights, tmp_path / "tied.pt")
-    checkpoint = load_model(tmp_path / "tied.pt", "openai", Told.parse(TOLD))
+    checkpoint = load_model(tmp_path / "tied.pt", "openai", Given.parse(TOLD))
     save_checkpoint(checkpoint, tmp_path / f"apart{suffix}")
     assert load_checkpoint(tmp_path / f"apart{suffix}").sha256() == checkpoint.sha256()
     export_diffusers(checkpoint, tmp_path / "folder")
@@ -219,7 +219,7 @@ def test_weights_beside_a_trainers_objects_are_read_and_the_objects_are_not_run(
     torch.load(tmp_path / "0000100.pth", weights_only=False)
     assert (tmp_path / "ran").exists()  # so the check below can fail
     (tmp_path / "ran").rmdir()
-    checkpoint = load_model(tmp_path / "0000100.pth", "openai", Told.parse([*TOLD, "weights=ema"]))
+    checkpoint = load_model(tmp_path / "0000100.pth", "openai", Given.parse([*TOLD, "weights=ema"]))
     assert not (tmp_path / "ran").exists()
     assert checkpoint.source["weights"] == "model.ema"
     for name, value in network.state_dict().items():
@@ -230,7 +230,7 @@ def test_a_whole_module_that_was_saved_is_read_by_its_tensors(tmp_path: Path) ->
     network = AdmUnet(CONFIG)
     randomise(network)
     torch.save({"net": network, "optimizer_state": {}}, tmp_path / "training-state-000100.pt")
-    checkpoint = load_model(tmp_path / "training-state-000100.pt", "openai", Told.parse(TOLD))
+    checkpoint = load_model(tmp_path / "training-state-000100.pt", "openai", Given.parse(TOLD))
     assert checkpoint.weights.keys() == network.state_dict().keys()
 
 

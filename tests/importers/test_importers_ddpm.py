@@ -445,9 +445,9 @@ def test_weights_that_do_not_fit_are_named(saved: dict[str, Path], tmp_path: Pat
 
 
 def test_what_the_folder_determines_cannot_be_set_otherwise(saved: dict[str, Path]) -> None:
-    for told in ({"scaling": "edm"}, {"sigma_max": 80.0}, {"grid": 40}, {"head_channels": 8}, {"c_noise": "250ln"}):
-        with pytest.raises(CmfastError, match=next(iter(told))):
-            draft(saved["cifar10"], **told)
+    for given in ({"scaling": "edm"}, {"sigma_max": 80.0}, {"grid": 40}, {"head_channels": 8}, {"c_noise": "250ln"}):
+        with pytest.raises(CmfastError, match=next(iter(given))):
+            draft(saved["cifar10"], **given)
     assert draft(saved["cifar10"], renoise="plain", sigma_data=0.3).spec.renoise == "plain"  # type: ignore[union-attr]
 
 

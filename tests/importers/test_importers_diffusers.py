@@ -68,7 +68,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "layers_per_block": 1,
     },
 }
-SETTINGS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # what diffusers is told, what we are told
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # the arguments of diffusers, and ours
     "1 step": ({"num_inference_steps": 1}, (80.0,)),
     "timesteps=[22, 0]": (
         {"num_inference_steps": None, "timesteps": [22, 0]},
@@ -120,9 +120,9 @@ def test_the_images_are_those_of_diffusers_own_pipeline(
 ) -> None:
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(saved[name])
     checkpoint = imported(saved[name])
-    told, sigmas = SETTINGS[setting]
+    given, sigmas = SETTINGS[setting]
     label = labels(checkpoint, 3)
-    theirs = with_pipeline(pipeline, 3, label, **told)
+    theirs = with_pipeline(pipeline, 3, label, **given)
     # The required bar is 1e-4; the two sum the same float32 numbers in another order.
     assert_same_images(with_denoiser(checkpoint, 3, label, sigmas), theirs, atol=1e-5)
 
@@ -186,13 +186,13 @@ def test_the_released_networks_in_full_size_give_diffusers_images(
     pipeline = pipeline_of(diffusers, FULL[name])
     pipeline.save_pretrained(tmp_path / name)
     label = torch.tensor([145]) if name == "imagenet64" else None
-    told = {setting: SETTINGS[setting] for setting in ("1 step", "timesteps=[22, 0]")}
-    theirs = {setting: with_pipeline(pipeline, 1, label, **told[setting][0]) for setting in told}
+    given = {setting: SETTINGS[setting] for setting in ("1 step", "timesteps=[22, 0]")}
+    theirs = {setting: with_pipeline(pipeline, 1, label, **given[setting][0]) for setting in given}
     del pipeline  # 2 GB
     checkpoint = imported(tmp_path / name)
     shutil.rmtree(tmp_path / name)
     assert checkpoint.network == {"imagenet64": IMAGENET64, "lsun256": LSUN256}[name]
-    for setting, (_, sigmas) in told.items():
+    for setting, (_, sigmas) in given.items():
         assert_same_images(with_denoiser(checkpoint, 1, label, sigmas), theirs[setting], atol=1e-4)
 
 
@@ -323,18 +323,18 @@ def test_dropout_is_taken_over_for_training(edited: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize(
-    ("told", "word"),
+    ("given", "word"),
     [({"qkv": "3hd"}, "qkv"), ({"sigma_max": 20.0}, "sigma_max"), ({"scaling": "edm"}, "scaling"),
      ({"grid": 18}, "grid"), ({"image_size": 32}, "image_size"), ({"weights": "ema"}, "weights"),
      ({"clip": False}, "clip")],
     ids=str,
 )  # fmt: skip
-def test_a_person_cannot_contradict_the_folder(saved: dict[str, Path], told: dict[str, Any], word: str) -> None:
+def test_a_person_cannot_contradict_the_folder(saved: dict[str, Path], given: dict[str, Any], word: str) -> None:
     with pytest.raises(CmfastError, match=f"--set {word}="):
-        draft(saved["lsun256"], **told)
+        draft(saved["lsun256"], **given)
 
 
-def test_default_levels_can_be_told(saved: dict[str, Path]) -> None:
+def test_default_levels_can_be_given(saved: dict[str, Path]) -> None:
     spec = draft(saved["lsun256"], sigmas=((80.0,), (80.0, 0.5))).spec
     assert spec is not None
     assert dict(spec.sigmas) == {1: (80.0,), 2: (80.0, 0.5)}

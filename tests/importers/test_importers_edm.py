@@ -18,7 +18,7 @@ from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import edm, identify, load_model
 from cmfast_train.importers.edm import config_of
-from cmfast_train.importers.facts import Draft, Facts, Told
+from cmfast_train.importers.facts import Draft, Facts, Given
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig, SongUnet
 from helpers.foreign.edm import (
     CASES,
@@ -98,7 +98,7 @@ def test_the_published_shapes_are_read_from_their_tensors(
     line = torch.tensor(getattr(config, "resample", (1, 1)), dtype=torch.float32)
     for tensor in filters.values():
         tensor.copy_(line[:, None] * line / line.sum() ** 2)
-    draft = edm.draft(state | filters, Facts(Told()), "ect", tmp_path)
+    draft = edm.draft(state | filters, Facts(Given()), "ect", tmp_path)
     assert draft.network == config
     assert known(draft)["parameters"] == (parameters, "the tensors")
 
@@ -198,7 +198,7 @@ def test_fastgens_checkpoint_gives_its_average_without_the_loss_estimate(tmp_pat
     other = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
     file = tmp_path / "0350000.pth"
     torch.save({"model": {"net": other, "ema": average}, "optimizer": {}, "iteration": 350_000}, file)
-    checkpoint = load_model(file, "fastgen", Told(weights="model.ema"))
+    checkpoint = load_model(file, "fastgen", Given(weights="model.ema"))
     assert computes_golden(checkpoint, "ddpmpp")
 
 
@@ -210,20 +210,20 @@ def test_what_a_state_dict_does_not_say_is_asked_for_by_name(tmp_path: Path) -> 
     with pytest.raises(CmfastError) as refused:
         load_model(file)
     for words in (
-        "DDPM++ (SongUNet) of EDM's family, 8 px", "does not say its scaling, sigma_min",
+        "DDPM++ (SongUNet) of EDM's family, 8 px", "its scaling, sigma_min",
         "--source ect (or edm, fastgen, sid, cmt)", "--set scaling=boundary --set sigma_min=",
     ):  # fmt: skip
         assert words in str(refused.value)
-    checkpoint = load_model(file, told=Told(scaling="boundary", sigma_min=0.002))
+    checkpoint = load_model(file, given=Given(scaling="boundary", sigma_min=0.002))
     assert (checkpoint.spec.scaling, checkpoint.spec.sigma_min, checkpoint.spec.sigma_max) == ("boundary", 0.002, 80)
     assert "system" not in checkpoint.source
     assert computes_golden(checkpoint, "ddpmpp")
 
 
-def test_what_is_told_is_taken_where_the_source_only_has_a_habit(tmp_path: Path) -> None:
+def test_what_is_given_is_taken_where_the_source_only_has_a_habit(tmp_path: Path) -> None:
     file = saved(tmp_path, weights_of("ddpmpp"))
-    told = Told(scaling="boundary", sigma_min=0.003, sigmas=((80.0,), (80.0, 0.9)))  # FastGen's sigma_shift
-    draft = identify(file, "fastgen", told)
+    given = Given(scaling="boundary", sigma_min=0.003, sigmas=((80.0,), (80.0, 0.9)))  # FastGen's sigma_shift
+    draft = identify(file, "fastgen", given)
     assert isinstance(draft, Draft)
     assert draft.spec is not None
     assert (draft.spec.scaling, draft.spec.sigma_min, draft.spec.sigmas[2]) == ("boundary", 0.003, (80.0, 0.9))
@@ -232,17 +232,17 @@ def test_what_is_told_is_taken_where_the_source_only_has_a_habit(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("given", "words"),
     [
-        (Told(image_size=32), "--set image_size=32 contradicts the tensors: image_size is 8"),
-        (Told(qkv="3hd"), "--set qkv=3hd contradicts the format: qkv is hd3"),
-        (Told(head_channels=64), "--set head_channels=64: the attention of DDPM.* has one head"),
+        (Given(image_size=32), "--set image_size=32 contradicts the tensors: image_size is 8"),
+        (Given(qkv="3hd"), "--set qkv=3hd contradicts the format: qkv is hd3"),
+        (Given(head_channels=64), "--set head_channels=64: the attention of DDPM.* has one head"),
     ],
     ids=str,
 )
-def test_what_contradicts_the_tensors_is_refused(told: Told, words: str, tmp_path: Path) -> None:
+def test_what_contradicts_the_tensors_is_refused(given: Given, words: str, tmp_path: Path) -> None:
     with pytest.raises(CmfastError, match=words):
-        identify(saved(tmp_path, weights_of("ddpmpp")), "ect", told)
+        identify(saved(tmp_path, weights_of("ddpmpp")), "ect", given)
 
 
 def test_half_tensors_among_others_are_read_as_float32(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_the_second_step_starts_where_the_source_starts_it(
     source: str, side: int, levels: tuple[float, ...] | None, tmp_path: Path
 ) -> None:
     network = SongUnet(song(image_size=side, attention=(side // 2,)))
-    spec = edm.draft(network.state_dict(), Facts(Told()), source, tmp_path).spec
+    spec = edm.draft(network.state_dict(), Facts(Given()), source, tmp_path).spec
     assert spec is not None
     assert spec.sigmas == ({1: (80.0,), 2: levels} if levels else {1: (80.0,)})
 
@@ -304,7 +304,7 @@ def test_wide_waves_alone_are_not_taken_for_meanflow(tmp_path: Path) -> None:
 
 @TEACHER
 @pytest.mark.parametrize("source", ["edm", "ect"])
-def test_wide_waves_of_edms_are_read_where_the_source_is_told(source: str, tmp_path: Path) -> None:
+def test_wide_waves_of_edms_are_read_where_the_source_is_given(source: str, tmp_path: Path) -> None:
     config = song(noise_mult=2)
     file = saved(tmp_path, golden_weights(SongUnet(config).state_dict()))
     draft = identify(file, source)
@@ -375,7 +375,7 @@ def test_an_edm_snapshot_computes_what_edm_computes_and_is_a_teacher(snapshot: C
     where = {name: fact[1] for name, fact in known(identify(file)).items()}
     assert {where[name] for name in ("scaling", "c_noise", "sigma_data")} == {"the pickle's class EDMPrecond"}
     assert {where[name] for name in ("sigma_min", "sigma_max", "renoise", "clip", "grid")} == {"EDM's sampler"}
-    facts = identify(file, told=Told(sigma_min=0.01))  # of the sampler, which is a choice
+    facts = identify(file, given=Given(sigma_min=0.01))  # of the sampler, which is a choice
     assert known(facts)["sigma_min"] == (0.01, "--set")
 
 
@@ -410,44 +410,44 @@ def test_the_values_in_a_snapshot_go_before_what_is_usual(snapshot: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "told", "words"),
+    ("kind", "source", "given", "words"),
     [
-        ("VPPrecond", "", Told(), "its class VPPrecond is a baseline of EDM's paper"),
-        ("VEPrecond", "", Told(), "its class VEPrecond is a baseline"),
-        ("iDDPMPrecond", "", Told(), "its class iDDPMPrecond is a baseline"),
-        ("StyleGAN", "", Told(), "a pickled 'StyleGAN', which is not known here; known are EDMPrecond, ECMPrecond"),
+        ("VPPrecond", "", Given(), "its class VPPrecond is a baseline of EDM's paper"),
+        ("VEPrecond", "", Given(), "its class VEPrecond is a baseline"),
+        ("iDDPMPrecond", "", Given(), "its class iDDPMPrecond is a baseline"),
+        ("StyleGAN", "", Given(), "a pickled 'StyleGAN', which is not known here; known are EDMPrecond, ECMPrecond"),
         (
             "ECMPrecond",
             "edm",
-            Told(),
+            Given(),
             "--source edm, but the pickle's class ECMPrecond is that of ECT or CMT; leave --source out",
         ),
         (
             "EDMPrecond",
             "",
-            Told(scaling="boundary"),
+            Given(scaling="boundary"),
             "--set scaling=boundary contradicts the pickle's class EDMPrecond: scaling is edm",
         ),
-        ("EDMPrecond", "", Told(c_noise="250ln"), "c_noise is ln/4"),
-        ("EDMPrecond", "", Told(sigma_data=0.6), "sigma_data is 0.5"),
-        ("ECMPrecond", "", Told(sigma_min=0.002), "contradicts the pickle's class ECMPrecond: sigma_min is 0.003"),
-        ("EDMPrecond", "", Told(image_size=64), "image_size is 8"),
-        ("EDMPrecond", "", Told(weights="net"), "the pickle has no network 'net'; say --set weights=ema"),
+        ("EDMPrecond", "", Given(c_noise="250ln"), "c_noise is ln/4"),
+        ("EDMPrecond", "", Given(sigma_data=0.6), "sigma_data is 0.5"),
+        ("ECMPrecond", "", Given(sigma_min=0.002), "contradicts the pickle's class ECMPrecond: sigma_min is 0.003"),
+        ("EDMPrecond", "", Given(image_size=64), "image_size is 8"),
+        ("EDMPrecond", "", Given(weights="net"), "the pickle has no network 'net'; say --set weights=ema"),
     ],
 )
 def test_a_snapshot_that_is_something_else_is_refused(
-    kind: str, source: str, told: Told, words: str, snapshot: Callable[..., Path]
+    kind: str, source: str, given: Given, words: str, snapshot: Callable[..., Path]
 ) -> None:
     with pytest.raises(CmfastError, match=words) as refused:
-        identify(snapshot("ddpmpp", kind, **({"sigma_min": 0.003} if kind == "ECMPrecond" else {})), source, told)
+        identify(snapshot("ddpmpp", kind, **({"sigma_min": 0.003} if kind == "ECMPrecond" else {})), source, given)
     assert "\n" not in str(refused.value)
 
 
-def test_another_set_of_weights_can_be_told(snapshot: Callable[..., Path]) -> None:
+def test_another_set_of_weights_can_be_given(snapshot: Callable[..., Path]) -> None:
     file = snapshot("ncsnpp", "ECMPrecond", key="net", sigma_min=0.003)
     with pytest.raises(CmfastError, match="no network 'ema'; say --set weights=net"):
         load_model(file)
-    assert computes_golden(load_model(file, told=Told(weights="net")), "ncsnpp", "ECMPrecond")
+    assert computes_golden(load_model(file, given=Given(weights="net")), "ncsnpp", "ECMPrecond")
 
 
 def test_a_snapshot_without_numbers_or_without_a_network_is_refused(

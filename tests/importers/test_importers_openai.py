@@ -17,7 +17,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast_train import importers
 from cmfast_train.importers import identify, load_model
-from cmfast_train.importers.facts import CONVENTIONS, Draft, Told
+from cmfast_train.importers.facts import CONVENTIONS, Draft, Given
 from cmfast_train.importers.openai import NETWORKS, RELEASED, to_3hd
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import build_network
@@ -25,7 +25,7 @@ from cmfast_train.networks.build import build_network
 TINY = AdmConfig(
     image_size=8, classes=10, model_channels=32, res_blocks=1, channel_mult=(1, 2), attention=(4,), head_channels=16
 )
-TOLD = Told(image_size=8, head_channels=16, qkv="3hd", scaling="boundary", grid=40)
+TOLD = Given(image_size=8, head_channels=16, qkv="3hd", scaling="boundary", grid=40)
 
 
 def weights_of(config: AdmConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -55,8 +55,8 @@ def released_file(name: str, folder: Path) -> Path:
     return path
 
 
-def draft_of(path: Path, source: str = "", told: Told | None = None) -> Draft:
-    draft = identify(path, source, told)
+def draft_of(path: Path, source: str = "", given: Given | None = None) -> Draft:
+    draft = identify(path, source, given)
     assert isinstance(draft, Draft)
     return draft
 
@@ -115,7 +115,7 @@ def test_a_file_of_another_name_is_asked_about_everything_that_its_tensors_do_no
     torch.save(weights_of(TINY), path)
     draft = draft_of(path)
     assert set(draft.facts.missing) == {"image_size", "head_channels", "qkv", *CONVENTIONS}
-    with pytest.raises(CmfastError, match=r"does not say its image_size.*--set scaling=boundary"):
+    with pytest.raises(CmfastError, match=r"its image_size.*cannot be inferred.*--set scaling=boundary"):
         load_model(path)
 
 
@@ -167,15 +167,15 @@ def test_a_source_that_contradicts_the_files_name_is_refused(source: str, tmp_pa
     ["qkv=h3d", "head_channels=32", "heads=4", "scaling=edm", "c_noise=raw", "renoise=plain", "sigma_data=1",
      "image_size=128", "grid=201", "sigma_min=0.003", "sigma_max=40"],
 )  # fmt: skip
-def test_what_is_published_of_a_released_file_cannot_be_told_otherwise(wrong: str, tmp_path: Path) -> None:
+def test_what_is_published_of_a_released_file_cannot_be_overridden(wrong: str, tmp_path: Path) -> None:
     path = released_file("cd_imagenet64_l2", tmp_path)
     with pytest.raises(CmfastError, match=f"--set {wrong}.* contradicts the file's name"):
-        identify(path, told=Told.parse([wrong]))
+        identify(path, given=Given.parse([wrong]))
 
 
 def test_clipping_and_the_default_levels_of_a_released_file_can_be_chosen(tmp_path: Path) -> None:
     path = released_file("cd_imagenet64_l2", tmp_path)
-    spec = draft_of(path, told=Told.parse(["clip=false", "sigmas=80:80,2,0.5"])).spec
+    spec = draft_of(path, given=Given.parse(["clip=false", "sigmas=80:80,2,0.5"])).spec
     assert spec is not None
     assert (spec.clip, spec.sigmas) == (False, {1: (80.0,), 3: (80.0, 2.0, 0.5)})
 
@@ -274,7 +274,7 @@ def test_every_order_of_the_qkv_rows_becomes_queries_keys_values(order: str) -> 
 
 
 @pytest.mark.parametrize("order", ["h3d", "hd3"])
-def test_a_model_with_another_row_order_computes_the_same_once_the_order_is_told(order: str, tmp_path: Path) -> None:
+def test_a_model_with_another_row_order_computes_the_same_once_the_order_is_given(order: str, tmp_path: Path) -> None:
     ours = weights_of(TINY)
     permutation = to_3hd(torch.arange(3 * 64), order, 16).argsort()  # rows of 3hd to where `order` has them
     theirs = {name: value[permutation] if ".qkv." in name else value for name, value in ours.items()}
@@ -318,12 +318,12 @@ def test_a_teacher_that_is_loaded_warns_that_it_is_one(tmp_path: Path) -> None:
     assert checkpoint.spec.scaling == "edm"
 
 
-def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path: Path) -> None:
+def test_what_is_given_wins_over_what_is_usual_and_bad_values_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(weights_of(TINY), path)
     enough = ["image_size=8", "head_channels=16", "qkv=3hd", "scaling=boundary"]
-    told = Told.parse([*enough, "clip=false", "sigmas=80:80,1.5"])
-    spec = load_model(path, "openai", told).spec
+    given = Given.parse([*enough, "clip=false", "sigmas=80:80,1.5"])
+    spec = load_model(path, "openai", given).spec
     assert (spec.clip, spec.sigmas) == (False, {1: (80.0,), 2: (80.0, 1.5)})
     for wrong, words in [
         ("scaling=best", "scaling must be one of"),
@@ -331,7 +331,7 @@ def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path:
         ("image_size=9", "image_size=9 cannot be halved"),
         ("image_size=0", "image_size must be a whole number from 1 to 65536"),
         ("head_channels=0", "head_channels must be a whole number from 1"),
-        ("heads=2", "heads and head_channels say the same thing"),
+        ("heads=2", "heads and head_channels set the same thing"),
         ("sigmas=80:40", "two lists of the same length"),
         ("grid=100000", "grid must be 0 .none. or 2 to 65536"),
         ("colour=red", "no such field"),
@@ -339,9 +339,9 @@ def test_what_is_told_wins_over_what_is_usual_and_bad_values_are_named(tmp_path:
     ]:
         others = [text for text in enough if text.partition("=")[0] != wrong.partition("=")[0]]
         with pytest.raises(CmfastError, match=words):
-            load_model(path, "openai", Told.parse([*others, wrong]))
+            load_model(path, "openai", Given.parse([*others, wrong]))
     with pytest.raises(CmfastError, match="scaling is given twice"):
-        Told.parse(["scaling=boundary", "scaling=edm"])
+        Given.parse(["scaling=boundary", "scaling=edm"])
 
 
 @pytest.mark.parametrize("order", ["3hd", "h3d"])
@@ -352,8 +352,8 @@ def test_a_network_with_a_number_of_heads_is_not_one_with_a_width_of_heads(order
     theirs = {n: v[inverse[v.shape[0] // 3]] if ".qkv." in n else v for n, v in ours.items()}
     path = tmp_path / "model.pt"
     torch.save(theirs, path)
-    told = dataclasses.replace(TOLD, head_channels=None, heads=2, qkv=order)
-    checkpoint = load_model(path, "openai", told)
+    given = dataclasses.replace(TOLD, head_channels=None, heads=2, qkv=order)
+    checkpoint = load_model(path, "openai", given)
     assert checkpoint.source["told"]["heads"] == 2
     network = AdmUnet(config).eval()
     network.load_state_dict(ours)
@@ -407,8 +407,8 @@ def test_a_set_inside_a_set_and_one_beside_it_are_two(tmp_path: Path) -> None:
     torch.save({**weights_of(TINY), "extra": {"ema": weights_of(TINY, seed=1)}}, tmp_path / "model.pt")
     with pytest.raises(CmfastError, match=r"2 set\(s\) of weights \(at the top, extra.ema\)"):
         load_model(tmp_path / "model.pt", "openai", TOLD)
-    told = dataclasses.replace(TOLD, weights="ema")
-    checkpoint = load_model(tmp_path / "model.pt", "openai", told)
+    given = dataclasses.replace(TOLD, weights="ema")
+    checkpoint = load_model(tmp_path / "model.pt", "openai", given)
     assert torch.equal(checkpoint.weights["out.2.weight"], weights_of(TINY, seed=1)["out.2.weight"])
     assert checkpoint.source["weights"] == "extra.ema"
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from cmfast_train.importers import load_model, pickle_opcodes, pickles
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
 Make = Callable[..., Any]
@@ -49,7 +49,7 @@ def average(raw: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(content: Any, folder: Path, weights: str | None = None) -> dict[str, Tensor]:
     torch.save(content, folder / "model.pt")
     said = [*TOLD, *([] if weights is None else [f"weights={weights}"])]
-    return dict(load_model(folder / "model.pt", "openai", Told.parse(said)).weights)
+    return dict(load_model(folder / "model.pt", "openai", Given.parse(said)).weights)
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -24,7 +24,7 @@ from cmfast_train.data.image_reader import read_image
 from cmfast_train.data.images import image_data
 from cmfast_train.evaluation import evaluate
 from cmfast_train.importers import finish, identify, openai
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 
 Make = Callable[..., Any]
@@ -64,7 +64,7 @@ def files(tmp_path: Path, tiny_checkpoint: Make) -> Path:
 
 
 def draft(folder: Path) -> Any:
-    return identify(folder / "foreign.pt", "openai", Told.parse(TOLD))
+    return identify(folder / "foreign.pt", "openai", Given.parse(TOLD))
 
 
 # what of ours has the bug, and what reads a file through it

@@ -83,18 +83,6 @@ def test_the_site_documents_every_public_name(site: Path) -> None:
     assert "Parameters:" in text
 
 
-def test_aligned_arguments_of_a_docstring_become_googles(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("griffe", reason="needs griffe: pip install '.[docs]'")
-    monkeypatch.syspath_prepend(DOCS)
-    from api_extension import google
-
-    text = "Draw.\n\nx      array\n       of floats\nsigma  noise level\n\nThe rest."
-    assert google(text, ["x", "sigma"]) == (
-        "Draw.\n\n\nArgs:\n    x: array\n        of floats\n    sigma: noise level\n\n\nThe rest."
-    )
-    assert google(text, ["y"]) == text  # a table of something else
-
-
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     pattern = re.compile(r'<(?:script|img|link)\b[^>]*?(?:src|href)="(https?://[^"]+)"')
     assert pattern.findall('<link rel="stylesheet" href="https://example.org/font.css">')

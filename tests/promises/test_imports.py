@@ -50,6 +50,14 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, boo
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
+        if isinstance(node, ast.FunctionDef) and node.name == "lazily":
+            continue  # imports modules of the package that calls it, which is the first argument of the call
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "lazily"
+            and ast.unparse(node.args[0]) != "__name__"
+        ):
+            yield node.lineno, "(computed)", inside
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.split(".")[0], inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,6 +107,7 @@ def test_imports_only_go_along_the_arrows(package: str) -> None:
         ("m = __import__('tor' + 'ch')", "(computed)"),
         ("m = __import__(f'{name}')", "(computed)"),
         ("m = __import__(f'torch.{name}')", "torch"),
+        ("__getattr__, __dir__ = lazily('torch', _HOMES)", "(computed)"),
     ],
 )
 def test_the_walk_above_can_fail(source: str, found: str) -> None:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def test_a_registered_row_makes_phases() -> None:
     register(find("mine"))
     assert "mine" in names()
     assert phase("mine", 8, speed=2.0, lr=0.5) == Phase(method="mine", images=8, lr=0.5, hyper=Hyper(speed=2.0))
+
+
+def test_the_command_lists_every_method_also_registered_ones(call: Callable[..., Any]) -> None:
+    from cmfast_train.cli import train
+
+    register(row(distils=("diffusion",)))
+    listed = call(train.command, "--methods").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(names())
+    assert [line.split()[0] for line in listed if "needs a teacher" in line] == ["cd", "pd", "scd", "mine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

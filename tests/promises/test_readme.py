@@ -36,7 +36,7 @@ from cmfast_train.config.overrides import override
 from cmfast_train.config.phase import types_of
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.methods import register, table
 from helpers import ROOT
 
@@ -127,7 +127,7 @@ def test_a_command_line_of_the_documentation_is_understood(
         models = [f"{name}={params[name]}" for name in ("init", "teacher") if params[name]]
         assert override(PRESETS[params["preset"] or "arrays"], [*models, *params["assignments"]])
     if words[0] in ("cmfast-export", "cmfast-info"):
-        assert Told.parse(params["assignments"])
+        assert Given.parse(params["assignments"])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_settings_that_the_pages_name_are_fields_of_the_configuration() -> None:
             if "NAME=VALUE" in text:
                 continue
             if name == "docs/importing.md":
-                foreign += bool(Told.parse([text]))
+                foreign += bool(Given.parse([text]))
             else:
                 labelled = "label_dropout" in text  # which needs classes; other settings are of models without
                 training += bool(override(PRESETS["mnist"], [text if labelled else "conditional=false", text]))

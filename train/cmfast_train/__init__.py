@@ -6,8 +6,9 @@ The names in `__all__` are the public interface; each is imported, and torch wit
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmfast import lazily
 
 if TYPE_CHECKING:
     from cmfast_train.checkpoint import Checkpoint, save_checkpoint
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from cmfast_train.importers import load_model
     from cmfast_train.wrapping import wrap
 
-_MODULES = {
+_HOMES = {  # the modules of the names below
     "Checkpoint": "checkpoint",
     "Denoiser": "denoiser",
     "TrainConfig": "config.train_config",
@@ -33,13 +34,4 @@ __all__ = [
     "Checkpoint", "Denoiser", "TrainConfig", "Trained", "load_model", "phase", "save_checkpoint", "train", "wrap",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        globals()[name] = getattr(import_module(f"cmfast_train.{_MODULES[name]}"), name)
-        return globals()[name]
-    raise AttributeError(f"module 'cmfast_train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -52,10 +52,13 @@ class Checkpoint:
     source: Mapping[str, Any] = field(default_factory=lambda: OWN)  # of the weights: format, ...
 
     def denoiser(self, network: nn.Module | None = None) -> Denoiser:
-        """Return the model, ready to evaluate on the CPU.
+        """Build the model on the CPU.
 
         Args:
             network: of a model with a network of one's own: what it was trained as, or its `Denoiser`. It is copied.
+
+        Returns:
+            The denoiser, in evaluation mode, without gradients; of a network of ours it shares the weights.
 
         Raises:
             ArtifactError: the weights do not fit the network.
@@ -80,7 +83,11 @@ class Checkpoint:
         return Denoiser(built.cpu(), self.spec).eval().requires_grad_(False)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the weights: names, shapes and bytes in the order of the names."""
+        """Return the SHA-256 of the weights: names, shapes and bytes in the order of the names.
+
+        Returns:
+            64 hex digits.
+        """
         return weights_sha256(self.weights)
 
 
@@ -95,7 +102,12 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write model.pt, or .safetensors by its suffix, atomically."""
+    """Write a checkpoint atomically, as PyTorch or safetensors.
+
+    Args:
+        checkpoint: the model.
+        path: model.pt, or .safetensors by its suffix.
+    """
     head = {
         "format": FORMAT,
         "spec": checkpoint.spec.to_dict(),
@@ -129,7 +141,8 @@ def separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None) -> Checkpoint:
     """Read a cmfast checkpoint, .pt or .safetensors. Nothing in it is executed.
 
-    opened  the content where somebody has opened and checked it already; `path` is its name then
+    Args:
+        opened: the content where somebody has opened and checked it already; `path` is its name then
     """
     with naming(Path(path)):
         file = check_file(path)

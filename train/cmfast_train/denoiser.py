@@ -20,6 +20,10 @@ class Denoiser(nn.Module):
     Conditions are those of `ModelSpec.conditions`, by name: int64 [B] of a class, float32 [B, *shape] of a tensor. The
     network is called as network(c_in x, c_noise, **conditions), and where it takes a second noise level also with
     c_noise_next. Everything outside it is float32, whatever it runs in. Formulas: `cmfast.preconditioning`.
+
+    Args:
+        network: F, any module with this call; [B, *shape] -> [B, *shape].
+        spec: the conventions of the model.
     """
 
     def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
@@ -29,26 +33,49 @@ class Denoiser(nn.Module):
         self.trunk = torch.float32  # what the network's convolutions compute in
 
     def to_precision(self, precision: str) -> Denoiser:
-        """Convert the network's trunk, in place, and return the model.
+        """Convert the network's trunk, in place.
 
-        precision  fp32, tf32, fp16 or bf16. In half precision are the convolutions and the attention between them; the
-                   scalings, the noise embedding, the statistics of the norms and the skip/out sum stay float32, and so
-                   do the inputs and the output. tf32 changes no weight: it is how a GPU multiplies float32
+        Args:
+            precision: fp32, tf32, fp16 or bf16. In half precision are the convolutions and the attention between
+                them; the scalings, the noise embedding, the statistics of the norms and the skip/out sum stay
+                float32, and so do the inputs and the output. tf32 changes no weight: it is how a GPU multiplies
+                float32.
+
+        Returns:
+            This model.
         """
         self.trunk = TRUNKS[precision]
         convert_trunk(self.network, self.trunk)
         return self
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        """Return x0 = c_skip x + c_out F(c_in x, c_noise, **conditions).
+
+        Args:
+            x: [B, *shape] float32, data units plus noise.
+            sigma: noise levels [B], data units.
+            sigma_next: noise levels [B] to go to, of a network with a second time; None: 0.
+            **conditions: values by name, [B] or [B, *shape].
+
+        Returns:
+            x0 [B, *shape] float32, data units, not clipped.
+        """
         return denoised(self.output(x, sigma, conditions, sigma_next), x, sigma, self.spec)
 
     def output(
         self, x: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], sigma_next: Tensor | None = None
     ) -> Tensor:
-        """Return F(c_in x, c_noise(sigma), **conditions), the network's output, [B, *shape] float32.
+        """Return the network's output F(c_in x, c_noise(sigma), **conditions).
 
-        sigma_next  noise levels [B] from 0, data units, of a network with a second time: MeanFlow's r, CTM's s. Where
-                    c_noise is a logarithm, it begins at sigma_min
+        Args:
+            x: [B, *shape] float32, data units plus noise.
+            sigma: noise levels [B], data units.
+            conditions: values by name, [B] or [B, *shape].
+            sigma_next: noise levels [B] from 0, data units, of a network with a second time: MeanFlow's r, CTM's s.
+                Where c_noise is a logarithm, it begins at sigma_min.
+
+        Returns:
+            F [B, *shape], float32 unless the network's trunk is in half precision.
 
         Raises:
             CmfastError: a condition is missing, the model has none of that name, or the network returned another shape

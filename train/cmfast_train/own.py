@@ -27,7 +27,7 @@ from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, checkpoint_of, is_own, read_tensors
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.importers.facts import Facts, Told
+from cmfast_train.importers.facts import Facts, Given
 from cmfast_train.importers.sets import one_set
 from cmfast_train.networks.own import OwnConfig
 from cmfast_train.training.initial_model import Own
@@ -40,7 +40,7 @@ def own_model(
     network: str,
     spec: str | os.PathLike[str] | None,
     weights: str | os.PathLike[str] | None,
-    told: Told | None = None,
+    given: Given | None = None,
     *,
     teacher: bool = False,
 ) -> Denoiser:
@@ -54,7 +54,7 @@ def own_model(
             is a checkpoint of cmfast, which has its conventions.
         weights: file with the network's state dict, .pt or .safetensors, or a checkpoint of cmfast; None: as the
             factory made them.
-        told: which set of weights of several in the file.
+        given: which set of weights of several in the file.
         teacher: it is the teacher of what `spec` describes: the conventions of a checkpoint count, not an error.
 
     Raises:
@@ -76,7 +76,7 @@ def own_model(
         denoiser = _denoiser(made, network, spec)
         module = made.network if isinstance(made, Denoiser) else made
         whole = isinstance(content, dict) and content.keys() == module.state_dict().keys()
-        tensors = content if whole else one_set(content, Facts(told or Told()), file)[1]
+        tensors = content if whole else one_set(content, Facts(given or Given()), file)[1]
         try:
             module.load_state_dict(dict(tensors), strict=True)
         except (RuntimeError, TypeError, ValueError) as err:

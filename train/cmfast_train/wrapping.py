@@ -66,6 +66,9 @@ def wrap(
         sigmas: default noise levels by number of steps, data units, decreasing; None: one step, at sigma_max.
         second_time: whether the network takes a second noise level: CTM, MeanFlow, shortcut models.
 
+    Returns:
+        The denoiser, a module that shares the weights.
+
     Raises:
         CmfastError: a convention is unknown, a condition cannot be one, or the weights are not float32.
     """

@@ -142,7 +142,7 @@ def _einsum_flops(node: ir.Node) -> int:
 
 def _bytes(value: ir.Value) -> int:
     if value.dtype is None:
-        raise CmfastError(f"the type of {value.name} cannot be told, so the cost of the graph is not known")
+        raise CmfastError(f"the type of {value.name} is unknown, so the cost of the graph is not known")
     return _exactly(math.prod(_shape(value)) * value.dtype.bitwidth, 8)
 
 
@@ -150,7 +150,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     shape = value.shape.dims if value.shape is not None else (None,)
     sizes = tuple(size for size in shape if isinstance(size, int))
     if len(sizes) != len(shape):
-        raise CmfastError(f"the shape of {value.name} cannot be told, so the cost of the graph is not known")
+        raise CmfastError(f"the shape of {value.name} is unknown, so the cost of the graph is not known")
     return sizes
 
 

@@ -48,8 +48,9 @@ def emulate_file(file: Path, target: Path) -> Path:
 def emulated(model: ir.Model, dtype: str) -> ir.Model:
     """Return the float32 model that computes what `model` computes in its precision, roundings included.
 
-    model  a graph whose trunk is in half precision, or a float32 graph to be run in TF32; it is left as it is
-    dtype  the manifest's: float16, bfloat16 or tf32
+    Args:
+        model: a graph whose trunk is in half precision, or a float32 graph to be run in TF32; it is left as it is
+        dtype: the manifest's: float16, bfloat16 or tf32
     """
     model = model.clone()
     if dtype == "tf32":

@@ -46,7 +46,8 @@ def weight_bytes(model: ir.Model) -> int:
 def write_data(model: ir.Model, target: Path, announce: Callable[[Path], None] = lambda _: None) -> DataFile:
     """Write the weights of the model beside `target` (the .onnx file to be), into TARGET.DIGEST.data.
 
-    announce  gets the path before there is a file, see `replacing_data`
+    Args:
+        announce: gets the path before there is a file, see `replacing_data`
     """
     outside = [(name, tensor) for name, tensor in _initializers(model) if tensor.nbytes > SMALL]
     digest = hashlib.sha256(f"{SMALL} {ALIGNMENT}".encode())  # which weights are outside, and where

@@ -29,7 +29,7 @@ from cmfast_export._target import one_writer
 from cmfast_train.checkpoint import Checkpoint, separate
 from cmfast_train.importers import diffusers
 from cmfast_train.importers.diffusers_tensors import WEIGHTS, to_diffusers
-from cmfast_train.importers.facts import Facts, Told
+from cmfast_train.importers.facts import Facts, Given
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.networks.build import network_type
 from cmfast_train.networks.shape import sides, size_text
@@ -107,7 +107,7 @@ def pipeline_limits(channels: int) -> str:
 def nearest_timesteps(sigmas: Sequence[float], spec: ModelSpec, grid: int) -> Timesteps | None:
     """Return the indices of the grid whose levels come nearest to `sigmas`, by their ratio.
 
-    None where the grid cannot express them: the pipeline starts at sigma_max whatever it is told, and the indices
+    None where the grid cannot express them: the pipeline starts at sigma_max whatever it is given, and the indices
     have to differ.
     """
     karras = karras_sigmas(grid, spec.sigma_min, spec.sigma_max)[:-1]  # at the last the model is the identity
@@ -229,7 +229,7 @@ def _write_weights(file: Path, weights: Mapping[str, Tensor], config: AdmConfig)
 
 def _verify(folder: Path, checkpoint: Checkpoint, config: AdmConfig) -> None:
     """Read the folder as a stranger's, and compare: conventions, network, every bit of every tensor."""
-    read = diffusers.draft(folder, Facts(Told())).checkpoint(str(folder))
+    read = diffusers.draft(folder, Facts(Given())).checkpoint(str(folder))
     for name in _SAME:
         if getattr(read.spec, name) != getattr(checkpoint.spec, name):
             raise CheckFailed(f"the folder does not read back: its {name} is another; nothing was written")

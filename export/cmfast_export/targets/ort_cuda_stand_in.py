@@ -41,7 +41,8 @@ def stand_in_file(file: Path, target: Path) -> Path:
 def written_out(model: ir.Model, *, attention: bool) -> ir.Model:
     """Return the model with every GroupNorm, and with `attention` every MultiHeadAttention, in nodes of ONNX itself.
 
-    model  is left as it is
+    Args:
+        model: is left as it is
     """
     model = model.clone()
     for node in list(model.graph):

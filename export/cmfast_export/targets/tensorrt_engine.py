@@ -74,9 +74,14 @@ def build_engine(
 
     Where there is a card that it is for, the engine is run and compared with the ONNX file.
 
-    cache      folder of engines built before, found by the content of the ONNX file, the options, the versions and the
-               card, never by a name; None: none
-    tolerance  of that comparison, data units; beyond it CheckFailed, and no file. None: what rounding explains
+    Args:
+        cache: folder of engines built before, found by the content of the ONNX file, the options, the versions and
+            the card, never by a name; None: none
+        tolerance: of that comparison, data units; beyond it CheckFailed, and no file. None: what rounding explains
+
+    Raises:
+        CheckFailed: the engine differs from the ONNX file; no file was written.
+        CmfastError: an option is wrong, or the library is not installed.
     """
     target, begun = check_target(out, inputs=files_of(onnx)), time.perf_counter()
     check_tolerance(tolerance)
@@ -139,7 +144,8 @@ def check(request: Request) -> None:
 def check_build(options: BuildOptions, out: Path, cache: Path | None, inputs: Iterable[Path] = ()) -> tuple[str, Any]:
     """Return the library that builds, by name and as a module, or raise: before the work, not after it.
 
-    inputs  what the engine is built from; the timing cache must not replace it
+    Args:
+        inputs: what the engine is built from; the timing cache must not replace it
     """
     library = library_of(options)
     trt = import_library(library, f"building {out.name}")

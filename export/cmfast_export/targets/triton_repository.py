@@ -50,7 +50,7 @@ class Written:
     batch: int | None  # the only number of images a request may have, of a file with a fixed batch; Triton batches none
     tensorrt: str | None  # version of TensorRT that built the plans; the server must have the same
     capabilities: tuple[str, ...]  # compute capabilities of the GPUs that it runs on, AMPERE among them; empty: any
-    arguments: tuple[str, ...]  # what tritonserver must be told besides the repository
+    arguments: tuple[str, ...]  # what tritonserver needs besides the repository
 
 
 def write_repository(
@@ -60,7 +60,8 @@ def write_repository(
 
     The files are copied. A model of the same name is left alone: CmfastError.
 
-    models  files of kind "server": one .onnx, or TensorRT plans of it, each for other compute capabilities
+    Args:
+        models: files of kind "server": one .onnx, or TensorRT plans of it, each for other compute capabilities
     """
     files = [check_file(path) for path in models]
     served = read_served(files)
@@ -114,7 +115,8 @@ def _write(repository: Path, name: str, served: Served, config: str) -> None:
 def model_name(stem: str, options: ServeOptions = DEFAULTS) -> str:
     """Return what a model is called: as the options say, else its file's name as far as Triton allows it.
 
-    stem  the name of its file without folder and suffix; of a model that is a folder the folder's name
+    Args:
+        stem: the name of its file without folder and suffix; of a model that is a folder the folder's name
     """
     return options.name or re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_")[:MOST_CHARACTERS] or "model"
 

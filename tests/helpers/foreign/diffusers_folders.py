@@ -13,7 +13,7 @@ from torch import Tensor
 from cmfast import sampling
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import diffusers as importer
-from cmfast_train.importers.facts import Draft, Facts, Told
+from cmfast_train.importers.facts import Draft, Facts, Given
 from helpers.specs import named
 
 FULL: dict[str, dict[str, Any]] = {  # unet/config.json of the hub's folders, where it is not the default
@@ -43,8 +43,8 @@ FULL: dict[str, dict[str, Any]] = {  # unet/config.json of the hub's folders, wh
 }
 
 
-def draft(folder: Path, **told: Any) -> Draft:
-    return importer.draft(folder, Facts(Told(**told)))
+def draft(folder: Path, **given: Any) -> Draft:
+    return importer.draft(folder, Facts(Given(**given)))
 
 
 def imported(folder: Path) -> Checkpoint:

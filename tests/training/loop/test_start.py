@@ -261,7 +261,7 @@ def test_a_teacher_that_does_not_know_all_noise_levels_of_the_run_is_refused(
     [
         (None, "no such file"),
         (b"no model", "a text that begins with 'no model'"),
-        ("weights", "does not say its image_size"),
+        ("weights", "its image_size"),
     ],
     ids=["missing", "text", "incomplete"],
 )

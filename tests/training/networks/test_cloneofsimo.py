@@ -23,7 +23,7 @@ from cmfast.sampling import sample
 from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import identify, load_model
-from cmfast_train.importers.facts import Draft, Told
+from cmfast_train.importers.facts import Draft, Given
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.build import build_network, network_from_dict, network_to_dict
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet, sine_embedding
@@ -270,8 +270,8 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def facts_of(path: Path, source: str = "", **told: Any) -> dict[str, tuple[Any, str]]:
-    draft = identify(path, source, Told(**told))
+def facts_of(path: Path, source: str = "", **given: Any) -> dict[str, tuple[Any, str]]:
+    draft = identify(path, source, Given(**given))
     assert isinstance(draft, Draft)
     return {fact.name: (fact.value, fact.where) for fact in draft.facts.known}
 
@@ -316,7 +316,7 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "channels", "source", "told", "missing", "say"),
+    ("name", "channels", "source", "given", "missing", "say"),
     [
         ("model.pth", 1, "", {}, "image_size, scaling, c_noise", "cloneofsimo --set image_size=32, or --set image_"),
         ("model.pth", 1, "", {"image_size": 8}, "scaling, c_noise", "--source cloneofsimo, or --set scaling="),
@@ -329,20 +329,20 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
     ],
 )  # fmt: skip
 def test_what_the_file_does_not_say_is_asked_for(
-    name: str, channels: int, source: str, told: dict[str, Any], missing: str, say: str, write: Write
+    name: str, channels: int, source: str, given: dict[str, Any], missing: str, say: str, write: Write
 ) -> None:
     path = write(name, channels)
     with pytest.raises(CmfastError) as raised:
-        load_model(path, source, Told(**told))
-    assert f"does not say its {missing}, and" in str(raised.value)
+        load_model(path, source, Given(**given))
+    assert f"its {missing} cannot be inferred" in str(raised.value)
     assert f" {say}" in str(raised.value)
     assert ("--source cloneofsimo" in str(raised.value)) == ("c_noise" in missing)
 
 
-def test_what_was_asked_for_can_be_told(write: Write) -> None:
+def test_what_was_missing_can_be_given(write: Write) -> None:
     path = write("model.pth")
-    as_the_original = load_model(path, "cloneofsimo", Told(image_size=8))
-    corrected = load_model(path, "", Told(image_size=8, scaling="boundary", c_noise="250ln", sigmas=((80.0,),)))
+    as_the_original = load_model(path, "cloneofsimo", Given(image_size=8))
+    corrected = load_model(path, "", Given(image_size=8, scaling="boundary", c_noise="250ln", sigmas=((80.0,),)))
     assert as_the_original.spec.scaling == "cloneofsimo"
     assert corrected.spec == image_spec(
         image=(1, 8, 8), scaling="boundary", c_noise="250ln", clip=False, grid=150, sigmas={1: (80.0,)}
@@ -352,7 +352,7 @@ def test_what_was_asked_for_can_be_told(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told", "words"),
+    ("source", "given", "words"),
     [
         ("openai", {}, "--source openai, but its tensors are named as in cloneofsimo"),
         ("cloneofsimo:mnist", {}, "--source cloneofsimo:mnist: unknown; there are .*cloneofsimo"),
@@ -365,9 +365,9 @@ def test_what_was_asked_for_can_be_told(write: Write) -> None:
     ],
     ids=str,
 )
-def test_what_contradicts_the_file_is_refused(source: str, told: dict[str, Any], words: str, write: Write) -> None:
+def test_what_contradicts_the_file_is_refused(source: str, given: dict[str, Any], words: str, write: Write) -> None:
     with pytest.raises(CmfastError, match=words):
-        load_model(write(), source, Told(**told))
+        load_model(write(), source, Given(**given))
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_other_networks_are_not_taken_for_it() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_imported_file_exports_to_what_the_original_computes(channels: int, write: Write, tmp_path: Path) -> None:
-    save_checkpoint(load_model(write("model.pth", channels), "cloneofsimo", Told(image_size=8)), tmp_path / "model.pt")
+    save_checkpoint(load_model(write("model.pth", channels), "cloneofsimo", Given(image_size=8)), tmp_path / "model.pt")
     exported = export_onnx(tmp_path / "model.pt", tmp_path / "model.onnx")
     assert exported.denoiser.parity.boundary == 0
     assert exported.manifest.source["format"] == "cloneofsimo"
@@ -433,7 +433,7 @@ def test_an_imported_file_exports_to_what_the_original_computes(channels: int, w
 
 
 def test_its_two_and_five_steps_are_one_file_each(write: Write, tmp_path: Path) -> None:
-    save_checkpoint(load_model(write("model.pth"), "cloneofsimo", Told(image_size=8)), tmp_path / "model.pt")
+    save_checkpoint(load_model(write("model.pth"), "cloneofsimo", Given(image_size=8)), tmp_path / "model.pt")
     weights = random_network().state_dict()
     for steps in (2, 5):
         path = tmp_path / f"sampler{steps}.onnx"

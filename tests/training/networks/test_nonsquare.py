@@ -24,7 +24,7 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import from_dict, to_dict
 from cmfast_train.data.images import Images
 from cmfast_train.importers import load_model
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import AdmConfig, randomise
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict, network_to_dict
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
@@ -193,7 +193,7 @@ def test_foreign_weights_are_read_as_models_of_wide_images_if_that_is_said(name:
     said = ["scaling=boundary", "c_noise=250ln", "renoise=sqrt", "clip=true", "sigma_min=0.002", "sigma_max=80",
             "sigma_data=0.5", "grid=0", "image_size=8x16"]  # fmt: skip
     said += ["head_channels=32", "qkv=3hd"] if name == "adm" else []
-    model = load_model(tmp_path / "weights.pt", told=Told.parse(said))
+    model = load_model(tmp_path / "weights.pt", given=Given.parse(said))
     assert model.spec.image == config.image_shape
     assert model.network == config
 
@@ -202,7 +202,7 @@ def test_a_file_of_a_known_size_is_not_read_as_another(tmp_path: Path) -> None:
     config = of_size(WIDE["song"], 8)
     torch.save({f"model.{key}": w for key, w in random_network(config).state_dict().items()}, tmp_path / "edm.pt")
     with pytest.raises(CmfastError, match=r"--set image_size=.* contradicts the tensors: image_size is 8"):
-        load_model(tmp_path / "edm.pt", "ect", Told.parse(["image_size=8x16"]))
+        load_model(tmp_path / "edm.pt", "ect", Given.parse(["image_size=8x16"]))
 
 
 def test_an_init_of_another_shape_names_both(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:

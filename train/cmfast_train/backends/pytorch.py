@@ -55,14 +55,15 @@ class TorchBackend:
     The contracts are `cmfast.backends.Backend` and `LoopBackend`, on CUDA also `TimedBackend`, `DrawBackend` and
     `ReleasingBackend`.
 
-    variant    words, separated by spaces or commas. None: eager. "channels_last": with that memory format. "fused", on
-               CUDA: with kernels that do the work of several operations, in that format. "compiled": by torch.compile,
-               on CUDA with mode max-autotune; "reduce-overhead", on CUDA: with that mode. "cuda_graph", on CUDA: the
-               whole few-step loop, and a single call of the denoiser, each recorded as one CUDA graph a batch size;
-               torch.compile's modes record such graphs too, so they combine with channels_last only. A loop stays on
-               the device in all of them
-    precision  "" or fp32; fp16, bf16 (`Denoiser.to_precision`); tf32, which only GPUs have. Everything else in the
-               process multiplies as it did before
+    Args:
+        variant: words, separated by spaces or commas. None: eager. "channels_last": with that memory format.
+            "fused", on CUDA: with kernels that do the work of several operations, in that format. "compiled": by
+            torch.compile, on CUDA with mode max-autotune; "reduce-overhead", on CUDA: with that mode. "cuda_graph",
+            on CUDA: the whole few-step loop, and a single call of the denoiser, each recorded as one CUDA graph a
+            batch size; torch.compile's modes record such graphs too, so they combine with channels_last only. A
+            loop stays on the device in all of them
+        precision: "" or fp32; fp16, bf16 (`Denoiser.to_precision`); tf32, which only GPUs have. Everything else in
+            the process multiplies as it did before
     """
 
     batch: int | None = None

@@ -37,11 +37,12 @@ WARM_UPS = 3  # runs before a recording: cuDNN tries its algorithms, libraries a
 class OnCuda:
     """Computations on the GPU from numpy arrays to numpy arrays, with the tensors in between at fixed addresses.
 
-    captures  record each computation as one CUDA graph when it is first asked for, and replay that
-    tf32      multiply float32 as TensorFloat-32
-
     The copies go through page-locked memory and, like everything else, over PyTorch's current stream; the host waits
     once, for the result. cuDNN chooses its convolutions by trying them (`torch.backends.cudnn.benchmark`).
+
+    Args:
+        captures: record each computation as one CUDA graph when it is first asked for, and replay that
+        tf32: multiply float32 as TensorFloat-32
     """
 
     def __init__(self, *, captures: bool, tf32: bool, device: str = "cuda") -> None:
@@ -54,7 +55,8 @@ class OnCuda:
     def __call__(self, what: Hashable, compute: Compute, inputs: Inputs) -> Floats:
         """Return compute(inputs as tensors on the device).
 
-        what  names the computation; one of the same name, on arrays of the same shapes, is taken to be the same
+        Args:
+            what: names the computation; one of the same name, on arrays of the same shapes, is taken to be the same
         """
         (result,) = self._wait(self._hand_over(what, lambda tensors: (compute(tensors),), inputs))
         return result
@@ -279,7 +281,8 @@ def record(
 def compiled(denoiser: torch.nn.Module, mode: str = "max-autotune") -> Callable[..., Tensor]:
     """Return the denoiser compiled, one program a batch size, by a mode that has CUDA graphs in it.
 
-    mode  "max-autotune", the most thorough; or "reduce-overhead"
+    Args:
+        mode: "max-autotune", the most thorough; or "reduce-overhead"
     """
     call = torch.compile(denoiser, mode=mode, dynamic=False)
 
@@ -295,11 +298,12 @@ def compiled(denoiser: torch.nn.Module, mode: str = "max-autotune") -> Callable[
 def arithmetic(*, tf32: bool, benchmark: bool | None = True) -> Iterator[None]:
     """Let CUDA multiply float32 as TensorFloat-32, or not, and cuDNN try its algorithms, in this context only.
 
-    benchmark  whether cuDNN tries them (`torch.backends.cudnn.benchmark`); None leaves it as it is
-
     PyTorch has an old and a new interface to the former, and reading the old one after the new one was used is an
     error (https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32"). So this writes the old one, which
     sets both, torch.compile reads both, and restores by the new one, which can always be read.
+
+    Args:
+        benchmark: whether cuDNN tries them (`torch.backends.cudnn.benchmark`); None leaves it as it is
     """
     backends = torch.backends
     cudnn: Any = backends.cudnn  # a module of a class whose attributes its types lack

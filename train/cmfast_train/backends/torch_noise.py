@@ -30,11 +30,12 @@ _WORD = 0xFFFFFFFF
 def gaussian(key: Tensor, samples: Tensor, slices: int, shape: Sequence[int], *, first: int = 0) -> Tensor:
     """Return unit Gaussian noise, float32 [slices, B, *shape]; slice k is `cmfast.noise.gaussian` of step first + k.
 
-    key      the seed as `key_of` makes it, int64 [2], on the device of the samples
-    samples  indices of the images, int64 [B]; one from 2**63 on is the negative number of the same bits
-    slices   how many steps' noise
-    shape    of one sample, for example (C, H, W); filled in C order
-    first    the first of the steps, which all stay below 2**32
+    Args:
+        key: the seed as `key_of` makes it, int64 [2], on the device of the samples
+        samples: indices of the images, int64 [B]; one from 2**63 on is the negative number of the same bits
+        slices: how many steps' noise
+        shape: of one sample, for example (C, H, W); filled in C order
+        first: the first of the steps, which all stay below 2**32
     """
     size = math.prod(shape)
     if samples.device.type == "cuda" and has_triton() and kernel_works(samples.device):

@@ -36,6 +36,17 @@ Examples:
 )
 
 
+def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from cmfast_train.methods.table import find, names  # not at the top: it would slow --help
+
+    for name in names():
+        row = find(name)
+        click.echo(f"{name:<5} {'needs a teacher' if row.distils else 'no teacher':<16} {row.paper}")
+    context.exit()
+
+
 @click.command("cmfast-train", epilog=EPILOG)
 @click.argument("preset", required=False, type=click.Choice(sorted(ABOUT)))
 @click.option(
@@ -69,6 +80,10 @@ Examples:
     type=click.Path(path_type=Path),
     help="Distil this model; default: the one a phase starts from.",
 )
+@click.option(
+    "--methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
+    help="List the training methods and stop.",
+)  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
 def command(
     preset: str | None,
@@ -83,8 +98,8 @@ def command(
 ) -> None:
     """Train a consistency model: the network of a PRESET, or your own. Run the same command again to resume.
 
-    A run is a list of phases, METHOD:IMAGES: edm (diffusion, a teacher); from a teacher cd, scd, pd (distillation);
-    from nothing or any model ct, ict, ect, sct; from nothing mf.
+    A run is a list of phases, METHOD:IMAGES, such as edm:40000,cd:100000: a diffusion model, then its distillation.
+    --methods lists the methods.
     """
     from cmfast_train.config.overrides import check_set_once, override
     from cmfast_train.config.presets import PRESETS

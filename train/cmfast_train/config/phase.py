@@ -86,6 +86,9 @@ def phase(method: str, images: int, **values: Any) -> Phase:
         images: length of the phase.
         values: fields of the phase and of the method, such as lr=1e-4 or q=4.0.
 
+    Returns:
+        The phase.
+
     Raises:
         CmfastError: there is no such method, or a value is not allowed.
     """

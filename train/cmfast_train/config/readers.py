@@ -7,11 +7,12 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cmfast.errors import CmfastError
+from cmfast_train.config.checks import shown
 from cmfast_train.networks.shape import Size, plain_size
 
 
@@ -93,3 +94,21 @@ READERS: dict[Any, Reader] = {
         example="lists with colons between, such as 80:80,0.8",
     ),
 }
+
+
+def frozen_names(values: Any, what: str) -> dict[str, Any]:
+    """Return names and values with the lists among the values as tuples, two levels deep."""
+
+    def frozen(value: Any, depth: int = 2) -> Any:
+        return tuple(frozen(v, depth - 1) for v in value) if isinstance(value, (list, tuple)) and depth else value
+
+    if not isinstance(values, Mapping):
+        raise CmfastError(f"{what} must be names and values, got {shown(values)}")
+    return {name: frozen(value) for name, value in values.items()}
+
+
+def plain_values(value: Any) -> Any:
+    """Return a value with dicts and lists where it has mappings and tuples, ready for JSON."""
+    if isinstance(value, dict):
+        return {k: plain_values(v) for k, v in value.items()}
+    return [plain_values(v) for v in value] if isinstance(value, (list, tuple)) else value

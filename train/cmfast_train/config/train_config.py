@@ -15,6 +15,7 @@ from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_train.config.checks import check_positive, check_types, shown
 from cmfast_train.config.phase import Phase, phase_from_dict
+from cmfast_train.config.readers import frozen_names, plain_values
 from cmfast_train.methods.method import Method
 from cmfast_train.methods.table import find, names
 from cmfast_train.networks.count import adm_sizes, check_values, cloneofsimo_sizes
@@ -157,7 +158,14 @@ class TrainConfig:
                 raise CmfastError(f"{phase.method}.{wrong}")
 
     def spec(self, classes: int) -> ModelSpec:
-        """Return the spec of the model that this run trains, on data of that many classes; not of one with `init`."""
+        """Return the spec of the model that this run trains; not of one with `init`.
+
+        Args:
+            classes: of the data.
+
+        Returns:
+            The spec.
+        """
         classes = classes if self.conditional else 0
         return ModelSpec(
             shape=(self.channels, *self.image_sides),
@@ -283,7 +291,14 @@ class TrainConfig:
         return sum(self.steps(phase) for phase in self.phases) * self.batch
 
     def steps(self, phase: Phase) -> int:
-        """Return the optimiser steps of a phase: its images over the batch, rounded up."""
+        """Return the optimiser steps of a phase: its images over the batch, rounded up.
+
+        Args:
+            phase: one of `phases`.
+
+        Returns:
+            The number of steps.
+        """
         return -(-phase.images // self.batch)
 
 
@@ -342,7 +357,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as plain containers, ready for JSON; `from_dict` reads them back."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["phases"] = [phase.values() for phase in config.phases]
-    return typing.cast(dict[str, Any], _plain(values))
+    return typing.cast(dict[str, Any], plain_values(values))
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
@@ -359,33 +374,16 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     phases = fields.get("phases", ())
     if not isinstance(phases, tuple) or len(phases) > LIMITS["phases"]:
         raise CmfastError(f"phases must be a list of at most {LIMITS['phases']} phases, got {shown(phases)}")
-    fields["phases"] = tuple(phase_from_dict(_frozen(phase, "a phase of the configuration")) for phase in phases)
+    fields["phases"] = tuple(phase_from_dict(frozen_names(phase, "a phase of the configuration")) for phase in phases)
     return TrainConfig(**fields)
 
 
 def _fields(values: Any, owner: type, what: str) -> dict[str, Any]:
     """Return the fields of a dataclass from plain containers; CmfastError unless they are such fields."""
-    given = _frozen(values, what)
+    given = frozen_names(values, what)
     needed = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(owner)}
     if unknown := [name for name in given if name not in needed]:
         raise CmfastError(f"{what} has no field {shown(unknown[0])}; is it of a newer cmfast?")
     if missing := [name for name, must in needed.items() if must and name not in given]:
         raise CmfastError(f"{what} lacks {missing[0]}")
     return given
-
-
-def _frozen(values: Any, what: str) -> dict[str, Any]:
-    """Return names and values with the lists among the values as tuples, two levels deep."""
-
-    def frozen(value: Any, depth: int = 2) -> Any:
-        return tuple(frozen(v, depth - 1) for v in value) if isinstance(value, (list, tuple)) and depth else value
-
-    if not isinstance(values, Mapping):
-        raise CmfastError(f"{what} must be names and values, got {shown(values)}")
-    return {name: frozen(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

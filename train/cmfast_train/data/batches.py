@@ -38,11 +38,13 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yield this process's share of the batches of steps start .. stop - 1.
 
-    batch    images per step, summed over processes
-    share    which of them this process takes
-    workers  processes that make the batches; 0: a thread, which ends when the generator does
-    pin      put them in pinned memory, from which a GPU copies while it computes
-    keep     a device that makes them itself from a copy of the data, if those are in memory and not too large for it
+    Args:
+        batch: images per step, summed over processes
+        share: which of them this process takes
+        workers: processes that make the batches; 0: a thread, which ends when the generator does
+        pin: put them in pinned memory, from which a GPU copies while it computes
+        keep: a device that makes them itself from a copy of the data, if those are in memory and not too large for
+            it
 
     Raises:
         CmfastError: An image cannot be read, or a worker process has died.

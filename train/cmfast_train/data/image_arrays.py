@@ -53,7 +53,8 @@ class _Header:
 def read_arrays(path: Path, *, labelled: bool = True) -> tuple[Array, list[int] | None, int]:
     """Return images, uint8 [N, H, W, C], labels or None, and the number of classes, of a .npy or .npz file.
 
-    labelled  whether labels are read
+    Args:
+        labelled: whether labels are read
     """
     if path.suffix.lower() == ".npy":
         images, labels = map_npy(path), None

@@ -69,7 +69,8 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None, *, labelle
 def find_zipped(file: Path, archive: zipfile.ZipFile, *, labelled: bool = True) -> Found:
     """Return the images of a .zip, laid out as a folder is, or within one folder that holds everything.
 
-    labelled  see `find_images`
+    Args:
+        labelled: see `find_images`
     """
     with reading(file, "not a whole .zip file"):  # a name can be empty, which zipfile's is_dir does not survive
         entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}

@@ -60,7 +60,8 @@ def read_image(file: Path | bytes, name: object = None) -> Image.Image:
 def read_sample(file: Path, channels: int | None) -> tuple[npt.NDArray[np.uint8], bool]:
     """Return a sample uint8 [H, W, C] and whether its format is lossy; C is 1 for grey files and 3 for others.
 
-    channels  what the samples are compared with; a palette of greys is grey where that is 1
+    Args:
+        channels: what the samples are compared with; a palette of greys is grey where that is 1
     """
     image, mode, form = _read(file, None)
     pixels = np.asarray(image)

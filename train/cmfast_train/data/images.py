@@ -82,10 +82,12 @@ class Images(Dataset[Batch]):
 class FolderImages(Dataset[Batch | str]):
     """Images read from a folder or .zip, see `image_folders`: resized to cover the size, centre cropped.
 
-    size     the side of the images, or (height, width)
-    classes  the class of each folder that is read; default: every folder is one
-    labelled  whether classes are needed; without, nothing is asked of dataset.json and of empty folders
     samples  (path, or name in the .zip; class) of each image
+
+    Args:
+        size: the side of the images, or (height, width)
+        classes: the class of each folder that is read; default: every folder is one
+        labelled: whether classes are needed; without, nothing is asked of dataset.json and of empty folders
     """
 
     names, in_memory = LABELLED, False

@@ -166,7 +166,12 @@ def is_samples(path: Path) -> bool:
 def read_samples(path: Path, n: int | None, channels: int | None = None) -> Bytes:
     """Return the first n samples, or all, uint8 [N, H, W, C]: arr_0 of an .npz, or a folder's images by name.
 
-    channels  what they are compared with, where that is known: a palette of greys is grey where that is 1
+    Args:
+        channels: what they are compared with, where that is known: a palette of greys is grey where that is 1
+
+    Raises:
+        ArtifactError: the file or folder holds no such samples.
+        CmfastError: it holds fewer than n.
     """
     if path.is_dir():
         images = _read_folder(path, n, channels)

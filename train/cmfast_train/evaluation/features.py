@@ -125,9 +125,10 @@ class Pixels(nn.Module):
 class Inception(nn.Module):
     """The Inception network of published FIDs: [B, C, H, W] in [-1, 1] -> [B, 2048]. A grey image is repeated to three.
 
-    file  pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth
-
     torch-fidelity's network, which resizes as the first one did in TensorFlow: 8-bit images to 299 x 299.
+
+    Args:
+        file: pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth
     """
 
     num_features = 2048

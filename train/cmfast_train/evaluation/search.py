@@ -106,7 +106,8 @@ def check_writable(path: Path) -> None:
 def write_sigmas(path: str | os.PathLike[str], sigmas: tuple[float, float], sha256: str | None = None) -> None:
     """Make these the default noise levels for 2 steps of a checkpoint, atomically; its weights stay as they are.
 
-    sha256  of the weights that the levels are of: others, of a run that goes on meanwhile, do not get them
+    Args:
+        sha256: of the weights that the levels are of: others, of a run that goes on meanwhile, do not get them
     """
     checkpoint = load_checkpoint(path)
     if sha256 is not None and checkpoint.sha256() != sha256:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Foreign checkpoints in, cmfast's own out: OpenAI's, diffusers', the first public implementation's, EDM's family.
 
-    load_model(path)   any of them, as a Checkpoint, or an error that says what has to be told
+    load_model(path)   any of them, as a Checkpoint, or an error that names what is missing
     identify(path)     what it is and how that is known, for cmfast-info
 
 One module a format: it maps names and layouts, and says what its source is known for (`facts`).
@@ -23,23 +23,31 @@ from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
 from cmfast_train.importers import diffusers, edm, pickles
-from cmfast_train.importers.facts import Draft, Facts, Told, shown
+from cmfast_train.importers.facts import Draft, Facts, Given, shown
 from cmfast_train.importers.sets import one_set
 from cmfast_train.importers.table import FOLDERS_AND_OWN, sources
 from cmfast_train.safe_load import refuse_others
 
 
 def load_model(
-    path: str | os.PathLike[str], source: str = "", told: Told | None = None, opened: BinaryIO | None = None
+    path: str | os.PathLike[str], source: str = "", given: Given | None = None, opened: BinaryIO | None = None
 ) -> Checkpoint:
-    """Read a model of any format that is known.
+    """Read a model of any known format. Nothing in the file is executed.
 
-    path    a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a diffusers folder
-    source  what it is, where its name and tensors do not say: a name in `table`, or openai:NAME; "": recognise it
-    told    what else has to be known; a value that contradicts the file is an error
-    opened  the content of a file where somebody has opened and checked it already; `path` is its name then
+    Args:
+        path: a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a diffusers folder.
+        source: what it is, where its name and tensors do not say: a name in `table`, or openai:NAME; "": recognise it.
+        given: facts that the file does not hold; a value that contradicts the file is an error.
+        opened: the content of a file that was opened and checked already; `path` is its name then.
+
+    Returns:
+        The model: its conventions, the shape of its network, its weights.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of no known format.
+        CmfastError: a fact is missing or contradicts the file; the error says what to pass.
     """
-    found = identify(path, source, told, opened)
+    found = identify(path, source, given, opened)
     return found if isinstance(found, Checkpoint) else finish(found, path)
 
 
@@ -53,11 +61,11 @@ def finish(draft: Draft, path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def identify(
-    path: str | os.PathLike[str], source: str = "", told: Told | None = None, opened: BinaryIO | None = None
+    path: str | os.PathLike[str], source: str = "", given: Given | None = None, opened: BinaryIO | None = None
 ) -> Checkpoint | Draft:
     """Return cmfast's own checkpoint, or what a foreign file is as far as that can be known."""
     with naming(Path(path)):
-        return _identify(Path(path), source, Facts(told or Told()), opened)
+        return _identify(Path(path), source, Facts(given or Given()), opened)
 
 
 def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) -> Checkpoint | Draft:
@@ -81,7 +89,7 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
         return edm.draft_pickle(pickles.read_pickle(file), facts, source, file)
     content = _content(file, opened)
     if is_own(content):
-        if system not in ("", "cmfast") or facts.told != Told():
+        if system not in ("", "cmfast") or facts.given != Given():
             raise CmfastError(
                 f"{file}: a cmfast checkpoint, which says everything itself; leave --source and --set out"
             )

@@ -3,7 +3,7 @@
 
 The 70 names say which network it is, and the tensors how wide. They do not say the image size (the network is
 convolutional throughout), nor whether it was trained with the original's halved output scaling or with a fork's that
-was put right: that is known of files named as the original names them, and asked for otherwise.
+was put right: that is known of files named as the original names them, and required from the user otherwise.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def matches(weights: Mapping[str, Tensor]) -> bool:
 
 
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
-    """Read what the tensors say, and take the rest from the file's name, `source` or what was told."""
+    """Read what the tensors say, and take the rest from the file's name, `source` or what was given."""
     for name in ("qkv", "head_channels"):
-        if (said := getattr(facts.told, name)) is not None:
+        if (said := getattr(facts.given, name)) is not None:
             raise CmfastError(f"--set {name}={said}: {file} holds a network without attention; leave it out")
     width, channels = _size(weights, file)
     facts.fixed("network", f"the first public implementation's U-Net, width {width}, image channels {channels}")
@@ -52,7 +52,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     if named:
         size = facts.usual("image_size", FILES[file.name][1], "the file's name")
     else:
-        size = facts.asked("image_size", IMAGE_SIZE)
+        size = facts.required("image_size", IMAGE_SIZE)
     usual = CONVENTIONS | ({"scaling": "cloneofsimo", "c_noise": "raw"} if source or named else {})
     by = f", by {'--source cloneofsimo' if source else 'the name of the file'}" if source or named else ""
     network = None if size is None else CloneofsimoConfig(image_size=size, channels=channels, width=width)

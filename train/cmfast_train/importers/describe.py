@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a checkpoint is, of any format, for cmfast-info: what is known, what says so, and what has to be told.
+"""What a checkpoint is, of any format, for cmfast-info: what is known, what says so, and what is missing.
 
 The runtime finds it through the entry point group "cmfast.describe".
 """
@@ -14,25 +14,31 @@ from cmfast.formats.manifest import Manifest
 from cmfast_train.backends.pytorch import manifest_of
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import finish, identify
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 
 
 def describe(
     path: str | os.PathLike[str], source: str, assignments: Sequence[str], manifest_needed: bool
 ) -> tuple[Manifest | None, list[tuple[str, str]]]:
-    """Return the manifest of a checkpoint, or of a foreign file lines (name, text); both where both are wanted.
+    """Describe a checkpoint of any format.
 
-    source, assignments  what the user says of a foreign file, as for cmfast-export
-    manifest_needed      a foreign file's weights are read too, and what is missing is an error
+    Args:
+        path: the file or folder.
+        source: what it is, as `--source` of cmfast-export.
+        assignments: facts that it does not hold, as `--set` of cmfast-export.
+        manifest_needed: read a foreign file's weights too; what is missing is an error then.
+
+    Returns:
+        The manifest, None of a foreign file unless it is needed; of a foreign file lines (name, text).
     """
-    found = identify(path, source, Told.parse(assignments))
+    found = identify(path, source, Given.parse(assignments))
     if isinstance(found, Checkpoint):
         return manifest_of(found), []
     lines = [("format", f"{found.format}: {found.what}")]
     lines += [(fact.name, f"{_text(fact.value)}   ({fact.where})") for fact in found.facts.known]
     lines += [("warning", text) for text in found.warnings]
     if found.facts.missing:
-        lines.append(("to be told", found.to_say))
+        lines.append(("missing", found.to_pass))
     return (manifest_of(finish(found, path)) if manifest_needed else None), lines
 
 

@@ -34,7 +34,7 @@ from cmfast_train.importers.diffusers_json import (
     whole,
 )
 from cmfast_train.importers.diffusers_tensors import MID_NORM, describe, match_names, read_weights, weight_files
-from cmfast_train.importers.facts import Draft, Facts, told_sigmas
+from cmfast_train.importers.facts import Draft, Facts, given_sigmas
 from cmfast_train.importers.openai import NETWORKS, RELEASED
 from cmfast_train.networks.adm import AdmConfig
 
@@ -229,8 +229,8 @@ def _spec(scheduler: Mapping[str, Any], config: AdmConfig, facts: Facts, release
         raise ArtifactError(f"{file}: {err}") from None
 
     known = RELEASED.get(release)
-    if (told := told_sigmas(facts)) is not None:
-        return dataclasses.replace(spec, sigmas=told)
+    if (given := given_sigmas(facts)) is not None:
+        return dataclasses.replace(spec, sigmas=given)
     if known and (known.grid, known.image_size) == (grid, config.image_size):
         where = "the sister file of bedroom256; none was published" if known.borrowed else f"the released {release}"
         sigmas = {**spec.sigmas, **known.sigmas}

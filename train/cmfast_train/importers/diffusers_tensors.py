@@ -231,8 +231,8 @@ def matched(described: Described, need: Mapping[str, tuple[int, ...]], unet: Pat
     have = {_current(name): name for name in described}
     missing, extra = [n for n in need if n not in have], [s for n, s in have.items() if n not in need]
     if missing or extra or len(have) != len(described):
-        told = [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
-        raise ArtifactError(f"{unet}: weights and config.json do not fit: {'; '.join(told) or 'a name occurs twice'}")
+        wrong = [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
+        raise ArtifactError(f"{unet}: weights and config.json do not fit: {'; '.join(wrong) or 'a name occurs twice'}")
     for name, shape in need.items():
         found, dtype = described[have[name]]
         if found != shape and not (".attentions." in name and len(shape) == 2 and found == (*shape, 1, 1)):

@@ -23,7 +23,7 @@ from cmfast.schedule import BETA_SCHEDULES, DiscreteTimes
 from cmfast.spec import ModelSpec
 from cmfast_train.importers.diffusers_json import number, read_fields, refusal, version_of, whole
 from cmfast_train.importers.diffusers_tensors import describe, matched, read_files, weight_files
-from cmfast_train.importers.facts import Draft, Facts, told_sigmas
+from cmfast_train.importers.facts import Draft, Facts, given_sigmas
 from cmfast_train.networks.unet2d import CHOICES, Unet2dConfig, unet2d_tensors
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -167,7 +167,7 @@ def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSp
             "sigma_data": facts.usual("sigma_data", 0.5, "images; diffusion models do without"),
             "renoise": facts.usual("renoise", "ddim", "DDIM without noise"),
         }
-        sigmas = told_sigmas(facts)
+        sigmas = given_sigmas(facts)
         if sigmas is None:
             sigmas = default_sigmas(times)
             facts.usual("sigmas", f"of {', '.join(map(str, sigmas))} steps", 'DDIM, timestep_spacing "trailing"')

@@ -2,7 +2,7 @@
 """EDM's family: checkpoints of EDM (arXiv:2206.00364), ECT (arXiv:2406.14548), CMT (arXiv:2509.24526), FastGen, SiD.
 
 State dicts, and the pickles that all but FastGen write (`pickles`). They share their networks (`networks.edm`) and
-nearly all conventions. What differs is the scaling, and no tensor shows it: a pickle names the class, else it is asked.
+nearly all conventions. What differs is the scaling, which no tensor shows: a pickle names the class, else `--set` does.
 SiD (arXiv:2404.04057) and SiDA (2410.14919) keep EDM's scaling and call the network once, at one noise level.
 """
 
@@ -34,7 +34,7 @@ SYSTEMS = {
     "fastgen": {"scaling": "edm", "sigma_min": 0.002},  # its sigma_shift is 0 unless a person sets it
     "sid": {"scaling": "edm", "sigma_min": 0.002, "sigma_max": 2.5},  # sigma_G, the only level that it is trained at
 }
-# Side in pixels: where the second step starts, data units. In FastGen it depends on the method, so it is told.
+# Side in pixels: where the second step starts, data units. In FastGen it depends on the method, so the user passes it.
 SECOND_LEVEL: dict[str, dict[Size, float]] = {"ect": {32: 0.821, 64: 1.526}, "cmt": {32: 0.821, 64: 0.821}}
 TEACHER = re.compile(r"edm-.+-(vp|ve|adm)")  # names of files without suffix: EDM's networks, as FastGen converts them
 # Names of files without suffix: what SiD's training writes (its alpha and thousands of images), what SiDA published.
@@ -113,7 +113,11 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
 def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
     """Return the shape of the network whose state dict this is, or raise ArtifactError if there is none.
 
-    weights  all tensors, by EDM's names without "model."
+    Args:
+        weights: all tensors, by EDM's names without "model."
+
+    Raises:
+        ArtifactError: they are of no network of EDM.
     """
     try:
         config = _read_shape(weights)
@@ -165,10 +169,10 @@ def _draft(
     facts.fixed("qkv", "hd3", "the format")
     if isinstance(config, DhariwalConfig):
         facts.fixed("head_channels", HEAD_CHANNELS, "the format")
-    elif facts.told.head_channels is not None:
-        raise CmfastError(f"--set head_channels={facts.told.head_channels}: the attention of {network} has one head")
+    elif facts.given.head_channels is not None:
+        raise CmfastError(f"--set head_channels={facts.given.head_channels}: the attention of {network} has one head")
 
-    top, sigmas = usual["sigma_max"] if facts.told.sigma_max is None else facts.told.sigma_max, {}
+    top, sigmas = usual["sigma_max"] if facts.given.sigma_max is None else facts.given.sigma_max, {}
     if (second := SECOND_LEVEL.get(system, {}).get(config.image_size)) is not None:
         sigmas[2] = (top, second)
     spec = spec_of(

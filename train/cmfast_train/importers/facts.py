@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is known of a foreign checkpoint, where each fact comes from, and what a person still has to tell.
+"""What is known of a foreign checkpoint, where each fact comes from, and what the user still has to pass.
 
 Nothing in a file of weights says which of the field's conventions it was trained with. A value is either fixed by
-the tensors, usual for a named source, or asked for: never guessed in silence.
+the tensors, usual for a named source, or required from the user: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.shape import Size, check_image_size
 
 T = TypeVar("T")
-EXAMPLES: Mapping[str, Any] = {  # of what to say about what a file does not
+EXAMPLES: Mapping[str, Any] = {  # of values that the user passes where the file has none
     "image_size": 64,
     "head_channels": 64,
     "qkv": "3hd",
@@ -45,13 +45,13 @@ CONVENTIONS = (  # the fields of ModelSpec that no tensor shows
     "sigma_data",
     "grid",
 )
-LARGEST = 65536  # of every whole number that is told or read: nothing is allocated that no model needs
+LARGEST = 65536  # of every whole number that is given or read: nothing is allocated that no model needs
 QKV_ORDERS = ("3hd", "h3d", "hd3")  # three (q, k, v), head, channel of the head: the outermost first
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a person says of a file (`--set NAME=VALUE`). None: not said. Noise levels are in data units."""
+class Given:
+    """What the user passes about a file (`--set NAME=VALUE`). None: not given. Noise levels are in data units."""
 
     weights: str | None = None  # which of several sets of weights in the file, for example ema
     image_size: Size | None = None  # pixels: one number of square images, else (height, width)
@@ -77,13 +77,13 @@ class Told:
             if (value := getattr(self, name)) is not None and not 0 < value <= LARGEST:
                 raise CmfastError(f"{name} must be a whole number from 1 to {LARGEST}, got {value}")
         if self.heads is not None and self.head_channels is not None:
-            raise CmfastError("heads and head_channels say the same thing; give one of them")
+            raise CmfastError("heads and head_channels set the same thing; pass one of them")
         steps = [len(sigmas) for sigmas in self.sigmas or ()]
         if len(set(steps)) < len(steps):
             raise CmfastError(f"sigmas has two lists of the same length: {self.sigmas}")
 
     @classmethod
-    def parse(cls, assignments: Iterable[str]) -> Told:
+    def parse(cls, assignments: Iterable[str]) -> Given:
         """Read NAME=VALUE strings."""
         values: dict[str, Any] = {}
         for text in assignments:
@@ -109,41 +109,41 @@ class Fact:
 class Facts:
     """The facts of one file, collected while it is read. Each method returns the value to go on with."""
 
-    told: Told
+    given: Given
     known: list[Fact] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)  # name: an example of what to say
+    missing: dict[str, str] = field(default_factory=dict)  # name: an example value
 
     def fixed(self, name: str, value: T, where: str = "the tensors") -> T:
-        """Record a value that the file determines; a person who says otherwise is wrong."""
-        said = getattr(self.told, name, None)
-        if said is not None and said != value:
+        """Record a value that the file determines; a user who passes another one gets an error."""
+        passed = getattr(self.given, name, None)
+        if passed is not None and passed != value:
             raise CmfastError(
-                f"--set {name}={said} contradicts {where}: {name} is {'not to be said' if value is None else value}"
+                f"--set {name}={passed} contradicts {where}: {'remove it' if value is None else f'{name} is {value}'}"
             )
         if value is not None:
             self.known.append(Fact(name=name, value=value, where=where))
         return value
 
     def usual(self, name: str, value: T, where: str) -> T:
-        """Record what is usual for the file's source, or what a person said instead."""
-        said = getattr(self.told, name, None)
+        """Record what is usual for the file's source, or what the user passed instead."""
+        passed = getattr(self.given, name, None)
         self.known.append(
-            Fact(name=name, value=value if said is None else said, where=where if said is None else "--set")
+            Fact(name=name, value=value if passed is None else passed, where=where if passed is None else "--set")
         )
-        return value if said is None else said
+        return value if passed is None else passed
 
-    def asked(self, name: str, example: Any) -> Any:
-        """Return what a person said, or None, and then the value is missing; `example` shows what to type."""
-        said = getattr(self.told, name)
-        if said is None:
+    def required(self, name: str, example: Any) -> Any:
+        """Return what the user passed, or None, and then the value is missing; `example` shows what to type."""
+        passed = getattr(self.given, name)
+        if passed is None:
             self.missing[name] = str(example)
         else:
-            self.known.append(Fact(name=name, value=said, where="--set"))
-        return said
+            self.known.append(Fact(name=name, value=passed, where="--set"))
+        return passed
 
-    def usual_or_asked(self, name: str, usual: Mapping[str, Any], where: str) -> Any:
-        """Return what is usual where the source is known for it, else ask."""
-        return self.usual(name, usual[name], where) if name in usual else self.asked(name, EXAMPLES[name])
+    def usual_or_required(self, name: str, usual: Mapping[str, Any], where: str) -> Any:
+        """Return what is usual where the source is known for it, else require it from the user."""
+        return self.usual(name, usual[name], where) if name in usual else self.required(name, EXAMPLES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,29 +157,29 @@ class Draft:
     spec: ModelSpec | None
     source: Mapping[str, Any]  # for the manifest: format, and what it was read as
     weights: Callable[[], dict[str, Tensor]]  # in our names and layout, float32
-    hint: str = ""  # how to say everything that is missing at once, for example --source openai:imagenet64-cd
+    hint: str = ""  # how to pass everything that is missing at once, for example --source openai:imagenet64-cd
     warnings: tuple[str, ...] = ()
 
     def checkpoint(self, where: str) -> Checkpoint:
-        """Return the model, or say what has to be told; `where` names the file in errors."""
+        """Return the model, or raise CmfastError with what is missing; `where` names the file in errors."""
         if self.facts.missing or self.network is None or self.spec is None:
             raise CmfastError(
-                f"{where}: {self.what}; the file does not say its {', '.join(self.facts.missing)}, "
-                f"and a guess could be wrong without a sign of it: cmfast-export {where} {self.to_say}"
+                f"{where}: {self.what}; its {', '.join(self.facts.missing)} cannot be inferred from the file; "
+                f"pass {'them' if len(self.facts.missing) > 1 else 'it'}: cmfast-export {where} {self.to_pass}"
             )
         weights = self.weights()
         for name, tensor in weights.items():
             if not is_finite(tensor):
                 raise ArtifactError(f"{where}: the weight {shown(name)} has values that are not finite")
-        told = {name: value for name, value in vars(self.facts.told).items() if value is not None}
-        source = {**self.source, **({"told": told} if told else {})}
+        given = {name: value for name, value in vars(self.facts.given).items() if value is not None}
+        source = {**self.source, **({"told": given} if given else {})}  # the key that manifests have always had
         return Checkpoint(spec=self.spec, network=self.network, weights=weights, source=source)
 
     @property
-    def to_say(self) -> str:
+    def to_pass(self) -> str:
         """What to type so that nothing is missing."""
-        say = " ".join(f"--set {name}={example}" for name, example in self.facts.missing.items())
-        return f"{self.hint}, or {say}" if self.hint else say
+        options = " ".join(f"--set {name}={example}" for name, example in self.facts.missing.items())
+        return f"{self.hint}, or {options}" if self.hint else options
 
 
 def shown(name: str) -> str:
@@ -187,12 +187,12 @@ def shown(name: str) -> str:
     return ascii(name)[1:-1][:100]
 
 
-def told_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:
-    """Return the default noise levels by their number of steps, where a person said them."""
-    if facts.told.sigmas is None:
+def given_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:
+    """Return the default noise levels by their number of steps, where the user passed them."""
+    if facts.given.sigmas is None:
         return None
-    facts.usual("sigmas", facts.told.sigmas, "--set")
-    return {len(sigmas): sigmas for sigmas in facts.told.sigmas}
+    facts.usual("sigmas", facts.given.sigmas, "--set")
+    return {len(sigmas): sigmas for sigmas in facts.given.sigmas}
 
 
 def spec_of(
@@ -208,18 +208,22 @@ def spec_of(
 ) -> ModelSpec | None:
     """Return the conventions as a ModelSpec, or None where some are missing (they are in `facts.missing` then).
 
-    usual   what the source, which `where` names, is known for: of CONVENTIONS; what is not in it must be told
-    sigmas  default noise levels for 2 and more steps, data units, from `sigmas_where`; one step is always sigma_max
-    fixed   what nobody can tell otherwise, because `fixed_where` says it
+    Args:
+        usual: what the source, which `where` names, is known for: of CONVENTIONS; what is not in it must be given
+        sigmas: default noise levels for 2 and more steps, data units, from `sigmas_where`; one step is always
+            sigma_max
+        fixed: what cannot be set, because `fixed_where` determines it
     """
     fixed = fixed or {}
     values = {
-        name: facts.fixed(name, fixed[name], fixed_where) if name in fixed else facts.usual_or_asked(name, usual, where)
+        name: facts.fixed(name, fixed[name], fixed_where)
+        if name in fixed
+        else facts.usual_or_required(name, usual, where)
         for name in CONVENTIONS
     }
     if image is None or facts.missing:
         return None
-    if (given := told_sigmas(facts)) is not None:
+    if (given := given_sigmas(facts)) is not None:
         sigmas = given
     else:
         top = float(values["sigma_max"])

@@ -2,7 +2,7 @@
 """State dicts of openai/consistency_models and its relatives (guided-diffusion, CTM): ADM U-Nets, names as in ours.
 
 The shape of the network follows from the tensors. The image size, the width of a head, the order of the qkv rows
-and every convention do not: they are known for the twelve released files, by name, and asked for otherwise.
+and every convention do not: they are known by name for the twelve released files; for others the user passes them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def matches(weights: Mapping[str, Tensor]) -> bool:
 
 
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
-    """Read what the tensors say, and take the rest from the file's name, `source` or what was told."""
+    """Read what the tensors say, and take the rest from the file's name, `source` or what was given."""
     name, known, where = _released(source, file)
     fixed: dict[str, Any] = {}
     if known:
@@ -85,14 +85,14 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     usual = {"c_noise": "250ln", "grid": 0, **RANGE, **CLIP} if source or known else {}
 
     def fact(field: str) -> Any:
-        return facts.fixed(field, fixed[field], where) if known else facts.asked(field, EXAMPLES[field])
+        return facts.fixed(field, fixed[field], where) if known else facts.required(field, EXAMPLES[field])
 
     image_size, qkv = fact("image_size"), fact("qkv")
     if known:
         facts.fixed("heads", None, where)
-    head = fact("head_channels") if facts.told.heads is None else None
+    head = fact("head_channels") if facts.given.heads is None else None
 
-    config = infer_config(weights, file, image_size, head, facts.told.heads)
+    config = infer_config(weights, file, image_size, head, facts.given.heads)
     for field, value in NETWORKS[known.image_size].items() if known else ():
         if getattr(config, field) != value:
             raise CmfastError(
@@ -144,9 +144,17 @@ def infer_config(
     head_channels: int | None = None,
     heads: int | None = None,
 ) -> AdmConfig:
-    """Return the shape of the U-Net, from the tensors; ArtifactError unless every name and shape then fits.
+    """Return the shape of the U-Net, from the tensors.
 
-    image_size, head_channels, heads  no tensor shows them; where they are not known yet, any that fits stands there
+    Args:
+        weights: all tensors, by OpenAI's names.
+        file: named in errors.
+        image_size: pixels; None: not known yet, any size that fits stands there.
+        head_channels: width of an attention head; None: not known yet, any that fits.
+        heads: number of heads, instead of their width.
+
+    Raises:
+        ArtifactError: a name or a shape does not fit this network.
     """
 
     def blocks(side: str) -> int:

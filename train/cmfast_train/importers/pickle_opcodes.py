@@ -86,7 +86,8 @@ class Limits:
 def interpret(data: Any, limits: Limits, persistent: Callable[[Any], Any] | None = None) -> Any:
     """Run the opcodes of a pickle on a stack; `data` is a file. Nothing on the stack is ever called.
 
-    persistent  returns what stands outside the pickle; None: nothing does
+    Args:
+        persistent: returns what stands outside the pickle; None: nothing does
     """
     stack: list[Any] = []
     marks: list[int] = []  # where groups of items begin
@@ -199,7 +200,8 @@ def _global(*parts: Any) -> Global:
 def _made(maker: Any, args: Any, limits: Limits, outermost: bool) -> Any:
     """Return what a call makes: a tensor or a container where the name is one of those, else a `Foreign`.
 
-    outermost  whether this pickle may hold the memory of tensors as pickles, which must not hold more of them
+    Args:
+        outermost: whether this pickle may hold the memory of tensors as pickles, which must not hold more of them
     """
     if not isinstance(maker, Global) or not isinstance(args, tuple):
         raise Refused("it calls something that is no named class or function")

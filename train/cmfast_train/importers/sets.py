@@ -46,28 +46,28 @@ Weights = dict[str, Tensor]
 
 
 def one_set(content: Any, facts: Facts, file: Path) -> tuple[str, Weights]:
-    """Return the flat set of named tensors in what a file holds, and where it stood: of several the one that was told.
+    """Return the flat set of named tensors in what a file holds, and where it stood: of several sets the requested one.
 
     Wrappers are looked through: {"model": ...}, {"state_dict": ...}, FastGen's {"model": {"net": ..., "ema": ...}},
     ECT's {"net": a whole module}.
     """
-    told = facts.told.weights
+    given = facts.given.weights
     budget = _Budget(file)
     sets: dict[str, Weights] = {}
     for place, tensors in _sets(content, file, budget):
         for name, part in _parts(place, tensors, file):
             if any(t.ndim > 1 for t in part.values()):
-                _add(sets, name, part, told, file)
+                _add(sets, name, part, given, file)
     sets = of_undotted(sets)
     raw = dict(sets)
     lengths = {len(parameters(weights)) for weights in raw.values()}
     unnamed: dict[str, int] = {}
     for name, listed in budget.lists:
         fits_in_length = len(listed) in lengths
-        if told is not None and not _fits(name, told):
+        if given is not None and not _fits(name, given):
             continue
         if fits_in_length and (matched := named(listed, raw)) is not None:
-            _add(sets, name, matched, told, file)
+            _add(sets, name, matched, given, file)
         elif fits_in_length or not raw or is_average(name):  # other lists of tensors are no model's weights
             unnamed[name] = len(listed)
     if not raw:
@@ -90,23 +90,23 @@ def one_set(content: Any, facts: Facts, file: Path) -> tuple[str, Weights]:
 def _chosen(
     sets: Mapping[str, Weights], unnamed: Mapping[str, int], in_optimizer: str, facts: Facts, file: Path
 ) -> str:
-    """Return the name of the set to read, the only one or the one that was told; otherwise say what there is."""
-    told = facts.told.weights
-    if told is None:
+    """Return the name of the set to read, the only one or the requested one; otherwise an error lists them."""
+    given = facts.given.weights
+    if given is None:
         fitting = list(sets) if not unnamed and not in_optimizer else []
     else:
-        fitting = [name for name in sets if _fits(name, told)]
-        fitting = [name for name in fitting if name == (told if told != TOP else "")] or fitting
+        fitting = [name for name in sets if _fits(name, given)]
+        fitting = [name for name in fitting if name == (given if given != TOP else "")] or fitting
     if len(fitting) == 1:
         (name,) = fitting
         if name:
-            facts.usual("weights", name, "--set" if told else "the only set in the file")
+            facts.usual("weights", name, "--set" if given else "the only set in the file")
         return name
     example = advised(sets)
     names = ", ".join(shown(name) or "at the top" for name in list(sets)[:8])
     said = (
-        f"--set weights={shown(told)} is {'several' if fitting else 'not one'} of them"
-        if told
+        f"--set weights={shown(given)} is {'several' if fitting else 'not one'} of them"
+        if given
         else f"choose one, for example --set weights={shown(example) or TOP}"
     )
     for name, count in list(unnamed.items())[:2]:
@@ -119,16 +119,16 @@ def _chosen(
     raise CmfastError(f"{file}: it holds {len(sets)} set(s) of weights ({names}); {said}")
 
 
-def _fits(name: str, told: str) -> bool:
-    """Whether a user who asked for `told` can mean the set of this name: the end of a name is enough."""
-    return not name if told == TOP else name == told or name.endswith(f".{told}")
+def _fits(name: str, given: str) -> bool:
+    """Whether a user who passed `given` can mean the set of this name: the end of a name is enough."""
+    return not name if given == TOP else name == given or name.endswith(f".{given}")
 
 
-def _add(sets: dict[str, Weights], name: str, part: Weights, told: str | None, file: Path) -> None:
-    """Keep a set. Of those that the user did not ask for, the first ones are enough: for names and for errors."""
-    asked = told is not None and _fits(name, told)
-    if len(sets) >= (2 * MAX_SETS if asked else MAX_SETS):
-        if told is not None and not asked:
+def _add(sets: dict[str, Weights], name: str, part: Weights, given: str | None, file: Path) -> None:
+    """Keep a set. Of those that were not requested, the first ones are enough: for names and for errors."""
+    requested = given is not None and _fits(name, given)
+    if len(sets) >= (2 * MAX_SETS if requested else MAX_SETS):
+        if given is not None and not requested:
             return
         raise ArtifactError(
             f"{file}: it holds more than {MAX_SETS} sets of weights; choose one, for example "

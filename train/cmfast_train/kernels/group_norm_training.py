@@ -76,7 +76,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx [B, C, H, W]; of each image the shares in dweight and dbias, [B, 2, C]; dscale and dshift, [B, 2, C].
 
-    statistics  of x, from `norm_and_statistics`
+    Args:
+        statistics: of x, from `norm_and_statistics`
     """
     batch, channels, height, width = x.shape
     plan = make_plan(batch, height * width, channels, groups, x.element_size(), tensors=2)

@@ -56,7 +56,8 @@ class Plan:
 def make_plan(batch: int, pixels: int, channels: int, groups: int, itemsize: int, tensors: int = 1) -> Plan:
     """Return how a shape is cut up; itemsize in bytes. It depends on the shape only, not on the GPU.
 
-    tensors  of this shape that a program reads: so many times fewer values of each
+    Args:
+        tensors: of this shape that a program reads: so many times fewer values of each
     """
     per_group = channels // groups
     fitting = [n for n in range(1, MOST_GROUPS + 1) if groups % n == 0 and (n == 1 or n * per_group <= MOST_CHANNELS)]

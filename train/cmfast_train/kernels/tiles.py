@@ -28,7 +28,8 @@ GROUPS, CHUNKS = tl.constexpr(MOST_GROUPS), tl.constexpr(MOST_CHUNKS)  # at most
 def within(start, last, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """Return [BLOCK, ROWS], whether values from pixel `start` on are of the image, to before `last`.
 
-    EVEN  such a tile has ROWS pixels of the image or none, so no pixel needs to be looked at
+    Args:
+        EVEN: such a tile has ROWS pixels of the image or none, so no pixel needs to be looked at
     """
     if EVEN:
         mask = tl.broadcast_to((inside & (start < last))[:, None], inside.shape[0], ROWS)

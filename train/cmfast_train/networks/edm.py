@@ -241,8 +241,9 @@ class DhariwalUnet(nn.Module):
 class Block(nn.Module):
     """GroupNorm, SiLU, convolution, twice, the noise embedding in between; attention after. x [B, C, H, W], emb [B, E].
 
-    project  whether the short cut of a block that resamples has a 1x1 convolution although the width stays
-    gain     factor on every sum, sqrt(1/2) where the variance is to stay
+    Args:
+        project: whether the short cut of a block that resamples has a 1x1 convolution although the width stays
+        gain: factor on every sum, sqrt(1/2) where the variance is to stay
     """
 
     def __init__(
@@ -317,8 +318,9 @@ def _trunk(
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return the blocks of both halves of the U, by name.
 
-    first            width of the first convolution
-    attend_going_up  which decoder blocks of a level attend, where it does: "all", or only the "last"
+    Args:
+        first: width of the first convolution
+        attend_going_up: which decoder blocks of a level attend, where it does: "all", or only the "last"
     """
     height = sides(config.image_size)[0]
     levels = [

@@ -102,7 +102,8 @@ class FourierWaves(nn.Module):
 def resampled(x: Tensor, direction: str, kernel: Tensor, padding: int | None = None) -> Tensor:
     """Return x [B, C, H, W] with half ("down") or twice ("up") the side, each channel filtered by kernel [1, 1, k, k].
 
-    padding  pixels of zeros on every side before halving; None: so many that the side is exactly halved
+    Args:
+        padding: pixels of zeros on every side before halving; None: so many that the side is exactly halved
     """
     channels, taps = x.shape[1], kernel.shape[-1]
     if taps == 2:  # the box filter: the same numbers, and operators that every backend is fast at
