@@ -170,7 +170,7 @@ def openvino(converted: Converted, request: Request) -> None:
     click.echo("next:")
     click.echo(_sample(path, manifest))
     if format_of(request.model) is None and not request.own:
-        _bench(path, request.model, request.told)
+        _bench(path, request.model, request.given)
 
 
 def _sample(path: Path, manifest: Manifest) -> str:
