@@ -17,7 +17,7 @@ from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.sampling import to_uint8
 from cmfast_export import cli as export
 from cmfast_train.importers import identify, load_model
-from cmfast_train.importers.facts import Draft, Told
+from cmfast_train.importers.facts import Draft, Given
 from helpers.foreign.edm import CASES, new, weights_of
 
 Snapshot = Callable[..., Path]
@@ -112,7 +112,7 @@ def test_without_its_name_it_is_asked_for_and_never_taken_for_edms_in_silence(
     assert load_model(file, "sid").spec.sigmas == {1: (SIGMA,)}
     with pytest.raises(CmfastError, match="is that of EDM or SiD"):
         load_model(file, "cmt")
-    assert load_model(file, "sid", Told(sigma_max=4.0)).spec.sigmas == {1: (4.0,)}  # its --init_sigma
+    assert load_model(file, "sid", Given(sigma_max=4.0)).spec.sigmas == {1: (4.0,)}  # its --init_sigma
     with pytest.warns(CmfastWarning, match="a diffusion teacher"):
         assert load_model(generator(snapshot, "network-snapshot-1.200000-000100.pkl"), "edm").spec.sigma_max == 80
     with pytest.raises(CmfastError, match="but the pickle's class EDMPrecond_EncoderDecoder is that of SiD"):
@@ -120,7 +120,7 @@ def test_without_its_name_it_is_asked_for_and_never_taken_for_edms_in_silence(
     state = {f"model.{key}": value for key, value in weights_of("ddpmpp").items()}
     average = state | {"model.map_layer0.weight": state["model.map_layer0.weight"] + 1}
     torch.save({"G_state": state, "G_ema_state": average}, tmp_path / "training-state.pt")
-    model = load_model(tmp_path / "training-state.pt", "sid", Told(weights="G_ema_state"))
+    model = load_model(tmp_path / "training-state.pt", "sid", Given(weights="G_ema_state"))
     assert model.spec.sigmas == {1: (SIGMA,)}
     torch.testing.assert_close(model.weights["map_layer0.weight"], average["model.map_layer0.weight"])
 
