@@ -115,7 +115,15 @@ class Request:
         return tuple(variant for variant in ONNX_VARIANTS if variant in (self.variants or ()))
 
     def takes_precision(self, file: Path, variant: str) -> bool:
-        """Whether an exported file, run this way, takes a precision: by OpenVINO."""
+        """Whether an exported file, run this way, takes a precision: by OpenVINO.
+
+        Args:
+            file: one of `models`.
+            variant: the way, "" for the plain one.
+
+        Returns:
+            False where the file has a precision of its own.
+        """
         known = format_of(file)
         return known is OPENVINO or (known is ONNX and "openvino" in variant.split())
 
