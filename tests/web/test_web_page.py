@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cmfast import load
+from cmfast.editing import interpolate
 from cmfast.errors import CmfastError
 from cmfast_export.cli import main
 from cmfast_export.conversion import convert
@@ -119,6 +120,13 @@ def test_the_page_draws_the_images_that_python_draws(site: Path, model: Path, ch
         page.keyboard.press("End")
         page.wait_for_selector("#canvas[data-drawn='18446744073709551615 2 4 1']")
         assert np.mean(drawn(page, 1, 4) == pixels(model, 4, seed=1, steps=2, label=3)) >= 0.999
+
+        for _ in range(5):  # each key stops what is drawn for the one before
+            page.keyboard.press("ArrowLeft")
+        page.wait_for_selector("#canvas[data-drawn='18446744073709551615 2 4 0.95']")
+        way = interpolate(load(model), [(2**64 - 1, 2), (1, 2)], n=21, steps=2, label=3)
+        # sums of the noise's squares in another order: here and there a pixel is on the other side of a half
+        assert np.abs(drawn(page, 1, 4)[2].astype(int) - way[19]).max() <= 1
 
         page.check("#webgpu")
         page.wait_for_selector("#webgpu:not(:checked)")

@@ -111,10 +111,11 @@ function conditions() {
   return values;
 }
 
-/** Draw what the controls say; a change in the meantime draws once more, after this. */
+/** Draw what the controls say; a change in the meantime stops this and draws once more. */
 async function draw() {
   if (busy) {
     again = true;
+    client.call("stop");
     return;
   }
   busy = true;
@@ -144,6 +145,7 @@ async function drawOnce() {
     sheet.put(index, values);
     at("canvas").dataset.first ??= Math.round(performance.now()); // ms since the page was asked for
   });
+  if (again) return;
   const noun = manifest.data === "image" ? "image" : "sample";
   const middle = [...times].sort((a, b) => a - b)[times.length >> 1];
   at("time").textContent = `${middle.toFixed(middle < 10 ? 1 : 0)} ms per ${noun}`;

@@ -9,10 +9,11 @@ const RUNTIMES = { wasm: "ort.wasm.min.mjs", webgpu: "ort.jspi.min.mjs" };
 const HERE = new URL(".", import.meta.url).href;
 let bytes = null; // of the model's file
 let model = null;
+let stopped = false; // by the page, which wants other samples
 
 addEventListener("message", async ({ data }) => {
   try {
-    postMessage({ id: data.id, ...(await { open, draw, selftest }[data.type](data)) });
+    postMessage({ id: data.id, ...(await { open, draw, stop, selftest }[data.type](data)) });
   } catch (error) {
     postMessage({ id: data.id, error: error.message ?? String(error) });
   }
@@ -35,13 +36,21 @@ async function open({ provider, site }) {
 async function draw({ id, count, seed, first = 0n, ...request }) {
   const { data, shape } = model.manifest;
   const times = [];
-  for (let i = 0; i < count; i++) {
+  stopped = false;
+  for (let i = 0; i < count && !stopped; i++) {
     const begun = performance.now();
     const x0 = await model.draw({ ...request, seed, sample: first + BigInt(i) });
     times.push(performance.now() - begun);
     postMessage({ id, index: i, values: data === "image" ? toUint8(x0, shape) : x0 });
+    await new Promise((resolve) => setTimeout(resolve)); // lets a message in
   }
   return { times };
+}
+
+/** End the drawing in progress after the sample that is being computed. */
+function stop() {
+  stopped = true;
+  return {};
 }
 
 async function selftest() {
