@@ -32,6 +32,8 @@ from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
 from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
+from cmfast.formats.ort_format import OrtFile
+from cmfast.formats.table import ORT, format_of
 
 PROVIDERS = {  # on CUDA, by variant, the first preferred
     "": [CUDA],
@@ -80,7 +82,7 @@ class OnnxRuntimeBackend:
         variant: str = "",
         sha256: str | None = None,
     ) -> None:
-        file = OnnxFile(path, sha256)
+        file = OrtFile(path, sha256) if format_of(path) is ORT else OnnxFile(path, sha256)
         try:
             self._start(file, device, threads, variant)
         finally:
@@ -90,7 +92,7 @@ class OnnxRuntimeBackend:
     def __reduce__(self) -> tuple[object, tuple[Origin]]:
         return pickled(self)
 
-    def _start(self, file: OnnxFile, device: str, threads: int | None, variant: str) -> None:
+    def _start(self, file: OnnxFile | OrtFile, device: str, threads: int | None, variant: str) -> None:
         path, self.manifest = file.path, file.manifest
         self._process = os.getpid()
         _check_variant(path, device, variant, self.manifest)
@@ -160,7 +162,9 @@ def check_cuda() -> None:
     _check_gpu(import_for("cuda", ""), Path(), "", "float32")
 
 
-def _open(ort: Any, file: OnnxFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]) -> Any:
+def _open(
+    ort: Any, file: OnnxFile | OrtFile, options: Any, dtype: str, wanted: list[tuple[str, dict[str, str]]]
+) -> Any:
     """Return a session on these providers, or raise with the reason why there is none."""
     path = file.path
     names = [name for name, _ in wanted]
@@ -203,6 +207,8 @@ def _refusal(ort: Any, path: Path, dtype: str, names: list[str], why: str) -> Cm
 
 def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) -> None:
     dtype = manifest.dtype
+    if device != "cpu" and format_of(path) is ORT:
+        raise BackendError(f"{path}: an .ort file is optimised for the CPU; use --device cpu, or the .onnx file")
     have = list(PROVIDERS) if device == "cuda" else [""]
     if variant not in have:
         there = ", ".join(map(repr, have))

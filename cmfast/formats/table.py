@@ -52,10 +52,17 @@ def _read_ir(file: Path) -> Manifest:
     return read_ir(file)
 
 
+def _read_ort(file: Path) -> Manifest:
+    from cmfast.formats.ort_format import read_ort
+
+    return read_ort(file)
+
+
 ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=_read_onnx)
 ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=_read_plan)  # also TensorRT-RTX's
 OPENVINO = Format(name="openvino", suffixes=(".xml",), device="cpu", read=_read_ir)  # its weights are beside, in .bin
-FORMATS = (ONNX, ENGINE, OPENVINO)
+ORT = Format(name="ort", suffixes=(".ort",), device="cpu", read=_read_ort)  # ONNX Runtime's own
+FORMATS = (ONNX, ENGINE, OPENVINO, ORT)
 
 
 def format_of(path: str | os.PathLike[str]) -> Format | None:

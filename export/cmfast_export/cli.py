@@ -26,6 +26,7 @@ Examples:
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
   cmfast-export model.pt --format openvino --precision bf16                             model_bf16.xml and .bin: CPUs
+  cmfast-export model.pt --format ort                           model.ort: ONNX Runtime's minimal builds
   cmfast-export model.pt --format triton --steps 2 -o repository                        Triton Inference Server
   cmfast-export model.pt --format web --build fetch=true -o site                        a page that draws in the browser
   cmfast-export l4.engine h100.engine --format triton -o repository                     one engine per kind of card
@@ -51,7 +52,8 @@ Examples:
     default="onnx",
     show_default=True,
     help="onnx: a graph; ort-cuda: one for ONNX Runtime's CUDA provider; engine: TensorRT's; openvino: its IR; "
-    "triton: a model repository; web: a page for browsers; cmfast: a checkpoint; diffusers: its folder.",
+    "ort: ONNX Runtime's own format; triton: a model repository; web: a page for browsers; cmfast: a checkpoint; "
+    "diffusers: its folder.",
 )
 @click.option(
     "--kind",

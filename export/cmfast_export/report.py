@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cmfast_export.request import Request
     from cmfast_export.targets.diffusers_folder import Written as Folder
     from cmfast_export.targets.openvino_ir import Converted
+    from cmfast_export.targets.ort_format import Converted as OrtConverted
     from cmfast_export.targets.tensorrt_engine import Built
     from cmfast_export.targets.triton_repository import Written as Repository
     from cmfast_export.targets.web.page import Written as Page
@@ -203,6 +204,19 @@ def repository(written: Repository, request: Request) -> None:
     click.echo(" ".join([f"  tritonserver --model-repository {written.path}", *written.arguments]))
     click.echo("and in Python:")
     click.echo("".join(f"  {line}\n" for line in client.splitlines()).rstrip())
+
+
+def ort_format(made: OrtConverted, request: Request) -> None:
+    """Report an .ort file."""
+    size, worst = made.path.stat().st_size / 2**20, made.parity.worst
+    click.echo(
+        f"{made.path}: {made.manifest.kind}, {made.manifest.dtype}, {size:.1f} MiB, written by ONNX Runtime "
+        f"{made.version} in {made.seconds:.1f} s\n"
+        f"run here, at most {worst.max_abs:.1e} from its ONNX file, at {worst.where}\n"
+        f"{made.operators}: the operators and types that a minimal build needs (--include_ops_by_config)"
+    )
+    click.echo("next:")
+    click.echo(_sample(made.path, made.manifest))
 
 
 def page(written: Page, request: Request) -> None:

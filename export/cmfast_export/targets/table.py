@@ -22,7 +22,7 @@ from typing import Any
 from cmfast.checks import shown
 from cmfast.errors import CmfastError
 from cmfast.formats.manifest import KINDS
-from cmfast.formats.table import ENGINE, ONNX, OPENVINO
+from cmfast.formats.table import ENGINE, ONNX, OPENVINO, ORT
 
 GROUP = "cmfast.targets"  # of entry points
 
@@ -89,6 +89,10 @@ TARGETS = (
         name="triton", writer=f"{_HERE}.triton_repository:write", kinds=("server",), takes_engines=True,
         options=f"{_HERE}.triton_config:ServeOptions", flag="--serve", check=f"{_HERE}.triton_repository:check",
         report=f"{_REPORT}:repository",
+    ),
+    Target(
+        name="ort", writer=f"{_HERE}.ort_format:write", suffixes=ORT.suffixes, kinds=("denoiser", "sampler"),
+        automatic=False, check=f"{_HERE}.ort_format:check", report=f"{_REPORT}:ort_format",
     ),
     Target(
         name="web", writer=f"{_HERE}.web.page:write", kinds=("denoiser", "sampler"), automatic=False,
