@@ -35,8 +35,8 @@ if find_spec("onnx_ir") and find_spec("onnxscript"):  # else nothing is exported
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
-# Python's own collections, at 700 objects more, were a seventh of the time of tests that export. Garbage may wait.
-gc.set_threshold(10_000, 20, 50)
+# Python's own full collections were a tenth of the time of tests that export. Old garbage may wait.
+gc.set_threshold(700, 10, 100)
 settings.register_profile("cmfast", deadline=None)  # a busy machine is not a failure
 settings.load_profile("cmfast")
 
@@ -161,10 +161,14 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         argv = ["command", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)
         capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
+        try:
             main()
+        except SystemExit as stopped:  # not by pytest.raises, whose result would hold this frame and the test's
+            code = int(stopped.code or 0)
+        else:
+            pytest.fail("the command did not exit")
         out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(argv, int(stopped.value.code or 0), out, err)
+        return subprocess.CompletedProcess(argv, code, out, err)
 
     return call
 
