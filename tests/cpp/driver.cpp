@@ -34,7 +34,7 @@ std::string described(const cmfast::Manifest& m) {
     return out;
 }
 
-// manifests, heads and plans < (uint32 length, bytes)*: a line each, "ok ..." or "no ..."
+// manifests, heads, orts and plans < (uint32 length, bytes)*: a line each, "ok ..." or "no ..."
 template <class Read>
 void each_of(Read&& read) {
     const std::string in = all_input();
@@ -106,6 +106,7 @@ int main(int count, char** arguments) {
     try {
         if (command == "manifests") each_of([](const auto& b) { return cmfast::parse_manifest(b, "given"); });
         else if (command == "heads") each_of([](const auto& b) { return cmfast::parse_onnx_manifest(b, "given"); });
+        else if (command == "orts") each_of([](const auto& b) { return cmfast::parse_ort_manifest(b, "given"); });
         else if (command == "plans") each_of([](const auto& b) { return cmfast::parse_plan_manifest(b, "given"); });
         else if (command == "sample" && count >= 7) sample(count - 2, rest);
         else if (command == "pixels" && count == 3) pixels(rest);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The readers of manifests, ONNX files and plans on any bytes: they read, or throw cmfast::ArtifactError with one line.
+// The readers of manifests, ONNX files, .ort files and plans on any bytes: they read, or throw cmfast::ArtifactError with one line.
 //
 // With clang++ -fsanitize=fuzzer it is a target of libFuzzer (make fuzz-cpp). With -DINPUTS=20000 it is a program of its
 // own: it mutates the files that are its arguments so many times, the same way in every run.
@@ -31,7 +31,8 @@ bool either(std::string_view bytes) {
     const bool manifest = reads([](auto b, auto where) { cmfast::parse_manifest(b, where); }, bytes);
     const bool onnx = reads([](auto b, auto where) { cmfast::parse_onnx_manifest(b, where); }, bytes);
     const bool plan = reads([](auto b, auto where) { cmfast::parse_plan_manifest(b, where); }, bytes);
-    return manifest || onnx || plan;
+    const bool ort = reads([](auto b, auto where) { cmfast::parse_ort_manifest(b, where); }, bytes);
+    return manifest || onnx || plan || ort;
 }
 
 }  // namespace

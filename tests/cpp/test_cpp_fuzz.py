@@ -11,9 +11,10 @@ import pytest
 
 from cmfast.errors import ArtifactError
 from cmfast.formats.manifest import Manifest, parse_onnx
+from cmfast.formats.ort_format import parse_ort
 from cmfast.formats.tensorrt_plan import parse_plan
 from helpers.cpp import SANITIZE, SOURCES, build, call
-from helpers.graphs import write_corpus
+from helpers.graphs import write_corpus, write_ort
 from helpers.plans import plan
 
 ROUNDS = 4000
@@ -24,6 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     plan(folder / "model.engine")
+    write_ort(folder / "model.ort")
     return sorted(folder.iterdir())
 
 
@@ -62,6 +64,8 @@ def verdict(data: bytes, file: Path) -> str:
     try:
         if file.suffix == ".onnx":
             parse_onnx(memoryview(data), file)
+        elif file.suffix == ".ort":
+            parse_ort(data, file)
         elif file.suffix == ".engine":
             parse_plan(data, file)
         else:
@@ -75,7 +79,7 @@ def test_c_plus_plus_refuses_what_python_refuses(corpus: list[Path], tmp_path: P
     program = build(tmp_path, SOURCES / "driver.cpp")
     rng = random.Random(0)
     verdicts = {True: 0, False: 0}
-    for command, suffix in (("manifests", ".json"), ("heads", ".onnx"), ("plans", ".engine")):
+    for command, suffix in (("manifests", ".json"), ("heads", ".onnx"), ("orts", ".ort"), ("plans", ".engine")):
         given = tmp_path / f"given{suffix}"
         given.write_bytes(b"-")  # its head is looked at, to say what it is instead
         files = [path.read_bytes() for path in corpus if path.suffix == suffix]

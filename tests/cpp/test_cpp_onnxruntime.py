@@ -17,7 +17,7 @@ import cmfast
 from cmfast import noise
 from cmfast.sampling import to_uint8
 from helpers.cpp import SANITIZE, SOURCES, build, call, onnxruntime_library
-from helpers.graphs import MANIFEST, sampled, write_denoiser
+from helpers.graphs import MANIFEST, sampled, write_denoiser, write_ort
 
 STATE = {"name": "state", "kind": "tensor", "shape": [3]}
 LABEL = {"name": "label", "kind": "class", "classes": 10, "class_names": [f"class {i}" for i in range(10)]}
@@ -95,6 +95,18 @@ def test_any_shape_with_any_conditions_is_drawn(
     again = draw(file, "noise", 3, 4, *given, *labels, given=z.tobytes())
     moved = offset + (np.array([3, 1, 4, 1]) - noise.labels(5, range(2, 6), 10)) / 16 if labels else offset
     np.testing.assert_allclose(again, sampled(z, changes, 3, moved).ravel(), atol=2e-6, rtol=1e-6)
+
+
+def test_a_file_in_onnx_runtimes_own_format_is_drawn_from(
+    draw: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    file = write_ort(tmp_path / "model.ort", {"conditions": [STATE, LABEL]})
+    found = draw(file, "sample", 2, 3, 4, 1, "state=1,2,3")
+    wanted = cmfast.load(file).sample_float(3, steps=2, seed=4, first=1, conditions={"state": [1.0, 2.0, 3.0]})
+    np.testing.assert_allclose(found, wanted.ravel(), atol=1e-6, rtol=0)  # one rounding more or less
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "it was altered or damaged since it was verified" in refused(model, "cpu", file, "selftest")
 
 
 def test_a_class_has_a_name(draw: Callable[..., Any], model: Path, tmp_path: Path) -> None:

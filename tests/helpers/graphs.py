@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,18 @@ def write_corpus(folder: Path) -> None:
     for name, manifest in (("first", first), ("second", second)):
         (folder / f"{name}.json").write_text(json.dumps(manifest))
     write_denoiser(folder / "model.onnx", {"conditions": conditions, "selftest": tested})
+
+
+def write_ort(path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write the denoiser of `write_denoiser` in ONNX Runtime's own format; return its path."""
+    from cmfast_export.conversion import convert
+    from cmfast_export.request import make_request
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_denoiser(Path(folder) / "model.onnx", {"scaling": "edm"} | dict(changes or {}))
+        convert(make_request(model=file, out=Path(folder) / path.name, form="ort"))
+        path.write_bytes((Path(folder) / path.name).read_bytes())
+    return path
 
 
 def save(path: Path, graph: onnx.GraphProto, manifest: Mapping[str, Any]) -> Path:

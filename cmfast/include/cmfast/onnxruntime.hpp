@@ -25,6 +25,7 @@
 #include "library.hpp"
 #include "manifest.hpp"
 #include "model.hpp"
+#include "ort_head.hpp"
 
 #if defined(_WIN32)
 #define CMFAST_ORT_CALL __stdcall
@@ -209,16 +210,20 @@ class OnnxRuntimeBackend final : public Backend {
     /// The same of the bytes of a file; `where` names it in errors.
     OnnxRuntimeBackend(const std::string& where, const std::string& bytes, const Options& options)
         : where_(where),
-          manifest_(parse_onnx_manifest(bytes, where)),
+          manifest_(is_ort(bytes) ? parse_ort_manifest(bytes, where) : parse_onnx_manifest(bytes, where)),
           api_(std::make_shared<abi::Api>(options.library)) {
         name_ = "ONNX Runtime " + options.device;
         check_device(options);
+        if (is_ort(bytes) && options.device != "cpu") {
+            throw Error(where + ": an .ort file is optimised for the CPU; open it on the device cpu, or the .onnx file");
+        }
         api_->call<abi::CreateEnv>(abi::log_fatal, "cmfast", env_.out());
         api_->call<abi::DisableTelemetryEvents>(constant(env_.get()));
         abi::Owned<abi::SessionOptions, abi::ReleaseSessionOptions> session_options(api_);
         api_->call<abi::CreateSessionOptions>(session_options.out());
         api_->call<abi::SetSessionLogSeverityLevel>(session_options.get(), abi::log_fatal);
-        api_->call<abi::AddSessionConfigEntry>(session_options.get(), "session.load_model_format", "ONNX");
+        api_->call<abi::AddSessionConfigEntry>(session_options.get(), "session.load_model_format",
+                                              is_ort(bytes) ? "ORT" : "ONNX");
         if (options.threads) api_->call<abi::SetIntraOpNumThreads>(session_options.get(), options.threads);
         add_provider(session_options.get(), options);
         const std::string message = api_->attempt<abi::CreateSessionFromArray>(
