@@ -77,6 +77,8 @@ def train(
     for name, model in (("denoiser", denoiser), ("teacher", teacher)):
         if not isinstance(model, Denoiser) and not (name == "teacher" and model is None):
             raise CmfastError(f"{name} must be what cmfast_train.wrap(net, ...) returns, got {shown(model)}")
+    if config.init or config.teacher:
+        raise CmfastError("init and teacher are files for cmfast-train; pass the models: denoiser=, teacher=")
     own = Own(denoiser=denoiser, teacher=teacher)
     with contextlib.ExitStack() as kept:
         folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="cmfast-")) if out is None else out)

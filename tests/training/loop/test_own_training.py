@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def data(n: int = 256, seed: int = 0) -> dict[str, Any]:
     return {"x": 0.45 * state[:, :1, None] + 0.2 * noise, "state": state}
 
 
-def denoiser(net: nn.Module | None = None, **changes: Any) -> cmfast_train.Denoiser:
+def denoiser(net: nn.Module | None = None, /, **changes: Any) -> cmfast_train.Denoiser:
     torch.manual_seed(0)
     usual: dict[str, Any] = {"shape": (T, A), "conditions": {"state": (S,)}, "scaling": "edm", "c_noise": "ln/4"}
     return cmfast_train.wrap(net or Policy(), **{**usual, **changes})
@@ -160,6 +160,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert_equal_to_the_bit(*(dict(each.denoiser.network.state_dict()) for each in (whole, arrays)))
 
 
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.label = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        result: Tensor = self.convolution(x) + self.label(label)[:, :, None, None]
+        return result
+
+
 class Noisy(nn.Module):
     """What networks have beside plain weights: dropout, tied and frozen weights, statistics that change, a mask."""
 
@@ -214,12 +224,182 @@ def page(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
+FLOW: dict[str, Any] = {"scaling": "flow", "c_noise": "flow", "second_time": True}
+METHODS: dict[str, tuple[str, dict[str, Any], Callable[[cmfast.ModelSpec], bool]]] = {
+    "edm": ("edm:32", {}, lambda spec: spec.scaling == "edm"),
+    "ct": ("ct:32", {}, lambda spec: spec.scaling == "boundary"),
+    "ict": ("ict:32", {}, lambda spec: spec.scaling == "boundary"),
+    "ect": ("ect:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "boundary"),
+    "cd": ("edm:32,cd:32", {}, lambda spec: spec.scaling == "boundary"),
+    "pd": ("edm:32,pd:32", {}, lambda spec: (spec.renoise, list(spec.sigmas)) == ("ddim", [1])),
+    "sct": ("sct:32", {"scaling": "trigflow", "c_noise": "trig"}, lambda spec: spec.scaling == "trigflow"),
+    "scd": ("edm:32,scd:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "edm"),
+    "mf": ("mf:32", FLOW, lambda spec: spec.second_time),
+    "edm and mf": ("edm:32,mf:32", FLOW, lambda spec: spec.second_time),
+    "ect of two times": ("ect:32", FLOW, lambda spec: spec.second_time),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_network_of_sequences_with_a_state(method: str) -> None:
+    phases, conventions, holds = METHODS[method]
+    given = denoiser(Policy(times=2 if "second_time" in conventions else 1), **conventions)
+    trained = train(phases, denoiser=given).denoiser
+    assert holds(trained.spec), trained.spec
+    for name, weight in trained.network.named_parameters():
+        assert not torch.equal(weight, given.network.get_parameter(name)), name
+    x = torch.randn(3, T, A)
+    drawn = trained(x, torch.full([3], 80.0), state=torch.randn(3, S))
+    assert (drawn.shape, bool(drawn.isfinite().all())) == (x.shape, True)
+
+
+def test_a_teacher_may_be_another_network_that_takes_less() -> None:
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = nn.Linear(A, A)
+
+        def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+            result: Tensor = self.all(x)
+            return result
+
+    teacher = denoiser(Blind(), conditions={}).requires_grad_(False)
+    given = denoiser()
+    for used in (teacher, given):
+        trained = train("cd:32", denoiser=given, teacher=used)
+        assert trained.denoiser.spec.scaling == "boundary"
+
+
+class Looking(Policy):
+    """Notes the states that it sees."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def forward(self, x: Tensor, c_noise: Tensor, state: Tensor, c_noise_next: Tensor | None = None) -> Tensor:
+        if self.training:
+            self.seen.append(state)
+        return super().forward(x, c_noise, state)
+
+
+def test_a_tensor_is_dropped_as_often_as_requested() -> None:
+    Looking.seen.clear()
+    trained = train("edm:3200", denoiser=denoiser(Looking(), null={"state": -1.5}), label_dropout=0.25)
+    without = (torch.cat(Looking.seen) == -1.5).all(dim=1)
+    assert float(without.float().mean()) == pytest.approx(0.25, abs=0.03)  # four standard deviations of 3,200
+    assert trained.denoiser.spec.conditions[0].null == -1.5
+
+
+@pytest.mark.usefixtures("any_precision")
+def test_half_precision_and_micro_batches_train(tmp_path: Path) -> None:
+    halves = train("edm:64,sct:64", tmp_path / "run", precision="bf16", accumulation=2, emas=(0.9,), ema_stds=(0.1,))
+    assert {weight.dtype for weight in halves.denoiser.network.parameters()} == {torch.float32}
+    assert sorted(path.name for path in (tmp_path / "run" / "ema").iterdir())[0] == "0.9.pt"
+    with pytest.raises(CmfastError, match="precision=no on the CPU in another process"):
+        train("edm:32", precision="fp32")
+
+
+def test_a_network_says_which_blocks_are_computed_again() -> None:
+    class Blocks(Policy):
+        def blocks(self) -> list[nn.Module]:
+            return [self.enter, self.leave]
+
+    given = denoiser(Blocks())
+    plain, again = (train("edm:64", denoiser=given, recompute=recompute) for recompute in (False, True))
+    assert_equal_to_the_bit(*(dict(each.denoiser.network.state_dict()) for each in (plain, again)))
+
+
+def net_of(function: Callable[..., Tensor]) -> nn.Module:
+    """Return a network with one weight that computes function(weight, x, c_noise, state)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, c_noise: Tensor, state: Tensor) -> Tensor:
+            return function(self.weight, x, c_noise, state)
+
+    return Net()
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no wrap": ({"denoiser": Policy()}, r"denoiser must be what cmfast_train.wrap\(net, ...\) returns, got Policy"),
+    "teacher": ({"teacher": Policy()}, "teacher must be what cmfast_train.wrap"),
+    "no teacher": ({"phases": "cd:32"}, "cd distils a diffusion model: pass teacher="),
+    "a teacher too many": ({"teacher": denoiser()}, "a teacher, and none of these phases distils: edm"),
+    "another teacher": (
+        {"phases": "cd:32", "teacher": denoiser(Policy(), conditions={"state": (4,)})},
+        "the teacher takes",
+    ),
+    "the levels of a teacher": ({"phases": "cd:32", "teacher": denoiser(sigma_max=40.0)}, "it knows noise levels from"),
+    "two times": (
+        {"phases": "mf:32", "denoiser": denoiser(scaling="flow", c_noise="flow")},
+        r"wrap\(..., second_time=True",
+    ),
+    "conventions": (
+        {"phases": "sct:32", "denoiser": denoiser(scaling="vp_v", c_noise="ln/4")},
+        "sct needs scaling trigflow",
+    ),
+    "conventions twice": ({"sigma_max": 40.0}, "sigma_max=40.0: the denoiser has its own conventions"),
+    "flip": ({"flip": True}, "flip=true mirrors images"),
+    "no null": ({"label_dropout": 0.1}, "label_dropout needs a condition that can be left out"),
+    "no blocks": ({"recompute": True}, r"give Policy a method blocks\(\)"),
+    "init": ({"init": "model.pt"}, "pass the models: denoiser="),
+    "graph": ({"graph": "true"}, "graph=true: the steps of edm cannot be a CUDA graph"),
+    "raises": (
+        {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x + state))},
+        r"Net, called with x \[B, 8, 2\], c_noise \[B\], state=\[B, 3\], raised RuntimeError: .*test_own_training.py:\d+",
+    ),
+    "shape": ({"denoiser": denoiser(net_of(lambda w, x, c, state: w * x[:, :1]))}, r"the network returned \[2, 1, 2\]"),
+    "no gradient": ({"denoiser": denoiser(net_of(lambda w, x, c, state: x))}, r"denoiser.requires_grad_\(True\)"),
+    "no derivative": (
+        {"phases": "sct:32", "denoiser": denoiser(net_of(lambda w, x, c, state: w * NoForwardMode.apply(x)))},
+        "sct differentiates Net in forward mode, which fails: .*sct.derivative=finite",
+    ),
+    "not finite": (
+        {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x / 0))},
+        "the loss is not finite at step 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_trained_is_one_line(what: str) -> None:
+    values, words = WRONG[what]
+    values = dict(values)
+    with pytest.raises(CmfastError, match=words) as caught:
+        train(values.pop("phases", "edm:32"), **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_other_data_or_of_another_network_is_not_continued(tmp_path: Path) -> None:
+    train("edm:32", tmp_path / "run")
+    wrong: dict[str, dict[str, Any]] = {
+        r"another data \(\[256, 0\], now \[100, 0\]\)": {"data": data(100)},
+        "another network .* now .* tensors of": {"denoiser": denoiser(Noisy())},
+        "another sigma_data": {"denoiser": denoiser(sigma_data=0.7)},
+    }
+    for words, changes in wrong.items():
+        with pytest.raises(CmfastError, match=words):
+            train("edm:32", tmp_path / "run", **changes)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the user's: code, conventions, data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_policy.py").write_text(
-        "from test_own_training import Policy, denoiser\nmake = Policy\n", encoding="utf-8"
+        "from test_own_training import Images, Policy\nmake = Policy\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(Path(__file__).parent)
     spec = {"shape": [T, A], "conditions": {"state": [S]}, "scaling": "edm", "c_noise": "ln/4"}
@@ -254,4 +434,12 @@ def test_the_command_trains_continues_and_exports(
     refused(call(main, "--out", "x", *own[2:]), "--network")
     refused(call(main, *own, "--out", "x", "--set", "sigma_data=1"), "--set sigma_data", "--spec")
     refused(call(main, *own[:4], "--out", "x"), "--data FILE")
+    spec = {"shape": [1, 8, 8], "conditions": {"label": 10}, "scaling": "edm", "c_noise": "ln/4", "null": {"label": 10}}
+    (folder / "images.json").write_text(json.dumps(spec))
+    images = ["--network", "own_policy:Images", "--spec", "images.json", "--set", "phases=edm:32,ect:32"]
+    images += ["--set", "flip=true", "--set", "label_dropout=0.1"]
+    assert call(main, "digits", *images, "--out", "images", *settings).returncode == 0
+    assert cmfast_train.load_model("images/model.pt").spec.class_names == tuple("0123456789")
+    assert (folder / "images/samples/000000000064.png").exists()
+    refused(call(main, "digits", *own[:4], "--out", "x"), "the data of digits are [1, 8, 8]")
     refused(call(export, "run/model.pt"), "its code is not in the file", "--network own_policy:make")

@@ -150,7 +150,11 @@ def phase_of(method: str, **values: Any) -> Phase:
 
 def exact_of(spec: ModelSpec) -> Any:
     exact = Exact(spec)
-    return lambda x, sigma: exact(x, torch.full([len(x)], sigma))
+    return lambda x, sigma, **conditions: exact(x, torch.full([len(x)], sigma), **conditions)
+
+
+def solution_of(spec: ModelSpec) -> Any:
+    return lambda x, sigma, **conditions: solution(x, sigma, spec.sigma_min, **conditions)
 
 
 @pytest.mark.parametrize("name", names())
@@ -178,41 +182,47 @@ def test_it_converges_to_the_consistency_function_of_sequences_with_a_condition(
     steps, lr, values = CONVERGENT[method]
     student = new_student(method, SEQUENCE)
     spec = student.denoiser.spec
-
-    def truth(x: Tensor, sigma: float, offset: Tensor) -> Tensor:
-        return solution(x, sigma, spec.sigma_min, offset)
-
+    truth = solution_of(spec)
     assert worst_error(copy_of(student.denoiser).requires_grad_(False), truth) > 0.1  # it is not there at the start
     model = train(phase_of(method, **values), steps, student, Exact(spec), lr)
     assert worst_error(model, truth) <= 0.02
 
 
+def test_consistency_training_comes_as_near_to_it_as_its_grid_is_fine() -> None:
+    student = new_student("ct", SEQUENCE)
+    truth = solution_of(student.denoiser.spec)
+    assert worst_error(copy_of(student.denoiser).requires_grad_(False), truth) > 0.1
+    model = train(phase_of("ct", s0=20, s1=160, mu="fixed", mu0=0.5), 1500, student, None, 1e-2)
+    assert worst_error(model, truth) <= 0.06  # its targets are off by an error of first order in the gap
+
+
 def test_diffusion_converges_to_the_denoiser_and_not_to_the_consistency_function() -> None:
-    student = new_student("edm")
+    student = new_student("edm", SEQUENCE)
     model = train(phase_of("edm", p_mean=0.0, p_std=2.0), 2000, student, None, 1e-2)
     assert worst_error(model, exact_of(model.spec), SIGMAS[:-1]) <= 0.04
-    assert worst_error(model, lambda x, sigma: solution(x, sigma, 0.002)) > 0.2
+    assert worst_error(model, solution_of(model.spec)) > 0.2
 
 
 def test_progressive_distillation_halves_to_the_consistency_function() -> None:
     # From 128 of the teacher's steps, because Euler's error is of first order, to one.
-    student = new_student("pd")
+    student = new_student("pd", SEQUENCE)
     spec, teacher = student.denoiser.spec, Exact(student.denoiser.spec)
     student.denoiser.load_state_dict(train(phase_of("edm"), 2000, student, None, 5e-3).state_dict())
     for n in (64, 32, 16, 8, 4, 2, 1):
         model = train(phase_of("pd", steps=n), 500, student, teacher, 5e-3)
         student.denoiser.load_state_dict(model.state_dict())
         teacher = copy_of(model).requires_grad_(False)
-    assert worst_error(model, lambda x, sigma: solution(x, sigma, spec.sigma_min), (spec.sigma_max,)) <= 0.02
+    assert worst_error(model, solution_of(spec), (spec.sigma_max,)) <= 0.02
 
 
 # Against a reference.
 
 
-@pytest.mark.parametrize("n", [18, 2])  # of 2 levels, every target is the image without noise, at sigma_min
-def test_consistency_training_with_a_fixed_grid_is_ten_lines_of_reference(n: int) -> None:
+@pytest.mark.parametrize("kind", [PIXEL, SEQUENCE], ids=["pixel", "sequence"])
+@pytest.mark.parametrize("n", [18, 2])  # of 2 levels, every target is the sample without noise, at sigma_min
+def test_consistency_training_with_a_fixed_grid_is_ten_lines_of_reference(n: int, kind: dict[str, Any]) -> None:
     steps, lr, mu = 30, 1e-2, 0.9
-    ours = new_student("ct")
+    ours = new_student("ct", kind)
     reference, target = copy_of(ours.denoiser), copy_of(ours.denoiser)
     train(phase_of("ct", s0=n, s1=n, mu="fixed", mu0=mu), steps, ours, None, lr)
 
@@ -220,18 +230,18 @@ def test_consistency_training_with_a_fixed_grid_is_ten_lines_of_reference(n: int
     draw, adam = torch.Generator().manual_seed(0), torch.optim.Adam(reference.parameters(), lr=lr)
     for k in range(steps):
         adam.param_groups[0]["lr"] = lr * (1 - k / steps)
-        x0 = MEAN + STD * torch.randn(BATCH, 1, 1, 1, generator=draw)
+        x0, given = samples(ours.denoiser.spec, BATCH, draw)
         z, i = torch.randn(x0.shape, generator=draw), (torch.rand(BATCH, 4, generator=draw)[:, 0] * (n - 1)).long()
         t, r = grid[i + 1], grid[i]
-        goal = target(x0 + r.view(-1, 1, 1, 1) * z, r).detach()
-        (reference(x0 + t.view(-1, 1, 1, 1) * z, t) - goal).square().mean().backward()
+        goal = target(x0 + expand(r, z) * z, r, **given).detach()
+        (reference(x0 + expand(t, z) * z, t, **given) - goal).square().mean().backward()
         adam.step(), adam.zero_grad()
         for weight, other in zip(target.parameters(), reference.parameters(), strict=True):
             weight.data = mu * weight.data + (1 - mu) * other.data
 
     for (name, mine), other in zip(ours.denoiser.named_parameters(), reference.parameters(), strict=True):
         # Levels and averages are rounded otherwise, and Adam divides by small gradients.
-        np.testing.assert_allclose(mine.detach(), other.detach(), rtol=0, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(mine.detach(), other.detach(), rtol=0, atol=1e-3, err_msg=name)
 
 
 # Derivatives along a path.

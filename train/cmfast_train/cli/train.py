@@ -102,8 +102,9 @@ def command(
     --methods lists the methods.
     """
     from cmfast_train.config.overrides import check_set_once, override
+    from cmfast_train.config.own_network import with_own_network
     from cmfast_train.config.presets import PRESETS
-    from cmfast_train.config.train_config import to_dict, with_own_network
+    from cmfast_train.config.train_config import to_dict
 
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
     if preset is None and not network:

@@ -135,7 +135,7 @@ class TrainConfig:
         self._check_limits()
         if self.workers < 0 or not 0 <= self.seed < 2**32:
             raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
-        if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional):
+        if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional and not self.own):
             raise CmfastError(
                 f"label_dropout must be from 0 and below 1, and needs conditional=true, got {self.label_dropout}"
             )
@@ -302,33 +302,6 @@ class TrainConfig:
         return -(-phase.images // self.batch)
 
 
-def with_own_network(config: TrainConfig) -> TrainConfig:
-    """Return a configuration with a network of one's own instead of the one that it describes."""
-    usual: dict[str, Any] = {
-        field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name in OF_OWN
-    }
-    return dataclasses.replace(config, **{**usual, "network": OWN})
-
-
-def of_denoiser(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
-    """Return the configuration of a run with a denoiser of one's own, with its conventions.
-
-    Raises:
-        CmfastError: the configuration says otherwise, or a method's noise levels do not fit.
-    """
-    levels = tuple(spec.sigmas[steps] for steps in sorted(spec.sigmas))
-    values: dict[str, Any] = {name: getattr(spec, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
-    values |= {"scaling": spec.scaling, "c_noise": spec.c_noise, "sigmas": levels}
-    usual: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    for name in sorted(OF_OWN):
-        here = getattr(config, name)
-        if here not in (usual[name], values.get(name, usual[name])):
-            raise CmfastError(
-                f"{name}={shown(here)}: the denoiser has its conventions and sizes; pass them to wrap only"
-            )
-    return dataclasses.replace(config, **values)
-
-
 def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterable[str] = ()) -> None:
     """Raise CmfastError unless a method can train a model of these conventions. also: scalings that the error adds."""
     if scaling in (row.scalings or (scaling,)) and c_noise in (row.c_noises or (c_noise,)):
@@ -342,9 +315,6 @@ def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterab
 OF_THE_MODEL = frozenset(
     {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
 )
-
-# Fields that a denoiser of one's own sets, and the values of them that say nothing.
-OF_OWN = OF_THE_MODEL - {"network"} | {"sigma_max", "scaling", "c_noise", "sigmas", "dropout", "class_names"}
 
 # Fields that may change between a run and its continuation: they do not affect the result.
 FREE_FIELDS = frozenset(

@@ -186,8 +186,8 @@ def check_names(given: Any, spec: ModelSpec, where: str) -> None:
     wanted = {X: f"the samples [N, {str(list(spec.shape))[1:]}"} | {e.name: in_words(e) for e in spec.conditions}
     for name, what in wanted.items():
         if name not in given:
-            have = ", ".join(map(str, given)) or "nothing"
-            raise CmfastError(f"{where}: {name} is missing, {what}; it has {shown(have)}")
+            have = ", ".join(shown(each) for each in list(given)[:8]) or "nothing"
+            raise CmfastError(f"{where}: {name} is missing, {what}; it has {have}")
     if unknown := [name for name in given if name not in wanted]:
         raise CmfastError(f"{where}: the model has no condition {shown(unknown[0])}; it takes {', '.join(wanted)}")
 
@@ -196,7 +196,8 @@ def as_array(what: str, value: Any) -> Array:
     """Return an array, or whatever numpy makes of it, without a copy where possible."""
     try:
         if isinstance(value, Tensor):
-            return value.detach().cpu().numpy()
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # numpy has no bfloat16
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
     except Exception as err:  # of unknown objects
         raise CmfastError(f"{what} is no array: {one_line(err, 100)}") from None
@@ -266,7 +267,9 @@ def check_spread(samples: Samples, spec: ModelSpec) -> str:
     known = spec.sigma_data
     if known / FAR <= std <= known * FAR and abs(mean) <= FAR * known:
         return ""
-    scaled = f"train on (x - {mean:.4g}) / {std / known:.4g}" if std else "all values are the same"
+    if not std:
+        return f"x is {mean:.4g} everywhere; a model cannot learn a scale from that"
+    scaled = f"train on (x - {mean:.4g}) / {std / known:.4g}".replace("- -", "+ ")
     return (
         f"x has mean {mean:.4g} and standard deviation {std:.4g}, and the denoiser sigma_data={known:g}; {scaled}, or "
         f"pass sigma_data={std:.4g} to wrap, with sigma_min and sigma_max that fit"

@@ -39,10 +39,9 @@ class OwnConfig:
             CmfastError: there is no module, or it cannot be copied.
         """
         if self.module is None:
-            how = self.factory or "package.module:factory"
             raise CmfastError(
                 f"a model with a network of your own{f', {self.factory}' if self.factory else ''}: its code is not in "
-                f"the file. Python: load_model(FILE).denoiser(net); command line: cmfast-export FILE --network {how}"
+                f"the file. Python: load_model(FILE).denoiser(net); command: cmfast-export FILE{network_option(self)}"
             )
         try:
             return copy.deepcopy(self.module)
@@ -50,6 +49,13 @@ class OwnConfig:
             raise CmfastError(
                 f"{type(self.module).__name__} cannot be copied, which training needs: {one_line(err, 200)}"
             ) from None
+
+
+def network_option(config: object) -> str:
+    """Return what a command that exports a model with this network needs beside its name."""
+    if not isinstance(config, OwnConfig):
+        return ""
+    return f" --network {config.factory or 'package.module:factory'}"
 
 
 def tied(module: nn.Module) -> dict[str, str]:

@@ -145,13 +145,17 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, step: int | None = No
         step: updates after which the average is wanted; default: those of the last snapshot.
 
     Returns:
-        float32 tensors by weight name, on the device of the first snapshot's.
+        float32 tensors by weight name, on the device of the first snapshot's; of whole numbers the last snapshot's.
     """
     step = max(snapshot.step for snapshot in snapshots) if step is None else step
     stored = [(snapshot.step, gamma_of_std(snapshot.std)) for snapshot in snapshots]
     coefficients = posthoc_coefficients(stored, step, gamma_of_std(std))
     used = [(float(x), snapshot.weights) for x, snapshot in zip(coefficients, snapshots, strict=True) if x]
-    return {name: _combine(used, name) for name in snapshots[0].weights}
+    last = max(snapshots, key=lambda snapshot: snapshot.step).weights
+    return {
+        name: _combine(used, name) if value.is_floating_point() else value  # a count or a mask
+        for name, value in last.items()
+    }
 
 
 def posthoc_coefficients(stored: Sequence[tuple[float, float]], wanted_step: float, wanted_gamma: float) -> Factors:

@@ -187,7 +187,7 @@ def _another_run(config: TrainConfig, out: Path) -> str:
         return ""
     return (
         "; to train its model for longer or in another way, start a new run from it: "
-        f"cmfast-train {config.data} --init {out / 'model.pt'} --out NEW"
+        f"cmfast-train {'--network ..' if config.own else config.data} --init {out / 'model.pt'} --out NEW"
     )
 
 

@@ -77,7 +77,7 @@ def start_of(config: TrainConfig, classes: int, own: Own | None = None) -> Start
         CmfastError: a model cannot be read, or does not fit the run or its methods.
     """
     if own is not None:
-        return _own_start(config, own)
+        return _own_start(config, classes, own)
     if config.own:
         raise CmfastError("network=own needs the network: cmfast-train --network, or cmfast_train.train(denoiser=)")
     spec = config.spec(classes)
@@ -118,7 +118,7 @@ def start_of(config: TrainConfig, classes: int, own: Own | None = None) -> Start
     )
 
 
-def _own_start(config: TrainConfig, own: Own) -> Start:
+def _own_start(config: TrainConfig, classes: int, own: Own) -> Start:
     """Return what a run with a denoiser of one's own starts from."""
     denoiser, spec, first = own.denoiser, own.denoiser.spec, config.phases[0]
     if first.row.distils and own.teacher is None and not config.init:
@@ -128,16 +128,15 @@ def _own_start(config: TrainConfig, own: Own) -> Start:
         )
     if own.teacher is not None and not any(row.distils for row in config.methods):
         raise CmfastError(f"a teacher, and none of these phases distils: {', '.join(p.name for p in config.phases)}")
-    if not any(weight.requires_grad for weight in denoiser.network.parameters()):
-        raise CmfastError("no weight of the denoiser requires a gradient: denoiser.requires_grad_(True)")
     for row in config.methods:
         if row.second_time and not spec.second_time:
             raise CmfastError(f"{row.name} needs a network that takes two noise levels: wrap(..., second_time=True)")
     if config.label_dropout and all(each.null is None for each in spec.conditions):
         raise CmfastError("label_dropout needs a condition that can be left out: wrap(..., null={'label': 10})")
-    student = dataclasses.replace(
-        _student_spec(spec, config, spec.class_names, "the denoiser"), second_time=spec.second_time
-    )
+    if spec.classes and spec.classes != classes:
+        raise CmfastError(f"the denoiser has {spec.classes} classes, the data {classes}")
+    names = spec.class_names or config.class_names
+    student = dataclasses.replace(_student_spec(spec, config, names, "the denoiser"), second_time=spec.second_time)
     teacher = None
     if own.teacher is not None:
         teacher = checkpoint_of_denoiser(own.teacher)
@@ -292,9 +291,9 @@ def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) ->
     """Return the student's spec; a teacher must know all its noise levels."""
     if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
         raise CmfastError(
-            f"--teacher {config.teacher}: it knows noise levels from {_exact(teacher.spec.sigma_min)} to "
-            f"{_exact(teacher.spec.sigma_max)}, the run has {spec.sigma_min:g} to {spec.sigma_max:g}: "
-            "change --set sigma_min, sigma_max"
+            f"{f'--teacher {config.teacher}' if config.teacher else 'the teacher'}: it knows noise levels from "
+            f"{_exact(teacher.spec.sigma_min)} to {_exact(teacher.spec.sigma_max)}, the run has {spec.sigma_min:g} to "
+            f"{spec.sigma_max:g}: change {'' if config.own else '--set '}sigma_min, sigma_max"
         )
     return spec
 

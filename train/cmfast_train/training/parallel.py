@@ -65,6 +65,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         network: to be sharded.
         mesh: torch.distributed.device_mesh.init_device_mesh(device type, (processes,)).
     """
+    # The output of a network of one's own may be a view; nothing here writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in [*blocks(network), network]:
         # Also the outermost: an average only runs forwards, and would keep the weights of its first run.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -169,7 +171,13 @@ def recompute(network: nn.Module) -> None:
     About a third more time for a fraction of the memory. Dropout draws the same masks again. Without gradients nothing
     changes.
     """
-    for block in blocks(network):
+    found = blocks(network)
+    if not found:
+        raise CmfastError(
+            f"recompute=true needs the blocks of the network: give {type(network).__name__} a method blocks() that "
+            "returns a list of modules, each called once"
+        )
+    for block in found:
         block.forward = functools.partial(_recomputed, block.forward)
 
 

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning, one_line
 from cmfast.progress import progress_bar
-from cmfast_train.config.train_config import ARRAYS, TrainConfig, of_denoiser
-from cmfast_train.data.arrays import Given, Samples, check_spread, samples_of
+from cmfast_train.config.own_network import of_denoiser
+from cmfast_train.config.train_config import ARRAYS, TrainConfig
+from cmfast_train.data.arrays import Given, Samples, X, check_spread, samples_of
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import Data, check_batch, load_data
 from cmfast_train.training.float32 import exact_float32
@@ -45,6 +46,7 @@ from cmfast_train.training.parallel import together
 from cmfast_train.training.saving import resume
 from cmfast_train.training.state import Run
 from cmfast_train.training.step_graph import Steps, check_graph, recorded, trying_algorithms
+from cmfast_train.trial import try_own
 
 SAVED = "saved"
 _GONE = re.compile("gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)  # errors of a lost process
@@ -96,7 +98,10 @@ def train(
             together(accelerator, lambda: whole_run.enter_context(exact_float32(accelerator.device)))
         data = _load_data(config, data_root, accelerator, own, arrays)
         config = _with_names(config, data)
-        shown = _shown(config, data)
+        first = _first(config, data)
+        if own is not None:
+            try_own(config, own, first, accelerator)
+        shown = {name: values for name, values in first.items() if name != X} if config.data == ARRAYS else {}
         run = Run(config, out, accelerator, len(data), data.classes, own, shown)
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # no other run can change it now
         check_graph(run.context)
@@ -238,13 +243,25 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and cpu:
         raise BackendError("precision=fp16 needs CUDA; on a CPU use fp32 or bf16")
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    accelerator = _new_accelerator(precision, cpu)
     if config.batch % (accelerator.num_processes * config.accumulation):
         raise CmfastError(
             f"batch={config.batch} does not divide among {accelerator.num_processes} processes "
             f"and {config.accumulation} micro-batches"
         )
     return accelerator
+
+
+def _new_accelerator(precision: str, cpu: bool) -> Accelerator:
+    try:
+        return Accelerator(mixed_precision=precision, cpu=cpu)
+    except ValueError as err:
+        if "already been initialized" not in str(err):
+            raise
+        raise CmfastError(
+            f"Accelerate keeps precision and device of the first run in a process: train with precision={precision} "
+            f"on the {'CPU' if cpu else 'GPU'} in another process"
+        ) from None
 
 
 def _load_data(
@@ -265,12 +282,12 @@ def _load_data(
     return data if data is not None else load_data(config, root)
 
 
-def _shown(config: TrainConfig, data: Data | Samples) -> dict[str, Tensor]:
-    """Return the conditions of the first training samples, which checkpoints draw with; {} of images by the seed."""
-    if config.data != ARRAYS:
+def _first(config: TrainConfig, data: Data | Samples) -> dict[str, Tensor]:
+    """Return the first training samples of a run with a network of one's own, as "x", and their conditions."""
+    if not config.own:
         return {}
-    _, *values = check_batch(data.__getitems__(list(range(min(config.grid, len(data))))))
-    return dict(zip(data.names, values, strict=True))
+    batch = check_batch(data.__getitems__(list(range(min(config.grid, len(data))))))
+    return dict(zip((X, *data.names), batch, strict=True))
 
 
 def _unit(config: TrainConfig) -> str:

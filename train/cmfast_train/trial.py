@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""A first call of a network of one's own: what is wrong with it is one line, before a run begins."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cmfast.errors import CmfastError, one_line
+from cmfast.spec import ModelSpec
+from cmfast_train.config.train_config import ARRAYS, TrainConfig
+from cmfast_train.data.images import in_data_units
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.networks.own import OwnConfig
+from cmfast_train.training.initial_model import Own
+from cmfast_train.training.parallel import jvp
+
+_OTHERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))  # whose frames are not of the user's code
+
+
+def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+    """Check that denoisers of one's own fit the data of a run, and that they can be called and trained.
+
+    Args:
+        config: of the run.
+        own: the denoisers; copies of them are called.
+        first: the first training samples, "x", and their conditions.
+        accelerator: processes and device.
+
+    Raises:
+        CmfastError: the data are others, or a network cannot be called with them, or not be trained.
+    """
+    device = accelerator.device
+    few = {name: values[:2].to(device) for name, values in first.items()}
+    few["x"] = in_data_units(few["x"])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for denoiser in filter(None, (own.teacher, own.denoiser)):
+            _check_data(config, denoiser.spec, first)
+            copied = Denoiser(OwnConfig(module=denoiser.network).build(), denoiser.spec).eval().to(device)
+            output = _output(copied, few)
+        _check_gradients(copied, output, accelerator.num_processes)
+        for phase in config.phases:
+            if phase.row.differentiates and not phase.needs.finite:
+                _check_derivative(copied, few, phase.method)
+
+
+def _check_data(config: TrainConfig, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
+    """Raise CmfastError unless the samples and the conditions that a denoiser takes are there."""
+    have = list(first["x"].shape[1:])
+    if have != list(spec.shape) or (config.data != ARRAYS and spec.data != "image"):
+        raise CmfastError(
+            f"the data of {config.data} are {have}, and the denoiser is a model of "
+            f"{'images' if spec.data == 'image' else 'arrays'} {list(spec.shape)}"
+        )
+    if missing := [each.name for each in spec.conditions if each.name not in first]:
+        raise CmfastError(f"the denoiser takes {missing[0]}, which the data of {config.data} do not hold")
+
+
+def _output(denoiser: Denoiser, few: Mapping[str, Tensor]) -> Tensor:
+    """Return the output of the network for some samples and their conditions."""
+    x, name = few["x"], type(denoiser.network).__name__
+    given = {each.name: few[each.name] for each in denoiser.spec.conditions}
+    try:
+        return denoiser.output(x, torch.ones(len(x), device=x.device), given)
+    except CmfastError as err:
+        raise CmfastError(f"{name}: {err}") from None
+    except Exception as err:  # of the user's code
+        frames = [f for f in traceback.extract_tb(err.__traceback__) if not f.filename.startswith(_OTHERS)]
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        second = ", c_noise_next [B]" if denoiser.spec.second_time else ""
+        words = "".join(f", {key}={_in_words(value)}" for key, value in given.items())
+        raise CmfastError(
+            f"{name}, called with x {_in_words(x)}, c_noise [B]{second}{words}, raised {type(err).__name__}: "
+            f"{one_line(err, 200)}{place}"
+        ) from err
+
+
+def _check_gradients(denoiser: Denoiser, output: Tensor, processes: int) -> None:
+    """Raise CmfastError unless training can change weights; of several processes all that are to be trained."""
+    name = type(denoiser.network).__name__
+    if not output.requires_grad:
+        raise CmfastError(
+            f"{name}: its output depends on no weight that requires a gradient: denoiser.requires_grad_(True)"
+        )
+    if processes == 1:
+        return
+    output.float().sum().backward()
+    unused = [
+        key for key, weight in denoiser.network.named_parameters() if weight.requires_grad and weight.grad is None
+    ]
+    if unused:  # for which the exchange of gradients would wait
+        raise CmfastError(
+            f"{name}: the weight {unused[0]} does not take part, which several processes need: remove it, or "
+            "requires_grad_(False)"
+        )
+
+
+def _check_derivative(denoiser: Denoiser, few: Mapping[str, Tensor], method: str) -> None:
+    """Raise CmfastError unless the network has forward-mode derivatives."""
+
+    def output(x: Tensor, sigma: Tensor) -> Tensor:
+        given = {each.name: few[each.name] for each in denoiser.spec.conditions}
+        return denoiser.output(x, sigma, given)
+
+    x, sigma = few["x"], torch.ones(len(few["x"]), device=few["x"].device)
+    try:
+        jvp(output, (x, sigma), (x, sigma))
+    except Exception as err:  # an operator without one, or the user's
+        raise CmfastError(
+            f"{method} differentiates {type(denoiser.network).__name__} in forward mode, which fails: "
+            f"{one_line(err, 200)}; central differences need no derivative: {method}.derivative=finite"
+        ) from err
+
+
+def _in_words(values: Tensor) -> str:
+    return f"[{', '.join(map(str, ('B', *values.shape[1:])))}]"
