@@ -358,7 +358,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "graph": ({"graph": "true"}, "graph=true: the steps of edm cannot be a CUDA graph"),
     "raises": (
         {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x + state))},
-        r"Net, called with x \[B, 8, 2\], c_noise \[B\], state=\[B, 3\], raised RuntimeError: .*test_own_training.py:\d+",
+        r"Net, called with x \[B, 8, 2\], c_noise \[B\], state=\[B, 3\], raised RuntimeError: .*own_training.py:\d+",
     ),
     "shape": ({"denoiser": denoiser(net_of(lambda w, x, c, state: w * x[:, :1]))}, r"the network returned \[2, 1, 2\]"),
     "no gradient": ({"denoiser": denoiser(net_of(lambda w, x, c, state: x))}, r"denoiser.requires_grad_\(True\)"),
