@@ -18,7 +18,8 @@ import numpy.typing as npt
 from cmfast import noise as portable
 from cmfast import sampling
 from cmfast.backends import Backend, DrawBackend
-from cmfast.checks import need_memory, not_finite, returned_array, shown, whole_number
+from cmfast.checks import check_range, need_memory, not_finite, returned_array, shown, whole_number
+from cmfast.conditions import class_numbers, no_label
 from cmfast.progress import progress_bar
 from cmfast.spec import ModelSpec
 
@@ -163,3 +164,19 @@ def _ahead(make: Callable[[Batch], Floats], parts: Sequence[Batch]) -> Iterator[
         for part, following in zip(parts, (*parts[1:], None), strict=True):
             ready, coming = coming, thread.submit(make, following) if following else coming
             yield part, ready.result()
+
+
+def labels_of(spec: ModelSpec, n: int, seed: int, label: Any, first: int) -> Labels | None:
+    """Return the class of each of n samples, int64 [n], as `cmfast.Model.labels` does; None: there is no label."""
+    n = whole_number("number of images", n, 0)
+    first, seed = check_range(first, n), portable.check_seed(seed)
+    classes = spec.classes
+    if not classes:
+        if label is not None:
+            raise no_label(spec.conditions)
+        return None
+    if label is None:
+        return portable.labels(seed, range(first, first + n), classes)
+    need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
+    assert spec.label is not None
+    return class_numbers(label, n, spec.label.entries, spec.class_names)

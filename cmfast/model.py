@@ -12,26 +12,12 @@ import numpy.typing as npt
 
 from cmfast import noise as portable
 from cmfast.backends import Backend, open_backend
-from cmfast.checks import (
-    array_of_numbers,
-    check_range,
-    need_memory,
-    shown,
-    whole_number,
-)
-from cmfast.conditions import LABEL, class_numbers, condition_values, no_label
-from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, check_number, collect
+from cmfast.checks import array_of_numbers, check_range, whole_number
+from cmfast.conditions import LABEL, Condition, condition_values, no_label
+from cmfast.drawing import Arrays, Drawing, Floats, Labels, check_noise, check_number, collect, labels_of
+from cmfast.encoding import Encoders, Paths, check_model_kind
 from cmfast.errors import CmfastError
-from cmfast.running import (
-    few_step_drawing,
-    from_noise,
-    given_conditions,
-    heun_drawing,
-    next_noise_levels,
-    noise_levels,
-    own_noise,
-    run,
-)
+from cmfast.running import denoised, few_step_drawing, from_noise, given_conditions, heun_drawing, own_noise
 from cmfast.sampling import Churn
 from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
@@ -48,6 +34,7 @@ def load(
     variant: str = "",
     precision: str = "",
     sha256: str | None = None,
+    encoder: Paths | None = None,
 ) -> Model:
     """Open a model file (.onnx; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
@@ -59,6 +46,7 @@ def load(
         variant: a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
         precision: fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own.
         sha256: what the file must hash to; a TensorRT engine is native code, so load only what you trust.
+        encoder: file or files of its encoders, where it was exported with them apart; they run on the CPU.
 
     Returns:
         The model on its backend, ready to sample.
@@ -68,7 +56,8 @@ def load(
         BackendError: the device, the variant or the precision is not available for this file.
         MissingDependency: the backend's library is not installed.
     """
-    return Model(open_backend(path, device, threads, variant=variant, precision=precision, sha256=sha256))
+    backend = open_backend(path, device, threads, variant=variant, precision=precision, sha256=sha256)
+    return Model(backend, Encoders(backend.manifest, encoder, threads))
 
 
 class Model:
@@ -78,8 +67,9 @@ class Model:
         backend: what runs the model file.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, encoders: Encoders | None = None) -> None:
+        check_model_kind(backend)
+        self.backend, self._encoders = backend, encoders or Encoders(backend.manifest)
         self.manifest = backend.manifest
         self.spec: ModelSpec = backend.manifest.spec
 
@@ -119,7 +109,7 @@ class Model:
         """
         drawing = self._few_steps(self.sigmas_for(steps, sigmas))
         pixels = self.spec.data == "image"
-        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=pixels)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_float(
         self,
@@ -143,7 +133,7 @@ class Model:
             Samples float32 [n, *shape], images in [-1, 1].
         """
         drawing = self._few_steps(self.sigmas_for(steps, sigmas))
-        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
 
     def sample_heun(
         self,
@@ -176,7 +166,7 @@ class Model:
         """
         drawing = self._heun_steps(steps, churn)
         pixels = self.spec.data == "image"
-        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=pixels)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=pixels)
 
     def sample_heun_float(
         self,
@@ -200,7 +190,7 @@ class Model:
             Samples float32 [n, *shape], data units, not clipped.
         """
         drawing = self._heun_steps(steps, churn)
-        return self._draw(n, drawing, seed, given_conditions(label, conditions), batch, first, progress, pixels=False)
+        return self._draw(n, drawing, seed, self._given(label, conditions), batch, first, progress, pixels=False)
 
     def from_noise(
         self,
@@ -263,6 +253,18 @@ class Model:
             )
         return self._denoise(x, sigma, sigma_next, self.values(len(x), label, conditions))
 
+    def encode(self, conditions: Conditions) -> dict[str, Any]:
+        """Return conditions, those with an encoder encoded: NAME becomes NAME_encoded, which `sample` takes too.
+
+        What is for all samples stays so, [*sizes]; [n, *shape] becomes [n, *sizes].
+        """
+        return self._given(None, conditions)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What may be passed by name: the file's conditions, and those of its encoders."""
+        return (*self._encoders.conditions, *self.spec.conditions)
+
     def sigmas_for(self, steps: int | None = None, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return the noise levels that `sample` uses for these arguments.
 
@@ -306,18 +308,7 @@ class Model:
         Raises:
             CmfastError: the model has no label, or none of this number or name.
         """
-        n = whole_number("number of images", n, 0)
-        first, seed = check_range(first, n), portable.check_seed(seed)
-        classes = self.spec.classes
-        if not classes:
-            if label is not None:
-                raise no_label(self.spec.conditions)
-            return None
-        if label is None:
-            return portable.labels(seed, range(first, first + n), classes)
-        need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
-        assert self.spec.label is not None
-        return class_numbers(label, n, self.spec.label.entries, self.spec.class_names)
+        return labels_of(self.spec, n, seed, label, first)
 
     def values(
         self, n: int, label: Label | npt.ArrayLike | None = None, conditions: Conditions | None = None
@@ -335,10 +326,14 @@ class Model:
         Raises:
             CmfastError: a condition is missing, unknown or does not fit.
         """
-        given = given_conditions(label, conditions)
+        given = self._given(label, conditions)
         if self.spec.classes and given.get(LABEL) is None:
             raise CmfastError(f"this model is class-conditional; give a label from 0 to {self.spec.classes - 1}")
         return self._checked(given, n)
+
+    def _given(self, label: Any, conditions: Conditions | None) -> dict[str, Any]:
+        """Return what was passed by name, the label among it, encoded where a file for that is open."""
+        return self._encoders.encode(given_conditions(label, conditions))
 
     def _checked(self, given: Mapping[str, Any], n: int) -> Arrays:
         if not self.spec.classes and given.get(LABEL) is not None:
@@ -382,14 +377,7 @@ class Model:
         return "images" if self.spec.data == "image" else "samples"
 
     def _denoise(self, x: Floats, sigma: Any, sigma_next: Any, conditions: Arrays) -> Floats:
-        sigmas = noise_levels(sigma, len(x), self.spec)
-        inputs: dict[str, npt.NDArray[Any]] = {"x": np.ascontiguousarray(x), "sigma": sigmas}
-        if self.spec.second_time:
-            inputs["sigma_next"] = next_noise_levels(0.0 if sigma_next is None else sigma_next, sigmas)
-        elif sigma_next is not None:
-            raise CmfastError("sigma_next is for flow maps, and this model takes one noise level")
-        inputs |= {name: np.ascontiguousarray(value) for name, value in conditions.items()}
-        return run(self.backend, inputs, len(x), sigmas)
+        return denoised(self.backend, x, sigma, sigma_next, conditions)
 
     def _check_denoiser(self) -> None:
         if self.manifest.kind != "denoiser":

@@ -202,3 +202,16 @@ def next_noise_levels(sigma_next: Any, sigmas: Floats) -> Floats:
     if not ((after >= 0) & (after < sigmas)).all():
         raise CmfastError(f"sigma_next must be from 0 and below sigma, got {shown(sigma_next)}")
     return after
+
+
+def denoised(backend: Backend, x: Floats, sigma: Any, sigma_next: Any, conditions: Arrays) -> Floats:
+    """Return f(x, sigma, **conditions) of a denoiser's backend; its noise levels are checked here."""
+    spec = backend.manifest.spec
+    sigmas = noise_levels(sigma, len(x), spec)
+    inputs: Inputs = {"x": np.ascontiguousarray(x), "sigma": sigmas}
+    if spec.second_time:
+        inputs["sigma_next"] = next_noise_levels(0.0 if sigma_next is None else sigma_next, sigmas)
+    elif sigma_next is not None:
+        raise CmfastError("sigma_next is for flow maps, and this model takes one noise level")
+    inputs |= {name: np.ascontiguousarray(value) for name, value in conditions.items()}
+    return run(backend, inputs, len(x), sigmas)

@@ -27,10 +27,10 @@ from cmfast.backends.onnxruntime_library import (
     quiet,
 )
 from cmfast.backends.origin import Origin, pickled
-from cmfast.backends.ports import Port, check_ports
+from cmfast.backends.ports import Port, check_ports, fits
 from cmfast.backends.protocol import DeviceTimes, Inputs
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
-from cmfast.formats.manifest import Manifest, check_plain, may_use_tf32
+from cmfast.formats.manifest import ENCODER, Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
 from cmfast.formats.ort_format import OrtFile
 from cmfast.formats.table import ORT, format_of
@@ -94,6 +94,8 @@ class OnnxRuntimeBackend:
 
     def _start(self, file: OnnxFile | OrtFile, device: str, threads: int | None, variant: str) -> None:
         path, self.manifest = file.path, file.manifest
+        if self.manifest.kind == ENCODER and device != "cpu":
+            raise BackendError(f"{path}: an encoder in a file of its own runs on the CPU; leave device {device} out")
         self._process = os.getpid()
         _check_variant(path, device, variant, self.manifest)
         ort = import_for(device, variant)
@@ -127,9 +129,9 @@ class OnnxRuntimeBackend:
             raise
         except Exception as err:  # the exceptions of ONNX Runtime share no public base class
             raise backend_error(f"{self.name} failed; if memory is short, try a smaller batch: {cause(err)}") from None
-        first = inputs["noise" if "noise" in inputs else "x"]
-        want = (first.shape[self.manifest.batch_axis], *self.manifest.spec.shape)
-        if output.dtype != np.float32 or output.shape != want:
+        first, shape = inputs[self.manifest.inputs[0].name], self.manifest.returns
+        want = (first.shape[self.manifest.batch_axis], *shape)
+        if output.dtype != np.float32 or not fits(output.shape, want):
             raise ArtifactError(
                 f"{self.name}: the graph returned {output.dtype} {list(output.shape)}, its manifest promises float32 "
                 f"{list(want)}; export the model again with cmfast-export"

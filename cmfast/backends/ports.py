@@ -35,7 +35,7 @@ def check_ports(
     Raises:
         ArtifactError: The graph takes or gives something else than its manifest says.
     """
-    shape, wanted = manifest.spec.shape, manifest.inputs
+    shape, wanted = manifest.returns, manifest.inputs
     names = [each.name for each in wanted]
     if [port.name for port in inputs] != names:
         raise ArtifactError(
@@ -44,11 +44,7 @@ def check_ports(
         )
     for port, each in zip(inputs, wanted, strict=True):
         _check_type(path, port, types[each.dtype == "int64"])
-        fits = len(port.shape) == len(each.shape) and all(
-            isinstance(want, str) or not isinstance(side, int) or side == want
-            for side, want in zip(port.shape, each.shape, strict=True)
-        )
-        if not fits:
+        if not fits(port.shape, each.shape):
             raise ArtifactError(
                 f"{path}: the graph's {each.name} is {list(port.shape)}, its manifest says {list(each.shape)}; export "
                 "it again"
@@ -57,8 +53,7 @@ def check_ports(
         raise ArtifactError(f"{path}: the graph has {len(outputs)} outputs; its manifest needs one")
     _check_type(path, outputs[0], types[0])
     given = outputs[0].shape  # empty: the file does not say; the backend looks at each
-    sides = given[1:] if len(given) == 1 + len(shape) else None
-    if given and (sides is None or any(isinstance(s, int) and s != w for s, w in zip(sides, shape, strict=True))):
+    if given and not fits(given[1:], shape):
         raise ArtifactError(
             f"{path}: the graph returns {list(given)}, its manifest says [batch, {str(list(shape))[1:]}"
         )
@@ -70,6 +65,14 @@ def check_ports(
             f"{path}: the graph's batch size is fixed at {batch}; at most {MAX_BATCH:,} are run: export it again"
         )
     return batch
+
+
+def fits(sizes: Sequence[object], wanted: Sequence[int | str]) -> bool:
+    """Whether sizes are those of a manifest; what is no number, on either side, is a size that is not known."""
+    pairs = zip(sizes, wanted, strict=False)
+    return len(sizes) == len(wanted) and all(
+        isinstance(want, str) or not isinstance(size, int) or size == want for size, want in pairs
+    )
 
 
 def _check_type(path: Path, port: Port, wanted: str) -> None:

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmfast.checks import shown
 from cmfast.conditions import Condition, in_words, no_label
 from cmfast.errors import ArtifactError, CmfastError, one_line
-from cmfast.spec import ModelSpec
 
 
-def read_conditions(spec: ModelSpec, texts: Iterable[str], label: str | None) -> dict[str, Any]:
+def read_conditions(conditions: Sequence[Condition], texts: Iterable[str], label: str | None) -> dict[str, Any]:
     """Return values by name.
 
     Args:
-        spec: Of the model that they are for.
+        conditions: Of the model that they are for.
         texts: NAME=VALUE. Of a class, VALUE is its number or name, or one for each sample with commas between; of a
             tensor a file NAME.npy, or numbers with commas between.
         label: The value of the condition named label, or None.
@@ -25,7 +24,7 @@ def read_conditions(spec: ModelSpec, texts: Iterable[str], label: str | None) ->
     Raises:
         CmfastError: no such condition, or a value that is none.
     """
-    known = {condition.name: condition for condition in spec.conditions}
+    known = {condition.name: condition for condition in conditions}
     values: dict[str, Any] = {}
     for text in [*texts, *([] if label is None else [f"label={label}"])]:
         name, equals, value = text.partition("=")
@@ -36,7 +35,7 @@ def read_conditions(spec: ModelSpec, texts: Iterable[str], label: str | None) ->
         if name in known:
             values[name] = _read(known[name], value)
         elif name == "label":
-            raise no_label(spec.conditions)
+            raise no_label(conditions)
         else:
             have = ", ".join(known) or "none"
             raise CmfastError(f"--condition {shown(name)}: the model has no such condition; it has {have}")

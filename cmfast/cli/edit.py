@@ -151,7 +151,7 @@ def command(
     check_fits(out, number or 1, loaded.spec)
     if compare is not None and (loaded.spec.data != "image" or compare.suffix.lower() != ".png"):
         raise CmfastError(f"{compare}: --compare writes images side by side, to NAME.png")
-    named = read_conditions(loaded.spec, conditions, label)
+    named = read_conditions(loaded.conditions, conditions, label)
 
     def drawn(edit: Any, *arguments: Any, **levels: Any) -> npt.NDArray[Any]:
         result: npt.NDArray[Any] = edit(

@@ -100,10 +100,7 @@ def lines_of(
     """Return lines (name, value); `verified`: the file computes what its manifest says, None: that is not recorded."""
     spec = manifest.spec
     steps = "; ".join(f"{k}: {', '.join(f'{s:g}' for s in v)}" for k, v in sorted(spec.sigmas.items()))
-    lines = [
-        ("file", f"{file}, {model_bytes(file) / 2**20:.1f} MiB"),
-        ("kind", manifest.kind),
-        *_data_lines(manifest),
+    sampling = [
         ("sigma", f"{spec.sigma_min:g} to {spec.sigma_max:g}, data {spec.sigma_data:g}"),
         ("steps", steps),
         (
@@ -111,6 +108,12 @@ def lines_of(
             f"scaling {spec.scaling}, c_noise {spec.c_noise}, renoise {spec.renoise}, clip {str(spec.clip).lower()}"
             + (f", grid of {spec.grid} levels" if spec.grid else ""),
         ),
+    ]
+    lines = [
+        ("file", f"{file}, {model_bytes(file) / 2**20:.1f} MiB"),
+        ("kind", manifest.kind),
+        *_data_lines(manifest),
+        *(() if manifest.encoded else sampling),
         ("dtype", manifest.dtype + (" when it was exported" if verified is False else "")),
         ("source", json.dumps(dict(manifest.source))),
         (
@@ -127,19 +130,24 @@ def lines_of(
     if manifest.parity:
         lines.append(("parity", ", ".join(f"{k} {v:g}" for k, v in manifest.parity.items())))
     if manifest.cost:
-        lines.append(("an image", ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
+        one = "an image" if spec.data == "image" else "a sample"
+        lines.append((one, ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
     return [*lines, *_engine_lines(file, manifest)] if manifest.engine else lines
 
 
 def _data_lines(manifest: Manifest) -> list[tuple[str, str]]:
     """Return what the model draws, and from what."""
     spec, image = manifest.spec, manifest.spec.data == "image"
+    if manifest.encoded:
+        (taken,) = spec.conditions
+        return [(each.name, in_words(each)) for each in (taken, manifest.encoded)]
     sides = " x ".join(map(str, spec.shape))
     lines = [("image", f"{sides} (channels, height, width)") if image else ("shape", f"{sides} (array)")]
     if image or spec.label:
         lines.append(("classes", _classes(manifest)))
     others = [each for each in spec.conditions if each is not spec.label]
     lines += [("condition", f"{each.name}: {in_words(each)}") for each in others]
+    lines += [("encoder", f"of {name}, in a file of its own: --encoder FILE") for name in manifest.encoders]
     return [*lines, ("second time", "sigma_next: a flow map")] if spec.second_time else lines
 
 

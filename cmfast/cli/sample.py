@@ -23,6 +23,7 @@ Examples:
   cmfast-sample model.onnx -n 1000 --sigmas 80,1.2 -o folder       one PNG an image
   cmfast-sample teacher.onnx --heun 18 -o grid.png                 a diffusion model: EDM's sampler, 35 calls
   cmfast-sample policy.onnx -n 1 --condition state=state.npy -o actions.npy
+  cmfast-sample policy.onnx --encoder policy_encoder.onnx --condition image=frame.npy -o actions.npy
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
   cmfast-sample model.onnx --variant openvino --precision bf16     OpenVINO, in a precision of your choice
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
@@ -58,6 +59,9 @@ Examples:
     metavar="NAME=VALUE",
     help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
 )
+@click.option(
+    "--encoder", multiple=True, type=click.Path(path_type=Path), help="File with an encoder of the model's conditions."
+)
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
@@ -77,6 +81,7 @@ def command(
     seed: int,
     label: str | None,
     conditions: tuple[str, ...],
+    encoder: tuple[Path, ...],
     first: int,
     batch: int,
     device: str | None,
@@ -106,12 +111,14 @@ def command(
     if churn is not None and len(churn) > 4:
         raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
     stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
-    loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
+    loaded = cmfast.load(
+        model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
+    )
     if out is None:
         out = Path("samples.png" if loaded.spec.data == "image" else "samples.npz")
         check_output(out, inputs=[model])
     check_fits(out, number, loaded.spec)
-    given = read_conditions(loaded.spec, conditions, label)
+    given = read_conditions(loaded.conditions, conditions, label)
     if indices is not None:
         if steps is not None or sigmas is not None:
             raise CmfastError("--indices, --steps and --sigmas exclude each other; pass one of them")

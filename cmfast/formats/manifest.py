@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmfast.conditions import Condition
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning, shown
 from cmfast.formats import protobuf as pb
 from cmfast.formats.content import content_sha256
@@ -32,6 +33,7 @@ SCHEMA = "cmfast/2"
 SCHEMAS = ("cmfast/1", SCHEMA)  # that are read
 # server: a sampler whose inputs have the batch first, noise [B, K, *shape] and a class [B, 1], as servers want it.
 KINDS = ("denoiser", "sampler", "server")
+ENCODER = "encoder"  # the kind of a file that encodes one condition for another file: no model by itself
 MAX_CHARACTERS = 4000  # TensorRT limits a network's name, where its manifest lives, to 4096
 
 
@@ -52,7 +54,7 @@ ROUNDING = {"float32": 1e-4, "tf32": 4e-2, "float16": 5e-2, "bfloat16": 3e-1}
 WINOGRAD = 1e-3  # for float32 where a library is free to choose such convolutions: on GPUs, and between any libraries
 # In `made_by`: which runtime the nodes of an ONNX file are for. No entry: any; the names are cmfast_export.FLAVOURS.
 FLAVOUR = "flavour"
-_OBJECTS = ("source", "made_by", "parity", "cost", "engine", "selftest")
+_OBJECTS = ("source", "made_by", "parity", "cost", "engine", "encoders", "selftest")
 
 
 class Input(NamedTuple):
@@ -67,7 +69,7 @@ class Input(NamedTuple):
 class Manifest:
     """A model file's description of itself. The JSON keys are a contract: C++ and other people's scripts read them."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or ENCODER
     spec: ModelSpec
     dtype: str = "float32"  # of the trunk, a value of PRECISIONS; inputs and outputs are always float32
     source: Mapping[str, Any] = field(default_factory=dict)  # format and SHA-256 of the weights
@@ -77,11 +79,19 @@ class Manifest:
     cost: Mapping[str, float] = field(default_factory=dict)  # operations and bytes of an image: `graphs.cost`
     engine: Mapping[str, Any] = field(default_factory=dict)  # what built it, for what: `cmfast.formats.tensorrt_plan`
     selftest: Mapping[str, Any] = field(default_factory=dict)  # values of a sample: `cmfast.formats.selftest`
+    encoders: Mapping[str, str] = field(default_factory=dict)  # condition: graph_sha256 of the file that encodes it
+    encoded: Condition | None = None  # of an encoder: what it makes of its one condition
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise CmfastError(f"kind must be one of {', '.join(KINDS)}, got {shown(self.kind)}")
-        if self.kind != "denoiser" and len(self.spec.sigmas) != 1:
+        if self.kind not in (*KINDS, ENCODER):
+            raise CmfastError(f"kind must be one of {', '.join((*KINDS, ENCODER))}, got {shown(self.kind)}")
+        if (self.kind == ENCODER) != (self.encoded is not None) or (self.encoded and len(self.spec.conditions) != 1):
+            raise CmfastError("an encoder has one condition and says what it makes of it (encoded); no other kind does")
+        if any(
+            not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) for digest in self.encoders.values()
+        ):
+            raise CmfastError("encoders must be the graph_sha256 of their files by the names of conditions")
+        if self.kind in KINDS[1:] and len(self.spec.sigmas) != 1:
             raise CmfastError("a sampler has exactly one list of noise levels, the one it was built with")
 
     @property
@@ -92,6 +102,8 @@ class Manifest:
             times = ("sigma", "sigma_next") if spec.second_time else ("sigma",)
             found = [Input("x", "float32", ("batch", *spec.shape))]
             found += [Input(name, "float32", ("batch",)) for name in times]
+        elif self.kind == ENCODER:
+            found = []
         else:
             (steps,) = spec.sigmas
             axes = ("batch", steps) if server else (steps, "batch")
@@ -106,7 +118,14 @@ class Manifest:
     @property
     def output(self) -> str:
         """The name of the graph's output."""
+        if self.encoded:
+            return self.encoded.name
         return "denoised" if self.kind == "denoiser" else "images" if self.spec.data == "image" else "samples"
+
+    @property
+    def returns(self) -> tuple[int | str, ...]:
+        """The shape of the graph's output without the batch; a name is a size that differs from call to call."""
+        return self.encoded.shape if self.encoded else self.spec.shape
 
     @property
     def batch_axis(self) -> int:
@@ -129,8 +148,11 @@ class Manifest:
         values |= {"dtype": self.dtype, "source": dict(self.source), "made_by": dict(self.made_by)}
         values["parity"] = dict(self.parity)
         values |= {"graph_sha256": self.graph_sha256} if self.graph_sha256 else {}
-        some = (("cost", self.cost), ("engine", self.engine), ("selftest", self.selftest))
+        some = (
+            ("cost", self.cost), ("engine", self.engine), ("encoders", self.encoders), ("selftest", self.selftest),
+        )  # fmt: skip
         values |= {name: dict(part) for name, part in some if part}
+        values |= {"encoded": self.encoded.to_dict()} if self.encoded else {}
         check_parts({name: values[name] for name in _OBJECTS if name in values})
         text = json.dumps(values)
         if limit and len(text) > limit:
@@ -198,7 +220,9 @@ class Manifest:
             digest = values.get("graph_sha256", "")
             if not isinstance(digest, str) or not re.fullmatch("([0-9a-f]{64})?", digest):
                 raise CmfastError(f"graph_sha256 must be 64 hex digits, got {shown(digest)}")
-            return cls(kind=str(kind), spec=ModelSpec.from_dict(values), dtype=str(dtype), graph_sha256=digest, **parts)
+            encoded = Condition.from_dict(values["encoded"]) if kind == ENCODER and "encoded" in values else None
+            spec = ModelSpec.from_dict(values)
+            return cls(kind=kind, spec=spec, dtype=dtype, graph_sha256=digest, encoded=encoded, **parts)
         except CmfastError as err:
             raise ArtifactError(f"{where}: {err}") from None
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cmfast.errors import CmfastError
@@ -34,6 +35,18 @@ def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) ->
                 f"{flag} {shorten(text)}: {shorten(value)!r} is no value for {name}{HINTS[types[name]]}"
             ) from None
     return kind(**values)
+
+
+def parse_files(flag: str, texts: Sequence[str]) -> dict[str, Path]:
+    """Return files by names from texts NAME=FILE; a FILE alone has the name ""."""
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        name, file = (name, file) if equals and name.isidentifier() else ("", text)
+        if not file or name in files:
+            raise CmfastError(f"{flag} {shorten(text)}: expected FILE, or NAME=FILE once for each name")
+        files[name] = Path(file)
+    return files
 
 
 def whole_number(text: str) -> int:

@@ -71,6 +71,9 @@ Examples:
     show_default=True,
     help="What the network computes in; auto: the fastest within --tolerance.",
 )
+@click.option(
+    "--encoder", multiple=True, metavar="[NAME=]FILE", help="Write the encoder of a condition apart, into FILE."
+)
 @click.option("--weights", type=click.Choice(["fp16"]), help="Store float16 weights: half the file.")
 @click.option("--guidance", type=float, help="Sampler: weight of classifier-free guidance, two evaluations per step.")
 @click.option("--null", multiple=True, metavar="NAME=NUMBER", help="With guidance: what stands for no condition.")
@@ -113,6 +116,7 @@ def command(
     batch: str,
     opset: int | None,
     precision: str,
+    encoder: tuple[str, ...],
     weights: str | None,
     guidance: float | None,
     null: tuple[str, ...],
@@ -149,6 +153,7 @@ def command(
             batch=batch,
             opset=opset,
             precision=precision,
+            encoder=encoder,
             weights=weights or "",
             guidance=guidance,
             null=null,

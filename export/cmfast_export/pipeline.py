@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import onnx_ir as ir
 from cmfast.backends import Backend, open_backend
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_library import import_onnxruntime
-from cmfast.errors import CheckFailed, CmfastError
+from cmfast.checks import NotFinite
+from cmfast.errors import CheckFailed, CmfastError, shown
 from cmfast.files import atomic_file, check_target
 from cmfast.formats.manifest import FLAVOUR, MAX_CHARACTERS, Manifest, graph_sha256, read_onnx, rounding
 from cmfast.formats.selftest import record_selftest
@@ -29,6 +30,7 @@ from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET
 from cmfast_export._target import one_writer
+from cmfast_export.apart import EncoderFile, encoder_paths, encoders_apart
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import MOST, denoiser_graph
@@ -38,17 +40,18 @@ from cmfast_export.graphs.probe import check_module, check_network
 from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.storage import stored_as_float16
-from cmfast_export.graphs.writer import replace_manifest, replacing_data, weight_bytes, write_data
+from cmfast_export.graphs.writer import replacing_data, weight_bytes, write_data
 from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
 from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
-from cmfast_export.verify import Looped, Parity, verify
-from cmfast_train.backends.pytorch import TorchBackend, snapshot
+from cmfast_export.verify import Given, Looped, Parity, verify
+from cmfast_train.backends.pytorch import TorchBackend, manifest_of, snapshot
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.networks.precision import converts_itself, float32_weights
 
+EncoderPaths = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 Source = str | os.PathLike[str] | Checkpoint | Denoiser  # what can be exported
 HALVED = ("fp16", "bf16")
 UNCOUNTED = "its cost is not counted"
@@ -70,6 +73,7 @@ class Exported:
         rewritten: what was rewritten for ONNX Runtime's CUDA provider.
         left: operators of the network that half precision, made on the graph, leaves in float32.
         notes: what else there is to know, a line each.
+        encoders: the encoders of conditions, in files of their own.
     """
 
     path: Path
@@ -82,6 +86,7 @@ class Exported:
     rewritten: Rewritten | None = None
     left: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    encoders: tuple[EncoderFile, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,7 @@ def export_onnx(
     tolerance: float | None = None,
     flavour: str = "",
     weights: str = "",
+    encoder: EncoderPaths | None = None,
 ) -> Exported:
     """Export a model to an ONNX file, compare the file with PyTorch, and only then give it its name.
 
@@ -131,6 +137,8 @@ def export_onnx(
             precision may cost (`cmfast.formats.manifest.rounding`).
         flavour: ort-cuda: only for ONNX Runtime's CUDA provider; "": for any runtime.
         weights: fp16: store the weights as float16, half the file; the arithmetic stays as it is. "": as they are.
+        encoder: file that the encoder of a condition is written to, or files by the names of conditions; `out` then
+            takes what they make, and `cmfast.load(out, encoder=...)` runs them. None: encoders are inside `out`.
 
     Returns:
         The file and how far it is from PyTorch.
@@ -143,7 +151,7 @@ def export_onnx(
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=None if sigmas is None else as_sigmas(sigmas), batch=batch, opset=opset,
         precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
-        flavour=flavour, weights=weights,
+        flavour=flavour, weights=weights, encoders=_paths(encoder),
     )  # fmt: skip
     return export_onnx_as(model, goal, graph)
 
@@ -152,10 +160,49 @@ def export_onnx(
 def export_onnx_as(model: Source, out: str | os.PathLike[str], request: GraphRequest) -> Exported:
     """Export as `export_onnx` does, one precision."""
     with float32_weights():
-        return _export(model, check_target(out), request)
+        target = check_target(out)
+        if not request.encoders:
+            return _export(model, target, request)
+        paths = encoder_paths(model, target, request.encoders)
+        assert isinstance(model, Denoiser)
+        check_module(model)
+        whole = snapshot(model)
+        check_network(whole, request.batch)
+        manifest = manifest_of(whole)
+        manifest = replace(manifest, made_by={**manifest.made_by, **_versions()})
+        with encoders_apart(whole, paths, request, manifest) as apart:
+            given = partial(apart.given, whole)
+            source = replace(manifest, encoders=apart.digests)
+            exported = _export(apart.denoiser, target, request, source, given)
+        return replace(exported, encoders=apart.files)
 
 
-def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
+def _paths(encoder: EncoderPaths | None) -> dict[str, Path]:
+    """Return the files of encoders by the names of their conditions, "" of the only one."""
+    if encoder is None:
+        return {}
+    named = encoder if isinstance(encoder, Mapping) else {"": encoder}
+    if not all(isinstance(path, (str, os.PathLike)) for path in named.values()):
+        raise CmfastError(f"encoder must be a path, or paths by the names of conditions, got {shown(encoder)}")
+    return {name: Path(path) for name, path in named.items()}
+
+
+def _export(
+    model: Source,
+    target: Path,
+    request: GraphRequest,
+    whole: Manifest | None = None,
+    given: Given | None = None,
+) -> Exported:
+    """Export one file.
+
+    Args:
+        model: as in `export_onnx`.
+        target: the .onnx file.
+        request: what it shall be; its encoders play no part.
+        whole: the manifest of a model whose encoders are in other files, with their digests.
+        given: values of the conditions to compare with; None: random ones.
+    """
     begun, kind, precision = time.perf_counter(), request.kind, request.precision
     if precision not in PRECISIONS:
         raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -186,12 +233,15 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
 
     check = _Check(
         references=references, device=request.device, tolerance=tolerance, flavour=flavour, guidance=guidance,
+        given=given,
     )  # fmt: skip
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
     made_by |= {FLAVOUR: flavour} if flavour else {}
     made_by |= {"guidance": guidance.in_words} if guidance else {}
     made_by |= {"weights": PRECISIONS[request.weights]} if request.weights else {}
     manifest = replace(references[0].manifest, dtype=dtype, made_by=made_by)
+    if whole is not None:
+        manifest = replace(manifest, source=whole.source, encoders=whole.encoders)
     manifest = replace(manifest, spec=_fitting(manifest, kind, sigmas))
 
     own = isinstance(loaded, Denoiser) and not ours
@@ -225,9 +275,12 @@ def _export(model: Source, target: Path, request: GraphRequest) -> Exported:
                 sampled = check(file, "the sampler graph")
                 found |= _summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
-            tested = record_selftest(Looped(Model(references[0]), guidance), rounding(dtype, "cuda"), sigmas or None)
-            manifest = replace(manifest, selftest=tested)
-            _seal(file, size, manifest)
+            with suppress(NotFinite):  # of what an encoder makes, the self-test has random numbers, which may not do
+                tested = record_selftest(
+                    Looped(Model(references[0]), guidance), rounding(dtype, "cuda"), sigmas or None
+                )
+                manifest = replace(manifest, selftest=tested)
+            writer.seal(file, size, manifest)
     return Exported(
         path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,
         sampler=sampled, seconds=time.perf_counter() - begun, rewritten=rewritten, left=made.left, notes=tuple(notes),
@@ -285,18 +338,21 @@ class _Check:
     flavour: str = ""
     guidance: Guidance | None = None
     more: tuple[int, ...] = ()  # sizes of batches beside the usual ones
+    given: Given | None = None  # values of the conditions; None: random ones
 
     def __call__(self, file: Path, what: str) -> Agreement:
         """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
         dtype = read_onnx(file)[0].dtype
         with tempfile.TemporaryDirectory() as folder:
             backend = self._open(file, Path(folder))
-            parity, *same = verify(backend, self.references, more=self.more, guidance=self.guidance)
+            parity, *same = verify(backend, self.references, more=self.more, guidance=self.guidance, given=self.given)
             del backend
             as_is = None
             # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
             if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
-                (as_is,) = verify(OnnxRuntimeBackend(file), self.references[:1], guidance=self.guidance)
+                (as_is,) = verify(
+                    OnnxRuntimeBackend(file), self.references[:1], guidance=self.guidance, given=self.given
+                )
         for each in (parity, *same, *([as_is] if as_is else [])):
             if failure := each.failure(self.tolerance):
                 raise CheckFailed(f"{what} {failure}; no file was written")
@@ -321,22 +377,6 @@ class _Check:
         if not self.flavour:
             return how
         return f"{how}, nhwc" if self.device == "cuda" else f"{how}, GroupNorm written out: no CUDA kernel run"
-
-
-def _seal(file: Path, size: int, manifest: Manifest) -> None:
-    """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
-    before = _digest(file, size)
-    replace_manifest(file, size, manifest)
-    if _digest(file, size) != before or read_onnx(file)[0].to_json() != manifest.to_json():
-        raise CheckFailed("the file changed between its verification and its last writing; no file was written")
-
-
-def _digest(file: Path, size: int) -> str:
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        view = memoryview(data)[:size]
-        digest = hashlib.sha256(view).hexdigest()
-        view.release()
-    return digest
 
 
 def _summary(agreement: Agreement) -> dict[str, float]:

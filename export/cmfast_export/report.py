@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cmfast.conditions import LABEL
+from cmfast.conditions import LABEL, in_words
 from cmfast.formats.table import ONNX, files_beside, format_of
 from cmfast_export.targets.table import at
 
 if TYPE_CHECKING:
     from cmfast.formats.manifest import Manifest
+    from cmfast_export.apart import EncoderFile
     from cmfast_export.pipeline import Exported
     from cmfast_export.precision_search import Choice
     from cmfast_export.request import Request
@@ -50,6 +52,13 @@ def onnx(found: Choice, request: Request) -> None:
         click.echo(f"in float32 inside the network: {many}")
     for note in exported.notes:
         click.echo(note)
+    for encoder in exported.encoders:
+        (made, about) = (encoder.manifest.encoded, encoder.manifest)
+        assert made
+        click.echo(
+            f"{encoder.path}: encoder of {about.spec.conditions[0].name} to {in_words(made)}, {about.dtype}, at most "
+            f"{encoder.parity.worst.max_abs:.1e} from PyTorch"
+        )
     size = exported.path.stat().st_size / 2**20
     manifest = exported.manifest
     click.echo(
@@ -65,7 +74,7 @@ def onnx(found: Choice, request: Request) -> None:
     if manifest.dtype in ("tf32", "bfloat16"):  # nothing of a CPU runs these
         click.echo(f"  cmfast-export {exported.path} --format engine")
         return
-    click.echo(_sample(exported.path, manifest))
+    click.echo(_sample(exported.path, manifest, exported.encoders))
     if not request.own:
         _bench(exported.path, checkpoint, given)
 
@@ -174,10 +183,12 @@ def openvino(converted: Converted, request: Request) -> None:
         _bench(path, request.model, request.given)
 
 
-def _sample(path: Path, manifest: Manifest) -> str:
+def _sample(path: Path, manifest: Manifest, encoders: Sequence[EncoderFile] = ()) -> str:
     """Return the command that draws from a file."""
-    names = [each.name for each in manifest.spec.conditions if each.name != LABEL]
-    more = "".join(f" --condition {name}={name}.npy" for name in names)
+    made = {each.manifest.output: each.manifest.spec.conditions[0].name for each in encoders}
+    names = [made.get(each.name, each.name) for each in manifest.spec.conditions if each.name != LABEL]
+    more = "".join(f" --encoder {each.path}" for each in encoders)
+    more += "".join(f" --condition {name}={name}.npy" for name in names)
     return f"  cmfast-sample {path} -n 16{more} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
 
 

@@ -28,6 +28,7 @@ from cmfast_export._options import (
     check_range,
     check_steps,
     check_tolerance,
+    parse_files,
     parse_options,
     shorten,
     whole_number,
@@ -55,6 +56,8 @@ class GraphRequest:
         flavour: ort-cuda: only for ONNX Runtime's CUDA provider (`targets.ort_cuda`). Device cpu checks it with
             GroupNorm written out, and the manifest says that no CUDA kernel was run; device cuda runs the file itself.
         weights: fp16: stored as float16, half the file, while the arithmetic stays; "": as they are.
+        encoders: files that the encoders of conditions are written to, by the names of the conditions, "" of the only
+            one; this graph then takes what they make. Empty: they are in this graph.
     """
 
     kind: str = "denoiser"
@@ -69,6 +72,7 @@ class GraphRequest:
     tolerance: float | None = None
     flavour: str = ""
     weights: str = ""
+    encoders: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -217,6 +221,7 @@ def make_request(
     batch: str = "dynamic",
     opset: int | None = None,
     precision: str = "fp32",
+    encoder: Sequence[str] = (),
     weights: str = "",
     guidance: float | None = None,
     null: Sequence[str] = (),
@@ -245,6 +250,7 @@ def make_request(
         opset: see steps.
         precision: see steps.
         weights: see steps.
+        encoder: FILE or NAME=FILE, where encoders of conditions are written.
         guidance: see steps.
         null: NAME=NUMBER, with guidance.
         tolerance: see steps.
@@ -279,6 +285,8 @@ def make_request(
     exported = format_of(model) is not None
     if exported and own:
         raise CmfastError(f"{model}: exported already; --network and --spec are for a network that is to be exported")
+    if encoder and not (own and target is find_target("onnx")):
+        raise CmfastError("--encoder is for --format onnx and --network, a network of your own that has an encoder")
     if own and (others := [text for text in assignments if not text.startswith("weights=")]):
         raise CmfastError(f"--set {others[0]}: the conventions of a network of your own are in --spec; remove it")
     if exported and not target.takes_files:
@@ -304,7 +312,7 @@ def make_request(
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=sigmas, batch=_batch(batch), opset=opset, precision=precision,
         guidance=guidance, null=_null(null), tolerance=tolerance, device=device, flavour=target.flavour,
-        weights=weights,
+        weights=weights, encoders=parse_files("--encoder", encoder),
     )  # fmt: skip
     given = build if target.flag == "--build" else serve
     options = parse_options(at(target.options), target.flag, given) if target.options else None

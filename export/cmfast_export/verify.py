@@ -25,6 +25,7 @@ from cmfast.spec import ModelSpec
 from cmfast_export.graphs.sampler import Guidance
 
 Floats = npt.NDArray[np.float32]
+Given = Callable[[int, int, int], Mapping[str, npt.NDArray[Any]]]  # (samples, seed, dynamic size) -> conditions
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
 LARGE = 4 * 128 * 128  # numbers of a sample; five samples of more can take gigabytes
 SIZES = (16, 8, 24)  # of the conditions' dynamic axes
@@ -106,6 +107,7 @@ def verify(
     more: Sequence[int] = (),
     guidance: Guidance | None = None,
     sizes: Sequence[int] = SIZES,
+    given: Given | None = None,
 ) -> list[Parity]:
     """Compare a file of any kind with each reference on the same inputs; the references are denoisers.
 
@@ -116,19 +118,21 @@ def verify(
         more: sizes beside those.
         guidance: of a sampler that was exported with it.
         sizes: of the conditions' dynamic axes, in turn.
+        given: values of the conditions; None: `some_values`.
     """
     spec = file.manifest.spec
+    values = given or (lambda n, seed, size: some_values(spec.conditions, n, seed=seed, size=size))
     ours, theirs = Model(file), [Model(backend) for backend in references]
     rows: list[list[Row]] = [[] for _ in theirs]
     boundary = None
     if file.manifest.kind == "denoiser":
-        for case in _denoiser_cases(spec, _batches(file, batches, more), sizes):
+        for case in _denoiser_cases(spec, _batches(file, batches, more), sizes, values):
             x, sigma = case.x, case.sigma
-            given: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
-            got = _or_nan(partial(ours.denoise, x, sigma, **given), x.shape)
+            beside: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
+            got = _or_nan(partial(ours.denoise, x, sigma, **beside), x.shape)
             gain = _gain(spec, x, sigma)
             for each, model in zip(rows, theirs, strict=True):
-                want = _or_nan(partial(model.denoise, x, sigma, **given), x.shape)
+                want = _or_nan(partial(model.denoise, x, sigma, **beside), x.shape)
                 each.append(_row(case.where, got * gain, want * gain))
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
@@ -138,7 +142,7 @@ def verify(
         for index, batch in enumerate(_batches(file, batches, more)):
             noise = slices(1, range(batch), len(sigmas), spec.shape)
             size = sizes[index % len(sizes)]
-            conditions = some_values(spec.conditions, batch, seed=1, size=size)
+            conditions = values(batch, 1, size)
             got = _or_nan(partial(ours.from_noise, noise, sigmas, conditions=conditions), noise.shape[1:])
             gain = _gain(spec, got, np.full(batch, sigmas[-1], np.float32))  # of the last call, which gives the sample
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
@@ -221,7 +225,7 @@ class _Case:
     conditions: Mapping[str, npt.NDArray[Any]]
 
 
-def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int]) -> Iterator[_Case]:
+def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int], values: Given) -> Iterator[_Case]:
     sigmas = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
     sigmas[0], sigmas[-1] = spec.sigma_min, spec.sigma_max
     cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in sigmas] if batches[0] == 1 else []
@@ -239,7 +243,7 @@ def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int
             x=clean + sigma.reshape(-1, *[1] * len(spec.shape)) * noise,
             sigma=sigma,
             sigma_next=part * sigma if spec.second_time else None,
-            conditions=some_values(spec.conditions, len(sigma), seed=number, size=sizes[number % len(sizes)]),
+            conditions=values(len(sigma), number, sizes[number % len(sizes)]),
         )
 
 

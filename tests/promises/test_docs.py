@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import cmfast
+from cmfast.cli import sample as sample_command
 from helpers import ROOT
 from helpers.graphs import write_denoiser
 from helpers.runs import TINY, log_of
@@ -169,7 +170,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "docs/api.md": 1,
         "docs/edge.md": 1,
         "docs/editing.md": 1,
-        "docs/extending.md": 8,
+        "docs/extending.md": 9,
         "docs/quickstart.md": 1,
         "docs/training.md": 1,
     }
@@ -393,4 +394,21 @@ def test_the_model_of_the_page_is_exported_in_python_and_by_the_command(
     assert made.returncode == 0, made.stderr
     same = cmfast.load("again.onnx").sample(4, conditions={"state": np.zeros(14)})
     np.testing.assert_array_equal(same, names["actions"])
+    np.save("state.npy", np.zeros((4, 14)))
+    (command,) = re.findall(r"^    (cmfast-sample policy.onnx .*)$", read("docs/extending.md"), re.MULTILINE)
+    assert call(sample_command.main, *command.split()[1:]).returncode == 0
+    np.testing.assert_array_equal(np.load("actions.npy"), same)
+    sys.modules.pop("policy", None)
+
+
+def test_the_encoder_of_the_page_is_exported_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    files = dict(examples("docs/extending.md"))
+    (tmp_path / "policy.py").write_text(files["policy.py"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(files["export_camera.py"], "export_camera.py", "exec"), names)
+    assert (names["actions"].shape, names["encoded"]["state_encoded"].shape) == ((4, 16, 7), (14,))
+    assert np.abs(names["actions"] - names["more"]).max() > 0.1, "another seed"
     sys.modules.pop("policy", None)

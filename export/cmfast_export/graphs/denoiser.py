@@ -11,6 +11,7 @@ backend runs the same roundings, and none decides about types.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -20,13 +21,14 @@ from onnx import helper
 from onnx.helper import find_min_ir_version_for
 from onnxscript.optimizer import fold_constants
 
+from cmfast.conditions import Condition
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_export._options import check_opset
 from cmfast_export.graphs.emulate import HALVES
 from cmfast_export.graphs.half import INSIDE, depending, widen_some
-from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, quiet, trace, unconvertible, wrong_output
+from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, Traced, quiet, trace, unconvertible, wrong_output
 from cmfast_export.graphs.translations import TRANSLATIONS
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
@@ -54,12 +56,34 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
         raise CmfastError(f"the batch must be at least 1 or dynamic, got {batch}")
     inputs, axes = _example(denoiser.spec, batch)
     traced = trace(denoiser, inputs, axes)
+    model = written(traced, inputs, axes, "denoised", opset)
+    returned = model.graph.outputs[0].shape
+    if returned is not None and list(returned)[1:] != list(denoiser.spec.shape):
+        raise wrong_output(list(returned)[1:], denoiser)
+    if denoiser.trunk == torch.float32:
+        _check_float32(model.graph)
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        node.meta[INSIDE] = scopes.startswith("['', 'network'")
+    finish(model, "denoiser", opset)
+    check_branches(model.graph)
+    if denoiser.trunk == torch.bfloat16:
+        widen_some(model.graph)
+    if opset >= LATE_OPSET:
+        _norm_layers(model.graph)
+        passes.RemoveUnusedNodesPass()(model)
+    model.graph.meta[MOST] = traced.most
+    return model
+
+
+def written(traced: Traced, inputs: Mapping[str, torch.Tensor], axes: Axes, output: str, opset: int) -> ir.Model:
+    """Return a trace as an ONNX model, its sizes named, before anything is folded."""
     with torch.inference_mode(False), quiet(), float32_weights():
         try:
             exported = torch.onnx.export(
                 traced.program,
                 input_names=list(inputs),
-                output_names=["denoised"],
+                output_names=[output],
                 opset_version=opset,
                 dynamo=True,
                 optimize=False,
@@ -69,29 +93,17 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
         except torch.onnx.OnnxExporterError as err:
             raise unconvertible(traced.program, err) from None
     assert exported is not None
-    model = exported.model
-    _name_sizes(model, axes)
-    returned = model.graph.outputs[0].shape
-    if returned is not None and list(returned)[1:] != list(denoiser.spec.shape):
-        raise wrong_output(list(returned)[1:], denoiser)
-    if denoiser.trunk == torch.float32:
-        _check_float32(model.graph)
-    for node in model.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        node.meta[INSIDE] = scopes.startswith("['', 'network'")
+    _name_sizes(exported.model, axes)
+    return exported.model
+
+
+def finish(model: ir.Model, name: str, opset: int) -> None:
+    """Fold and name a graph, in place."""
     with quiet():
         tidy(model)
-    check_branches(model.graph)
-    if denoiser.trunk == torch.bfloat16:
-        widen_some(model.graph)
-    if opset >= LATE_OPSET:
-        _norm_layers(model.graph)
-        passes.RemoveUnusedNodesPass()(model)
-    model.graph.name = "denoiser"
-    model.graph.meta[MOST] = traced.most
+    model.graph.name = name
     # The lowest that the opset allows: older readers, such as ONNX Runtime 1.17, refuse later ones.
     model.ir_version = find_min_ir_version_for([helper.make_opsetid("", opset)])
-    return model
 
 
 def _example(spec: ModelSpec, batch: int | None) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
@@ -105,12 +117,7 @@ def _example(spec: ModelSpec, batch: int | None) -> tuple[dict[str, torch.Tensor
         inputs["sigma_next"] = torch.ones(b, dtype=torch.float32) / 2
     axes: dict[str, dict[int, str]] = {}
     for condition in spec.conditions:
-        if condition.kind == "class":
-            inputs[condition.name] = torch.zeros(b, dtype=torch.int64)
-            continue
-        sizes = [EXAMPLE_SIZE if isinstance(size, str) else size for size in condition.shape]
-        inputs[condition.name] = torch.zeros(b, *sizes, dtype=torch.float32)
-        free = {axis: size for axis, size in enumerate(condition.shape, 1) if isinstance(size, str)}
+        inputs[condition.name], free = example_of(condition, b)
         if free:
             axes[condition.name] = free
     if batch is None:
@@ -129,6 +136,15 @@ def _check_float32(graph: ir.Graph) -> None:
                     f"{where} computes in {value.dtype.name.lower()} by itself; remove autocast and .half() there: "
                     "half precision is made by the export"
                 )
+
+
+def example_of(condition: Condition, b: int) -> tuple[torch.Tensor, dict[int, str]]:
+    """Return a condition's value to trace with, and the names of its dynamic axes beside the batch."""
+    if condition.kind == "class":
+        return torch.zeros(b, dtype=torch.int64), {}
+    sizes = [EXAMPLE_SIZE if isinstance(size, str) else size for size in condition.shape]
+    free = {axis: size for axis, size in enumerate(condition.shape, 1) if isinstance(size, str)}
+    return torch.zeros(b, *sizes, dtype=torch.float32), free
 
 
 def check_branches(graph: ir.Graph) -> None:

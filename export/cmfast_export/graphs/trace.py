@@ -42,8 +42,8 @@ class Traced:
     most: int | None  # the code has another branch for larger batches, which the trace does not have; None: it has none
 
 
-def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Traced:
-    """Trace a denoiser with these example inputs.
+def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> Traced:
+    """Trace a denoiser, or another module that is called by the names of its inputs, with these example inputs.
 
     Raises:
         CmfastError: it cannot be traced, or its code makes a size constant that must be dynamic. The line names the
@@ -59,7 +59,8 @@ def trace(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes) -> Trace
         except Exception as err:  # whatever the module's own code raises, and torch about it
             if "Constraints violated" not in str(err):
                 raise _untraceable(denoiser, inputs, err) from None
-        _check_output(denoiser, inputs)
+        if isinstance(denoiser, Denoiser):
+            _check_output(denoiser, inputs)
         # A size is not free. Without a demand the trace says what the code makes of it.
         free = dict.fromkeys(dims, torch.export.Dim.AUTO)
         try:
@@ -109,7 +110,7 @@ def quiet() -> Iterator[None]:
 
 
 def _with_names(
-    denoiser: Denoiser,
+    denoiser: nn.Module,
     names: tuple[str, ...],
     begin: Callable[[tuple[Tensor, ...]], object] = lambda _: None,
     end: Callable[[], object] = lambda: None,
@@ -134,7 +135,7 @@ def _shapes(inputs: Mapping[str, Tensor], axes: Axes, dims: Mapping[str, Any]) -
 
 
 def _limit(
-    program: torch.export.ExportedProgram, denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes
+    program: torch.export.ExportedProgram, denoiser: nn.Module, inputs: Mapping[str, Tensor], axes: Axes
 ) -> int | None:
     """Return the largest batch of a trace; raise where a size that must be dynamic has become a number."""
     specs = program.graph_signature.user_inputs
@@ -184,7 +185,7 @@ def _number(size: Any) -> int | None:
     return int(size.node.expr) if size.node.expr.is_number else None
 
 
-def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes, name: str, axis: int) -> str:
+def _what_fixed_it(denoiser: nn.Module, inputs: Mapping[str, Tensor], axes: Axes, name: str, axis: int) -> str:
     """Return ": FILE:LINE: CODE" of what made a size a number: traced once more, and looked at line by line."""
     found: list[str] = []
     before = sys.gettrace()
@@ -221,7 +222,7 @@ def _what_fixed_it(denoiser: Denoiser, inputs: Mapping[str, Tensor], axes: Axes,
     return f": {found[0]}" if found and found[0] else ""
 
 
-def _untraceable(denoiser: Denoiser, inputs: Mapping[str, Tensor], err: BaseException) -> CmfastError:
+def _untraceable(denoiser: nn.Module, inputs: Mapping[str, Tensor], err: BaseException) -> CmfastError:
     """Return the error for a denoiser that torch.export cannot follow: the module and the line where it stopped."""
     names = tuple(inputs)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +21,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from cmfast.errors import CheckFailed
 from cmfast.files import atomic_file, write_text
 from cmfast.formats import protobuf as pb
-from cmfast.formats.manifest import Manifest
+from cmfast.formats.manifest import Manifest, read_onnx
 
 MAX_BYTES = 2**31 - 2**24  # of weights in one file: protobuf ends at 2 GiB; nodes, names and manifest need a few MiB
 SMALL = 1024  # bytes; constants up to this size are always in the graph
@@ -103,6 +105,23 @@ def replace_manifest(file: Path, size: int, manifest: Manifest) -> None:
         opened.truncate(size)
         opened.seek(size)
         opened.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def seal(file: Path, size: int, manifest: Manifest) -> None:
+    """Replace the manifest at the end of the file by one with the parity; the graph's bytes stay those verified."""
+    before = _digest(file, size)
+    replace_manifest(file, size, manifest)
+    if _digest(file, size) != before or read_onnx(file)[0].to_json() != manifest.to_json():
+        raise CheckFailed("the file changed between its verification and its last writing; no file was written")
+
+
+def _digest(file: Path, size: int) -> str:
+    """Return the SHA-256 of the first `size` bytes of a file."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)[:size]
+        digest = hashlib.sha256(view).hexdigest()
+        view.release()
+    return digest
 
 
 def data_files(file: Path) -> set[Path]:

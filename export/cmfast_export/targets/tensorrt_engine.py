@@ -37,7 +37,7 @@ from cmfast.backends.tensorrt_library import (
 from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError, CmfastWarning, printable
 from cmfast.files import atomic_file, check_outputs, check_target, temporary_folder
 from cmfast.formats import protobuf as pb
-from cmfast.formats.manifest import Manifest, check_plain, check_unchanged, file_sha256, read_onnx, rounding
+from cmfast.formats.manifest import ENCODER, Manifest, check_plain, check_unchanged, file_sha256, read_onnx, rounding
 from cmfast.formats.tensorrt_plan import NOT_RUN, UNSEALED, parse_plan, read_plan, seal
 from cmfast_export._options import check_tolerance
 from cmfast_export._target import files_of, one_writer
@@ -88,6 +88,8 @@ def build_engine(
     manifest, _ = read_onnx(onnx)
     check_unchanged(onnx, manifest)
     check_plain(onnx, manifest, "TensorRT")
+    if manifest.kind == ENCODER:
+        raise CmfastError(f"{onnx}: an encoder runs on the CPU from this file; build the engine of the model beside it")
     library, trt = check_build(options, target, cache, [onnx])
     dynamic = any(condition.dynamic for condition in manifest.spec.conditions)
     engine = _description(trt, onnx, options, library, dynamic)
