@@ -166,17 +166,17 @@ def _ahead(make: Callable[[Batch], Floats], parts: Sequence[Batch]) -> Iterator[
             yield part, ready.result()
 
 
-def labels_of(spec: ModelSpec, n: int, seed: int, label: Any, first: int) -> Labels | None:
+def labels_of(spec: ModelSpec, n: int, seed: int, of_class: Any, first: int) -> Labels | None:
     """Return the class of each of n samples, int64 [n], as `cmfast.Model.labels` does; None: there is no label."""
     n = whole_number("number of images", n, 0)
     first, seed = check_range(first, n), portable.check_seed(seed)
     classes = spec.classes
     if not classes:
-        if label is not None:
+        if of_class is not None:
             raise no_label(spec.conditions)
         return None
-    if label is None:
+    if of_class is None:
         return portable.labels(seed, range(first, first + n), classes)
     need_memory(16 * n, f"the labels of {shown(n)} images", "draw fewer at a time")
     assert spec.label is not None
-    return class_numbers(label, n, spec.label.entries, spec.class_names)
+    return class_numbers(of_class, n, spec.label.entries, spec.class_names)
