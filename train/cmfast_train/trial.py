@@ -42,7 +42,8 @@ def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelera
         for denoiser in filter(None, (own.teacher, own.denoiser)):
             _check_data(config, denoiser.spec, first)
             copied = Denoiser(OwnConfig(module=denoiser.network).build(), denoiser.spec).eval().to(device)
-            output = _output(copied, few)
+            with accelerator.autocast():  # some networks take half precision only
+                output = _output(copied, few)
         _check_gradients(copied, output, accelerator.num_processes)
         for phase in config.phases:
             if phase.row.differentiates and not phase.needs.finite:

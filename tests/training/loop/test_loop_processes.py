@@ -20,7 +20,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import cmfast_train
 from cmfast.errors import CmfastError
+from cmfast_train import TrainConfig, phase
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.cli.train import command
 from cmfast_train.config.overrides import override
@@ -33,6 +35,7 @@ from cmfast_train.training.saving import save
 from cmfast_train.training.state import Run
 from cmfast_train.training.trainer import steps
 from helpers import helpers_on_path
+from helpers.own_networks import UNet1d
 from helpers.runs import QUICK, losses_of, run_here
 from helpers.specs import image_spec
 
@@ -81,6 +84,24 @@ def begin(out: Path, settings: list[str], until: int) -> None:
     save(run)
 
 
+def train_own(out: Path, **settings: Any) -> None:
+    """Train a network of one's own. Each process draws other weights: those of the first count."""
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    denoiser = cmfast_train.wrap(
+        UNet1d(), shape=(8, 4), conditions={"state": (5,)}, null={"state": 0.0}, scaling="edm", c_noise="ln/4"
+    )
+    generator = torch.Generator().manual_seed(0)
+    data = {name: torch.randn(40, *shape, generator=generator) for name, shape in (("x", (8, 4)), ("state", (5,)))}
+    data["x"] *= 0.5
+    phases = (
+        phase("ct", 40, lr=1e-3, ema=0.5, s1=20, mu0=0.5), phase("edm", 8), phase("scd", 40, lr=1e-2, ema=0.5),
+    )  # fmt: skip
+    config = TrainConfig(
+        phases=phases, batch=8, log_images=8, grid=4, tensorboard=False, device="cpu", label_dropout=0.3, **settings
+    )
+    cmfast_train.train(config, denoiser=denoiser, data=data, out=out)
+
+
 def one_process(folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -94,8 +115,10 @@ def one_process(folder: Path) -> None:
         CmfastError, match=r"(^|another process has stopped: )others holds model.pt, but no config.json"
     ):
         command.main(["digits", "--out", "others"], standalone_mode=False)
-    for phase, until in MIDDLE.items():
-        begin(Path(f"sharded, then plain, {phase}"), [*SHARDED, "shard=true"], until)
+    for method, until in MIDDLE.items():
+        begin(Path(f"sharded, then plain, {method}"), [*SHARDED, "shard=true"], until)
+    train_own(Path("own"))
+    train_own(Path("own sharded"), shard=True)
     leave(SystemExit(0))
 
 
@@ -113,12 +136,14 @@ def folders(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("next: cmfast-export") == len(RUNS)
-        for phase in MIDDLE:
-            run_here(there / f"sharded, then plain, {phase}", *SHARDED)
+        for method in MIDDLE:
+            run_here(there / f"sharded, then plain, {method}", *SHARDED)
     with contextlib.chdir(here):
         for name in ("spread", "meanflow"):
             run_here(here / name, *RUNS[name])
         run_here(here / "sharded", *SHARDED)
+        train_own(here / "own")
+        train_own(here / "own sharded")
     return {f"{path.name}, {folder.name[:3]}": path for folder in (here, there) for path in folder.iterdir()}
 
 
@@ -144,21 +169,21 @@ def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
                 assert contents[1][key] == value, f"{file}{key}"
 
 
-@pytest.mark.parametrize("name", ["spread", "meanflow", "sharded"])
+@pytest.mark.parametrize("name", ["spread", "meanflow", "sharded", "own", "own sharded"])
 def test_two_processes_leave_the_models_and_states_of_one(name: str, folders: dict[str, Path]) -> None:
     assert_equal_up_to_rounding(folders[f"{name}, one"], folders[f"{name}, two"])
 
 
-@pytest.mark.parametrize("name", ["spread", "meanflow", "sharded"])
+@pytest.mark.parametrize("name", ["spread", "meanflow", "sharded", "own", "own sharded"])
 def test_two_processes_have_the_loss_curve_of_one(name: str, folders: dict[str, Path]) -> None:
     one, two = (losses_of(folders[f"{name}, {processes}"]) for processes in ("one", "two"))
-    assert len(one) == len(two) == {"spread": 15, "meanflow": 5, "sharded": 11}[name]
+    assert len(one) == len(two) == {"spread": 15, "meanflow": 5}.get(name, 11)
     for a, b in zip(one, two, strict=True):
         assert a.pop("loss") == pytest.approx(b.pop("loss"), rel=1e-4, abs=1e-6), a  # sums in another order
         assert a == b
 
 
-@pytest.mark.parametrize("name", ["plain, then sharded", *(f"sharded, then plain, {phase}" for phase in MIDDLE)])
+@pytest.mark.parametrize("name", ["plain, then sharded", *(f"sharded, then plain, {method}" for method in MIDDLE)])
 def test_a_run_goes_on_in_another_number_of_processes(name: str, folders: dict[str, Path]) -> None:
     assert_equal_up_to_rounding(folders["sharded, one"], folders[f"{name}, two"])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.unet2d import Unet2dConfig
 from cmfast_train.training.initial_model import Own, Start, start_of
+from cmfast_train.training.parallel import of_the_first
 
 
 @final
@@ -103,6 +105,8 @@ def context_of(
     """
     torch.manual_seed(config.seed)
     start = start_of(config, classes, own)
+    if own is not None:  # whose code may have drawn other weights in each process
+        start = dataclasses.replace(start, weights=of_the_first(accelerator, start.first_weights()))
     device, processes = accelerator.device, accelerator.num_processes
     check_fused(config, start.network, device, processes)
     return RunContext(

@@ -2,6 +2,7 @@
 """Several processes, large networks, and derivatives along a direction.
 
 shard, whole, fill, fill_optimizer   weights sharded over the processes (FSDP2, torch.distributed.fsdp.fully_shard)
+of_the_first                         weights that processes start from
 together                             work of one process, whose failure stops all
 leave                                the end of a process of a distributed run
 recompute                            activations recomputed in the backward pass
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
@@ -114,6 +115,15 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for i, of_weight in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
+
+
+def of_the_first(accelerator: Accelerator, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights [CPU] that the first process passes, in every process."""
+    if accelerator.num_processes == 1:
+        return weights
+    passed = [dict(weights) if accelerator.is_main_process else {}]
+    broadcast_object_list(passed)
+    return passed[0]
 
 
 def together(accelerator: Accelerator, work: Callable[[], T] | None) -> T | None:
