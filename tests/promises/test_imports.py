@@ -264,6 +264,9 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_classifiers(w
     names = set(wheel.namelist())
     for package, (folder, _, _) in ARROWS.items():
         assert {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")} <= names
+    assert {
+        f"cmfast_export/targets/web/assets/{name}" for name in ("index.html", "page.js", "cmfast/noise.js")
+    } <= names
     classifiers = {
         f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in ("cifar10", "flowers32", "mnist")
     }

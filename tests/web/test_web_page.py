@@ -162,6 +162,32 @@ def test_an_isolated_page_has_threads_and_arrays_are_plotted(chromium: Any, tmp_
         page.close()
 
 
+@pytest.mark.slow
+def test_webgpu_is_used_after_its_self_test_passed_and_only_then(site: Path, model: Path, tmp_path: Path) -> None:
+    """By SwiftShader, which computes WebGPU on the CPU: Chromium has it behind these flags."""
+    tested = {"seed": 1, "conditions": {}, "at": [0], "values": [0.5], "atol": 1e-4}
+    other = write_denoiser(tmp_path / "other.onnx", {"selftest": tested})
+    page_of(other, tmp_path / "other", f"onnxruntime_web={need_runtime()}", "webgpu=true")
+    flags = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+    with browser(*flags) as opened, serving(site) as address, serving(tmp_path / "other") as failing:
+        page = opened.new_page()
+        page.goto(address)
+        page.wait_for_selector("#selftest[data-passed=true]", timeout=60_000)
+        page.select_option("#count", "4")  # seconds an image
+        page.wait_for_selector("#canvas[data-drawn='0 1 4 0']")
+        page.check("#webgpu")
+        page.wait_for_selector("#canvas[data-provider=webgpu]", timeout=90_000)
+        assert page.inner_text("#backend").startswith("WebGPU; the model")
+        assert page.inner_text("#selftest").startswith("Self-test passed: WebGPU differs by ")
+        assert np.abs(drawn(page, 1, 4).astype(int) - pixels(model, 4, seed=0)).max() <= 1
+        page.goto(failing)
+        page.wait_for_selector("#selftest[data-passed=false]", timeout=60_000)
+        page.check("#webgpu")
+        page.wait_for_selector("#webgpu:not(:checked)", timeout=60_000)
+        assert page.inner_text("#error") == "WebGPU is not used on this machine: see the self-test"
+        assert page.inner_text("#backend").startswith("WebAssembly")
+
+
 def test_a_part_from_another_export_is_seen(site: Path, chromium: Any, tmp_path: Path) -> None:
     shutil.copytree(site, tmp_path / "site")
     part = tmp_path / "site" / "model.onnx.1"

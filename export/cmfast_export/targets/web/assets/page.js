@@ -196,6 +196,7 @@ async function change(provider) {
     at("fields").disabled = false;
   }
   await draw();
+  at("canvas").dataset.provider = provider;
 }
 
 at("controls").addEventListener("submit", (event) => {
