@@ -133,8 +133,9 @@ def export_onnx(
         null: with guidance: what stands for no condition, by name: a class, or the value that fills a tensor; None:
             what the model declares.
         device: where the file is run for its verification: cpu, whose missing arithmetic is emulated, or cuda.
-        tolerance: largest allowed absolute difference from float32 PyTorch, data units; None: what rounding to this
-            precision may cost (`cmfast.formats.manifest.rounding`).
+        tolerance: largest allowed absolute difference from float32 PyTorch, data units, where the scaling does not
+            multiply it (`cmfast_export.verify.allowance`); None: what rounding to this precision may cost
+            (`cmfast.formats.manifest.rounding`).
         flavour: ort-cuda: only for ONNX Runtime's CUDA provider; "": for any runtime.
         weights: fp16: store the weights as float16, half the file; the arithmetic stays as it is. "": as they are.
         encoder: file that the encoder of a condition is written to, or files by the names of conditions; `out` then
@@ -342,17 +343,17 @@ class _Check:
 
     def __call__(self, file: Path, what: str) -> Agreement:
         """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
-        dtype = read_onnx(file)[0].dtype
+        manifest = read_onnx(file)[0]
+        dtype, rounds = manifest.dtype, manifest.dtype != "float32" or "weights" in manifest.made_by
+        compare = partial(verify, guidance=self.guidance, given=self.given, rounds=rounds)
         with tempfile.TemporaryDirectory() as folder:
             backend = self._open(file, Path(folder))
-            parity, *same = verify(backend, self.references, more=self.more, guidance=self.guidance, given=self.given)
+            parity, *same = compare(backend, self.references, more=self.more)
             del backend
             as_is = None
             # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
             if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
-                (as_is,) = verify(
-                    OnnxRuntimeBackend(file), self.references[:1], guidance=self.guidance, given=self.given
-                )
+                (as_is,) = compare(OnnxRuntimeBackend(file), self.references[:1])
         for each in (parity, *same, *([as_is] if as_is else [])):
             if failure := each.failure(self.tolerance):
                 raise CheckFailed(f"{what} {failure}; no file was written")

@@ -103,15 +103,21 @@ def parity(exported: Exported, path: Path) -> None:
         columns.append(f"{exported.manifest.dtype} PyTorch")
     if parts[0].as_is:
         columns.append("as this CPU runs it")
+    scaled = any(row.factor > 1 for part in parts for row in part.parity.rows)
+    if scaled:
+        columns.append("allowed")
     how = exported.manifest.made_by["verified"]
     click.echo(f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}")
     table = Table(*columns)
     for part in parts:
         others = [each.rows for each in (part.same, part.as_is) if each]
         for index, row in enumerate(part.parity.rows):
-            table.add_row(row.where, *(f"{rows[index].max_abs:.1e}" for rows in (part.parity.rows, *others)))
+            far = [f"{rows[index].difference:.1e}" for rows in (part.parity.rows, *others)]
+            table.add_row(row.where, *far, *([f"{exported.tolerance * row.factor:.1e}"] if scaled else []))
         if part.parity.boundary is not None:
             table.add_row("boundary: f(x, sigma_min) against x", f"{part.parity.boundary:.1e}")
+    if scaled:
+        click.echo("more is allowed where the scaling multiplies what the network predicts: |c_out(sigma)|")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

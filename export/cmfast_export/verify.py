@@ -20,6 +20,7 @@ from cmfast.checks import NotFinite
 from cmfast.conditions import some_values
 from cmfast.model import Model
 from cmfast.noise import slices
+from cmfast.preconditioning import scalings
 from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
 from cmfast_export.graphs.sampler import Guidance
@@ -29,6 +30,7 @@ Given = Callable[[int, int, int], Mapping[str, npt.NDArray[Any]]]  # (samples, s
 BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; float32 rounds x once
 LARGE = 4 * 128 * 128  # numbers of a sample; five samples of more can take gigabytes
 SIZES = (16, 8, 24)  # of the conditions' dynamic axes
+MEASURED = 0.5  # |c_out|, and sigma_data, of the networks that `cmfast.formats.manifest.ROUNDING` was measured with
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
 
 
@@ -38,8 +40,14 @@ class Row:
 
     where: str  # "sigma 0.002", "batch 5, mixed sigmas", "2 steps at 80, 0.8"
     batch: int
-    max_abs: float  # largest absolute difference, data units, times `_gain`
-    mse: float  # mean square of the same difference
+    max_abs: float  # largest absolute difference over `factor`: what is compared with the tolerance
+    mse: float  # mean square of the same
+    factor: float = 1.0  # by how much more may differ here: `allowance`
+
+    @property
+    def difference(self) -> float:
+        """The largest difference, data units."""
+        return self.max_abs * self.factor
 
     @property
     def psnr_db(self) -> float:
@@ -72,7 +80,9 @@ class Parity:
         """Return what is wrong in words, or None; `of` is what was compared with."""
         worst = self.worst
         if not worst.max_abs <= tolerance:  # also when it is not a number
-            return f"differs from {of} by {worst.max_abs:.2e} at {worst.where} (allowed {tolerance:.0e})"
+            return (
+                f"differs from {of} by {worst.difference:.2e} at {worst.where} (allowed {tolerance * worst.factor:.0e})"
+            )
         if self.boundary is not None and not self.boundary <= BOUNDARY_TOLERANCE:
             return f"f(x, sigma_min) differs from x by {self.boundary:.2e} (allowed {BOUNDARY_TOLERANCE:.0e})"
         return None
@@ -108,6 +118,7 @@ def verify(
     guidance: Guidance | None = None,
     sizes: Sequence[int] = SIZES,
     given: Given | None = None,
+    rounds: bool | None = None,
 ) -> list[Parity]:
     """Compare a file of any kind with each reference on the same inputs; the references are denoisers.
 
@@ -119,7 +130,9 @@ def verify(
         guidance: of a sampler that was exported with it.
         sizes: of the conditions' dynamic axes, in turn.
         given: values of the conditions; None: `some_values`.
+        rounds: whether the network computes in less than float32; None: as the file's manifest says.
     """
+    rounds = file.manifest.dtype != "float32" if rounds is None else rounds
     spec = file.manifest.spec
     values = given or (lambda n, seed, size: some_values(spec.conditions, n, seed=seed, size=size))
     ours, theirs = Model(file), [Model(backend) for backend in references]
@@ -130,10 +143,10 @@ def verify(
             x, sigma = case.x, case.sigma
             beside: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
             got = _or_nan(partial(ours.denoise, x, sigma, **beside), x.shape)
-            gain = _gain(spec, x, sigma)
+            factors = allowance(spec, sigma, rounds=rounds)
             for each, model in zip(rows, theirs, strict=True):
                 want = _or_nan(partial(model.denoise, x, sigma, **beside), x.shape)
-                each.append(_row(case.where, got * gain, want * gain))
+                each.append(_row(case.where, got, want, factors))
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
@@ -144,11 +157,12 @@ def verify(
             size = sizes[index % len(sizes)]
             conditions = values(batch, 1, size)
             got = _or_nan(partial(ours.from_noise, noise, sigmas, conditions=conditions), noise.shape[1:])
-            gain = _gain(spec, got, np.full(batch, sigmas[-1], np.float32))  # of the last call, which gives the sample
+            last = np.full(batch, sigmas[-1], np.float32)  # the last call, which gives the sample
+            factors = allowance(spec, last, rounds=rounds)
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
             for each, model in zip(rows, theirs, strict=True):
                 want = _or_nan(partial(Looped(model, guidance).from_noise, noise, sigmas, conditions), noise.shape[1:])
-                each.append(_row(where, got * gain, want * gain))
+                each.append(_row(where, got, want, factors))
     return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
 
 
@@ -247,17 +261,31 @@ def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int
         )
 
 
-def _gain(spec: ModelSpec, x: Floats, sigma: Floats) -> Floats:
-    """Return what differences of denoisers are multiplied with, [B, 1, ..]: 1 / max(1, sigma) where eps is predicted.
+def allowance(spec: ModelSpec, sigma: Floats, *, rounds: bool) -> Floats:
+    """Return how many tolerances a denoiser may differ by at noise levels sigma [B], at least 1 each.
 
-    x0 = x - sigma eps magnifies what rounding does to eps.
+    f = c_skip x + c_out F: what rounding does to the network's output F comes out |c_out(sigma)| times as large, where
+    the scalings are float32. The tolerances were measured on networks whose |c_out| is at most MEASURED and whose F has
+    the standard deviation 1, so they allow an error of tolerance / MEASURED in F. A network that predicts x0 has
+    outputs as small as the data.
+
+    Args:
+        spec: of the model.
+        sigma: noise levels, data units.
+        rounds: whether the network computes in less than float32. In float32 the rounding of x itself counts, and only
+            eps, which is subtracted from it, is given more.
     """
-    predicts_eps = spec.scaling.rpartition("_")[2] == "eps"
-    gain = 1 / np.maximum(1, sigma) if predicts_eps else np.ones_like(sigma)
-    return gain.astype(np.float32).reshape(-1, *[1] * (x.ndim - 1))
+    c_out = np.abs(scalings(sigma, spec)[1])
+    kind = spec.scaling.rpartition("_")[2]
+    if rounds:
+        factors = c_out * (spec.sigma_data if kind == "x0" else 1.0) / MEASURED
+    else:
+        factors = c_out if kind == "eps" else np.ones_like(sigma)
+    allowed: Floats = np.maximum(1, factors).astype(np.float32)
+    return allowed
 
 
-def _row(where: str, got: Floats, want: Floats) -> Row:
+def _row(where: str, got: Floats, want: Floats, factors: Floats | None = None) -> Row:
     if got.shape != want.shape:
         return Row(
             where=f"{where}: shape {list(got.shape)} for {list(want.shape)}",
@@ -265,6 +293,13 @@ def _row(where: str, got: Floats, want: Floats) -> Row:
             max_abs=math.inf,
             mse=math.inf,
         )
-    difference = got.astype(np.float64) - want
-    largest = float(np.abs(difference).max()) if np.isfinite(difference).all() else math.nan
-    return Row(where=where, batch=len(want), max_abs=largest, mse=float(np.square(difference).mean()))
+    each = np.ones(len(want), np.float32) if factors is None else factors
+    difference = (got.astype(np.float64) - want) / each.reshape(-1, *[1] * (want.ndim - 1))
+    if not np.isfinite(difference).all():
+        return Row(where=where, batch=len(want), max_abs=math.nan, mse=math.nan)
+    far = np.abs(difference).reshape(len(want), -1).max(1)
+    worst = int(far.argmax())
+    return Row(
+        where=where, batch=len(want), max_abs=float(far[worst]), mse=float(np.square(difference).mean()),
+        factor=float(each[worst]),
+    )  # fmt: skip
