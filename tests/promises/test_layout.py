@@ -67,6 +67,16 @@ def test_names_of_test_modules_are_unique() -> None:
     assert [name for name, count in counts.items() if count > 1] == []
 
 
+def test_no_c_or_cpp_file_has_more_than_400_lines() -> None:
+    folders = ("cmfast/include", "cmfast/src", "tests/cpp", "examples")
+    files = [
+        path for folder in folders for kind in ("*.h", "*.hpp", "*.c", "*.cpp") for path in (ROOT / folder).rglob(kind)
+    ]
+    assert len(files) > 15
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_quick_runs_tests_that_exist() -> None:
     alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
