@@ -254,9 +254,13 @@ class Model:
         return self._denoise(x, sigma, sigma_next, self.values(len(x), label, conditions))
 
     def encode(self, conditions: Conditions) -> dict[str, Any]:
-        """Return conditions, those with an encoder encoded: NAME becomes NAME_encoded, which `sample` takes too.
+        """Encode the conditions that have an encoder: NAME becomes NAME_encoded, which `sample` takes too.
 
-        What is for all samples stays so, [*sizes]; [n, *shape] becomes [n, *sizes].
+        Args:
+            conditions: Values by name.
+
+        Returns:
+            The values; what is for all samples stays so, [*sizes], and [n, *shape] becomes [n, *sizes].
         """
         return self._given(None, conditions)
 

@@ -2,7 +2,7 @@
 // cmfast.hpp - few-step sampling in C++17, the same samples as Python. Headers only, standard library only.
 //
 //   cmfast::Manifest manifest = cmfast::read_manifest("model.onnx");              // what the file says about itself
-//   cmfast::Sampler sampler(manifest.spec, manifest.spec.sigmas_for(2));              // its noise levels for two steps
+//   cmfast::Sampler sampler(manifest.spec, manifest.spec.sigmas_for(2));          // its noise levels for two steps
 //   sampler.sample(denoise, /*seed*/ 0, /*first*/ 0, image);                      // cmfast/sampling.hpp
 //
 // With a backend, `denoise` comes from the file: see cmfast/model.hpp, cmfast/onnxruntime.hpp and cmfast/openvino.hpp.
