@@ -122,6 +122,17 @@ def test_the_readme_fits_three_screens_and_links_every_page() -> None:
     assert linked >= {path.stem for path in DOCS.glob("*.md")} - {"index", "benchmarks"}
 
 
+def test_the_times_of_the_page_in_the_browser_are_in_their_record() -> None:
+    record = result("browser.json")
+    one, two = ({key: row[key] for key in ("first_image", "per_image", "equal_pixels")} for row in record["rows"])
+    page = " ".join(read("docs/browser.md").split())
+    assert f"is there {one['first_image']['median_ms'] / 1000:.1f} s after" in page
+    each = [f"{row['per_image']['median_ms']:.0f} ms with {name}" for row, name in ((one, "one thread"), (two, "two"))]
+    assert " and ".join(each) in page
+    assert max(row["first_image"]["max_ms"] for row in (one, two)) < 3000
+    assert min(row["equal_pixels"] for row in (one, two)) >= 0.9999
+
+
 def test_the_headline_of_the_readme_is_in_its_record() -> None:
     rows = {
         (line["network"], line["batch"], line["way"]): line
