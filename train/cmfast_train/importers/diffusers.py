@@ -23,6 +23,7 @@ from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
 from cmfast_train.importers import diffusion_folders
+from cmfast_train.importers.decoders import consistency_decoder
 from cmfast_train.importers.diffusers_json import (
     is_whole,
     list_of,
@@ -87,6 +88,8 @@ _SCHEDULER_CHOICES: dict[str, tuple[Any, ...]] = {"s_noise": (1,), "rho": (7,), 
 
 def draft(folder: Path, facts: Facts) -> Draft:
     """Read the JSON files and the names and shapes of the weights; the weights themselves when they are asked for."""
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        return consistency_decoder.draft(folder, facts, read_config(folder / "config.json", consistency_decoder.CLASS))
     if not (folder / INDEX).is_file():
         raise ArtifactError(
             f"{folder}: no {INDEX} in it; name the folder of a whole ConsistencyModelPipeline, "

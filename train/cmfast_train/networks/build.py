@@ -13,6 +13,7 @@ from cmfast.errors import CmfastError
 from cmfast_train.config.checks import shown
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
+from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig, consistency_decoder, decoder_sizes
 from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.own import OwnConfig
@@ -21,7 +22,7 @@ from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
 
 # Each of ours has image_size, image_shape, channels and classes; networks are called with (x, c_noise), and label=,
 # c_noise_next= where they have them.
-OursConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig
+OursConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig | ConsistencyDecoderConfig
 NetworkConfig = OursConfig | OwnConfig
 _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),
@@ -29,6 +30,7 @@ _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "song": (SongConfig, SongUnet),
     "dhariwal": (DhariwalConfig, DhariwalUnet),
     "unet2d": (Unet2dConfig, unet2d),
+    "consistency_decoder": (ConsistencyDecoderConfig, consistency_decoder),
     "own": (OwnConfig, OwnConfig.build),
 }
 _FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
@@ -38,6 +40,7 @@ _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every 
     "song": lambda fields: edm_sizes(fields, song=True),
     "dhariwal": lambda fields: edm_sizes(fields, song=False),
     "unet2d": unet2d_sizes,
+    "consistency_decoder": decoder_sizes,
 }
 
 

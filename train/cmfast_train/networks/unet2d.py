@@ -158,9 +158,14 @@ def unet2d(config: Unet2dConfig) -> nn.Module:
         MissingDependency: diffusers is not installed.
         CmfastError: diffusers refuses the configuration.
     """
+    return new_unet2d(out_channels=config.in_channels, **dataclasses.asdict(config))
+
+
+def new_unet2d(**fields: Any) -> nn.Module:
+    """Return a new UNet2DModel with these fields of its config.json; what it raises, and how it is called: `unet2d`."""
     kind = _kind()
     try:
-        return kind(out_channels=config.in_channels, **dataclasses.asdict(config))
+        return kind(**fields)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivisionError) as err:
         raise CmfastError(f"diffusers cannot build this UNet2DModel: {one_line(err, 300)}") from None
 

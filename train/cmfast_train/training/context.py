@@ -22,6 +22,7 @@ from cmfast_train.kernels.fuse import why_no_kernels
 from cmfast_train.methods.distances import Distance
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
+from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig
 from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.unet2d import Unet2dConfig
 from cmfast_train.training.initial_model import Own, Start, start_of
@@ -149,7 +150,7 @@ def why_not_fused(
         return "network=cloneofsimo has other layers"
     if isinstance(network, OwnConfig):
         return "the network is your own"
-    if isinstance(network, Unet2dConfig):
+    if isinstance(network, (Unet2dConfig, ConsistencyDecoderConfig)):
         return "diffusers' UNet2DModel has other layers"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
