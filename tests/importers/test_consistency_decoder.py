@@ -23,7 +23,7 @@ from cmfast.sampling import to_uint8
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.importers import load_model
-from cmfast_train.importers.facts import Told
+from cmfast_train.importers.facts import Given
 from cmfast_train.networks.adm import randomise
 from cmfast_train.networks.build import check_weights, network_from_dict, network_to_dict
 
@@ -77,7 +77,7 @@ def decoded(checkpoint: Checkpoint, z: np.ndarray, latent: Tensor) -> np.ndarray
 
 
 def test_it_decodes_what_diffusers_decodes(vae: Any, folder: Path) -> None:
-    checkpoint = load_model(folder, told=Told(image_size=SIZE, clip=False))
+    checkpoint = load_model(folder, given=Given(image_size=SIZE, clip=False))
     z, generator = noise(1)
     want = vae.decode(latents(), generator=generator).sample.numpy()
     assert want.std() > 0.3
@@ -87,7 +87,7 @@ def test_it_decodes_what_diffusers_decodes(vae: Any, folder: Path) -> None:
 
 def test_it_decodes_what_openais_loop_decodes(vae: Any, folder: Path) -> None:
     """consistencydecoder/__init__.py, __call__: variance-preserving coordinates, clamped after each call."""
-    checkpoint, (z, _), scheduler = load_model(folder, told=Told(image_size=SIZE)), noise(2), vae.decoder_scheduler
+    checkpoint, (z, _), scheduler = load_model(folder, given=Given(image_size=SIZE)), noise(2), vae.decoder_scheduler
     features = (latents() * 0.18215 - vae.means) / vae.stds
     features = torch.nn.functional.interpolate(features, scale_factor=2.0)
     x0 = torch.zeros(2, 3, SIZE, SIZE)
@@ -101,7 +101,7 @@ def test_it_decodes_what_openais_loop_decodes(vae: Any, folder: Path) -> None:
 
 
 def test_between_two_times_the_embedding_is_between_theirs(folder: Path) -> None:
-    network: Any = load_model(folder, told=Told(image_size=SIZE)).denoiser().network
+    network: Any = load_model(folder, given=Given(image_size=SIZE)).denoiser().network
     table = network.unet.time_proj.weight
     times = torch.tensor([0.0, 512.0, 511.99998, 511.5, 1023.0])
     halfway = (table[511] + table[512]) / 2
@@ -130,7 +130,7 @@ def test_it_is_exported_as_one_file_and_sampled_with_the_latent(
     np.save("latent.npy", latents().numpy())
     drawn = call(sample.main, "decoder.onnx", "-n", 2, "--condition", "latent=latent.npy", "--seed", 3, "-o", "a.npz")
     assert (drawn.returncode, drawn.stderr) == (0, "")
-    checkpoint = load_model(folder, told=Told(image_size=SIZE))
+    checkpoint = load_model(folder, given=Given(image_size=SIZE))
     z = cmfast.noise.slices(3, range(2), 2, (3, SIZE, SIZE))
     with np.load("a.npz") as arrays:
         want = to_uint8(decoded(checkpoint, z, latents())).astype(int)
@@ -138,7 +138,7 @@ def test_it_is_exported_as_one_file_and_sampled_with_the_latent(
 
 
 def test_a_checkpoint_says_which_network_it_holds(folder: Path) -> None:
-    checkpoint = load_model(folder, told=Told(image_size=(SIZE, 2 * SIZE)))
+    checkpoint = load_model(folder, given=Given(image_size=(SIZE, 2 * SIZE)))
     assert checkpoint.spec.conditions[0].shape == (4, 8, 16)
     assert network_from_dict(network_to_dict(checkpoint.network)) == checkpoint.network
     check_weights(checkpoint.network, checkpoint.weights)
@@ -146,11 +146,11 @@ def test_a_checkpoint_says_which_network_it_holds(folder: Path) -> None:
         check_weights(checkpoint.network, dict(list(checkpoint.weights.items())[1:]))
 
 
-def test_the_size_of_the_images_is_asked_for(folder: Path) -> None:
-    with pytest.raises(CmfastError, match=r"the file does not say its image_size.*--set image_size=512"):
+def test_the_size_of_the_images_is_required(folder: Path) -> None:
+    with pytest.raises(CmfastError, match=r"image_size cannot be inferred from the file.*--set image_size=512"):
         load_model(folder)
     with pytest.raises(CmfastError, match="image_size=15 is no multiple of 2"):
-        load_model(folder, told=Told(image_size=15))
+        load_model(folder, given=Given(image_size=15))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_folder_of_another_kind_is_refused_by_the_name_of_the_field(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ArtifactError) as refused:
-        load_model(other, told=Told(image_size=SIZE))
+        load_model(other, given=Given(image_size=SIZE))
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -188,4 +188,4 @@ def test_tensors_of_neither_half_are_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(
         ArtifactError, match=r"'post_quant_conv.weight' belongs neither to an encoder nor to the decoder"
     ):
-        load_model(other, told=Told(image_size=SIZE))
+        load_model(other, given=Given(image_size=SIZE))

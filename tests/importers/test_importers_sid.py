@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One-step generators of SiD and SiDA, and CMT: EDM's networks and ECT's, told from them by class and by name."""
+"""One-step generators of SiD and SiDA, and CMT: EDM's networks and ECT's, recognised by class and by name."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_export_sample_and_info_need_no_flags(
         assert np.abs(arrays["arr_0"].astype(int) - want).max() <= 1  # a value between two levels may round to either
 
 
-def test_without_its_name_it_is_asked_for_and_never_taken_for_edms_in_silence(
+def test_without_its_name_it_takes_a_source_and_is_never_taken_for_edms_in_silence(
     snapshot: Snapshot, tmp_path: Path
 ) -> None:
     file = generator(snapshot, "mine.pkl")

@@ -90,14 +90,14 @@ def draft_pickle(tree: Any, facts: Facts, source: str, file: Path) -> Draft:
         )
     if name not in CLASSES:
         raise ArtifactError(f"{file}: a pickled {name[:80]!r}, which is not known here; known are {', '.join(CLASSES)}")
-    where, told = f"the pickle's class {name}", source.partition(":")[0]
-    if told not in ("", *CLASSES[name]):
+    where, given = f"the pickle's class {name}", source.partition(":")[0]
+    if given not in ("", *CLASSES[name]):
         owner = " or ".join(SHOWN[system] for system in CLASSES[name])
         raise CmfastError(f"{file}: --source {source}, but {where} is that of {owner}; leave --source out")
     by_name = "sid" in CLASSES[name] and SID.fullmatch(file.stem)
-    system = told or ("sid" if by_name else CLASSES[name][0])
+    system = given or ("sid" if by_name else CLASSES[name][0])
     if system == "sid":
-        facts.fixed("system", "sid", "--source" if told else where if len(CLASSES[name]) == 1 else "the file's name")
+        facts.fixed("system", "sid", "--source" if given else where if len(CLASSES[name]) == 1 else "the file's name")
     # The class computes with these. EDM's sigma_min is only the least that it supports, 0; its sampler has its own.
     fixed: dict[str, Any] = {"scaling": SYSTEMS[system]["scaling"], "c_noise": SHARED["c_noise"]}
     for field in ("sigma_data", "sigma_min") if name == "ECMPrecond" else ("sigma_data",):

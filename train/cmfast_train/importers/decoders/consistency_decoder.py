@@ -22,7 +22,7 @@ from cmfast.schedule import DiscreteTimes
 from cmfast.spec import ModelSpec
 from cmfast_train.importers.diffusers_json import list_of, number, read_fields, refusal, version_of, whole
 from cmfast_train.importers.diffusers_tensors import describe, matched, read_files, weight_files
-from cmfast_train.importers.facts import Draft, Facts, told_sigmas
+from cmfast_train.importers.facts import Draft, Facts, given_sigmas
 from cmfast_train.networks.consistency_decoder import (
     CHANNELS,
     MEANS,
@@ -73,7 +73,7 @@ def draft(folder: Path, facts: Facts, config: Mapping[str, Any]) -> Draft:
 
     Args:
         folder: of the autoencoder, with config.json and its weights.
-        facts: to be filled. The size of the images is asked for: the network takes any.
+        facts: to be filled. The size of the images is required: the network takes any.
         config: content of config.json.
 
     Raises:
@@ -82,7 +82,7 @@ def draft(folder: Path, facts: Facts, config: Mapping[str, Any]) -> Draft:
     """
     file = folder / "config.json"
     fields = read_fields(file, [CLASS], _FIELDS, _CHOICES)
-    size = facts.asked("image_size", 512)
+    size = facts.required("image_size", 512)
     network = _network(fields, file, 512 if size is None else size)
     files = weight_files(folder)
     described = {name: entry for each in files for name, entry in describe(each).items()}
@@ -157,7 +157,7 @@ def _spec(network: ConsistencyDecoderConfig, facts: Facts) -> ModelSpec:
         "sigma_max": facts.fixed("sigma_max", times.sigmas[SCHEDULED[0]], CODE),
         "clip": facts.usual("clip", True, f"{CODE}; diffusers does not clip between its calls"),
     }
-    sigmas = told_sigmas(facts)
+    sigmas = given_sigmas(facts)
     if sigmas is None:
         sigmas = {len(SCHEDULED): tuple(times.sigmas[time] for time in SCHEDULED)}
         facts.usual("sigmas", tuple(sigmas.values()), CODE)
