@@ -19,6 +19,7 @@ from helpers import BENCHMARKS
 SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a folder of the test
     "browser": ["--onnxruntime-web", "DIR"],
     "cpp_timing": [],
+    "cpu_backends": [],
     "foreign": [],
     "fuzz": ["--inputs", "13"],
     "methods": ["--out", "DIR/runs"],

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from cmfast.backends.cache import check_cache
 from cmfast.backends.openvino.compiled import Disk, Graphs, Ready
 from cmfast.backends.openvino.library import TYPES, capabilities, cause, check_precision, cpu_name, import_openvino
+from cmfast.backends.openvino.precise import marked
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.ports import Port, check_ports
 from cmfast.backends.protocol import Inputs
@@ -83,6 +84,8 @@ class OpenVinoBackend:
             dtype = PRECISIONS[precision] if precision else manifest.dtype
             check_precision(path, dtype, core)
             model, digest = _read(core, self._file)
+            if dtype != "float32" and isinstance(self._file, OnnxFile):  # an IR of ours has the marks
+                model = marked(ov, model)
             inputs, outputs = _ports(model.inputs), _ports(model.outputs)
             self._used = frozenset(port.name for port in inputs)
             self.batch = check_ports(path, manifest, _with_unused(inputs, manifest), outputs, TYPE_NAMES)

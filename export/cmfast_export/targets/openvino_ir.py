@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.openvino.backend import OpenVinoBackend
 from cmfast.backends.openvino.library import TYPES, cause, check_precision, import_openvino
+from cmfast.backends.openvino.precise import marked
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target, temporary_folder
 from cmfast.formats.manifest import Manifest, check_plain, check_unchanged, read_onnx, rounding
@@ -202,7 +203,7 @@ def _converted(
     file = folder / out.name
     beside = file.with_suffix(".bin")
     try:
-        model = ov.Core().read_model(str(onnx))
+        model = marked(ov, ov.Core().read_model(str(onnx)))
         ov.save_model(model, str(file), compress_to_fp16=False)
     except Exception as err:
         raise ArtifactError(f"{onnx}: OpenVINO cannot convert it: {cause(err)}") from None
