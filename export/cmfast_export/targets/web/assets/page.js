@@ -41,11 +41,14 @@ let client = null; // of the provider in use
 let manifest = null;
 let site = null;
 let sheet = null;
-let busy = false;
-let again = false; // the controls changed while samples were drawn
+let drawing = null; // a promise, while samples are drawn
+let again = false; // the controls changed in the meantime
 
 async function start() {
-  site = await (await fetch("site.json")).json();
+  const answer = await fetch("site.json");
+  if (!answer.ok) throw new Error(`site.json was not found on this server (${answer.status}); copy the whole folder`);
+  site = await answer.json();
+  at("time").textContent = `Opening the model, ${(site.bytes / 1e6).toFixed(1)} MB`;
   document.title = at("title").textContent = site.title;
   client = new Client();
   const opened = await client.call("open", { provider: "wasm", site });
@@ -112,13 +115,14 @@ function conditions() {
 }
 
 /** Draw what the controls say; a change in the meantime stops this and draws once more. */
-async function draw() {
-  if (busy) {
-    again = true;
-    client.call("stop");
-    return;
-  }
-  busy = true;
+function draw() {
+  again = drawing !== null;
+  if (again) client.call("stop");
+  drawing ??= drawAll().finally(() => (drawing = null));
+  return drawing;
+}
+
+async function drawAll() {
   try {
     do {
       again = false;
@@ -127,8 +131,6 @@ async function draw() {
     at("error").textContent = "";
   } catch (error) {
     at("error").textContent = error.message;
-  } finally {
-    busy = false;
   }
 }
 
@@ -179,6 +181,8 @@ async function change(provider) {
   const name = provider === "webgpu" ? "WebGPU" : "WebAssembly";
   const next = new Client();
   at("fields").disabled = true;
+  client.call("stop");
+  await drawing;
   at("error").textContent = "";
   try {
     const opened = await next.call("open", { provider, site });
