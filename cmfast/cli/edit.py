@@ -83,6 +83,9 @@ Examples:
     help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
 )
 @click.option(
+    "--encoder", multiple=True, type=click.Path(path_type=Path), help="File with an encoder of the model's conditions."
+)
+@click.option(
     "--compare", type=click.Path(path_type=Path), help="Also write inputs and results side by side: NAME.png."
 )
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
@@ -107,6 +110,7 @@ def command(
     seed: int,
     label: str | None,
     conditions: tuple[str, ...],
+    encoder: tuple[Path, ...],
     compare: Path | None,
     first: int,
     batch: int,
@@ -144,7 +148,9 @@ def command(
             check_output(each, inputs=inputs, arrays=each is out)
     read = None if given is None else read_input(given)
     kept = None if mask is None else read_mask(mask)
-    loaded = cmfast.load(model, device, threads, variant=variant, precision=precision or "", sha256=sha256)
+    loaded = cmfast.load(
+        model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
+    )
     if out is None:
         out = Path("edited.png" if loaded.spec.data == "image" else "edited.npz")
         check_output(out, inputs=inputs)

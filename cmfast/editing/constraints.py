@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What is kept of the input while the model draws the rest: known values, a grey image, block averages.
 
-Algorithm 4 of "Consistency Models" (arXiv:2303.01469) has an invertible A and a mask of what is kept of A x. Its A is
-orthogonal in all three cases, so what it computes is the orthogonal projection of x0: `project`.
+Algorithm 4 of "Consistency Models" (arXiv:2303.01469) has an invertible A and a mask of what is kept of A x; `project`
+is its step x0 <- A^-1 [what is kept, the rest of A x0]. For grey, A x is luminance and what red and blue differ from it,
+so that a correction of brightness leaves the hue; OpenAI's code has an orthogonal A, with which it does not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Constraint(Protocol):
         ...
 
     def project(self, x0: Floats, part: slice) -> Floats:
-        """Return the nearest to x0 [b, *shape] that keeps what is known of the samples `part`."""
+        """Return x0 [b, *shape] changed so that it keeps what is known of the samples `part`."""
         ...
 
     def limit(self, x0: Floats, part: slice) -> Floats:
@@ -59,7 +60,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Grey:
-    """The weighted sum of red, green and blue is kept: colour from grey."""
+    """The weighted sum of red, green and blue, the luminance, is kept: colour from grey."""
 
     grey: Floats  # [N, 1, H, W]
 
@@ -69,10 +70,8 @@ class Grey:
         return np.repeat(self.grey, 3, axis=1)
 
     def project(self, x0: Floats, part: slice) -> Floats:
-        """Return x0 moved along the weights, in each pixel."""
-        weights = np.array(GREY, np.float32)
-        missing = self.grey[part] - luminance(x0)
-        return np.asarray(x0 + missing * (weights / (weights @ weights))[:, None, None], np.float32)
+        """Return x0 with the same shift of all channels in a pixel; the weights add up to 1."""
+        return np.asarray(x0 + (self.grey[part] - luminance(x0)), np.float32)
 
     def limit(self, x0: Floats, part: slice) -> Floats:
         """Return x0 with less saturation where a channel is outside."""

@@ -157,6 +157,7 @@ IN = ["inpaint", "model.onnx"]
         ([*IN, "rgb.png", "--mask", "mask.png", "-o", "model.onnx"], "images are written to NAME.png"),
         ([*IN, "rgb.png", "--mask", "mask.png", "-o", "mask.png"], "mask.png"),
         ([*IN, "rgb.png", "--mask", "mask.png", "--compare", "a.npz"], "--compare writes images side by side"),
+        ([*IN, "rgb.png", "--mask", "mask.png", "--encoder", "none.onnx"], "none.onnx: no such file"),
         ([*IN, "rgb.png", "--mask", "mask.png", "--label", "1"], "the model is unconditional"),
         (["denoise", "model.onnx", "rgb.png"], "denoise needs --sigma S, a noise level in data units"),
         (["sdedit", "model.onnx", "rgb.png", "--sigma", "100"], "the first noise level is 100"),

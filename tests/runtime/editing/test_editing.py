@@ -92,19 +92,19 @@ def test_inpainting_is_algorithm_4_with_a_mask_of_pixels(load: Load) -> None:
     assert pixels[:, ~mask].std() > 20
 
 
-def test_colour_from_grey_is_algorithm_4_with_an_orthogonal_matrix_of_channels(load: Load) -> None:
+def test_colour_from_grey_is_algorithm_4_with_luminance_and_two_differences_to_it(load: Load) -> None:
     model, grey = load({**RGB, "clip": False}), random.uniform(-0.2, 0.2, (2, 1, 8, 8)).astype(np.float32)
-    q = orthogonal(np.array(GREY))
+    a = np.array([GREY, np.eye(3)[0] - GREY, np.eye(3)[2] - GREY])  # Y, R - Y, B - Y
     omega = np.array([0.0, 1.0, 1.0])[:, None, None]
     any_colours = np.repeat(grey.astype(np.float64), 3, axis=1)  # with this grey
-    want = algorithm_4(
-        model,
-        any_colours,
-        lambda x: np.einsum("bchw,cd->bdhw", x, q),
-        lambda x: np.einsum("bdhw,cd->bchw", x, q),
-        omega,
-        4,
-    )
+
+    def to_a(x: Array) -> Array:
+        return np.einsum("dc,bchw->bdhw", a, x)
+
+    def from_a(x: Array) -> Array:
+        return np.einsum("cd,bdhw->bchw", np.linalg.inv(a), x)
+
+    want = algorithm_4(model, any_colours, to_a, from_a, omega, 4)
     drawn = editing.colorize(model, grey, sigmas=LEVELS, seed=4, floats=True)
     np.testing.assert_allclose(drawn, want, atol=ROUNDING)
     np.testing.assert_allclose(luminance(drawn), grey, atol=1e-6)  # 2**-24 a term
