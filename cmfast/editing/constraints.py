@@ -2,7 +2,7 @@
 """What is kept of the input while the model draws the rest: known values, a grey image, block averages.
 
 Algorithm 4 of "Consistency Models" (arXiv:2303.01469) has an invertible A and a mask of what is kept of A x; `project`
-is its step x0 <- A^-1 [what is kept, the rest of A x0]. For grey, A x is luminance and what red and blue differ from it,
+is its step x0 <- A^-1 [what is kept, the rest of A x0]. For grey, A x is luminance and two colour differences,
 so that a correction of brightness leaves the hue; OpenAI's code has an orthogonal A, with which it does not.
 """
 
