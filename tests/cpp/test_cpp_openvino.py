@@ -68,6 +68,31 @@ def test_any_shape_with_conditions_is_drawn(
     np.testing.assert_allclose(np.frombuffer(found, np.float32), wanted.ravel(), atol=2e-5, rtol=1e-5)
 
 
+def test_an_ir_is_drawn_in_its_precision_and_one_that_was_changed_is_refused(
+    program: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    import cmfast_export
+
+    changes: dict[str, Any] = {"shape": [16, 7], "data": "array", "conditions": [STATE, LABEL], "scaling": "edm"}
+    file = write_denoiser(tmp_path / "model.onnx", changes)
+    made = cmfast_export.export_openvino(file, tmp_path / "model.xml").path
+    found = call(program, "CPU", made, "sample", 3, 4, 5, 2, "state=1,2,3", "label=7", **environment)
+    state = {"state": np.array([1, 2, 3], np.float32)}
+    wanted = cmfast.load(file).sample_float(4, steps=3, seed=5, first=2, label=7, conditions=state)
+    np.testing.assert_allclose(np.frombuffer(found, np.float32), wanted.ravel(), atol=2e-5, rtol=1e-5)
+    weights = made.with_suffix(".bin")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    said = call(program, "CPU", made, "sample", 1, 1, 0, 0, "state=1,2,3", code=2, **environment)
+    assert b"model.xml: its graph or the weights in its .bin are not those that were verified; export it again" in said
+    weights.unlink()
+    said = call(program, "CPU", made, "sample", 1, 1, 0, 0, "state=1,2,3", code=2, **environment)
+    assert b"model.bin: no such file" in said
+    made.write_bytes(b"<net><rt_info><cmfast value='{}</rt_info></net>")
+    weights.write_bytes(b"weights")
+    said = call(program, "CPU", made, "sample", 1, 1, 0, 0, "state=1,2,3", code=2, **environment)
+    assert b"no OpenVINO IR with a cmfast manifest" in said
+
+
 def test_what_is_not_there_is_named(program: Path, environment: dict[str, str], tmp_path: Path) -> None:
     file = write_denoiser(tmp_path / "model.onnx")
     nowhere = call(program, "CPU", file, "selftest", code=2, CMFAST_OPENVINO=str(tmp_path))

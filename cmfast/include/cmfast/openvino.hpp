@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 // OpenVINO as a backend, through its C interface, loaded at run time: nothing of it at compile or link time.
 //
-//   cmfast::Model model = cmfast::openvino::load("model.onnx");
+//   cmfast::Model model = cmfast::openvino::load("model.onnx");      // or an IR, "model.xml" with "model.bin" beside it
 //
 // The library     options.library, a file or a folder (site-packages/openvino/libs); else $CMFAST_OPENVINO; else
 //                 libopenvino_c.so where the system finds it. Tested with 2026.4
 // Batches         a graph is compiled for the shapes of a call, which makes it about twice as fast as one for any batch;
 //                 a call with another batch size compiles again, so keep to one, or to Model::batch
-// Precision       computes in float32 ("INFERENCE_PRECISION_HINT" f32) where a CPU would else take bfloat16
+// Precision       an ONNX file in float32 ("INFERENCE_PRECISION_HINT" f32) where a CPU would else take bfloat16; an IR in
+//                 the precision that it was verified in, which the CPU must have
 #pragma once
 
 #include <cstddef>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "errors.hpp"
+#include "ir_head.hpp"
 #include "library.hpp"
 #include "manifest.hpp"
 #include "model.hpp"
@@ -59,6 +61,7 @@ struct Api {
         find(core_create, "ov_core_create");
         find(core_free, "ov_core_free");
         find(read_model, "ov_core_read_model_from_memory_buffer");
+        find(core_property, "ov_core_get_property");
         find(compile_model, "ov_core_compile_model");
         find(model_free, "ov_model_free");
         find(model_reshape, "ov_model_reshape");
@@ -87,6 +90,7 @@ struct Api {
     int (*core_create)(Core**) = nullptr;
     void (*core_free)(Core*) = nullptr;
     int (*read_model)(const Core*, const char*, std::size_t, const HostTensor*, GraphModel**) = nullptr;
+    int (*core_property)(const Core*, const char*, const char*, char**) = nullptr;
     int (*compile_model)(const Core*, const GraphModel*, const char*, std::size_t, Compiled**, ...) = nullptr;
     void (*model_free)(GraphModel*) = nullptr;
     int (*model_reshape)(const GraphModel*, const char**, const PartialShape*, std::size_t) = nullptr;
@@ -144,12 +148,14 @@ struct Api {
 class OpenVinoBackend final : public Backend {
  public:
     OpenVinoBackend(const std::filesystem::path& path, const Options& options)
-        : OpenVinoBackend(path.string(), detail::read_file(path), options) {}
+        : OpenVinoBackend(path.string(), detail::read_file(path), options,
+                          path.extension() == ".xml" ? detail::read_file(beside(path)) : std::string()) {}
 
-    /// The same of the bytes of an ONNX file; `where` names it in errors.
-    OpenVinoBackend(const std::string& where, const std::string& bytes, Options options)
+    /// The same of the bytes of an ONNX file, or of an IR's .xml with those of its .bin; `where` names it in errors.
+    OpenVinoBackend(const std::string& where, const std::string& bytes, Options options, std::string weights = {})
         : where_(where),
-          manifest_(parse_onnx_manifest(bytes, where)),
+          weights_(std::move(weights)),
+          manifest_(weights_.empty() ? parse_onnx_manifest(bytes, where) : parse_ir_manifest(bytes, weights_, where)),
           options_(std::move(options)),
           api_(std::make_shared<abi::Api>(options_.library)) {
         name_ = "OpenVINO " + options_.device;
@@ -158,14 +164,17 @@ class OpenVinoBackend final : public Backend {
             throw ArtifactError(where_ + ": a graph of the flavour " + flavour->second + ", not for OpenVINO; export the "
                                 "checkpoint again with --format onnx");
         }
-        options_.properties.emplace("INFERENCE_PRECISION_HINT", "f32");
+        const char* precision = manifest_.dtype == "bfloat16" ? "bf16" : manifest_.dtype == "float16" ? "f16" : "f32";
+        const bool ours = options_.properties.emplace("INFERENCE_PRECISION_HINT", precision).second;
         if (options_.threads) options_.properties.emplace("INFERENCE_NUM_THREADS", std::to_string(options_.threads));
         if (options_.properties.size() > 8) throw Error("at most six properties are passed to OpenVINO");
         abi::Core* core = nullptr;
         check(api_->core_create(&core), "cannot start");
         core_ = {core, api_->core_free};
+        if (ours && options_.device == "CPU") check_precision();
         abi::GraphModel* model = nullptr;
-        if (api_->read_model(core, bytes.data(), bytes.size(), nullptr, &model)) {
+        const Owned<abi::HostTensor> weights_tensor = tensor_of_weights();
+        if (api_->read_model(core, bytes.data(), bytes.size(), weights_tensor.get(), &model)) {
             throw ArtifactError(where_ + ": OpenVINO cannot read it: " + api_->why());
         }
         model_ = {model, api_->model_free};
@@ -208,6 +217,37 @@ class OpenVinoBackend final : public Backend {
 
     void check(int status, const char* what) const {
         if (status) throw BackendError(name_ + " " + what + ": " + api_->why());
+    }
+
+    static std::filesystem::path beside(std::filesystem::path file) { return file.replace_extension(".bin"); }
+
+    /// Throw where the CPU lacks the precision of the file: OpenVINO would take another without a word.
+    void check_precision() const {
+        const std::string word = manifest_.dtype == "bfloat16" ? "BF16" : manifest_.dtype == "float16" ? "FP16" : "FP32";
+        char* found = nullptr;
+        check(api_->core_property(core_.get(), "CPU", "OPTIMIZATION_CAPABILITIES", &found), "cannot tell what it can do");
+        const std::string have = found;
+        api_->text_free(found);
+        if ((" " + have + " ").find(" " + word + " ") != std::string::npos) return;
+        throw BackendError(where_ + ": " + manifest_.dtype + ", which OpenVINO lacks on this CPU (it has " + have +
+                           "); set the property INFERENCE_PRECISION_HINT to f32");
+    }
+
+    /// The weights of an IR as a tensor of bytes, null for an ONNX file. Codes of types differ between versions; sizes
+    /// tell which of two is int8.
+    Owned<abi::HostTensor> tensor_of_weights() {
+        std::int64_t size = static_cast<std::int64_t>(weights_.size());
+        for (const int code : {7, 8}) {
+            if (weights_.empty()) break;
+            abi::HostTensor* host = nullptr;
+            if (api_->tensor_of(code, abi::Shape{1, &size}, weights_.data(), &host)) continue;
+            Owned<abi::HostTensor> owned{host, api_->tensor_free};
+            std::size_t bytes = 0;
+            check(api_->tensor_bytes(host, &bytes), "cannot take the weights");
+            if (bytes == weights_.size()) return owned;
+        }
+        if (!weights_.empty()) throw BackendError(name_ + " cannot take the weights of an IR from memory");
+        return {nullptr, api_->tensor_free};
     }
 
     void compile() {
@@ -286,6 +326,7 @@ class OpenVinoBackend final : public Backend {
     }
 
     std::string where_, name_;
+    std::string weights_;  // of an IR, which the model points into; empty: an ONNX file
     Manifest manifest_;
     Options options_;
     std::shared_ptr<const abi::Api> api_;
@@ -299,7 +340,7 @@ class OpenVinoBackend final : public Backend {
     std::vector<Owned<abi::HostTensor>> tensors_;
 };
 
-/// Open an ONNX file on OpenVINO.
+/// Open an ONNX file or an IR on OpenVINO.
 inline Model load(const std::filesystem::path& path, const Options& options = {}) {
     return Model(std::make_unique<OpenVinoBackend>(path, options));
 }
