@@ -3,10 +3,11 @@
 
     import cmfast
 
-    model = cmfast.load("model.onnx")                 # the backend is chosen by suffix
-    images = model.sample(16, steps=2, seed=0)        # uint8 [16, H, W, C]
+    model = cmfast.load("mnist")                         # a small model that comes with cmfast: cmfast.models()
+    model = cmfast.load("model.onnx")                    # the backend is chosen by suffix
+    images = model.sample(16, steps=2, seed=0)           # uint8 [16, H, W, C]
     actions = policy.sample(1, conditions={"state": s})  # float32 [1, T, A]: what is no image stays an array
-    x0 = model.denoise(x, sigma)                      # float32, the raw contract
+    x0 = model.denoise(x, sigma)                         # float32, the raw contract
 
 The names below are the public interface; each is imported when it is first used. The algorithm is in `cmfast.sampling`.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cmfast.conditions import Condition, class_label
     from cmfast.errors import ArtifactError, BackendError, CheckFailed, CmfastError, EngineError, MissingDependency
     from cmfast.formats.manifest import Manifest
+    from cmfast.formats.shipped import models
     from cmfast.formats.table import read_manifest
     from cmfast.images import save_images
     from cmfast.model import Model, load
@@ -51,6 +53,7 @@ _HOMES = {  # the modules of the names below
     "gaussian": "noise",
     "karras_sigmas": "schedule",
     "load": "model",
+    "models": "formats.shipped",
     "read_manifest": "formats.table",
     "sample": "sampling",
     "save_images": "images",
@@ -72,6 +75,7 @@ __all__ = [
     "gaussian",
     "karras_sigmas",
     "load",
+    "models",
     "read_manifest",
     "sample",
     "save_images",

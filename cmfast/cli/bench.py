@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cmfast.cli.parameters import INTS
+from cmfast.cli.parameters import INTS, MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 
@@ -39,7 +39,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 @click.command("cmfast-bench", epilog=EPILOG)
-@click.argument("models", nargs=-1, metavar="MODEL...", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, metavar="MODEL...", type=MODEL)
 @click.option(
     "--baseline",
     type=click.Path(path_type=Path),

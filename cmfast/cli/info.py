@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cmfast.cli.parameters import SET, SOURCE
+from cmfast.cli.parameters import MODEL, SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.conditions import in_words
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, printable
@@ -32,7 +32,7 @@ Examples:
 
 
 @click.command("cmfast-info", epilog=EPILOG)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("--selftest", "tested", is_flag=True, help="Run the file on this machine and compare: its self-test.")
 @SOURCE

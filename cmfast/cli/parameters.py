@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Types of command-line values: lists written with commas."""
+"""Types of command-line values: models, and lists written with commas."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
 
 from cmfast.checks import shown
+from cmfast.formats.shipped import find
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -29,6 +32,14 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
             )
 
 
+class _Model(click.Path):
+    """Path of a model, or the name of one that comes with cmfast."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return find(os.fsdecode(super().convert(value, param, ctx)))
+
+
+MODEL = _Model(path_type=Path)
 FLOATS = _List(float, "a,b,..")
 INTS = _List(int, "i,j,..")
 

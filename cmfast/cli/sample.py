@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cmfast.checks import check_threads, shown
-from cmfast.cli.parameters import FLOATS, INTS
+from cmfast.cli.parameters import FLOATS, INTS, MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.formats.values import PRECISIONS
@@ -31,7 +31,7 @@ Examples:
 
 
 @click.command("cmfast-sample", epilog=EPILOG)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option(
     "-o",
     "--out",

@@ -26,6 +26,7 @@ from cmfast.formats import protobuf as pb
 from cmfast.formats.content import content_sha256
 from cmfast.formats.recognise import HEAD
 from cmfast.formats.recognise import what_it_is_instead as what_it_is_instead  # for readers of other files
+from cmfast.formats.shipped import find, hint
 from cmfast.formats.values import PRECISIONS, check_parts, check_selftest, object_of
 from cmfast.spec import ModelSpec
 
@@ -314,10 +315,13 @@ def _not_whole(file: Path, err: pb.ProtobufError) -> ArtifactError:
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a Path if it is a file with something in it, else raise ArtifactError."""
-    file = Path(path)
+    """Return `path` as a Path if it is a file with something in it, else raise ArtifactError.
+
+    The name of a model that comes with cmfast stands for its file (`cmfast.formats.shipped`).
+    """
+    file = find(path)
     if not file.exists():
-        raise ArtifactError(f"{file}: no such file")
+        raise ArtifactError(f"{file}: no such file{hint(file)}")
     if not file.is_file():
         raise ArtifactError(f"{file}: not a file")
     if file.stat().st_size == 0:

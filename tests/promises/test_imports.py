@@ -260,7 +260,7 @@ def test_the_wheel_holds_our_three_packages_and_nothing_else(wheel: zipfile.ZipF
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cmfast", "cmfast_train", "cmfast_export"}
 
 
-def test_the_wheel_holds_every_module_and_no_weights_but_the_small_classifiers(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_every_module_and_no_weights_but_the_small_models(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for package, (folder, _, _) in ARROWS.items():
         assert {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")} <= names
@@ -270,10 +270,13 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_classifiers(w
     classifiers = {
         f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in ("cifar10", "flowers32", "mnist")
     }
-    assert {name for name in names if name.endswith((".pt", ".onnx", ".safetensors", ".png", ".pyc"))} == classifiers
+    shipped = {f"cmfast/models/{name}.onnx" for name in cmfast.models()}
+    weights = {name for name in names if name.endswith((".pt", ".onnx", ".safetensors", ".png", ".pyc"))}
+    assert weights == classifiers | shipped
     sizes = {info.filename: info.file_size for info in wheel.infolist()}
     assert all(sizes[name] < 1_000_000 for name in classifiers)
-    assert sum(size for name, size in sizes.items() if name not in classifiers) < 2_000_000
+    assert sum(size for name, size in sizes.items() if name not in weights) < 2_000_000
+    assert sum(info.compress_size for info in wheel.infolist()) < 12_000_000
 
 
 def test_the_wheel_announces_its_commands_and_backends(wheel: zipfile.ZipFile) -> None:

@@ -55,8 +55,8 @@ int main(int count, char** arguments) try {
     }
     std::sort(took_ms.begin(), took_ms.end());
     const auto at = [&](double part) { return took_ms[static_cast<std::size_t>(part * (steps - 1))]; };
-    std::printf("%d steps at %g Hz: p50 %.3f ms, p99 %.3f ms, worst %.3f ms, %d late\n", steps, rate_hz, at(0.5), at(0.99),
-                took_ms.back(), late);
+    std::printf("%d steps at %g Hz: p50 %.4f ms, p99 %.4f ms, worst %.4f ms, %d late\n", steps, rate_hz, at(0.5),
+                at(0.99), took_ms.back(), late);
 } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

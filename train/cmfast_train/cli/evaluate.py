@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cmfast.cli.parameters import FLOATS, INTS
+from cmfast.cli.parameters import FLOATS, INTS, MODEL
 from cmfast.cli.running import needs, run_command
 from cmfast.formats.manifest import check_model
 from cmfast_train.config.presets import PRESETS
@@ -46,7 +46,7 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
 
 @click.command("cmfast-eval", epilog=EPILOG)
-@click.argument("model", metavar="MODEL|SAMPLES", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL|SAMPLES", type=MODEL)
 @click.option("--data-set", type=click.Choice(sorted(PRESETS)), required=True, help="Data to compare with.")
 @click.option(
     "--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder, .zip, .npy or .npz of the data."

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Make a model that comes with cmfast from a finished run: the file, its record, its picture.
+
+    cmfast-train digits --out runs/digits
+    python benchmarks/shipped.py digits runs/digits
+
+writes cmfast/models/digits.onnx (float16 weights), benchmarks/results/shipped_digits.json and docs/shipped_digits.png.
+The record holds the Fréchet distance at each number of steps; how often a classifier by nearest training images finds
+the class that was requested; how near samples are to training images, because a model may copy; size, parity and time.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+import cmfast
+from cmfast.bench.timing import provenance
+from cmfast.cli.running import run_command
+from cmfast.errors import CmfastError
+from cmfast.files import write_text
+from cmfast.formats.shipped import FOLDER
+from cmfast_export.pipeline import export_onnx
+from cmfast_train.config.presets import PRESETS
+from cmfast_train.data.images import Images, load_data
+from cmfast_train.evaluation.config import EvalConfig
+from cmfast_train.evaluation.evaluate import training_of
+from cmfast_train.evaluation.run import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_BYTES = 3_000_000  # of a file: the wheel stays small
+NEIGHBOURS = 3  # training images that vote on the class of a sample
+REFERENCE = 20_000  # training images that are compared with
+SAMPLES = 2_000  # that are classified
+PICTURE = 64  # samples in the picture
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@click.command("shipped.py")
+@click.argument("name", type=click.Choice([name for name in PRESETS if name in ("digits", "mnist", "fashion-mnist")]))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder of the data.")
+def command(name: str, run: Path, data: Path | None) -> None:
+    """Export RUN/model.pt as the shipped model NAME, and record what it is worth."""
+    training = training_of(run, name)
+    images = load_data(PRESETS[name], data)
+    if not isinstance(images, Images):
+        raise CmfastError(f"{name}: its images are not in memory")
+    file = FOLDER / f"{name}.onnx"
+    file.parent.mkdir(exist_ok=True)
+    exported = export_onnx(run / "model.pt", file, weights="fp16")
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise CmfastError(
+            f"{file}: {size:,} bytes, and a shipped model has at most {MOST_BYTES:,}; train a smaller one"
+        )
+    steps = tuple(sorted(exported.manifest.spec.sigmas))
+    found = evaluate(EvalConfig(model=file, data_set=name, data=data, steps=steps))
+    model = cmfast.load(file, threads=1)
+    record = {
+        "what": "shipped model",
+        **provenance(),
+        "name": name,
+        "bytes": size,
+        "parity": dict(exported.manifest.parity),
+        "features": found["features"],
+        "rows": [row | _classes(model, images, row["steps"]) for row in found["rows"]],
+        "halves": found["halves"],
+        "label_agreement_of_data": _agreement_of_data(images),
+        "nearest": _nearest(model, images),
+        "ms_per_image_and_step": _time(model),
+        "training": training,
+    }
+    out = ROOT / "benchmarks" / "results" / f"shipped_{name}.json"
+    write_text(out, json.dumps(record, indent=1) + "\n")
+    labels = [i % model.spec.classes for i in range(PICTURE)]
+    cmfast.save_images(ROOT / "docs" / f"shipped_{name}.png", model.sample(PICTURE, steps=2, label=labels))
+    click.echo(f"{file}: {size:,} bytes; the record is in {out}")
+
+
+def _flat(images: Bytes) -> npt.NDArray[np.float32]:
+    return images.reshape(len(images), -1).astype(np.float32)
+
+
+def _reference(images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return training images [N, pixels] and their classes."""
+    return _flat(images.images[:REFERENCE].numpy()), images.labels[:REFERENCE].numpy()
+
+
+def _classes(model: cmfast.Model, images: Images, steps: int) -> dict[str, float]:
+    """Return how often the nearest training images have the class that a sample was drawn for."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(NEIGHBOURS).fit(*_reference(images))
+    labels = np.arange(SAMPLES) % model.spec.classes
+    samples = model.sample(SAMPLES, steps=steps, seed=1, label=labels.tolist()).transpose(0, 3, 1, 2)
+    return {"label_agreement": float((classifier.predict(_flat(samples)) == labels).mean())}
+
+
+def _agreement_of_data(images: Images) -> float:
+    """Return the same for the data: each training image by the others."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    pixels, labels = _reference(images)
+    some = slice(0, SAMPLES)
+    near = KNeighborsClassifier(NEIGHBOURS).fit(pixels, labels).kneighbors(pixels[some], NEIGHBOURS + 1)[1][:, 1:]
+    voted = [np.bincount(labels[row], minlength=labels.max() + 1).argmax() for row in near]
+    return float((np.array(voted) == labels[some]).mean())
+
+
+def _nearest(model: cmfast.Model, images: Images) -> dict[str, float]:
+    """Return median distances, grey levels a pixel: of ten samples, and of training images, to their nearest."""
+    from sklearn.neighbors import NearestNeighbors
+
+    pixels, _ = _reference(images)
+    index = NearestNeighbors(n_neighbors=2).fit(pixels)
+    samples = model.sample(10, steps=2, seed=2).transpose(0, 3, 1, 2)
+    unit = np.sqrt(pixels.shape[1])
+    of_samples = index.kneighbors(_flat(samples), 1)[0][:, 0] / unit
+    of_data = index.kneighbors(pixels[:SAMPLES], 2)[0][:, 1] / unit
+    return {
+        "samples_median": float(np.median(of_samples)),
+        "samples_least": float(of_samples.min()),
+        "data_median": float(np.median(of_data)),
+    }
+
+
+def _time(model: cmfast.Model) -> float:
+    """Return the median time of one image in one step, by one thread, ms."""
+    times = []
+    for seed in range(60):
+        begun = time.perf_counter()
+        model.sample(1, steps=1, seed=seed)
+        times.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(times[10:])
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
