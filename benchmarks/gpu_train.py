@@ -71,7 +71,7 @@ class Recipe:
 # * lr_decay=0.5: so every run of methods_digits.json ends. The average of some 1,000 steps then has little noise left
 #   to remove, and it forgets the beginning even of a phase of 3,000.
 # * ect.stages=1,6: as in methods_digits.json, where ect after edm came to 0.31 in one step and halves of the data are
-#   0.31 apart. Stage 0 pairs nearly every level with the image, which edm has taught; the gap of stage 6, 1/128, has as
+#   0.31 apart. Stage 0 pairs nearly every level with the image, which edm learned; the gap of stage 6, 1/128, has as
 #   many levels between 80 and 0.002 as iCT ends with, 1,280.
 # * batch=256: a fifth more images a second than with 128, and the gradients of ect are noisy.
 # * lr: ECT's 1e-4 is for 200,000 steps; a tenth of the weights took 5e-4 on the digits. edm had 5e-4 and ect 3e-4 with

@@ -205,7 +205,7 @@ def some_values(
 ) -> dict[str, npt.NDArray[Any]]:
     """Return values of the conditions for n samples, by the seed: classes uniform, tensors unit Gaussian.
 
-    What a model is timed and checked with, where nobody gives any. A label is the one that `sample` draws.
+    What a model is timed and checked with, where none are given. A label is the one that `sample` draws.
 
     Args:
         size: of the dynamic axes

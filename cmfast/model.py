@@ -285,10 +285,10 @@ class Model:
         """
         if self.manifest.kind != "denoiser":
             (built,) = self.spec.sigmas.values()
-            asked = as_sigmas(sigmas) if sigmas is not None else built
+            wanted = as_sigmas(sigmas) if sigmas is not None else built
             if steps is not None:
                 steps = whole_number("number of steps", steps, 1)
-            if asked != tuple(built) or steps not in (None, len(built)):
+            if wanted != tuple(built) or steps not in (None, len(built)):
                 raise CmfastError(
                     f"this file is a sampler of {len(built)} step(s), at {', '.join(f'{s:g}' for s in built)}, "
                     "and runs no others; a denoiser runs any: cmfast-export model.pt --kind denoiser"

@@ -18,8 +18,8 @@ HEAD = """\
 <!-- Written by docs/make_cli.py from --help: change the command, then run the script again. -->
 # Commands
 
-A command exits with 0 on success, 1 when a check fails, and 2 when it cannot do what you asked. An error is one line on
-stderr: what it got, what it needs, what to type.
+A command exits with 0 on success, 1 when a check fails, and 2 when the request cannot be fulfilled. An error is one
+line on stderr: what it got, what it needs, what to type.
 """
 # The entry point itself, called as the installed script calls it, so that a checkout that is not installed works too.
 CALL = "import sys; from {module} import {name} as run; sys.argv = ['{command}', '--help']; run()"

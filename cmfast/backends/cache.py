@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A folder of built engines and compiled kernels, kept between processes: native code, so nobody else may write to it.
+"""A folder of built engines and compiled kernels, kept between processes: native code, writable by its owner only.
 
 What is read from here runs without another check. So the folder and every entry must belong to this user (or to root),
 and neither the group nor others may write to them. `cmfast.files` writes the entries.

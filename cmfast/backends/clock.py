@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The clock of a backend on a GPU; it runs only while someone asks for the times."""
+"""The clock of a backend on a GPU; it runs only while the times are requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Clock:
     """Where calls leave what they cost. `timed` is the method of `cmfast.backends.TimedBackend`."""
 
     def __init__(self) -> None:
-        self.times: list[DeviceTimes] | None = None  # None: nobody asks, and no clock needs to run
+        self.times: list[DeviceTimes] | None = None  # None: not requested, so no clock runs
 
     @contextmanager
     def timed(self) -> Iterator[list[DeviceTimes]]:

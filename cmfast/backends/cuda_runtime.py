@@ -211,7 +211,7 @@ class Buffer:
 def _freed_with(owner: object, function: Callable[[Any], Any], handle: Any) -> Callable[[], object]:
     """Free CUDA's side of an object when it goes; not when the process ends, which does it anyway.
 
-    An error of it, of work long past, has nobody to go to.
+    An error of it, of earlier work, has no caller to go to.
     """
     finalizer = weakref.finalize(owner, function, handle)
     finalizer.atexit = False

@@ -236,9 +236,9 @@ def _check_gpu(ort: Any, path: Path, variant: str, dtype: str) -> cuda.Stream:
     for name in PROVIDERS[variant]:
         if not has_provider(ort, name):
             what = "TensorRT" if name == TENSORRT else "CUDA"
-            asked = "variant tensorrt" if name == TENSORRT else "device cuda"
+            wanted = "variant tensorrt" if name == TENSORRT else "device cuda"
             raise BackendError(
-                f"{asked} was requested, but the installed onnxruntime {ort.__version__} is a build without {what}; "
+                f"{wanted} was requested, but the installed onnxruntime {ort.__version__} is a build without {what}; "
                 "replace it: pip uninstall onnxruntime && pip install 'cmfast[gpu]'"
             )
     gpu = cuda.open_gpu()

@@ -26,7 +26,7 @@ Examples:
   cmfast-info model.onnx --json | jq .parity
   cmfast-info model.onnx --selftest               does this machine compute the same?
   cmfast-info model.engine                        TensorRT's, without TensorRT and without a GPU
-  cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and what says so
+  cmfast-info cd_imagenet64_l2.pt                 a foreign file: what it is, and how that is known
   cmfast-info model000100.pt --source openai      what you still have to specify
 """
 
@@ -38,7 +38,7 @@ Examples:
 @SOURCE
 @SET
 def command(model: Path, as_json: bool, tested: bool, source: str, assignments: tuple[str, ...]) -> None:
-    """Say what MODEL is: kind, images, noise levels, conventions, versions, agreement with PyTorch.
+    """Describe MODEL: kind, images, noise levels, conventions, versions, agreement with PyTorch.
 
     MODEL is an exported file, a checkpoint, a foreign file of weights or a diffusers folder.
     """
@@ -48,7 +48,7 @@ def command(model: Path, as_json: bool, tested: bool, source: str, assignments: 
         return
     if known := format_of(file):
         if source or assignments:
-            raise CmfastError(f"{file}: an exported file says everything itself; leave --source and --set out")
+            raise CmfastError(f"{file}: an exported file already holds these facts; remove --source and --set")
         manifest, versions = read_onnx(file) if known is ONNX else (read_manifest(file), {})
         verified = as_verified(file, manifest) if known is ONNX else True
         if as_json and verified is False:

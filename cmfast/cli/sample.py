@@ -38,7 +38,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="NAME.png: a grid; NAME.npz, NAME.npy: arrays; else a folder of PNGs.  [default: samples.png or samples.npz]",
 )
-@click.option("-n", "--number", type=int, default=16, show_default=True, help="Samples.")
+@click.option("-n", "--number", type=int, default=16, show_default=True, help="Number of samples.")
 @click.option("--steps", type=int, help="Network calls per sample, with the model's own noise levels.")
 @click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
 @click.option(
@@ -65,8 +65,8 @@ Examples:
 @click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
-@click.option("--variant", default="", metavar="NAME", help="A way to run it: openvino, cuda_graph, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of a checkpoint, or by OpenVINO.")
+@click.option("--variant", default="", metavar="NAME", help="How to run it: openvino, cuda_graph, compiled, ...")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of a checkpoint, or by OpenVINO.")
 @click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
 @click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
 def command(

@@ -74,8 +74,8 @@ def atomic_folder(path: StrPath, within: StrPath | None = None) -> Iterator[Path
     """Give a temporary folder beside `path`; when the block ends well, rename it to `path`, new or empty until then.
 
     Args:
-        within: another place for the temporary folder, on the file system of `path`: where somebody watches what is
-            beside
+        within: another place for the temporary folder, on the file system of `path`: where another program watches the
+            folder around `path`.
 
     Raises:
         CmfastError: `path` cannot be a new folder (`check_target_folder`), or there is no space for it.
@@ -191,7 +191,7 @@ def write_text(path: StrPath, text: str) -> None:
 
 
 def remove_leftovers(folder: StrPath) -> None:
-    """Delete what killed processes left in this folder: temporary files and folders of ours that nobody has locked."""
+    """Delete what killed processes left in this folder: temporary our files and folders that are not locked."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
             if _OWN_TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
@@ -255,7 +255,7 @@ def _no_space_in_one_line(target: Path) -> Iterator[None]:
 def _for_user(err: Exception, target: Path, temporary: Path) -> Exception:
     """Return what to raise for an error while writing: one line if the disk is its reason, else the error itself.
 
-    Libraries hide it: torch.save raises RuntimeError, safetensors an error of its own. So the disk is asked again.
+    Libraries hide it: torch.save raises RuntimeError, safetensors an error of its own. So the disk is checked again.
     """
     if isinstance(err, CmfastError):
         return err
@@ -276,7 +276,7 @@ def _for_user(err: Exception, target: Path, temporary: Path) -> Exception:
 def _write_more(temporary: Path) -> None:
     """Append to the file, or to the largest file of the folder, so that a full disk shows itself.
 
-    Only to what stands there alone: a link, symbolic or hard, is also somebody's file elsewhere.
+    Only to what stands there alone: a link, symbolic or hard, is also a file elsewhere.
     """
     if temporary.is_dir():
         files = [entry for entry in temporary.rglob("*") if _stands_alone(entry)]

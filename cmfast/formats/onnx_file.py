@@ -109,7 +109,7 @@ class OnnxFile:
         options.add_external_initializers_from_files_in_memory(names, data, [len(each) for each in data])
 
     def _state(self) -> list[tuple[int, int, int]]:
-        """Return what changes when somebody writes to the files in place."""
+        """Return what changes when the files are written to in place."""
         found = [os.fstat(handle.fileno()) for handle in self._handles]
         return [(each.st_size, each.st_mtime_ns, each.st_ino) for each in found]
 

@@ -82,7 +82,7 @@ class IrFile:
 
     @property
     def changed(self) -> bool:
-        """Whether somebody has written to the files since they were opened."""
+        """Whether the files were written to since they were opened."""
         return self._state() != self._before
 
     def close(self) -> None:

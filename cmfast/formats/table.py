@@ -26,7 +26,7 @@ class Format:
     Attributes:
         name: as `cmfast-export --format` calls it.
         suffixes: of its files, the usual one first.
-        device: where a file runs unless another device is asked for.
+        device: where a file runs unless another device is requested.
         read: returns the manifest of a file, or raises ArtifactError.
     """
 

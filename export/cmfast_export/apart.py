@@ -112,7 +112,7 @@ def encoders_apart(
     Args:
         whole: a copy to evaluate.
         paths: by the names of their conditions.
-        request: what the other graph shall be.
+        request: of the other graph.
         manifest: of the whole model.
     """
     with ExitStack() as stack:

@@ -200,7 +200,7 @@ def _export(
     Args:
         model: as in `export_onnx`.
         target: the .onnx file.
-        request: what it shall be; its encoders play no part.
+        request: of the graph; its encoders play no part.
         whole: the manifest of a model whose encoders are in other files, with their digests.
         given: values of the conditions to compare with; None: random ones.
     """

@@ -32,7 +32,7 @@ from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 
-TOLERANCE = ROUNDING["float16"]  # data units, unless another is asked for
+TOLERANCE = ROUNDING["float16"]  # data units, unless another is requested
 BY_RATE = ("fp16", "bf16", "tf32", "fp32")
 ON_CPU = ("fp32", "fp16")  # what ONNX Runtime runs on a CPU
 SECONDS = 1.0  # of timing, each
@@ -73,7 +73,7 @@ def export_fastest(model: Source, out: str | os.PathLike[str], graph: GraphReque
     Args:
         model: as in `export_onnx`.
         out: the .onnx file.
-        graph: what the graph shall be; its precision plays no part.
+        graph: of the graph; its precision plays no part.
         timed: whether the graph's device is what the file is for; if not, the first of BY_RATE that passes is taken.
     """
     target, device, tolerance = check_target(out), graph.device, graph.tolerance

@@ -93,7 +93,7 @@ def _ort_cuda(exported: Exported, checkpoint: Path, given: str) -> None:
 
 
 def parity(exported: Exported, path: Path) -> None:
-    """Print the table of differences from PyTorch; `path` is what the user asked for."""
+    """Print the table of differences from PyTorch; `path` is the requested file."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The request of an export: checked once, then passed on as it is.
 
-`GraphRequest` is what a graph shall be; the library's functions take it too. `Request` is a whole command, made by
+`GraphRequest` is a request for a graph; the library's functions take it too. `Request` is a whole command, made by
 `make_request` from what was typed: which model, which target (`cmfast_export.targets.table`), which options.
 Nothing here imports torch.
 """
@@ -39,7 +39,7 @@ from cmfast_export.targets.table import Target, at, find_target
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRequest:
-    """What a graph shall be.
+    """A request for a graph.
 
     Attributes:
         kind: denoiser; sampler: the whole loop; server: a sampler whose inputs have the batch first.
@@ -140,7 +140,7 @@ class Request:
         engines: further engines, for other cards.
         out: what is written.
         target: the row of the table.
-        graph: what the graph shall be; None: the model is exported already, or the target has no graph.
+        graph: of the graph; None: the model is exported already, or the target has no graph.
         tolerance: as in `GraphRequest`; an engine has one against its ONNX file too.
         options: of the target, an instance of `target.options`.
         cache: folder of engines built before.

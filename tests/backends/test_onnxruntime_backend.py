@@ -410,7 +410,7 @@ def test_released_memory_is_freed_and_made_again(bench: Callable[..., Bench], tm
     assert both.graph_ids() == ["3"], "a released graph would write where its buffers were"
 
 
-def test_without_captures_no_graph_is_asked_for(bench: Callable[..., Bench], tmp_path: Path) -> None:
+def test_without_captures_no_graph_is_requested(bench: Callable[..., Bench], tmp_path: Path) -> None:
     both = bench(denoiser(tmp_path / "model.onnx"), captures=False)
     both.device.run(inputs_of_denoiser(2))
     (bound,) = both.device._ready.values()

@@ -653,7 +653,7 @@ def test_a_draw_short_of_memory_is_an_error_that_says_so(
     )
 
 
-def test_a_backend_that_draws_something_else_than_it_was_asked_for_is_named(tiny_checkpoint: Factory) -> None:
+def test_a_backend_that_draws_something_else_than_was_requested_is_named(tiny_checkpoint: Factory) -> None:
     backend = drawing_backend(tiny_checkpoint(0))
     backend.draw = lambda *_, **__: iter([Drawn(np.zeros((2, 1, 8, 8), np.float32), True)])
     with pytest.raises(BackendError, match=r"promises uint8 \[2, 8, 8, 1\]; export the model again"):

@@ -367,7 +367,7 @@ def test_that_there_is_no_roofline_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert said[1:] == ["no roofline in float16: not measured: no CUDA here"]
 
 
-def test_on_a_cpu_nobody_is_asked_for_times_of_a_gpu(
+def test_on_a_cpu_nobody_is_requested_times_of_a_gpu(
     gpu: Callable[..., list[Any]], call: Callable[..., Any], tmp_path: Path
 ) -> None:
     gpu({"model.onnx": FakeGpu(manifest())})

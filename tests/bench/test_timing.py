@@ -57,7 +57,7 @@ def test_contenders_take_turns_in_bursts_and_each_round_begins_one_further_on() 
 
 
 @pytest.mark.parametrize(("calls", "counted"), [(1, 3), (3, 3), (4, 6), (7, 9)])
-def test_there_are_as_many_calls_as_asked_for_in_whole_bursts(calls: int, counted: int) -> None:
+def test_there_are_as_many_calls_as_requested_in_whole_bursts(calls: int, counted: int) -> None:
     log: list[str] = []
     times = timing.interleave({"slow": sleeper(0.02, log, "slow")}, seconds=0, calls=calls, warmup_s=0)
     assert len(times["slow"]) == counted  # a burst is three calls of 20 ms
@@ -112,7 +112,7 @@ def test_the_first_call_after_another_contender_is_not_counted() -> None:
     assert max(times["a"] + times["b"]) < 200
 
 
-def test_warming_up_takes_the_time_that_was_asked_for() -> None:
+def test_warming_up_takes_the_time_that_was_requested() -> None:
     log: list[str] = []
     start = time.perf_counter()
     timing.interleave({"a": sleeper(0.02, log, "a")}, seconds=0, calls=1, warmup_s=0.2)

@@ -495,7 +495,7 @@ def test_a_file_in_half_precision_is_compared_with_pytorch_in_both(call: Callabl
     assert f"{rows['half.onnx']['times_as_fast_same_precision']:.2f}x" in result.stdout
 
 
-def test_the_precisions_of_the_baseline_are_those_that_are_asked_for(
+def test_the_precisions_of_the_baseline_are_those_that_are_requested(
     tiny_checkpoint: Factory, handmade_onnx: Factory, call: Callable[..., Any], tmp_path: Path
 ) -> None:
     half = scaled(handmade_onnx(8), tmp_path / "half.onnx", 0.01, "float16")
@@ -507,7 +507,7 @@ def test_the_precisions_of_the_baseline_are_those_that_are_asked_for(
     assert names(call(main, half, *options, "--precision", "bf16,fp16")) == [*EAGER, *brain, *HALF, "half.onnx"]
 
 
-def test_what_nobody_asked_for_by_name_is_left_out_and_that_is_said(
+def test_what_nobody_requested_by_name_is_left_out_and_that_is_said(
     handmade_onnx: Factory, call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path
 ) -> None:
     checkpoint, model = tmp_path / "model.pt", tmp_path / "model.onnx"
@@ -528,7 +528,7 @@ def test_what_nobody_asked_for_by_name_is_left_out_and_that_is_said(
 
 # Condition for removal: importing torch's compiler does not use what torch itself calls deprecated (torch 2.12 does).
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
+def test_the_variants_of_the_baseline_are_those_that_are_requested(
     tiny_checkpoint: Factory, call: Callable[..., Any]
 ) -> None:
     options = ("--baseline", tiny_checkpoint(0), "--steps", 1, "--batch", 1, "--dry-run")
@@ -539,7 +539,7 @@ def test_the_variants_of_the_baseline_are_those_that_are_asked_for(
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
-def test_openvino_is_a_contender_in_each_precision_that_is_asked_for(
+def test_openvino_is_a_contender_in_each_precision_that_is_requested(
     handmade_onnx: Factory, tiny_checkpoint: Factory, call: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tmp_path / "model.onnx"
@@ -742,7 +742,7 @@ def test_a_dry_run_finds_what_is_wrong_too(
 
 # Condition for removal: importing torch's compiler does not use what torch itself calls deprecated (torch 2.12 does).
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_the_baseline_is_run_in_each_way_that_was_asked_for(tiny_checkpoint: Factory, call: Callable[..., Any]) -> None:
+def test_the_baseline_is_run_in_each_way_that_was_requested(tiny_checkpoint: Factory, call: Callable[..., Any]) -> None:
     options = ("--baseline", tiny_checkpoint(0), "--steps", 1, "--batch", 1, "--dry-run")
     names = "1 step(s), batch 1: PyTorch cpu, PyTorch cpu channels_last"
     assert call(main, *options).stdout.splitlines()[0] == names

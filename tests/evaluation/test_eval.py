@@ -136,7 +136,7 @@ def test_samples_that_are_the_data_are_at_no_distance(call: Call, tmp_path: Path
     assert 0.8 < record["halves"]["precision"] < 1
 
 
-def test_an_exported_denoiser_and_only_the_metrics_that_were_asked_for(
+def test_an_exported_denoiser_and_only_the_metrics_that_were_requested(
     handmade_onnx: Factory, call: Call, tmp_path: Path
 ) -> None:
     options = ["--data-set", "digits", "--metrics", "fd", "-n", 20, "--json", tmp_path / "eval.json"]

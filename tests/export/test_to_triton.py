@@ -218,7 +218,7 @@ def test_the_configuration_of_an_onnx_file_is_this_and_no_more(server_file: Make
     )
 
 
-def test_what_is_asked_for_stands_in_the_configuration(server_file: Make, tmp_path: Path) -> None:
+def test_what_is_requested_stands_in_the_configuration(server_file: Make, tmp_path: Path) -> None:
     model = server_file(classes=0)
     options = ServeOptions(name="a-b", max_batch=6, queue_delay_us=500, instances=3, device="cpu")
     write_repository(tmp_path / "repo", [model], options)

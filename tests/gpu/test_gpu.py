@@ -128,7 +128,7 @@ def test_onnx_runtime_on_cuda_computes_what_it_computes_on_the_cpu(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("onnx_cuda")
-def test_onnx_runtime_gets_the_device_that_was_asked_for_without_tensorfloat(handmade_onnx: Factory) -> None:
+def test_onnx_runtime_gets_the_device_that_was_requested_without_tensorfloat(handmade_onnx: Factory) -> None:
     backend = open_backend(handmade_onnx(8), "cuda")
     assert isinstance(backend, OnnxRuntimeBackend)
     assert backend.name == "ONNX Runtime cuda"
@@ -271,7 +271,7 @@ def test_backends_with_and_without_tensorfloat_do_not_disturb_each_other(tiny_ch
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("captures", [False, True])
-def test_tensorfloat_is_used_where_it_was_asked_for_and_nowhere_else(captures: bool) -> None:
+def test_tensorfloat_is_used_where_was_requested_and_nowhere_else(captures: bool) -> None:
     need("tf32")
     x = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
     exact = x.astype(np.float64) @ x

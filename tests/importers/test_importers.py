@@ -188,8 +188,8 @@ def test_weights_that_share_their_memory_are_written_apart(suffix: str, tmp_path
 
 
 def test_a_cmfast_checkpoint_needs_nothing_said(tiny_checkpoint: Make, call: Make, refused: Make) -> None:
-    refused(call(export.main, tiny_checkpoint(), "--set", "scaling=edm"), "says everything itself")
-    refused(call(info.main, tiny_checkpoint(), "--source", "openai"), "says everything itself")
+    refused(call(export.main, tiny_checkpoint(), "--set", "scaling=edm"), "already holds these facts")
+    refused(call(info.main, tiny_checkpoint(), "--source", "openai"), "already holds these facts")
 
 
 class Marker:

@@ -202,7 +202,7 @@ def test_fastgens_checkpoint_gives_its_average_without_the_loss_estimate(tmp_pat
     assert computes_golden(checkpoint, "ddpmpp")
 
 
-def test_what_a_state_dict_does_not_say_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_what_a_state_dict_does_not_say_is_requested_by_name(tmp_path: Path) -> None:
     file = saved(tmp_path, weights_of("ddpmpp"))
     draft = identify(file)
     assert isinstance(draft, Draft)

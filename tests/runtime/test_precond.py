@@ -85,7 +85,7 @@ def test_the_network_sees_unit_variance(sigma: float, sigma_data: float, sigma_m
 
 
 @given(sigma=st.floats(1e-3, 1e3), sigma_data=st.floats(0.1, 2))
-def test_the_edm_network_is_asked_for_unit_variance(sigma: float, sigma_data: float) -> None:
+def test_the_edm_network_is_requested_unit_variance(sigma: float, sigma_data: float) -> None:
     c_skip, c_out, _ = edm_scalings(sigma, sigma_data)
     # EDM, eq. 119: the effective target (x0 - c_skip x) / c_out has variance 1.
     assert ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) / c_out**2 == pytest.approx(1, rel=1e-9)

@@ -77,7 +77,7 @@ def test_a_log_is_not_flooded(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("chatty")
-def test_nothing_is_shown_where_nothing_was_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_shown_where_nothing_was_requested(capfd: pytest.CaptureFixture[str]) -> None:
     with progress_bar("drawing", 10, "images", show=False) as advance:
         time.sleep(0.01)
         advance(10, "done")

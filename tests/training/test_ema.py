@@ -210,7 +210,7 @@ def test_a_state_that_was_saved_goes_on_to_the_bit() -> None:
     assert held is again["0.5"]["a"]  # in place: others hold these tensors
 
 
-def test_an_average_that_is_asked_for_twice_is_refused() -> None:
+def test_an_average_that_is_requested_twice_is_refused() -> None:
     with pytest.raises(CmfastError, match="every average must be different"):
         Averages({"w": torch.zeros(2)}, (0.5, 0.5))
 

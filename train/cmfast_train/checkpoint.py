@@ -142,7 +142,7 @@ def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None
     """Read a cmfast checkpoint, .pt or .safetensors. Nothing in it is executed.
 
     Args:
-        opened: the content where somebody has opened and checked it already; `path` is its name then
+        opened: the content where it was opened and checked already; `path` is its name then
     """
     with naming(Path(path)):
         file = check_file(path)

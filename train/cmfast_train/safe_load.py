@@ -51,7 +51,7 @@ def read_tensors(file: Path, opened: BinaryIO | None = None) -> dict[str, Any]:
     A cmfast checkpoint gives {"format", "spec", "network", "source", "weights"}, any other what its author put there.
 
     Args:
-        opened: the content where somebody has opened and checked it already; `file` is its name then
+        opened: the content where it was opened and checked already; `file` is its name then
     """
     if file.suffix == ".safetensors":
         with naming(file):

@@ -2,7 +2,7 @@
 """Import torchvision beside a CPU build of torch.
 
 Only CUDA builds of torchvision are published on the default index. Beside a CPU torch its native library cannot
-load, and the import fails on operators that nobody here calls ("operator torchvision::nms does not exist").
+load, and the import fails on operators that cmfast does not call ("operator torchvision::nms does not exist").
 Declaring their names first makes datasets and transforms work. Remove this when `import torchvision` works there.
 """
 

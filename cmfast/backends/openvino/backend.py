@@ -42,7 +42,7 @@ class OpenVinoBackend:
     A batch size that is used for the first time is compiled for, which takes about a second; four are kept, and more
     than that run by a graph for any size until one comes several times in a row (`compiled`). Dynamic sizes of
     conditions stay dynamic. With $CMFAST_CACHE set, compiled graphs are kept in that folder, by content: it is safe to
-    delete, and nobody else may write to it.
+    delete, and no other user may write to it.
 
     One thread at a time. Attributes are those of the protocol; `manifest.dtype` is what is computed in.
     """

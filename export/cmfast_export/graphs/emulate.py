@@ -56,7 +56,7 @@ def emulated(model: ir.Model, dtype: str) -> ir.Model:
     if dtype == "tf32":
         _round_operands(model.graph)
     else:
-        # A value whose type is not known would not be rounded, and nobody would notice.
+        # A value whose type is not known would not be rounded, unnoticed.
         passes.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
         assert all(output.dtype is not None for node in model.graph for output in node.outputs)
         _round_results(model.graph)

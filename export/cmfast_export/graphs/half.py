@@ -38,7 +38,7 @@ FLOAT32 = frozenset((
     "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sin", "Sinh",
     "Softplus", "Sqrt", "Tan",
 ))  # fmt: skip
-# These compute nothing, so nobody asks what they compute in.
+# These compute nothing, so their type does not matter.
 MOVES = frozenset((
     "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Shape", "Slice", "Split", "Squeeze",
     "Transpose", "Unsqueeze",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.export of a denoiser, sizes dynamic where they shall be; what stands in the way is one line with its place.
+"""torch.export of a denoiser, sizes dynamic where requested; an obstacle is one line with its place.
 
 `denoiser` turns what is traced here into an ONNX graph.
 """

@@ -16,7 +16,7 @@ from cmfast.formats.manifest import may_use_tf32
 from cmfast_export._options import check_range, shorten
 from cmfast_export.targets.triton_files import Served
 
-MAX_BATCH = 8  # of a file whose batch is dynamic, unless asked otherwise
+MAX_BATCH = 8  # of a file whose batch is dynamic, unless requested otherwise
 MOST_BATCH = 4096  # images; on a GPU each size up to the largest is run once before the first request
 MOST_DELAY_US = 60_000_000  # a minute
 MOST_INSTANCES = 1000
@@ -120,7 +120,7 @@ def config_text(name: str, served: Served, max_batch: int, options: ServeOptions
 
 
 def largest_batch(served: Served, options: ServeOptions) -> int:
-    """Return the largest batch, in images, after checking what was asked against what the files can do."""
+    """Return the largest batch, in images, after checking the request against what the files can do."""
     if served.backend == "tensorrt" and options.device != "gpu":
         raise CmfastError(
             f"a TensorRT plan runs on a GPU, not on {options.device}; leave the device out, or serve a .onnx file"
@@ -163,7 +163,7 @@ def _optimization(served: Served, inputs: Sequence[Tensor], sizes: Sequence[int]
     if served.backend == "tensorrt":
         if any(DYNAMIC in tensor.dims for tensor in inputs):
             return []  # a CUDA graph is of one size
-        # Exact sizes. A graph_lower_bound would run one graph for smaller batches too, with labels that nobody set.
+        # Exact sizes. A graph_lower_bound would run one graph for smaller batches too, with labels that were never set.
         shapes = " ".join(f'input {{ key: "{t.name}" value {{ dim: {t.example} }} }}' for t in inputs)
         specs = _list("graph_spec", (f"batch_size: {0 if served.batch else size} {shapes}" for size in sizes))
         return [f"optimization {{ cuda {{ graphs: true {specs} }} }}"]

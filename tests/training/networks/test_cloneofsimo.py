@@ -328,7 +328,7 @@ def test_the_grid_is_that_of_the_originals_last_epoch() -> None:
         ("ct_cifar10.pth", 1, "", {}, "image_size, scaling, c_noise", "--source cloneofsimo --set image_size=32"),
     ],
 )  # fmt: skip
-def test_what_the_file_does_not_say_is_asked_for(
+def test_what_the_file_does_not_say_is_requested(
     name: str, channels: int, source: str, given: dict[str, Any], missing: str, say: str, write: Write
 ) -> None:
     path = write(name, channels)

@@ -41,7 +41,7 @@ class OnCuda:
     once, for the result. cuDNN chooses its convolutions by trying them (`torch.backends.cudnn.benchmark`).
 
     Args:
-        captures: record each computation as one CUDA graph when it is first asked for, and replay that
+        captures: record each computation as one CUDA graph when it is first needed, and replay that
         tf32: multiply float32 as TensorFloat-32
     """
 
@@ -193,7 +193,7 @@ class _Buffers:
 
 @dataclass
 class _Call:
-    """A computation that was handed over. One that nobody waits for keeps its buffers from others."""
+    """A computation that was handed over. One that is not waited for keeps its buffers from others."""
 
     buffers: _Buffers
     free: list[_Buffers]  # where they go afterwards

@@ -45,7 +45,7 @@ def find_images(root: Path, classes: Mapping[str, int] | None = None, *, labelle
     Args:
         root: The folder.
         classes: The class of each folder that is read; default: every folder is one.
-        labelled: Whether classes are needed; without, nothing is asked of dataset.json and of empty folders.
+        labelled: Whether classes are needed; without, nothing is required of dataset.json and of empty folders.
 
     Raises:
         CmfastError: There are no images, a class has none, or dataset.json does not fit; one line with the place.

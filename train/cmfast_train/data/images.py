@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Images to train on: uint8 [N, C, H, W] with labels, from the data sets that are known by name, or files of one's own.
 
-Nothing is downloaded unless it is asked for. What is in a folder or .zip is found by `image_folders`, in a .npy or .npz
+Nothing is downloaded unless requested. What is in a folder or .zip is found by `image_folders`, in a .npy or .npz
 by `image_arrays`; `image_reader` reads the files. In what order they are trained on: `data.batches`.
 """
 
@@ -87,7 +87,7 @@ class FolderImages(Dataset[Batch | str]):
     Args:
         size: the side of the images, or (height, width)
         classes: the class of each folder that is read; default: every folder is one
-        labelled: whether classes are needed; without, nothing is asked of dataset.json and of empty folders
+        labelled: whether classes are needed; without, nothing is required of dataset.json and of empty folders
     """
 
     names, in_memory = LABELLED, False

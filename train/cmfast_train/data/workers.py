@@ -37,8 +37,8 @@ def _from_workers(
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         # What DataLoader asks the system for. It fails here first: its own half-made iterator prints a traceback.
-        asked = [torch.multiprocessing.Event(), *(torch.multiprocessing.Queue() for _ in range(workers + 1))]
-        del asked
+        probes = [torch.multiprocessing.Event(), *(torch.multiprocessing.Queue() for _ in range(workers + 1))]
+        del probes
         collate: Callable[[Any], Any] = _Storing(folder)  # of a whole batch: the data set has `__getitems__`
         loader = DataLoader(
             data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What cmfast-eval is asked for. No torch: what contradicts itself is said at once."""
+"""The request of cmfast-eval. No torch: contradictions are found at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cmfast.files import check_outputs, check_target
 
 METRICS = ("fd", "kid", "pr", "is")  # computed in `metrics`
 MOST_CALLS = 100  # levels of a search: each narrows the interval to 0.618 of it, and after 75 float64 has no more
-MOST = 10_000  # samples, unless more are asked for
+MOST = 10_000  # samples, unless more are requested
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,23 +68,23 @@ def search_level(distance: Callable[[float], float], spec: ModelSpec, low: float
     return list(found.items())
 
 
-def bounds(spec: ModelSpec, asked: tuple[float, ...] | None) -> tuple[float, float]:
+def bounds(spec: ModelSpec, wanted: tuple[float, ...] | None) -> tuple[float, float]:
     """Return the two noise levels to search between, checked.
 
     By default from a tenth to twenty times sigma_data, inside 10 sigma_min and sigma_max / 4: far below sigma_data
     noise hides nothing, far above it everything, and on either side the distance hardly depends on the level.
     """
-    if asked is None:
-        asked = (
+    if wanted is None:
+        wanted = (
             max(spec.sigma_data / 10, 10 * spec.sigma_min),
             min(20 * spec.sigma_data, spec.sigma_max / 4),
         )
-    if len(asked) != 2 or not spec.sigma_min < asked[0] < asked[1] < spec.sigma_max:
+    if len(wanted) != 2 or not spec.sigma_min < wanted[0] < wanted[1] < spec.sigma_max:
         raise CmfastError(
             f"--search-bounds are two noise levels, rising, between sigma_min and sigma_max of the model "
-            f"({spec.sigma_min:g} and {spec.sigma_max:g}), got {', '.join(f'{s:g}' for s in asked)}"
+            f"({spec.sigma_min:g} and {spec.sigma_max:g}), got {', '.join(f'{s:g}' for s in wanted)}"
         )
-    return asked[0], asked[1]
+    return wanted[0], wanted[1]
 
 
 def own_checkpoint(path: Path) -> Checkpoint:
@@ -127,7 +127,7 @@ def exported_with_others(path: Path, sha256: str, sigmas: tuple[float, float]) -
             try:
                 manifest = read_manifest(file)
             except ArtifactError:
-                continue  # somebody else's
+                continue  # not ours
             if manifest.source.get("sha256") == sha256 and manifest.spec.sigmas.get(2) not in (None, sigmas):
                 found.append(file)
     return found

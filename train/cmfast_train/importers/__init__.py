@@ -91,7 +91,7 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
     if is_own(content):
         if system not in ("", "cmfast") or facts.given != Given():
             raise CmfastError(
-                f"{file}: a cmfast checkpoint, which says everything itself; leave --source and --set out"
+                f"{file}: a cmfast checkpoint, which already holds these facts; remove --source and --set"
             )
         return checkpoint_of(content, file)
     name, weights = one_set(content, facts, file)

@@ -87,7 +87,7 @@ _SCHEDULER_CHOICES: dict[str, tuple[Any, ...]] = {"s_noise": (1,), "rho": (7,), 
 
 
 def draft(folder: Path, facts: Facts) -> Draft:
-    """Read the JSON files and the names and shapes of the weights; the weights themselves when they are asked for."""
+    """Read the JSON files and the names and shapes of the weights; the weights themselves on request."""
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
         return consistency_decoder.draft(folder, facts, read_config(folder / "config.json", consistency_decoder.CLASS))
     if not (folder / INDEX).is_file():

@@ -212,7 +212,7 @@ def match_names(described: Described, config: AdmConfig, folder: Path, unnormed:
         raise ArtifactError(
             f'{unet / "config.json"}: resnet_time_scale_shift is "scale_shift" without attn_norm_num_groups, and the '
             f"weights lack {MID_NORM}: a known broken conversion; convert the original again with attn_norm_num_groups "
-            "32, or fetch the folder again, which was mended on the hub"
+            "32, or fetch the folder again, which was fixed on the hub"
         )
     return matched(described, need, unet)
 

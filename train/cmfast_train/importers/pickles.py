@@ -62,7 +62,7 @@ def read_torch(file: Path, opened: BinaryIO | None = None) -> Any:
     The tensors share the memory of the mapped file where it is not compressed.
 
     Args:
-        opened: the content where somebody has opened it already; `file` is its name then
+        opened: the content where it was opened already; `file` is its name then
     """
     with contextlib.ExitStack() as stack, _refusing(file, "PyTorch file"):
         stream = stack.enter_context(open(file, "rb")) if opened is None else opened

@@ -28,7 +28,7 @@ class Matches(Protocol):
 
 
 class Read(Protocol):
-    """Reads what the tensors say; the rest is usual for the source, or asked for: `facts`.
+    """Reads what the tensors say; the rest is usual for the source, or required from the user: `facts`.
 
     Args:
         weights: by name, as they are in the file.
