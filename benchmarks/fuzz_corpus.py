@@ -19,6 +19,7 @@ from onnx import helper
 
 from cmfast.cli.info import lines_of
 from cmfast.conditions import class_label
+from cmfast.editing.files import read_input
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
 from cmfast.formats.protobuf import read_onnx_model
 from cmfast.formats.tensorrt_plan import UNSEALED, check_engine, parse_plan, seal
@@ -357,6 +358,7 @@ READERS = {
         Reader(name="safetensors", read=_file(".safetensors", identify), corpus=_safetensors, share=2),
         Reader(name="diffusers", read=_read_json_of_diffusers, corpus=_diffusers, share=1),
         Reader(name="picture", read=_file(".png", _read_picture), corpus=_pictures, share=2),
+        Reader(name="edited", read=_file(".png", read_input), corpus=_pictures, share=1),
         Reader(name="npy", read=_file(".npy", _read_data), corpus=_npy, share=2),
         Reader(name="zip", read=_file(".zip", _read_data), corpus=_zips, share=1),
         Reader(name="dataset-json", read=_read_dataset_json, corpus=_dataset_json, share=1),

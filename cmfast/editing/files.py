@@ -49,8 +49,9 @@ def read_input(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     if file.suffix.lower() not in ARRAYS:
         raise ArtifactError(f"{file}: not read here; need NAME.png, a folder of them, NAME.npy or NAME.npz")
     try:
-        loaded = np.load(file, allow_pickle=False)
-        return np.asarray(loaded["arr_0"] if file.suffix.lower() == ".npz" else loaded)
+        with open(file, "rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return np.asarray(loaded["arr_0"] if file.suffix.lower() == ".npz" else loaded)
     except KeyError:
         raise ArtifactError(f"{file}: has no array named arr_0") from None
     except Exception as err:  # what numpy raises is not one kind
