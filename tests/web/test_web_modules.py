@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from cmfast import load, noise
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import sample, to_uint8
 from helpers import GOLDEN_NOISE, TESTS
-from helpers.graphs import MANIFEST, write_corpus, write_denoiser
+from helpers.graphs import MANIFEST, save, value, write_corpus, write_denoiser
 from helpers.specs import image_spec
 from helpers.web import decode, encode, in_node, need_runtime
 
@@ -219,6 +220,29 @@ def test_models_draw_what_python_draws_with_every_kind_of_condition(tmp_path: Pa
     for (_, words), got in zip(wrong, found[len(cases) :], strict=False):
         assert words in got["error"]
     assert "default noise levels for these numbers of steps: 1, 2, 3; got 7" in found[-1]["error"]
+
+
+def test_a_sampler_file_gets_the_noise_of_every_step_in_order(tmp_path: Path) -> None:
+    runtime = need_runtime()
+    manifest = MANIFEST | {"kind": "sampler", "sigmas": {"2": [80.0, 0.8]}}
+    nodes = [
+        helper.make_node("Gather", ["noise", "first"], ["a"], axis=0),
+        helper.make_node("Gather", ["noise", "second"], ["b"], axis=0),
+        helper.make_node("Sub", ["a", "b"], ["images"]),
+    ]
+    indices = [helper.make_tensor(name, TensorProto.INT64, [], [i]) for i, name in enumerate(("first", "second"))]
+    ports = value("noise", [2, "B", 1, 4, 4]), value("images", ["B", 1, 4, 4])
+    graph = helper.make_graph(nodes, "sampler", [ports[0]], [ports[1]], indices)
+    file = save(tmp_path / "sampler.onnx", graph, manifest)
+    drawn, refused = in_node(
+        [
+            ("draw", {"file": str(file), "seed": "9", "sample": 3}),
+            ("draw", {"file": str(file), "seed": "9", "steps": 1}),
+        ],
+        runtime,
+    )
+    np.testing.assert_array_equal(decode(drawn, np.float32), load(file).sample_float(1, seed=9, first=3).ravel())
+    assert "for these numbers of steps: 2; got 1" in refused["error"]
 
 
 def test_the_driver_knows_the_version_that_the_tests_fetch() -> None:

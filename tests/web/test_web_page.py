@@ -22,7 +22,7 @@ from cmfast_export.targets.web import page as target
 from cmfast_export.targets.web.page import LIMIT, Written
 from cmfast_export.targets.web.runtime import VARIABLE, WASM, WEBGPU
 from helpers.graphs import write_denoiser
-from helpers.web import browser, in_node, need_runtime, serving
+from helpers.web import browser, decode, in_node, need_runtime, serving
 
 
 def package(folder: Path, version: str = "1.30.0", files: tuple[str, ...] = WASM) -> Path:
@@ -75,10 +75,16 @@ def test_every_file_of_a_page_is_small_and_the_licences_come_along(site: Path, m
     assert load(model).manifest.kind == "denoiser"
 
 
-def test_the_pages_selftest_passes_on_the_exported_file_and_fails_on_another(model: Path, tmp_path: Path) -> None:
+def test_the_exported_file_draws_what_python_draws_and_passes_its_selftest_and_another_fails(
+    model: Path, tmp_path: Path
+) -> None:
     tested = {"seed": 1, "conditions": {}, "at": [0], "values": [0.5], "atol": 1e-4}
     other = write_denoiser(tmp_path / "other.onnx", {"selftest": tested})
-    passed, failed = in_node([("selftest", str(model)), ("selftest", str(other))], need_runtime())
+    calls = [("draw", {"file": str(model), "seed": "3", "steps": 2, "conditions": {"label": 7}})]
+    calls += [("selftest", str(file)) for file in (model, other)]
+    drawn, passed, failed = in_node(calls, need_runtime())
+    wanted = load(model).sample_float(1, seed=3, steps=2, label=7)
+    np.testing.assert_allclose(decode(drawn, np.float32), wanted.ravel(), atol=1e-4, rtol=0)
     assert passed["passed"]
     assert passed["maxAbs"] < 1e-4
     assert not failed["passed"]
