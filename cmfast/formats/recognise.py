@@ -48,6 +48,8 @@ def what_it_is_instead(head: bytes) -> str:
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what
+    if head[4:8] == b"ORTM":
+        return "in ONNX Runtime's own format; name it .ort"
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it: tar -xf"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

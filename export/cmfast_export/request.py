@@ -34,7 +34,7 @@ from cmfast_export._options import (
     whole_number,
 )
 from cmfast_export._target import files_of
-from cmfast_export.targets.table import Target, at, find_target
+from cmfast_export.targets.table import TARGETS, Target, at, find_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,8 @@ def make_request(
     if own and (others := [text for text in assignments if not text.startswith("weights=")]):
         raise CmfastError(f"--set {others[0]}: the conventions of a network of your own are in --spec; remove it")
     if exported and not target.takes_files:
-        raise CmfastError(f"{model}: exported already; --format engine, openvino or triton takes it further")
+        *most, last = (each.name for each in TARGETS if each.takes_files)
+        raise CmfastError(f"{model}: exported already; --format {', '.join(most)} or {last} takes it further")
     if exported and (graph_asked or source or assignments):
         raise CmfastError(f"{model}: exported already, so its kind and precision are in it; export the checkpoint")
     _check_flags(target, build, serve, cache_given)

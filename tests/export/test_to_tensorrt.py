@@ -495,7 +495,10 @@ def test_the_command_keeps_engines_where_it_is_told_to(
     [
         (["--format", "engine", "-o", "model.onnx"], "the name must end in .engine or .plan"),
         (["--format", "engine", "--precision", "fp16"], "exported already, so its kind and precision are in it"),
-        (["--format", "onnx"], "exported already; --format engine or --format triton takes it further"),
+        (
+            ["--format", "onnx"],
+            "exported already; --format engine, openvino, triton, ort or web takes it further",
+        ),
         (["--format", "engine", "--build", "batch=3,2,1"], "batch must be the smallest"),
         (["--format", "engine", "--build", "bogus=1", "-n"], "expected NAME=VALUE, NAME one of library, batch"),
         (["--format", "engine", "--serve", "instances=1"], "--serve is for --format triton"),

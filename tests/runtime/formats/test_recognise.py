@@ -39,6 +39,7 @@ INSTEAD = [
     ("läßt grüßen ".encode() * 500, "a text that begins with 'läßt grüßen"),
     (zipped(), "a zip archive"),
     (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
+    (b"\x18\0\0\0ORTM" + bytes(50), "in ONNX Runtime's own format; name it .ort"),
     (bytes(257) + b"ustar\x0000", "a tar archive"),
     (b"\x89PNG\r\n\x1a\n" + bytes(9), "a PNG image"),
     (b"\x80\x04\x95", "a Python pickle"),
