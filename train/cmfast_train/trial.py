@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from cmfast.errors import CmfastError, one_line
 from cmfast.spec import ModelSpec
@@ -40,6 +41,7 @@ def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelera
     few["x"] = in_data_units(few["x"])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for denoiser in filter(None, (own.teacher, own.denoiser)):
+            _check_parts(denoiser.network)
             _check_data(config, denoiser.spec, first)
             copied = Denoiser(OwnConfig(module=denoiser.network).build(), denoiser.spec).eval().to(device)
             with accelerator.autocast():  # some networks take half precision only
@@ -48,6 +50,24 @@ def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelera
         for phase in config.phases:
             if phase.row.differentiates and not phase.needs.finite:
                 _check_derivative(copied, few, phase.method)
+
+
+def _check_parts(network: nn.Module) -> None:
+    """Raise CmfastError unless a network consists of what can be copied, saved and trained."""
+    name = type(network).__name__
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise CmfastError(f"{name}: a module of TorchScript cannot be trained; pass the module that it was made from")
+    if hasattr(network, "_orig_mod"):
+        raise CmfastError("the network is compiled by torch.compile: pass the module itself, and set compile=true")
+    for key, value in (*network.named_parameters(), *network.named_buffers()):
+        if isinstance(value, (UninitializedParameter, UninitializedBuffer)) or value.is_meta:
+            raise CmfastError(
+                f"{name}: {key} has no values yet; call the network once, or load its weights, before wrap"
+            )
+    for key, value in network.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized or value.layout != torch.strided:
+            what = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise CmfastError(f"{name}: its state dict holds {key}, {what}; checkpoints hold plain tensors of numbers")
 
 
 def _check_data(config: TrainConfig, spec: ModelSpec, first: Mapping[str, Tensor]) -> None:
@@ -66,8 +86,9 @@ def _output(denoiser: Denoiser, few: Mapping[str, Tensor]) -> Tensor:
     """Return the output of the network for some samples and their conditions."""
     x, name = few["x"], type(denoiser.network).__name__
     given = {each.name: few[each.name] for each in denoiser.spec.conditions}
+    passed = {key: value.clone() for key, value in given.items()}
     try:
-        return denoiser.output(x, torch.ones(len(x), device=x.device), given)
+        output = denoiser.output(x, torch.ones(len(x), device=x.device), passed)
     except CmfastError as err:
         raise CmfastError(f"{name}: {err}") from None
     except Exception as err:  # of the user's code
@@ -79,6 +100,9 @@ def _output(denoiser: Denoiser, few: Mapping[str, Tensor]) -> Tensor:
             f"{name}, called with x {_in_words(x)}, c_noise [B]{second}{words}, raised {type(err).__name__}: "
             f"{one_line(err, 200)}{place}"
         ) from err
+    if changed := [key for key, value in given.items() if not torch.equal(value, passed[key])]:
+        raise CmfastError(f"{name} changes its condition {changed[0]} in place; let it compute on a copy")
+    return output
 
 
 def _check_gradients(denoiser: Denoiser, output: Tensor, processes: int) -> None:

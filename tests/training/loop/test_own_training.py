@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,8 +60,8 @@ def denoiser(net: nn.Module | None = None, /, **changes: Any) -> cmfast_train.De
 
 
 def train(phases: str, /, out: Path | None = None, **more: Any) -> cmfast_train.Trained:
-    names = {"denoiser": more.pop("denoiser", None) or denoiser(), "data": more.pop("data", None) or data()}
-    names |= {"teacher": more.pop("teacher", None)}
+    names = {"denoiser": denoiser(), "data": data()}
+    names |= {name: more.pop(name) for name in ("denoiser", "data", "teacher") if name in more}
     steps = tuple(phase(each.partition(":")[0], int(each.partition(":")[2])) for each in phases.split(","))
     return cmfast_train.train(TrainConfig(phases=steps, **{**QUICK, **more}), out=out, **names)
 
@@ -322,6 +323,18 @@ def net_of(function: Callable[..., Tensor]) -> nn.Module:
     return Net()
 
 
+class Spiral(Policy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", 1j * torch.ones(2))
+
+
+def traced() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        return nn.Sequential(torch.jit.trace(nn.Linear(A, A), torch.ones(1, T, A)))  # type: ignore[no-untyped-call]
+
+
 class NoForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -366,6 +379,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"phases": "sct:32", "denoiser": denoiser(net_of(lambda w, x, c, state: w * NoForwardMode.apply(x)))},
         "sct differentiates Net in forward mode, which fails: .*sct.derivative=finite",
     ),
+    "in place": (
+        {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x * state.zero_().sum()))},
+        "Net changes its condition state in place",
+    ),
+    "lazy": ({"denoiser": denoiser(nn.LazyLinear(A))}, "LazyLinear: weight has no values yet"),
+    "complex": ({"denoiser": denoiser(Spiral())}, "holds phase"),
+    "TorchScript": ({"denoiser": denoiser(traced())}, "TorchScript cannot be trained"),
     "not finite": (
         {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x / 0))},
         "the loss is not finite at step 0",

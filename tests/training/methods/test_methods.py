@@ -24,6 +24,7 @@ from cmfast_train.methods.step import Step
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.training.ema import update_ema
+from cmfast_train.training.parallel import jvp
 from cmfast_train.training.step_networks import StepNetworks, Student
 from helpers.specs import image_spec
 
@@ -279,6 +280,21 @@ def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str,
     difference = (ahead - behind) / (2 * h)
     assert difference.abs().max() > 0.1
     np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)  # h^2 and rounding over h
+
+
+def test_the_derivative_of_a_norm_is_taken_of_sequences_in_any_layout() -> None:
+    norm = nn.GroupNorm(2, 4)
+    x, dx = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    for shape in ((3, 6, 4), (3, 2, 3, 4), (3, 1, 2, 3, 4)):  # the channels last in memory, as after attention
+
+        def function(x: Tensor, shape: tuple[int, ...] = shape) -> Tensor:
+            output: Tensor = norm(x.reshape(shape).movedim(-1, 1))
+            return output.movedim(1, -1).reshape(3, 6, 4)
+
+        norm.double()
+        _, along = jvp(function, (x,), (dx,))
+        difference = (function(x + 1e-6 * dx) - function(x - 1e-6 * dx)).detach() / 2e-6
+        np.testing.assert_allclose(along, difference, rtol=0, atol=1e-7)  # h^2, and rounding over h
 
 
 NETWORKS = {

@@ -223,7 +223,8 @@ class _PlainNorms(TorchFunctionMode):
         if func is not torch.nn.functional.group_norm or args[0].is_contiguous():
             return func(*args, **(kwargs or {}))
         output = func(args[0].contiguous(), *args[1:], **(kwargs or {}))
-        return output.contiguous(memory_format=torch.channels_last)
+        is_last = args[0].ndim == 4 and args[0].is_contiguous(memory_format=torch.channels_last)
+        return output.contiguous(memory_format=torch.channels_last) if is_last else output
 
 
 def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor, **named: Any) -> Tensor:
