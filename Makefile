@@ -61,7 +61,7 @@ web-tools:
 FUZZ_SECONDS ?= 60
 fuzz-cpp: $(INSTALLED) cpp-tools
 	@mkdir -p runs/fuzz/corpus
-	PYTHONPATH=tests $(BIN)/python -c "from pathlib import Path; from helpers.graphs import write_corpus; write_corpus(Path('runs/fuzz/corpus'))"
+	PYTHONPATH=tests $(BIN)/python -c "from pathlib import Path; from helpers.graphs import write_corpus, write_ort; write_corpus(Path('runs/fuzz/corpus')); write_ort(Path('runs/fuzz/corpus/model.ort'))"
 	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icmfast/include tests/cpp/fuzz.cpp -o runs/fuzz/fuzz
 	cd runs/fuzz && ./fuzz corpus -max_total_time=$(FUZZ_SECONDS) -max_len=8000 -print_final_stats=1
 

@@ -100,6 +100,7 @@ def test_the_page_draws_the_images_that_python_draws(site: Path, model: Path, ch
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#selftest[data-passed=true]", timeout=60_000)
+        assert page.is_visible("#webgpu")
         assert page.title() == "Tiny & small"
         assert "1 thread, because the page is not cross-origin isolated" in page.inner_text("#backend")
         assert drawn(page, 1, 16) == pytest.approx(pixels(model, 16, seed=0), abs=1)
@@ -154,6 +155,7 @@ def test_an_isolated_page_has_threads_and_arrays_are_plotted(chromium: Any, tmp_
         page.goto(address)
         page.wait_for_selector("#canvas[data-drawn]", timeout=60_000)
         assert "isolated" not in page.inner_text("#backend")
+        assert not page.is_visible("#webgpu")  # it was not brought along
         cores = page.evaluate("navigator.hardwareConcurrency")
         assert f"{min(4, cores)} thread" in page.inner_text("#backend")
         assert page.inner_text("#error") == ""

@@ -75,10 +75,11 @@ export class Sheet {
     const x = (i) => left + 8 + (i / Math.max(1, length - 1)) * (wide - 16);
     const y = (v) => top + high - 8 - ((v - least) / (most - least || 1)) * (high - 16);
     const context = this.#context;
-    const style = getComputedStyle(this.#canvas);
     context.clearRect(left, top, wide, high);
-    context.strokeStyle = style.getPropertyValue("--line");
+    context.strokeStyle = getComputedStyle(this.#canvas).color;
+    context.globalAlpha = 0.25;
     context.strokeRect(left + 0.5, top + 0.5, wide - 1, high - 1);
+    context.globalAlpha = 1;
     for (let line = 0; line < lines; line++) {
       context.beginPath();
       for (let i = 0; i < length; i++) context.lineTo(x(i), y(value(line, i)));
