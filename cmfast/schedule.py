@@ -213,11 +213,11 @@ def check_sigmas(sigmas: Sequence[float], sigma_min: float, sigma_max: float) ->
     """
     sigmas = as_sigmas(sigmas)
     if not sigmas:
-        raise CmfastError(f"no noise levels were given; give at least one, for example --sigmas {sigma_max:g}")
+        raise CmfastError(f"no noise levels were given; give at least one, for example sigmas {sigma_max:g}")
     if not sigma_min < sigmas[0] <= sigma_max:
         raise CmfastError(
             f"the first noise level is {sigmas[0]:g}, but this model was trained for "
-            f"{sigma_min:g} < sigma <= {sigma_max:g}; start with --sigmas {sigma_max:g}"
+            f"{sigma_min:g} < sigma <= {sigma_max:g}; start with {sigma_max:g}"
         )
     for before, after in pairwise(sigmas):
         if not sigma_min < after < before:

@@ -116,7 +116,7 @@ class ModelSpec:
             CmfastError: the model has no grid, or an index is not in it or there twice.
         """
         if not self.grid:
-            raise CmfastError("this model has no grid that indices could point into; pass the noise levels: --sigmas")
+            raise CmfastError("this model has no grid that indices could point into; pass the noise levels (sigmas)")
         sigmas = sigmas_of_indices(indices, self.grid, self.sigma_min, self.sigma_max)
         if len(set(indices)) < len(indices):
             raise CmfastError(f"an index is there twice: {shown(indices)}")
@@ -156,7 +156,7 @@ class ModelSpec:
             example = ",".join([repr(self.sigma_max), *(f"{s:.4g}" for s in some)]) + (",.." if steps > 50 else "")
             raise CmfastError(
                 f"this model has default noise levels for these numbers of steps: {have}; for {steps}, pass them, "
-                f"for example --sigmas {example}"
+                f"for example sigmas {example}"
             )
         return tuple(self.sigmas[steps])
 

@@ -145,6 +145,8 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
 def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise CmfastError(f"a model is opened by its path, got {type(path).__name__}; pass a str or a Path")
+    if not os.fspath(path):
+        raise CmfastError("a model is opened by its path, got an empty text; pass the name of a file")
     try:
         return check_model(path)
     except ValueError as err:  # a null character

@@ -62,10 +62,18 @@ def _array(condition: Condition, file: Path) -> Any:
 
     if not file.is_file():
         raise ArtifactError(f"--condition {condition.name}: {file}: no such file")
+    where = f"--condition {condition.name}: {file}"
+    with file.open("rb") as opened:
+        if opened.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise ArtifactError(f"{where}: not a .npy file; numpy.save writes one")
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as err:  # what numpy raises is not one kind
-        raise ArtifactError(f"--condition {condition.name}: {file}: not an array of numpy: {one_line(err)}") from None
+        if "object" in str(err).lower():
+            why = "an array of Python objects, which are never read; save numbers: values.astype('float32')"
+        else:
+            why = f"not a whole .npy file: {one_line(err)}"
+        raise ArtifactError(f"{where}: {why}") from None
 
 
 def _classes(text: str, names: tuple[str, ...]) -> str | list[str]:

@@ -68,7 +68,7 @@ def check_steps(steps: int) -> None:
     if steps > MAX_SAMPLER_STEPS:
         raise CmfastError(
             f"a sampler graph has at most {MAX_SAMPLER_STEPS} steps, got {steps}; export the denoiser, which runs any "
-            "number: --kind denoiser"
+            "number: kind denoiser"
         )
 
 
@@ -82,7 +82,7 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raise CmfastError unless a tolerance is a number that a difference can be compared with."""
     number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
     if tolerance is not None and not (number and 0 < tolerance < math.inf):  # which no NaN is
-        raise CmfastError(f"--tolerance must be a finite number greater than 0 (data units), got {tolerance}")
+        raise CmfastError(f"the tolerance must be a finite number greater than 0 (data units), got {tolerance}")
 
 
 def shorten(text: str) -> str:

@@ -220,7 +220,7 @@ def _export(
     references = [TorchBackend(loaded)]
     ours = converts_itself(references[0].denoiser.network)
     if request.flavour and not ours:
-        raise CmfastError(f"the flavour {request.flavour} is for cmfast's own networks; pass --format onnx")
+        raise CmfastError(f"the flavour {request.flavour} is for cmfast's own networks; export without it")
     if ours and precision in HALVED:
         references.append(TorchBackend(loaded, precision=precision))
     for each in references:
@@ -294,7 +294,7 @@ def _denoiser_graph(model: Checkpoint | Denoiser, request: GraphRequest, ours: b
     if precision == "bf16" and opset is None:
         opset = BF16_OPSET
     if precision == "bf16" and opset is not None and opset < BF16_OPSET:
-        raise CmfastError(f"bfloat16 convolutions exist from opset {BF16_OPSET}, got {opset}; leave --opset out")
+        raise CmfastError(f"bfloat16 convolutions exist from opset {BF16_OPSET}, got {opset}; leave the opset out")
     denoiser = model.denoiser() if isinstance(model, Checkpoint) else snapshot(model)
     graph = denoiser_graph(denoiser.to_precision(precision) if ours else denoiser, request.batch, opset)
     if ours or precision not in HALVED:

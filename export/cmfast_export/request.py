@@ -96,22 +96,22 @@ class GraphRequest:
         if self.batch is not None:
             check_range("the batch", self.batch, 1, MAX_BATCH, "samples, or dynamic")
         if self.steps is not None and self.steps < 1:
-            raise CmfastError(f"--steps must be at least 1, got {shorten(str(self.steps))}")
+            raise CmfastError(f"steps must be at least 1, got {shorten(str(self.steps))}")
         check_steps(max(self.steps or 0, len(self.sigmas or ())))
         falling = pairwise((math.inf, *(self.sigmas or ())))
         if self.sigmas is not None and not all(0 < after < before for before, after in falling):
             raise CmfastError(
-                f"--sigmas must be finite noise levels above 0 that strictly decrease, for example 80,0.8, got "
+                f"sigmas must be finite noise levels above 0 that strictly decrease, for example 80,0.8, got "
                 f"{shorten(','.join(f'{sigma:g}' for sigma in self.sigmas))}"
             )
         check_opset(self.opset)
         if self.kind == "denoiser" and self.guidance is not None:
-            raise CmfastError("--guidance is for a sampler: add --kind sampler")
+            raise CmfastError("guidance is for a sampler: pass kind sampler")
         if self.null and self.guidance is None:
-            raise CmfastError("--null requires --guidance W")
+            raise CmfastError("null requires guidance, the weight")
         if self.kind == "denoiser" and (self.steps is not None or self.sigmas is not None):
             raise CmfastError(
-                "noise levels belong to a sampler; a denoiser takes any: leave them out, or --kind sampler"
+                "noise levels belong to a sampler; a denoiser takes any: leave them out, or pass kind sampler"
             )
 
 

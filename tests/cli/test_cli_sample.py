@@ -150,7 +150,7 @@ def test_heun_steps_draw_the_images_that_the_library_draws(
         (10, ["--sigmas", "80,nan"], "must be finite numbers"),
         (10, ["--sigmas", "80;0.8"], "'80;0.8' is not a list of numbers such as 80,0.8"),
         (10, ["--sigmas", ""], "'' is not a list of numbers"),
-        (10, ["--steps", "3"], "for these numbers of steps: 1, 2; for 3, pass them, for example --sigmas 80"),
+        (10, ["--steps", "3"], "for these numbers of steps: 1, 2; for 3, pass them, for example sigmas 80"),
         (10, ["--steps", "0"], "the number of steps must be at least 1, got 0"),
         (10, ["--steps", "1", "--sigmas", "80,0.8"], "1 steps were requested with 2 noise levels; pass one of the two"),
         (10, ["--batch", "0"], "at least 1, got 0"),

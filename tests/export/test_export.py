@@ -349,7 +349,7 @@ def test_the_command_ends_with_the_parity_table_and_the_next_commands(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sigmas", "80,0.8"], "--kind sampler"),
+        (["--sigmas", "80,0.8"], "pass kind sampler"),
         (["--kind", "sampler", "--sigmas", "0.8,80"], "0.8"),
         (["--kind", "sampler", "--sigmas", "80,0.8,5"], "strictly decrease"),
         (["--kind", "sampler", "--sigmas", "90"], "90"),

@@ -303,7 +303,7 @@ def test_tensorrt_and_triton_refuse_a_file_of_the_flavour(flavoured: Path, tmp_p
     ("options", "said"),
     [
         ({"precision": "bf16"}, "no bfloat16 kernel of GroupNorm or of NHWC convolutions; use --precision fp16"),
-        ({"opset": 22}, "NHWC convolutions up to opset 21, got --opset 22; leave --opset out"),
+        ({"opset": 22}, "NHWC convolutions up to opset 21, got 22; leave the opset out"),
         ({"flavour": "fast"}, "flavour must be one of ort-cuda, got 'fast'"),
     ],
 )

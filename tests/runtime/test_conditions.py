@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import cmfast
@@ -249,7 +250,10 @@ def test_the_command_samples_with_conditions_and_writes_arrays(
         (["--condition", "speed=1"], "--condition 'speed': the model has no such condition; it has state, text, task"),
         (["--condition", "state=1,x"], "need a file NAME.npy or numbers such as 0.5,1"),
         (["--condition", "state=gone.npy"], "gone.npy: no such file"),
-        (["--condition", "state=bad.npy"], "bad.npy: not an array of numpy"),
+        (["--condition", "state=bad.npy"], "bad.npy: not a .npy file; numpy.save writes one"),
+        (["--condition", "state=objects.npy"], "objects.npy: an array of Python objects, which are never read; save"),
+        (["--condition", "state=zip.npy"], "zip.npy: not a .npy file; numpy.save writes one"),
+        (["--condition", "state=cut.npy"], "cut.npy: not a whole .npy file"),
         (["--condition", "state=1", "--condition", "state=2"], "--condition state: given twice"),
         (["--condition", "state=1,2"], "condition state must be [14], got [2]"),
         (["--condition", "task=west"], "this model needs the condition state"),
@@ -265,6 +269,11 @@ def test_a_wrong_condition_on_the_command_line_is_one_line_and_writes_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("bad.npy").write_bytes(b"no array")
+    np.save("objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    np.savez("zip.npz", np.zeros(14))
+    Path("zip.npz").rename("zip.npy")
+    np.save("whole.npy", np.zeros(14))
+    Path("cut.npy").write_bytes(Path("whole.npy").read_bytes()[:-8])
     before = sorted(tmp_path.iterdir())
     refused(call(sample.main, policy, *arguments), words)
     assert sorted(tmp_path.iterdir()) == before
@@ -277,6 +286,12 @@ def test_info_tells_shape_conditions_and_second_time(policy: Path, call: Callabl
     assert "condition    text: float32 [B, words, 8]" in said
     assert "condition    task: a class from 0 to 4" in said
     assert "classes" not in said
+    costly = write_denoiser(tmp_path / "costly.onnx", ARRAYS)
+    file = onnx.load(costly)
+    (entry,) = file.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"cost": {"flops": 1200.0}})
+    onnx.save(file, costly)
+    assert "a sample     flops 1,200" in call(info.main, costly).stdout
     flow = write_denoiser(tmp_path / "flow.onnx", {**ARRAYS, "shape": [2], "second_time": True})
     assert "second time  sigma_next: a flow map" in call(info.main, flow).stdout
     assert json.loads(call(info.main, policy, "--json").stdout)["conditions"][0] == STATE

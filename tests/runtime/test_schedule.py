@@ -105,11 +105,11 @@ def test_levels_in_any_other_order_are_refused(levels: list[float]) -> None:
 @pytest.mark.parametrize(
     ("sigmas", "words"),
     [
-        ([], "no noise levels were given; give at least one, for example --sigmas 80"),
+        ([], "no noise levels were given; give at least one, for example sigmas 80"),
         ([80, 0.8, 5], "5 follows 0.8"),
         ([80, 80], "80 follows 80"),
         ([80, 0.002], "stay above 0.002: 0.002 follows 80"),
-        ([81], r"first noise level is 81, but this model was trained for 0.002 < sigma <= 80; start with --sigmas 80"),
+        ([81], r"first noise level is 81, but this model was trained for 0.002 < sigma <= 80; start with 80"),
         ([0.002], "the first noise level is 0.002"),
         ([80, float("nan")], "noise levels must be finite numbers, got 80.0, nan"),
         ([float("inf")], "must be finite numbers, got inf"),

@@ -148,7 +148,7 @@ def test_steps_pick_the_models_own_levels_and_the_fewest_without_steps() -> None
     [
         ({"steps": 2, "sigmas": [80.0]}, "2 steps were requested with 1 noise levels; pass one of the two"),
         ({"steps": 0}, "the number of steps must be at least 1, got 0"),
-        ({"steps": 3}, "for these numbers of steps: 1, 2; for 3, pass them, for example --sigmas 80"),
+        ({"steps": 3}, "for these numbers of steps: 1, 2; for 3, pass them, for example sigmas 80"),
         ({"sigmas": [80.0, 90.0]}, "90 follows 80"),
         ({"sigmas": []}, "no noise levels were given"),
     ],
@@ -163,7 +163,7 @@ def test_the_levels_that_the_error_suggests_are_accepted(steps: int, sigma_max: 
     model = spec(sigmas={}, sigma_max=sigma_max, sigma_min=sigma_min)
     with pytest.raises(CmfastError) as raised:
         model.sigmas_for(steps)
-    suggested = re.search(r"--sigmas (\S+)", str(raised.value))
+    suggested = re.search(r"for example sigmas (\S+)", str(raised.value))
     assert suggested
     assert len(model.sigmas_for(sigmas=[float(s) for s in suggested[1].split(",")])) == steps
 

@@ -51,7 +51,7 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     opset = max(least, DEFAULT_OPSET) if opset is None else opset
     check_opset(opset)
     if opset < least:
-        raise CmfastError(f"bfloat16 convolutions exist from opset {least}, got {opset}; leave --opset out")
+        raise CmfastError(f"bfloat16 convolutions exist from opset {least}, got {opset}; leave the opset out")
     if batch is not None and batch < 1:
         raise CmfastError(f"the batch must be at least 1 or dynamic, got {batch}")
     inputs, axes = _example(denoiser.spec, batch)

@@ -69,7 +69,7 @@ def halved(model: ir.Model, dtype: ir.DataType) -> Halved:
     for node, inside in zip(model.graph, marks, strict=True):
         node.meta[INSIDE] = inside
         if has_graph(node):
-            raise CmfastError(f"half precision of a graph with {node.op_type} is not supported; pass --precision fp32")
+            raise CmfastError(f"half precision of a graph with {node.op_type} is not supported; pass precision fp32")
     left = _Halving(model, dtype).run()
     if dtype == ir.DataType.BFLOAT16:
         widen_some(model.graph)

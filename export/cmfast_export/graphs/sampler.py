@@ -60,18 +60,18 @@ class Guidance:
         declared = {name: each.null for name, each in conditions.items() if each.null is not None}
         made = cls(weight=weight, null=dict(null or declared))
         if not np.isfinite(weight):
-            raise CmfastError(f"--guidance needs a finite weight, got {weight}")
+            raise CmfastError(f"guidance needs a finite weight, got {weight}")
         if not made.null:
             raise CmfastError(
-                f"--guidance needs what stands for no condition, for example --null label=10; this model has the "
+                f"guidance needs what stands for no condition (null), for example label=10; this model has the "
                 f"conditions {have}, and declares none"
             )
         for name, value in made.null.items():
             if name not in conditions:
-                raise CmfastError(f"--null {name}={value:g}: no such condition; this model has {have}")
+                raise CmfastError(f"null {name}={value:g}: no such condition; this model has {have}")
             entries = conditions[name].entries
             if entries and not (0 <= value < entries and value == int(value)):
-                raise CmfastError(f"--null {name}={value:g}: need a class from 0 to {entries - 1}")
+                raise CmfastError(f"null {name}={value:g}: need a class from 0 to {entries - 1}")
         return made
 
 

@@ -148,7 +148,7 @@ def _limit(
             if number is not None:
                 where = _what_fixed_it(denoiser, inputs, axes, name, axis)
                 what = "the batch" if size == BATCH else f"axis {axis} of {name}"
-                fix = "--batch N" if size == BATCH else f"a size for it in the condition {name}"
+                fix = "a fixed batch" if size == BATCH else f"a size for it in the condition {name}"
                 raise CmfastError(
                     f"{what} must be dynamic, and the network's code makes it the constant {number}{where}; take "
                     f"the size from the tensor's shape there, or pass {fix}"

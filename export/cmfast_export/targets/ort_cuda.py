@@ -87,8 +87,8 @@ def check_ort_cuda(opset: int | None, precision: str = "fp32") -> None:
         )
     if opset is not None and opset > LAST_OPSET:
         raise CmfastError(
-            f"ONNX Runtime's CUDA provider has NHWC convolutions up to opset {LAST_OPSET}, got --opset {opset}; "
-            "leave --opset out"
+            f"ONNX Runtime's CUDA provider has NHWC convolutions up to opset {LAST_OPSET}, got {opset}; "
+            "leave the opset out"
         )
 
 

@@ -31,7 +31,7 @@ from cmfast_export.pipeline import export_onnx
 from cmfast_train.checkpoint import weights_sha256
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.wrapping import wrap
-from helpers.own_networks import CASES, Conv3d, Mlp, UNet1d
+from helpers.own_networks import CASES, Conv3d, Mlp, UNet1d, embed
 
 SIGMAS = (80.0, 5.0, 0.8)
 FP32 = 1e-4  # the promise; what is seen is rounding, two orders below
@@ -88,6 +88,11 @@ def test_a_wrapped_network_is_exported_and_computes_what_it_computed(name: str, 
         got = model.from_noise(noise, SIGMAS, conditions=conditions)
         assert got.std() > 0.1
         np.testing.assert_allclose(got, drawn(denoiser.eval(), noise, conditions, SIGMAS), rtol=0, atol=1e-5)
+    if name == "guidance as a number":  # one weight for all samples, as any kind of number
+        want = model.sample(3, conditions={"guidance": np.full(3, 3, np.float32)})
+        for weight in (3.0, 3, np.float64(3), np.float32(3), np.array(3.0)):
+            np.testing.assert_array_equal(model.sample(3, conditions={"guidance": weight}), want)
+        assert np.abs(want - model.sample(3, conditions={"guidance": 30.0})).max() > 0.1
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [value.name for value in graph.input] == ["noise", *(each.name for each in denoiser.spec.conditions)]
     assert graph.output[0].name == ("images" if denoiser.spec.data == "image" else "samples")
@@ -131,6 +136,38 @@ def test_every_operator_of_these_networks_is_counted_and_nothing_is_printed(
     assert found.notes == ()
     assert found.manifest.cost["flops"] > 1e5
     assert capfd.readouterr() == ("", "")
+
+
+class ShortcutMap(nn.Module):
+    """Takes the length of a step beside its time, as shortcut models do, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.state, self.step = Mlp(6), nn.Linear(3, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, c_noise: Tensor, state: Tensor, c_noise_next: Tensor) -> Tensor:
+        h: Tensor = self.body(x, c_noise) * (1 + self.step(embed(c_noise - c_noise_next)))
+        return h + self.state(state)
+
+
+@pytest.mark.parametrize("renoise", ["ddim", "plain"])
+def test_a_flow_map_of_ones_own_is_the_same_in_the_loop_and_in_one_graph(renoise: str, tmp_path: Path) -> None:
+    net = ShortcutMap()
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.3)
+    denoiser = wrap(
+        net, shape=(6,), conditions={"state": (3,)}, scaling="flow", c_noise="flow", second_time=True, renoise=renoise
+    ).eval()
+    found = export_onnx(denoiser, tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS)
+    assert max(found.denoiser.parity.worst.difference, found.manifest.parity["max_abs"]) <= 1e-5
+    noise, state = slices(5, range(3), len(SIGMAS), (6,)), {"state": np.ones((3, 3), np.float32)}
+    got = cmfast.load(tmp_path / "m.onnx").from_noise(noise, SIGMAS, conditions=state)
+    np.testing.assert_allclose(got, drawn(denoiser, noise, state, SIGMAS), rtol=0, atol=1e-5)
+    seen: list[Tensor] = []
+    with mock.patch.object(ShortcutMap, "forward", lambda _, x, t, state, c_noise_next: seen.append(c_noise_next) or x):
+        drawn(denoiser, noise, state, SIGMAS)
+    following = [s / (1 + s) for s in (*SIGMAS[1:], 0.0)] if renoise == "ddim" else [0.0] * 3
+    np.testing.assert_allclose([float(each[0]) for each in seen], following, rtol=1e-6)
 
 
 # Guidance and encoders.
@@ -204,12 +241,12 @@ def test_what_stands_for_no_condition_is_taken_from_the_model(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"guidance": 2.0}, "--guidance is for a sampler"),
-        ({"kind": "sampler", "guidance": 2.0}, "what stands for no condition, for example --null label=10"),
+        ({"guidance": 2.0}, "guidance is for a sampler: pass kind sampler"),
+        ({"kind": "sampler", "guidance": 2.0}, r"what stands for no condition \(null\), for example label=10"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"label": 5}}, "need a class from 0 to 4"),
         ({"kind": "sampler", "guidance": float("nan"), "null": {"label": 4}}, "guidance must be a finite number"),
         ({"kind": "sampler", "guidance": 2.0, "null": {"state": 0}}, "no such condition; this model has label"),
-        ({"null": {"label": 0}}, "--null requires --guidance W"),
+        ({"null": {"label": 0}}, "null requires guidance, the weight"),
     ],
 )
 def test_guidance_that_cannot_be_is_one_line(options: dict[str, Any], words: str, tmp_path: Path) -> None:
