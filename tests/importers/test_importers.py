@@ -258,7 +258,7 @@ def test_a_file_of_unknown_tensors_is_told_so(tmp_path: Path) -> None:
 
 def test_indices_need_a_grid_and_stand_alone(tiny_checkpoint: Make, tmp_path: Path, call: Make, refused: Make) -> None:
     out = ("-o", tmp_path / "grid.png")
-    refused(call(sample.main, tiny_checkpoint(), "--indices", "22,0", *out), "has no grid", "--sigmas")
+    refused(call(sample.main, tiny_checkpoint(), "--indices", "22,0", *out), "has no grid", "(sigmas)")
     refused(call(sample.main, tiny_checkpoint(), "--indices", "0", "--steps", "1", *out), "pass one of them")
     with pytest.raises(CmfastError, match="index 40 is not in a grid of 40"):
         image_spec(image=(3, 8, 8), grid=40).sigmas_at([40, 0])
