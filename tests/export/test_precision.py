@@ -145,7 +145,7 @@ NETWORKS: dict[str, NetworkConfig] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("cloneofsimo", "fp16"), ("song", "bf16"), ("ncsn", "fp16"), ("dhariwal", "bf16")]
+    ("name", "precision"), [("cloneofsimo", "fp16"), ("song", "bf16"), ("ncsn", "bf16"), ("dhariwal", "fp16")]
 )
 def test_every_network_has_a_half_precision_trunk(name: str, precision: str, tmp_path: Path) -> None:
     config = NETWORKS[name]
