@@ -60,9 +60,13 @@ def pytest_make_collect_report(
 
 
 # Where files go to processes whole (--dist loadfile), these go first: a long one at the end would leave a core idle.
+# The seconds that each takes, down to about ten, decide the order.
 LONG = (
-    "test_kernels", "test_loop_methods", "test_loop", "test_to_tensorrt", "test_benchmarks_gpu", "test_loop_processes",
-    "test_run", "test_precision", "test_parallel", "test_loop_stops", "test_export", "test_kernels_training",
+    "test_ort_cuda", "test_precision", "test_to_tensorrt", "test_export", "test_benchmarks_gpu", "test_loop_processes",
+    "test_methods", "test_step_graph", "test_loop", "test_own_networks", "test_loop_methods", "test_cpp_onnxruntime",
+    "test_parallel", "test_cpp_package", "test_web_page", "test_kernels_training", "test_kernels", "test_cli_bench",
+    "test_docs", "test_importers", "test_to_openvino", "test_cost", "test_fuzz", "test_eval", "test_cpp_noise",
+    "test_tensorrt_backend", "test_bench_analysis", "test_run", "test_write", "test_edm_networks", "test_frozen",
 )  # fmt: skip
 
 

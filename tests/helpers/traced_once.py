@@ -31,7 +31,8 @@ from cmfast_export.graphs import denoiser
 trace = denoiser.denoiser_graph
 _export, _export_onnx = torch.export.export, torch.onnx.export
 _templates: dict[tuple[str, str], ir.Model] = {}  # by structure and options of the ONNX export; without weights
-KNOWN = ("torch.", "cmfast_train.")  # modules of others may depend on what no key has
+# Modules of others may depend on what no key has. These have all they depend on in their attributes and modules.
+KNOWN = ("torch.", "cmfast_train.", "diffusers.", "helpers.own_networks")
 
 
 def traced_once(*arguments: Any, **options: Any) -> ir.Model:
