@@ -9,7 +9,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from cmfast.cli.info import lines_of
 from cmfast.conditions import class_label
 from cmfast.editing.files import read_input
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
+from cmfast.formats.openvino_ir import parse_ir, with_manifest
 from cmfast.formats.protobuf import read_onnx_model
 from cmfast.formats.tensorrt_plan import UNSEALED, check_engine, parse_plan, seal
 from cmfast.spec import ModelSpec
@@ -119,6 +120,17 @@ def _read_graph(file: Path) -> object:
     read_onnx_file(file)
     read_onnx_model(file)
     return read_onnx(file)
+
+
+def _irs(folder: Path) -> list[bytes]:
+    """Return graphs of OpenVINO, as XML, with and without the body of a loop."""
+    layer = b'<layer id="0" name="x" type="Parameter"><data shape="?,1,8,8" /><rt_info /></layer>'
+    loop = b'<layer id="1" name="loop" type="Loop"><body><layers>' + layer + b"</layers></body></layer>"
+    graphs = [
+        b'<?xml version="1.0"?>\n<net version="11"><layers>' + each + b"</layers></net>" for each in (layer, loop)
+    ]
+    manifests = [replace(manifest, graph_sha256="ef" * 32) for manifest in _manifests()[:2]]
+    return [with_manifest(graph, manifest, Path("x.xml")) for graph in graphs for manifest in manifests]
 
 
 def _plans(folder: Path) -> list[bytes]:
@@ -353,6 +365,7 @@ READERS = {
         Reader(name="manifest", read=_read_manifest, corpus=_manifest_texts, share=8),
         Reader(name="onnx", read=_file(".onnx", _read_graph), corpus=_onnx_files, share=4),
         Reader(name="plan", read=lambda data, folder: parse_plan(data, Path("input.engine")), corpus=_plans, share=8),
+        Reader(name="ir", read=lambda data, folder: parse_ir(data, Path("input.xml")), corpus=_irs, share=4),
         Reader(name="pickle", read=_file(".pkl", read_pickle), corpus=_pickles, share=3),
         Reader(name="torch", read=_file(".pt", identify), corpus=_torch_files, share=1),
         Reader(name="safetensors", read=_file(".safetensors", identify), corpus=_safetensors, share=2),
