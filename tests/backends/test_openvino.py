@@ -146,6 +146,31 @@ def test_a_file_is_run_in_its_own_precision_unless_another_is_requested(tmp_path
     assert ready[0].compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "bf16"
 
 
+def test_a_bfloat16_file_runs_where_the_cpu_has_it(tmp_path: Path) -> None:
+    """ONNX Runtime has no such convolutions on a CPU."""
+    if "BF16" not in library.capabilities(library.import_openvino("this test").Core()):
+        pytest.skip("this CPU has no bfloat16")
+    weights = np.full((1, 1, 3, 3), 0.125, np.float32).view(np.uint32) >> 16
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, [1, 1, 3, 3], weights.astype(np.uint16).tobytes(), raw=True)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["narrow"], to=TensorProto.BFLOAT16),
+        helper.make_node("Conv", ["narrow", "w"], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("Cast", ["y"], ["denoised"], to=TensorProto.FLOAT),
+    ]
+    image = ["B", 1, 4, 4]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, image) for name in ("x", "denoised")]
+    values.insert(1, helper.make_tensor_value_info("sigma", TensorProto.FLOAT, ["B"]))
+    made = helper.make_graph(nodes, "graph", values[:2], values[2:], [weight])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    manifest = Manifest(kind="denoiser", spec=image_spec(image=(1, 4, 4)), dtype="bfloat16")
+    helper.set_model_props(model, {"cmfast": manifest.to_json()})
+    onnx.save(model, tmp_path / "model.onnx")
+    loaded = cmfast.load(tmp_path / "model.onnx", variant="openvino")
+    assert loaded.backend.name == "OpenVINO cpu bfloat16"
+    got = loaded.denoise(np.ones((1, 1, 4, 4), np.float32), 1.0)
+    np.testing.assert_array_equal(got[0, 0, :2, :2], [[0.5, 0.75], [0.75, 1.125]])
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_a_precision_that_the_cpu_lacks_is_one_line_with_those_that_it_has(
     precision: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

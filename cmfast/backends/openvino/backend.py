@@ -7,6 +7,7 @@ model = cmfast.load("model.xml")                    # in the precision that it w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import weakref
@@ -107,7 +108,8 @@ class OpenVinoBackend:
         properties |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         free = frozenset(each.name for each in manifest.spec.conditions if each.dynamic)
         disk = _disk(digest, str(ov.__version__), core)
-        self._graphs = Graphs(ov, model, properties, free=free, check=self._check_unchanged, disk=disk)
+        check = functools.partial(_check_unchanged, self._file)
+        self._graphs = Graphs(ov, model, properties, free=free, check=check, disk=disk)
 
     def __reduce__(self) -> tuple[object, tuple[Origin]]:
         return pickled(self)
@@ -145,10 +147,6 @@ class OpenVinoBackend:
                 result[index * size : (index + 1) * size] = output
         return result[:n]
 
-    def _check_unchanged(self) -> None:
-        if isinstance(self._file, IrFile) and self._file.changed:
-            raise ArtifactError(f"{self._file.path}: it was written to since it was opened; open it again")
-
 
 def _read(core: Any, file: IrFile | OnnxFile) -> tuple[Any, str]:
     """Return OpenVINO's model of the file that was opened, not of what its path names by now; and its digest."""
@@ -164,6 +162,11 @@ def _read(core: Any, file: IrFile | OnnxFile) -> tuple[Any, str]:
         raise
     except Exception as err:
         raise ArtifactError(f"{file.path}: OpenVINO cannot read it: {cause(err)}") from None
+
+
+def _check_unchanged(file: IrFile | OnnxFile) -> None:
+    if isinstance(file, IrFile) and file.changed:
+        raise ArtifactError(f"{file.path}: it was written to since it was opened; open it again")
 
 
 def _streams(path: Path, device: str, variant: str, threads: int | None) -> int:
