@@ -49,7 +49,8 @@ def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelera
         _check_gradients(copied, output, accelerator.num_processes)
         for phase in config.phases:
             if phase.row.differentiates and not phase.needs.finite:
-                _check_derivative(copied, few, phase.method)
+                with accelerator.autocast():
+                    _check_derivative(copied, few, phase.method)
 
 
 def _check_parts(network: nn.Module) -> None:

@@ -24,7 +24,7 @@ import cmfast_train
 from cmfast.errors import CmfastError
 from cmfast_train import TrainConfig, phase
 from helpers import ROOT
-from helpers.own_networks import embed
+from helpers.own_networks import UNet1d, embed
 from helpers.runs import assert_equal_to_the_bit, log_of, losses_of
 
 T, A, S = 8, 2, 3  # steps, actions, size of the state
@@ -292,7 +292,9 @@ def test_a_tensor_is_dropped_as_often_as_requested() -> None:
 
 @pytest.mark.usefixtures("any_precision")
 def test_half_precision_and_micro_batches_train(tmp_path: Path) -> None:
-    halves = train("edm:64,sct:64", tmp_path / "run", precision="bf16", accumulation=2, emas=(0.9,), ema_stds=(0.1,))
+    given = denoiser(UNet1d(A, S))
+    settings: dict[str, Any] = {"precision": "bf16", "accumulation": 2, "emas": (0.9,), "ema_stds": (0.1,)}
+    halves = train("edm:64,sct:64", tmp_path / "run", denoiser=given, **settings)
     assert {weight.dtype for weight in halves.denoiser.network.parameters()} == {torch.float32}
     assert sorted(path.name for path in (tmp_path / "run" / "ema").iterdir())[0] == "0.9.pt"
     with pytest.raises(CmfastError, match="precision=no on the CPU in another process"):

@@ -213,13 +213,23 @@ def jvp(
     return output, torch.zeros_like(output) if tangent is None else tangent
 
 
-class _PlainNorms(TorchFunctionMode):
-    """PyTorch's forward derivative of a group norm takes a view of its input, which channels_last does not allow.
+_NORMS = tuple(getattr(torch.nn.functional, f"{kind}_norm") for kind in ("group", "layer", "instance", "batch", "rms"))
 
-    The output has the layout of the input, so the next convolution does not have to copy it.
+
+class _PlainNorms(TorchFunctionMode):
+    """What PyTorch's forward derivatives of norms need.
+
+    That of a group norm takes a view of its input, which channels_last does not allow. The output has the layout of the
+    input, so the next convolution does not have to copy it. And of a half-precision input with float32 weights, which
+    autocast leaves so on a CPU, the derivative is float32 beside a half-precision output, which the next layer refuses:
+    norms are float32, as autocast has them on a GPU.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _NORMS:
+            return func(*args, **(kwargs or {}))
+        if args[0].dtype in (torch.float16, torch.bfloat16):
+            args = (args[0].float(), *args[1:])
         if func is not torch.nn.functional.group_norm or args[0].is_contiguous():
             return func(*args, **(kwargs or {}))
         output = func(args[0].contiguous(), *args[1:], **(kwargs or {}))
