@@ -53,7 +53,8 @@ class Condition:
         name = self.name
         if not is_name(name) or name in RESERVED:
             raise CmfastError(
-                f"a condition's name must be an identifier other than {', '.join(RESERVED)}, got {shown(name)}"
+                f"a condition's name must be an identifier other than {', '.join(RESERVED)} and Python's keywords, got "
+                f"{shown(name)}"
             )
         if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise CmfastError(f"condition {name}: kind must be {' or '.join(KINDS)}, got {shown(self.kind)}")

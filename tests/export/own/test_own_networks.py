@@ -150,22 +150,30 @@ class ShortcutMap(nn.Module):
         return h + self.state(state)
 
 
-@pytest.mark.parametrize("renoise", ["ddim", "plain"])
-def test_a_flow_map_of_ones_own_is_the_same_in_the_loop_and_in_one_graph(renoise: str, tmp_path: Path) -> None:
+def shortcut_map(renoise: str) -> Denoiser:
     net = ShortcutMap()
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.3)
-    denoiser = wrap(
+    return wrap(
         net, shape=(6,), conditions={"state": (3,)}, scaling="flow", c_noise="flow", second_time=True, renoise=renoise
     ).eval()
+
+
+def test_a_flow_map_of_ones_own_is_the_same_in_the_loop_and_in_one_graph(tmp_path: Path) -> None:
+    denoiser = shortcut_map("ddim")
     found = export_onnx(denoiser, tmp_path / "m.onnx", kind="sampler", sigmas=SIGMAS)
     assert max(found.denoiser.parity.worst.difference, found.manifest.parity["max_abs"]) <= 1e-5
     noise, state = slices(5, range(3), len(SIGMAS), (6,)), {"state": np.ones((3, 3), np.float32)}
     got = cmfast.load(tmp_path / "m.onnx").from_noise(noise, SIGMAS, conditions=state)
     np.testing.assert_allclose(got, drawn(denoiser, noise, state, SIGMAS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("renoise", ["ddim", "plain"])
+def test_a_flow_map_goes_to_the_next_level_or_to_0_where_the_noise_is_fresh(renoise: str) -> None:
+    noise, state = slices(5, range(3), len(SIGMAS), (6,)), {"state": np.ones((3, 3), np.float32)}
     seen: list[Tensor] = []
     with mock.patch.object(ShortcutMap, "forward", lambda _, x, t, state, c_noise_next: seen.append(c_noise_next) or x):
-        drawn(denoiser, noise, state, SIGMAS)
+        drawn(shortcut_map(renoise), noise, state, SIGMAS)
     following = [s / (1 + s) for s in (*SIGMAS[1:], 0.0)] if renoise == "ddim" else [0.0] * 3
     np.testing.assert_allclose([float(each[0]) for each in seen], following, rtol=1e-6)
 
@@ -355,6 +363,7 @@ def test_a_wrong_graph_is_caught_at_one_of_three_batches(tmp_path: Path, monkeyp
         ({"conditions": {"state": 0}}, "condition state: classes must be a positive whole number"),
         ({"conditions": {"state": "five"}}, "condition 'state': need a number of classes, or the sizes of a tensor"),
         ({"conditions": {"sigma": (3,)}}, "a condition's name must be an identifier other than"),
+        ({"conditions": {"class": 3}}, "and Python's keywords, got 'class'"),
         ({"conditions": {"state": (0,)}}, "condition state: sizes are whole numbers from 1"),
         ({"shape": (1, 2, 3, 4, 5)}, "shape must be one to 4"),
         ({"scaling": "vp"}, "scaling must be one of"),
