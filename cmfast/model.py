@@ -36,15 +36,16 @@ def load(
     sha256: str | None = None,
     encoder: Paths | None = None,
 ) -> Model:
-    """Open a model file (.onnx; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
+    """Open a model file (.onnx; .xml by OpenVINO; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
     Args:
         path: the file, or a folder that diffusers wrote.
         device: cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
             engine, which runs nowhere else, and cpu for everything else.
         threads: CPU threads; None leaves the choice to the backend.
-        variant: a way to run it, words of cmfast.backends.VARIANTS: "tensorrt", "channels_last cuda_graph", ...
-        precision: fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs; an exported file has its own.
+        variant: a way to run it, words of cmfast.backends.VARIANTS: "openvino", "channels_last cuda_graph", ...
+        precision: fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs and for a file that OpenVINO runs; any
+            other exported file has its own.
         sha256: what the file must hash to; a TensorRT engine is native code, so load only what you trust.
         encoder: file or files of its encoders, where it was exported with them apart; they run on the CPU.
 

@@ -92,7 +92,7 @@ def command(
 ) -> None:
     """Draw samples from MODEL and write them to --out: images, or arrays where the model draws other data.
 
-    MODEL is an exported file, .onnx or .engine; where PyTorch is installed also a checkpoint of any kind.
+    MODEL is an exported file, .onnx, .xml or .engine; where PyTorch is installed also a checkpoint of any kind.
     """
     import cmfast
     from cmfast.cli.conditions import read_conditions
