@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 import cmfast
 from cmfast.backends import float32, open_backend
-from cmfast.backends.openvino import compiled, library
+from cmfast.backends.openvino import compiled, library, precise
 from cmfast.backends.openvino.backend import OpenVinoBackend
 from cmfast.errors import ArtifactError, BackendError
 from cmfast.formats.manifest import Manifest
@@ -200,6 +200,36 @@ def test_another_precision_than_the_requested_one_is_never_taken_in_silence(
     backend = opened(write_denoiser(tmp_path / "model.onnx"), precision="fp16")
     with pytest.raises(BackendError, match=r"OpenVINO was to compute in f16 and chose \w+ on this CPU"):
         backend.run({"x": np.zeros((1, 1, 4, 4), np.float32), "sigma": np.ones(1, np.float32)})
+
+
+def test_marks_go_into_layers_of_the_top_level_alone() -> None:
+    body = '<layer id="1" name="a"><body><layer id="2" name="b"></layer></body></layer>'
+    graph = f'<layer id="0" name="x" />{body}<layer id="2" name="c"><data /></layer><layer id="12"></layer>'
+    marked = precise.with_marks(graph.encode(), {0, 2}).decode()
+    assert marked.replace(f"\n\t\t\t<rt_info>{precise.MARK}</rt_info>", "") == graph
+    assert marked.count(precise.MARK) == 1
+    assert marked.index(precise.MARK) > marked.index('name="c"')
+
+
+def test_angles_of_conditions_stay_float32_too_and_products_do_not(tmp_path: Path) -> None:
+    path = write_denoiser(tmp_path / "model.onnx", {"conditions": [{"name": "place", "kind": "tensor", "shape": [4]}]})
+    model = onnx.load(path)
+    nodes = [
+        helper.make_node("MatMul", ["place", "weight"], ["angles"]),
+        helper.make_node("Exp", ["angles"], ["far"]),
+        helper.make_node("Sin", ["far"], ["sines"]),
+        helper.make_node("Neg", ["sines"], ["place_sines"]),
+    ]
+    for node in model.graph.node:
+        node.input[:] = ["place_sines" if name == "place" else name for name in node.input]
+    for index, node in enumerate(nodes):
+        model.graph.node.insert(index, node)
+    model.graph.initializer.append(helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [0.5] * 16))
+    graph = library.import_openvino("this test").Core().read_model(model.SerializeToString())
+    operations = graph.get_ordered_ops()
+    kept = {operations[place].get_type_name() for place in precise.to_mark(graph)}
+    assert {"Exp", "Sin", "Add", "Divide"} <= kept  # the last two: 1 + sigma, x / (1 + sigma)
+    assert not kept & {"MatMul", "Negative", "Constant", "Parameter", "Result"}
 
 
 # What is kept.

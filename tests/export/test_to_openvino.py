@@ -18,8 +18,8 @@ import cmfast_export
 import cmfast_train
 from cmfast.backends.openvino import library
 from cmfast.cli.info import main as info
-from cmfast.errors import CheckFailed
-from cmfast.formats.manifest import read_onnx
+from cmfast.errors import ArtifactError, CheckFailed
+from cmfast.formats.manifest import file_sha256, read_onnx
 from cmfast.formats.openvino_ir import read_ir
 from cmfast_export.cli import main as export
 from cmfast_train.denoiser import Denoiser
@@ -153,6 +153,22 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.
     ):
         cmfast_export.export_openvino(file, tmp_path / "model.xml")
     assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_an_ir_is_pinned_by_its_digest_and_never_compiled_from_weights_that_changed_meanwhile(tmp_path: Path) -> None:
+    made = cmfast_export.export_openvino(write_denoiser(tmp_path / "model.onnx", PLAIN), tmp_path / "model.xml")
+    right = file_sha256(made.path)
+    with pytest.raises(ArtifactError, match=r"not 0{64} as requested; not opened"):
+        cmfast.load(made.path, sha256="0" * 64)
+    model = cmfast.load(made.path, sha256=right)
+    first = model.sample_float(1)
+    weights = made.path.with_suffix(".bin")
+    with weights.open("r+b") as opened:
+        opened.write(b"\1")
+    os.utime(weights, ns=(0, 0))  # whatever the resolution of the file system's clock is
+    np.testing.assert_array_equal(model.sample_float(1), first)
+    with pytest.raises(ArtifactError, match=r"model\.xml: it was written to since it was opened; open it again"):
+        model.sample_float(2)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

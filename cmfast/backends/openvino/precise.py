@@ -56,6 +56,7 @@ def to_mark(model: Any) -> set[int]:
         after = [target.get_node() for each in todo.pop().outputs() for target in each.get_target_inputs()]
         todo += filter(reached, after)
     todo = [each for each in model.get_ops() if each.get_type_name() in ("Sin", "Cos")]  # also of conditions
+    found |= {places[each.get_friendly_name()] for each in todo}
     while todo:
         todo += filter(reached, [each.get_node() for each in todo.pop().input_values()])
     return found
