@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -82,6 +83,8 @@ def train(
     own = Own(denoiser=denoiser, teacher=teacher)
     with contextlib.ExitStack() as kept:
         folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="cmfast-")) if out is None else out)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        kept.enter_context(torch.random.fork_rng(devices))  # the caller's numbers go on as if there had been no run
         file = train_run(config, folder, None, own, data)
         trained = load_checkpoint(file).denoiser(denoiser)
     given = dict(denoiser.network.named_parameters())

@@ -101,6 +101,16 @@ def spoilt(array: Any, value: float) -> Any:
     return array
 
 
+class Table:
+    """As a DataFrame: its items are columns."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, name: str) -> Any:
+        return {"x": 1}[name]
+
+
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing": (lambda v: {"x": v["x"], "task": v["task"]}, r"state is missing, float32 \[B, 3\]; it has 'x', 'task'"),
     "unknown": (lambda v: {**v, "image": v["x"]}, "the model has no condition 'image'; it takes x, state, task"),
@@ -128,6 +138,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a generator": (lambda v: iter(items(v)), "a Dataset with __len__ and __getitem__, so that a run can be resumed"),
     "tuples": (lambda v: list(zip(v["x"], v["state"], v["task"], strict=True)), "item 0: need {'x': .., ..}, got"),
     "an item": (lambda v: [{"x": v["x"][0]}], "item 0: state is missing"),
+    "a table": (lambda v: Table(), r"Table: item 0 cannot be read \(KeyError: 0\); need a sequence of"),
     "an empty list": (lambda v: [], "it holds no samples"),
 }
 

@@ -106,7 +106,14 @@ class ItemSamples(Dataset[Batch | str]):
         self.in_memory = False
         if not len(items):
             raise CmfastError(f"{self.where}: it holds no samples")
-        if isinstance(first := self.__getitems__([0]), str):
+        try:
+            first = self.__getitems__([0])
+        except Exception as err:  # such as the KeyError of a table
+            raise CmfastError(
+                f"{self.where}: item 0 cannot be read ({type(err).__name__}: {one_line(err, 100)}); need a sequence of "
+                "{'x': [..], ..}, or a mapping of arrays"
+            ) from err
+        if isinstance(first, str):
             raise CmfastError(first)
 
     def __len__(self) -> int:
