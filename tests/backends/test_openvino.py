@@ -96,6 +96,16 @@ def test_inputs_that_a_graph_does_not_read_are_taken_and_a_graph_of_others_is_re
         opened(path)
 
 
+def test_a_batch_has_a_stream_for_each_of_its_parts(tmp_path: Path) -> None:
+    model = cmfast.load(write_denoiser(tmp_path / "model.onnx"), threads=2, variant="openvino throughput")
+    assert isinstance(model.backend, OpenVinoBackend)
+    for n, streams in ((1, 1), (2, 2), (3, 2)):
+        model.sample(n)
+        ready = list(model.backend._graphs._static.values())[-1]
+        found = [ready[0].compiled.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")]
+        assert (len(ready), *found) == (streams, streams, 2)
+
+
 def test_results_are_the_callers_own(tmp_path: Path) -> None:
     model = cmfast.load(write_denoiser(tmp_path / "model.onnx"), variant="openvino")
     first = model.sample_float(2, seed=1)

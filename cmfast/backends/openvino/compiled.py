@@ -112,7 +112,9 @@ class Graphs:
 
     def _compile(self, shapes: Mapping[str, Shape], streams: int) -> list[Ready]:
         """Return requests of the graph for these shapes; {}: for any."""
-        properties = self._properties | ({"NUM_STREAMS": streams} if streams > 1 else {})
+        # The hint alone makes as many streams as there are threads, and a batch of one would have one thread.
+        parted = self._properties["PERFORMANCE_HINT"] == "THROUGHPUT"
+        properties = self._properties | ({"NUM_STREAMS": streams} if parted else {})
         name = self._entry(shapes, properties)
         try:
             compiled = self._imported(name, properties)
