@@ -98,18 +98,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a factory of checkpoints with random weights, 8x8 images of one channel; treat the files as read-only."""
+    """Return a factory of checkpoints with random weights, 8x8 images of one channel; treat the files as read-only.
+
+    Of levels=1 it is half as large: nothing is resampled, and the middle alone has attention.
+    """
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @functools.cache
-    def make(classes: int = 10, suffix: str = ".pt") -> Path:
+    def make(classes: int = 10, suffix: str = ".pt", levels: int = 2) -> Path:
         config = AdmConfig(
-            image_size=8, channels=1, classes=classes, model_channels=32, res_blocks=1, channel_mult=(1, 2),
-            attention=(4,), head_channels=32,
+            image_size=8, channels=1, classes=classes, model_channels=32, res_blocks=1,
+            channel_mult=(1, 2)[:levels], attention=(4,)[: levels - 1], head_channels=32,
         )  # fmt: skip
         network = AdmUnet(config)
         randomise(network)
-        path = folder / f"classes{classes}{suffix}"
+        path = folder / f"classes{classes}_levels{levels}{suffix}"
         spec = image_spec(image=(1, 8, 8), classes=classes)
         save_checkpoint(Checkpoint(spec=spec, network=config, weights=network.state_dict()), path)
         return path

@@ -38,7 +38,7 @@ def plans(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("plans")
     for kind in ("denoiser", "sampler"):
         steps = None if kind == "denoiser" else 2
-        export_onnx(tiny_checkpoint(10), folder / f"{kind}.onnx", kind=kind, steps=steps)
+        export_onnx(tiny_checkpoint(10, levels=1), folder / f"{kind}.onnx", kind=kind, steps=steps)
         build_engine(folder / f"{kind}.onnx", folder / f"{kind}.engine", BuildOptions(batch=(2, 3, 4)))
     return {kind: folder / f"{kind}.engine" for kind in ("denoiser", "sampler")}
 

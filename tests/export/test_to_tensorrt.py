@@ -316,7 +316,7 @@ def test_options_are_said_as_texts() -> None:
 def test_a_fixed_batch_is_the_file_s_own(onnx_file: Factory, tiny_checkpoint: Factory, tmp_path: Path) -> None:
     from cmfast_export.pipeline import export_onnx
 
-    export_onnx(tiny_checkpoint(0), tmp_path / "model.onnx", batch=3)
+    export_onnx(tiny_checkpoint(0, levels=1), tmp_path / "model.onnx", batch=3)
     built = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", BuildOptions())
     assert built.manifest.engine["batch"] == [3, 3, 3]
     with pytest.raises(CmfastError, match="the ONNX file takes batches of 3 only"):
@@ -444,7 +444,7 @@ def test_the_command_takes_a_checkpoint_to_an_engine_and_says_what_it_did(
 ) -> None:
     out = tmp_path / "two.engine"
     arguments = ["--format", "engine", "--kind", "sampler", "--steps", "2", "--precision", "fp16", "--target", "8.9"]
-    result = call(cli.main, tiny_checkpoint(10), "-o", out, *arguments, "--build", "batch=1,2,4")
+    result = call(cli.main, tiny_checkpoint(10, levels=1), "-o", out, *arguments, "--build", "batch=1,2,4")
     assert result.returncode == 0, result.stderr
     manifest = read_plan(out)
     assert (manifest.kind, manifest.dtype) == ("sampler", "float16")
