@@ -40,7 +40,7 @@ NETWORKS: dict[str, NetworkConfig] = {
     "seed": CloneofsimoConfig(image_size=8, width=32),
 }
 # Two channels a group at least: where a norm has one, it cancels a bias, whose gradient is then rounding alone.
-TRAINED = AdmConfig(**SHAPE, model_channels=64, head_channels=32)
+TRAINED = AdmConfig(**SHAPE | {"channel_mult": (1, 1)}, model_channels=64, head_channels=32)
 BATCH, MIDDLE, STEPS = 8, 4, 8  # from its sixth step on, RAdam divides by the gradients' size
 
 
@@ -50,8 +50,10 @@ def network_of(name: str) -> nn.Module:
     return network
 
 
-def train(first: int, last: int, begin: dict[str, Any] | None = None, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Run steps [first, last) of a training against its own average; return the state after them, whole."""
+def train(
+    *stops: int, first: int = 0, begin: dict[str, Any] | None = None, mesh: DeviceMesh | None = None
+) -> list[dict[str, Any]]:
+    """Run steps [first, stops[-1]) of a training against its own average; return the states before `stops`, whole."""
     network = build_network(TRAINED).train()
     randomise(network)
     average = copy.deepcopy(network).requires_grad_(False)
@@ -66,7 +68,8 @@ def train(first: int, last: int, begin: dict[str, Any] | None = None, mesh: Devi
         fill(averages, begin["averages"])
         fill_optimizer(optimizer, begin["optimizer"])
     rank, processes = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
-    for step in range(first, last):
+    states = []
+    for step in range(first, stops[-1]):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(BATCH, 3, 8, 8, generator=generator).chunk(processes)[rank]
         c_noise = torch.rand(BATCH, generator=generator).chunk(processes)[rank]
@@ -79,8 +82,10 @@ def train(first: int, last: int, begin: dict[str, Any] | None = None, mesh: Devi
         optimizer.zero_grad()
         update_ema(averages.values(), weights.values(), 0.5)
         assert all(bool(weight.isfinite().all()) for weight in weights.values())
-    state = {"weights": weights, "averages": averages, "optimizer": optimizer.state_dict()}
-    return copy.deepcopy(whole(state, keep=rank == 0))
+        if step + 1 in stops:
+            state = {"weights": weights, "averages": averages, "optimizer": optimizer.state_dict()}
+            states.append(copy.deepcopy(whole(state, keep=rank == 0)))
+    return states
 
 
 # Sharded.
@@ -90,7 +95,7 @@ def train(first: int, last: int, begin: dict[str, Any] | None = None, mesh: Devi
 def states(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Return the states of plain and of sharded trainings, by name."""
     folder = tmp_path_factory.mktemp("sharded")
-    found = {"plain": train(0, STEPS), "plain, middle": train(0, MIDDLE)}
+    found = dict(zip(("plain, middle", "plain"), train(MIDDLE, STEPS), strict=True))
     torch.save(found["plain, middle"], folder / "plain, middle.pt")
     result = run(
         "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder, **helpers_on_path()
@@ -98,7 +103,7 @@ def states(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
     assert result.returncode == 0, result.stderr
     for file in folder.glob("*.pt"):
         found[file.stem] = torch.load(file, weights_only=True)
-    found["sharded, then plain"] = train(MIDDLE, STEPS, found["sharded, middle"])
+    (found["sharded, then plain"],) = train(STEPS, first=MIDDLE, begin=found["sharded, middle"])
     return found
 
 
@@ -279,14 +284,14 @@ def one_process(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-    states = {"sharded": train(0, STEPS, None, mesh), "sharded, middle": train(0, MIDDLE, None, mesh)}
+    states = dict(zip(("sharded, middle", "sharded"), train(MIDDLE, STEPS, mesh=mesh), strict=True))
     if accelerator.is_main_process:
         for name, state in states.items():
             torch.save(state, folder / f"{name}.pt")
     accelerator.wait_for_everyone()
     for name in ("sharded", "plain"):
         begin = torch.load(folder / f"{name}, middle.pt", weights_only=True, mmap=True)
-        state = train(MIDDLE, STEPS, begin, mesh)
+        (state,) = train(STEPS, first=MIDDLE, begin=begin, mesh=mesh)
         if accelerator.is_main_process:
             torch.save(state, folder / f"{name}, then sharded.pt")
     accelerator.wait_for_everyone()
