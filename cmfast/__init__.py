@@ -3,7 +3,7 @@
 
     import cmfast
 
-    model = cmfast.load("mnist")                         # a small model that comes with cmfast: cmfast.models()
+    model = cmfast.load("digits")                        # a small model that comes with cmfast: cmfast.models()
     model = cmfast.load("model.onnx")                    # the backend is chosen by suffix
     images = model.sample(16, steps=2, seed=0)           # uint8 [16, H, W, C]
     actions = policy.sample(1, conditions={"state": s})  # float32 [1, T, A]: what is no image stays an array

@@ -136,7 +136,8 @@ def command(
         samples = loaded.sample(
             number, sigmas=sigmas, seed=seed, conditions=given, batch=batch, first=first, progress=bar
         )
-    save_samples(out, samples, loaded.labels(number, seed=seed, label=given.get("label"), first=first))
+    classes = loaded.labels(number, seed=seed, label=given.get("label"), first=first) if loaded.spec.classes else None
+    save_samples(out, samples, classes)
     click.echo(f"{out}: {number} {loaded.noun.removesuffix('s')}(s), {how}, {loaded.backend.name}")
 
 

@@ -23,7 +23,7 @@ from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.conditions import some_values
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_target
-from cmfast.formats.manifest import ENCODER, Manifest, graph_sha256, rounding
+from cmfast.formats.manifest import ENCODER, Manifest, graph_sha256
 from cmfast.formats.table import ONNX
 from cmfast.formats.values import PRECISIONS
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET
@@ -145,7 +145,7 @@ def _written(graph: EncoderGraph, file: Path, path: Path, request: GraphRequest,
     with tempfile.TemporaryDirectory() as folder:
         run = file if dtype == "float32" else emulate_file(file, Path(folder) / "emulated.onnx")
         parity = _compare(OnnxRuntimeBackend(run), graph)
-    tolerance = request.tolerance or rounding(PRECISIONS["fp16"] if request.weights else dtype, "cpu")
+    tolerance = request.allowed("cpu")
     if failure := parity.failure(tolerance):
         raise CheckFailed(f"the encoder of {graph.condition.name} {failure}; no file was written")
     manifest = replace(manifest, parity={"max_abs": parity.to_dict()["max_abs"]}, graph_sha256=graph_sha256(file))

@@ -19,7 +19,7 @@ from cmfast.checks import MAX_BATCH, real_number
 from cmfast.checks import whole_number as a_whole_number
 from cmfast.errors import CmfastError
 from cmfast.files import check_target, check_target_folder
-from cmfast.formats.manifest import KINDS, check_model
+from cmfast.formats.manifest import KINDS, check_model, rounding
 from cmfast.formats.table import ENGINE, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
 from cmfast_export import AUTO, FLAVOURS, STORED
@@ -73,6 +73,11 @@ class GraphRequest:
     flavour: str = ""
     weights: str = ""
     encoders: Mapping[str, Path] = field(default_factory=dict)
+
+    def allowed(self, device: str) -> float:
+        """Return the tolerance, data units: what was requested, else what rounding explains on a device."""
+        stored = "fp16" if self.weights else self.precision
+        return rounding(PRECISIONS[stored], device) if self.tolerance is None else self.tolerance
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -130,9 +130,11 @@ def verify(
         guidance: of a sampler that was exported with it.
         sizes: of the conditions' dynamic axes, in turn.
         given: values of the conditions; None: `some_values`.
-        rounds: whether the network computes in less than float32; None: as the file's manifest says.
+        rounds: whether values or weights of the network are rounded to less than float32; None: as the file's manifest
+            says.
     """
-    rounds = file.manifest.dtype != "float32" if rounds is None else rounds
+    made = file.manifest
+    rounds = made.dtype != "float32" or "weights" in made.made_by if rounds is None else rounds
     spec = file.manifest.spec
     values = given or (lambda n, seed, size: some_values(spec.conditions, n, seed=seed, size=size))
     ours, theirs = Model(file), [Model(backend) for backend in references]

@@ -48,6 +48,7 @@ def test_large_weights_are_float16_once_and_their_values_are_the_rounded_ones(fi
 
 def test_the_file_is_nearly_half_and_draws_the_same_images_up_to_the_rounding(files: tuple[Path, Path]) -> None:
     wide, half = (load(file) for file in files)
+    assert files[1].stat().st_size < 0.7 * files[0].stat().st_size
     large = sum(i.raw_data.__len__() for i in onnx.load(files[1]).graph.initializer if i.name.endswith(".float16"))
     assert files[0].stat().st_size - files[1].stat().st_size == pytest.approx(large, rel=0.1)
     assert (half.manifest.dtype, half.manifest.made_by["weights"]) == ("float32", "float16")

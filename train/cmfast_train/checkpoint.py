@@ -218,14 +218,23 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
+def _is_sound(tensor: Tensor, *, own: bool) -> bool:
+    if not own:
+        return is_finite(tensor)
+    numbers = tensor.numel() and tensor.is_floating_point()
+    return not numbers or not bool(torch.stack(torch.aminmax(tensor.float())).isnan().any())
+
+
 def _check_weights(weights: Mapping[Any, Any], file: Path, *, own: bool) -> None:
-    """Raise ArtifactError unless these are named tensors of plain, finite float32 values; own: or of whole numbers."""
+    """Raise ArtifactError unless these are named tensors of plain, finite float32 values.
+
+    own: buffers of other networks may also hold whole numbers, other precisions and infinity, such as masks; no NaN.
+    """
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ArtifactError(f"{file}: its weights are not named tensors")
         what = ""
-        counts = own and not tensor.is_floating_point() and not tensor.is_complex()  # buffers, such as masks
-        if tensor.layout != torch.strided or (tensor.dtype != torch.float32 and not counts):
+        if tensor.layout != torch.strided or tensor.is_complex() or (tensor.dtype != torch.float32 and not own):
             what = f"{tensor.dtype}, {tensor.layout}"
         elif tensor.device.type != "cpu":
             what = f"on {tensor.device.type}, so it has no values"
@@ -236,7 +245,7 @@ def _check_weights(weights: Mapping[Any, Any], file: Path, *, own: bool) -> None
                 f"{file}: the weight {name[:100]} is {what.replace(', torch.strided', '')}; "
                 "a checkpoint's weights are float32"
             )
-        if not counts and not is_finite(tensor):
+        if not _is_sound(tensor, own=own):
             raise ArtifactError(
                 f"{file}: the weight {name[:100]} has values that are not finite; its training diverged"
             )

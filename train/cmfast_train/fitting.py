@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from cmfast.errors import CmfastError, shown
 from cmfast_train.checkpoint import load_checkpoint
-from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.config.train_config import ARRAYS, TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.training.initial_model import Own
 from cmfast_train.training.trainer import train as train_run
@@ -78,6 +78,10 @@ def train(
     for name, model in (("denoiser", denoiser), ("teacher", teacher)):
         if not isinstance(model, Denoiser) and not (name == "teacher" and model is None):
             raise CmfastError(f"{name} must be what cmfast_train.wrap(net, ...) returns, got {shown(model)}")
+    if config.data != ARRAYS:
+        raise CmfastError(f"the config has data={config.data}, and data= brings the data: leave it out of the config")
+    if data is None:
+        raise CmfastError('data= is missing: pass {"x": [N, *shape], **conditions}, a .npz file, or a Dataset')
     if config.init or config.teacher:
         raise CmfastError("init and teacher are files for cmfast-train; pass the models: denoiser=, teacher=")
     own = Own(denoiser=denoiser, teacher=teacher)

@@ -97,8 +97,13 @@ def own_run(config: TrainConfig, network: str, spec: Path | None) -> Own:
     """
     torch.manual_seed(config.seed)
     denoiser = own_model(network, spec, config.init or None)
+    if config.init:  # a checkpoint's model is frozen; what the factory freezes stays so
+        made = _made(network)
+        module = made.network if isinstance(made, Denoiser) else made
+        for weight, as_made in zip(denoiser.network.parameters(), module.parameters(), strict=True):
+            weight.requires_grad_(as_made.requires_grad)
     teacher = own_model(network, spec, config.teacher, teacher=True) if config.teacher else None
-    return Own(denoiser=denoiser.requires_grad_(True) if config.init else denoiser, teacher=teacher, factory=network)
+    return Own(denoiser=denoiser, teacher=teacher, factory=network)
 
 
 def _denoiser(made: nn.Module | Denoiser, network: str, spec: str | os.PathLike[str] | None) -> Denoiser:

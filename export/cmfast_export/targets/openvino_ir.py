@@ -162,7 +162,7 @@ def _export(model: Source, out: Path, request: GraphRequest) -> Converted:
     guidance = None if request.guidance is None else Guidance.of(request.guidance, request.null, spec)
     wide = request if request.precision == "fp32" else replace(request, precision="fp32", tolerance=None)
     dtype = PRECISIONS[request.precision]
-    allowed = request.tolerance or rounding(PRECISIONS["fp16"] if request.weights else dtype, "cuda")
+    allowed = request.allowed("cuda")
     with temporary_folder(out) as folder:
         graph = export_onnx_as(loaded, folder / "graph.onnx", wide).path
         manifest, parity = _converted(graph, out, folder, dtype, reference, allowed, guidance)
@@ -188,7 +188,8 @@ def _convert_file(onnx: Path, out: Path, tolerance: float | None) -> Converted:
     reference.batch = None  # of a fixed batch: the IR's is the same, and the comparison takes it from there
     allowed = tolerance or rounding(manifest.dtype, "cuda")
     with temporary_folder(out) as folder:
-        manifest, parity = _converted(onnx, out, folder, manifest.dtype, reference, allowed, None)
+        # The reference has the same weights, rounded or not.
+        manifest, parity = _converted(onnx, out, folder, manifest.dtype, reference, allowed, None, rounds=False)
     return Converted(
         path=out, manifest=manifest, parity=parity, against="ONNX Runtime", tolerance=allowed,
         seconds=time.perf_counter() - begun,
@@ -196,8 +197,9 @@ def _convert_file(onnx: Path, out: Path, tolerance: float | None) -> Converted:
 
 
 def _converted(
-    onnx: Path, out: Path, folder: Path, dtype: str, reference: Backend, allowed: float, guidance: Guidance | None
-) -> tuple[Manifest, Parity]:
+    onnx: Path, out: Path, folder: Path, dtype: str, reference: Backend, allowed: float, guidance: Guidance | None,
+    *, rounds: bool | None = None,
+) -> tuple[Manifest, Parity]:  # fmt: skip
     """Write the IR of a float32 graph in a folder beside `out`, run and compare it, and move both files to `out`."""
     ov = import_openvino(f"writing {out.name}")
     file = folder / out.name
@@ -213,7 +215,7 @@ def _converted(
         data = mmap.mmap(weights.fileno(), 0, access=mmap.ACCESS_READ) if beside.stat().st_size else b""
         manifest = replace(manifest, graph_sha256=ir_sha256(content, head_of(content, out), data))
     file.write_bytes(with_manifest(content, manifest, out))
-    (parity,) = verify(OpenVinoBackend(file), [reference], guidance=guidance)
+    (parity,) = verify(OpenVinoBackend(file), [reference], guidance=guidance, rounds=rounds)
     if failure := parity.failure(allowed, of=reference.name):
         raise CheckFailed(f"OpenVINO in {dtype} {failure}; no file was written")
     manifest = replace(manifest, parity=parity.to_dict()).fitting()

@@ -225,6 +225,31 @@ def test_what_cannot_be_written_apart_is_one_line_and_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_guidance_without_an_encoded_condition_is_refused_because_nothing_has_to_be_encoded(tmp_path: Path) -> None:
+    model = of_one_encoder()
+    for null in ({"state": 0.0}, {"state_encoded": 0.0}):
+        with pytest.raises(CmfastError, match=r"guidance without the condition state.* export one graph"):
+            export_onnx(
+                model, tmp_path / "m.onnx", kind="sampler", steps=1, guidance=2.0, null=null,
+                encoder=tmp_path / "e.onnx",
+            )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_that_is_encoded_is_sampled_by_the_command(
+    files: Files, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    for name in ("tokens", "state"):
+        np.save(tmp_path / f"{name}.npy", GIVEN[name])
+    given = [f"--condition={name}={tmp_path / name}.npy" for name in ("tokens", "state")]
+    encoders = [f"--encoder={file}" for file in files.encoders]
+    out = tmp_path / "a.npz"
+    made = call(sample_command.main, files.model, *encoders, *given, "--label", 3, "-n", 2, "-o", out)
+    assert (made.returncode, made.stderr) == (0, "")
+    with np.load(out) as drawn:
+        assert drawn["arr_0"].shape == (2, 6)
+
+
 def test_an_encoder_is_not_written_where_the_other_file_fails(tmp_path: Path) -> None:
     with (
         mock.patch.object(pipeline, "_denoiser_graph", side_effect=CheckFailed("another")),

@@ -352,6 +352,7 @@ class NoForwardMode(torch.autograd.Function):
         return slope
 
 
+OF_DIGITS = {"config": TrainConfig(data="digits", image_size=8, channels=1, phases=(phase("edm", 32),))}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no wrap": ({"denoiser": Policy()}, r"denoiser must be what cmfast_train.wrap\(net, ...\) returns, got Policy"),
     "teacher": ({"teacher": Policy()}, "teacher must be what cmfast_train.wrap"),
@@ -375,6 +376,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no null": ({"label_dropout": 0.1}, "label_dropout needs a condition that can be left out"),
     "no blocks": ({"recompute": True}, r"give Policy a method blocks\(\)"),
     "init": ({"init": "model.pt"}, "pass the models: denoiser="),
+    "data twice": (
+        {**OF_DIGITS, "data": data()},
+        "the config has data=digits, and data= brings the data: leave it out of the config",
+    ),
+    "no data": ({"data": None}, "data= is missing: pass"),
     "graph": ({"graph": "true"}, "graph=true: the steps of edm cannot be a CUDA graph"),
     "raises": (
         {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x + state))},
@@ -405,8 +411,30 @@ def test_what_cannot_be_trained_is_one_line(what: str) -> None:
     values, words = WRONG[what]
     values = dict(values)
     with pytest.raises(CmfastError, match=words) as caught:
-        train(values.pop("phases", "edm:32"), **values)
+        cmfast_train.train(denoiser=denoiser(), **values) if "config" in values else train(
+            values.pop("phases", "edm:32"), **values
+        )
     assert "\n" not in str(caught.value)
+
+
+class Masked(Policy):
+    """With buffers that are no weights: a causal mask with infinity in it, a table in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((T, T), -torch.inf).triu(1))
+        self.register_buffer("table", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, c_noise: Tensor, state: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.mask.softmax(1) @ x, c_noise, state * self.table.float())
+
+
+def test_buffers_with_infinity_and_of_other_precisions_are_kept(tmp_path: Path) -> None:
+    trained = train("edm:32", tmp_path / "run", denoiser=denoiser(Masked()))
+    network = cmfast_train.load_model(tmp_path / "run" / "model.pt").denoiser(Masked()).network
+    for found in (trained.denoiser.network, network):
+        assert torch.equal(found.mask, Masked().mask)
+        assert found.table.dtype == torch.float64
 
 
 def test_a_run_of_other_data_or_of_another_network_is_not_continued(tmp_path: Path) -> None:
@@ -426,7 +454,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the user's: code, conventions, data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_policy.py").write_text(
-        "from test_own_training import Images, Policy\nmake = Policy\n", encoding="utf-8"
+        "from test_own_training import Images, Policy\nmake = Policy\n"
+        "def frozen():\n    made = Policy()\n    made.enter.requires_grad_(False)\n    return made\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(Path(__file__).parent)
     spec = {"shape": [T, A], "conditions": {"state": [S]}, "scaling": "edm", "c_noise": "ln/4"}
@@ -455,6 +485,11 @@ def test_the_command_trains_continues_and_exports(
     assert call(main, *own, "--out", "cd", *settings, *teacher).returncode == 0
     goes_on = ["--network", "own_policy:make", "--data", "data.npz", "--init", "run/model.pt"]
     assert call(main, *goes_on, "--out", "ect", *settings, "--set", "phases=ect:32").returncode == 0
+    goes_on[1] = "own_policy:frozen"
+    assert call(main, *goes_on, "--out", "part", *settings, "--set", "phases=ect:32").returncode == 0
+    weights = [cmfast_train.load_model(f"{name}/model.pt").weights for name in ("run", "part")]
+    assert torch.equal(weights[0]["enter.weight"], weights[1]["enter.weight"]), "what the factory froze stays"
+    assert not torch.equal(weights[0]["leave.weight"], weights[1]["leave.weight"])
     result = call(export, "run/model.pt", "--network", "own_policy:make", "-o", "model.onnx")
     assert result.returncode == 0, result.stderr
     refused(call(main, *own, "--out", "run", *settings, "--set", "phases=edm:128"), "another phases")

@@ -12,7 +12,10 @@ from cmfast.cli.parameters import FLOATS, INTS, MODEL
 from cmfast.cli.running import needs, run_command
 from cmfast.formats.manifest import check_model
 from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.train_config import ARRAYS
 from cmfast_train.evaluation.config import METRICS, EvalConfig
+
+DATA_SETS = sorted(name for name in PRESETS if name != ARRAYS)  # images
 
 EPILOG = """\b
 Examples:
@@ -47,7 +50,12 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
 @click.command("cmfast-eval", epilog=EPILOG)
 @click.argument("model", metavar="MODEL|SAMPLES", type=MODEL)
-@click.option("--data-set", type=click.Choice(sorted(PRESETS)), required=True, help="Data to compare with.")
+@click.option(
+    "--data-set",
+    type=click.Choice(sorted(name for name in PRESETS if name != ARRAYS)),
+    required=True,
+    help="Data to compare with.",
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), envvar="CMFAST_DATA", help="Folder, .zip, .npy or .npz of the data."
 )

@@ -72,7 +72,7 @@ def default_features(data_set: str) -> str:
         return "pixels"
     if data_set not in SHIPPED:
         raise CmfastError(
-            f"no features are shipped for {data_set}; say some: --features pixels, {', '.join(SHIPPED)}, a classifier "
+            f"no features are shipped for {data_set}; pass --features: pixels, {', '.join(SHIPPED)}, a classifier "
             "of benchmarks/train_classifier.py (.safetensors), or Inception's weights (.pth)"
         )
     return data_set
