@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A graph compiled for the shapes of its calls: OpenVINO is about twice as fast where it knows them (`KEPT`).
+"""A graph compiled for the shapes of its calls, a few of them (`KEPT`): OpenVINO is faster where it knows them.
 
     graphs = Graphs(ov, model, {"INFERENCE_PRECISION_HINT": "f32"}, ...)
     output = graphs.ready({"x": (8, 3, 32, 32), "sigma": (8,)}).run({"x": x, "sigma": sigma})
