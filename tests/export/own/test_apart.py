@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,12 @@ from cmfast.cli import sample as sample_command
 from cmfast.conditions import Condition
 from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.formats.manifest import Manifest
-from cmfast_export import cli, export_onnx, pipeline
+from cmfast_export import cli, export_onnx, pipeline, report
+from cmfast_export._options import parse_files
 from cmfast_export.apart import EncoderFile
 from cmfast_export.pipeline import Exported
+from cmfast_export.precision_search import Choice
+from cmfast_export.request import make_request
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.wrapping import wrap
 from helpers.own_networks import CASES, Mlp
@@ -259,23 +261,61 @@ def test_an_encoder_is_not_written_where_the_other_file_fails(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_the_commands_write_show_and_run_two_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any], refused: Callable[..., None]
+def test_the_command_asks_for_encoders_apart_and_says_what_to_type_next(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("made.py").write_text("import sys\nmake = sys.modules['made_for_test'].of_one_encoder\n")
-    monkeypatch.setitem(sys.modules, "made_for_test", sys.modules[__name__])
-    result = call(cli.main, "--network", "made:make", "--kind", "sampler", "-o", "p.onnx", "--encoder", "e.onnx")
+    request = make_request(
+        model=None, network="made:make", kind="sampler", sigmas=SIGMAS, encoder=("tokens=t.onnx", "label=l.onnx")
+    )
+    assert request.graph
+    assert request.graph.encoders == {"tokens": Path("t.onnx"), "label": Path("l.onnx")}
+    assert parse_files("--encoder", ["a=b/c.onnx", "./x=y.onnx"]) == {"a": Path("b/c.onnx"), "": Path("./x=y.onnx")}
+    report.onnx(Choice(exported=files.exported, precision="fp32", tried=(), timed=""), request)
+    printed = capsys.readouterr().out
+    assert f"{files.tokens}: encoder of tokens to float32 [B, tokens_encoded_1, 8], float32, at most" in printed
+    assert f"--encoder {files.tokens} --encoder {files.label} --condition tokens=tokens.npy" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--network", "made:make", "--encoder", "e.onnx", "--format", "engine"), "--encoder is for --format onnx"),
+        (("model.onnx", "--encoder", "e.onnx"), "--encoder is for --format onnx and --network"),
+        (
+            ("--network", "made:make", "--encoder", "a=b", "--encoder", "a=c"),
+            "--encoder a=c: expected FILE, or NAME",
+        ),
+        (("--network", "made:make", "--encoder", ""), "--encoder : expected FILE"),
+    ],
+    ids=["engine", "exported", "twice", "empty"],
+)
+def test_a_wrong_option_is_one_line(
+    arguments: tuple[str, ...], words: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., Any], refused: Callable[..., None],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(files.model.read_bytes())
+    refused(call(cli.main, *arguments), words)
+
+
+def test_the_commands_run_and_show_files_apart(
+    files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., Any],
+    refused: Callable[..., None],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("tokens.npy", GIVEN["tokens"])
+    given = ("--condition", "tokens=tokens.npy", "--condition", "state=1,1", "--label", 3, "-n", 2, "-o", "a.npy")
+    encoders = [text for file in files.encoders for text in ("--encoder", file)]
+    result = call(sample_command.main, files.model, *encoders, *given)
     assert result.returncode == 0, result.stderr
-    assert "e.onnx: encoder of state to float32 [B, 5], float32, at most" in result.stdout
-    assert "cmfast-sample p.onnx -n 16 --encoder e.onnx --condition state=state.npy -o samples.npz" in result.stdout
-    np.save("state.npy", np.ones(2))
-    given = ("-n", 2, "--condition", "state=state.npy", "-o", "a.npy")
-    assert call(sample_command.main, "p.onnx", "--encoder", "e.onnx", *given).returncode == 0
-    want = cmfast.load("p.onnx", encoder="e.onnx").sample(2, conditions={"state": np.ones(2)})
+    want = cmfast.load(files.model, encoder=files.encoders).sample(2, conditions=GIVEN)
     np.testing.assert_array_equal(np.load("a.npy"), want)
-    assert "of state, in a file of its own" in call(info.main, "p.onnx").stdout
-    assert "state_encoded float32 [B, 5]" in call(info.main, "e.onnx").stdout
-    refused(call(cli.main, "p.onnx", "--encoder", "e.onnx", "--format", "engine"), "--encoder is for --format onnx")
+    refused(call(sample_command.main, files.model, *given), "the model has no such condition; it has tokens_encoded")
+    assert "of label, in a file of its own" in call(info.main, files.model).stdout
+    assert "tokens_encoded float32 [B, tokens_encoded_1, 8]" in call(info.main, files.tokens).stdout
     pytest.importorskip("tensorrt_rtx")
-    refused(call(cli.main, "e.onnx", "--format", "engine"), "e.onnx: an encoder runs on the CPU from this file")
+    refused(call(cli.main, files.label, "--format", "engine", "-o", "l.engine"), "an encoder runs on the CPU from")
