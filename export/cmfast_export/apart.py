@@ -115,6 +115,12 @@ def encoders_apart(
         request: of the other graph.
         manifest: of the whole model.
     """
+    declared = [each.name for each in whole.spec.conditions if each.null is not None]
+    absent = [name for name in request.null or declared if name.removesuffix("_encoded") in paths]
+    if request.guidance is not None and absent:
+        raise CmfastError(
+            f"guidance without the condition {absent[0]} needs what its encoder makes of nothing; export one graph"
+        )
     with ExitStack() as stack:
         graphs, files = {}, []
         for name, module in encoders_of(whole).items():

@@ -170,12 +170,6 @@ def export_onnx_as(model: Source, out: str | os.PathLike[str], request: GraphReq
         check_network(whole, request.batch)
         manifest = manifest_of(whole)
         manifest = replace(manifest, made_by={**manifest.made_by, **_versions()})
-        declared = [each.name for each in whole.spec.conditions if each.null is not None]
-        absent = [name for name in request.null or declared if name.removesuffix("_encoded") in paths]
-        if request.guidance is not None and absent:
-            raise CmfastError(
-                f"guidance without the condition {absent[0]} needs what its encoder makes of nothing; export one graph"
-            )
         with encoders_apart(whole, paths, request, manifest) as apart:
             given = partial(apart.given, whole)
             source = replace(manifest, encoders=apart.digests)

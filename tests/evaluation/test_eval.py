@@ -326,7 +326,7 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ("grey.npz", ["--data-set", "mnist"], "the data set mnist is read from a folder: --data DIR, or CMFAST_DATA=DIR"),
     ("grey.npz", ["--data-set", "mnist", "--data", "nowhere"], "the data folder nowhere does not exist"),
     ("model.pt", ["--data-set", "mnist", "--features", "mnist"], "images [1, 32, 32], these are [1, 8, 8]"),
-    ("model.pt", ["--data-set", "folder"], "no features are shipped for folder; say some: --features pixels, "),
+    ("model.pt", ["--data-set", "folder"], "no features are shipped for folder; pass --features: pixels, "),
     ("small.npz", ["--data-set", "digits"], "the samples are images [1, 4, 4], those of digits are [1, 8, 8]"),
     ("colour.npz", ["--data-set", "digits"], "the samples are images [3, 8, 8], those of digits are [1, 8, 8]"),
     ("float.npz", ["--data-set", "digits"], "samples are uint8 [N, H, W, 1 or 3]"),

@@ -109,9 +109,7 @@ def test_the_accuracy_that_is_shipped_is_that_of_its_record() -> None:
 def test_three_data_sets_have_features_by_default_and_the_others_are_told_what_to_say() -> None:
     assert default_features("digits") == "pixels"
     assert {"mnist", "cifar10", "flowers32"} <= set(SHIPPED)
-    with pytest.raises(
-        CmfastError, match=r"no features are shipped for folder; say some: --features pixels, cifar10, "
-    ):
+    with pytest.raises(CmfastError, match=r"no features are shipped for folder; pass --features: pixels, cifar10, "):
         default_features("folder")
 
 
