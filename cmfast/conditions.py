@@ -362,12 +362,14 @@ def _class_of(what: str, text: str, known: dict[str, int], names: tuple[str, ...
         return number
     if not names:
         raise CmfastError(
-            f"{what} {shown(text)} is no number, and this model has no names of classes; need 0 to {classes - 1}"
+            f"{what} {shown(text)} is not a number, and this model has no class names; need 0 to {classes - 1}"
         )
     have = _nearest_first(text, names)
     more = f" and {len(names) - len(have)} more" if len(names) > len(have) else ""
     listed = ", ".join(printable(name) for name in have)
-    raise CmfastError(f"{what} {shown(text)} is no class of this model; it has {listed}{more}, or 0 to {classes - 1}")
+    raise CmfastError(
+        f"{what} {shown(text)} is not a class of this model; it has {listed}{more}, or 0 to {classes - 1}"
+    )
 
 
 def _nearest_first(text: str, names: Iterable[str]) -> list[str]:

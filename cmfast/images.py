@@ -177,7 +177,7 @@ def grid_image(images: Pixels, *, columns: int = 0) -> Image:
 def _need_arrays(path: str | os.PathLike[str], suffix: str) -> None:
     if suffix not in (".npz", ".npy"):
         raise CmfastError(
-            f"{shown(os.fspath(path))[1:-1]}: these samples are no images; write arrays: -o NAME.npz or NAME.npy"
+            f"{shown(os.fspath(path))[1:-1]}: these samples are not images; write arrays: -o NAME.npz or NAME.npy"
         )
 
 

@@ -279,13 +279,13 @@ def _of_first_schema(values: Mapping[str, Any]) -> dict[str, Any]:
 def _steps(key: Any) -> int:
     """Return the number of steps that a key of "sigmas" says: a whole number, or JSON's text of one."""
     if isinstance(key, bool) or not re.fullmatch("[1-9][0-9]{0,4}", str(key) if isinstance(key, int) else key):
-        raise ValueError(f"sigmas has the key {shown(key)}, which is no number of steps")
+        raise ValueError(f"sigmas has the key {shown(key)}, which is not a number of steps")
     return int(key)
 
 
 def _sigmas(values: Any) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(_is_real(value) for value in values):
-        raise ValueError(f"sigmas holds {shown(values)}, which is no list of noise levels")
+        raise ValueError(f"sigmas holds {shown(values)}, which is not a list of noise levels")
     return tuple(float(value) for value in values)
 
 

@@ -150,7 +150,7 @@ def _path(path: object) -> Path:
     try:
         return check_model(path)
     except ValueError as err:  # a null character
-        raise CmfastError(f"{os.fspath(path)!r} is no path: {err}") from None
+        raise CmfastError(f"{os.fspath(path)!r} is not a path: {err}") from None
 
 
 def _check(device: object, threads: object, variant: object, precision: object, sha256: object) -> None:

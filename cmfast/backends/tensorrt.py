@@ -229,7 +229,7 @@ def check_version(path: Path, manifest: Manifest, here: str, cuda_here: str) -> 
         )
     if built == here or (manifest.engine.get("version_compatible") and _number(built) <= _number(here)):
         return
-    raise BackendError(f"{path}: built by {library} {built}, here is {library} {here}; install that one, or {REBUILD}")
+    raise BackendError(f"{path}: built by {library} {built}, this is {library} {here}; install that one, or {REBUILD}")
 
 
 def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
@@ -238,7 +238,7 @@ def check_gpu(path: Path, manifest: Manifest, gpu: cuda.Gpu) -> None:
         raise BackendError(f"{path}: {why}; {REBUILD}")
     tuned_on = manifest.engine.get("gpu")
     if tuned_on and tuned_on != gpu.name:
-        warnings.warn(f"{path} was tuned on the {tuned_on}; here is the {gpu.name}", CmfastWarning, stacklevel=2)
+        warnings.warn(f"{path} was tuned on the {tuned_on}; this is the {gpu.name}", CmfastWarning, stacklevel=2)
 
 
 def other_card(built: Any, gpu: cuda.Gpu) -> str:

@@ -323,7 +323,7 @@ def _refuse_kernel(folder: Path, target: Path) -> None:
     real = os.path.realpath(folder)
     inside = any(real == place or real.startswith(f"{place}/") for place in _KERNEL)
     if os.name == "posix" and inside and not real.startswith("/dev/shm"):
-        raise CmfastError(f"{target}: {real} is no place for files; name another folder")
+        raise CmfastError(f"{target}: {real} is not a place for files; name another folder")
 
 
 def _kind(mode: int) -> str:

@@ -91,7 +91,7 @@ def _slice(place: dict[str, str], outside: Callable[[str], memoryview]) -> memor
     data = outside(place.get("location", ""))
     offset, length = (place.get(name, default) for name, default in (("offset", "0"), ("length", "")))
     if not all(text.isascii() and (text.isdigit() or not text) and len(text) < 20 for text in (offset, length)):
-        raise pb.ProtobufError("where its weights begin in the data file is no number")
+        raise pb.ProtobufError("where its weights begin in the data file is not a number")
     begin = int(offset or "0")
     end = begin + int(length) if length else len(data)
     if not begin <= end <= len(data):

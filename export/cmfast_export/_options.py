@@ -32,7 +32,7 @@ def parse_options(kind: type[Options], flag: str, assignments: Sequence[str]) ->
             values[name] = CONVERT[types[name]](value.strip())
         except (ValueError, KeyError):
             raise CmfastError(
-                f"{flag} {shorten(text)}: {shorten(value)!r} is no value for {name}{HINTS[types[name]]}"
+                f"{flag} {shorten(text)}: {shorten(value)!r} is not a valid value for {name}{HINTS[types[name]]}"
             ) from None
     return kind(**values)
 

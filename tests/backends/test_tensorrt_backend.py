@@ -296,14 +296,14 @@ def test_an_engine_of_another_version_is_refused(plans: dict[str, Path]) -> None
     with pytest.raises(BackendError) as caught:
         check_version(HERE, manifest(plans, version="10.13.3.9"), "11.4.0.106", "13")
     assert str(caught.value) == (
-        f"model.engine: built by TensorRT 10.13.3.9, here is TensorRT 11.4.0.106; install that one, or {REBUILD}"
+        f"model.engine: built by TensorRT 10.13.3.9, this is TensorRT 11.4.0.106; install that one, or {REBUILD}"
     )
     check_version(HERE, manifest(plans, version="11.4.0.106"), "11.4.0.106", "13")
     compatible = manifest(plans, version="10.13.3.9", version_compatible=True)
     check_version(HERE, compatible, "11.4.0.106", "13")
     check_version(HERE, compatible, "10.14.0.1", "13")
     for older in ("9.3.0.1", "10.12.0.36"):  # later versions only
-        with pytest.raises(BackendError, match=rf"built by TensorRT 10\.13\.3\.9, here is TensorRT {older}"):
+        with pytest.raises(BackendError, match=rf"built by TensorRT 10\.13\.3\.9, this is TensorRT {older}"):
             check_version(HERE, compatible, older, "13")
 
 
@@ -325,7 +325,7 @@ def test_an_engine_for_another_card_is_refused(plans: dict[str, Path]) -> None:
     )
     check_gpu(HERE, manifest(plans, **for_hopper, hardware_compatible="ampere+"), gpu)
     check_gpu(HERE, manifest(plans, compute_capability=["8.6", "8.9"]), gpu)
-    with pytest.warns(CmfastWarning, match="was tuned on the NVIDIA L40S; here is the NVIDIA L4"):
+    with pytest.warns(CmfastWarning, match="was tuned on the NVIDIA L40S; this is the NVIDIA L4"):
         check_gpu(HERE, manifest(plans, compute_capability=["8.9"], gpu="NVIDIA L40S"), gpu)
     old = cuda_runtime.Gpu(name="NVIDIA T4", compute_capability="7.5")
     with pytest.raises(BackendError, match=r"the NVIDIA T4 here has 7\.5"):

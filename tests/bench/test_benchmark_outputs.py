@@ -68,7 +68,7 @@ def test_a_record_that_cannot_be_written_is_refused_before_the_work(script: str,
     else:
         out = Path("/proc/record.json")
     before = sorted(tmp_path.iterdir())
-    assert words.get(kind, "is no place for files") in refusal(script, tmp_path, "--json", out)
+    assert words.get(kind, "is not a place for files") in refusal(script, tmp_path, "--json", out)
     assert sorted(tmp_path.iterdir()) == before  # nothing was begun, either
 
 

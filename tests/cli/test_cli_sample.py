@@ -140,7 +140,7 @@ def test_heun_steps_draw_the_images_that_the_library_draws(
         (10, ["--label", "10"], "label 10 is out of range; this model has the classes 0 to 9"),
         (10, ["--label", "-1"], "label -1 is out of range"),
         (10, ["--label", "1,2"], "label must be one class or 16 of them"),
-        (10, ["--label", "one"], "label 'one' is no number, and this model has no names of classes; need 0 to 9"),
+        (10, ["--label", "one"], "label 'one' is not a number, and this model has no class names; need 0 to 9"),
         (0, ["--label", "3"], "a label was given, but the model is unconditional: it has no classes"),
         (10, ["-n", "0"], "at least 1, got 0"),
         (10, ["-n", "-3"], "at least 1, got -3"),
@@ -279,7 +279,7 @@ def test_classes_go_by_name_on_the_command_line(
         assert call(main, tmp_path / "model.pt", "-n", 3, "--label", label, "-o", out).returncode == 0
         with np.load(out) as arrays:
             assert arrays["arr_1"].tolist() == want
-    words = "label 'dogs' is no class of this model; it has dog, "
+    words = "label 'dogs' is not a class of this model; it has dog, "
     refused(call(main, tmp_path / "model.pt", "--label", "dogs", "-o", tmp_path / "b.npz"), words)
 
 
@@ -295,7 +295,7 @@ def test_classes_go_by_name_on_the_command_line(
         (["--threads", str(10**12)], "threads must be at most 1024"),
         (["--batch", "²"], "'²' is not a valid integer"),
         (["--sigmas", ",".join(["80"] * 20_000)], "more than 10000 noise levels"),
-        (["--label", "²"], "label '²' is no number"),
+        (["--label", "²"], "label '²' is not a number"),
         (["-o", "model.onnx"], "model.onnx: images are written to"),
     ],
 )

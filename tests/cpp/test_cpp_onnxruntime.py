@@ -114,7 +114,7 @@ def test_a_class_has_a_name(draw: Callable[..., Any], model: Path, tmp_path: Pat
     np.testing.assert_array_equal(
         draw(file, "sample", 1, 2, 0, 0, "label=+class 7"), draw(file, "sample", 1, 2, 0, 0, "label=7")
     )
-    assert "label 'cat' is no class of this model; it has class 0, class 1" in refused(
+    assert "label 'cat' is not a class of this model; it has class 0, class 1" in refused(
         model, "cpu", file, "sample", 1, 2, 0, 0, "label=+cat"
     )
 

@@ -304,8 +304,8 @@ def test_options_are_said_as_texts() -> None:
     for wrong, words in (
         ("level", "--build level: expected NAME=VALUE, NAME one of library, batch"),
         ("levels=1", "expected NAME=VALUE"),
-        ("level=fast", "'fast' is no value for level"),
-        ("version_compatible=yes", r"'yes' is no value for version_compatible \(true or false\)"),
+        ("level=fast", "'fast' is not a valid value for level"),
+        ("version_compatible=yes", r"'yes' is not a valid value for version_compatible \(true or false\)"),
     ):
         with pytest.raises(CmfastError, match=words):
             parse_options(BuildOptions, "--build", [wrong])

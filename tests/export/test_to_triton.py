@@ -487,7 +487,7 @@ def test_a_folder_with_something_in_it_is_left_alone(server_file: Make, tmp_path
     precious = tmp_path / "repo" / "precious"
     precious.parent.mkdir()
     precious.write_text("precious")
-    with pytest.raises(CmfastError, match="is no model repository: precious in it is no model"):
+    with pytest.raises(CmfastError, match="is not a model repository: precious in it is not a model"):
         write_repository(tmp_path / "repo", [server_file()])
     assert [path.name for path in precious.parent.iterdir()] == ["precious"]
 
@@ -539,7 +539,7 @@ def test_a_model_that_cannot_be_written_is_refused_before_its_files_are_there(
     for where, name, words in (
         ("repo", "two_steps", f"repo has two_steps already; .*, or remove {out}/two_steps"),
         ("repo", ".hidden", "a model's name for Triton is letters"),
-        ("precious", "a", "is no model repository: notes in it is no model"),
+        ("precious", "a", "is not a model repository: notes in it is not a model"),
         ("file", "a", "exists and is not a folder"),
         ("no/where", "a", "does not exist; make it first"),
     ):

@@ -149,7 +149,7 @@ def test_a_checkpoint_says_which_network_it_holds(folder: Path) -> None:
 def test_the_size_of_the_images_is_required(folder: Path) -> None:
     with pytest.raises(CmfastError, match=r"image_size cannot be inferred from the file.*--set image_size=512"):
         load_model(folder)
-    with pytest.raises(CmfastError, match="image_size=15 is no multiple of 2"):
+    with pytest.raises(CmfastError, match="image_size=15 is not a multiple of 2"):
         load_model(folder, given=Given(image_size=15))
 
 

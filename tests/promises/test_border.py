@@ -278,13 +278,13 @@ def test_classes_go_by_name_by_number_or_both() -> None:
 
 @pytest.mark.parametrize(
     ("label", "words"),
-    [("dig", "label 'dig' is no class of this model; it has dog, cat, car, or 0 to 2"), (["cat", "Dog"], "it has dog,"),
+    [("dig", "label 'dig' is not a class of this model; it has dog, cat, car, or 0"), (["cat", "Dog"], "it has dog,"),
      ("3", "label 3 is out of range"),
-     ("²", "'²' is no class"), (True, "label must be"), (1.0, "label must be"),
+     ("²", "'²' is not a class"), (True, "label must be"), (1.0, "label must be"),
 
      ([10**30, 0], "is out of range"), (["cat"], "one class or 2"),
      (["cat", None], "label must be"), ({}, "label must be"),
-     ([[0, 1]], "label must be"), ("", "'' is no class")],
+     ([[0, 1]], "label must be"), ("", "'' is not a class")],
     ids=str,
 )  # fmt: skip
 def test_a_label_that_is_no_class_is_named_with_the_nearest(label: Any, words: str) -> None:

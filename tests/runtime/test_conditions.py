@@ -258,8 +258,8 @@ def test_the_command_samples_with_conditions_and_writes_arrays(
         (["--condition", "state=1,2"], "condition state must be [14], got [2]"),
         (["--condition", "task=west"], "this model needs the condition state"),
         (["--label", "1"], "a label was given, but the model has no classes; it has state, text, task"),
-        (["-o", "grid.png"], "these samples are no images; write arrays"),
-        (["-o", "folder"], "these samples are no images; write arrays"),
+        (["-o", "grid.png"], "these samples are not images; write arrays"),
+        (["-o", "folder"], "these samples are not images; write arrays"),
     ],
     ids=str,
 )

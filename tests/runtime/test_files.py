@@ -253,8 +253,8 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
         (tmp_path / "to_fifo", "is a FIFO"),
         (Path("/dev/null"), "is a device"),
         (tmp_path / "to_null", "is a device"),
-        (tmp_path / "to_proc", "is no place for files"),
-        (Path("/proc/new.json"), "is no place for files"),
+        (tmp_path / "to_proc", "is not a place for files"),
+        (Path("/proc/new.json"), "is not a place for files"),
         (Path("/dev/stdout"), "name a"),
     ):
         with pytest.raises(CmfastError, match=words):

@@ -201,7 +201,7 @@ class ManifestReader {
             const Json& list = object.items[i];
             bool right = !key.empty() && key.size() <= 5 && key[0] != '0';
             for (const char c : key) right = right && c >= '0' && c <= '9';
-            if (!right) throw Error(text("sigmas has the key ", in_quotes(key), ", which is no number of steps"));
+            if (!right) throw Error(text("sigmas has the key ", in_quotes(key), ", which is not a number of steps"));
             const int steps = std::stoi(key);
             std::vector<double> values;
             for (const auto& item : list.items) {
@@ -209,7 +209,7 @@ class ManifestReader {
                 values.push_back(item.number);
             }
             if (list.kind != Json::Kind::list || values.size() != list.items.size()) {
-                throw Error(text("sigmas holds ", list.shown(), ", which is no list of noise levels"));
+                throw Error(text("sigmas holds ", list.shown(), ", which is not a list of noise levels"));
             }
             if (values.size() != static_cast<std::size_t>(steps)) {
                 throw Error(text("the default noise levels for ", steps, " steps are ", values.size(),

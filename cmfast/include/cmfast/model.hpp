@@ -78,7 +78,7 @@ class Model {
         const auto& names = wanted.class_names;
         const auto found = std::find(names.begin(), names.end(), class_name);
         if (found == names.end()) {
-            throw Error(detail::text(wanted.name, " ", detail::in_quotes(std::string(class_name)), " is no class of this "
+            throw Error(detail::text(wanted.name, " ", detail::in_quotes(std::string(class_name)), " is not a class of this "
                                      "model; it has ", names.empty() ? "numbers only" : detail::listed(names, "", "")));
         }
         set(condition, std::int64_t{found - names.begin()});

@@ -186,7 +186,7 @@ class OnnxRuntimeBackend final : public Backend {
         api_->call<abi::AllocatorFree>(allocator, static_cast<void*>(name));
         abi::Owned<abi::TypeInfo, abi::ReleaseTypeInfo> type(api_);
         api_->call<GetType>(constant(session_.get()), index, type.out());
-        const abi::TensorInfo* info = nullptr;  // owned by `type`; null where it is no tensor
+        const abi::TensorInfo* info = nullptr;  // owned by `type`; null where it is not a tensor
         api_->call<abi::CastTypeInfoToTensorInfo>(constant(type.get()), &info);
         if (!info) return port;
         api_->call<abi::GetTensorElementType>(info, &port.type);

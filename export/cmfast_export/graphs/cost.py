@@ -156,5 +156,5 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 def _exactly(total: int, parts: int) -> int:
     if total % parts:
-        raise CmfastError(f"the cost of the graph for one sample is not known: {total} is no multiple of {parts}")
+        raise CmfastError(f"the cost of the graph for one sample is not known: {total} is not a multiple of {parts}")
     return total // parts

@@ -140,7 +140,7 @@ def _check(out: Path, graph: GraphRequest | None, inputs: Sequence[Path]) -> Non
     beside = out.with_suffix(".bin")
     check_target(beside, inputs=[file for each in inputs for file in files_of(each)])
     if beside.exists() and not out.exists():
-        raise CmfastError(f"-o {out}: its weights would replace {beside}, which is no part of an IR; name another")
+        raise CmfastError(f"-o {out}: its weights would replace {beside}, which is not part of an IR; name another")
     for each in inputs:
         if format_of(each) not in (None, ONNX):
             raise CmfastError(f"{each}: an IR is made from a checkpoint or an .onnx file")

@@ -141,7 +141,7 @@ def check_repository(out: Path, name: str) -> None:
     models = [entry for entry in sorted(out.iterdir()) if not entry.name.startswith(".")]
     strangers = [entry.name for entry in models if not (entry / "config.pbtxt").is_file()]
     if strangers:
-        raise CmfastError(f"{out} is no model repository: {strangers[0]} in it is no model; name another folder")
+        raise CmfastError(f"{out} is not a model repository: {strangers[0]} in it is not a model; name another folder")
     repository = Path(os.path.realpath(out))
     for why, is_so in (
         (f"{out} is a file system of its own", os.path.ismount(repository)),

@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "complex": (changed(x=lambda a: a * 1j), "x must be numbers, got complex64"),
     "texts": (changed(state=lambda a: ["a"] * N), "state must be numbers, got <U1"),
     "nothing": (changed(x=lambda a: None), "x must be numbers, got object"),
-    "ragged": (changed(state=lambda a: [[1, 2, 3], [1]]), "state is no array: "),
+    "ragged": (changed(state=lambda a: [[1, 2, 3], [1]]), "state is not an array: "),
     "no samples": (lambda v: {name: array[:0] for name, array in v.items()}, "x holds no samples"),
     "class of float": (changed(task=lambda a: a.astype(np.float32)), r"task must be whole numbers \[N\], a class each"),
     "class in a row": (changed(task=lambda a: a[:, None]), r"task must be whole numbers \[N\], a class each"),

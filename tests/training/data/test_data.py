@@ -193,7 +193,7 @@ def test_a_folder_without_classes_or_images_is_no_data(tmp_path: Path) -> None:
     for name in ("empty", "class"):
         (tmp_path / "root" / name).mkdir(parents=True)
     for root in (tmp_path / "root" / "empty", tmp_path / "root"):
-        with pytest.raises(CmfastError, match=rf"{root} is no folder of images by class \(ROOT/class/name.png\)"):
+        with pytest.raises(CmfastError, match=rf"{root} is not a folder of images by class \(ROOT/class/name.png\)"):
             load_data(folder_config(), root)
 
 

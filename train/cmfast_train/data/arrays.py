@@ -207,7 +207,7 @@ def as_array(what: str, value: Any) -> Array:
             value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # numpy has no bfloat16
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
     except Exception as err:  # of unknown objects
-        raise CmfastError(f"{what} is no array: {one_line(err, 100)}") from None
+        raise CmfastError(f"{what} is not an array: {one_line(err, 100)}") from None
     if array.dtype.kind not in "fiub":
         raise CmfastError(f"{what} must be numbers, got {array.dtype} {list(array.shape)}")
     return array

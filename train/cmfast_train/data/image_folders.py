@@ -165,7 +165,7 @@ def _whole(root: Path, folders: Mapping[str, list[str]], direct: list[str], othe
     if not full:
         why = f"{len(folders)} folders without images" if folders else f"no folders, {others} other files"
         raise CmfastError(
-            f"{root} is no folder of images by class (ROOT/class/name.png): it has {why}; images end in "
+            f"{root} is not a folder of images by class (ROOT/class/name.png): it has {why}; images end in "
             f"{', '.join(SUFFIXES)}"
         )
     names = tuple(folders)
@@ -181,7 +181,7 @@ def _by_class(
     if empty:
         few = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         raise CmfastError(
-            f"{root} is no folder of images by class (ROOT/class/name.png): no image in the folder(s) {few}; remove "
+            f"{root} is not a folder of images by class (ROOT/class/name.png): no image in the folder(s) {few}; remove "
             "them, or put images there"
         )
     files = tuple((file, classes[name]) for name in folders for file in folders[name])

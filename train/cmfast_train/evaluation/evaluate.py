@@ -71,7 +71,7 @@ class Reference:
         """Compute the features of all images. The seed draws the halves and all subsets."""
         self.metrics, self.seed, self._features, self._device = tuple(metrics), seed, features, device
         if "is" in self.metrics and features.head is None:
-            raise CmfastError("--metrics is: these features are no classifier's, so there is no score; leave it out")
+            raise CmfastError("--metrics is: these features are not a classifier's, so there is no score; leave it out")
         check_numbers(self.metrics, len(images) // 2, len(images) // 2)
         self._frechet = frechet_metric(features.num_features)
         halves = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).chunk(2)
@@ -194,7 +194,7 @@ def training_of(run: Path, data_set: str) -> dict[str, Any]:
         lines = [json.loads(line) for line in check_file(run / "log.jsonl").read_text().splitlines()]
         timed = [(line["images"], line["images_per_s"]) for line in lines if "images_per_s" in line]
         if not all(type(line["images"]) is int for line in lines):
-            raise ValueError("a line's images are no whole number")
+            raise ValueError("a line's images are not a whole number")
         before = [0, *(images for images, _ in timed)]
         seconds = sum((images - start) / speed for start, (images, speed) in zip(before, timed, strict=False))
         seen = max(line["images"] for line in lines)

@@ -179,7 +179,9 @@ def describe(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _described(tensors: Mapping[str, Any], file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ArtifactError(f"{file}: {shown(str(name))} in it is no tensor; a U-Net's weights are named tensors")
+            raise ArtifactError(
+                f"{file}: {shown(str(name))} in it is not a tensor; a U-Net's weights are named tensors"
+            )
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
 
 

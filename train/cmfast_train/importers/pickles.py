@@ -99,7 +99,7 @@ def module_tensors(module: Any, file: Path) -> dict[str, Tensor]:
         for name, value in [*parameters.items(), *((n, b) for n, b in buffers.items() if n not in transient)]:
             if value is not None:
                 if not isinstance(value, Tensor):
-                    raise ArtifactError(f"{where} has a weight {name[:80]!r} that is no tensor")
+                    raise ArtifactError(f"{where} has a weight {name[:80]!r} that is not a tensor")
                 tensors[path + name] = value
         rest += [(f"{path}{name}.", value) for name, value in reversed(modules.items()) if value is not None]
     return tensors

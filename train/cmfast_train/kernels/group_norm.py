@@ -69,7 +69,7 @@ def norm_and_statistics(
     check_layout(x)
     batch, channels, height, width = x.shape
     if channels % groups:
-        raise ValueError(f"{channels} channels are no multiple of {groups} groups")
+        raise ValueError(f"{channels} channels are not a multiple of {groups} groups")
     if channels // groups > MOST_PER_GROUP:
         raise ValueError(f"a group can have {MOST_PER_GROUP} channels at most, got {channels // groups}")
     if (scale is None) != (shift is None):

@@ -61,7 +61,7 @@ class ConsistencyDecoderConfig:
             raise CmfastError(f"scaling_factor must be a positive number, got {shown(self.scaling_factor)}")
         if any(side % self.factor for side in sides(self.sample_size)):
             raise CmfastError(
-                f"image_size={size_text(self.sample_size)} is no multiple of {self.factor}, one latent pixel"
+                f"image_size={size_text(self.sample_size)} is not a multiple of {self.factor}, one latent pixel"
             )
         self.unet()
 

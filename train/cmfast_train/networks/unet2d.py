@@ -112,7 +112,7 @@ class Unet2dConfig:
             )
         for groups in filter(None, (self.norm_num_groups, self.attn_norm_num_groups)):
             if odd := [width for width in widths if width % groups]:
-                raise CmfastError(f"a width of block_out_channels, {odd[0]}, is no multiple of {groups} norm groups")
+                raise CmfastError(f"a width of block_out_channels, {odd[0]}, is not a multiple of {groups} norm groups")
         attends = [any(each.startswith("Attn") for each in pair)
                    for pair in zip(self.down_block_types, reversed(self.up_block_types), strict=True)]  # fmt: skip
         attends[-1] |= self.mid_block_type is not None and self.add_attention
