@@ -146,7 +146,8 @@ def test_bytes_of_a_data_file_are_part_of_it_and_no_place_outside_it_is_read(
     with pytest.raises(ArtifactError, match="its data file is shorter than its weights"):
         digest_of(model, tmp_path)
     for key, value, words in (
-        ("offset", "-4", "is not a number"), ("length", "²", "is not a number"), ("offset", "9" * 400, "is not a number"),
+        ("offset", "-4", "is not a number"), ("length", "²", "is not a number"),
+        ("offset", "9" * 400, "is not a number"),
         ("location", "../w.bin", "refused"), ("location", "nowhere", "not beside it"),
     ):  # fmt: skip
         changed = onnx.ModelProto()

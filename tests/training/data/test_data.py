@@ -273,7 +273,7 @@ def test_imagenet_with_another_number_of_folders_is_refused(name: str, imagenet:
 def test_a_synset_without_images_is_named(tmp_path: Path) -> None:
     for synset in SYNSETS:
         (tmp_path / synset).mkdir()
-    with pytest.raises(CmfastError, match=rf"no folder of images by class .*{SYNSETS[30]}"):
+    with pytest.raises(CmfastError, match=rf"not a folder of images by class .*{SYNSETS[30]}"):
         load_data(imagenet_config("imagenet9"), tmp_path)
 
 

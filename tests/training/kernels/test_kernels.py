@@ -340,7 +340,7 @@ def test_other_formats_than_channels_last_are_refused() -> None:
             group_norm_silu(x, 8, rows[0], rows[0], 1e-5, add=wrong)
     with pytest.raises(ValueError, match="come together"):
         group_norm_silu(x, 8, rows[0], rows[0], 1e-5, scale=rows)
-    with pytest.raises(ValueError, match="no multiple of 5 groups"):
+    with pytest.raises(ValueError, match="not a multiple of 5 groups"):
         group_norm_silu(x, 5, rows[0], rows[0], 1e-5)
 
 
