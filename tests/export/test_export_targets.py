@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
 
     (tmp_path / "file").touch()
     refused(export("-o", tmp_path / "file"), "file exists and is not a")
-    refused(export("-o", "/proc/out"), "no place for files")
+    refused(export("-o", "/proc/out"), "not a place for files")
     parent = tmp_path / "parent"
     (parent / "out").mkdir(parents=True)
     real = os.access

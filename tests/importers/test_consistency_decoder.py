@@ -161,7 +161,7 @@ def test_the_size_of_the_images_is_required(folder: Path) -> None:
         ({"decoder_num_train_timesteps": 1000}, "decoder_num_train_timesteps is 1000; supported: 1024"),
         ({"decoder_layers_per_block": 2}, "weights and config.json do not fit"),
         ({"decoder_layers_per_block": 100}, "are too few for its configuration"),
-        ({"decoder_block_out_channels": [32, 48]}, "no multiple of 32 norm groups"),
+        ({"decoder_block_out_channels": [32, 48]}, "not a multiple of 32 norm groups"),
         ({"scaling_factor": 0}, "scaling_factor must be a positive number"),
         ({"new_option": 3}, "new_option is 3; an option that this version of cmfast does not know"),
         ({"_class_name": "AutoencoderKL"}, "and only ConsistencyDecoderVAE is read"),
