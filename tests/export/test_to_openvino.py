@@ -87,6 +87,17 @@ def test_the_noise_embedding_stays_float32_in_bfloat16(tmp_path: Path) -> None:
     assert np.sqrt(np.mean((got - want) ** 2)) < 2 * 10 ** (-50 / 20)
 
 
+def test_weights_are_stored_as_float16_only_if_asked(tmp_path: Path) -> None:
+    wide = cmfast_export.export_openvino(own_denoiser(), tmp_path / "wide.xml")
+    half = cmfast_export.export_openvino(own_denoiser(), tmp_path / "half.xml", weights="fp16")
+    sizes = [made.path.with_suffix(".bin").stat().st_size for made in (wide, half)]
+    assert sizes[1] < 0.75 * sizes[0]  # of this network, whose small weights stay
+    assert half.manifest.dtype == "float32"
+    assert 1e-5 < half.parity.worst.max_abs < half.tolerance == half.manifest.selftest["atol"] == 5e-2
+    assert wide.parity.worst.max_abs < 1e-5
+    assert wide.manifest.selftest["atol"] == 1e-3
+
+
 def test_its_files_are_plain_ir(made: cmfast_export.Converted) -> None:
     ov = library.import_openvino("this test")
     model = ov.Core().read_model(made.path)  # finds the weights by their name
