@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cmfast.backends import Backend
 from cmfast.checks import NotFinite
 from cmfast.conditions import some_values
+from cmfast.formats.manifest import Manifest
 from cmfast.model import Model
 from cmfast.noise import slices
 from cmfast.preconditioning import scalings
@@ -133,8 +134,7 @@ def verify(
         rounds: whether values or weights of the network are rounded to less than float32; None: as the file's manifest
             says.
     """
-    made = file.manifest
-    rounds = made.dtype != "float32" or "weights" in made.made_by if rounds is None else rounds
+    rounds = rounded(file.manifest) if rounds is None else rounds
     spec = file.manifest.spec
     values = given or (lambda n, seed, size: some_values(spec.conditions, n, seed=seed, size=size))
     ours, theirs = Model(file), [Model(backend) for backend in references]
@@ -261,6 +261,11 @@ def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int
             sigma_next=part * sigma if spec.second_time else None,
             conditions=values(len(sigma), number, sizes[number % len(sizes)]),
         )
+
+
+def rounded(manifest: Manifest) -> bool:
+    """Whether values or weights of a file's network are rounded to less than float32."""
+    return manifest.dtype != "float32" or "weights" in manifest.made_by
 
 
 def allowance(spec: ModelSpec, sigma: Floats, *, rounds: bool) -> Floats:
