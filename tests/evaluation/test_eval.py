@@ -344,7 +344,7 @@ WRONG: list[tuple[str, list[Any], str]] = [
     ("model.pt", ["--data-set", "digits", "--batch", 0], "--batch must be at least 1, got 0"),
     ("model.pt", ["--data-set", "digits", "--seed", -1], "--seed must be from 0 to 2**32 - 1, got -1"),
     ("model.pt", ["--data-set", "digits", "--metrics", "fd,fid"], "'fd,fid' is not a list of fd, kid, pr, is"),
-    ("model.pt", ["--data-set", "digits", "--metrics", "is"], "no classifier's, so there is no score; leave it out"),
+    ("model.pt", ["--data-set", "digits", "--metrics", "is"], "not a classifier's, so there is no score; leave it out"),
     ("model.pt", ["--data-set", "digits", "--steps", 3], "default noise levels for these numbers of steps: 1, 2;"),
     ("model.pt", ["--data-set", "digits", "--heun", 0], "at least"),
     ("model.pt", ["--data-set", "digits", "--features", "nothing.safetensors"], "nothing.safetensors: no such file"),
