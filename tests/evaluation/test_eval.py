@@ -73,7 +73,7 @@ def test_a_model_is_evaluated_at_each_number_of_calls(tiny_checkpoint: Factory, 
     assert record["torchmetrics"][0].isdigit()
     source = record["model"].pop("source")
     assert source["sha256"] == load_checkpoint(tiny_checkpoint(10)).sha256()
-    assert record["model"] == {"file": "classes10.pt", "engine": "PyTorch cpu"}
+    assert record["model"] == {"file": tiny_checkpoint(10).name, "engine": "PyTorch cpu"}
     assert (record["data_set"], record["data_images"]) == ("digits", 1797)
     assert record["features"] == {"name": "pixels", "dimensions": 64}
     assert record["metrics"] == ["fd", "kid", "pr"]
