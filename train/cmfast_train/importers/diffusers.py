@@ -88,7 +88,7 @@ _SCHEDULER_CHOICES: dict[str, tuple[Any, ...]] = {"s_noise": (1,), "rho": (7,), 
 
 def draft(folder: Path, facts: Facts) -> Draft:
     """Read the JSON files and the names and shapes of the weights; the weights themselves on request."""
-    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file() and folder.name != Path(UNET).parts[0]:
         return consistency_decoder.draft(folder, facts, read_config(folder / "config.json", consistency_decoder.CLASS))
     if not (folder / INDEX).is_file():
         raise ArtifactError(
