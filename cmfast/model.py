@@ -36,10 +36,10 @@ def load(
     sha256: str | None = None,
     encoder: Paths | None = None,
 ) -> Model:
-    """Open a model file (.onnx; .xml by OpenVINO; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
+    """Open a model file (.onnx, .ort; .xml by OpenVINO; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
     Args:
-        path: the file, or a folder that diffusers wrote.
+        path: the file, a folder that diffusers wrote, or the name of a model that comes with cmfast (`models`).
         device: cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
             engine, which runs nowhere else, and cpu for everything else.
         threads: CPU threads; None leaves the choice to the backend.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmfast.checks import check_threads
-from cmfast.cli.parameters import FLOATS
+from cmfast.cli.parameters import FLOATS, MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.formats.values import PRECISIONS
@@ -51,7 +51,7 @@ Examples:
 
 @click.command("cmfast-edit", epilog=EPILOG)
 @click.argument("task", metavar="TASK", type=click.Choice(list(TASKS)))
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.argument("given", metavar="[INPUT]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -92,7 +92,7 @@ Examples:
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
 @click.option("--variant", default="", metavar="NAME", help="How to run it: cuda_graph, tensorrt, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of a checkpoint that PyTorch runs.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of PyTorch and OpenVINO.")
 @click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
 @click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
 def command(

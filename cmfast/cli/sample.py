@@ -66,7 +66,7 @@ Examples:
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
 @click.option("--variant", default="", metavar="NAME", help="How to run it: openvino, cuda_graph, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of a checkpoint, or by OpenVINO.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of PyTorch and OpenVINO.")
 @click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
 @click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
 def command(

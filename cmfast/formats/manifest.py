@@ -42,8 +42,8 @@ def may_use_tf32(dtype: str) -> bool:
     """Whether ONNX Runtime's CUDA provider is allowed TensorFloat-32 for a file of this dtype: its `use_tf32`.
 
     Not for float32. Half precision needs it: without, cuDNN's tensor cores are off for the convolutions of every type
-    (onnxruntime/core/providers/cuda/nn/conv.cc, deselect_numeric_notes). What float32 is around a half-precision trunk
-    then keeps ten bits of the mantissa, as the trunk in float16 does.
+    (onnxruntime/core/providers/cuda/nn/conv.cc, deselect_numeric_notes). What float32 is around a half-precision
+    backbone then keeps ten bits of the mantissa, as the backbone in float16 does.
     """
     return dtype != "float32"
 
@@ -72,7 +72,7 @@ class Manifest:
 
     kind: str  # one of KINDS, or ENCODER
     spec: ModelSpec
-    dtype: str = "float32"  # of the trunk, a value of PRECISIONS; inputs and outputs are always float32
+    dtype: str = "float32"  # of the backbone, a value of PRECISIONS; inputs and outputs are always float32
     source: Mapping[str, Any] = field(default_factory=dict)  # format and SHA-256 of the weights
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions of the programs that wrote the file
     parity: Mapping[str, float] = field(default_factory=dict)  # against PyTorch, worst over levels and batches

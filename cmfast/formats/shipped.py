@@ -4,7 +4,7 @@
     cmfast.models()            # the names
     cmfast.load("digits")      # as if it were the path of a file
 
-`models/README.md` says what each was trained on, how well it does, and how to make it again.
+`models/README.md` says what each was trained on, how good its samples are, and how to make it again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from cmfast.errors import CmfastError, shown
 
-# What the trunk of a network computes in, by the name of an option, and what the manifest calls it.
+# What the backbone of a network computes in, by the name of an option, and what the manifest calls it.
 PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
 MAX_TEXT = 4000  # characters of one text
 MAX_DEPTH = 4  # of lists and objects in "source" and "engine"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Export of few-step models, and the proof that the file computes what PyTorch computed.
+"""Export few-step models, verified against PyTorch.
 
     import cmfast_export, cmfast_train
 

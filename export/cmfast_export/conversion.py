@@ -15,9 +15,9 @@ from cmfast_export.request import Request
 from cmfast_export.targets.table import at
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.from_factory import own_model
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Given
-from cmfast_train.own import own_model
 
 
 def convert(request: Request, seen: Callable[[Choice], object] = lambda _: None) -> object:

@@ -29,7 +29,7 @@ from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET
 from cmfast_export._target import one_writer
-from cmfast_export.apart import EncoderFile, encoder_paths, encoders_apart
+from cmfast_export.encoder_files import EncoderFile, encoder_paths, encoders_apart
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import MOST, denoiser_graph

@@ -16,7 +16,7 @@ from cmfast_export.targets.table import at
 
 if TYPE_CHECKING:
     from cmfast.formats.manifest import Manifest
-    from cmfast_export.apart import EncoderFile
+    from cmfast_export.encoder_files import EncoderFile
     from cmfast_export.pipeline import Exported
     from cmfast_export.precision_search import Choice
     from cmfast_export.request import Request

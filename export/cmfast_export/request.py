@@ -122,7 +122,7 @@ class GraphRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnNetwork:
-    """A network of the user's own, see `cmfast_train.own`.
+    """A network of the user's own, see `cmfast_train.from_factory`.
 
     Attributes:
         factory: package.module:factory, which is imported and called.
@@ -242,8 +242,8 @@ def make_request(
     """Return a request, checked as far as possible without the model.
 
     Args:
-        model: what is exported; None: a network of one's own with the weights of its factory.
-        network: package.module:factory of a network of one's own.
+        model: what is exported; None: a custom network with the weights of its factory.
+        network: package.module:factory of a custom network.
         spec: JSON file of its conventions.
         engines: further engines, where the target takes several.
         out: None: a name beside the model.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The proof: an exported file against PyTorch, at noise levels from sigma_min to sigma_max.
+"""Compare an exported file with PyTorch, at noise levels from sigma_min to sigma_max.
 
 Every export runs the file that it wrote. A difference beyond the tolerance is an error that says where.
 """

@@ -33,7 +33,7 @@ Factory = Callable[..., Path]
 U64 = 2**64 - 1
 LEVELS = {1: (80.0,), 2: (80.0, 0.8), 4: (80.0, 24.4, 5.84, 0.9)}
 
-# A trunk in half precision rounds some twenty tensors in a row, features of about one, by up to 2^-11 (fp16) or 2^-9
+# A backbone in half precision rounds some twenty tensors in a row, features of about one, by up to 2^-11 (fp16) or 2^-9
 # (bf16) of their size. The errors add up to less than twenty of the largest; c_out is 0.5 at most, so there is room.
 TOLERANCES = {"fp32": 1e-6, "fp16": 20 * 2.0**-11, "bf16": 20 * 2.0**-9}
 
@@ -111,11 +111,11 @@ def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_
     if precision != "fp32":
         assert worst > TOLERANCES[precision] / 20, "less than one rounding: it was not computed in this precision"
     at_minimum = np.float32(0.002) * cmfast.gaussian(3, range(5), 0, exact.spec.image)
-    np.testing.assert_array_equal(model.denoise(at_minimum, 0.002, label), at_minimum)  # outside the trunk: float32
+    np.testing.assert_array_equal(model.denoise(at_minimum, 0.002, label), at_minimum)  # outside the backbone: float32
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "trunk"),
+    ("precision", "dtype", "backbone"),
     [
         ("", "float32", torch.float32),
         ("fp32", "float32", torch.float32),
@@ -124,13 +124,13 @@ def test_a_precision_costs_its_rounding_errors_and_no_more(precision: str, tiny_
     ],
 )
 def test_the_manifest_and_the_name_say_the_precision(
-    precision: str, dtype: str, trunk: torch.dtype, tiny_checkpoint: Factory
+    precision: str, dtype: str, backbone: torch.dtype, tiny_checkpoint: Factory
 ) -> None:
     backend = TorchBackend(tiny_checkpoint(10), variant="channels_last", precision=precision)
     assert backend.manifest.dtype == dtype
     assert backend.name == " ".join(filter(None, ["PyTorch", "cpu", precision, "channels_last"]))
     types = {type(m): m.weight.dtype for m in backend.denoiser.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    assert types == {nn.Conv2d: trunk, nn.Linear: torch.float32}
+    assert types == {nn.Conv2d: backbone, nn.Linear: torch.float32}
 
 
 def test_a_checkpoint_stays_float32_when_a_backend_of_it_is_not(tiny_checkpoint: Factory) -> None:

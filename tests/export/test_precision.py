@@ -77,7 +77,7 @@ def test_a_file_of_every_precision_is_verified_and_says_how(precision: str, expo
 
 
 @pytest.mark.parametrize("precision", HALF)
-def test_the_trunk_is_half_and_the_embedding_norms_softmax_and_the_sum_are_float32(
+def test_the_backbone_is_half_and_the_embedding_norms_softmax_and_the_sum_are_float32(
     precision: str, exported: Callable[..., Exported]
 ) -> None:
     model = onnx.load(exported(precision, "denoiser").path)
@@ -147,7 +147,7 @@ NETWORKS: dict[str, NetworkConfig] = {
 @pytest.mark.parametrize(
     ("name", "precision"), [("cloneofsimo", "fp16"), ("song", "bf16"), ("ncsn", "bf16"), ("dhariwal", "fp16")]
 )
-def test_every_network_has_a_half_precision_trunk(name: str, precision: str, tmp_path: Path) -> None:
+def test_every_network_has_a_half_precision_backbone(name: str, precision: str, tmp_path: Path) -> None:
     config = NETWORKS[name]
     network = build_network(config)
     randomise(network)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks of one's own train on CUDA: in each precision, with data on the card, stopped and continued.
+"""Custom networks train on CUDA: in each precision, with data on the card, stopped and continued.
 
 pytest -m gpu        on a machine with an NVIDIA GPU and cmfast[gpu]
 """

@@ -26,7 +26,7 @@ from cmfast_train.training.initial_model import network_config
 DIGITS = PRESETS["digits"]
 
 
-OURS = sorted(PRESETS.keys() - {"arrays"})  # of which is a network of one's own
+OURS = sorted(PRESETS.keys() - {"arrays"})  # of which is a custom network
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from cmfast_train.config.phase import phase
     from cmfast_train.config.train_config import TrainConfig
     from cmfast_train.denoiser import Denoiser
-    from cmfast_train.fitting import Trained, train
     from cmfast_train.importers import load_model
+    from cmfast_train.train_custom import Trained, train
     from cmfast_train.wrapping import wrap
 
 _HOMES = {  # the modules of the names below
     "Checkpoint": "checkpoint",
     "Denoiser": "denoiser",
     "TrainConfig": "config.train_config",
-    "Trained": "fitting",
+    "Trained": "train_custom",
     "load_model": "importers",
     "phase": "config.phase",
     "save_checkpoint": "checkpoint",
-    "train": "fitting",
+    "train": "train_custom",
     "wrap": "wrapping",
 }
 __all__ = [

@@ -3,7 +3,7 @@
 
     {"format": "cmfast/2", "spec": {...}, "network": {"type": "adm", ...}, "weights": {name: tensor}}
 
-A network of one's own is {"type": "own", "factory": "package.module:factory"}, and its code is the user's. A model that
+A custom network is {"type": "own", "factory": "package.module:factory"}, and its code is the user's. A model that
 was imported also has "source". Read by `safe_load`, so a pickle with code in it is refused before it
 runs. The same content as .safetensors has the rest as JSON in its metadata under "cmfast". Training state is another
 file (`training.trainer`).
@@ -29,17 +29,17 @@ from cmfast.spec import ModelSpec
 from cmfast_train.border import naming
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.build import NetworkConfig, build_network, check_weights, network_from_dict, network_to_dict
-from cmfast_train.networks.own import OwnConfig
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.safe_load import HoldsObjectsError, plain, read_tensors, safe_load
 
 __all__ = [
-    "Checkpoint", "HoldsObjectsError", "checkpoint_of", "is_own", "load_checkpoint", "read_tensors", "safe_load",
-    "save_checkpoint", "separate",
+    "Checkpoint", "HoldsObjectsError", "checkpoint_of", "is_cmfast_checkpoint", "load_checkpoint", "read_tensors",
+    "safe_load", "save_checkpoint", "separate",
 ]  # fmt: skip
 
 FORMAT = "cmfast/2"
 FORMATS = ("cmfast/1", FORMAT)  # that are read
-OWN = {"format": "cmfast"}  # the source of weights that were trained here
+TRAINED_HERE = {"format": "cmfast"}  # the source of weights that were trained here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class Checkpoint:
     spec: ModelSpec
     network: NetworkConfig
     weights: Mapping[str, Tensor]
-    source: Mapping[str, Any] = field(default_factory=lambda: OWN)  # of the weights: format, ...
+    source: Mapping[str, Any] = field(default_factory=lambda: TRAINED_HERE)  # of the weights: format, ...
 
     def denoiser(self, network: nn.Module | None = None) -> Denoiser:
         """Build the model on the CPU.
 
         Args:
-            network: of a model with a network of one's own: what it was trained as, or its `Denoiser`. It is copied.
+            network: of a model with a custom network: what it was trained as, or its `Denoiser`. It is copied.
 
         Returns:
             The denoiser, in evaluation mode, without gradients; of a network of ours it shares the weights.
 
         Raises:
             ArtifactError: the weights do not fit the network.
-            CmfastError: a network of one's own is missing, or the model has one of ours.
+            CmfastError: a custom network is missing, or the model has one of ours.
         """
         config = self.network
         if network is not None:
@@ -113,7 +113,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
         "spec": checkpoint.spec.to_dict(),
         "network": network_to_dict(checkpoint.network),
     }
-    if checkpoint.source != OWN:
+    if checkpoint.source != TRAINED_HERE:
         head["source"] = dict(checkpoint.source)
     weights = separate(checkpoint.weights)
     with atomic_file(path) as temporary:
@@ -147,13 +147,13 @@ def load_checkpoint(path: str | os.PathLike[str], opened: BinaryIO | None = None
     with naming(Path(path)):
         file = check_file(path)
         content = read_tensors(file, opened)
-        if not is_own(content):
+        if not is_cmfast_checkpoint(content):
             kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
             raise ArtifactError(f"{file}: a {kind} file, but not a cmfast checkpoint; cmfast-train writes DIR/model.pt")
         return checkpoint_of(content, file)
 
 
-def is_own(content: Any) -> bool:
+def is_cmfast_checkpoint(content: Any) -> bool:
     """Whether what a file holds is a cmfast checkpoint, of this version or another, whole or damaged."""
     if not isinstance(content, dict):
         return False
@@ -183,7 +183,7 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
         )
     try:
         parts = {name: plain(content.get(name), name) for name in ("spec", "network")}
-        source = plain(content.get("source", OWN), "source")
+        source = plain(content.get("source", TRAINED_HERE), "source")
         if not isinstance(source, dict):
             raise CmfastError(f"source is a {type(source).__name__}, not a dictionary")
         spec = ModelSpec.from_dict(parts["spec"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmfast.errors import CmfastError
 from cmfast.preconditioning import LOGARITHMS, noise_condition, scalings
 from cmfast.spec import ModelSpec
-from cmfast_train.networks.precision import TRUNKS, cast, convert_trunk
+from cmfast_train.networks.precision import BACKBONES, cast, convert_backbone
 
 
 class Denoiser(nn.Module):
@@ -30,10 +30,10 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self.spec = spec
-        self.trunk = torch.float32  # what the network's convolutions compute in
+        self.backbone = torch.float32  # what the network's convolutions compute in
 
     def to_precision(self, precision: str) -> Denoiser:
-        """Convert the network's trunk, in place.
+        """Convert the network's backbone, in place.
 
         Args:
             precision: fp32, tf32, fp16 or bf16. In half precision are the convolutions and the attention between
@@ -44,8 +44,8 @@ class Denoiser(nn.Module):
         Returns:
             This model.
         """
-        self.trunk = TRUNKS[precision]
-        convert_trunk(self.network, self.trunk)
+        self.backbone = BACKBONES[precision]
+        convert_backbone(self.network, self.backbone)
         return self
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor | None = None, **conditions: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
                 Where c_noise is a logarithm, it begins at sigma_min.
 
         Returns:
-            F [B, *shape], float32 unless the network's trunk is in half precision.
+            F [B, *shape], float32 unless the network's backbone is in half precision.
 
         Raises:
             CmfastError: a condition is missing, the model has none of that name, or the network returned another shape
@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
             least = self.spec.sigma_min if self.spec.c_noise in LOGARITHMS else 0.0
             times["c_noise_next"] = noise_condition(sigma_next.clamp(min=least), self.spec, torch)
         output: Tensor = self.network(
-            cast(c_in * x, self.trunk), noise_condition(sigma, self.spec, torch), **times, **conditions
+            cast(c_in * x, self.backbone), noise_condition(sigma, self.spec, torch), **times, **conditions
         )
         # Another shape would be broadcast to that of x without a word.
         if not isinstance(output, Tensor) or output.ndim != x.ndim or output.shape[1:] != x.shape[1:]:

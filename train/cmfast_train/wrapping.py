@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model of one's own: any `torch.nn.Module` as a `Denoiser`, which trains, exports and samples like ours."""
+"""A custom model: any `torch.nn.Module` as a `Denoiser`, which trains, exports and samples like ours."""
 
 from __future__ import annotations
 

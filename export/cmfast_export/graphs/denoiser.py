@@ -42,12 +42,12 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     Args:
         denoiser: the model.
         batch: a fixed batch size, or None for a dynamic one.
-        opset: None: the oldest that the trunk's type can be written in.
+        opset: None: the oldest that the backbone's type can be written in.
 
     Raises:
         CmfastError: the network cannot be traced or written; the line names the module.
     """
-    least = BF16_OPSET if denoiser.trunk == torch.bfloat16 else OPSETS.start
+    least = BF16_OPSET if denoiser.backbone == torch.bfloat16 else OPSETS.start
     opset = max(least, DEFAULT_OPSET) if opset is None else opset
     check_opset(opset)
     if opset < least:
@@ -60,14 +60,14 @@ def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | No
     returned = model.graph.outputs[0].shape
     if returned is not None and list(returned)[1:] != list(denoiser.spec.shape):
         raise wrong_output(list(returned)[1:], denoiser)
-    if denoiser.trunk == torch.float32:
+    if denoiser.backbone == torch.float32:
         _check_float32(model.graph)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.meta[INSIDE] = scopes.startswith("['', 'network'")
     finish(model, "denoiser", opset)
     check_branches(model.graph)
-    if denoiser.trunk == torch.bfloat16:
+    if denoiser.backbone == torch.bfloat16:
         widen_some(model.graph)
     if opset >= LATE_OPSET:
         _norm_layers(model.graph)

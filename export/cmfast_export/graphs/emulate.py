@@ -49,7 +49,7 @@ def emulated(model: ir.Model, dtype: str) -> ir.Model:
     """Return the float32 model that computes what `model` computes in its precision, roundings included.
 
     Args:
-        model: a graph whose trunk is in half precision, or a float32 graph to be run in TF32; it is left as it is
+        model: a graph whose backbone is in half precision, or a float32 graph to be run in TF32; it is left as it is
         dtype: the manifest's: float16, bfloat16 or tf32
     """
     model = model.clone()

@@ -29,7 +29,7 @@ def kernel_accepts(channels: int, groups: int) -> bool:
 class GroupNorm:
     """gamma (x - mean) / sqrt(var + epsilon) + beta in groups of channels of x [B, C, H, W], then SiLU or nothing."""
 
-    x: ir.Value  # in the type of the trunk
+    x: ir.Value  # in the type of the backbone
     groups: int
     epsilon: float
     gamma: ir.Value  # float32 [C, 1, 1]

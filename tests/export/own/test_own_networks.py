@@ -273,7 +273,7 @@ class FixesTheBatch(Mlp):
 
 class LooksAtValues(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
-        return h * 2 if h.sum() > 0 else h  # the line that looks
+        return h * 2 if h.abs().max() > 1e6 else h  # the line that looks; which of the two never depends on the batch
 
 
 class Inverse(nn.Module):

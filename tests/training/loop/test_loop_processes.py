@@ -85,7 +85,7 @@ def begin(out: Path, settings: list[str], until: int) -> None:
 
 
 def train_own(out: Path, **settings: Any) -> None:
-    """Train a network of one's own. Each process draws other weights: those of the first count."""
+    """Train a custom network. Each process draws other weights: those of the first count."""
     torch.manual_seed(int(os.environ.get("RANK", "0")))
     denoiser = cmfast_train.wrap(
         UNet1d(), shape=(8, 4), conditions={"state": (5,)}, null={"state": 0.0}, scaling="edm", c_noise="ln/4"

@@ -264,7 +264,7 @@ def test_the_derivative_of_a_network_is_that_of_finite_differences(scaling: str,
     spec = image_spec(image=(1, 8, 8), classes=3, scaling=scaling, c_noise=c_noise)
     two_times = scaling == "flow"
     student = Student(Denoiser(adm(two_times=two_times), spec), log_variance=False).double()
-    student.denoiser.trunk = torch.float64
+    student.denoiser.backbone = torch.float64
     networks = StepNetworks(student, student, None, None, False, [])
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.05, 0.4, 2.0, 40.0], dtype=torch.float64)

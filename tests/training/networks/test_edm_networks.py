@@ -212,7 +212,7 @@ def test_half_precision_leaves_the_noise_level_alone(name: str) -> None:
         half = network(x, sigma.log() / 4, label)
     assert seen == [torch.float32, torch.float32]
     assert half.dtype == torch.float32
-    assert 1e-4 < (half - whole).abs().max() < 0.1 * whole.abs().max()  # eight bits in the trunk
+    assert 1e-4 < (half - whole).abs().max() < 0.1 * whole.abs().max()  # eight bits in the backbone
 
 
 def test_a_new_network_answers_zero_and_dropout_is_on_only_when_training() -> None:

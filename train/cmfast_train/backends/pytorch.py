@@ -38,7 +38,7 @@ from cmfast_train.checkpoint import Checkpoint, weights_sha256
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.kernels.fuse import fuse
-from cmfast_train.networks.precision import TRUNKS, accumulate_in_float32, converts_itself
+from cmfast_train.networks.precision import BACKBONES, accumulate_in_float32, converts_itself
 
 Floats = npt.NDArray[np.float32]
 VARIANTS = {
@@ -87,7 +87,7 @@ class TorchBackend:
         self.manifest = replace(manifest_of(source), dtype=PRECISIONS[precision or "fp32"])
         self.name = " ".join(filter(None, ("PyTorch", device, precision, *words)))
         denoiser = source.denoiser() if isinstance(source, Checkpoint) else snapshot(source)
-        if TRUNKS[precision or "fp32"] != torch.float32 and not converts_itself(denoiser.network):
+        if BACKBONES[precision or "fp32"] != torch.float32 and not converts_itself(denoiser.network):
             raise BackendError(
                 f"{precision} of this network is made by its export: cmfast-export --precision {precision}; "
                 "here use fp32"

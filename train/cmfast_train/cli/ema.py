@@ -50,7 +50,7 @@ def command(run: Path, std: float, images: int | None, out: Path | None, dry_run
         raise CmfastError(f"-o {out}: that is a file of the run, which its training writes; name another file")
     with needs("cmfast-ema", "train"):
         from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-        from cmfast_train.networks.own import network_option
+        from cmfast_train.networks.custom import network_option
         from cmfast_train.training.ema import Snapshot, gamma_of_std, posthoc_coefficients, posthoc_error, reconstruct
     gamma = gamma_of_std(std)
     checkpoints = _last_phase({file: load_checkpoint(file) for file in files})

@@ -101,8 +101,8 @@ def command(
     A run is a list of phases, METHOD:IMAGES, such as edm:40000,cd:100000: a diffusion model, then its distillation.
     --methods lists the methods.
     """
+    from cmfast_train.config.custom_network import with_own_network
     from cmfast_train.config.overrides import check_set_once, override
-    from cmfast_train.config.own_network import with_own_network
     from cmfast_train.config.presets import PRESETS
     from cmfast_train.config.train_config import to_dict
 
@@ -125,7 +125,7 @@ def command(
     with _termination_as_interrupt():
         try:
             with needs("cmfast-train", "train"):
-                from cmfast_train.own import own_run
+                from cmfast_train.from_factory import own_run
                 from cmfast_train.training.trainer import train
             model = train(config, out, data, own_run(config, network, spec) if network else None)
         except KeyboardInterrupt as stopped:

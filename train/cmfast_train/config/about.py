@@ -12,6 +12,6 @@ ABOUT: dict[str, str] = {
     "folder": "7.7M parameters, 3x32x32, any DIR/class/image.png; not run",
     "flowers32": "7.7M parameters, 3x32x32, 1500 photographs of 5 flowers as DIR/class/image.png; not run",
     "imagenet9": "44M parameters, 3x64x64, 9 classes of 42 synsets of ImageNet-1k; not run",
-    "arrays": "a network and data of your own: --network, --spec, --data FILE.npz; 2 million samples",
     "imagenet64": "296M parameters, 3x64x64, the 1000 classes of ImageNet-1k; for many GPUs; not run",
+    "arrays": "a network and data of your own: --network, --spec, --data FILE.npz; 2 million samples",
 }

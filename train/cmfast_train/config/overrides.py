@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cmfast.errors import CmfastError
-from cmfast_train.config.own_network import OF_OWN
+from cmfast_train.config.custom_network import OF_OWN
 from cmfast_train.config.phase import Phase, phase, types_of
 from cmfast_train.config.readers import READERS, Reader, cut, read
 from cmfast_train.config.train_config import LIMITS, OF_THE_MODEL, OWN, TrainConfig

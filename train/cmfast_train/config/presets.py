@@ -94,8 +94,6 @@ PRESETS: dict[str, TrainConfig] = {
         phases=(phase("edm", 50_000_000, lr=5e-4, ema=0.9999), phase("ect", 25_600_000, ema=0.9999)),
         workers=8,
     ),
-    # A network of one's own (--network), whose conventions are in --spec: a length to change, no recommendation.
-    "arrays": TrainConfig(batch=128, phases=(phase("edm", 1_000_000, lr=5e-4), phase("ect", 1_000_000, lr=2e-4))),
     # Network, lr and ema of edm: OpenAI's consistency_models. Length of edm: EDM, Table 7. q: ECT's on ImageNet, where
     # 4 stages end at the gap of CIFAR-10's 8.
     "imagenet64": TrainConfig(
@@ -116,4 +114,6 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         workers=8,
     ),
+    # A custom network (--network), whose conventions are in --spec: a length to change, no recommendation.
+    "arrays": TrainConfig(batch=128, phases=(phase("edm", 1_000_000, lr=5e-4), phase("ect", 1_000_000, lr=2e-4))),
 }

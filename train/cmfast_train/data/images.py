@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images to train on: uint8 [N, C, H, W] with labels, from the data sets that are known by name, or files of one's own.
+"""Images to train on: uint8 [N, C, H, W] with labels, from the data sets that are known by name, or your own files.
 
 Nothing is downloaded unless requested. What is in a folder or .zip is found by `image_folders`, in a .npy or .npz
 by `image_arrays`; `image_reader` reads the files. In what order they are trained on: `data.batches`.

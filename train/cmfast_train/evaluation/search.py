@@ -19,7 +19,7 @@ from cmfast.files import check_target
 from cmfast.formats.table import format_of, read_manifest
 from cmfast.schedule import karras_sigmas
 from cmfast.spec import ModelSpec
-from cmfast_train.checkpoint import Checkpoint, is_own, load_checkpoint, read_tensors, save_checkpoint
+from cmfast_train.checkpoint import Checkpoint, is_cmfast_checkpoint, load_checkpoint, read_tensors, save_checkpoint
 
 RATIO = (math.sqrt(5) - 1) / 2  # 0.618: what is left of the interval after each evaluation
 Tried = list[tuple[float, float]]  # (noise level, distance)
@@ -93,7 +93,7 @@ def own_checkpoint(path: Path) -> Checkpoint:
         raise CmfastError(
             f"{path}: --search is for a checkpoint, model.pt or .safetensors, whose levels can be written"
         )
-    if not path.is_dir() and path.exists() and not is_own(read_tensors(path)):
+    if not path.is_dir() and path.exists() and not is_cmfast_checkpoint(read_tensors(path)):
         raise CmfastError(f"{path}: not a checkpoint of cmfast; make it one: cmfast-export {path} --format cmfast")
     return load_checkpoint(path)
 

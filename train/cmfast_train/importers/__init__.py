@@ -21,7 +21,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
-from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_own, read_tensors
+from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_cmfast_checkpoint, read_tensors
 from cmfast_train.importers import diffusers, edm, pickles
 from cmfast_train.importers.facts import Draft, Facts, Given, shown
 from cmfast_train.importers.sets import one_set
@@ -88,7 +88,7 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
             refuse_others(file, stream)
         return edm.draft_pickle(pickles.read_pickle(file), facts, source, file)
     content = _content(file, opened)
-    if is_own(content):
+    if is_cmfast_checkpoint(content):
         if system not in ("", "cmfast") or facts.given != Given():
             raise CmfastError(
                 f"{file}: a cmfast checkpoint, which already holds these facts; remove --source and --set"
@@ -112,7 +112,7 @@ def _content(file: Path, opened: BinaryIO | None) -> Any:
         return read_tensors(file, opened)
     except HoldsObjectsError:
         content = pickles.read_torch(file, opened)
-        if is_own(content):
+        if is_cmfast_checkpoint(content):
             raise  # cmfast writes none
         return content
 

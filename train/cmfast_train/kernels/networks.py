@@ -12,7 +12,7 @@ Against the networks that they are made from:
 * queries, keys and values come out as flash kernels take them;
 * the frequencies of the noise embedding are computed once.
 
-What a block adds to its input, the embedding and all statistics are float32, whatever the trunk runs in.
+What a block adds to its input, the embedding and all statistics are float32, whatever the backbone runs in.
 """
 
 from __future__ import annotations

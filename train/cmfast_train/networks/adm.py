@@ -212,7 +212,7 @@ class Attention(nn.Module):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation whose statistics are float32 whatever the trunk runs in."""
+    """Group normalisation whose statistics are float32 whatever the backbone runs in."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, eps=1e-5)

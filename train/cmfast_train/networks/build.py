@@ -15,8 +15,8 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
 from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig, consistency_decoder, decoder_sizes
 from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
-from cmfast_train.networks.own import OwnConfig
 from cmfast_train.networks.precision import float32_weights
 from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
 

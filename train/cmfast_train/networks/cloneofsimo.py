@@ -139,9 +139,9 @@ def _last_two(before: nn.Conv2d, last: nn.Conv2d, h: Tensor, x: Tensor) -> Tenso
             torch.eye(len(sums), dtype=torch.float32, device=h.device).unflatten(1, (c, 3, 3)).transpose(0, 1)
         )  # [C, 9 C, 3, 3]
         move = torch.cat([move, last_weight[:, between:]], dim=1)
-    trunk = last.weight.dtype
-    h = F.pixel_shuffle(F.conv2d(h, cast(weight, trunk), cast(bias, trunk), padding=1), 2)  # [B, 9 C, H, W]
-    return F.conv2d(torch.cat([h, x], dim=1), cast(move, trunk), last.bias, padding=1)
+    backbone = last.weight.dtype
+    h = F.pixel_shuffle(F.conv2d(h, cast(weight, backbone), cast(bias, backbone), padding=1), 2)  # [B, 9 C, H, W]
+    return F.conv2d(torch.cat([h, x], dim=1), cast(move, backbone), last.bias, padding=1)
 
 
 def _of_doubled(weight: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class SongUnet(nn.Module):
                 project=True, gain=SQRT_HALF, eps=1e-6, dropout=config.dropout,
             )  # fmt: skip
 
-        self.enc, self.dec = _trunk(config, first=mc, block=block, attend_going_up="last")
+        self.enc, self.dec = _backbone(config, first=mc, block=block, attend_going_up="last")
         places, taps, aux = _places(config), config.resample, config.channels
         for level in range(1, len(places)):
             at, width = places[level], config.channel_mult[level - 1] * mc
@@ -205,7 +205,7 @@ class DhariwalUnet(nn.Module):
             )  # fmt: skip
 
         width = config.channel_mult[0] * mc
-        self.enc, self.dec = _trunk(config, first=width, block=block, attend_going_up="all")
+        self.enc, self.dec = _backbone(config, first=width, block=block, attend_going_up="all")
         self.out_norm: nn.Module = GroupNorm(width, eps=1e-5)
         self.out_conv: nn.Module = _zero(Conv(width, config.channels, 3))
 
@@ -313,7 +313,7 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _trunk(
+def _backbone(
     config: SongConfig | DhariwalConfig, first: int, block: Callable[[int, int, bool, str], Block], attend_going_up: str
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return the blocks of both halves of the U, by name.

@@ -56,7 +56,7 @@ class Resample(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """At least 4 channels a group, at most 32 groups; statistics are float32 whatever the trunk runs in."""
+    """At least 4 channels a group, at most 32 groups; statistics are float32 whatever the backbone runs in."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps=eps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the networks share about number formats: the noise level stays float32, whatever the trunk runs in."""
+"""What the networks share about number formats: the noise level stays float32, whatever the backbone runs in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmfast.errors import CmfastError
 
-TRUNKS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BACKBONES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
@@ -39,14 +39,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def converts_itself(network: nn.Module) -> bool:
-    """Whether `convert_trunk` is all that a network needs for half precision, as those beside this module are.
+    """Whether `convert_backbone` is all that a network needs for half precision, as those beside this module are.
 
     Of any other network half precision is made on the exported graph (`cmfast_export.graphs.half`).
     """
     return type(network).__module__.startswith("cmfast_train.networks.") and not hasattr(network, "half_on_graph")
 
 
-def convert_trunk(network: nn.Module, dtype: torch.dtype) -> None:
+def convert_backbone(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert the convolutions of a network, in place. Its linear layers, all of the noise embedding, stay float32.
 
     A cast stands at every border between the two (`cast` in the networks), so the types follow from the weights.

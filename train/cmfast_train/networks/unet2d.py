@@ -198,7 +198,7 @@ def _kind() -> type[nn.Module]:
     class Unet2d(UNet2DModel):
         """diffusers' UNet2DModel as F(x, c_noise, label), float32 outside."""
 
-        half_on_graph = True  # its linear layers and its dtype go by the first weight: `precision.convert_trunk`
+        half_on_graph = True  # its linear layers and its dtype go by the first weight: `precision.convert_backbone`
 
         def __init__(self, **fields: Any) -> None:
             super().__init__(**fields)

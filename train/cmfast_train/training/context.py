@@ -23,7 +23,7 @@ from cmfast_train.methods.distances import Distance
 from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig
-from cmfast_train.networks.own import OwnConfig
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.networks.unet2d import Unet2dConfig
 from cmfast_train.training.initial_model import Own, Start, start_of
 from cmfast_train.training.parallel import of_the_first
@@ -97,7 +97,7 @@ def context_of(
         accelerator: its processes, device and precision.
         images: number of images of the data.
         classes: number of classes of the data.
-        own: denoisers of one's own, where network=own.
+        own: custom denoisers, where network=own.
         shown: conditions of the samples that a checkpoint draws.
 
     Raises:

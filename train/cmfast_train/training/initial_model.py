@@ -19,7 +19,7 @@ from cmfast_train.config.train_config import TrainConfig, check_conventions
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers import load_model
 from cmfast_train.networks.build import NetworkConfig, build_network, network_from_dict
-from cmfast_train.networks.own import OwnConfig
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.networks.shape import plain_size, size_text
 
 
@@ -34,7 +34,7 @@ class Start:
         model_spec: conventions of the model of --init, which `spec` may replace; None without --init.
         teacher: the model of --teacher.
         sha256: of the weights of --init and --teacher, which a continuation must find again.
-        shape: of a network of one's own in words, which a continuation must find again; "" of ours.
+        shape: of a custom network in words, which a continuation must find again; "" of ours.
     """
 
     spec: ModelSpec
@@ -52,7 +52,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Own:
-    """Denoisers of one's own that a run gets.
+    """Custom denoisers that a run gets.
 
     Attributes:
         denoiser: what is trained, with its conventions and first weights; copied.
@@ -119,7 +119,7 @@ def start_of(config: TrainConfig, classes: int, own: Own | None = None) -> Start
 
 
 def _own_start(config: TrainConfig, classes: int, own: Own) -> Start:
-    """Return what a run with a denoiser of one's own starts from."""
+    """Return what a run with a custom denoiser starts from."""
     denoiser, spec, first = own.denoiser, own.denoiser.spec, config.phases[0]
     if first.row.distils and own.teacher is None and not config.init:
         raise CmfastError(
@@ -153,7 +153,7 @@ def _own_start(config: TrainConfig, classes: int, own: Own) -> Start:
 
 
 def checkpoint_of_denoiser(denoiser: Denoiser, factory: str = "") -> Checkpoint:
-    """Return a denoiser of one's own as a checkpoint, its weights copied."""
+    """Return a custom denoiser as a checkpoint, its weights copied."""
     config = OwnConfig(factory=factory, module=denoiser.network)
     return Checkpoint(spec=denoiser.spec, network=config, weights=_copied(denoiser))
 

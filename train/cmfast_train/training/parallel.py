@@ -45,7 +45,7 @@ T = TypeVar("T")
 def blocks(network: nn.Module) -> list[nn.Module]:
     """Return the blocks that a network consists of: nearly all of its weights and its arithmetic.
 
-    A network of one's own that has a method `blocks` says which they are; else it is one.
+    A custom network that has a method `blocks` says which they are; else it is one.
     """
     own = getattr(network, "blocks", None)
     if callable(own) and not isinstance(own, nn.Module):  # a list of modules, often called so, is callable, too
@@ -66,7 +66,7 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         network: to be sharded.
         mesh: torch.distributed.device_mesh.init_device_mesh(device type, (processes,)).
     """
-    # The output of a network of one's own may be a view; nothing here writes into it.
+    # The output of a custom network may be a view; nothing here writes into it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in [*blocks(network), network]:
         # Also the outermost: an average only runs forwards, and would keep the weights of its first run.

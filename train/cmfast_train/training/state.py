@@ -24,9 +24,9 @@ from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.methods.distances import Distance, distance_of
 from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.custom import OwnConfig, live_buffers, tied
 from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.networks.fused import fuse_norms
-from cmfast_train.networks.own import OwnConfig, live_buffers, tied
 from cmfast_train.training.context import RunContext, context_of
 from cmfast_train.training.ema import Averages, update_ema
 from cmfast_train.training.initial_model import Own
@@ -100,7 +100,7 @@ class Run:
         accelerator: its processes, device and precision.
         images: number of images of the data.
         classes: number of classes of the data.
-        own: denoisers of one's own, where network=own.
+        own: custom denoisers, where network=own.
         shown: conditions of the samples that a checkpoint draws.
 
     Raises:

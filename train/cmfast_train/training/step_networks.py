@@ -141,7 +141,7 @@ def output_of(
 ) -> Tensor:
     """Return F [B, *shape] of a denoiser, evaluated with those of the conditions that it has.
 
-    In mixed precision a network of one's own returns half precision; what follows is float32.
+    In mixed precision a custom network returns half precision; what follows is float32.
     """
     output = denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning, one_line
 from cmfast.progress import progress_bar
-from cmfast_train.config.own_network import of_denoiser
+from cmfast_train.config.custom_network import of_denoiser
 from cmfast_train.config.train_config import ARRAYS, TrainConfig
 from cmfast_train.data.arrays import Given, Samples, X, check_spread, samples_of
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import Data, check_batch, load_data
+from cmfast_train.first_call import try_own
 from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.training.initial_model import Own
@@ -46,7 +47,6 @@ from cmfast_train.training.parallel import together
 from cmfast_train.training.saving import resume
 from cmfast_train.training.state import Run
 from cmfast_train.training.step_graph import Steps, check_graph, recorded, trying_algorithms
-from cmfast_train.trial import try_own
 
 SAVED = "saved"
 _GONE = re.compile("gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)  # errors of a lost process
@@ -283,7 +283,7 @@ def _load_data(
 
 
 def _first(config: TrainConfig, data: Data | Samples) -> dict[str, Tensor]:
-    """Return the first training samples of a run with a network of one's own, as "x", and their conditions."""
+    """Return the first training samples of a run with a custom network, as "x", and their conditions."""
     if not config.own:
         return {}
     batch = check_batch(data.__getitems__(list(range(min(config.grid, len(data))))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training of a network of one's own from Python: `cmfast_train.train`. The command is `cmfast-train --network`."""
+"""Training of a custom network from Python: `cmfast_train.train`. The command is `cmfast-train --network`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A network of one's own in a checkpoint: cmfast holds its weights and the name of what makes it, not its shape."""
+"""A custom network in a checkpoint: cmfast holds its weights and the name of what makes it, not its shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OwnConfig:
 
     @property
     def dropout(self) -> float:
-        """More than 0: whether a network of one's own draws random numbers cannot be seen."""
+        """More than 0: whether a custom network draws random numbers cannot be seen."""
         return 1.0
 
     def build(self) -> nn.Module:

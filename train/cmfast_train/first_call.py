@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A first call of a network of one's own: what is wrong with it is one line, before a run begins."""
+"""A first call of a custom network: what is wrong with it is one line, before a run begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train.config.train_config import ARRAYS, TrainConfig
 from cmfast_train.data.images import in_data_units
 from cmfast_train.denoiser import Denoiser
-from cmfast_train.networks.own import OwnConfig
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.training.initial_model import Own
 from cmfast_train.training.parallel import jvp
 
@@ -25,7 +25,7 @@ _OTHERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))  # whose 
 
 
 def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-    """Check that denoisers of one's own fit the data of a run, and that they can be called and trained.
+    """Check that custom denoisers fit the data of a run, and that they can be called and trained.
 
     Args:
         config: of the run.

@@ -17,13 +17,13 @@ _USUAL: dict[str, Any] = {field.name: field.default for field in dataclasses.fie
 
 
 def with_own_network(config: TrainConfig) -> TrainConfig:
-    """Return a configuration with a network of one's own instead of the one that it describes."""
+    """Return a configuration with a custom network instead of the one that it describes."""
     usual = {name: _USUAL[name] for name in OF_OWN}
     return dataclasses.replace(config, **{**usual, "network": OWN})
 
 
 def of_denoiser(config: TrainConfig, spec: ModelSpec) -> TrainConfig:
-    """Return the configuration of a run with a denoiser of one's own, with its conventions.
+    """Return the configuration of a run with a custom denoiser, with its conventions.
 
     Raises:
         CmfastError: the configuration says otherwise, or a method's noise levels do not fit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model of one's own on the command line: a factory that is imported, a JSON file of conventions, weights.
+"""A custom model on the command line: a factory that is imported, a JSON file of conventions, weights.
 
     cmfast-export weights.pt --network package.module:factory --spec spec.json
 
@@ -24,12 +24,12 @@ from cmfast.errors import ArtifactError, CmfastError, one_line, shown
 from cmfast.formats.manifest import check_file
 from cmfast.formats.values import object_of
 from cmfast_train.border import naming
-from cmfast_train.checkpoint import Checkpoint, checkpoint_of, is_own, read_tensors
+from cmfast_train.checkpoint import Checkpoint, checkpoint_of, is_cmfast_checkpoint, read_tensors
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.importers.facts import Facts, Given
 from cmfast_train.importers.sets import one_set
-from cmfast_train.networks.own import OwnConfig
+from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.training.initial_model import Own
 from cmfast_train.wrapping import wrap
 
@@ -68,7 +68,7 @@ def own_model(
     file = check_file(weights)
     with naming(file):
         content = read_tensors(file)
-        if is_own(content):
+        if is_cmfast_checkpoint(content):
             checkpoint = checkpoint_of(content, file)
             if spec is not None and not teacher:
                 raise CmfastError(f"{file}: a cmfast checkpoint, which has its conventions: leave --spec out")

@@ -24,7 +24,7 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.formats.manifest import Manifest
 from cmfast_export import cli, export_onnx, pipeline, report
 from cmfast_export._options import parse_files
-from cmfast_export.apart import EncoderFile
+from cmfast_export.encoder_files import EncoderFile
 from cmfast_export.pipeline import Exported
 from cmfast_export.precision_search import Choice
 from cmfast_export.request import make_request
