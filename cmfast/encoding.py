@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends import Backend, open_backend
-from cmfast.checks import returned_array
+from cmfast.checks import returned_array, shown
 from cmfast.conditions import Condition, condition_values, in_words
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.formats.manifest import ENCODER, Manifest
 
 BATCH = 64  # values that are encoded at a time
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Path1 = str | os.PathLike[str]
+Paths = Path1 | Sequence[Path1] | Mapping[str, Path1]
 
 
 def encoded_name(name: str) -> str:
@@ -38,19 +39,20 @@ class Encoders:
 
         Args:
             manifest: Of the model that they are for.
-            paths: Their files; None: the model is given encoded conditions.
+            paths: Their files, or files by the names of their conditions; None: the model is given encoded conditions.
             threads: CPU threads.
 
         Raises:
             CmfastError: a file is no encoder, or not one that the model was exported with.
         """
         self._wanted, self._backends = manifest.encoders, dict[str, Backend]()
-        files = () if paths is None else (paths,) if isinstance(paths, (str, os.PathLike)) else tuple(paths)
-        for file in map(Path, files):
+        for name, file in _files(paths):
             backend = open_backend(file, "cpu", threads)
             if backend.manifest.kind != ENCODER:
                 raise CmfastError(f"{file}: a {backend.manifest.kind}, and encoder must name the file of an encoder")
             (condition,) = backend.manifest.spec.conditions
+            if name not in (None, condition.name):
+                raise CmfastError(f"{file}: the encoder of {condition.name}, not of {name}")
             digest = self._wanted.get(condition.name)
             if digest is None:
                 have = ", ".join(self._wanted) or "no condition"
@@ -88,6 +90,20 @@ class Encoders:
                 raise CmfastError(f"the condition {name} was passed twice, encoded and not; remove one")
             values[encoded_name(name)] = _encoded(self._backends[name], values.pop(name))
         return values
+
+
+def _files(paths: Paths | None) -> list[tuple[str | None, Path]]:
+    """Return files, each with the name of its condition where that was given."""
+    if paths is None:
+        return []
+    if isinstance(paths, (str, os.PathLike)):
+        return [(None, Path(paths))]
+    named = list(paths.items()) if isinstance(paths, Mapping) else None
+    if named is None and isinstance(paths, (list, tuple)):
+        named = [(None, file) for file in paths]  # type: ignore[misc]
+    if named is None or not all(isinstance(file, (str, os.PathLike)) for _, file in named):
+        raise CmfastError(f"encoder must be a path, paths, or paths by the names of conditions, got {shown(paths)}")
+    return [(name, Path(file)) for name, file in named]
 
 
 def check_model_kind(backend: Backend) -> None:

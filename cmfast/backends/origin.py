@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,9 @@ class Origin:
         )
 
 
+MOST_FILES = 10_000  # of a folder with a model
+
+
 def reopened(origin: Origin) -> Backend:
     """Return `origin.reopen()`: what pickle calls."""
     return origin.reopen()
@@ -52,7 +56,16 @@ def pickled(backend: object) -> tuple[object, tuple[Origin]]:
 
 
 def states_of(path: Path) -> Files:
-    """Return name, size and time of the last change, ns, of a file, or of all files in a folder."""
-    parts = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
-    found = [(part, part.stat()) for part in parts]
+    """Return name, size and time of the last change, ns, of a file, or of all files in a folder.
+
+    Raises:
+        ArtifactError: the folder cannot be read, or has more files than a model has.
+    """
+    try:
+        parts = list(islice((part for part in path.rglob("*") if part.is_file()), MOST_FILES + 1))
+        if len(parts) > MOST_FILES:
+            raise ArtifactError(f"{path}: a folder of more than {MOST_FILES:,} files, which is no model's")
+        found = [(part, part.stat()) for part in (sorted(parts) if path.is_dir() else [path])]
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be read: {err.strerror}: {err.filename}") from None
     return tuple((part.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for part, stat in found)

@@ -145,6 +145,8 @@ def command(
 
 
 def _next_command(record: Record, prepared: Prepared) -> str:
+    from cmfast.cli.conditions import sample_arguments
+
     request = prepared.request
     exported = {c.name: c for c in prepared.contenders if c.file in request.models}
     rows = [row for row in record.rows if row.contender in exported]
@@ -155,7 +157,8 @@ def _next_command(record: Record, prepared: Prepared) -> str:
     how = " --device cuda" if request.device == "cuda" else ""
     how += f" --variant {shlex.quote(winner.variant)}" if winner.variant else ""
     how += f" --precision {winner.precision}" if winner.precision else ""
-    return f"cmfast-sample {winner.file} --steps {best.steps}{how} -n 64 -o samples.png"
+    given = sample_arguments(winner.model.manifest)
+    return f"cmfast-sample {winner.file} --steps {best.steps}{how} -n 64{given}"
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None, inputs: list[Path]) -> None:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmfast.checks import shown
-from cmfast.conditions import Condition, in_words, no_label
+from cmfast.conditions import LABEL, Condition, in_words, no_label
+from cmfast.encoding import encoded_name
 from cmfast.errors import ArtifactError, CmfastError, one_line
+from cmfast.formats.manifest import Manifest
 
 
 def read_conditions(conditions: Sequence[Condition], texts: Iterable[str], label: str | None) -> dict[str, Any]:
@@ -34,12 +36,28 @@ def read_conditions(conditions: Sequence[Condition], texts: Iterable[str], label
             raise CmfastError(f"--condition {name}: given twice; remove one")
         if name in known:
             values[name] = _read(known[name], value)
+        elif encoded_name(name) in known:
+            raise CmfastError(
+                f"--condition {name}: the model takes it encoded; add --encoder FILE, the file of its encoder"
+            )
         elif name == "label":
             raise no_label(conditions)
         else:
             have = ", ".join(known) or "none"
             raise CmfastError(f"--condition {shown(name)}: the model has no such condition; it has {have}")
     return values
+
+
+def sample_arguments(manifest: Manifest, names: Mapping[str, str] | None = None) -> str:
+    """Return the end of a cmfast-sample command for a model: its conditions and the name of what is written.
+
+    Args:
+        manifest: of the model.
+        names: of conditions that are passed under another name, such as those that an encoder takes.
+    """
+    passed = [(names or {}).get(each.name, each.name) for each in manifest.spec.conditions if each.name != LABEL]
+    conditions = "".join(f" --condition {name}={name}.npy" for name in passed)
+    return f"{conditions} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
 
 
 def _read(condition: Condition, value: str) -> Any:

@@ -31,6 +31,12 @@ def find(path: str | os.PathLike[str]) -> Path:
     return FOLDER / f"{file.name}{SUFFIX}" if known else file
 
 
+def hidden(path: Path) -> str:
+    """Return what to add to an error about a file or folder that has the name of a model that comes with cmfast."""
+    same = path.name == str(path) and path.name in models()
+    return f"; it hides the model {path.name} that comes with cmfast" if same else ""
+
+
 def hint(file: Path) -> str:
     """Return what to add to "no such file" where a name may have been meant."""
     return "" if file.suffix or file.name != str(file) else f"; models that come with cmfast: {', '.join(models())}"

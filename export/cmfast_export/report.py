@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cmfast.conditions import LABEL, in_words
+from cmfast.cli.conditions import sample_arguments
+from cmfast.conditions import in_words
 from cmfast.formats.table import ONNX, files_beside, format_of
 from cmfast_export.targets.table import at
 
@@ -192,10 +193,8 @@ def openvino(converted: Converted, request: Request) -> None:
 def _sample(path: Path, manifest: Manifest, encoders: Sequence[EncoderFile] = ()) -> str:
     """Return the command that draws from a file."""
     made = {each.manifest.output: each.manifest.spec.conditions[0].name for each in encoders}
-    names = [made.get(each.name, each.name) for each in manifest.spec.conditions if each.name != LABEL]
     more = "".join(f" --encoder {each.path}" for each in encoders)
-    more += "".join(f" --condition {name}={name}.npy" for name in names)
-    return f"  cmfast-sample {path} -n 16{more} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
+    return f"  cmfast-sample {path} -n 16{more}{sample_arguments(manifest, made)}"
 
 
 def _bench(path: Path, checkpoint: Path, given: str, more: str = "") -> None:

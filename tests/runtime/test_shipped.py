@@ -60,6 +60,10 @@ def test_a_file_of_that_name_is_what_is_opened(tmp_path: Path, monkeypatch: pyte
     assert find("digits") == Path("digits")
     with pytest.raises(ArtifactError, match="digits: the file is empty"):
         cmfast.load("digits")
+    Path("digits").unlink()
+    Path("digits").mkdir()
+    with pytest.raises(ArtifactError, match="it hides the model digits that comes with cmfast"):
+        cmfast.load("digits")
     assert find(tmp_path / "digits") == tmp_path / "digits"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -137,14 +138,28 @@ def _made(place: str) -> Any:
     try:
         try:
             factory = resolve_name(place)
-        except (ImportError, AttributeError, ValueError) as err:
-            raise CmfastError(f"--network {place}: {module} cannot be imported: {one_line(err, 200)}") from None
+        except (Exception, SystemExit) as err:  # of the user's code
+            raise CmfastError(f"--network {place}: {module} cannot be imported: {_raised(err)}") from err
+        if isinstance(factory, nn.Module):
+            return factory
         if not callable(factory):
             raise CmfastError(f"--network {place}: {name} is {shown(factory)}, which cannot be called")
-        return factory()
+        try:
+            return factory()
+        except (Exception, SystemExit) as err:
+            raise CmfastError(f"--network {place}: {name}() failed: {_raised(err)}") from err
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+def _raised(err: BaseException) -> str:
+    """Return what the user's code raised and where, on one line."""
+    if isinstance(err, (CmfastError, ImportError)):
+        return one_line(err, 200)
+    frames = traceback.extract_tb(err.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(err).__name__}: {one_line(err, 200)}{place}"
 
 
 def _conventions(file: Path) -> Mapping[str, Any]:
@@ -152,7 +167,7 @@ def _conventions(file: Path) -> Mapping[str, Any]:
     check_file(file)
     with naming(file):
         try:
-            values = json.loads(file.read_text(encoding="utf-8")[:LARGEST], object_pairs_hook=object_of)
+            values = json.loads(file.read_text(encoding="utf-8-sig")[:LARGEST], object_pairs_hook=object_of)
         except (ValueError, RecursionError) as err:
             raise ArtifactError(f"{file}: not a JSON file: {one_line(err, 200)}") from None
         names = [name for name in signature(wrap).parameters if name not in ("net", "encoders")]

@@ -74,6 +74,8 @@ def wrap(
     """
     if not isinstance(net, nn.Module):
         raise CmfastError(f"net must be a torch.nn.Module, got {shown(net)}")
+    if any(isinstance(module, Denoiser) for each in (net, *_modules(encoders)) for module in each.modules()):
+        raise CmfastError("net must be a plain network, and a Denoiser is one with its scalings; pass denoiser.network")
     if not isinstance(shape, (list, tuple)):
         raise CmfastError(f"shape must be a list of sizes such as (16, 7), got {shown(shape)}")
     for name, mapping in (("conditions", conditions), ("null", null), ("encoders", encoders)):
@@ -103,6 +105,11 @@ def wrap(
     network = Encoded(net, encoders) if encoders else net
     check_float32(network)
     return Denoiser(network, spec)
+
+
+def _modules(encoders: Any) -> list[nn.Module]:
+    values = encoders.values() if isinstance(encoders, Mapping) else ()
+    return [each for each in values if isinstance(each, nn.Module)]
 
 
 def discrete_times(values: Mapping[str, Any]) -> DiscreteTimes:

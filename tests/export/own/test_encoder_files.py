@@ -179,6 +179,15 @@ def test_a_wrong_value_is_one_line_that_names_it(given: dict[str, Any], words: s
         cmfast.load(files.model, encoder=files.encoders).sample(2, conditions={**GIVEN, **given})
 
 
+def test_encoders_are_named_by_their_conditions_as_an_export_names_them(files: Files) -> None:
+    by_name = cmfast.load(files.model, encoder={"label": files.label, "tokens": files.tokens})
+    want = cmfast.load(files.model, encoder=files.encoders).sample(2, conditions=GIVEN)
+    np.testing.assert_array_equal(by_name.sample(2, conditions=GIVEN), want)
+    for encoder, words in (({"label": files.tokens}, "the encoder of tokens, not of label"), (3, "encoder must be a")):
+        with pytest.raises(CmfastError, match=words):
+            cmfast.load(files.model, encoder=encoder)  # type: ignore[arg-type]
+
+
 def test_files_that_do_not_belong_together_are_refused(files: Files, tmp_path: Path) -> None:
     without = {name: value for name, value in GIVEN.items() if name != "tokens"}
     with pytest.raises(CmfastError, match=r"needs the condition tokens: float32 \[B, tokens_0, 3\]"):
@@ -314,7 +323,10 @@ def test_the_commands_run_and_show_files_apart(
     assert result.returncode == 0, result.stderr
     want = cmfast.load(files.model, encoder=files.encoders).sample(2, conditions=GIVEN)
     np.testing.assert_array_equal(np.load("a.npy"), want)
-    refused(call(sample_command.main, files.model, *given), "the model has no such condition; it has tokens_encoded")
+    refused(
+        call(sample_command.main, files.model, *given),
+        "--condition tokens: the model takes it encoded; add --encoder FILE",
+    )
     assert "of label, in a file of its own" in call(info.main, files.model).stdout
     assert "tokens_encoded float32 [B, tokens_encoded_1, 8]" in call(info.main, files.tokens).stdout
     pytest.importorskip("tensorrt_rtx")

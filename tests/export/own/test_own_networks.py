@@ -371,6 +371,7 @@ def test_a_wrong_graph_is_caught_at_one_of_three_batches(tmp_path: Path, monkeyp
         ({"null": {"label": 1}}, "null has 'label', and the conditions are none"),
         ({"times": {"beta": 1}}, "times has no 'beta'; there are schedule"),
         ({"net": "net"}, "net must be a torch.nn.Module"),
+        ({"net": wrap(Mlp(6), shape=(6,), scaling="edm", c_noise="raw")}, r"pass denoiser\.network"),
         ({"net": nn.Linear(2, 2).half()}, "the weight weight is torch.float16; pass net.float()"),
     ],
 )
@@ -481,6 +482,9 @@ def test_weights_are_optional_and_the_code_is_imported_only_when_it_is_named(
         (("--network", "my_policy:none", "--spec", "spec.json"), "my_policy cannot be imported"),
         (("--network", "nowhere.net:make", "--spec", "spec.json"), "nowhere.net cannot be imported"),
         (("--network", "my_policy:not_a_module", "--spec", "spec.json"), "must return a torch.nn.Module"),
+        (("--network", "broken:make", "--spec", "spec.json"), "broken cannot be imported: ZeroDivisionError: division"),
+        (("--network", "my_policy:needs", "--spec", "spec.json"), "needs() failed: TypeError: "),
+        (("--network", "my_policy:leaves", "--spec", "spec.json"), "leaves() failed: SystemExit: 0 ("),
         (("--network", "my_policy:make", "--spec", "weights.pt"), "weights.pt: not a JSON file"),
         (("--network", "my_policy:make", "--spec", "other.json"), "unknown 'image'; there are shape, "),
         (("--network", "my_policy:make", "--spec", "short.json"), "c_noise, scaling is missing"),
@@ -493,6 +497,9 @@ def test_a_wrong_request_is_one_line(
     arguments: tuple[str, ...], words: str, policy: Path, call: Callable[..., Any], refused: Callable[..., None]
 ) -> None:
     (policy / "other.json").write_text(json.dumps({**SPEC, "image": [1, 8, 8]}))
+    (policy / "broken.py").write_text("1 / 0\n")
+    with (policy / "my_policy.py").open("a") as opened:
+        opened.write("\nimport sys\ndef needs(width): ...\ndef leaves(): sys.exit(0)\n")
     (policy / "short.json").write_text(json.dumps({"shape": [8, 4]}))
     torch.save(Conv3d().state_dict(), policy / "other.pt")
     refused(call(cli.main, *arguments, *(() if "cmfast" in arguments else ("-o", "m.onnx"))), words)

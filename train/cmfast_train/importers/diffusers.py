@@ -20,6 +20,7 @@ from typing import Any
 
 from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast.formats.shipped import hidden
 from cmfast.schedule import sigmas_of_indices
 from cmfast.spec import ModelSpec
 from cmfast_train.importers import diffusion_folders
@@ -93,7 +94,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
     if not (folder / INDEX).is_file():
         raise ArtifactError(
             f"{folder}: no {INDEX} in it; name the folder of a whole ConsistencyModelPipeline, "
-            "DDPMPipeline or DDIMPipeline, which holds that file beside scheduler and unet"
+            f"DDPMPipeline or DDIMPipeline, which holds that file beside scheduler and unet{hidden(folder)}"
         )
     index = read_config(folder / INDEX, "ConsistencyModelPipeline", *diffusion_folders.PIPELINES)
     if index["_class_name"] in diffusion_folders.PIPELINES:
