@@ -382,3 +382,10 @@ def _nearest_first(text: str, names: Iterable[str]) -> list[str]:
 
 def _out_of_range(what: str, number: int, classes: int) -> CmfastError:
     return CmfastError(f"{what} {shown(number)} is out of range; this model has the classes 0 to {classes - 1}")
+
+
+def sample_arguments(conditions: Sequence[Condition], data: str, names: Mapping[str, str] | None = None) -> str:
+    """Return the end of a cmfast-sample command for a model: its conditions and the name of what is written."""
+    passed = [(names or {}).get(each.name, each.name) for each in conditions if each.name != LABEL]
+    given = "".join(f" --condition {name}={name}.npy" for name in passed)
+    return f"{given} -o samples.{'png' if data == 'image' else 'npz'}"

@@ -145,7 +145,7 @@ def command(
 
 
 def _next_command(record: Record, prepared: Prepared) -> str:
-    from cmfast.cli.conditions import sample_arguments
+    from cmfast.conditions import sample_arguments
 
     request = prepared.request
     exported = {c.name: c for c in prepared.contenders if c.file in request.models}
@@ -157,7 +157,7 @@ def _next_command(record: Record, prepared: Prepared) -> str:
     how = " --device cuda" if request.device == "cuda" else ""
     how += f" --variant {shlex.quote(winner.variant)}" if winner.variant else ""
     how += f" --precision {winner.precision}" if winner.precision else ""
-    given = sample_arguments(winner.model.manifest)
+    given = sample_arguments(winner.model.spec.conditions, winner.model.spec.data)
     return f"cmfast-sample {winner.file} --steps {best.steps}{how} -n 64{given}"
 
 

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmfast.checks import shown
-from cmfast.conditions import LABEL, Condition, in_words, no_label
+from cmfast.conditions import Condition, in_words, no_label
 from cmfast.encoding import encoded_name
 from cmfast.errors import ArtifactError, CmfastError, one_line
-from cmfast.formats.manifest import Manifest
 
 
 def read_conditions(conditions: Sequence[Condition], texts: Iterable[str], label: str | None) -> dict[str, Any]:
@@ -46,18 +45,6 @@ def read_conditions(conditions: Sequence[Condition], texts: Iterable[str], label
             have = ", ".join(known) or "none"
             raise CmfastError(f"--condition {shown(name)}: the model has no such condition; it has {have}")
     return values
-
-
-def sample_arguments(manifest: Manifest, names: Mapping[str, str] | None = None) -> str:
-    """Return the end of a cmfast-sample command for a model: its conditions and the name of what is written.
-
-    Args:
-        manifest: of the model.
-        names: of conditions that are passed under another name, such as those that an encoder takes.
-    """
-    passed = [(names or {}).get(each.name, each.name) for each in manifest.spec.conditions if each.name != LABEL]
-    conditions = "".join(f" --condition {name}={name}.npy" for name in passed)
-    return f"{conditions} -o samples.{'png' if manifest.spec.data == 'image' else 'npz'}"
 
 
 def _read(condition: Condition, value: str) -> Any:

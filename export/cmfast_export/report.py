@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cmfast.cli.conditions import sample_arguments
-from cmfast.conditions import in_words
+from cmfast.conditions import in_words, sample_arguments
 from cmfast.formats.table import ONNX, files_beside, format_of
 from cmfast_export.targets.table import at
 
@@ -194,7 +193,7 @@ def _sample(path: Path, manifest: Manifest, encoders: Sequence[EncoderFile] = ()
     """Return the command that draws from a file."""
     made = {each.manifest.output: each.manifest.spec.conditions[0].name for each in encoders}
     more = "".join(f" --encoder {each.path}" for each in encoders)
-    return f"  cmfast-sample {path} -n 16{more}{sample_arguments(manifest, made)}"
+    return f"  cmfast-sample {path} -n 16{more}{sample_arguments(manifest.spec.conditions, manifest.spec.data, made)}"
 
 
 def _bench(path: Path, checkpoint: Path, given: str, more: str = "") -> None:
