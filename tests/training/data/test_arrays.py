@@ -126,19 +126,24 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "whole numbers": (changed(x=lambda a: a.astype(np.int32)), r"x must be float32 \[N, 4, 2\], got int32"),
     "bytes": (changed(x=lambda a: a.astype(np.uint8)), r"x must be float32 \[N, 4, 2\], got uint8"),
     "complex": (changed(x=lambda a: a * 1j), "x must be numbers, got complex64"),
-    "texts": (changed(state=lambda a: ["a"] * N), "state must be numbers, got <U1"),
+    "texts": (changed(state=lambda a: ["a"] * N), "state must be numbers, got text such as .*'a'"),
+    "names of classes": (changed(task=lambda a: ["cat"] * N), r"np.unique\(labels, return_inverse=True\)"),
     "nothing": (changed(x=lambda a: None), "x must be numbers, got object"),
     "ragged": (changed(state=lambda a: [[1, 2, 3], [1]]), "state is not an array: "),
     "no samples": (lambda v: {name: array[:0] for name, array in v.items()}, "x holds no samples"),
     "class of float": (changed(task=lambda a: a.astype(np.float32)), r"task must be whole numbers \[N\], a class each"),
     "class in a row": (changed(task=lambda a: a[:, None]), r"task must be whole numbers \[N\], a class each"),
-    "class too large": (changed(task=lambda a: a + 2), "task has the class 6; the model has 0 to 5"),
-    "class below 0": (changed(task=lambda a: a - 1), "task has the class -1; the model has 0 to 5"),
+    "class too large": (changed(task=lambda a: a + 2), "task has the class 6; the model has 0 to 4"),
+    "class below 0": (changed(task=lambda a: a - 1), "task has the class -1; the model has 0 to 4"),
+    "classes from 1": (
+        changed(task=lambda a: a + 1),
+        "task has the class 5, which stands for no class; the model has 0 to 4, counted from 0",
+    ),
     "no names": (lambda v: v["x"], "data must be a mapping of arrays"),
     "a generator": (lambda v: iter(items(v)), "a Dataset with __len__ and __getitem__, so that a run can be resumed"),
     "tuples": (lambda v: list(zip(v["x"], v["state"], v["task"], strict=True)), "item 0: need {'x': .., ..}, got"),
     "an item": (lambda v: [{"x": v["x"][0]}], "item 0: state is missing"),
-    "a table": (lambda v: Table(), r"Table: item 0 cannot be read \(KeyError: 0\); need a sequence of"),
+    "a table": (lambda v: Table(), r"Table: item 0 cannot be read \(KeyError: 0\).*; need a sequence of"),
     "an empty list": (lambda v: [], "it holds no samples"),
 }
 
@@ -168,18 +173,38 @@ def test_files_that_cannot_be_read_are_one_line_with_their_name(tmp_path: Path) 
         samples_of(tmp_path / "objects.npz", SPEC)
 
 
+class Damaged:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 7:
+            raise OSError("truncated")
+        return {name: array[index] for name, array in self.values.items()}
+
+
+class TooLong(list[Any]):
+    def __len__(self) -> int:
+        return N + 1
+
+
 def test_what_is_read_later_is_checked_later(tmp_path: Path) -> None:
     values = arrays()
     values["state"][7, 1] = np.nan
     values["x"] = list(values["x"])
     ragged = [{**item, "x": item["x"][: 3 if index == 7 else 4]} for index, item in enumerate(items(arrays()))]
     for data, words in (
+        (Damaged(values), r"Damaged: item 7 cannot be read \(OSError: truncated\) at .*test_arrays.py:\d+"),
+        (TooLong(items(arrays())), r"TooLong: item 12 cannot be read \(IndexError: .*; its length is 13"),
         (npy({**values, "x": np.stack(values["x"])}, tmp_path), "state has values that are not finite"),
         (items(values), "state has values that are not finite"),
         (ragged, r"x has different shapes in one batch, \[3, 2\] and \[4, 2\]; pad them to one"),
     ):
         samples = samples_of(data, SPEC)
-        stream = batches(samples, N, 0, 0, 1, slice(0, N), 0, False)
+        stream = batches(samples, len(samples), 0, 0, 1, slice(0, len(samples)), 0, False)
         with pytest.raises(CmfastError, match=words):
             next(stream)
 
@@ -210,3 +235,25 @@ def test_data_far_from_sigma_data_are_named(change: Any, words: str) -> None:
     said = check_spread(samples_of({**values, "x": change(values["x"])}, SPEC), SPEC)
     assert bool(said) == bool(words)
     assert re.search(words, said)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x, ""),
+        (lambda x: x * 1.003, ""),  # as a resized image may be
+        (lambda x: (x + 1) / 2, r"from 0 to 1, and images are in \[-1, 1\]: train on 2 \* x - 1"),
+        (lambda x: 1.5 * x, r'clipped to that and drawn as uint8; .* wrap\(.., data="array"\)'),
+        (lambda x: 127.5 * (x + 1), r"from 0 to 255, and images are in \[-1, 1\]"),
+    ],
+)
+def test_float_images_outside_their_range_are_named(change: Any, words: str) -> None:
+    x = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 1, 4, 4)
+    for data in ("image", "array"):
+        spec = ModelSpec(shape=(1, 4, 4), data=data)
+        said = check_spread(samples_of({"x": change(x)}, spec), spec)
+        if data == "array":
+            assert "images" not in said
+        else:
+            assert bool(said) == bool(words), said
+            assert re.search(words, said)

@@ -440,13 +440,25 @@ def test_buffers_with_infinity_and_of_other_precisions_are_kept(tmp_path: Path) 
 def test_a_run_of_other_data_or_of_another_network_is_not_continued(tmp_path: Path) -> None:
     train("edm:32", tmp_path / "run")
     wrong: dict[str, dict[str, Any]] = {
-        r"another data \(\[256, 0\], now \[100, 0\]\)": {"data": data(100)},
+        r"another data \(\[256, 0, .*\], now \[100, 0, .*\]\)": {"data": data(100)},
+        r"another data \(\[256, 0, .*\], now \[256, 0, .*\]\)": {"data": data(256, seed=1)},
         "another network .* now .* tensors of": {"denoiser": denoiser(Noisy())},
         "another sigma_data": {"denoiser": denoiser(sigma_data=0.7)},
     }
     for words, changes in wrong.items():
         with pytest.raises(CmfastError, match=words):
             train("edm:32", tmp_path / "run", **changes)
+
+
+def test_a_state_without_a_digest_of_its_data_is_continued(tmp_path: Path) -> None:
+    train("edm:32", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert len(state["made_for"]["data"]) == 3
+    del state["made_for"]["data"][2]  # as in older states
+    torch.save(state, tmp_path / "run" / "state.pt")
+    train("edm:32", tmp_path / "run", data=data(256, seed=1))
+    with pytest.raises(CmfastError, match="another data"):
+        train("edm:32", tmp_path / "run", data=data(100))
 
 
 @pytest.fixture

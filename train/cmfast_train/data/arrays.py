@@ -10,7 +10,9 @@ a batch is read.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -29,6 +31,8 @@ from cmfast_train.data.images import Batch, check_batch, in_data_units
 
 X = "x"  # the name of the samples
 LOOKED_AT, LOOKED_AT_ITEMS = 10_000, 500  # samples that the spread of the data is measured on
+DIGESTED = 256  # samples that tell data from others
+ROUNDING = 1 / 255  # what float images may exceed [-1, 1] by
 FAR = 2.0  # factor between the spread of the data and sigma_data that is worth a line
 
 Array = npt.NDArray[Any]
@@ -107,13 +111,10 @@ class ItemSamples(Dataset[Batch | str]):
         if not len(items):
             raise CmfastError(f"{self.where}: it holds no samples")
         try:
-            first = self.__getitems__([0])
-        except Exception as err:  # such as the KeyError of a table
-            raise CmfastError(
-                f"{self.where}: item 0 cannot be read ({type(err).__name__}: {one_line(err, 100)}); need a sequence of "
-                "{'x': [..], ..}, or a mapping of arrays"
-            ) from err
-        if isinstance(first, str):
+            self._items([0])
+        except CmfastError as err:  # such as the KeyError of a table
+            raise CmfastError(f"{err}; need a sequence of {{'x': [..], ..}}, or a mapping of arrays") from None
+        if isinstance(first := self.__getitems__([0]), str):
             raise CmfastError(first)
 
     def __len__(self) -> int:
@@ -121,9 +122,8 @@ class ItemSamples(Dataset[Batch | str]):
 
     def __getitems__(self, indices: list[int]) -> Batch | str:
         """Return a batch, or what is wrong with it."""
-        many = getattr(self.items, "__getitems__", None)
-        found = many(indices) if many else [self.items[index] for index in indices]
         try:
+            found = self._items(indices)
             parts: dict[str, list[Array]] = {name: [] for name in (X, *self.names)}
             for index, item in zip(indices, found, strict=True):
                 where = f"{self.where}: item {index}"
@@ -135,6 +135,27 @@ class ItemSamples(Dataset[Batch | str]):
             return tuple(torch.from_numpy(self._stacked(name, values)) for name, values in parts.items())
         except CmfastError as err:
             return str(err)
+
+    def _items(self, indices: list[int]) -> Sequence[Any]:
+        """Return some items; raise CmfastError for what the user's code raises."""
+        many = getattr(self.items, "__getitems__", None)
+        which = f"items {indices[0]}, .." if many and len(indices) > 1 else f"item {indices[0]}"
+        try:
+            if many:
+                found: Sequence[Any] = many(indices)
+                return found
+            found = []
+            for index in indices:
+                which = f"item {index}"
+                found.append(self.items[index])
+            return found
+        except Exception as err:  # whatever its code raises
+            frames = [frame for frame in traceback.extract_tb(err.__traceback__) if frame.filename != __file__]
+            place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+            many_more = f"; its length is {len(self):,}" if isinstance(err, IndexError) else ""
+            raise CmfastError(
+                f"{self.where}: {which} cannot be read ({type(err).__name__}: {one_line(err, 100)}){place}{many_more}"
+            ) from err
 
     def _stacked(self, name: str, values: Sequence[Array]) -> Array:
         shapes = {array.shape for array in values}
@@ -208,6 +229,11 @@ def as_array(what: str, value: Any) -> Array:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
     except Exception as err:  # of unknown objects
         raise CmfastError(f"{what} is not an array: {one_line(err, 100)}") from None
+    if array.dtype.kind in "USO" and array.size and isinstance(array.flat[0], (str, bytes)):
+        raise CmfastError(
+            f"{what} must be numbers, got text such as {shown(str(array.flat[0]))}; "
+            "number the classes: names, label = np.unique(labels, return_inverse=True)"
+        )
     if array.dtype.kind not in "fiub":
         raise CmfastError(f"{what} must be numbers, got {array.dtype} {list(array.shape)}")
     return array
@@ -253,25 +279,25 @@ def checked(name: str, array: Array, spec: ModelSpec, where: str) -> Array:
 
 def _classes(condition: Condition, array: Array, where: str) -> Array:
     for wrong in (int(array.min()), int(array.max())):
-        if not 0 <= wrong < condition.entries:
+        if not 0 <= wrong < condition.classes:
+            null = ", which stands for no class" if wrong == condition.null else ""
             raise CmfastError(
-                f"{where}: {condition.name} has the class {wrong}; the model has 0 to {condition.entries - 1}"
+                f"{where}: {condition.name} has the class {wrong}{null}; the model has 0 to {condition.classes - 1}, "
+                "counted from 0"
             )
     return array.astype(np.int64)
 
 
-def spread(samples: Samples) -> tuple[float, float]:
-    """Return mean and standard deviation of the data, data units, over some thousand samples, evenly chosen."""
-    most = LOOKED_AT if isinstance(samples, ArraySamples) else LOOKED_AT_ITEMS
-    chosen = range(0, len(samples), -(-len(samples) // most))
-    x = in_data_units(check_batch(samples.__getitems__(list(chosen)))[0]).double()
-    return float(x.mean()), float(x.std(correction=0))
-
-
 def check_spread(samples: Samples, spec: ModelSpec) -> str:
-    """Return a line about data that are far from the model's sigma_data, "" if they are not."""
-    mean, std = spread(samples)
-    known = spec.sigma_data
+    """Return a line about data that are far from the model's sigma_data, or no images of its range; "" otherwise.
+
+    Looks at some thousand samples, evenly chosen.
+    """
+    x = check_batch(samples.__getitems__(_some(samples, LOOKED_AT, LOOKED_AT_ITEMS)))[0]
+    if spec.data == "image" and x.is_floating_point() and (line := _check_range(x)):
+        return line
+    x = in_data_units(x).double()
+    mean, std, known = float(x.mean()), float(x.std(correction=0)), spec.sigma_data
     if known / FAR <= std <= known * FAR and abs(mean) <= FAR * known:
         return ""
     if not std:
@@ -281,3 +307,37 @@ def check_spread(samples: Samples, spec: ModelSpec) -> str:
         f"x has mean {mean:.4g} and standard deviation {std:.4g}, and the denoiser sigma_data={known:g}; {scaled}, or "
         f"pass sigma_data={std:.4g} to wrap, with sigma_min and sigma_max that fit"
     )
+
+
+def _check_range(x: Tensor) -> str:
+    """Return a line about float images that are not in [-1, 1], "" if they are."""
+    least, most = float(x.min()), float(x.max())
+    if (-1 - ROUNDING <= least < 0 and most <= 1 + ROUNDING) or least == most:
+        return ""
+    got = f"x has values from {least:.4g} to {most:.4g}"
+    if least >= 0 and most <= 1:
+        return f"{got}, and images are in [-1, 1]: train on 2 * x - 1"
+    return (
+        f"{got}, and images are in [-1, 1]: samples are clipped to that and drawn as uint8; scale x, or, if these are "
+        'no images, wrap(.., data="array")'
+    )
+
+
+def digest(samples: Dataset[Any]) -> str:
+    """Return a number that tells data from others of the same length, from some evenly chosen samples.
+
+    Returns:
+        Hexadecimal; "" for other data than arrays: the items of a Dataset may be drawn anew each time.
+    """
+    if not isinstance(samples, ArraySamples):
+        return ""
+    made = hashlib.sha256()
+    for values in check_batch(samples.__getitems__(_some(samples, DIGESTED, 0))):
+        made.update(values.numpy().tobytes())
+    return made.hexdigest()[:16]
+
+
+def _some(samples: Samples, of_arrays: int, of_items: int) -> list[int]:
+    """Return indices of samples, evenly chosen, the first and the last among them."""
+    most = of_arrays if isinstance(samples, ArraySamples) else of_items
+    return sorted({round(index) for index in np.linspace(0, len(samples) - 1, min(most, len(samples))).tolist()})

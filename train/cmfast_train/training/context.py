@@ -88,6 +88,7 @@ def context_of(
     classes: int,
     own: Own | None = None,
     shown: Mapping[str, Tensor] | None = None,
+    contents: str = "",
 ) -> RunContext:
     """Return the context of a run, and seed the random state that its new weights are drawn from.
 
@@ -99,6 +100,7 @@ def context_of(
         classes: number of classes of the data.
         own: custom denoisers, where network=own.
         shown: conditions of the samples that a checkpoint draws.
+        contents: digest of the data; "": they are known by their number only.
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
@@ -116,7 +118,7 @@ def context_of(
         accelerator=accelerator,
         start=start,
         made_for={
-            "data": [images, classes],
+            "data": [images, classes, *([contents] if contents else [])],
             "device": device.type,
             "precision": accelerator.mixed_precision,
             "models": list(start.sha256),

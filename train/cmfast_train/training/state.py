@@ -102,6 +102,7 @@ class Run:
         classes: number of classes of the data.
         own: custom denoisers, where network=own.
         shown: conditions of the samples that a checkpoint draws.
+        contents: digest of the data.
 
     Raises:
         CmfastError: the models or the data do not fit the configuration.
@@ -117,8 +118,9 @@ class Run:
         classes: int,
         own: Own | None = None,
         shown: Mapping[str, Tensor] | None = None,
+        contents: str = "",
     ) -> None:
-        self.context = context_of(config, out, accelerator, images, classes, own, shown)
+        self.context = context_of(config, out, accelerator, images, classes, own, shown, contents)
         self.state = begin_phase(self.context, 0, self.context.start.first_weights())
         self.step = 0  # optimiser steps of the phase that are done
 

@@ -35,7 +35,7 @@ from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning,
 from cmfast.progress import progress_bar
 from cmfast_train.config.custom_network import of_denoiser
 from cmfast_train.config.train_config import ARRAYS, TrainConfig
-from cmfast_train.data.arrays import Given, Samples, X, check_spread, samples_of
+from cmfast_train.data.arrays import Given, Samples, X, check_spread, digest, samples_of
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import Data, check_batch, load_data
 from cmfast_train.first_call import try_own
@@ -102,7 +102,7 @@ def train(
         if own is not None:
             try_own(config, own, first, accelerator)
         shown = {name: values for name, values in first.items() if name != X} if config.data == ARRAYS else {}
-        run = Run(config, out, accelerator, len(data), data.classes, own, shown)
+        run = Run(config, out, accelerator, len(data), data.classes, own, shown, digest(data))
         together(accelerator, (lambda: check_folder(config, out)) if main else None)  # no other run can change it now
         check_graph(run.context)
         resume(run)
