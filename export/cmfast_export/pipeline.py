@@ -245,7 +245,8 @@ def _export(
     manifest = replace(manifest, spec=_fitting(manifest, kind, sigmas))
 
     own = isinstance(loaded, Denoiser) and not ours
-    fixed = check_network(references[0].denoiser, request.batch) if own else None
+    null = guidance.null if guidance else {}
+    fixed = check_network(references[0].denoiser, request.batch, null) if own else None
     made = _denoiser_graph(loaded, request, ours)
     if fixed is not None:  # the trace did not see it
         raise fixed

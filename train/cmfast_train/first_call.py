@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from cmfast.conditions import Condition
 from cmfast.errors import CmfastError, one_line
 from cmfast.spec import ModelSpec
 from cmfast_train.config.train_config import ARRAYS, TrainConfig
@@ -39,13 +40,21 @@ def try_own(config: TrainConfig, own: Own, first: Mapping[str, Tensor], accelera
     device = accelerator.device
     few = {name: values[:2].to(device) for name, values in first.items()}
     few["x"] = in_data_units(few["x"])
+    one = config.batch == accelerator.num_processes * config.accumulation  # sample in each micro-batch
+    batch = {name: values[:1] if one else torch.cat([values, values])[:2] for name, values in few.items()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for denoiser in filter(None, (own.teacher, own.denoiser)):
             _check_parts(denoiser.network)
             _check_data(config, denoiser.spec, first)
-            copied = Denoiser(OwnConfig(module=denoiser.network).build(), denoiser.spec).eval().to(device)
+            copied = _copied(denoiser, device).eval()
             with accelerator.autocast():  # some networks take half precision only
                 output = _output(copied, few)
+                for each in denoiser.spec.conditions:
+                    for value in _extremes(each):  # a table of classes may be too small for them
+                        changed = {**few, each.name: torch.full_like(few[each.name], value)}
+                        _output(copied, changed, f" full of {value:g}", of=each.name)
+        with accelerator.autocast():  # a BatchNorm computes otherwise in training, and needs more than one sample
+            _output(_copied(own.denoiser, device).train(), batch, f", in training mode, B={len(batch['x'])}")
         _check_gradients(copied, output, accelerator.num_processes)
         for phase in config.phases:
             if phase.row.differentiates and not phase.needs.finite:
@@ -83,24 +92,48 @@ def _check_data(config: TrainConfig, spec: ModelSpec, first: Mapping[str, Tensor
         raise CmfastError(f"the denoiser takes {missing[0]}, which the data of {config.data} do not hold")
 
 
-def _output(denoiser: Denoiser, few: Mapping[str, Tensor]) -> Tensor:
-    """Return the output of the network for some samples and their conditions."""
+def _copied(denoiser: Denoiser, device: torch.device) -> Denoiser:
+    return Denoiser(OwnConfig(module=denoiser.network).build(), denoiser.spec).to(device)
+
+
+def _extremes(condition: Condition) -> list[float]:
+    """Return values of a condition that training or guidance will use, but the first samples may not have."""
+    last = [condition.classes - 1] if condition.kind == "class" else []
+    return [*last, *([] if condition.null is None else [condition.null])]
+
+
+def _output(denoiser: Denoiser, few: Mapping[str, Tensor], how: str = "", *, of: str = "") -> Tensor:
+    """Return the output of the network for some samples and their conditions.
+
+    Args:
+        denoiser: it is called.
+        few: the samples, "x", and their conditions.
+        how: what errors say about the call, at its end or behind the condition `of`.
+        of: the name of a condition.
+    """
     x, name = few["x"], type(denoiser.network).__name__
     given = {each.name: few[each.name] for each in denoiser.spec.conditions}
     passed = {key: value.clone() for key, value in given.items()}
     try:
         output = denoiser.output(x, torch.ones(len(x), device=x.device), passed)
+        if x.is_cuda:
+            torch.cuda.synchronize()  # for errors of its kernels
     except CmfastError as err:
         raise CmfastError(f"{name}: {err}") from None
     except Exception as err:  # of the user's code
         frames = [f for f in traceback.extract_tb(err.__traceback__) if not f.filename.startswith(_OTHERS)]
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         second = ", c_noise_next [B]" if denoiser.spec.second_time else ""
-        words = "".join(f", {key}={_in_words(value)}" for key, value in given.items())
+        words = "".join(f", {key}={_in_words(value)}{how if key == of else ''}" for key, value in given.items())
+        words += "" if of else how
         raise CmfastError(
             f"{name}, called with x {_in_words(x)}, c_noise [B]{second}{words}, raised {type(err).__name__}: "
             f"{one_line(err, 200)}{place}"
         ) from err
+    if len(output) != len(x):  # which would be broadcast without a word
+        raise CmfastError(
+            f"{name} returned {list(output.shape)} for {_in_words(x)} of B={len(x)}; it must return B samples"
+        )
     if changed := [key for key, value in given.items() if not torch.equal(value, passed[key])]:
         raise CmfastError(f"{name} changes its condition {changed[0]} in place; let it compute on a copy")
     return output

@@ -54,12 +54,15 @@ def check_module(denoiser: Denoiser) -> None:
     check_float32(denoiser)
 
 
-def check_network(denoiser: Denoiser, batch: int | None = None) -> CmfastError | None:
+def check_network(
+    denoiser: Denoiser, batch: int | None = None, null: Mapping[str, float] | None = None
+) -> CmfastError | None:
     """Run a network on a batch, on the same batch with other samples in it, and on one sample alone.
 
     Args:
         denoiser: a copy to evaluate.
         batch: the only batch size that it will be given; None: any.
+        null: what stands for no condition, by name, where guidance evaluates the network so.
 
     Returns:
         The error for a network that takes a batch of 2 and no other: its trace, of a batch of 2, can say what fixed it.
@@ -78,6 +81,11 @@ def check_network(denoiser: Denoiser, batch: int | None = None) -> CmfastError |
                 return failed(where, err, f" at a batch of {b}")
             raise failed(where, err) from None
         _check(denoiser, b, alone=batch is None)
+        if null:
+            where, err = _failure(denoiser, one | {name: torch.full_like(one[name], null[name]) for name in null})
+            if err is not None:
+                without = ", ".join(f"{name}={value:g}" for name, value in null.items())
+                raise failed(where, err, f" without conditions, {without}, which guidance needs,") from None
     return None
 
 
@@ -171,6 +179,11 @@ def _run(denoiser: Denoiser, inputs: Inputs) -> Tensor:
     given = {name: value.clone() for name, value in inputs.items()}
     x, sigma, sigma_next = given.pop("x"), given.pop("sigma"), given.pop("sigma_next", None)
     output = denoiser.output(x, sigma, given, sigma_next)
+    if len(output) != len(x):
+        raise CmfastError(
+            f"the network returned {list(output.shape)} for a batch of {len(x)}, and must return as many samples; "
+            "compute over the axes of one sample only, not over axis 0"
+        )
     if changed := [name for name, value in given.items() if not torch.equal(value, inputs[name])]:
         raise CmfastError(
             f"the network changes the condition {changed[0]} in place, which the next step needs; change a copy: "

@@ -137,12 +137,13 @@ def test_what_is_no_function_of_its_inputs_is_refused_with_the_likely_cause(then
         (lambda _, h: h.half(), "returned float16, and must return float32"),
         (lambda _, h: {"sample": h}, "returned dict, and must return"),
         (lambda _, h: h[:, :3], r"returned \[3, 3\], and must return \[B, 6\]"),
+        (lambda _, h: h.mean(0, keepdim=True), r"returned \[1, 6\] for a batch of 3, and must return as many samples"),
         (
             lambda _, h: {}["nothing"],
             r"network \(Net\) fails at test_probe.py:\d+: .*KeyError: 'nothing'",
         ),
     ],
-    ids=["float64", "float16", "dict", "shape", "fails"],
+    ids=["float64", "float16", "dict", "shape", "one sample", "fails"],
 )
 def test_what_returns_something_else_is_refused(then: Any, words: str) -> None:
     with pytest.raises(CmfastError, match=words):
@@ -167,6 +168,26 @@ def test_a_condition_that_is_changed_in_place_is_refused() -> None:
     denoiser = wrap(Doubles(), shape=(6,), conditions={"state": (6,)}, scaling="edm", c_noise="ln/4")
     with pytest.raises(CmfastError, match="changes the condition state in place"):
         check_network(denoiser)
+
+
+def test_a_table_of_classes_without_a_row_for_no_class_is_refused_where_guidance_needs_it() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 6)
+
+        def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+            result: Tensor = x + self.table(label)
+            return result
+
+    denoiser = wrap(
+        Table(), shape=(6,), conditions={"label": 10}, null={"label": 10}, scaling="edm", c_noise="ln/4"
+    ).eval()
+    assert check_network(denoiser) is None
+    with pytest.raises(
+        CmfastError, match=r"network.table \(Embedding\) fails without conditions, label=10, which guid"
+    ):
+        check_network(denoiser, null={"label": 10})
 
 
 def on_meta(denoiser: Denoiser) -> Denoiser:

@@ -352,6 +352,22 @@ class NoForwardMode(torch.autograd.Function):
         return slope
 
 
+class Labelled(nn.Module):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.all, self.label = nn.Linear(A, A), nn.Embedding(rows, A)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        result: Tensor = self.all(x) + self.label(label)[:, None]
+        return result
+
+
+def of_classes(rows: int) -> dict[str, Any]:
+    """Return a network with a table of so many rows, for 10 classes and none of them, and data of the first two."""
+    given = denoiser(Labelled(rows), conditions={"label": 10}, null={"label": 10})
+    return {"denoiser": given, "data": {"x": data(64)["x"], "label": torch.arange(64) % 2}}
+
+
 OF_DIGITS = {"config": TrainConfig(data="digits", image_size=8, channels=1, phases=(phase("edm", 32),))}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no wrap": ({"denoiser": Policy()}, r"denoiser must be what cmfast_train.wrap\(net, ...\) returns, got Policy"),
@@ -387,6 +403,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"Net, called with x \[B, 8, 2\], c_noise \[B\], state=\[B, 3\], raised RuntimeError: .*own_training.py:\d+",
     ),
     "shape": ({"denoiser": denoiser(net_of(lambda w, x, c, state: w * x[:, :1]))}, r"the network returned \[2, 1, 2\]"),
+    "one sample for all": (
+        {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x.mean(0, keepdim=True)))},
+        r"Net returned \[1, 8, 2\] for \[B, 8, 2\] of B=2",
+    ),
+    "a norm of one sample": (
+        {"denoiser": denoiser(Noisy()), "batch": 1, "log_images": 1, "phases": "edm:4"},
+        r"state=\[B, 3\], in training mode, B=1, raised ValueError: Expected more than 1 value",
+    ),
+    "no row for the last class": (of_classes(9), r"label=\[B\] full of 9, raised IndexError"),
+    "no row for no class": (of_classes(10), r"label=\[B\] full of 10, raised IndexError"),
     "no gradient": ({"denoiser": denoiser(net_of(lambda w, x, c, state: x))}, r"denoiser.requires_grad_\(True\)"),
     "no derivative": (
         {"phases": "sct:32", "denoiser": denoiser(net_of(lambda w, x, c, state: w * NoForwardMode.apply(x)))},
