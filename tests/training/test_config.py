@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -384,3 +385,19 @@ def test_whatever_is_set_it_is_a_run_or_our_error(text: str) -> None:
     except CmfastError:
         return
     assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: phase("edm", 100, lrr=1), "edm has no field 'lrr'; there are images, lr, .*, p_mean"),
+        (lambda: phase("edm", 100, hyper=1), "edm has no field 'hyper'"),
+        (lambda: TrainConfig(phases="edm:100"), r'phases=\(phase\("edm", 100_000\),\); got .edm:100.'),
+        (lambda: TrainConfig(phases=phase("edm", 100)), r'phases=\(phase\("edm", 100_000\),\); got Phase'),
+        (lambda: TrainConfig(phases=(phase("edm", 100),), seed=-1), r"seed must be from 0 to 2\*\*32 - 1, got -1"),
+        (lambda: TrainConfig(phases=(phase("edm", 100),), seed=2**64), r"seed must be from 0 to 2\*\*32 - 1, got 1844"),
+    ],
+)
+def test_wrong_arguments_in_python_are_one_line(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        make()

@@ -73,6 +73,8 @@ def train(
         CheckFailed: the loss became infinite or NaN.
         KeyboardInterrupt: a signal stopped the run, after a checkpoint of its last step.
     """
+    if not torch.is_grad_enabled():
+        raise CmfastError("training needs gradients: call train outside torch.no_grad() and torch.inference_mode()")
     if not isinstance(config, TrainConfig):
         raise CmfastError(f"config must be a cmfast_train.TrainConfig, got {shown(config)}")
     for name, model in (("denoiser", denoiser), ("teacher", teacher)):

@@ -427,7 +427,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "TorchScript": ({"denoiser": denoiser(traced())}, "TorchScript cannot be trained"),
     "not finite": (
         {"denoiser": denoiser(net_of(lambda w, x, c, state: w * x / 0))},
-        "the loss is not finite at step 0",
+        r'step 0 .* try .* phase\("edm", .., lr=0.000\d\), precision="fp32", or check x and its .* sigma_data=0.5$',
     ),
 }
 
@@ -441,6 +441,23 @@ def test_what_cannot_be_trained_is_one_line(what: str) -> None:
             values.pop("phases", "edm:32"), **values
         )
     assert "\n" not in str(caught.value)
+
+
+def test_training_without_gradients_is_one_line() -> None:
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, pytest.raises(CmfastError, match=r"call train outside torch.no_grad\(\)"):
+            train("edm:32")
+
+
+def test_a_run_does_not_begin_in_the_folder_of_its_data_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    for name, values in data(32).items():
+        np.save(tmp_path / f"{name}.npy", values.numpy())
+    with pytest.raises(CmfastError, match="is the folder of the data"):
+        train("edm:32", tmp_path, data=tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train("edm:32", tmp_path / "run", data=tmp_path)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 class Masked(Policy):

@@ -68,7 +68,14 @@ class Phase:
         return self.row.constants(self.hyper, done, steps)
 
     def changed(self, values: Mapping[str, Any]) -> Phase:
-        """Return the phase with other values of its fields and of its method's, by name."""
+        """Return the phase with other values of its fields and of its method's, by name.
+
+        Raises:
+            CmfastError: there is no such field, or a value is not allowed.
+        """
+        names = (*COMMON, *self.row.fields())
+        if unknown := [name for name in values if name not in names]:
+            raise CmfastError(f"{self.method} has no field {shown(unknown[0])}; there are {', '.join(names[1:])}")
         own = {name: value for name, value in values.items() if name in self.row.fields()}
         common = {name: value for name, value in values.items() if name not in own}
         return dataclasses.replace(self, **common, hyper=dataclasses.replace(typing.cast(Any, self.hyper), **own))

@@ -108,6 +108,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", plain_size(self.image_size))
+        if type(self.seed) is int and not 0 <= self.seed < 2**32:
+            raise CmfastError(f"seed must be from 0 to 2**32 - 1, got {shown(self.seed)}")
+        if not isinstance(self.phases, tuple) or not all(isinstance(each, Phase) for each in self.phases):
+            raise CmfastError(f'phases must be a tuple: phases=(phase("edm", 100_000),); got {shown(self.phases)}')
         check_types(self)
         if self.data == ARRAYS:
             object.__setattr__(self, "network", OWN)
@@ -133,8 +137,8 @@ class TrainConfig:
         elif self.flip:
             raise CmfastError("flip=true mirrors images, and data=arrays are trained on as they are; remove it")
         self._check_limits()
-        if self.workers < 0 or not 0 <= self.seed < 2**32:
-            raise CmfastError(f"need workers >= 0 and 0 <= seed < 2**32, got {self.workers} and {self.seed}")
+        if self.workers < 0:
+            raise CmfastError(f"workers must be at least 0, got {self.workers}")
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional and not self.own):
             raise CmfastError(
                 f"label_dropout must be from 0 and below 1, and needs conditional=true, got {self.label_dropout}"

@@ -19,7 +19,7 @@ from typing import Any
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.files import remove_leftovers, write_text
 from cmfast.files.locks import exclusive
-from cmfast_train.config.train_config import FREE_FIELDS, TrainConfig, from_dict, to_dict
+from cmfast_train.config.train_config import ARRAYS, FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.training.log import noted_a_checkpoint
 
 FILES = ("config.json", "model.pt", "state.pt", "log.jsonl")
@@ -135,6 +135,8 @@ def _check_inputs(config: TrainConfig, out: Path, data_root: Path | None) -> Non
     for option, file in (("--init", config.init), ("--teacher", config.teacher)):
         if file and Path(os.path.realpath(file)) in (real, *real.parents):
             raise CmfastError(f"--out {out} is, or is in, the model of {option}; name a folder elsewhere")
+    if data_root is not None and config.data == ARRAYS and real == Path(os.path.realpath(data_root)):
+        raise CmfastError(f"--out {out} is the folder of the data; name a folder elsewhere")
     if data_root is not None and config.data == "folder" and real.is_relative_to(os.path.realpath(data_root)):
         raise CmfastError(
             f"--out {out} is in the folder of the images, {data_root}, where its samples would become images to train "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cmfast.spec import ModelSpec
 from cmfast_train.config.phase import Phase
-from cmfast_train.config.train_config import TrainConfig
+from cmfast_train.config.train_config import ARRAYS, TrainConfig
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.methods.distances import Distance, distance_of
 from cmfast_train.networks.build import NetworkConfig, build_network
@@ -152,8 +152,19 @@ class Run:
 
     def advice(self) -> str:
         """Return what to try when numbers are not finite."""
-        lr = f"--set {self.phase.method}.lr={self.phase.lr / 3:.1g}"
-        return f"try a smaller {lr}, --set precision=fp32, or look for damaged images"
+        method, lr = self.phase.method, f"{self.phase.lr / 3:.1g}"
+        python = isinstance(self.context.network, OwnConfig) and not self.context.network.factory
+        smaller = (
+            f'phase("{method}", .., lr={lr}), precision="fp32"'
+            if python
+            else (f"--set {method}.lr={lr}, --set precision=fp32")
+        )
+        if self.config.data != ARRAYS:
+            return f"try a smaller {smaller}, or look for damaged images"
+        return (
+            f"try a smaller {smaller}, or check x and its scale: its standard deviation should be near "
+            f"sigma_data={self.context.spec.sigma_data:g}"
+        )
 
 
 def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) -> PhaseState:

@@ -89,7 +89,7 @@ def train(
     with disk_errors_in_one_line(out), contextlib.ExitStack() as whole_run:
 
         def claim() -> None:
-            check_folder(config, out, data_root)
+            check_folder(config, out, Path(arrays) if isinstance(arrays, (str, os.PathLike)) else data_root)
             whole_run.enter_context(claimed(out))
 
         main = accelerator.is_main_process
