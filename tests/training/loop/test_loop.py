@@ -313,7 +313,7 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["imagenet", "--out", "x"], "'imagenet' is not one of 'cifar10', 'digits', "),
+        (["imagenet", "--out", "x"], "'imagenet' is not one of 'arrays', 'cifar10', "),
         (["digits"], "Missing option '--out'"),
         (["digits", "--out", "x", "--set", "bacth=3"], "no such field"),
         (["digits", "--out", "x", "--fast"], "No such option"),
