@@ -13,6 +13,7 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +148,8 @@ def _operators(file: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file to the garbage collector
-            from onnxruntime.tools.ort_format_model import create_config_from_models  # which sets up logging
-
-            create_config_from_models([file], listed, True)
+            tools = import_module("onnxruntime.tools.ort_format_model")  # which sets up logging
+            tools.create_config_from_models([file], listed, True)
     finally:
         logging.disable(logging.NOTSET)
         logging.root.handlers[:] = handlers
