@@ -7,6 +7,7 @@ import functools
 import gc
 import io
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -81,6 +82,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
+# Signals that LLVM, with which Triton compiles kernels, takes for itself: behind it a full disk or a stop would end a
+# worker. Python's own handlers are set again before each test.
+TAKEN = (signal.SIGTERM, signal.SIGINT, *([signal.SIGXFSZ] if hasattr(signal, "SIGXFSZ") else []))
 NEW_MODULES = 100  # imported since the last freeze: a library and what it imports
 _frozen_modules = [0]
 
@@ -90,6 +94,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     They have a million objects, which cost more than half of the time of tests that train.
     """
+    for number in TAKEN:
+        signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
     if len(sys.modules) > _frozen_modules[0] + NEW_MODULES:
         gc.collect()
         gc.freeze()
