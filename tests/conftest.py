@@ -90,9 +90,10 @@ _frozen_modules = [0]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Keep imported libraries out of garbage collections, of which accelerate runs a full one at each phase of a run.
+    """Set Python's signal handlers again, and keep imported libraries out of garbage collections.
 
-    They have a million objects, which cost more than half of the time of tests that train.
+    Libraries have a million objects, and accelerate runs a full collection at each phase of a run: more than half of the
+    time of tests that train.
     """
     for number in TAKEN:
         signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
