@@ -60,12 +60,15 @@ def pytest_make_collect_report(
     return report
 
 
+# In these Triton compiles kernels, and LLVM in it takes SIGTERM and SIGXFSZ for itself: in the same process a test that
+# stops a run or fills a disk would end it. So nothing comes after them.
+LAST = ("test_kernels_training", "test_kernels")
 # Where files go to processes whole (--dist loadfile), these go first: a long one at the end would leave a core idle.
 # The seconds that each takes, down to about ten, decide the order.
 LONG = (
     "test_ort_cuda", "test_precision", "test_to_tensorrt", "test_export", "test_benchmarks_gpu", "test_loop_processes",
     "test_methods", "test_step_graph", "test_loop", "test_own_networks", "test_loop_methods", "test_cpp_onnxruntime",
-    "test_parallel", "test_cpp_package", "test_web_page", "test_kernels_training", "test_kernels", "test_cli_bench",
+    "test_parallel", "test_cpp_package", "test_web_page", "test_cli_bench",
     "test_docs", "test_importers", "test_to_openvino", "test_cost", "test_fuzz", "test_eval", "test_cpp_noise",
     "test_tensorrt_backend", "test_bench_analysis", "test_run", "test_write", "test_edm_networks", "test_frozen",
 )  # fmt: skip
@@ -78,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(LONG)}
+    order = {name: place for place, name in enumerate(LONG)} | dict.fromkeys(LAST, len(LONG) + 1)
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
@@ -92,8 +95,8 @@ _frozen_modules = [0]
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Set Python's signal handlers again, and keep imported libraries out of garbage collections.
 
-    Libraries have a million objects, and accelerate runs a full collection at each phase of a run: more than half of the
-    time of tests that train.
+    Libraries have a million objects, and accelerate runs a full collection at each phase of a run: more than half of
+    the time of tests that train.
     """
     for number in TAKEN:
         signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
