@@ -28,6 +28,7 @@ def run_command(command: click.Command) -> NoReturn:
     name = command.name or "cmfast"
     _open_closed_streams()
     _print_warnings_as_one_line(name)
+    code = 0
     try:
         code = _exit_code(command, name)
         sys.stdout.flush()
@@ -36,7 +37,7 @@ def run_command(command: click.Command) -> NoReturn:
         code = READER_GONE
     except OSError as err:  # from the flush: a full disk behind the standard output
         _silence_streams()
-        code = _report(name, f"cannot write the output: {err.strerror}", 2)
+        code = code or _report(name, f"cannot write the output: {err.strerror}", 2)  # else it is reported already
     sys.exit(code)
 
 

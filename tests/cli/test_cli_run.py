@@ -82,10 +82,11 @@ def test_a_reader_that_has_gone_is_no_failed_check(module: str) -> None:
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_a_full_disk_behind_the_output_is_one_line() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output_is_one_line(unbuffered: str) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full here")
-    result = shell('"$@" > /dev/full', *command("cmfast.cli.info", "--help"))
+    result = shell('"$@" > /dev/full', *command("cmfast.cli.info", "--help"), PYTHONUNBUFFERED=unbuffered)
     assert result.returncode == 2
     assert result.stderr == b"cmfast-info: No space left on device\n"
 
