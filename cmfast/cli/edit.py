@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmfast.checks import check_threads
-from cmfast.cli.parameters import FLOATS, MODEL
+from cmfast.cli.parameters import BACKEND, CONDITIONS, FLOATS, MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
-from cmfast.formats.values import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,26 +74,11 @@ Examples:
 @click.option("--sigmas", type=FLOATS, help="Noise levels (data units), decreasing, instead of --steps.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Sample i of a seed is always the same.")
 @click.option("--label", metavar="CLASS,..", help="Class by number or name, or one per sample.")
-@click.option(
-    "--condition",
-    "conditions",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
-)
-@click.option(
-    "--encoder", multiple=True, type=click.Path(path_type=Path), help="File with an encoder of the model's conditions."
-)
+@CONDITIONS
 @click.option(
     "--compare", type=click.Path(path_type=Path), help="Also write inputs and results side by side: NAME.png."
 )
-@click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
-@click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
-@click.option("--variant", default="", metavar="NAME", help="How to run it: cuda_graph, tensorrt, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of PyTorch and OpenVINO.")
-@click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
-@click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
+@BACKEND
 def command(
     task: str,
     model: Path,

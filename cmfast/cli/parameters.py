@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Types of command-line values: models, and lists written with commas."""
+"""What several commands take: types of values, such as models and lists written with commas, and options."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 
 from cmfast.checks import shown
 from cmfast.formats.shipped import find
+from cmfast.formats.values import PRECISIONS
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -57,4 +59,44 @@ SET = click.option(
     multiple=True,
     metavar="NAME=VALUE",
     help="A fact that a foreign file does not state, for example scaling=boundary.",
+)
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _all(*options: Decorator) -> Decorator:
+    """Return a decorator that adds options in this order."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+# For commands that draw: what samples depend on beside the model, and what runs it.
+CONDITIONS = _all(
+    click.option(
+        "--condition",
+        "conditions",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
+    ),
+    click.option(
+        "--encoder",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="File with an encoder of the model's conditions.",
+    ),
+)
+BACKEND = _all(
+    click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample."),
+    click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu."),
+    click.option("--variant", default="", metavar="NAME", help="How to run it: openvino, cuda_graph, compiled, ..."),
+    click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of PyTorch and OpenVINO."),
+    click.option("--sha256", help="Refuse MODEL unless it hashes to this."),
+    click.option("--threads", type=int, help="CPU threads; default: the backend's choice."),
 )

@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from cmfast.checks import check_threads, shown
-from cmfast.cli.parameters import FLOATS, INTS, MODEL
+from cmfast.cli.parameters import BACKEND, CONDITIONS, FLOATS, INTS, MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
-from cmfast.formats.values import PRECISIONS
 
 EPILOG = """\b
 Examples:
@@ -52,23 +51,8 @@ Examples:
 @click.option(
     "--label", metavar="CLASS,..", help="Class by number or name, or one per sample; default: drawn from the seed."
 )
-@click.option(
-    "--condition",
-    "conditions",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A condition of the model: a file NAME.npy for all samples or with one row each, numbers, or a class.",
-)
-@click.option(
-    "--encoder", multiple=True, type=click.Path(path_type=Path), help="File with an encoder of the model's conditions."
-)
-@click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
-@click.option("--batch", type=int, default=64, show_default=True, help="Samples at a time; does not change them.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
-@click.option("--variant", default="", metavar="NAME", help="How to run it: openvino, cuda_graph, compiled, ...")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of PyTorch and OpenVINO.")
-@click.option("--sha256", help="Refuse MODEL unless it hashes to this.")
-@click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
+@CONDITIONS
+@BACKEND
 def command(
     model: Path,
     out: Path | None,
