@@ -7,7 +7,6 @@ import functools
 import gc
 import io
 import os
-import signal
 import subprocess
 import sys
 import types
@@ -25,6 +24,7 @@ from onnx import helper
 
 from cmfast.formats.manifest import Manifest
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
+from cmfast_train.kernels.signals import take_back_signals
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from helpers.only_installed import OPTIONAL
 from helpers.specs import image_spec
@@ -60,8 +60,7 @@ def pytest_make_collect_report(
     return report
 
 
-# In these Triton compiles kernels, and LLVM in it takes SIGTERM and SIGXFSZ for itself: in the same process a test that
-# stops a run or fills a disk would end it. So nothing comes after them.
+# Nothing comes after these, which compile kernels: see `cmfast_train.kernels.signals`.
 LAST = ("test_kernels_training", "test_kernels")
 # Where files go to processes whole (--dist loadfile), these go first: a long one at the end would leave a core idle.
 # The seconds that each takes, down to about ten, decide the order.
@@ -85,9 +84,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
-# Signals that LLVM, with which Triton compiles kernels, takes for itself: behind it a full disk or a stop would end a
-# worker. Python's own handlers are set again before each test.
-TAKEN = (signal.SIGTERM, signal.SIGINT, *([signal.SIGXFSZ] if hasattr(signal, "SIGXFSZ") else []))
 NEW_MODULES = 100  # imported since the last freeze: a library and what it imports
 _frozen_modules = [0]
 
@@ -98,8 +94,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     Libraries have a million objects, and accelerate runs a full collection at each phase of a run: more than half of
     the time of tests that train.
     """
-    for number in TAKEN:
-        signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
+    take_back_signals()
     if len(sys.modules) > _frozen_modules[0] + NEW_MODULES:
         gc.collect()
         gc.freeze()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -97,6 +98,28 @@ def test_a_signal_that_ends_the_readers_of_images_too_is_a_stop(
     assert result.stderr.splitlines() == [
         f"cmfast-train: stopped; {tmp_path / 'run'} holds a checkpoint of the last step; the same command continues"
     ]
+
+
+def test_a_signal_stops_a_run_in_which_a_c_library_took_it(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LLVM does where Triton compiles a kernel, in the first step; here the library ignores the signal."""
+    whole, ignore = trainer.batches, ctypes.c_void_p(1)  # SIG_IGN
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
+    def batches(*arguments: Any) -> Iterator[Any]:
+        for i, batch in enumerate(whole(*arguments)):
+            if i == 0:
+                library.signal(signal.SIGTERM, ignore)
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(trainer, "batches", batches)
+    result = call(main, *arguments(tmp_path / "run", [*TINY, *SHORT]))
+    assert result.returncode == 130, result.stderr
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
 
 
 def test_weights_that_are_not_finite_are_not_saved_when_images_cannot_be_read(

@@ -39,6 +39,7 @@ from cmfast_train.data.arrays import Given, Samples, X, check_spread, digest, sa
 from cmfast_train.data.batches import batches
 from cmfast_train.data.images import Data, check_batch, load_data
 from cmfast_train.first_call import try_own
+from cmfast_train.kernels.signals import take_back_signals
 from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.folder import begin_folder, check_folder, claimed, disk_errors_in_one_line
 from cmfast_train.training.initial_model import Own
@@ -135,6 +136,7 @@ def _take_steps(run: Run, data: Data | Samples) -> None:
                 fused = {phase.name: run.context.why_not_fused(phase) or "fused" for phase in config.phases}
                 log.note(run.images, run.where(), graph=graph, fused=fused)
             for loss_per_image in steps(run, data, take):
+                take_back_signals()  # of a step that compiled a kernel
                 log.add(loss_per_image.mean(), run.images, run.where())
                 advance(config.batch, f"{run.phase.name} loss {log.recent:.4g}")
                 stop = _any(accelerator, bool(stopped), run)
