@@ -22,9 +22,11 @@ from cmfast.conditions import class_label
 from cmfast.editing.files import read_input
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
 from cmfast.formats.openvino_ir import parse_ir, with_manifest
+from cmfast.formats.ort_format import parse_ort
 from cmfast.formats.protobuf import read_onnx_model
 from cmfast.formats.tensorrt_plan import UNSEALED, check_engine, parse_plan, seal
 from cmfast.spec import ModelSpec
+from cmfast_export.targets.ort_format import in_ort_format
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint
 from cmfast_train.importers import identify
 from cmfast_train.importers.pickles import read_pickle
@@ -131,6 +133,13 @@ def _irs(folder: Path) -> list[bytes]:
     ]
     manifests = [replace(manifest, graph_sha256="ef" * 32) for manifest in _manifests()[:2]]
     return [with_manifest(graph, manifest, Path("x.xml")) for graph in graphs for manifest in manifests]
+
+
+def _orts(folder: Path) -> list[bytes]:
+    """Return a graph in ONNX Runtime's own format, with either manifest."""
+    source = folder / "corpus.onnx"
+    source.write_bytes(_onnx_files(folder)[0])
+    return [in_ort_format(source, manifest, folder) for manifest in _manifests()[:2]]
 
 
 def _plans(folder: Path) -> list[bytes]:
@@ -366,6 +375,7 @@ READERS = {
         Reader(name="onnx", read=_file(".onnx", _read_graph), corpus=_onnx_files, share=4),
         Reader(name="plan", read=lambda data, folder: parse_plan(data, Path("input.engine")), corpus=_plans, share=8),
         Reader(name="ir", read=lambda data, folder: parse_ir(data, Path("input.xml")), corpus=_irs, share=4),
+        Reader(name="ort", read=lambda data, folder: parse_ort(data, Path("input.ort")), corpus=_orts, share=4),
         Reader(name="pickle", read=_file(".pkl", read_pickle), corpus=_pickles, share=3),
         Reader(name="torch", read=_file(".pt", identify), corpus=_torch_files, share=1),
         Reader(name="safetensors", read=_file(".safetensors", identify), corpus=_safetensors, share=2),

@@ -14,6 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from cmfast import load, noise
+from cmfast.errors import CmfastError
+from cmfast.formats.manifest import Manifest
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import sample, to_uint8
 from helpers import GOLDEN_NOISE, TESTS
@@ -155,18 +157,38 @@ def test_a_wrong_manifest_is_refused_by_its_key() -> None:
         assert found["error"].startswith("CmfastError")
 
 
+def test_a_key_that_is_there_twice_is_refused_as_in_python() -> None:
+    """JSON.parse takes the last one; a reader that takes the first would compute something else."""
+    text = json.dumps(MANIFEST | {"conditions": [{"name": "a", "kind": "tensor", "shape": []}]})
+    twice = [
+        (text.replace('"clip":', '"clip": true, "clip":'), '"clip"'),
+        (text.replace('"clip":', '"cl\\u0069p": true, "clip" :'), '"clip"'),  # the same key, written otherwise
+        (text.replace('"name": "a"', '"name": "b", "name": "a"'), '"name"'),  # in an object within a list
+        (text.replace('"clip":', '"unknown": {"\\"": [{}, "{"], "\\"": 0}, "clip":'), '"\\""'),
+    ]
+    once = text.replace('"clip":', '"x": {"clip": [{"a": ":"}, {"a": "clip"}], "y": "clip"}, "clip":')
+    *refused, read = in_node([("manifest", given) for given in [*(each for each, _ in twice), once]])
+    for (given, key), found in zip(twice, refused, strict=True):
+        assert found["error"] == f"CmfastError: the manifest has the key {key} twice; export the model again"
+        with pytest.raises(CmfastError, match="twice"):
+            Manifest.from_json(given, "x")
+    assert read["clip"] == Manifest.from_json(once, "x").spec.clip
+
+
 def test_what_is_no_whole_exported_file_is_refused(tmp_path: Path) -> None:
     whole = write_denoiser(tmp_path / "model.onnx").read_bytes()
     files = {
         "cut": whole[:-20],
         "text": b"<!doctype html>",
         "other": whole.replace(b"cmfast", b"cmfost", 1),
+        "two": whole + whole[whole.rindex(b"\x0a\x06cmfast") - 3 :],
         "empty": b"",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     results = in_node([("onnx", str(tmp_path / name)) for name in files])
     assert all("CmfastError" in each["error"] for each in results), results
+    assert "the file holds two manifests" in results[list(files).index("two")]["error"]
 
 
 CONDITIONS = [

@@ -80,12 +80,9 @@ def write(model: Path, request: Request) -> Converted:
     """
     begun, manifest = time.perf_counter(), _check_file(model)
     ort, out = import_onnxruntime("writing an .ort file"), request.out
-    manifest = replace(manifest, graph_sha256=UNSEALED)
     with temporary_folder(out) as folder:
-        source, made = folder / "model.onnx", folder / out.name
-        _rewrite(model, source, manifest)
-        _convert(ort, source, made)
-        made.write_bytes(sealed(made.read_bytes(), out))
+        made = folder / out.name
+        made.write_bytes(in_ort_format(model, manifest, folder))
         backend = OnnxRuntimeBackend(made)
         (parity,) = verify(backend, [OnnxRuntimeBackend(model)])
         allowed = rounding(manifest.dtype, "cpu") if request.tolerance is None else request.tolerance
@@ -119,16 +116,24 @@ def _check_file(file: Path) -> Manifest:
     return manifest
 
 
-def _rewrite(model: Path, source: Path, manifest: Manifest) -> None:
-    """Copy an ONNX file with another manifest, which ONNX Runtime takes over."""
+def in_ort_format(model: Path, manifest: Manifest, folder: Path) -> bytes:
+    """Return an ONNX file in ONNX Runtime's own format, optimised, but not for the layouts of this CPU.
+
+    Args:
+        model: The ONNX file.
+        manifest: What the result says of itself; its digest is that of the result.
+        folder: For temporary files.
+
+    Raises:
+        CmfastError: ONNX Runtime cannot convert it.
+    """
+    ort = import_onnxruntime("writing an .ort file")
+    source, made = folder / "unsealed.onnx", folder / "unsealed.ort"
     proto = onnx.load(model)
     del proto.metadata_props[:]
-    proto.metadata_props.add(key="cmfast", value=manifest.to_json())
+    # ONNX Runtime takes the metadata over.
+    proto.metadata_props.add(key="cmfast", value=replace(manifest, graph_sha256=UNSEALED).to_json())
     onnx.save(proto, source)
-
-
-def _convert(ort: Any, source: Path, made: Path) -> None:
-    """Let ONNX Runtime optimise an ONNX file, not for the layouts of this CPU, and save it in its own format."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -138,6 +143,7 @@ def _convert(ort: Any, source: Path, made: Path) -> None:
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as err:  # its exceptions share no public base class
         raise backend_error(f"ONNX Runtime could not write the .ort file: {cause(err)}") from None
+    return sealed(made.read_bytes(), model)
 
 
 def _operators(file: Path) -> str:

@@ -11,14 +11,17 @@ const MAX_CHARACTERS = 64_000;
 
 /** Return the manifest of the bytes of an ONNX file. */
 export function readOnnx(bytes) {
+  const found = [];
   for (const field of fields(bytes)) {
     if (field.number !== METADATA || field.bytes === null) continue;
     const entry = { 1: "", 2: "" };
     for (const part of fields(field.bytes)) {
       if (part.bytes !== null && part.number in entry) entry[part.number] = new TextDecoder().decode(part.bytes);
     }
-    if (entry[1] === "cmfast") return parseManifest(entry[2]);
+    if (entry[1] === "cmfast") found.push(entry[2]);
   }
+  if (found.length > 1) throw new CmfastError("the file holds two manifests; export the model again");
+  if (found.length === 1) return parseManifest(found[0]);
   throw new CmfastError("an ONNX file without a cmfast manifest; make one that has it: cmfast-export model.pt");
 }
 
@@ -34,6 +37,10 @@ export function parseManifest(text) {
     read = null;
   }
   if (!isObject(read)) throw new CmfastError("the manifest is not a JSON object; export the model again");
+  const twice = repeatedKey(text);
+  if (twice !== null) {
+    throw new CmfastError(`the manifest has the key ${shown(twice)} twice; export the model again`);
+  }
   if (!SCHEMAS.includes(read.schema)) {
     throw new CmfastError(`the manifest has schema ${shown(read.schema)}, this page reads ${SCHEMAS.join(" and ")}`);
   }
@@ -124,6 +131,23 @@ function isSelftest(read) {
         read.at.length === read.values.length &&
         read.atol >= 0))
   );
+}
+
+/** Return a key that an object of valid JSON has twice, else null: JSON.parse keeps the last one and says nothing. */
+function repeatedKey(text) {
+  const open = []; // the keys of each object that is open, null for a list
+  const tokens = /"(?:[^"\\]|\\.)*"|[{}[\]]/g;
+  for (let token = tokens.exec(text); token !== null; token = tokens.exec(text)) {
+    const [word] = token;
+    if (word === "{" || word === "[") open.push(word === "{" ? new Set() : null);
+    else if (word === "}" || word === "]") open.pop();
+    else if (/^\s*:/.test(text.slice(tokens.lastIndex))) {
+      const key = JSON.parse(word); // "a" and "\u0061" are one key
+      if (open.at(-1).has(key)) return key;
+      open.at(-1).add(key);
+    }
+  }
+  return null;
 }
 
 function isObject(value) {
