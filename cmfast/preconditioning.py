@@ -28,6 +28,8 @@ def scalings(sigma: Array, spec: ModelSpec) -> tuple[Array, Array, Array]:
     """Return (c_skip, c_out, c_in) of the model at noise level sigma (data units; any shape that broadcasts)."""
     if spec.scaling == "boundary":
         return boundary_scalings(sigma, spec.sigma_data, spec.sigma_min)
+    if spec.scaling == "ctm":
+        return ctm_scalings(sigma, spec.sigma_data, spec.sigma_min)
     if spec.scaling == "cloneofsimo":
         return cloneofsimo_scalings(sigma, spec.sigma_min)
     if spec.scaling == "flow":
@@ -53,6 +55,17 @@ def boundary_scalings(sigma: Array, sigma_data: float, sigma_min: float) -> tupl
     above = sigma - sigma_min
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data / total**0.5, 1 / total**0.5
+
+
+def ctm_scalings(sigma: Array, sigma_data: float, sigma_min: float) -> tuple[Array, Array, Array]:
+    """Return (c_skip, c_out, c_in) of a flow map that always jumps to sigma_min: Consistency Policy (arXiv:2405.07503).
+
+    G(x, t, s) = s/t x + (1 - s/t) g(x, t, s), CTM (arXiv:2310.02279), eq. 9, with s = sigma_min and g in the boundary
+    scaling.
+    """
+    c_skip, c_out, c_in = boundary_scalings(sigma, sigma_data, sigma_min)
+    kept = sigma_min / sigma
+    return kept + (1 - kept) * c_skip, (1 - kept) * c_out, c_in
 
 
 def cloneofsimo_scalings(sigma: Array, sigma_min: float) -> tuple[Array, Array, Array]:

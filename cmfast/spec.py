@@ -20,6 +20,7 @@ from cmfast.schedule import MAX_STEPS, DiscreteTimes, as_sigmas, check_sigmas, k
 
 SCALINGS = (  # formulas: cmfast.preconditioning
     "boundary", "edm", "trigflow", "cloneofsimo", "flow", "x0", "eps", "vp_x0", "vp_eps", "vp_v", "lcm_eps", "lcm_v",
+    "ctm",
 )  # fmt: skip
 C_NOISES = ("250ln", "ln/4", "raw", "trig", "flow", "discrete")
 DATA = ("image", "array")

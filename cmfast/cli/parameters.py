@@ -50,8 +50,8 @@ SOURCE = click.option(
     "--source",
     default="",
     metavar="NAME",
-    help="Origin of a foreign file: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, cmt, fastgen, sid; default: "
-    "detected.",
+    help="Origin of a foreign file: openai:imagenet64-cd, openai, cloneofsimo, edm, ect, cmt, fastgen, sid, "
+    "diffusion_policy, consistency_policy, consistency_policy_teacher; default: detected.",
 )
 SET = click.option(
     "--set",

@@ -452,7 +452,7 @@ def test_what_the_folder_determines_cannot_be_set_otherwise(saved: dict[str, Pat
 
 
 def test_half_precision_in_pytorch_is_refused_in_one_line(saved: dict[str, Path]) -> None:
-    with pytest.raises(CmfastError, match="float16 of a network of diffusers is made on the exported graph"):
+    with pytest.raises(CmfastError, match="float16 of this network is made on the exported graph"):
         load_model(saved["plain"]).denoiser().to_precision("fp16")
 
 

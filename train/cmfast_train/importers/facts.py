@@ -34,6 +34,8 @@ EXAMPLES: Mapping[str, Any] = {  # of values that the user passes where the file
     "sigma_max": 80,
     "sigma_data": 0.5,
     "grid": 40,
+    "horizon": 16,
+    "groups": 8,
 }
 CONVENTIONS = (  # the fields of ModelSpec that no tensor shows
     "scaling",
@@ -57,6 +59,9 @@ class Given:
     image_size: Size | None = None  # pixels: one number of square images, else (height, width)
     head_channels: int | None = None  # width of an attention head
     heads: int | None = None  # number of heads of every attention, where their width is not the same everywhere
+    horizon: int | None = None  # steps of a sequence of actions
+    groups: int | None = None  # of the norms of a 1-D U-Net
+    times: str | None = None  # SCHEDULE:STEPS or SCHEDULE:STEPS:BETA_START:BETA_END: a table of times
     qkv: str | None = None  # order of the rows of the attention's qkv layer, one of QKV_ORDERS
     scaling: str | None = None  # cmfast.spec.SCALINGS
     c_noise: str | None = None  # cmfast.spec.C_NOISES
@@ -73,7 +78,7 @@ class Given:
             raise CmfastError(f"qkv must be one of {', '.join(QKV_ORDERS)}, got {self.qkv!r}")
         if self.image_size is not None:
             check_image_size(self.image_size)
-        for name in ("head_channels", "heads"):
+        for name in ("head_channels", "heads", "horizon", "groups"):
             if (value := getattr(self, name)) is not None and not 0 < value <= LARGEST:
                 raise CmfastError(f"{name} must be a whole number from 1 to {LARGEST}, got {value}")
         if self.heads is not None and self.head_channels is not None:
@@ -197,7 +202,7 @@ def given_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:
 
 def spec_of(
     facts: Facts,
-    image: tuple[int, int, int] | None,
+    shape: tuple[int, ...] | None,
     classes: int,
     usual: Mapping[str, Any],
     where: str,
@@ -205,29 +210,35 @@ def spec_of(
     sigmas_where: str = "",
     fixed: Mapping[str, Any] | None = None,
     fixed_where: str = "",
+    extra: Mapping[str, Any] | None = None,
 ) -> ModelSpec | None:
     """Return the conventions as a ModelSpec, or None where some are missing (they are in `facts.missing` then).
 
     Args:
+        shape: of a sample; None: not known yet
         usual: what the source, which `where` names, is known for: of CONVENTIONS; what is not in it must be given
         sigmas: default noise levels for 2 and more steps, data units, from `sigmas_where`; one step is always
             sigma_max
         fixed: what cannot be set, because `fixed_where` determines it
+        extra: fields of ModelSpec that are not those of images, "sigmas" of all numbers of steps among them
     """
-    fixed = fixed or {}
+    fixed, extra = fixed or {}, extra or {}
     values = {
         name: facts.fixed(name, fixed[name], fixed_where)
         if name in fixed
         else facts.usual_or_required(name, usual, where)
         for name in CONVENTIONS
     }
-    if image is None or facts.missing:
+    if shape is None or facts.missing:
         return None
     if (given := given_sigmas(facts)) is not None:
         sigmas = given
+    elif "sigmas" in extra:
+        sigmas = extra["sigmas"]
+        facts.usual("sigmas", f"of {', '.join(map(str, sigmas))} steps", "DDIM")
     else:
         top = float(values["sigma_max"])
         sigmas = {1: (top,), **{steps: few for steps, few in (sigmas or {}).items() if few[0] == top}}
         facts.usual("sigmas", tuple(sigmas.values()), sigmas_where or where)
-    conditions = (class_label(classes),) if classes else ()
-    return ModelSpec(shape=image, data="image", conditions=conditions, sigmas=sigmas, **values)
+    images = {"data": "image", "conditions": (class_label(classes),) if classes else ()}
+    return ModelSpec(shape=shape, **values, **images | dict(extra) | {"sigmas": sigmas})

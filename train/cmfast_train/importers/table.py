@@ -17,6 +17,7 @@ from torch import Tensor
 from cmfast.errors import CmfastError
 from cmfast_train.importers import cloneofsimo, edm, openai
 from cmfast_train.importers.facts import Draft, Facts
+from cmfast_train.importers.policies import unet1d
 
 ENTRY_POINTS = "cmfast.sources"  # the group of source formats in other packages
 
@@ -59,6 +60,7 @@ _OURS = (
     Source(names=("openai",), matches=openai.matches, draft=openai.draft),
     Source(names=("cloneofsimo",), matches=cloneofsimo.matches, draft=cloneofsimo.draft),
     Source(names=("edm", "ect", "fastgen", "sid", "cmt"), matches=edm.matches, draft=edm.draft),
+    Source(names=tuple(unet1d.SYSTEMS), matches=unet1d.matches, draft=unet1d.draft),
 )
 FOLDERS_AND_OWN = ("cmfast", "diffusers")  # recognised by what holds the tensors, not by their names
 

@@ -18,11 +18,14 @@ from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
 from cmfast_train.networks.precision import float32_weights
+from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig, unet1d_sizes
 from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
 
 # Each of ours has image_size, image_shape, channels and classes; networks are called with (x, c_noise), and label=,
 # c_noise_next= where they have them.
-OursConfig = AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig | ConsistencyDecoderConfig
+OursConfig = (
+    AdmConfig | CloneofsimoConfig | SongConfig | DhariwalConfig | Unet2dConfig | ConsistencyDecoderConfig | Unet1dConfig
+)
 NetworkConfig = OursConfig | OwnConfig
 _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "adm": (AdmConfig, AdmUnet),
@@ -31,6 +34,7 @@ _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "dhariwal": (DhariwalConfig, DhariwalUnet),
     "unet2d": (Unet2dConfig, unet2d),
     "consistency_decoder": (ConsistencyDecoderConfig, consistency_decoder),
+    "unet1d": (Unet1dConfig, Unet1d),
     "own": (OwnConfig, OwnConfig.build),
 }
 _FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
@@ -41,6 +45,7 @@ _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every 
     "dhariwal": lambda fields: edm_sizes(fields, song=False),
     "unet2d": unet2d_sizes,
     "consistency_decoder": decoder_sizes,
+    "unet1d": unet1d_sizes,
 }
 
 

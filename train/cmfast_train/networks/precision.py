@@ -56,7 +56,7 @@ def convert_backbone(network: nn.Module, dtype: torch.dtype) -> None:
     """
     if dtype != torch.float32 and getattr(network, "half_on_graph", False):
         raise CmfastError(
-            f"{str(dtype).removeprefix('torch.')} of a network of diffusers is made on the exported graph only; in "
+            f"{str(dtype).removeprefix('torch.')} of this network is made on the exported graph only; in "
             "PyTorch use fp32"
         )
     for module in network.modules():

@@ -24,6 +24,7 @@ from cmfast_train.networks.build import NetworkConfig
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig
 from cmfast_train.networks.custom import OwnConfig
+from cmfast_train.networks.unet1d import Unet1dConfig
 from cmfast_train.networks.unet2d import Unet2dConfig
 from cmfast_train.training.initial_model import Own, Start, start_of
 from cmfast_train.training.parallel import of_the_first
@@ -154,6 +155,8 @@ def why_not_fused(
         return "the network is your own"
     if isinstance(network, (Unet2dConfig, ConsistencyDecoderConfig)):
         return "diffusers' UNet2DModel has other layers"
+    if isinstance(network, Unet1dConfig):
+        return "the 1-D U-Net has other layers"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if not config.channels_last:

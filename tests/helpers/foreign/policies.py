@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Robot policies as Diffusion Policy and Consistency Policy save them, and their U-Net by its formulas.
+
+Written from the papers and the names of the tensors, with functions instead of modules: another way than ours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmfast_train.networks.adm import randomise
+from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig
+
+Weights = dict[str, Tensor]
+SMALL: dict[str, Any] = {"horizon": 8, "actions": 3, "down_dims": (8, 16), "kernel_size": 5, "embed_dim": 8}
+CASES: dict[str, dict[str, Any]] = {
+    "film": SMALL | {"film_scale": True, "global_cond": 5},
+    "shift": SMALL | {"kernel_size": 3, "groups": 4, "down_dims": (8, 8, 16)},
+    "one level": SMALL | {"down_dims": (16,), "global_cond": 2},
+}
+
+
+def weights_of(case: str = "film", seed: int = 0, **changes: Any) -> Weights:
+    """Return random weights by the names of `ConditionalUnet1D`."""
+    network = Unet1d(Unet1dConfig(**CASES[case] | changes))
+    randomise(network, seed)
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def workspace(*sets: tuple[str, Weights]) -> dict[str, Any]:
+    """Return what a workspace saves: in each policy the network, an encoder of images and the normalizer."""
+    others = {
+        "obs_encoder.net.weight": torch.ones(2, 3),
+        "normalizer.params_dict.action.scale": torch.ones(3),
+        "normalizer.params_dict.action.offset": torch.zeros(3),
+    }
+    policies = {name: {f"model.{key}": value for key, value in weights.items()} | others for name, weights in sets}
+    return {"cfg": {"horizon": 8}, "state_dicts": policies, "pickles": {"epoch": b"\x80\x04K\x01."}}
+
+
+def unet(w: Weights, x: Tensor, times: list[Tensor], cond: Tensor | None = None, groups: int = 8) -> Tensor:
+    """Return the output of the U-Net, [B, T, A].
+
+    Args:
+        w: weights by name.
+        x: [B, T, A].
+        times: of each noise level that it takes, [B].
+        cond: the encoded observation [B, D].
+        groups: of the norms, except the last.
+    """
+    known = torch.cat([*(_time(w, t) for t in times), *([] if cond is None else [cond])], dim=1)
+    levels = len({name.split(".")[1] for name in w if name.startswith("down_modules.")})
+    h, skips = x.movedim(1, 2), []
+    for level in range(levels):
+        for block in (0, 1):
+            h = _block(w, f"down_modules.{level}.{block}", h, known, groups)
+        skips.append(h)
+        if level < levels - 1:
+            h = F.conv1d(h, *_layer(w, f"down_modules.{level}.2.conv"), stride=2, padding=1)
+    for block in (0, 1):
+        h = _block(w, f"mid_modules.{block}", h, known, groups)
+    for level in range(levels - 1):
+        h = torch.cat([h, skips.pop()], dim=1)
+        for block in (0, 1):
+            h = _block(w, f"up_modules.{level}.{block}", h, known, groups)
+        h = F.conv_transpose1d(h, *_layer(w, f"up_modules.{level}.2.conv"), stride=2, padding=1)
+    h = _convolved(w, "final_conv.0", h, 8)
+    return F.conv1d(h, *_layer(w, "final_conv.1")).movedim(2, 1)
+
+
+def _layer(w: Weights, name: str) -> tuple[Tensor, Tensor]:
+    return w[f"{name}.weight"], w[f"{name}.bias"]
+
+
+def _mish(x: Tensor) -> Tensor:
+    return x * torch.tanh(torch.log1p(torch.exp(x)))
+
+
+def _time(w: Weights, t: Tensor) -> Tensor:
+    half = w["diffusion_step_encoder.1.weight"].shape[1] // 2
+    angles = torch.stack([t * math.exp(-math.log(10000) * i / (half - 1)) for i in range(half)], dim=1)
+    h = F.linear(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), *_layer(w, "diffusion_step_encoder.1"))
+    return F.linear(_mish(h), *_layer(w, "diffusion_step_encoder.3"))
+
+
+def _convolved(w: Weights, name: str, h: Tensor, groups: int) -> Tensor:
+    weight, bias = _layer(w, f"{name}.block.0")
+    h = F.conv1d(h, weight, bias, padding=weight.shape[2] // 2)
+    return _mish(F.group_norm(h, groups, *_layer(w, f"{name}.block.1")))
+
+
+def _block(w: Weights, name: str, x: Tensor, known: Tensor, groups: int) -> Tensor:
+    h = _convolved(w, f"{name}.blocks.0", x, groups)
+    film = F.linear(_mish(known), *_layer(w, f"{name}.cond_encoder.1"))[..., None]
+    if film.shape[1] == 2 * h.shape[1]:
+        scale, shift = film[:, : h.shape[1]], film[:, h.shape[1] :]
+        h = h * scale + shift
+    else:
+        h = h + film
+    h = _convolved(w, f"{name}.blocks.1", h, groups)
+    short = f"{name}.residual_conv"
+    return h + (F.conv1d(x, *_layer(w, short)) if f"{short}.weight" in w else x)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Robot policies in: Diffusion Policy's U-Net, random weights in its layout, against its formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import cmfast
+from cmfast.cli import info, sample
+from cmfast.errors import ArtifactError, CmfastError
+from cmfast_export import cli as export
+from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cmfast_train.importers import load_model
+from cmfast_train.importers.facts import Given
+from cmfast_train.networks.build import check_weights
+from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig
+from helpers.foreign.policies import CASES, SMALL, Weights, unet, weights_of, workspace
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*a diffusion teacher:cmfast.errors.CmfastWarning")
+
+Call = Callable[..., Any]
+DIFFUSION = ("--source", "diffusion_policy", "--set", "horizon=8")
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def denoiser_of(checkpoint: Checkpoint, cond: Tensor | None) -> Callable[[Any, float], Any]:
+    model, conditions = checkpoint.denoiser(), {} if cond is None else {"global_cond": cond}
+    return lambda x, sigma: model(x, torch.full((len(x),), sigma), **conditions)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes what a policy's workspace saves, with random weights."""
+
+    def saved(case: str = "film", name: str = "policy.ckpt", **changes: Any) -> Path:
+        torch.save(workspace(("ema_model", weights_of(case, **changes))), tmp_path / name)
+        return tmp_path / name
+
+    return saved
+
+
+def diffusion_policy(file: Path, case: str = "film", **given: Any) -> Checkpoint:
+    groups = CASES[case].get("groups")
+    return load_model(file, "diffusion_policy", Given(weights="ema_model.model", horizon=8, groups=groups, **given))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_denoiser_is_the_x0_that_ddpms_formula_makes_of_the_network(saved: Callable[..., Path], case: str) -> None:
+    checkpoint, weights = diffusion_policy(saved(case), case), weights_of(case)
+    assert checkpoint.spec.shape == (8, 3)
+    cond = noise(2, CASES[case]["global_cond"], seed=2) if "global_cond" in CASES[case] else None
+    denoise, x = denoiser_of(checkpoint, cond), noise(2, 8, 3)
+    betas = [min(0.999, 1 - _alpha((i + 1) / 100) / _alpha(i / 100)) for i in range(100)]
+    for t in (0, 40, 99):
+        a = math.prod(1 - beta for beta in betas[: t + 1])
+        output = unet(weights, x, [torch.full((2,), float(t))], cond, CASES[case].get("groups", 8))
+        want = (x - math.sqrt(1 - a) * output) / math.sqrt(a)
+        got = denoise(x / math.sqrt(a), math.sqrt((1 - a) / a))
+        # The bar of importers is 1e-5; what predicts the noise is magnified by the noise level.
+        scale = max(1.0, float(want.abs().max()))
+        np.testing.assert_allclose(got / scale, want / scale, rtol=0, atol=1e-5)
+
+
+def _alpha(part: float) -> float:
+    return math.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def test_ten_steps_are_those_of_ddim(saved: Callable[..., Path]) -> None:
+    # The usual table ends at a noise level of 2,000, which magnifies rounding as much; this one ends at 2.5.
+    checkpoint, weights = diffusion_policy(saved(), times="linear:40:0.001:0.1"), weights_of()
+    spec, cond, z = checkpoint.spec, noise(2, 5, seed=2), noise(10, 2, 8, 3)
+    sigmas = spec.sigmas_for(10)
+    got = cmfast.sample(denoiser_of(checkpoint, cond), z, sigmas, spec)
+    alphas = [math.prod(1 - beta for beta in np.linspace(0.001, 0.1, 40)[: t + 1]) for t in range(40)]
+    x = z[0] * sigmas[0] * math.sqrt(alphas[39])  # cmfast draws from sigma, without the data's part
+    for i, t in enumerate(range(39, -1, -4)):
+        a, before = alphas[t], alphas[t - 4] if i < 9 else 1.0
+        output = unet(weights, x, [torch.full((2,), float(t))], cond)
+        x0 = ((x - math.sqrt(1 - a) * output) / math.sqrt(a)).clamp(-1, 1)
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before) * (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+    assert float((x.abs() < 1).float().mean()) > 0.1, "clipped everywhere"
+    np.testing.assert_allclose(got, x, rtol=0, atol=1e-5)
+
+
+def test_without_a_source_nothing_is_guessed(saved: Callable[..., Path], call: Call) -> None:
+    file = saved()
+    said = call(info.main, file, "--set", "weights=ema_model.model")
+    assert said.returncode == 0, said.stderr
+    for words in (
+        "1-D U-Net, channels 8, 16, kernel 5",
+        "global_cond  5",
+        "--source diffusion_policy --set horizon=16",
+    ):
+        assert words in said.stdout
+    with pytest.raises(CmfastError, match=r"horizon, groups, scaling, .* cannot be inferred from the file"):
+        load_model(file, given=Given(weights="ema_model.model"))
+    with pytest.raises(CmfastError, match="horizon cannot be inferred from the file"):
+        load_model(file, "diffusion_policy", Given(weights="ema_model.model"))
+    with pytest.raises(CmfastError, match="horizon=7 cannot be halved 1 times"):
+        load_model(file, "diffusion_policy", Given(weights="ema_model.model", horizon=7))
+    with pytest.raises(CmfastError, match="times=linear: need SCHEDULE:STEPS"):
+        diffusion_policy(file, times="linear")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"local_cond_encoder.0.weight": torch.ones(2, 2)}, "supported: obs_as_global_cond"),
+        ({"down_modules.0.1.blocks.0.block.0.weight": torch.ones(2, 2)}, "down_modules.0.1.blocks.0.block.0.weight is"),
+        ({"final_conv.1.weight": None}, "but incomplete: 'final_conv.1.weight'"),
+        ({"another.weight": torch.ones(2)}, "another.weight is"),
+    ],
+)
+def test_another_network_is_refused_by_the_name_of_the_tensor(
+    changes: dict[str, Tensor | None], words: str, tmp_path: Path
+) -> None:
+    weights: Weights = {name: value for name, value in (weights_of() | changes).items() if value is not None}
+    torch.save(weights, tmp_path / "net.pt")
+    with pytest.raises(ArtifactError) as refused:
+        load_model(tmp_path / "net.pt", "diffusion_policy", Given(horizon=8))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_says_which_network_it_holds(saved: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = diffusion_policy(saved())
+    save_checkpoint(checkpoint, tmp_path / "model.pt")
+    again = load_checkpoint(tmp_path / "model.pt")
+    assert (again.network, again.spec) == (checkpoint.network, checkpoint.spec)
+    with pytest.raises(CmfastError, match="the weights do not fit the network"):
+        check_weights(checkpoint.network, dict(list(checkpoint.weights.items())[1:]))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("two_times", [False, True])
+def test_the_number_of_weights_is_known_before_they_are_made(case: str, two_times: bool) -> None:
+    config = Unet1dConfig(**CASES[case], two_times=two_times)
+    check_weights(config, Unet1d(config).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"horizon": 9}, "cannot be halved 1 times"),
+        ({"down_dims": (8, 12)}, "12, is not a multiple of groups=8"),
+        ({"down_dims": (12, 16), "groups": 4}, "first width of down_dims must be a multiple of 8"),
+        ({"kernel_size": 4}, "kernel_size must be odd"),
+        ({"embed_dim": 2}, "embed_dim must be even and at least 4"),
+        ({"down_dims": ()}, "down_dims must be one to 16 widths"),
+        ({"global_cond": -1}, "global_cond must be"),
+        ({"down_dims": (65536,) * 16, "horizon": 65536}, "more than the 10,000,000,000 that cmfast builds"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        Unet1dConfig(**SMALL | changes)
+
+
+def test_it_is_exported_as_one_file_and_sampled_with_the_observation(
+    saved: Callable[..., Path], call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    file = saved("one level")
+    options = (*DIFFUSION, "--set", "weights=ema_model.model")
+    made = call(export.main, file, *options, "--kind", "sampler", "--steps", 10, "-o", "policy.onnx")
+    assert made.returncode == 0, made.stderr
+    cond = noise(2, 2, seed=2)
+    np.save("obs.npy", cond.numpy())
+    drawn = call(sample.main, "policy.onnx", "-n", 2, "--condition", "global_cond=obs.npy", "--seed", 3, "-o", "a.npy")
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+    checkpoint = diffusion_policy(file, "one level")
+    z = torch.from_numpy(cmfast.noise.slices(3, range(2), 10, (8, 3)))
+    want = cmfast.sample(denoiser_of(checkpoint, cond), z, checkpoint.spec.sigmas_for(10), checkpoint.spec)
+    np.testing.assert_allclose(np.load("a.npy"), want, rtol=0, atol=1e-4)  # as exports are verified

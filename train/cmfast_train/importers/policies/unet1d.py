@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""The U-Nets of Diffusion Policy (arXiv:2303.04137) and of Consistency Policy (arXiv:2405.07503), from state dicts.
+
+All have the same tensors, and none shows how many steps a sequence has, whether the network takes one noise level or
+two, or what it predicts: `--source` says whose it is. Observations are encoded by another network of the policy, whose
+output is the condition here. `lerobot` reads the same network out of its folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast.conditions import Condition
+from cmfast.errors import ArtifactError, CmfastError
+from cmfast.preconditioning import noise_condition
+from cmfast.schedule import DiscreteTimes
+from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import check_count
+from cmfast_train.importers.diffusion_folders import default_sigmas
+from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
+from cmfast_train.networks.unet1d import CONDITION, Unet1d, Unet1dConfig
+
+HORIZON, GROUPS = 16, 8  # of all published configurations
+TIMES = "squaredcos_cap_v2:100"
+_KARRAS = {"c_noise": "250ln", "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5, "renoise": "plain", "grid": 80}
+SYSTEMS: Mapping[str, Mapping[str, Any]] = {  # what their training configurations have in common
+    "diffusion_policy": {
+        "scaling": "vp_eps", "c_noise": "discrete", "renoise": "ddim", "sigma_data": 0.5, "clip": True, "grid": 0,
+    },
+    "consistency_policy": _KARRAS | {"scaling": "ctm", "clip": True},
+    "consistency_policy_teacher": _KARRAS | {"scaling": "boundary", "clip": True},
+}  # fmt: skip
+TEACHER = "a diffusion teacher, not a consistency model: it draws actions in ten and more steps"
+UNITS = "actions and observations as the policy normalises them; its normalizer is not read"
+
+
+def matches(weights: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are named as in `ConditionalUnet1D`."""
+    return {"diffusion_step_encoder.1.weight", "mid_modules.0.blocks.0.block.0.weight"} <= weights.keys()
+
+
+def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
+    """Read the shape of the network; the rest is usual for the source, or required from the user."""
+    usual = SYSTEMS.get(source, {})
+    where = f"--source {source}"
+    scaling = facts.given.scaling or usual.get("scaling")
+    config = config_of(weights, file, two_times=scaling == "ctm")
+    describe_network(facts, config, "the tensors")
+    facts.fixed("units", UNITS, "the format")
+    horizon = facts.required("horizon", HORIZON)
+    groups = facts.usual("groups", GROUPS, where) if source else facts.required("groups", GROUPS)
+    fixed, extra = {}, {}
+    if (facts.given.c_noise or usual.get("c_noise")) == "discrete":
+        text = facts.usual("times", TIMES, where) if source else facts.required("times", TIMES)
+        if text is not None:
+            times = times_of(text)
+            fixed, extra = ends_of(times), {"times": times, "sigmas": default_sigmas(times)}
+    network = None
+    if horizon is not None and groups is not None:
+        try:
+            network = dataclasses.replace(config, horizon=horizon, groups=groups)
+        except CmfastError as err:
+            raise CmfastError(f"{file}: {err}") from None
+    spec = spec_of(
+        facts, None if network is None else network.image_shape, 0, usual, where, fixed=fixed, fixed_where="times",
+        extra={"data": "array", "conditions": conditions_of(config)} | extra,
+    )  # fmt: skip
+    if network is not None and spec is not None:
+        network = with_stop(network, spec)
+    return Draft(
+        format=source or "diffusion_policy",
+        what=f"a U-Net of {config.actions} numbers an action, of Diffusion Policy's family",
+        facts=facts,
+        network=network,
+        spec=spec,
+        source={"format": source or "diffusion_policy"},
+        weights=lambda: {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in weights.items()},
+        hint="" if source else _hint(facts),
+        warnings=(TEACHER,) if source in ("diffusion_policy", "consistency_policy_teacher") else (),
+    )
+
+
+def config_of(weights: Mapping[str, Tensor], file: Path, *, two_times: bool) -> Unet1dConfig:
+    """Return the shape of the network whose state dict this is, for any number of steps and groups.
+
+    Args:
+        weights: all tensors, by the names of `networks.unet1d`.
+        file: named in errors.
+        two_times: whether it takes two noise levels, which no tensor shows.
+
+    Raises:
+        ArtifactError: a name or a shape is of no such network.
+    """
+    if any(name.startswith("local_cond_encoder.") for name in weights):
+        raise ArtifactError(
+            f"{file}: its observations enter step by step (obs_as_local_cond); supported: obs_as_global_cond"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    levels = {int(m[1]) for name in shapes if (m := re.match(r"down_modules\.(\d{1,3})\.", name))}
+    try:
+        wide = shapes["diffusion_step_encoder.1.weight"][1]
+        first = shapes["down_modules.0.0.blocks.0.block.0.weight"]
+        film = shapes["down_modules.0.0.cond_encoder.1.weight"]
+        dims = tuple(shapes[f"down_modules.{n}.0.blocks.0.block.0.weight"][0] for n in range(len(levels)))
+        times = 2 if two_times else 1
+        if film[1] < times * wide:
+            raise ArtifactError(
+                f"{file}: a network that takes {film[1]} numbers beside x, too few for two noise levels"
+            )
+        config = Unet1dConfig(
+            horizon=2 ** max(len(levels) - 1, 0),
+            groups=1,
+            actions=shapes["final_conv.1.weight"][0],
+            global_cond=film[1] - times * wide,
+            down_dims=dims,
+            kernel_size=first[2],
+            embed_dim=wide,
+            film_scale=film[0] == 2 * dims[0],
+            two_times=two_times,
+        )
+    except (KeyError, IndexError) as err:
+        raise ArtifactError(f"{file}: named as ConditionalUnet1D, but incomplete: {err}") from None
+    except ArtifactError:
+        raise
+    except CmfastError as err:
+        raise ArtifactError(f"{file}: a ConditionalUnet1D of a shape that is not supported: {err}") from None
+    check_count(config, len(weights))
+    with torch.device("meta"):
+        need = {name: tuple(tensor.shape) for name, tensor in Unet1d(config).state_dict().items()}
+    for name in sorted(need.keys() | shapes.keys()):
+        if need.get(name) != shapes.get(name):
+            raise ArtifactError(
+                f"{file}: not a ConditionalUnet1D that is supported here: {shown(name)} is "
+                f"{shapes.get(name, 'missing')}, expected {need.get(name, 'no such tensor')}"
+            )
+    return config
+
+
+def describe_network(facts: Facts, config: Unet1dConfig, where: str) -> None:
+    """Record what the tensors say of a network, and refuse what is only known of others."""
+    widths = ", ".join(map(str, config.down_dims))
+    facts.fixed("network", f"1-D U-Net, channels {widths}, kernel {config.kernel_size}", where)
+    with torch.device("meta"):
+        facts.fixed("parameters", sum(weight.numel() for weight in Unet1d(config).parameters()), where)
+    facts.fixed("actions", config.actions, where)
+    facts.fixed("film_scale", config.film_scale, where)
+    facts.fixed("two_times", config.two_times or None, "the scaling, ctm")
+    facts.fixed(CONDITION, config.global_cond or None, where)
+    for name in ("image_size", "head_channels", "heads", "qkv"):
+        facts.fixed(name, None, "the network")
+
+
+def conditions_of(config: Unet1dConfig) -> tuple[Condition, ...]:
+    """Return the encoded observation as a condition, none where the network takes none."""
+    return (Condition(name=CONDITION, shape=(config.global_cond,)),) if config.global_cond else ()
+
+
+def ends_of(times: DiscreteTimes) -> dict[str, Any]:
+    """Return what a table of times determines: the ends of the noise levels, data units."""
+    return {"sigma_min": times.sigmas[0], "sigma_max": times.sigmas[-1]}
+
+
+def times_of(text: str) -> DiscreteTimes:
+    """Return the table of times that `--set times=SCHEDULE:STEPS` or SCHEDULE:STEPS:BETA_START:BETA_END describes."""
+    schedule, *numbers = text.split(":")
+    try:
+        if len(numbers) not in (1, 3):
+            raise ValueError
+        betas = dict(zip(("beta_start", "beta_end"), map(float, numbers[1:]), strict=False))
+        return DiscreteTimes(schedule=schedule, steps=int(numbers[0]), **betas)
+    except ValueError:
+        raise CmfastError(
+            f"--set times={shown(text)}: need SCHEDULE:STEPS, such as {TIMES}, or with two betas, such as "
+            "linear:1000:0.0001:0.02"
+        ) from None
+
+
+def with_stop(network: Unet1dConfig, spec: ModelSpec) -> Unet1dConfig:
+    """Return the network with the second noise level that it takes where none is passed: sigma_min."""
+    if not network.two_times:
+        return network
+    stop = noise_condition(torch.tensor(spec.sigma_min, dtype=torch.float32), spec, torch)
+    return dataclasses.replace(network, stop=float(stop))
+
+
+def _hint(facts: Facts) -> str:
+    """Return how to say whose network it is, and what no source says."""
+    horizon = "" if facts.given.horizon else f" --set horizon={HORIZON}"
+    return f"--source diffusion_policy{horizon} (or consistency_policy, consistency_policy_teacher)"
