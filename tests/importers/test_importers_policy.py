@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Robot policies in: Diffusion Policy's U-Net, random weights in its layout, against its formulas."""
+"""Robot policies in: the U-Nets of Diffusion Policy and Consistency Policy, random weights, against their formulas."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 import cmfast
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, CmfastError
+from cmfast.sampling import heun
+from cmfast.schedule import karras_sigmas
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import load_model
@@ -27,7 +30,6 @@ from helpers.foreign.policies import CASES, SMALL, Weights, unet, weights_of, wo
 pytestmark = pytest.mark.filterwarnings("ignore:.*a diffusion teacher:cmfast.errors.CmfastWarning")
 
 Call = Callable[..., Any]
-DIFFUSION = ("--source", "diffusion_policy", "--set", "horizon=8")
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -44,7 +46,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes what a policy's workspace saves, with random weights."""
 
     def saved(case: str = "film", name: str = "policy.ckpt", **changes: Any) -> Path:
-        torch.save(workspace(("ema_model", weights_of(case, **changes))), tmp_path / name)
+        torch.save(workspace(model=weights_of(case, **changes)), tmp_path / name)
         return tmp_path / name
 
     return saved
@@ -91,6 +93,82 @@ def test_ten_steps_are_those_of_ddim(saved: Callable[..., Path]) -> None:
         x = math.sqrt(before) * x0 + math.sqrt(1 - before) * (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
     assert float((x.abs() < 1).float().mean()) > 0.1, "clipped everywhere"
     np.testing.assert_allclose(got, x, rtol=0, atol=1e-5)
+
+
+STUDENT, TEACHER = "consistency_policy", "consistency_policy_teacher"
+STOP = 0.02  # time_min of its training
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights, Weights]:
+    """Return what Consistency Policy's workspace saves, and the weights of the student and of the teacher in it."""
+    file, student, teacher = tmp_path_factory.mktemp("ctm") / "latest.ckpt", weights_of(two_times=True), weights_of()
+    average = weights_of(two_times=True, seed=3)
+    torch.save(workspace("model", model=student, model_ema=average, teacher=teacher), file)
+    return file, student, teacher
+
+
+def jump(weights: Weights, x: Tensor, t: float, s: float, cond: Tensor) -> Tensor:
+    """Return G(x, t, s) of Consistency Policy: CTM_Scheduler.CTM_calc_out, scaling boundary."""
+    return s / t * x + (1 - s / t) * boundary(weights, x, t, cond, s)
+
+
+def boundary(weights: Weights, x: Tensor, t: float, cond: Tensor, *others: float) -> Tensor:
+    """Return Karras_Scheduler.calc_out, and g(x, t, s) of CTM_calc_out where s is passed."""
+    times = [250 * torch.full((len(x),), time).log() for time in (t, *others)]  # float32, as there
+    output = unet(weights, x / math.sqrt(t**2 + 0.25), times, cond)
+    c_skip, c_out = 0.25 / ((t - STOP) ** 2 + 0.25), (t - STOP) * 0.5 / math.sqrt(t**2 + 0.25)
+    return c_skip * x + c_out * output
+
+
+def test_a_consistency_policy_jumps_to_its_last_time(distilled: tuple[Path, Weights, Weights]) -> None:
+    file, weights, _ = distilled
+    checkpoint = load_model(file, STUDENT, Given(weights="model.model", horizon=8))
+    cond, spec = noise(2, 5, seed=2), checkpoint.spec
+    denoise = denoiser_of(checkpoint, cond)
+    assert (spec.sigmas, spec.second_time) == ({1: (80.0,)}, False)
+    for t in (STOP, 0.5, 10.0, 80.0):
+        x = t * noise(2, 8, 3)
+        # The bar of importers; 250 ln(t) is in the thousands, which float32 has to 6e-5.
+        np.testing.assert_allclose(denoise(x, t), jump(weights, x, t, STOP, cond), rtol=0, atol=1e-5)
+    # Its own code draws the first noise with a standard deviation of 1, and chains at bins of its grid.
+    z, sigmas = noise(3, 2, 8, 3), spec.sigmas_at([0, 27, 54])
+    want = jump(weights, z[0], 80.0, STOP, cond).clamp(-1, 1)
+    for t, fresh in zip(sigmas[1:], z[1:], strict=True):
+        want = jump(weights, want + t * fresh, t, STOP, cond).clamp(-1, 1)
+    got = cmfast.sample(denoise, torch.cat([z[:1] / 80, z[1:]]), sigmas, spec)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_consistency_policy_as_a_flow_map_goes_to_any_time(distilled: tuple[Path, Weights, Weights]) -> None:
+    file, weights, _ = distilled
+    checkpoint = load_model(file, STUDENT, Given(weights="model.model", horizon=8, scaling="boundary", clip=False))
+    model, spec, cond, x = checkpoint.denoiser(), checkpoint.spec, noise(2, 5, seed=2), 10 * noise(2, 8, 3)
+    assert (spec.second_time, spec.renoise) == (True, "ddim")
+    x0 = model(x, torch.full((2,), 10.0), torch.full((2,), 0.5), global_cond=cond)
+    np.testing.assert_allclose(x0 + 0.5 / 10 * (x - x0), jump(weights, x, 10.0, 0.5, cond), rtol=0, atol=1e-5)
+
+    def denoise(x: Any, sigma: float, sigma_next: float) -> Any:
+        return model(x, torch.full((2,), sigma), torch.full((2,), sigma_next), global_cond=cond)
+
+    got = cmfast.sample(denoise, torch.stack([x / 10, x]), [10.0, 0.5], spec)
+    want = boundary(weights, jump(weights, x, 10.0, 0.5, cond), 0.5, cond, STOP)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_teacher_of_a_consistency_policy_is_a_diffusion_model(distilled: tuple[Path, Weights, Weights]) -> None:
+    file, _, weights = distilled
+    checkpoint = load_model(file, TEACHER, Given(weights="teacher", horizon=8))
+    cond, spec, z = noise(2, 5, seed=2), checkpoint.spec, noise(1, 2, 8, 3)
+    grid = karras_sigmas(8, STOP, 80.0)
+    got = heun(denoiser_of(checkpoint, cond), z, grid)
+    x = 80 * z[0]
+    for t, after in pairwise(grid):  # heun_solver; at time_min the model is the identity, so it ends there
+        slope = (x - boundary(weights, x, t, cond)) / t
+        ahead = x + (after - t) * slope
+        x = x + (after - t) * (slope + (ahead - boundary(weights, ahead, after, cond)) / after) / 2
+    assert spec.sigma_min == STOP
+    np.testing.assert_allclose(got, x, rtol=0, atol=3e-5)  # x begins at 80, where float32 has 8e-6
 
 
 def test_without_a_source_nothing_is_guessed(saved: Callable[..., Path], call: Call) -> None:
@@ -167,20 +245,21 @@ def test_a_network_that_cannot_be_built_is_refused(changes: dict[str, Any], word
         Unet1dConfig(**SMALL | changes)
 
 
+@pytest.mark.parametrize("source", ["diffusion_policy", STUDENT])
 def test_it_is_exported_as_one_file_and_sampled_with_the_observation(
-    saved: Callable[..., Path], call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
-    file = saved("one level")
-    options = (*DIFFUSION, "--set", "weights=ema_model.model")
-    made = call(export.main, file, *options, "--kind", "sampler", "--steps", 10, "-o", "policy.onnx")
+    torch.save(workspace(model=weights_of("one level", two_times=source == STUDENT)), "policy.ckpt")
+    options = ("--source", source, "--set", "horizon=8", "--set", "weights=model")
+    made = call(export.main, "policy.ckpt", *options, "-o", "policy.onnx")
     assert made.returncode == 0, made.stderr
-    cond = noise(2, 2, seed=2)
+    checkpoint = load_model("policy.ckpt", source, Given(weights="model", horizon=8))
+    steps, cond = min(checkpoint.spec.sigmas), noise(2, 2, seed=2)
     np.save("obs.npy", cond.numpy())
     drawn = call(sample.main, "policy.onnx", "-n", 2, "--condition", "global_cond=obs.npy", "--seed", 3, "-o", "a.npy")
     assert (drawn.returncode, drawn.stderr) == (0, "")
-    checkpoint = diffusion_policy(file, "one level")
-    z = torch.from_numpy(cmfast.noise.slices(3, range(2), 10, (8, 3)))
-    want = cmfast.sample(denoiser_of(checkpoint, cond), z, checkpoint.spec.sigmas_for(10), checkpoint.spec)
+    z = torch.from_numpy(cmfast.noise.slices(3, range(2), steps, (8, 3)))
+    want = cmfast.sample(denoiser_of(checkpoint, cond), z, checkpoint.spec.sigmas_for(), checkpoint.spec)
     np.testing.assert_allclose(np.load("a.npy"), want, rtol=0, atol=1e-4)  # as exports are verified

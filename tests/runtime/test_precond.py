@@ -59,7 +59,9 @@ def test_scalings_have_their_golden_values() -> None:
     np.testing.assert_allclose(noise_condition(SIGMA, spec(), np), GOLDEN[:, 6], rtol=5e-9)
 
 
-@pytest.mark.parametrize(("scaling", "sigma_data"), [("boundary", 0.5), ("boundary", 1.0), ("cloneofsimo", 0.5)])
+@pytest.mark.parametrize(
+    ("scaling", "sigma_data"), [("boundary", 0.5), ("boundary", 1.0), ("cloneofsimo", 0.5), ("ctm", 0.5)]
+)
 @pytest.mark.parametrize("sigma_min", [0.002, 0.003])
 def test_the_model_is_the_identity_at_sigma_min_in_every_number_type(
     scaling: str, sigma_min: float, sigma_data: float

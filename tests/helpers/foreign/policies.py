@@ -32,15 +32,15 @@ def weights_of(case: str = "film", seed: int = 0, **changes: Any) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def workspace(*sets: tuple[str, Weights]) -> dict[str, Any]:
-    """Return what a workspace saves: in each policy the network, an encoder of images and the normalizer."""
+def workspace(policy: str = "ema_model", **networks: Weights) -> dict[str, Any]:
+    """Return what a workspace saves of a policy: its networks by attribute, an encoder of images, a normalizer."""
+    state = {f"{name}.{key}": value for name, weights in networks.items() for key, value in weights.items()}
     others = {
         "obs_encoder.net.weight": torch.ones(2, 3),
         "normalizer.params_dict.action.scale": torch.ones(3),
         "normalizer.params_dict.action.offset": torch.zeros(3),
     }
-    policies = {name: {f"model.{key}": value for key, value in weights.items()} | others for name, weights in sets}
-    return {"cfg": {"horizon": 8}, "state_dicts": policies, "pickles": {"epoch": b"\x80\x04K\x01."}}
+    return {"cfg": {"horizon": 8}, "state_dicts": {policy: state | others}, "pickles": {"epoch": b"\x80\x04K\x01."}}
 
 
 def unet(w: Weights, x: Tensor, times: list[Tensor], cond: Tensor | None = None, groups: int = 8) -> Tensor:
@@ -83,7 +83,7 @@ def _mish(x: Tensor) -> Tensor:
 
 def _time(w: Weights, t: Tensor) -> Tensor:
     half = w["diffusion_step_encoder.1.weight"].shape[1] // 2
-    angles = torch.stack([t * math.exp(-math.log(10000) * i / (half - 1)) for i in range(half)], dim=1)
+    angles = t[:, None] * torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))  # float32, as there
     h = F.linear(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), *_layer(w, "diffusion_step_encoder.1"))
     return F.linear(_mish(h), *_layer(w, "diffusion_step_encoder.3"))
 

@@ -29,15 +29,17 @@ from cmfast_train.networks.unet1d import CONDITION, Unet1d, Unet1dConfig
 
 HORIZON, GROUPS = 16, 8  # of all published configurations
 TIMES = "squaredcos_cap_v2:100"
+STUDENT = "consistency_policy"
 _KARRAS = {"c_noise": "250ln", "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5, "renoise": "plain", "grid": 80}
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {  # what their training configurations have in common
     "diffusion_policy": {
         "scaling": "vp_eps", "c_noise": "discrete", "renoise": "ddim", "sigma_data": 0.5, "clip": True, "grid": 0,
     },
-    "consistency_policy": _KARRAS | {"scaling": "ctm", "clip": True},
+    STUDENT: _KARRAS | {"scaling": "ctm", "clip": True},
     "consistency_policy_teacher": _KARRAS | {"scaling": "boundary", "clip": True},
 }  # fmt: skip
 TEACHER = "a diffusion teacher, not a consistency model: it draws actions in ten and more steps"
+START = "noise times sigma_max; its own code draws from noise alone, Model.from_noise(noise / 80, [80.0])"
 UNITS = "actions and observations as the policy normalises them; its normalizer is not read"
 
 
@@ -51,9 +53,15 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     usual = SYSTEMS.get(source, {})
     where = f"--source {source}"
     scaling = facts.given.scaling or usual.get("scaling")
-    config = config_of(weights, file, two_times=scaling == "ctm")
+    config = config_of(weights, file, two_times=source == STUDENT or scaling == "ctm")
+    flow_map = (
+        config.two_times and scaling != "ctm"
+    )  # "ctm" always goes to sigma_min, the others wherever they are told
+    if flow_map:
+        usual = {**usual, "renoise": "ddim"}
     describe_network(facts, config, "the tensors")
     facts.fixed("units", UNITS, "the format")
+    facts.fixed("start", START if source == STUDENT else None, "Consistency Policy's training")
     horizon = facts.required("horizon", HORIZON)
     groups = facts.usual("groups", GROUPS, where) if source else facts.required("groups", GROUPS)
     fixed, extra = {}, {}
@@ -70,7 +78,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
             raise CmfastError(f"{file}: {err}") from None
     spec = spec_of(
         facts, None if network is None else network.image_shape, 0, usual, where, fixed=fixed, fixed_where="times",
-        extra={"data": "array", "conditions": conditions_of(config)} | extra,
+        extra={"data": "array", "conditions": conditions_of(config), "second_time": flow_map} | extra,
     )  # fmt: skip
     if network is not None and spec is not None:
         network = with_stop(network, spec)
@@ -151,7 +159,7 @@ def describe_network(facts: Facts, config: Unet1dConfig, where: str) -> None:
         facts.fixed("parameters", sum(weight.numel() for weight in Unet1d(config).parameters()), where)
     facts.fixed("actions", config.actions, where)
     facts.fixed("film_scale", config.film_scale, where)
-    facts.fixed("two_times", config.two_times or None, "the scaling, ctm")
+    facts.fixed("two_times", config.two_times or None, "Consistency Policy")
     facts.fixed(CONDITION, config.global_cond or None, where)
     for name in ("image_size", "head_channels", "heads", "qkv"):
         facts.fixed(name, None, "the network")
