@@ -26,6 +26,8 @@ Examples:
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
   cmfast-sample model.onnx --variant openvino --precision bf16     OpenVINO, in a precision of your choice
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
+  cmfast-sample model.onnx -n 1000000 --shard 10000 -o samples     .npz files; again: what is missing
+  cmfast-sample model.onnx -n 1000000 --ray local -o samples       the same on all cores, or a Ray cluster
 """
 
 
@@ -51,6 +53,15 @@ Examples:
 @click.option(
     "--label", metavar="CLASS,..", help="Class by number or name, or one per sample; default: drawn from the seed."
 )
+@click.option(
+    "--shard", type=int, metavar="N", help="Write .npz files of N samples to the folder --out, and continue it."
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="local|ADDRESS",
+    help="Draw shards on this machine's cores or on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT.",
+)
 @CONDITIONS
 @BACKEND
 def command(
@@ -64,6 +75,8 @@ def command(
     churn: tuple[float, ...] | None,
     seed: int,
     label: str | None,
+    shard: int | None,
+    address: str | None,
     conditions: tuple[str, ...],
     encoder: tuple[Path, ...],
     first: int,
@@ -82,8 +95,16 @@ def command(
     from cmfast.cli.conditions import read_conditions
     from cmfast.images import check_fits, check_output, save_samples
     from cmfast.sampling import Churn, heun_calls
+    from cmfast.shards.drawing import SHARD, Drawer, Here, ShardRequest, draw_shards
+    from cmfast.shards.files import check_shard_folder
+    from cmfast.shards.on_ray import OnRay
+    from cmfast.shards.sent import How, described, model_sha256
 
-    if out is not None:
+    shards = shard is not None or address is not None
+    if shards:
+        out = Path("samples") if out is None else out
+        check_shard_folder(out, inputs=[model])
+    elif out is not None:
         check_output(out, inputs=[model], arrays=True)
     if number < 1:
         raise CmfastError(f"-n: the number of samples must be at least 1, got {shown(number)}")
@@ -95,28 +116,46 @@ def command(
     if churn is not None and len(churn) > 4:
         raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
     stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
-    loaded = cmfast.load(
-        model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
-    )
+    if address is not None:
+        loaded = described(model, encoder)
+    else:
+        loaded = cmfast.load(
+            model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
+        )
     if out is None:
         out = Path("samples.png" if loaded.spec.data == "image" else "samples.npz")
         check_output(out, inputs=[model])
-    check_fits(out, number, loaded.spec)
+    if not shards:
+        check_fits(out, number, loaded.spec)
     given = read_conditions(loaded.conditions, conditions, label)
     if indices is not None:
         if steps is not None or sigmas is not None:
             raise CmfastError("--indices, --steps and --sigmas exclude each other; pass one of them")
         sigmas = loaded.spec.sigmas_at(indices)
-    bar = number > batch
     if heun is not None:
         how = f"{heun} Heun step(s), {heun_calls(heun)} network call(s) per sample"
-        samples = loaded.sample_heun(
-            number, steps=heun, churn=stochastic, seed=seed, conditions=given, batch=batch, first=first, progress=bar
-        )
     else:
         sigmas = loaded.sigmas_for(steps, sigmas)
         some = ", ".join(f"{sigma:g}" for sigma in sigmas[:20]) + (", .." if len(sigmas) > 20 else "")
         how = f"{len(sigmas)} step(s) at {some}"
+    if shards:
+        request = ShardRequest(
+            n=number, first=first, shard=SHARD if shard is None else shard, sigmas=sigmas or (), heun=heun,
+            churn=stochastic, seed=seed, batch=batch, precision=precision or "", conditions=given,
+        )  # fmt: skip
+        drawer: Drawer = Here(loaded)
+        if address is not None:
+            drawer = OnRay(address, model, How.of(model, device, threads, variant, precision or "", sha256))
+        drawn, before = draw_shards(loaded, model_sha256(model), request, out, drawer, show=True)
+        by = f", {drawer.name}" if drawn else ""
+        click.echo(f"{out}: {drawn} shard(s) drawn, {before} there before: {how}{by}")
+        return
+    bar = number > batch
+    if heun is not None:
+        samples = loaded.sample_heun(
+            number, steps=heun, churn=stochastic, seed=seed, conditions=given, batch=batch, first=first, progress=bar
+        )
+    else:
         samples = loaded.sample(
             number, sigmas=sigmas, seed=seed, conditions=given, batch=batch, first=first, progress=bar
         )

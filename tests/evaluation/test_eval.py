@@ -20,6 +20,7 @@ from PIL import Image
 import cmfast
 from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.formats.manifest import Manifest
+from cmfast.shards.files import write_shard
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from cmfast_train.cli.evaluate import main
 from cmfast_train.config.presets import PRESETS
@@ -105,11 +106,16 @@ def test_the_numbers_are_those_of_the_images_that_the_model_draws(
     assert (row["precision"], row["recall"]) == precision_recall(real[order], fake)
 
 
-@pytest.mark.parametrize("out", ["samples.npz", "folder"])
+@pytest.mark.parametrize("out", ["samples.npz", "folder", "shards"])
 def test_a_file_of_samples_has_the_numbers_of_the_model_that_drew_it(
     out: str, tiny_checkpoint: Factory, call: Call, tmp_path: Path
 ) -> None:
-    cmfast.save_images(tmp_path / out, cmfast.load(tiny_checkpoint(0)).sample(30, steps=2))
+    images = cmfast.load(tiny_checkpoint(0)).sample(30, steps=2)
+    if out == "shards":
+        for part in (range(20), range(20, 30)):
+            write_shard(tmp_path / out, part, images[part.start : part.stop], None, {"seed": 0})
+    else:
+        cmfast.save_images(tmp_path / out, images)
     for what, options in ((tiny_checkpoint(0), ["--steps", 2, "-n", 30]), (tmp_path / out, [])):
         assert call(main, what, "--data-set", "digits", *options, "--json", tmp_path / f"{what.name}.json")
     of_model, of_file = (record_of(tmp_path / f"{name}.json") for name in (tiny_checkpoint(0).name, out))

@@ -179,7 +179,7 @@ def names_a_label(source: str) -> bool:
 
 
 # Where a label is what it is: the public API, its arrays in files, the command line, data sets, networks.
-OF_LABELS = ("cmfast.model", "cmfast.images", "cmfast.editing.", "cmfast.cli.", "cmfast_train.data.",
+OF_LABELS = ("cmfast.model", "cmfast.images", "cmfast.shards.", "cmfast.editing.", "cmfast.cli.", "cmfast_train.data.",
              "cmfast_train.networks.", "cmfast_train.kernels.networks")  # fmt: skip
 
 

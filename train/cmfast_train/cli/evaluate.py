@@ -81,8 +81,8 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 def command(**options: Any) -> None:
     """Compare the samples of MODEL, or SAMPLES drawn before, with a data set.
 
-    MODEL is an exported file or a checkpoint; SAMPLES an .npz or a folder of images as cmfast-sample writes them. Also
-    measured: the time that an image takes, from noise to pixels, at each number of network calls.
+    MODEL is an exported file or a checkpoint; SAMPLES an .npz, or a folder of shards or images, as cmfast-sample writes
+    them. Also measured: the time that an image takes, from noise to pixels, at each number of network calls.
     """
     config = EvalConfig(**options)
     check_model(config.model)

@@ -29,6 +29,7 @@ from cmfast.formats.manifest import check_file
 from cmfast.model import Model
 from cmfast.progress import progress_bar
 from cmfast.sampling import heun_calls
+from cmfast.shards.files import read_shards, shards_in
 from cmfast_train.border import naming, reading
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.image_arrays import read_npz_array
@@ -156,15 +157,15 @@ def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], w
 
 
 def is_samples(path: Path) -> bool:
-    """Whether a path is a file or folder of samples, not of a model: .npz, or a folder with images in it."""
+    """Whether a path is a file or folder of samples, not of a model: .npz, or a folder with images or shards in it."""
     if not path.is_dir():
         return path.suffix.lower() == ".npz"
     model = any((path / name).exists() for name in ("model_index.json", "model.pt"))
-    return not model and bool(_images_in(path))
+    return not model and bool(shards_in(path) or _images_in(path))
 
 
 def read_samples(path: Path, n: int | None, channels: int | None = None) -> Bytes:
-    """Return the first n samples, or all, uint8 [N, H, W, C]: arr_0 of an .npz, or a folder's images by name.
+    """Return the first n samples, or all, uint8 [N, H, W, C]: arr_0 of an .npz or of shards, or images by name.
 
     Args:
         channels: what they are compared with, where that is known: a palette of greys is grey where that is 1
@@ -173,7 +174,9 @@ def read_samples(path: Path, n: int | None, channels: int | None = None) -> Byte
         ArtifactError: the file or folder holds no such samples.
         CmfastError: it holds fewer than n.
     """
-    if path.is_dir():
+    if path.is_dir() and shards_in(path):
+        images, _ = read_shards(path, n)
+    elif path.is_dir():
         images = _read_folder(path, n, channels)
     else:
         images = read_npz_array(path, "arr_0", "no arr_0 in it, where cmfast-sample -o NAME.npz puts images")

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""A folder of shards: which ranges are missing, and what a shard must have been drawn with to be kept.
+
+    request = ShardRequest(n=1_000_000, sigmas=(80.0, 0.8))
+    draw_shards(model, sha256, request, Path("samples"), Here(model))     # or on a cluster: `cmfast.shards.on_ray`
+
+Ranges end at multiples of `shard`, so a shard is the same whoever draws it, and batches begin where they would if all
+samples were drawn at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cmfast import noise
+from cmfast.checks import check_range, whole_number
+from cmfast.conditions import LABEL
+from cmfast.files.locks import exclusive, lock_beside
+from cmfast.model import Model
+from cmfast.progress import progress_bar
+from cmfast.sampling import Churn
+from cmfast.shards.files import Array, check_shard, check_shard_folder, shards_in, write_shard
+from cmfast.spec import ModelSpec
+
+SHARD = 1024  # samples: 16 batches of 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRequest:
+    """What is drawn, and in which parts."""
+
+    n: int  # samples
+    first: int = 0  # index of the first one
+    shard: int = SHARD  # samples of a file
+    sigmas: tuple[float, ...] = ()  # noise levels, data units, of few steps; () with `heun`
+    heun: int | None = None  # steps of Heun's method instead
+    churn: Churn = field(default_factory=Churn)  # of `heun`
+    seed: int = 0
+    batch: int = 64  # samples at a time
+    precision: str = ""  # of the backend; "": the file's
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # as `Model.sample` takes them, the label among them
+
+    def __post_init__(self) -> None:
+        whole_number("number of samples", self.n, 1)
+        whole_number("number of samples of a shard (--shard)", self.shard, 1)
+        whole_number("batch", self.batch, 1)
+        check_range(self.first, self.n)
+        noise.check_seed(self.seed)
+
+    def draw(self, model: Model, samples: range, conditions: Mapping[str, Any]) -> Array:
+        """Return the samples of these indices, as `Model.sample` returns them; `conditions` are theirs alone."""
+        n, first = len(samples), samples.start
+        if self.heun is not None:
+            return model.sample_heun(
+                n, steps=self.heun, churn=self.churn, seed=self.seed, conditions=conditions, batch=self.batch,
+                first=first,
+            )  # fmt: skip
+        return model.sample(
+            n, sigmas=self.sigmas, seed=self.seed, conditions=conditions, batch=self.batch, first=first
+        )  # fmt: skip
+
+
+Part = tuple[range, Mapping[str, Any]]  # indices of samples, and their conditions
+
+
+class Drawer(Protocol):
+    """What draws shards."""
+
+    @property
+    def name(self) -> str:
+        """What draws, in words."""
+        ...
+
+    def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
+        """Yield the samples of each part, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process draws, one shard after the other."""
+
+    model: Model
+
+    @property
+    def name(self) -> str:
+        """What draws, in words."""
+        return self.model.backend.name
+
+    def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
+        """Yield the samples of each part."""
+        for samples, conditions in parts:
+            yield samples, request.draw(self.model, samples, conditions)
+
+
+def draw_shards(
+    model: Model, model_sha256: str, request: ShardRequest, folder: Path, drawer: Drawer, *, show: bool = False
+) -> tuple[int, int]:
+    """Draw the samples that a folder of shards lacks, and write each shard when it is drawn.
+
+    Args:
+        model: Says what its samples are; `drawer` draws them.
+        model_sha256: Of the model's files: shards of another one are refused.
+        request: What is drawn.
+        folder: Where shards are written; it is made where there is none.
+        drawer: What draws.
+        show: Whether there is a bar on stderr.
+
+    Returns:
+        How many shards were drawn, and how many were there before.
+
+    Raises:
+        CmfastError: a shard in the folder is damaged or was drawn with other settings, a condition does not fit, or
+            another process writes to the folder.
+    """
+    check_shard_folder(folder)
+    wanted = range(request.first, request.first + request.n)
+    given = dict(request.conditions)
+    if (classes := model.labels(request.n, seed=request.seed, label=given.get(LABEL), first=request.first)) is not None:
+        given[LABEL] = classes
+    every = model.values(request.n, conditions=given)
+
+    def conditions_of(samples: range) -> dict[str, Array]:
+        start = request.first
+        return {name: value[samples.start - start : samples.stop - start] for name, value in every.items()}
+
+    with exclusive(lock_beside(folder), f"another command draws shards into {folder}"):
+        there = shards_in(folder)
+        same, shape = settings_of(request, model_sha256), _sample_shape(model.spec)
+        for samples, path in there:
+            inside = samples.start >= wanted.start and samples.stop <= wanted.stop
+            digest = {"conditions": conditions_digest(conditions_of(samples))} if inside else {}
+            check_shard(path, samples, *shape, {**same, **digest})
+        parts = missing(wanted, [samples for samples, _ in there], request.shard)
+        left = sum(map(len, parts))
+        lacking = [(samples, _one_for_all(conditions_of(samples))) for samples in parts]
+        if not lacking:
+            return 0, len(there)
+        bar = progress_bar("sampling", request.n, model.noun, start=request.n - left, show=show)
+        with bar as advance, closing(drawer.draw(request, lacking)) as results:
+            for samples, drawn in results:
+                own = conditions_of(samples)
+                digest = {"conditions": conditions_digest(own)}
+                write_shard(folder, samples, drawn, own.get(LABEL), {**same, **digest})
+                advance(len(samples), "")
+    return len(parts), len(there)
+
+
+def missing(wanted: range, have: Iterable[range], shard: int) -> list[range]:
+    """Return what is wanted and not there, in ranges that end at multiples of `shard`."""
+    parts, at = [], wanted.start
+    for each in [*sorted(have, key=lambda one: one.start), range(wanted.stop, wanted.stop + 1)]:
+        stop = min(each.start, wanted.stop)
+        while at < stop:
+            parts.append(range(at, min((at // shard + 1) * shard, stop)))
+            at = parts[-1].stop
+        at = max(at, each.stop)
+    return parts
+
+
+def settings_of(request: ShardRequest, model_sha256: str) -> dict[str, Any]:
+    """Return what all shards of a folder must share, as JSON has it: what samples depend on, but for the conditions.
+
+    Batch, threads and device change nothing but the rounding, as anywhere in cmfast, and so are not among it.
+    """
+    churn = request.churn
+    how: dict[str, Any] = {"sigmas": list(request.sigmas)}
+    if request.heun is not None:
+        how = {"heun": request.heun, "churn": [churn.s_churn, churn.s_tmin, churn.s_tmax, churn.s_noise]}
+    return {"model_sha256": model_sha256, **how, "seed": request.seed, "precision": request.precision}
+
+
+def conditions_digest(conditions: Mapping[str, Array]) -> str:
+    """Return a SHA-256 of the conditions of a range of samples; a value for all samples is hashed once."""
+    sha256 = hashlib.sha256()
+    for name, value in conditions.items():
+        rows = np.ascontiguousarray(value[:1] if _is_one(value) else value)
+        sha256.update(f"{name} {rows.dtype.str} {list(rows.shape)}\n".encode())
+        sha256.update(rows.data)
+    return sha256.hexdigest()
+
+
+def _one_for_all(conditions: Mapping[str, Array]) -> dict[str, Array]:
+    """Return conditions as they travel: a value for all samples once, and not as many times as there are samples."""
+    return {name: value[0] if _is_one(value) else value for name, value in conditions.items()}
+
+
+def _is_one(value: Array) -> bool:
+    return value.strides[0] == 0 and value.ndim > 1
+
+
+def _sample_shape(spec: ModelSpec) -> tuple[tuple[int, ...], type]:
+    """Return shape and type of a sample as `Model.sample` returns it."""
+    if spec.data == "image":
+        return (*spec.shape[1:], spec.shape[0]), np.uint8
+    return spec.shape, np.float32
