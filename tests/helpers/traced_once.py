@@ -32,7 +32,7 @@ trace = denoiser.denoiser_graph
 _export, _export_onnx = torch.export.export, torch.onnx.export
 _templates: dict[tuple[str, str], ir.Model] = {}  # by structure and options of the ONNX export; without weights
 # Modules of others may depend on what no key has. These have all they depend on in their attributes and modules.
-KNOWN = ("torch.", "cmfast_train.", "diffusers.", "helpers.own_networks")
+KNOWN = ("torch.", "cmfast_train.", "diffusers.", "helpers.own_networks", "network")
 
 
 def traced_once(*arguments: Any, **options: Any) -> ir.Model:
