@@ -57,13 +57,10 @@ cpp-tools:
 web-tools:
 	@sh tests/web/tools.sh
 
-# libFuzzer on the C++ readers, from a corpus of one exported file; FUZZ_SECONDS sets how long.
+# libFuzzer on the C++ readers; FUZZ_SECONDS sets how long. Findings stay in runs/fuzz.
 FUZZ_SECONDS ?= 60
 fuzz-cpp: $(INSTALLED) cpp-tools
-	@mkdir -p runs/fuzz/corpus
-	PYTHONPATH=tests $(BIN)/python -c "from pathlib import Path; from helpers.graphs import write_corpus, write_ort; write_corpus(Path('runs/fuzz/corpus')); write_ort(Path('runs/fuzz/corpus/model.ort'))"
-	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icmfast/include tests/cpp/fuzz.cpp -o runs/fuzz/fuzz
-	cd runs/fuzz && ./fuzz corpus -max_total_time=$(FUZZ_SECONDS) -max_len=8000 -print_final_stats=1
+	$(BIN)/python benchmarks/fuzz_cpp.py --seconds $(FUZZ_SECONDS) --folder runs/fuzz
 
 # CMFAST_COMMIT: of a copy, the commit that it is a copy of.
 gpu: PY = $(if $(wildcard $(BIN)/python),$(abspath $(BIN))/python,$(PYTHON))

@@ -18,7 +18,7 @@ import torch
 from onnx import helper
 
 from cmfast.cli.info import lines_of
-from cmfast.conditions import class_label
+from cmfast.conditions import Condition, class_label
 from cmfast.editing.files import read_input
 from cmfast.formats.manifest import Manifest, read_onnx, read_onnx_file
 from cmfast.formats.openvino_ir import parse_ir, with_manifest
@@ -68,10 +68,16 @@ def _manifests() -> list[Manifest]:
     cost = {"flops": 1e6, "weight_bytes": 1e3, "activation_bytes": 1e4}
     made_by = {"cmfast": "0.1.0", "torch": "2.13.0", "verified": "onnxruntime cpu"}
     one = ModelSpec(shape=(1, 8, 8), sigmas={2: (80.0, 0.8)})
+    views = Condition(name="views", shape=(3, None), null=-0.5)
+    choices = (views, Condition(name="label", kind="class", classes=3, null=3))
+    sequence = ModelSpec(shape=(16, 7), data="array", conditions=choices, second_time=True, renoise="ddim", clip=False)
+    given = {"views": [[0.5]] * 3, "label": 3}
+    selftest = {"seed": 1, "conditions": given, "at": [0, 3], "values": [0.5, -0.25], "atol": 1e-4}
     return [
         Manifest(kind="denoiser", spec=spec, source=facts, made_by=made_by, parity=parity, cost=cost),
         Manifest(kind="sampler", spec=one, dtype="float16", source=facts, parity=parity),
         Manifest(kind="server", spec=one, source=facts, made_by=made_by, parity=parity, engine=engine),
+        Manifest(kind="denoiser", spec=sequence, source=facts, selftest=selftest),
     ]
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the Python tests call: each command reads standard input or arguments and writes bytes or lines.
 #include <cmfast/cmfast.hpp>
+#include <cmfast/plan.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -34,7 +35,7 @@ std::string described(const cmfast::Manifest& m) {
     return out;
 }
 
-// manifests, heads, orts and plans < (uint32 length, bytes)*: a line each, "ok ..." or "no ..."
+// manifests, heads, orts, irs and plans < (uint32 length, bytes)*: a line each, "ok ..." or "no ..."
 template <class Read>
 void each_of(Read&& read) {
     const std::string in = all_input();
@@ -107,7 +108,9 @@ int main(int count, char** arguments) {
         if (command == "manifests") each_of([](const auto& b) { return cmfast::parse_manifest(b, "given"); });
         else if (command == "heads") each_of([](const auto& b) { return cmfast::parse_onnx_manifest(b, "given"); });
         else if (command == "orts") each_of([](const auto& b) { return cmfast::parse_ort_manifest(b, "given"); });
+        else if (command == "irs") each_of([](const auto& b) { return cmfast::parse_ir_manifest(b, "", "given"); });
         else if (command == "plans") each_of([](const auto& b) { return cmfast::parse_plan_manifest(b, "given"); });
+        else if (command == "file" && count == 3) std::cout << described(cmfast::read_manifest(rest[0])) << "\n";
         else if (command == "sample" && count >= 7) sample(count - 2, rest);
         else if (command == "pixels" && count == 3) pixels(rest);
         else return std::fputs("what?\n", stderr), 64;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The readers of manifests, ONNX files, .ort files and plans on any bytes: they read, or throw cmfast::ArtifactError with one line.
+// The readers of manifests, ONNX files, .ort files, OpenVINO's IR and plans on any bytes: they read, or throw
+// cmfast::ArtifactError with one line.
 //
-// With clang++ -fsanitize=fuzzer it is a target of libFuzzer (make fuzz-cpp). With -DINPUTS=20000 it is a program of its
+// With clang++ -fsanitize=fuzzer it is a target of libFuzzer (benchmarks/fuzz_cpp.py). With -DINPUTS=20000 it is a program of its
 // own: it mutates the files that are its arguments so many times, the same way in every run.
+#include <cmfast/ir_head.hpp>
 #include <cmfast/manifest.hpp>
 #include <cmfast/noise.hpp>
 #include <cmfast/plan.hpp>
@@ -32,7 +34,8 @@ bool either(std::string_view bytes) {
     const bool onnx = reads([](auto b, auto where) { cmfast::parse_onnx_manifest(b, where); }, bytes);
     const bool plan = reads([](auto b, auto where) { cmfast::parse_plan_manifest(b, where); }, bytes);
     const bool ort = reads([](auto b, auto where) { cmfast::parse_ort_manifest(b, where); }, bytes);
-    return manifest || onnx || plan || ort;
+    const bool ir = reads([](auto b, auto where) { cmfast::parse_ir_manifest(b, "", where); }, bytes);
+    return manifest || onnx || plan || ort || ir;
 }
 
 }  // namespace

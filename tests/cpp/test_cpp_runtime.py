@@ -14,6 +14,7 @@ import pytest
 from cmfast import noise
 from cmfast.sampling import to_uint8
 from helpers.cpp import SANITIZE, SOURCES, build, call
+from helpers.graphs import write_denoiser, write_ir, write_ort
 from helpers.plans import plan
 
 BASE = {
@@ -146,6 +147,20 @@ def test_control_characters_of_a_file_stay_out_of_errors(driver: Path) -> None:
         "no given: the manifest is not a JSON object (the manifest has the key 'a\\x0ab' twice); "
         "export the model again with cmfast-export"
     ]
+
+
+def test_the_manifest_of_a_file_is_read_whatever_its_format(driver: Path, tmp_path: Path) -> None:
+    files = [
+        write_denoiser(tmp_path / "model.onnx"),
+        write_ort(tmp_path / "model.ort"),
+        write_ir(tmp_path / "model.xml", weights=b"weights"),
+        plan(tmp_path / "model.engine"),
+    ]
+    *models, engine = [call(driver, "file", file).decode() for file in files]
+    assert models == ["[1, 4, 4] image denoised sqrt 0.002 80 10 1[80] 2[80, 0.8] 3[80, 5, 0.8]\n"] * 3
+    assert engine == "[1, 8, 8] image images sqrt 0.002 80 10 2[80, 0.8] label: a class from 0 to 9\n"
+    files[2].with_suffix(".bin").write_bytes(b"others")
+    assert b"are not those that were verified" in call(driver, "file", files[2], code=2)
 
 
 @pytest.mark.parametrize("magic", [b"ftrt", b"vtrt"])

@@ -14,6 +14,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from cmfast.formats.manifest import Manifest
+from cmfast.formats.openvino_ir import head_of, ir_sha256, with_manifest
+
 MANIFEST: dict[str, Any] = {
     "schema": "cmfast/2", "kind": "denoiser", "shape": [1, 4, 4], "data": "image", "conditions": [],
     "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "scaling": "boundary", "c_noise": "250ln",
@@ -99,6 +102,17 @@ def write_ort(path: Path, changes: Mapping[str, Any] | None = None) -> Path:
         file = write_denoiser(Path(folder) / "model.onnx", {"scaling": "edm"} | dict(changes or {}))
         convert(make_request(model=file, out=Path(folder) / path.name, form="ort"))
         path.write_bytes((Path(folder) / path.name).read_bytes())
+    return path
+
+
+def write_ir(path: Path, changes: Mapping[str, Any] | None = None, weights: bytes = b"") -> Path:
+    """Write an IR of OpenVINO with a manifest, whose digest is right, and its weights; return its path."""
+    graph = b'<?xml version="1.0"?>\n<net version="11"><layers><layer id="0" name="x" /></layers></net>'
+    digest = ir_sha256(graph, head_of(graph, path), weights)
+    manifest = Manifest.from_json(json.dumps(MANIFEST | dict(changes or {}) | {"graph_sha256": digest}), "corpus")
+    path.write_bytes(with_manifest(graph, manifest, path))
+    if weights:
+        path.with_suffix(".bin").write_bytes(weights)
     return path
 
 

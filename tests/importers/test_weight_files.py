@@ -251,6 +251,17 @@ def test_a_file_that_is_something_else_is_named_as_what_it_is(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".pkl"])
+@pytest.mark.parametrize("start", [b"\x08\x0a\x12", b"\x80\x02}", b"PK\x03\x04", b"\x10\0\0\0\0\0\0\0{}", b"{}"])
+def test_a_file_of_the_first_bytes_alone_is_refused_in_one_line(start: bytes, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"model{suffix}"
+    for length in range(1, len(start) + 1):
+        file.write_bytes(start[:length])
+        with pytest.raises(ArtifactError) as refused:
+            load_model(file)
+        assert "\n" not in str(refused.value)
+
+
 def test_a_graph_to_train_from_is_not_told_to_take_the_name_that_it_has(handmade_onnx: Make) -> None:
     with pytest.raises(ArtifactError, match="an ONNX file, a graph to run; training starts from a checkpoint"):
         load_model(handmade_onnx(8))

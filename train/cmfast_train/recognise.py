@@ -32,7 +32,7 @@ def recognised(opened: BinaryIO, suffix: str) -> str:
         return "a PyTorch file or another pickle, not safetensors; rename it to end in .pt" if is_wrong else ""
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000:
         return "" if suffix == ".safetensors" else "a safetensors file; rename it to end in .safetensors"
-    if head[:1] == b"\x08" and 1 <= head[1] <= 20 and head[2:3] in (b"\x12", b"\x1a", b":"):
+    if len(head) > 2 and head[0] == 8 and 1 <= head[1] <= 20 and head[2:3] in (b"\x12", b"\x1a", b":"):
         if suffix == ".onnx":
             return "an ONNX file, a graph to run; training starts from a checkpoint (.pt, .safetensors)"
         return "an ONNX file; rename it to end in .onnx"

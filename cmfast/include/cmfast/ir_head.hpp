@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -38,6 +39,9 @@ inline std::string unescaped(std::string_view text) {
 }
 
 }  // namespace detail
+
+/// The file of an IR's weights: NAME.bin beside NAME.xml.
+inline std::filesystem::path weights_of(std::filesystem::path file) { return file.replace_extension(".bin"); }
 
 /// The manifest of an IR whose weights are those that were verified; `where` names its .xml in errors.
 inline Manifest parse_ir_manifest(std::string_view graph, std::string_view weights, const std::string& where) {

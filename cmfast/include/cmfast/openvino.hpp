@@ -149,7 +149,7 @@ class OpenVinoBackend final : public Backend {
  public:
     OpenVinoBackend(const std::filesystem::path& path, const Options& options)
         : OpenVinoBackend(path.string(), detail::read_file(path), options,
-                          path.extension() == ".xml" ? detail::read_file(beside(path)) : std::string()) {}
+                          path.extension() == ".xml" ? detail::read_file(weights_of(path)) : std::string()) {}
 
     /// The same of the bytes of an ONNX file, or of an IR's .xml with those of its .bin; `where` names it in errors.
     OpenVinoBackend(const std::string& where, const std::string& bytes, Options options, std::string weights = {})
@@ -218,8 +218,6 @@ class OpenVinoBackend final : public Backend {
     void check(int status, const char* what) const {
         if (status) throw BackendError(name_ + " " + what + ": " + api_->why());
     }
-
-    static std::filesystem::path beside(std::filesystem::path file) { return file.replace_extension(".bin"); }
 
     /// Throw where the CPU lacks the precision of the file: OpenVINO would take another without a word.
     void check_precision() const {

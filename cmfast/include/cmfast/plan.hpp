@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "errors.hpp"
+#include "ir_head.hpp"
 #include "json.hpp"
 #include "manifest.hpp"
 #include "ort_head.hpp"
@@ -64,9 +65,10 @@ inline Manifest parse_plan_manifest(std::string_view bytes, const std::string& w
     return manifest;
 }
 
-/// Read the manifest of a model file: ONNX, ONNX Runtime's own format or a TensorRT engine.
+/// Read the manifest of a model file: ONNX, ONNX Runtime's own format, OpenVINO's IR or a TensorRT engine.
 inline Manifest read_manifest(const std::filesystem::path& path) {
     const std::string bytes = detail::read_file(path);
+    if (path.extension() == ".xml") return parse_ir_manifest(bytes, detail::read_file(weights_of(path)), path.string());
     if (!plan_library(bytes).empty()) return parse_plan_manifest(bytes, path.string());
     return is_ort(bytes) ? parse_ort_manifest(bytes, path.string()) : parse_onnx_manifest(bytes, path.string());
 }
