@@ -87,9 +87,10 @@ def command_lines() -> list[tuple[str, str]]:
         page = (ROOT / name).read_text(encoding="utf-8") if (ROOT / name).exists() else ""
         found += [(name, line) for line in (*blocks(page), *spans(page))]
     if (ROOT / "Makefile").exists():
-        found += [
-            ("Makefile", line.strip()) for line in (ROOT / "Makefile").read_text().splitlines() if line[:1] == "\t"
-        ]
+        makefile = (ROOT / "Makefile").read_text()
+        for name, value in re.findall(r"^(\w+) \?= (\S+)", makefile, re.MULTILINE):
+            makefile = makefile.replace(f"$({name})", value)
+        found += [("Makefile", line.strip()) for line in makefile.splitlines() if line[:1] == "\t"]
     for name, command in COMMANDS.items():
         found += [(f"{name} --help", line.strip()) for line in (command.epilog or "").splitlines()]
     # Synopses that stop before a required option say so with three dots.
