@@ -35,6 +35,7 @@ def load(
     precision: str = "",
     sha256: str | None = None,
     encoder: Paths | None = None,
+    tolerance_db: float | None = None,
 ) -> Model:
     """Open a model file (.onnx, .ort; .xml by OpenVINO; .engine on an NVIDIA GPU; .pt where PyTorch is installed).
 
@@ -43,11 +44,13 @@ def load(
         device: cpu or cuda; an unavailable one is an error, never a silent substitute. None: cuda for a TensorRT
             engine, which runs nowhere else, and cpu for everything else.
         threads: CPU threads; None leaves the choice to the backend.
-        variant: a way to run it, words of cmfast.backends.VARIANTS: "openvino", "channels_last cuda_graph", ...
+        variant: a way to run it, words of cmfast.backends.VARIANTS: "openvino", "channels_last cuda_graph", ...; or
+            "auto": the fastest backend that is installed, timed at the first call (`cmfast.bench.fastest`).
         precision: fp32, tf32, fp16 or bf16, for a checkpoint that PyTorch runs and for a file that OpenVINO runs; any
             other exported file has its own.
         sha256: what the file must hash to; a TensorRT engine is native code, so load only what you trust.
         encoder: file or files of its encoders, where it was exported with them apart; they run on the CPU.
+        tolerance_db: of "auto", the PSNR that a lower precision than the file's must keep; None: tries none.
 
     Returns:
         The model on its backend, ready to sample.
@@ -57,6 +60,11 @@ def load(
         BackendError: the device, the variant or the precision is not available for this file.
         MissingDependency: the backend's library is not installed.
     """
+    if tolerance_db is not None or (isinstance(variant, str) and variant == "auto"):
+        from cmfast.bench.fastest import FastestBackend
+
+        fastest = FastestBackend(path, device, threads, variant, precision, sha256, tolerance_db=tolerance_db)
+        return Model(fastest, Encoders(fastest.manifest, encoder, threads))
     backend = open_backend(path, device, threads, variant=variant, precision=precision, sha256=sha256)
     return Model(backend, Encoders(backend.manifest, encoder, threads))
 

@@ -88,7 +88,7 @@ def open_backend(
         ArtifactError: the file is missing, damaged, or not the hashed one.
         MissingDependency: the backend's library is not installed.
     """
-    file = _path(path)
+    file = model_path(path)
     if device is None:
         device = known.device if (known := format_of(file)) else "cpu"
     _check(device, threads, variant, precision, sha256)
@@ -142,7 +142,8 @@ def _open(file: Path, device: str, threads: int | None, variant: str, precision:
     raise BackendError(f"{file}: no backend runs files ending in {file.suffix or 'nothing'}; there are some for {have}")
 
 
-def _path(path: object) -> Path:
+def model_path(path: object) -> Path:
+    """Return the file or folder of a model, or raise CmfastError where `path` is no path, or there is none."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise CmfastError(f"a model is opened by its path, got {type(path).__name__}; pass a str or a Path")
     if not os.fspath(path):

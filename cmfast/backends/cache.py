@@ -19,7 +19,7 @@ from cmfast.errors import CmfastError, CmfastWarning
 from cmfast.files import atomic_file
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_SUFFIXES = (".engine", ".kernels", ".openvino")  # of entries
+_SUFFIXES = (".engine", ".kernels", ".openvino", ".auto")  # of entries
 
 
 def check_cache(folder: str | os.PathLike[str], *, make: bool = False) -> Path:

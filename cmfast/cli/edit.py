@@ -100,6 +100,7 @@ def command(
     batch: int,
     device: str | None,
     variant: str,
+    tolerance_db: float | None,
     precision: str | None,
     sha256: str | None,
     threads: int | None,
@@ -133,8 +134,9 @@ def command(
     read = None if given is None else read_input(given)
     kept = None if mask is None else read_mask(mask)
     loaded = cmfast.load(
-        model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
-    )
+        model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder,
+        tolerance_db=tolerance_db,
+    )  # fmt: skip
     if out is None:
         out = Path("edited.png" if loaded.spec.data == "image" else "edited.npz")
         check_output(out, inputs=inputs)

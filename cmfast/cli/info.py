@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +18,9 @@ from cmfast.conditions import in_words
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, printable
 from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, read_onnx
 from cmfast.formats.table import ONNX, format_of, model_bytes, read_manifest
+
+if TYPE_CHECKING:
+    from cmfast.bench.fastest import Choice
 
 NAMES = 20  # of classes that are shown
 CHANGED = "its graph or its weights were changed since they were verified"
@@ -132,7 +137,17 @@ def lines_of(
     if manifest.cost:
         one = "an image" if spec.data == "image" else "a sample"
         lines.append((one, ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in manifest.cost.items())))
+    lines += [("auto", f"{choice}, as remembered in $CMFAST_CACHE") for choice in _remembered(file)]
     return [*lines, *_engine_lines(file, manifest)] if manifest.engine else lines
+
+
+def _remembered(file: Path) -> list[Choice]:
+    """Return what the variant "auto" chose for a file on this machine."""
+    if not os.environ.get("CMFAST_CACHE"):
+        return []
+    from cmfast.bench.fastest import remembered
+
+    return remembered(file)
 
 
 def _data_lines(manifest: Manifest) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ Examples:
   cmfast-sample policy.onnx --encoder policy_encoder.onnx --condition image=frame.npy -o actions.npy
   cmfast-sample model.engine -n 64 -o grid.png                     TensorRT, on an NVIDIA GPU
   cmfast-sample model.onnx --variant openvino --precision bf16     OpenVINO, in a precision of your choice
+  cmfast-sample model.onnx --variant auto --tolerance-db 50        the fastest that is installed, within 50 dB
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
   cmfast-sample model.onnx -n 1000000 --shard 10000 -o samples     .npz files; again: what is missing
   cmfast-sample model.onnx -n 1000000 --ray local -o samples       the same on all cores, or a Ray cluster
@@ -83,6 +84,7 @@ def command(
     batch: int,
     device: str | None,
     variant: str,
+    tolerance_db: float | None,
     precision: str | None,
     sha256: str | None,
     threads: int | None,
@@ -104,6 +106,8 @@ def command(
     if shards:
         out = Path("samples") if out is None else out
         check_shard_folder(out, inputs=[model])
+        if variant == "auto":
+            raise CmfastError("shards must not depend on the machine that draws them: name the backend instead of auto")
     elif out is not None:
         check_output(out, inputs=[model], arrays=True)
     if number < 1:
@@ -120,8 +124,9 @@ def command(
         loaded = described(model, encoder)
     else:
         loaded = cmfast.load(
-            model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder
-        )
+            model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder,
+            tolerance_db=tolerance_db,
+        )  # fmt: skip
     if out is None:
         out = Path("samples.png" if loaded.spec.data == "image" else "samples.npz")
         check_output(out, inputs=[model])
@@ -162,6 +167,8 @@ def command(
     classes = loaded.labels(number, seed=seed, label=given.get("label"), first=first) if loaded.spec.classes else None
     save_samples(out, samples, classes)
     click.echo(f"{out}: {number} {loaded.noun.removesuffix('s')}(s), {how}, {loaded.backend.name}")
+    for choice in getattr(loaded.backend, "choices", {}).values():
+        click.echo(f"auto: {choice}")
 
 
 def main() -> None:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""The variant "auto": candidates are compared, timed and remembered, and the fastest runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cmfast
+from cmfast.bench import fastest
+from cmfast.bench.fastest import Choice, FastestBackend, Tried, psnr_db, remembered
+from cmfast.cli import info, sample
+from cmfast.errors import ArtifactError, BackendError, CmfastError
+from cmfast.formats.shipped import find
+from helpers.graphs import write_denoiser
+
+DIGITS = find("digits")
+
+
+@pytest.fixture
+def both() -> None:
+    pytest.importorskip("openvino", reason="there is one backend only")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "SECONDS", 0.02)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CMFAST_CACHE", str(folder))
+    return folder
+
+
+def test_the_chosen_backend_is_the_fastest_and_draws_what_it_draws_alone(both: None) -> None:
+    model = cmfast.load("digits", threads=1, variant="auto")
+    images = model.sample(4, seed=3, steps=2)
+    backend = model.backend
+    assert isinstance(backend, FastestBackend)
+    (choice,) = backend.choices.values()
+    timed = [each.ms for each in choice.tried if each.ms is not None]
+    assert [each.variant for each in choice.tried] == ["", "openvino"]
+    assert len(timed) == 2
+    best = choice.tried[choice.best]
+    assert best.ms == min(timed)
+    assert best.name in backend.name
+    alone = cmfast.load("digits", threads=1, variant=best.variant)
+    np.testing.assert_array_equal(images, alone.sample(4, seed=3, steps=2))
+
+
+def test_a_lower_precision_is_tried_only_within_a_tolerance(both: None) -> None:
+    strict = cmfast.load("digits", threads=1, variant="auto", tolerance_db=150)
+    strict.sample(1)
+    assert isinstance(strict.backend, FastestBackend)
+    (choice,) = strict.backend.choices.values()
+    lower = [each for each in choice.tried if each.precision]
+    assert [each.precision for each in lower] == ["bf16", "fp16"]
+    assert all(each.ms is None and each.why for each in lower), "150 dB is more than bfloat16 has"
+    assert strict.manifest.dtype == "float32"
+
+
+def test_a_choice_holds_up_to_the_next_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    real = FastestBackend._measure
+
+    def counted(self: FastestBackend, batch: int, inputs: Any) -> Choice:
+        measured.append(batch)
+        return real(self, batch, inputs)
+
+    monkeypatch.setattr(FastestBackend, "_measure", counted)
+    model = cmfast.load("digits", threads=1, variant="auto")
+    for n in (5, 8, 6, 4, 3):
+        model.sample(n)
+    assert measured == [5, 4]
+
+
+def test_what_was_measured_is_remembered_by_content_and_shown(
+    both: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    file = tmp_path / "model.onnx"
+    shutil.copyfile(DIGITS, file)
+    cmfast.load(file, threads=1, variant="auto").sample(2)
+    (entry,) = cache.glob("*.auto")
+    (choice,) = remembered(file)
+    said = call(info.main, file)
+    assert f"auto         {choice}, as remembered in $CMFAST_CACHE" in said.stdout
+
+    def never(*_: Any) -> Choice:
+        raise AssertionError("it was measured again")
+
+    # The slower one is remembered now: what runs is what is remembered.
+    other = 1 - choice.best
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"best": other}))
+    copy = tmp_path / "copy.onnx"
+    shutil.copyfile(file, copy)
+    with monkeypatch.context() as patched:
+        patched.setattr(FastestBackend, "_measure", never)
+        model = cmfast.load(copy, threads=1, variant="auto")
+        model.sample(2)
+        assert choice.tried[other].name in model.backend.name
+        with pytest.raises(AssertionError, match="measured again"):
+            cmfast.load(copy, threads=2, variant="auto").sample(2)
+    entry.write_text("{")
+    cmfast.load(copy, threads=1, variant="auto").sample(2)
+    assert json.loads(entry.read_text())["schema"] == fastest.SCHEMA, "what is not whole is measured and written again"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '{"schema": "cmfast-auto/2"}', '{"schema": "cmfast-auto/1", "batch": 1, "tried": [], "best": 0}',
+     '{"schema": "cmfast-auto/1", "batch": 1, "tried": [{"variant": "", "precision": "", "ms": "x"}], "best": 0}',
+     '{"schema": "cmfast-auto/1", "batch": 1, "tried": [{"variant": "", "precision": ""}], "best": 0}', "\x00"],
+)  # fmt: skip
+def test_a_damaged_entry_is_not_believed(content: str, cache: Path) -> None:
+    cache.mkdir(mode=0o700)
+    name = f"{fastest._digest(DIGITS)[:32]}-0{fastest.SUFFIX}"
+    (cache / name).write_text(content)
+    (cache / name).chmod(0o600)
+    assert remembered(DIGITS) == []
+
+
+def test_arrays_and_conditions_are_compared_too(both: None, tmp_path: Path) -> None:
+    state_of_4 = [{"name": "state", "kind": "tensor", "shape": [4]}]
+    file = write_denoiser(tmp_path / "policy.onnx", {"shape": [5, 3], "data": "array", "conditions": state_of_4})
+    model = cmfast.load(file, threads=1, variant="auto")
+    state = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    drawn = model.sample(3, conditions={"state": state})
+    np.testing.assert_allclose(drawn, cmfast.load(file).sample(3, conditions={"state": state}), atol=1e-5)
+
+
+def test_a_copy_in_another_process_chooses_for_itself() -> None:
+    model = cmfast.load("digits", threads=1, variant="auto", tolerance_db=60)
+    copy = pickle.loads(pickle.dumps(model))
+    assert isinstance(copy.backend, FastestBackend)
+    assert copy.backend._tolerance == 60
+
+
+def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    shutil.copyfile(DIGITS, file)
+    model = cmfast.load(file, threads=1, variant="auto")
+    file.write_bytes(file.read_bytes() + b"\x00")
+    with pytest.raises(ArtifactError, match="changed since it was opened"):
+        model.sample(1)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "words"),
+    [
+        ("digits", {"variant": "auto", "precision": "bf16"}, "chooses the precision by tolerance_db; leave bf16 out"),
+        ("digits", {"variant": "openvino", "tolerance_db": 50}, "tolerance_db is for the variant \"auto\""),
+        ("digits", {"tolerance_db": 50}, "tolerance_db is for the variant \"auto\""),
+        ("digits", {"variant": "auto", "tolerance_db": -1}, "must be a number above 0"),
+        ("digits", {"variant": "auto", "tolerance_db": float("nan")}, "must be a number above 0"),
+        ("digits", {"variant": "auto", "tolerance_db": "50"}, "must be a number above 0, such as 50, got '50'"),
+        ("digits", {"variant": "auto", "device": "cuda"}, "chooses among backends on a CPU, not on cuda"),
+        ("digits", {"variant": "auto openvino"}, "variant must be one of"),
+        ("none.onnx", {"variant": "auto"}, "no such file"),
+        (7, {"variant": "auto"}, "opened by its path"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(path: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(CmfastError) as raised:
+        cmfast.load(path, **options)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_shards_name_their_backend(call: Any, tmp_path: Path) -> None:
+    said = call(sample.main, "digits", "--variant", "auto", "--shard", 8, "-o", tmp_path / "folder")
+    assert said.returncode == 2
+    assert "name the backend instead of auto" in said.stderr
+
+
+def test_a_checkpoint_has_nothing_to_choose_from(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"x")
+    with pytest.raises(BackendError, match=r"for \.onnx and \.xml files"):
+        cmfast.load(tmp_path / "model.pt", variant="auto")
+
+
+def test_psnr_has_the_range_of_images_or_of_the_data() -> None:
+    want = [np.zeros((2, 3), np.float32), np.full((2, 3), 4, np.float32)]
+    got = [each + np.float32(0.02) for each in want]
+    assert psnr_db(got, want, image=True) == pytest.approx(40, abs=1e-3)  # 2 / 0.02
+    assert psnr_db(got, want, image=False) == pytest.approx(20 * np.log10(200), abs=1e-3)  # 4 / 0.02
+    assert psnr_db(want, want, image=True) == 200
+    assert psnr_db([want[0] * np.nan], want[:1], image=True) == -np.inf
+
+
+def test_a_candidate_that_fails_is_left_out_with_its_reason(both: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmfast.backends.openvino.backend import OpenVinoBackend
+
+    def failing(*_: Any) -> Any:
+        raise BackendError("it does not run")
+
+    monkeypatch.setattr(OpenVinoBackend, "run", failing)
+    model = cmfast.load("digits", threads=1, variant="auto")
+    model.sample(1)
+    assert isinstance(model.backend, FastestBackend)
+    (choice,) = model.backend.choices.values()
+    assert choice.best == 0
+    assert choice.tried[1] == replace(Tried("openvino", ""), name="OpenVINO cpu", why="it does not run")
+    assert "it does not run" in str(choice)
