@@ -173,7 +173,7 @@ def test_drawings_are_wellformed_and_have_a_title_for_those_who_do_not_see_them(
 
 
 def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
-    """Here, in test_readme (the README, quickstart), test_comparison (api) or test_own_training (training)."""
+    """Here, in test_readme (the README, quickstart), test_comparison, test_own_training or test_importers_lerobot."""
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
     found = {page: len(examples(page)) for page in pages if examples(page)}
     assert found == {
@@ -182,6 +182,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "docs/edge.md": 1,
         "docs/editing.md": 1,
         "docs/extending.md": 9,
+        "docs/importing.md": 1,
         "docs/quickstart.md": 1,
         "docs/training.md": 1,
     }
@@ -369,7 +370,11 @@ def test_the_source_format_of_the_page_is_read_by_the_commands(
     with np.load("a.npz") as ours, np.load("b.npz") as want:
         np.testing.assert_array_equal(ours["arr_0"], want["arr_0"])
     refused(call(info.main, "model.pt", "--source", "openai"), "but its tensors are named as in studio")
-    refused(call(info.main, "model.pt", "--source", "film"), "unknown; there are cmfast, diffusers, openai, ", "studio")
+    refused(
+        call(info.main, "model.pt", "--source", "film"),
+        "unknown; there are cmfast, diffusers, lerobot, openai, ",
+        "studio",
+    )
 
 
 def test_an_unknown_target_is_named_with_those_that_there_are(

@@ -73,6 +73,8 @@ def own_model(
             checkpoint = checkpoint_of(content, file)
             if spec is not None and not teacher:
                 raise CmfastError(f"{file}: a cmfast checkpoint, which has its conventions: leave --spec out")
+            if teacher and not isinstance(checkpoint.network, OwnConfig):
+                return checkpoint.denoiser()  # a teacher may have another network, here one of cmfast's
             return _fitting(checkpoint, made, file, network)
         denoiser = _denoiser(made, network, spec)
         module = made.network if isinstance(made, Denoiser) else made

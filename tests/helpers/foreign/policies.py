@@ -6,11 +6,14 @@ Written from the papers and the names of the tensors, with functions instead of 
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cmfast_train.networks.adm import randomise
@@ -105,3 +108,74 @@ def _block(w: Weights, name: str, x: Tensor, known: Tensor, groups: int) -> Tens
     h = _convolved(w, f"{name}.blocks.1", h, groups)
     short = f"{name}.residual_conv"
     return h + (F.conv1d(x, *_layer(w, short)) if f"{short}.weight" in w else x)
+
+
+LEROBOT: dict[str, Any] = {  # config.json of a policy with a state and one camera
+    "type": "diffusion",
+    "n_obs_steps": 2,
+    "input_features": {
+        "observation.image": {"type": "VISUAL", "shape": [3, 96, 96]},
+        "observation.state": {"type": "STATE", "shape": [2]},
+    },
+    "output_features": {"action": {"type": "ACTION", "shape": [3]}},
+    "normalization_mapping": {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ACTION": "MIN_MAX"},
+    "horizon": 8,
+    "n_action_steps": 4,
+    "vision_backbone": "resnet18",
+    "spatial_softmax_num_keypoints": 4,
+    "down_dims": [8, 16],
+    "kernel_size": 5,
+    "n_groups": 8,
+    "diffusion_step_embed_dim": 8,
+    "use_film_scale_modulation": True,
+    "noise_scheduler_type": "DDPM",
+    "num_train_timesteps": 100,
+    "beta_schedule": "squaredcos_cap_v2",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "optimizer_lr": 1e-4,
+    "license": "apache-2.0",
+}
+LEROBOT_COND = 2 * (2 + 2 * 4)  # of two steps: the state and two coordinates a keypoint
+STATISTICS = {
+    "action.min": torch.tensor([-1.0, 0.0, 0.1]),
+    "action.max": torch.tensor([1.0, 5.0, 0.3]),
+    "observation.state.min": torch.tensor([0.0, 0.0]),
+    "observation.state.max": torch.tensor([512.0, 511.0]),
+}
+
+
+def lerobot_weights(weights: Weights) -> Weights:
+    """Return weights of the U-Net by lerobot's names, and an encoder of images beside it."""
+    found = {"diffusion.rgb_encoder.out.weight": torch.ones(8, 8)}
+    for name, value in weights.items():
+        for number in (0, 1):
+            name = name.replace(f".blocks.{number}.block.", f".conv{number + 1}.block.")
+        found[f"diffusion.unet.{name.replace('.2.conv.', '.2.')}"] = value
+    return found
+
+
+def save_lerobot(folder: Path, weights: Weights, *, old: bool = False, **changes: Any) -> None:
+    """Write the folder of a policy as lerobot does: its statistics in files of their own, or in buffers (old)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = lerobot_weights(weights)
+    if old:
+        for name, value in STATISTICS.items():
+            feature, _, kind = name.rpartition(".")
+            side = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
+            tensors[f"{side}.buffer_{feature.replace('.', '_')}.{kind}"] = value
+    else:
+        norms = {"eps": 1e-8, "norm_map": LEROBOT["normalization_mapping"]}
+        for kind, number, registered in (("pre", 3, "normalizer"), ("post", 0, "unnormalizer")):
+            name, step = f"policy_{kind}processor", f"{registered}_processor"
+            state = f"{name}_step_{number}_{step}.safetensors"
+            features = LEROBOT["output_features"] | (LEROBOT["input_features"] if kind == "pre" else {})
+            config = norms | {"features": features}
+            steps = [{"registry_name": step, "config": config, "state_file": state}]
+            (folder / f"{name}.json").write_text(json.dumps({"name": name, "steps": steps}))
+            save_file(STATISTICS, folder / state)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(LEROBOT | changes))

@@ -24,6 +24,7 @@ from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_cmfast_checkpoint, read_tensors
 from cmfast_train.importers import diffusers, edm, pickles
 from cmfast_train.importers.facts import Draft, Facts, Given, shown
+from cmfast_train.importers.policies import lerobot
 from cmfast_train.importers.sets import one_set
 from cmfast_train.importers.table import FOLDERS_AND_OWN, sources
 from cmfast_train.safe_load import refuse_others
@@ -35,7 +36,8 @@ def load_model(
     """Read a model of any known format. Nothing in the file is executed.
 
     Args:
-        path: a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a diffusers folder.
+        path: a cmfast checkpoint, a file of foreign weights (.pt, .pth, .safetensors, EDM's .pkl), a folder of
+            diffusers or lerobot.
         source: what it is, where its name and tensors do not say: a name in `table`, or openai:NAME; "": recognise it.
         given: facts that the file does not hold; a value that contradicts the file is an error.
         opened: the content of a file that was opened and checked already; `path` is its name then.
@@ -75,8 +77,12 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
     if system not in ("", *names) or (colon and system != "openai"):
         raise CmfastError(f"--source {source}: unknown; there are {', '.join(names)} and openai:NAME")
     if file.is_dir():
+        if system in ("", "lerobot") and (system or lerobot.is_policy(file)):
+            return lerobot.draft(file, facts)
         if system not in ("", "diffusers"):
-            raise CmfastError(f"{file}: a folder is read as diffusers wrote it; --source {source} is for files")
+            raise CmfastError(
+                f"{file}: a folder is read as diffusers or lerobot wrote it; --source {source} is for files"
+            )
         return diffusers.draft(file, facts)
     check_file(file)
     if file.suffix == ".pkl":
@@ -122,6 +128,10 @@ def _unknown(file: Path, weights: Mapping[str, Tensor]) -> str:
         return (
             f"{file}: weights of a diffusers U-Net without its configuration; name the whole folder "
             "(model_index.json, scheduler, unet)"
+        )
+    if any(name.startswith(lerobot.UNET) for name in weights):
+        return (
+            f"{file}: weights of a lerobot policy without its configuration; name the whole folder ({lerobot.CONFIG})"
         )
     if any(name.endswith("emb_noise.weight") for name in weights):
         return f"{file}: a network of EDM2, which is not supported yet"

@@ -9,6 +9,7 @@ only a sampler does, such as timestep_spacing, plays no part.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,10 @@ _SCHEDULER_CHOICES: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "trained_betas": (None,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+SCHEDULER_FIELDS = {  # what a scheduler says about a model, and what a missing one means
+    **{name: _SCHEDULER[name] for name in ("num_train_timesteps", "beta_start", "beta_end", "clip_sample_range")},
+    **{name: _SCHEDULER_CHOICES[name][0] for name in ("beta_schedule", "clip_sample", "prediction_type")},
 }
 
 
@@ -150,6 +155,27 @@ def _network(file: Path) -> Unet2dConfig:
 def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSpec:
     """Return the conventions of a scheduler's configuration; `where` names it in the facts."""
     fields = read_fields(file, SCHEDULERS, _SCHEDULER, _SCHEDULER_CHOICES)
+    conditions = (class_label(config.classes),) if config.classes else ()
+    return scheduled_spec(facts, fields, file, where, shape=config.image_shape, conditions=conditions)
+
+
+def scheduled_spec(facts: Facts, fields: Mapping[str, Any], file: Path, where: str, **model: Any) -> ModelSpec:
+    """Return the conventions of a network that diffusers' DDPMScheduler samples.
+
+    Args:
+        facts: to be filled.
+        fields: of the scheduler, SCHEDULER_FIELDS among them.
+        file: named in errors.
+        where: names it in the facts.
+        model: other fields of ModelSpec, its shape among them.
+
+    Raises:
+        ArtifactError: a field has a value that is not supported.
+    """
+    for name in SCHEDULER_FIELDS:
+        allowed = _SCHEDULER_CHOICES.get(name)
+        if allowed and fields[name] not in allowed:
+            raise refusal(file, name, fields[name], f"supported: {' or '.join(map(json.dumps, allowed))}")
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:
         raise refusal(file, "clip_sample_range", fields["clip_sample_range"], "supported: 1.0")
     steps, schedule = whole(fields, "num_train_timesteps", file), fields["beta_schedule"]
@@ -164,15 +190,14 @@ def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSp
             "sigma_min": facts.fixed("sigma_min", times.sigmas[0], where),
             "sigma_max": facts.fixed("sigma_max", times.sigmas[-1], where),
             "clip": facts.fixed("clip", fields["clip_sample"], where),
-            "sigma_data": facts.usual("sigma_data", 0.5, "images; diffusion models do without"),
+            "sigma_data": facts.usual("sigma_data", 0.5, "usual; diffusion models do without"),
             "renoise": facts.usual("renoise", "ddim", "DDIM without noise"),
         }
         sigmas = given_sigmas(facts)
         if sigmas is None:
             sigmas = default_sigmas(times)
             facts.usual("sigmas", f"of {', '.join(map(str, sigmas))} steps", 'DDIM, timestep_spacing "trailing"')
-        conditions = (class_label(config.classes),) if config.classes else ()
-        return ModelSpec(shape=config.image_shape, conditions=conditions, times=times, sigmas=sigmas, **values)
+        return ModelSpec(times=times, sigmas=sigmas, **values, **model)
     except CmfastError as err:
         raise ArtifactError(f"{file}: {err}") from None
 

@@ -62,7 +62,7 @@ _OURS = (
     Source(names=("edm", "ect", "fastgen", "sid", "cmt"), matches=edm.matches, draft=edm.draft),
     Source(names=tuple(unet1d.SYSTEMS), matches=unet1d.matches, draft=unet1d.draft),
 )
-FOLDERS_AND_OWN = ("cmfast", "diffusers")  # recognised by what holds the tensors, not by their names
+FOLDERS_AND_OWN = ("cmfast", "diffusers", "lerobot")  # recognised by what holds the tensors, not by their names
 
 
 def sources() -> tuple[Source, ...]:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""What a policy of lerobot normalises actions and states with: buffers of its network, or files beside it (newer).
+
+Images are normalised before their encoder, which stays outside, so theirs are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cmfast.errors import ArtifactError
+from cmfast_train.border import reading
+from cmfast_train.importers.diffusers_json import MAX_CONFIG
+from cmfast_train.importers.diffusers_tensors import Described, describe, read_json
+
+BUFFERS = ("normalize_inputs.", "unnormalize_outputs.", "normalize_targets.")  # of the names of tensors
+PROCESSORS = {  # files: the step that holds the statistics, and of which features
+    "policy_postprocessor.json": ("unnormalizer_processor", "action"),
+    "policy_preprocessor.json": ("normalizer_processor", "observation."),
+}
+MODES = {  # the numbers that each takes; formulas: docs/importing.md
+    "MIN_MAX": ("min", "max"),
+    "MEAN_STD": ("mean", "std"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+MOST = 1024  # numbers of a feature
+Statistics = dict[str, dict[str, Any]]  # feature: {"mode": .., "min": [..], "max": [..]}
+
+
+def statistics(folder: Path, weights: Path, described: Described, fields: Mapping[str, Any]) -> tuple[Statistics, str]:
+    """Return the statistics of actions and states by feature, and what says so; {}: the folder has none.
+
+    Args:
+        folder: of the policy.
+        weights: its model.safetensors.
+        described: what that file holds.
+        fields: the configuration.
+
+    Raises:
+        ArtifactError: a file of statistics is missing or broken.
+    """
+    found: Statistics = {}
+    buffers = {name: shape for name, (shape, _) in described.items() if name.startswith(BUFFERS)}
+    if buffers:
+        for feature, mode in _modes_of_config(fields):
+            side = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
+            prefix = f"{side}.buffer_{feature.replace('.', '_')}"
+            _add(found, feature, mode, weights, {f"{prefix}.{kind}": kind for kind in MODES.get(mode, ())})
+        return found, weights.name
+    for name, (registered, start) in PROCESSORS.items():
+        if not (folder / name).is_file():
+            continue
+        for step in _steps(folder / name, registered):
+            config = step.get("config", {})
+            state = step.get("state_file")
+            if not isinstance(state, str) or state != Path(state).name:
+                raise ArtifactError(f"{folder / name}: {registered} names no file of statistics beside it")
+            modes = config.get("norm_map") or {}
+            for feature, what in (config.get("features") or {}).items():
+                mode = modes.get(what.get("type"), "IDENTITY") if isinstance(what, dict) else "IDENTITY"
+                if feature.startswith(start) and "image" not in feature:
+                    numbers = {f"{feature}.{kind}": kind for kind in MODES.get(mode, ())}
+                    _add(found, feature, mode, folder / state, numbers)
+    return found, "policy_preprocessor, policy_postprocessor"
+
+
+def _modes_of_config(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the features without images, and how each is normalised: by its type, in old files by its name."""
+    by_type = fields.get("normalization_mapping") or {}
+    for side in ("output", "input"):
+        by_name = fields.get(f"{side}_normalization_modes") or {}
+        features = fields.get(f"{side}_features") or {name: {} for name in by_name}
+        for name, what in features.items():
+            if "image" not in name:
+                kind = what.get("type") if isinstance(what, dict) else None
+                yield name, str(by_type.get(kind) or by_name.get(name, "IDENTITY")).upper()
+
+
+def _steps(file: Path, registered: str) -> list[dict[str, Any]]:
+    values = read_json(file, MAX_CONFIG)
+    steps = values.get("steps") if isinstance(values, dict) else None
+    if not isinstance(steps, list):
+        raise ArtifactError(f"{file}: not a pipeline of lerobot: it has no steps")
+    return [step for step in steps if isinstance(step, dict) and step.get("registry_name") == registered]
+
+
+def _add(found: Statistics, feature: str, mode: str, file: Path, names: Mapping[str, str]) -> None:
+    """Add the numbers of a feature, which have these names in a file."""
+    if not names:
+        return
+    from safetensors import safe_open
+
+    described = describe(file)
+    for name in names:
+        shape = described.get(name, ((0,), ""))[0]
+        if len(shape) != 1 or not 0 < shape[0] <= MOST:
+            raise ArtifactError(f"{file}: {name} is {list(shape)}; the statistics of {feature}, {mode}, need a vector")
+    with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        numbers = {kind: _numbers(opened.get_tensor(name)) for name, kind in names.items()}
+    found[feature] = {"mode": mode, **numbers}
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """Return float32 numbers as short as they can be written: a manifest has 4,000 characters."""
+    return [float(str(value)) for value in values.float().numpy()]
