@@ -6,6 +6,7 @@ The commands print the message as one line; `exit_code` is what they exit with.
 
 from __future__ import annotations
 
+import copyreg
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,10 @@ class MissingDependency(CmfastError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed: pip install 'cmfast[{extra}]'")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be pickled by the message: a process pool or a cluster raises it again where it was called."""
+        return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]
 
 
 class CmfastWarning(UserWarning):

@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ class OnRay:
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part when they are drawn."""
         with workers_on(self._address, read_model(self._path), self._how) as workers:
-            backend = workers.wait()
-            self.name = f"{backend} on {workers.number} Ray worker(s)"
+            workers.wait()
+            self.name = workers.name
             yield from workers.draw(request, parts)
 
 
@@ -68,7 +70,8 @@ def workers_on(address: str, files: Files, how: How) -> Iterator[Workers]:
     ray = _import_ray()
     more = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        with _in_one_line(ray):
+        # What Ray says about workers that died it writes to stdout, where the result of a command goes.
+        with redirect_stdout(sys.stderr), _in_one_line(ray):
             try:
                 ray.init(address, log_to_driver=False, logging_level="error", **more)
             except (ConnectionError, RuntimeError, ValueError) as err:  # none there, another version, no address
@@ -103,33 +106,33 @@ class Worker:
 
 
 class Workers:
-    """The workers of a cluster."""
+    """The workers of a cluster that is there: a `cmfast.shards.drawing.Drawer` for one draw."""
 
     def __init__(self, ray: Any, actors: list[Any], model: Reference) -> None:
-        self._ray, self._actors, self._model = ray, actors, model
-        self.number = len(actors)
+        self._ray, self.actors, self._model = ray, actors, model
+        self.name = f"{len(actors)} Ray worker(s)"
 
-    def wait(self, number: int = 1) -> str:
-        """Wait until so many workers have opened the model; return the backend in words.
+    def wait(self, number: int = 1) -> None:
+        """Wait until so many workers have opened the model.
 
         Raises:
             CmfastError: the model cannot be opened there, or a worker has another version of cmfast.
         """
-        ready, _ = self._ray.wait([actor.about.remote(self._model) for actor in self._actors], num_returns=number)
+        ready, _ = self._ray.wait([actor.about.remote(self._model) for actor in self.actors], num_returns=number)
         about: list[tuple[str, str]] = self._ray.get(ready)
         if wrong := [version for version, _ in about if version != cmfast.__version__]:
             raise BackendError(
                 f"a worker has cmfast {wrong[0]}, and this machine {cmfast.__version__}: install one version on all "
                 "machines"
             )
-        return about[0][1]
+        self.name = f"{about[0][1]} on {len(self.actors)} Ray worker(s)"
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part when they are drawn."""
         from ray.util import ActorPool
 
-        pool, common = ActorPool(self._actors), self._ray.put(request)
-        self._actors = []  # the pool alone keeps them
+        pool, common = ActorPool(self.actors), self._ray.put(replace(request, conditions={}))
+        self.actors = []  # the pool alone keeps them
 
         def submit(worker: Any, part: Part) -> Any:
             samples, conditions = part

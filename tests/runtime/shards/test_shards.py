@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import cmfast
 from cmfast.cli.sample import main
-from cmfast.errors import ArtifactError, CmfastError
+from cmfast.errors import ArtifactError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
 from cmfast.shards.drawing import missing
 from cmfast.shards.files import read_shards, shard_path
@@ -305,3 +306,11 @@ def test_a_model_travels_as_the_bytes_of_all_its_files(model: Path, tiny_checkpo
         there = open_model(read_model(path), How.of(path, None, None, "", "", None))
         np.testing.assert_array_equal(there.sample(3, seed=5), cmfast.load(path, threads=1).sample(3, seed=5))
         assert len(model_sha256(path)) == 64
+
+
+def test_the_error_of_a_missing_package_comes_back_from_a_worker() -> None:
+    """Its constructor takes other arguments than its message, so pickle's usual way failed, and broke the pool."""
+    err = MissingDependency("running it", "onnxruntime", "cpu")
+    again = pickle.loads(pickle.dumps(err))
+    assert type(again) is MissingDependency
+    assert str(again) == str(err) == "running it needs onnxruntime, which is not installed: pip install 'cmfast[cpu]'"
