@@ -75,7 +75,8 @@ def workers_on(address: str, files: Files, how: How) -> Iterator[Workers]:
             try:
                 ray.init(address, log_to_driver=False, logging_level="error", **more)
             except (ConnectionError, RuntimeError, ValueError) as err:  # none there, another version, no address
-                raise BackendError(f"no Ray cluster at {shown(address)}: {one_line(err)}") from None
+                hint = "" if address == LOCAL else "; one that wants a token: RAY_AUTH_MODE=token"
+                raise BackendError(f"no Ray cluster at {shown(address)}: {one_line(err)}{hint}") from None
             yield Workers(ray, _actors(ray, address, how), [ray.put(dict(files))])
     finally:
         ray.shutdown()
