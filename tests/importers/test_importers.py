@@ -122,7 +122,7 @@ def test_safetensors_without_a_description_are_foreign_too(tmp_path: Path) -> No
     [
         ((), "its image_size, qkv, head_channels, scaling, c_noise"),
         (("--source", "edm"), "--source edm, but its tensors are named as in openai"),
-        (("--source", "keras"), "--source keras: unknown; there are cmfast, diffusers, openai"),
+        (("--source", "keras"), "--source keras: unknown; there are cmfast, diffusers, lerobot, openai"),
         (("--set", "scaling"), "--set scaling: expected NAME=VALUE"),
         (("--set", "shade=3"), "no such field"),
         (("--format", "cmfast", "--kind", "sampler"), "are for graphs, not for cmfast"),
