@@ -52,8 +52,8 @@ Examples:
     default="onnx",
     show_default=True,
     help="onnx: a graph; ort-cuda: one for ONNX Runtime's CUDA provider; engine: TensorRT's; openvino: its IR; "
-    "ort: ONNX Runtime's own format; triton: a model repository; web: a page for browsers; cmfast: a checkpoint; "
-    "diffusers: its folder.",
+    "ort: ONNX Runtime's own format; ncnn: a folder for ncnn; triton: a model repository; web: a page for "
+    "browsers; cmfast: a checkpoint; diffusers: its folder.",
 )
 @click.option(
     "--kind",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cmfast_export.precision_search import Choice
     from cmfast_export.request import Request
     from cmfast_export.targets.diffusers_folder import Written as Folder
+    from cmfast_export.targets.ncnn.folder import Written as NcnnFolder
     from cmfast_export.targets.openvino_ir import Converted
     from cmfast_export.targets.ort_format import Converted as OrtConverted
     from cmfast_export.targets.tensorrt_engine import Built
@@ -242,6 +243,18 @@ def page(written: Page, request: Request) -> None:
     )
     click.echo("next, then open http://localhost:8000 in a browser:")
     click.echo(f"  python -m http.server 8000 --bind 127.0.0.1 --directory {written.path}")
+
+
+def ncnn(written: NcnnFolder, request: Request) -> None:
+    """Report a folder for ncnn."""
+    size = (written.path / "model.bin").stat().st_size / 2**20
+    worst = written.parity.worst
+    click.echo(
+        f"{written.path}: model.param, model.bin ({size:.1f} MiB, float32) and manifest.json, converted by pnnx in "
+        f"{written.seconds:.1f} s\n"
+        f"run by ncnn {written.version} here, at most {worst.max_abs:.1e} from PyTorch, at {worst.where}"
+    )
+    click.echo("next: sample with it in a loop of your own, docs/edge.md#ncnn")
 
 
 def checkpoint(_: None, request: Request) -> None:

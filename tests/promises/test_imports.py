@@ -40,7 +40,8 @@ ARROWS = {
         {"diffusers", "matplotlib", "torch_fidelity"},
     ),
     "cmfast_export": (
-        ROOT / "export" / "cmfast_export", BASE | TRAIN | EXPORT | {"cmfast", "cmfast_train", "cmfast_export"}, LAZY,
+        ROOT / "export" / "cmfast_export", BASE | TRAIN | EXPORT | {"cmfast", "cmfast_train", "cmfast_export"},
+        LAZY | {"ncnn", "pnnx"},
     ),
 }  # fmt: skip
 

@@ -99,6 +99,10 @@ TARGETS = (
         options=f"{_HERE}.web.runtime:WebOptions", check=f"{_HERE}.web.page:check", report=f"{_REPORT}:page",
     ),
     Target(
+        name="ncnn", writer=f"{_HERE}.ncnn.folder:write", needs="model", kinds=("denoiser",), takes_files=False,
+        automatic=False, check=f"{_HERE}.ncnn.folder:check", report=f"{_REPORT}:ncnn",
+    ),
+    Target(
         name="cmfast", writer=f"{_HERE}.checkpoint:write", suffixes=(".pt", ".safetensors"), needs="model", kinds=(),
         takes_files=False, report=f"{_REPORT}:checkpoint",
     ),
