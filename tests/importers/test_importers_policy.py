@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Given
 from cmfast_train.networks.build import check_weights
 from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig
-from helpers.foreign.policies import CASES, SMALL, Weights, unet, weights_of, workspace
+from helpers.foreign.policies import CASES, SMALL, Weights, hydra, omegaconf_modules, unet, weights_of, workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a diffusion teacher:cmfast.errors.CmfastWarning")
 
@@ -171,13 +172,87 @@ def test_the_teacher_of_a_consistency_policy_is_a_diffusion_model(distilled: tup
     np.testing.assert_allclose(got, x, rtol=0, atol=3e-5)  # x begins at 80, where float32 has 8e-6
 
 
+SCHEDULER = {
+    "_target_": "diffusers.schedulers.scheduling_ddpm.DDPMScheduler", "num_train_timesteps": 50, "beta_start": 0.001,
+    "beta_end": 0.1, "beta_schedule": "linear", "clip_sample": False, "prediction_type": "sample",
+}  # fmt: skip
+KARRAS = {"time_min": 0.01, "time_max": 40.0, "rho": 7.0, "bins": 40, "scaling": "boundary", "data_std": 0.4}
+
+
+def config(target: str, scheduler: Mapping[str, Any], **policy: Any) -> dict[str, Any]:
+    """Return a configuration of hydra."""
+    values = {"_target_": target, "horizon": "${horizon}", "noise_scheduler": dict(scheduler), **policy}
+    return {"horizon": 8, "policy": values, "task": {"shapes": [1, 2], "dim": "${eval:'2 + 3'}"}}
+
+
+@pytest.fixture
+def with_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that saves a workspace with its configuration in OmegaConf's objects."""
+
+    def with_config(values: dict[str, Any], policy: str = "ema_model", **networks: Weights) -> Path:
+        with monkeypatch.context() as there:
+            for name, module in omegaconf_modules().items():
+                there.setitem(sys.modules, name, module)
+            torch.save(workspace(policy, hydra(values), **networks), tmp_path / "latest.ckpt")
+        return tmp_path / "latest.ckpt"
+
+    return with_config
+
+
+LOWDIM = "diffusion_policy.policy.diffusion_unet_lowdim_policy.DiffusionUnetLowdimPolicy"
+EDM = "consistency_policy.teacher.edm_policy.KarrasUnetHybridImagePolicy"
+CTM = "consistency_policy.student.ctm_policy.CTMPPUnetHybridImagePolicy"
+
+
+def test_the_configuration_in_the_file_says_everything_and_nothing_of_it_is_run(
+    with_config: Callable[..., Path], call: Call
+) -> None:
+    file = with_config(config(LOWDIM, SCHEDULER, model={"n_groups": 4}), model=weights_of("shift"))
+    said = call(info.main, file, "--set", "weights=ema_model.model")
+    assert said.returncode == 0, said.stderr
+    for words in (LOWDIM, "50, linear, beta 0.001 to 0.1", "action scale", "2, 4, 0.1", "the file's cfg"):
+        assert words in said.stdout
+    checkpoint = load_model(file, given=Given(weights="ema_model.model"))
+    spec = checkpoint.spec
+    assert (spec.shape, spec.scaling, spec.clip) == ((8, 3), "vp_x0", False)
+    assert spec.times == cmfast.DiscreteTimes(schedule="linear", steps=50, beta_start=0.001, beta_end=0.1)
+    assert checkpoint.network.groups == 4  # type: ignore[union-attr]
+    assert checkpoint.source["normalised"]["action"] == {
+        "mode": "LINEAR", "scale": [2.0, 4.0, 0.1], "offset": [0.0, -1.0, 0.5],
+    }  # fmt: skip
+    with pytest.raises(CmfastError, match="--set horizon=16 contradicts the file's cfg: horizon is 8"):
+        load_model(file, given=Given(weights="ema_model.model", horizon=16))
+    with pytest.raises(CmfastError, match=f"but its cfg has the policy {LOWDIM}; leave --source out"):
+        load_model(file, STUDENT, Given(weights="ema_model.model"))
+
+
+def test_a_configuration_of_consistency_policy_says_which_network_takes_two_times(
+    with_config: Callable[..., Path],
+) -> None:
+    networks = {"model": weights_of(two_times=True), "teacher": weights_of()}
+    file = with_config(config(CTM, KARRAS, n_groups=8), "model", **networks)
+    student = load_model(file, given=Given(weights="model.model"))
+    teacher = load_model(file, given=Given(weights="teacher"))
+    assert (student.source["format"], teacher.source["format"]) == (STUDENT, TEACHER)
+    for spec, scaling in ((student.spec, "ctm"), (teacher.spec, "boundary")):
+        levels = (spec.sigma_min, spec.sigma_max, spec.sigma_data, spec.grid)
+        assert (spec.scaling, *levels) == (scaling, 0.01, 40.0, 0.4, 40)
+    alone = with_config(config(EDM, KARRAS | {"scaling": "no_boundary"}), model=weights_of())
+    assert load_model(alone, given=Given(weights="ema_model.model")).spec.scaling == "edm"
+    for changes, words in (({"rho": 5.0}, "rho is 5.0; supported: 7"), ({"scaling": "vp"}, "scaling is vp; supported")):
+        with pytest.raises(ArtifactError, match=words):
+            load_model(
+                with_config(config(EDM, KARRAS | changes), model=weights_of()), given=Given(weights="ema_model.model")
+            )
+
+
 def test_without_a_source_nothing_is_guessed(saved: Callable[..., Path], call: Call) -> None:
     file = saved()
     said = call(info.main, file, "--set", "weights=ema_model.model")
     assert said.returncode == 0, said.stderr
     for words in (
         "1-D U-Net, channels 8, 16, kernel 5",
-        "global_cond  5",
+        "5   (the tensors)",
         "--source diffusion_policy --set horizon=16",
     ):
         assert words in said.stdout

@@ -6,8 +6,10 @@ Written from the papers and the names of the tensors, with functions instead of 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,42 @@ def weights_of(case: str = "film", seed: int = 0, **changes: Any) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def workspace(policy: str = "ema_model", **networks: Weights) -> dict[str, Any]:
+def workspace(policy: str = "ema_model", cfg: Any = None, **networks: Weights) -> dict[str, Any]:
     """Return what a workspace saves of a policy: its networks by attribute, an encoder of images, a normalizer."""
     state = {f"{name}.{key}": value for name, weights in networks.items() for key, value in weights.items()}
     others = {
         "obs_encoder.net.weight": torch.ones(2, 3),
-        "normalizer.params_dict.action.scale": torch.ones(3),
-        "normalizer.params_dict.action.offset": torch.zeros(3),
+        "normalizer.params_dict.action.scale": torch.tensor([2.0, 4.0, 0.1]),
+        "normalizer.params_dict.action.offset": torch.tensor([0.0, -1.0, 0.5]),
     }
-    return {"cfg": {"horizon": 8}, "state_dicts": {policy: state | others}, "pickles": {"epoch": b"\x80\x04K\x01."}}
+    return {"cfg": cfg, "state_dicts": {policy: state | others}, "pickles": {"epoch": b"\x80\x04K\x01."}}
+
+
+def hydra(values: Any) -> Any:
+    """Return a configuration as OmegaConf's objects; their modules are `omegaconf_modules`."""
+    kinds = omegaconf_modules()
+    if isinstance(values, dict):
+        made = kinds["omegaconf.dictconfig"].DictConfig()
+        made._content = {name: hydra(value) for name, value in values.items()}
+    elif isinstance(values, list):
+        made = kinds["omegaconf.listconfig"].ListConfig()
+        made._content = [hydra(value) for value in values]
+    else:
+        made = kinds["omegaconf.nodes"].AnyNode()
+        made._val = values
+    made._metadata, made._parent = None, None
+    return made
+
+
+@functools.cache
+def omegaconf_modules() -> dict[str, Any]:
+    """Return modules by name with the classes of hydra's configurations, for sys.modules while one is saved."""
+    found = {}
+    for module, kind in (("dictconfig", "DictConfig"), ("listconfig", "ListConfig"), ("nodes", "AnyNode")):
+        name = f"omegaconf.{module}"
+        found[name] = types.ModuleType(name)
+        setattr(found[name], kind, type(kind, (), {"__module__": name}))
+    return found | {"omegaconf": types.ModuleType("omegaconf")}
 
 
 def unet(w: Weights, x: Tensor, times: list[Tensor], cond: Tensor | None = None, groups: int = 8) -> Tensor:

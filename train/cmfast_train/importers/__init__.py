@@ -100,6 +100,7 @@ def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) ->
                 f"{file}: a cmfast checkpoint, which already holds these facts; remove --source and --set"
             )
         return checkpoint_of(content, file)
+    facts.content = content
     name, weights = one_set(content, facts, file)
     if any(key.startswith("time_embed_s.") for key in weights):
         raise ArtifactError(f"{file}: a network of CTM, which takes two times; not supported")

@@ -117,6 +117,7 @@ class Facts:
     given: Given
     known: list[Fact] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)  # name: an example value
+    content: Any = None  # what the file holds, the weights among it; objects are there by name only
 
     def fixed(self, name: str, value: T, where: str = "the tensors") -> T:
         """Record a value that the file determines; a user who passes another one gets an error."""

@@ -21,7 +21,7 @@ from cmfast_train.importers.diffusers_json import MAX_CONFIG, is_whole, refusal,
 from cmfast_train.importers.diffusers_tensors import describe, read_files, read_json
 from cmfast_train.importers.diffusion_folders import SCHEDULER_FIELDS, scheduled_spec
 from cmfast_train.importers.facts import Draft, Facts, shown
-from cmfast_train.importers.policies.statistics import BUFFERS, statistics
+from cmfast_train.importers.policies.statistics import BUFFERS, note, statistics
 from cmfast_train.importers.policies.unet1d import TEACHER, conditions_of, config_of, describe_network
 from cmfast_train.networks.unet1d import CONDITION, Unet1dConfig
 
@@ -44,7 +44,6 @@ OTHERS = frozenset({  # fields that say nothing about the network: inputs, the e
     "use_amp", "use_peft", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
     "pretrained_revision",
 })  # fmt: skip
-MOST_NOTED = 700  # characters of the statistics in a manifest, which holds 4,000 in all
 
 
 def is_policy(folder: Path) -> bool:
@@ -83,11 +82,7 @@ def draft(folder: Path, facts: Facts) -> Draft:
     facts.fixed("groups", config.groups, CONFIG)
     _describe_inputs(facts, fields, config, any(name.startswith(ENCODER) for name in described))
     found, where = statistics(folder, weights, described, fields)
-    for name, values in found.items():
-        facts.fixed(name, f"normalised, {values['mode']}", where)
-        for kind, numbers in values.items():
-            if kind != "mode":
-                facts.fixed(f"{name} {kind}", tuple(numbers), where)
+    noted = note(facts, found, where)
     if "action" not in found:
         facts.fixed(
             "units", "actions as the policy normalises them; its statistics are not in the folder", "the folder"
@@ -97,7 +92,6 @@ def draft(folder: Path, facts: Facts) -> Draft:
     spec = scheduled_spec(
         facts, fields, file, CONFIG, shape=config.image_shape, data="array", conditions=conditions_of(config)
     )
-    noted = {"normalised": found} if found and len(str(found)) <= MOST_NOTED else {}
     return Draft(
         format="lerobot",
         what="the U-Net of a diffusion policy of lerobot",

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cmfast.errors import ArtifactError
 from cmfast_train.border import reading
 from cmfast_train.importers.diffusers_json import MAX_CONFIG
 from cmfast_train.importers.diffusers_tensors import Described, describe, read_json
+from cmfast_train.importers.facts import Facts
+from cmfast_train.importers.policies.workspace import numbers
 
 BUFFERS = ("normalize_inputs.", "unnormalize_outputs.", "normalize_targets.")  # of the names of tensors
 PROCESSORS = {  # files: the step that holds the statistics, and of which features
@@ -28,6 +28,7 @@ MODES = {  # the numbers that each takes; formulas: docs/importing.md
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+MOST_NOTED = 700  # characters in a manifest, which holds 4,000 in all
 MOST = 1024  # numbers of a feature
 Statistics = dict[str, dict[str, Any]]  # feature: {"mode": .., "min": [..], "max": [..]}
 
@@ -64,9 +65,19 @@ def statistics(folder: Path, weights: Path, described: Described, fields: Mappin
             for feature, what in (config.get("features") or {}).items():
                 mode = modes.get(what.get("type"), "IDENTITY") if isinstance(what, dict) else "IDENTITY"
                 if feature.startswith(start) and "image" not in feature:
-                    numbers = {f"{feature}.{kind}": kind for kind in MODES.get(mode, ())}
-                    _add(found, feature, mode, folder / state, numbers)
+                    names = {f"{feature}.{kind}": kind for kind in MODES.get(mode, ())}
+                    _add(found, feature, mode, folder / state, names)
     return found, "policy_preprocessor, policy_postprocessor"
+
+
+def note(facts: Facts, found: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
+    """Record statistics, and return them for the manifest, {} if they are too long for it."""
+    for name, values in found.items():
+        facts.fixed(name, f"normalised, {values['mode']}", where)
+        for kind, value in values.items():
+            if kind != "mode":
+                facts.fixed(f"{name} {kind}", tuple(value), where)
+    return {"normalised": found} if found and len(str(found)) <= MOST_NOTED else {}
 
 
 def _modes_of_config(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -101,10 +112,5 @@ def _add(found: Statistics, feature: str, mode: str, file: Path, names: Mapping[
         if len(shape) != 1 or not 0 < shape[0] <= MOST:
             raise ArtifactError(f"{file}: {name} is {list(shape)}; the statistics of {feature}, {mode}, need a vector")
     with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
-        numbers = {kind: _numbers(opened.get_tensor(name)) for name, kind in names.items()}
-    found[feature] = {"mode": mode, **numbers}
-
-
-def _numbers(values: Tensor) -> list[float]:
-    """Return float32 numbers as short as they can be written: a manifest has 4,000 characters."""
-    return [float(str(value)) for value in values.float().numpy()]
+        values = {kind: numbers(opened.get_tensor(name)) for name, kind in names.items()}
+    found[feature] = {"mode": mode, **values}

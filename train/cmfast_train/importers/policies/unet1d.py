@@ -2,8 +2,8 @@
 """The U-Nets of Diffusion Policy (arXiv:2303.04137) and of Consistency Policy (arXiv:2405.07503), from state dicts.
 
 All have the same tensors, and none shows how many steps a sequence has, whether the network takes one noise level or
-two, or what it predicts: `--source` says whose it is. Observations are encoded by another network of the policy, whose
-output is the condition here. `lerobot` reads the same network out of its folders.
+two, or what it predicts: the `workspace` in the file says it, else `--source` and `--set`. Observations are encoded by
+another network of the policy, whose output is the condition here. `lerobot` reads the same network out of its folders.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from cmfast.preconditioning import noise_condition
 from cmfast.schedule import DiscreteTimes
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import check_count
-from cmfast_train.importers.diffusion_folders import default_sigmas
+from cmfast_train.importers.diffusers_json import is_whole
+from cmfast_train.importers.diffusion_folders import SCHEDULER_FIELDS, SCHEDULERS, default_sigmas, scheduled_spec
 from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
+from cmfast_train.importers.policies.statistics import note
+from cmfast_train.importers.policies.workspace import DIFFUSION, STUDENT, STUDENTS_TEACHER, Workspace, workspace
 from cmfast_train.networks.unet1d import CONDITION, Unet1d, Unet1dConfig
 
 HORIZON, GROUPS = 16, 8  # of all published configurations
 TIMES = "squaredcos_cap_v2:100"
-STUDENT = "consistency_policy"
+CFG = "the file's cfg"
 _KARRAS = {"c_noise": "250ln", "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5, "renoise": "plain", "grid": 80}
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {  # what their training configurations have in common
-    "diffusion_policy": {
+    DIFFUSION: {
         "scaling": "vp_eps", "c_noise": "discrete", "renoise": "ddim", "sigma_data": 0.5, "clip": True, "grid": 0,
     },
     STUDENT: _KARRAS | {"scaling": "ctm", "clip": True},
-    "consistency_policy_teacher": _KARRAS | {"scaling": "boundary", "clip": True},
+    STUDENTS_TEACHER: _KARRAS | {"scaling": "boundary", "clip": True},
 }  # fmt: skip
 TEACHER = "a diffusion teacher, not a consistency model: it draws actions in ten and more steps"
 START = "noise times sigma_max; its own code draws from noise alone, Model.from_noise(noise / 80, [80.0])"
-UNITS = "actions and observations as the policy normalises them; its normalizer is not read"
+UNITS = "actions and observations as the policy normalises them; their statistics are not in the file"
 
 
 def matches(weights: Mapping[str, Tensor]) -> bool:
@@ -49,50 +52,114 @@ def matches(weights: Mapping[str, Tensor]) -> bool:
 
 
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
-    """Read the shape of the network; the rest is usual for the source, or required from the user."""
-    usual = SYSTEMS.get(source, {})
-    where = f"--source {source}"
+    """Read the shape of the network; the rest is in the file's cfg, usual for the source, or required from the user."""
+    chosen = next((str(fact.value) for fact in facts.known if fact.name == "weights"), "")
+    work = workspace(facts.content, chosen)
+    source = _source(source, work, facts, file)
+    said = _said(work, source, file) if work and work.source else {}
+    where = f"usual of {source}" if said else f"--source {source}"
+    usual = {**SYSTEMS.get(source, {}), **said.pop("usual", {})}
     scaling = facts.given.scaling or usual.get("scaling")
     config = config_of(weights, file, two_times=source == STUDENT or scaling == "ctm")
-    flow_map = (
-        config.two_times and scaling != "ctm"
-    )  # "ctm" always goes to sigma_min, the others wherever they are told
+    flow_map = config.two_times and scaling != "ctm"  # "ctm" goes to sigma_min only
     if flow_map:
-        usual = {**usual, "renoise": "ddim"}
+        usual["renoise"] = "ddim"
     describe_network(facts, config, "the tensors")
-    facts.fixed("units", UNITS, "the format")
+    noted = note(facts, work.normalised if work else {}, "the normalizer")
+    if not noted:
+        facts.fixed("units", UNITS, "the format")
     facts.fixed("start", START if source == STUDENT else None, "Consistency Policy's training")
-    horizon = facts.required("horizon", HORIZON)
-    groups = facts.usual("groups", GROUPS, where) if source else facts.required("groups", GROUPS)
-    fixed, extra = {}, {}
-    if (facts.given.c_noise or usual.get("c_noise")) == "discrete":
-        text = facts.usual("times", TIMES, where) if source else facts.required("times", TIMES)
-        if text is not None:
-            times = times_of(text)
-            fixed, extra = ends_of(times), {"times": times, "sigmas": default_sigmas(times)}
-    network = None
-    if horizon is not None and groups is not None:
-        try:
-            network = dataclasses.replace(config, horizon=horizon, groups=groups)
-        except CmfastError as err:
-            raise CmfastError(f"{file}: {err}") from None
-    spec = spec_of(
-        facts, None if network is None else network.image_shape, 0, usual, where, fixed=fixed, fixed_where="times",
-        extra={"data": "array", "conditions": conditions_of(config), "second_time": flow_map} | extra,
-    )  # fmt: skip
+    network = _network(config, facts, said, source, where, file)
+    shape = None if network is None else network.image_shape
+    model = {"data": "array", "conditions": conditions_of(config), "second_time": flow_map}
+    if network is not None and "scheduler" in said:
+        spec: ModelSpec | None = scheduled_spec(facts, said["scheduler"], file, CFG, shape=shape, **model)
+    else:
+        fixed, fixed_where = said.get("fixed", {}), CFG
+        if (facts.given.c_noise or usual.get("c_noise")) == "discrete":
+            text = facts.usual("times", TIMES, where) if source else facts.required("times", TIMES)
+            if text is not None:
+                times = times_of(text)
+                fixed, fixed_where = ends_of(times), "times"
+                model |= {"times": times, "sigmas": default_sigmas(times)}
+        spec = spec_of(facts, shape, 0, usual, where, fixed=fixed, fixed_where=fixed_where, extra=model)
     if network is not None and spec is not None:
         network = with_stop(network, spec)
     return Draft(
-        format=source or "diffusion_policy",
+        format=source or DIFFUSION,
         what=f"a U-Net of {config.actions} numbers an action, of Diffusion Policy's family",
         facts=facts,
         network=network,
         spec=spec,
-        source={"format": source or "diffusion_policy"},
+        source={"format": source or DIFFUSION, **noted},
         weights=lambda: {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in weights.items()},
         hint="" if source else _hint(facts),
-        warnings=(TEACHER,) if source in ("diffusion_policy", "consistency_policy_teacher") else (),
+        warnings=(TEACHER,) if source in (DIFFUSION, STUDENTS_TEACHER) else (),
     )
+
+
+def _source(source: str, work: Workspace | None, facts: Facts, file: Path) -> str:
+    """Return whose policy it is: what the file's cfg says, or what the user passed."""
+    if work is None or not work.source:
+        return source
+    policy = str(work.value("policy", "_target_"))
+    if source not in ("", work.source):
+        raise CmfastError(f"{file}: --source {source}, but its cfg has the policy {shown(policy)}; leave --source out")
+    facts.fixed("policy", shown(policy), CFG)
+    return work.source
+
+
+def _network(
+    config: Unet1dConfig, facts: Facts, said: Mapping[str, Any], source: str, where: str, file: Path
+) -> Unet1dConfig | None:
+    """Return the network with what no tensor shows; None where that is missing."""
+    horizon = said.get("horizon")
+    horizon = facts.required("horizon", HORIZON) if horizon is None else facts.fixed("horizon", horizon, CFG)
+    groups = said.get("groups")
+    if groups is not None:
+        facts.fixed("groups", groups, CFG)
+    else:
+        groups = facts.usual("groups", GROUPS, where) if source else facts.required("groups", GROUPS)
+    if horizon is None or groups is None:
+        return None
+    try:
+        return dataclasses.replace(config, horizon=horizon, groups=groups)
+    except CmfastError as err:
+        raise CmfastError(f"{file}: {err}") from None
+
+
+def _said(work: Workspace, source: str, file: Path) -> dict[str, Any]:
+    """Return what the file's cfg says: horizon and groups, and its noise scheduler by ours or by diffusers' names."""
+    found: dict[str, Any] = {
+        "horizon": _whole(work.value("policy", "horizon"), work.value("horizon")),
+        "groups": _whole(work.value("policy", "n_groups"), work.value("policy", "model", "n_groups")),
+    }
+    names = work.value("policy", "noise_scheduler")
+    scheduler = {name: work.value("policy", "noise_scheduler", name) for name in names or ()}
+    if source == DIFFUSION:
+        if str(scheduler.get("_target_", "")).rpartition(".")[2] in SCHEDULERS:
+            defaults = {name: value for name, value in SCHEDULER_FIELDS.items() if scheduler.get(name) is None}
+            found["scheduler"] = {**scheduler, **defaults}
+        return found
+    if (rho := scheduler.get("rho", 7)) != 7:
+        raise ArtifactError(f"{file}: noise_scheduler.rho is {shown(str(rho))}; supported: 7")
+    if (kind := scheduler.get("scaling", "boundary")) not in ("boundary", "no_boundary"):
+        raise ArtifactError(f"{file}: noise_scheduler.scaling is {shown(str(kind))}; supported: boundary, no_boundary")
+    if kind == "no_boundary":
+        found["usual"] = {"scaling": "edm"}
+    fields = {"sigma_min": "time_min", "sigma_max": "time_max", "sigma_data": "data_std", "grid": "bins"}
+    values = {ours: scheduler.get(theirs) for ours, theirs in fields.items()}
+    found["fixed"] = {
+        name: int(value) if name == "grid" else float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return found
+
+
+def _whole(*values: Any) -> int | None:
+    """Return the first of these that is a size."""
+    return next((value for value in values if is_whole(value)), None)
 
 
 def config_of(weights: Mapping[str, Tensor], file: Path, *, two_times: bool) -> Unet1dConfig:

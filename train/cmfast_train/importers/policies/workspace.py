@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""The configuration and the normalizer in a `.ckpt` of Diffusion Policy or Consistency Policy, read as data.
+
+A workspace saves {"cfg": hydra's configuration, "state_dicts": {policy: tensors}, ..}. The configuration's objects are
+there by name only (`pickle_opcodes.Foreign`): their values are read, nothing is made of them and nothing is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cmfast_train.importers.pickle_opcodes import Foreign
+
+STUDENT, STUDENTS_TEACHER, DIFFUSION = "consistency_policy", "consistency_policy_teacher", "diffusion_policy"
+POLICIES = {  # how the policy's class begins: its source
+    "diffusion_policy.policy.diffusion_unet_": DIFFUSION,
+    "consistency_policy.student.": STUDENT,
+    "consistency_policy.teacher.": STUDENTS_TEACHER,
+}
+NORMALIZER = "normalizer.params_dict."
+FEATURES = ("action", "obs")  # what is normalised, of those that are not images
+MOST_NODES, MOST_HOPS = 20_000, 8  # of a configuration; from one reference to the next
+MOST = 1024  # numbers of a feature
+_REFERENCE = re.compile(r"\$\{([\w.]{1,200})\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """What a checkpoint says beside its weights.
+
+    Attributes:
+        source: which of POLICIES its policy is; "": none of them.
+        config: the configuration in plain containers; what is computed while it is used is None.
+        normalised: a feature: {"mode": "LINEAR", "scale": [..], "offset": [..]}; x is normalised as x * scale + offset.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    normalised: Mapping[str, Mapping[str, Any]]
+
+    def value(self, *path: str) -> Any:
+        """Return a value of the configuration, its references to others followed; None: there is none."""
+        found = _at(self.config, path)
+        for _ in range(MOST_HOPS):
+            reference = _REFERENCE.fullmatch(found) if isinstance(found, str) else None
+            if reference is None:
+                break
+            found = _at(self.config, reference[1].split("."))
+        return None if isinstance(found, str) and "${" in found else found
+
+
+def workspace(content: Any, chosen: str) -> Workspace | None:
+    """Return what a checkpoint says beside its weights, None if it is of no workspace.
+
+    Args:
+        content: what the file holds.
+        chosen: the set of weights that is read, for example state_dicts.ema_model.model.
+    """
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dicts"), Mapping):
+        return None
+    config = _plain(content.get("cfg"), [MOST_NODES])
+    found = Workspace(source="", config=config if isinstance(config, dict) else {}, normalised={})
+    target = str(found.value("policy", "_target_"))
+    source = next((source for start, source in POLICIES.items() if target.startswith(start)), "")
+    if source == STUDENT and chosen.rpartition(".")[2] == "teacher":
+        source = STUDENTS_TEACHER
+    return Workspace(source=source, config=found.config, normalised=_normalised(content["state_dicts"], chosen))
+
+
+def _plain(node: Any, left: list[int]) -> Any:
+    """Return a configuration in plain containers; of other objects and of too much of it None."""
+    left[0] -= 1
+    if left[0] < 0:
+        return None
+    if isinstance(node, Foreign):
+        if not node.name.startswith("omegaconf."):
+            return None
+        return _plain(node.state.get("_content", node.state.get("_val")), left)
+    if isinstance(node, Mapping):
+        return {key: _plain(value, left) for key, value in node.items() if isinstance(key, str)}
+    if isinstance(node, (list, tuple)):
+        return [_plain(value, left) for value in node]
+    return node if isinstance(node, (str, int, float, bool)) else None
+
+
+def _at(config: Any, path: Iterable[str]) -> Any:
+    found: Any = config
+    for name in path:
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(name)
+    return found
+
+
+def _normalised(policies: Mapping[Any, Any], chosen: str) -> dict[str, dict[str, Any]]:
+    """Return what the policy of the chosen weights normalises with."""
+    of_parts = [policies[part] for part in chosen.split(".") if isinstance(policies.get(part), Mapping)]
+    tensors = next(iter(of_parts or policies.values()), None)
+    found = {}
+    for feature in FEATURES if isinstance(tensors, Mapping) else ():
+        both = {kind: tensors.get(f"{NORMALIZER}{feature}.{kind}") for kind in ("scale", "offset")}
+        if all(isinstance(value, Tensor) and value.ndim == 1 and value.numel() <= MOST for value in both.values()):
+            found[feature] = {"mode": "LINEAR"} | {kind: numbers(value) for kind, value in both.items()}
+    return found
+
+
+def numbers(values: Any) -> list[float]:
+    """Return float32 numbers as short as they can be written: a manifest has 4,000 characters."""
+    return [float(str(value)) for value in values.float().numpy()]
