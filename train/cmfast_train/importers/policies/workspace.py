@@ -99,10 +99,13 @@ def _at(config: Any, path: Iterable[str]) -> Any:
 
 def _normalised(policies: Mapping[Any, Any], chosen: str) -> dict[str, dict[str, Any]]:
     """Return what the policy of the chosen weights normalises with."""
-    of_parts = [policies[part] for part in chosen.split(".") if isinstance(policies.get(part), Mapping)]
-    tensors = next(iter(of_parts or policies.values()), None)
+    named = [part for part in chosen.split(".") if part in policies]
+    one = named[0] if named else next(iter(policies)) if len(policies) == 1 else None
+    tensors = policies.get(one)
+    if not isinstance(tensors, Mapping):
+        return {}
     found = {}
-    for feature in FEATURES if isinstance(tensors, Mapping) else ():
+    for feature in FEATURES:
         both = {kind: tensors.get(f"{NORMALIZER}{feature}.{kind}") for kind in ("scale", "offset")}
         if all(isinstance(value, Tensor) and value.ndim == 1 and value.numel() <= MOST for value in both.values()):
             found[feature] = {"mode": "LINEAR"} | {kind: numbers(value) for kind, value in both.items()}
