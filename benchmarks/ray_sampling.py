@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,15 +46,15 @@ KILL_AFTER = 0.3  # of the shards: then a worker is killed
 @click.command("ray_sampling.py")
 @click.option("--model", type=MODEL, default="digits", show_default=True, help="An exported file.")
 @click.option("-n", "--number", type=int, default=20_000, show_default=True, help="Samples of a draw.")
-@click.option("--steps", type=int, default=2, show_default=True, help="Network calls per sample.")
+@click.option("--steps", type=int, default=4, show_default=True, help="Network calls per sample.")
 @click.option("--workers", "count", type=int, default=2, show_default=True, help="One-core workers.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Draws of each kind.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 def command(model: Path, number: int, steps: int, count: int, rounds: int, json_file: Path | None) -> None:
     """Time shards from a Ray cluster."""
+    check_outputs({"--json": json_file}, [model])
     if not 2 <= count <= timing.usable_cores():
         raise CmfastError(f"--workers must be from 2 to the {timing.usable_cores()} cores here, got {count}")
-    check_outputs({"--json": json_file}, [model])
     how = How.of(model, "cpu", 1, "", "", None)
     sha256 = model_sha256(model)
     with one_core():
@@ -75,7 +74,7 @@ def command(model: Path, number: int, steps: int, count: int, rounds: int, json_
             cpu["one core"].append(used)
             for kind, kill in (("Ray", False), ("Ray, a worker killed", True)):
                 out = folder / f"{kind}{turn}"
-                seconds, used, start_s = on_cluster(address, loaded, sha256, request, how, out, kill)
+                seconds, used, start_s = on_cluster(address, model, loaded, sha256, request, how, out, kill)
                 times[kind].append(seconds)
                 cpu[kind].append(used)
                 starts.append(start_s)
@@ -168,55 +167,47 @@ def timed(model: Model, sha256: str, request: ShardRequest, out: Path, drawer: D
     return time.perf_counter() - began, time.process_time() - used
 
 
-@dataclass
-class Killed:
-    """Workers of which one is killed in the middle: a `cmfast.shards.drawing.Drawer`."""
+class Watched:
+    """Workers whose CPU time is read, and of which one may be killed: a `cmfast.shards.drawing.Drawer`."""
 
-    workers: Workers
-    victim: int  # a process
-
-    @property
-    def name(self) -> str:
-        """What draws, in words."""
-        return self.workers.name
+    def __init__(self, workers: Workers, victim: int | None) -> None:
+        """Begin to count; `victim`: the process that is killed in the middle."""
+        self._workers, self._victim = workers, victim
+        self.name = workers.name
+        self._before = cpu_of_ray()
+        self._last = dict(self._before)
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part."""
-        for number, drawn in enumerate(self.workers.draw(request, parts)):
-            if number == int(KILL_AFTER * len(parts)):
-                os.kill(self.victim, signal.SIGKILL)
+        for number, drawn in enumerate(self._workers.draw(request, parts)):
+            self._last |= cpu_of_ray()  # a worker that has ended, or was killed, keeps what it had used before
+            if number == int(KILL_AFTER * len(parts)) and self._victim is not None:
+                os.kill(self._victim, signal.SIGKILL)
             yield drawn
+
+    def cpu_s(self) -> float:
+        """Return the CPU time of all processes of Ray, s."""
+        self._last |= cpu_of_ray()
+        return sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._last.items())
 
 
 def on_cluster(
-    address: str, model: Model, sha256: str, request: ShardRequest, how: How, out: Path, kill: bool
+    address: str, path: Path, model: Model, sha256: str, request: ShardRequest, how: How, out: Path, kill: bool
 ) -> tuple[float, float, float]:
-    """Return wall time of a draw, CPU time of all processes of the cluster and of this one, start of the workers, s."""
+    """Return wall time of a draw, CPU time of Ray's processes and of this one, time to start the workers, s."""
     began = time.perf_counter()
-    with workers_on(address, read_model(Path(model.backend.origin.path)), how) as workers:  # type: ignore[attr-defined]
+    with workers_on(address, read_model(path), how) as workers:
         import ray
 
         workers.wait(len(workers.actors))
         pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in workers.actors])
         start_s = time.perf_counter() - began
-        drawer: Drawer = Killed(workers, pids[0]) if kill else workers
-        meter = CpuTime()
+        drawer = Watched(workers, pids[0] if kill else None)
         seconds, own = timed(model, sha256, request, out, drawer)
-        return seconds, own + meter.used(), start_s
+        return seconds, own + drawer.cpu_s(), start_s
 
 
-class CpuTime:
-    """CPU time of all processes of Ray, from now on. Of one that was killed, what it used is lost: its work is not."""
-
-    def __init__(self) -> None:
-        self._before = _cpu_of_ray()
-
-    def used(self) -> float:
-        """Return the seconds that they used since."""
-        return sum(seconds - self._before.get(pid, 0.0) for pid, seconds in _cpu_of_ray().items())
-
-
-def _cpu_of_ray() -> dict[int, float]:
+def cpu_of_ray() -> dict[int, float]:
     """Return the CPU time, s, of raylet, GCS, agents and workers, by process."""
     found, tick = {}, os.sysconf("SC_CLK_TCK")
     for entry in Path("/proc").iterdir():
@@ -235,7 +226,8 @@ def _cpu_of_ray() -> dict[int, float]:
 def compare(one: Path, other: Path, number: int) -> int:
     """Return how many pixels of two folders differ; a sample that is missing is a failed check."""
     (samples, labels), (others, other_labels) = read_shards(one), read_shards(other)
-    if len(samples) != number or len(others) != number or not np.array_equal(labels, other_labels):
+    same = labels is None if other_labels is None else labels is not None and np.array_equal(labels, other_labels)
+    if len(samples) != number or len(others) != number or not same:
         raise CheckFailed(f"{len(samples)} and {len(others)} samples instead of {number}, or labels that differ")
     return int((samples != others).sum())
 

@@ -143,10 +143,10 @@ class Workers:
             pool.submit(submit, part)
         while pool.has_next():
             start, stop, drawn = pool.get_next_unordered()
+            yield range(start, stop), drawn
             # A worker without work gives its device back: one whose machine is gone is started again there.
             while pool.pop_idle() is not None:
                 pass
-            yield range(start, stop), drawn
 
 
 def _actors(ray: Any, address: str, how: How) -> list[Any]:

@@ -25,6 +25,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "methods": ["--out", "DIR/runs"],
     "parity": [],
     "precision": ["digits"],
+    "ray_sampling": [],
     "startup": [],
     "train_classifier": ["mnist", "--data", "DIR"],
     "training": ["--reference", "DIR", "--data", "DIR"],
