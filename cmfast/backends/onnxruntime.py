@@ -217,7 +217,7 @@ def _check_variant(path: Path, device: str, variant: str, manifest: Manifest) ->
         also = "" if device == "cuda" else "; 'nhwc', 'cuda_graph' and 'tensorrt' need --device cuda"
         raise BackendError(f"{path}: ONNX Runtime on {device} has the variants {there}, not {variant!r}{also}")
     if device == "cpu" or variant == "tensorrt":
-        check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT")
+        check_plain(path, manifest, "the CPU" if device == "cpu" else "TensorRT", int8=device == "cpu")
     # Its NHWC kernels are float and float16: core/providers/cuda/cuda_nhwc_kernels.cc. To be removed when it has more.
     if "nhwc" in variant and dtype == "bfloat16":
         raise BackendError(

@@ -16,7 +16,7 @@ from cmfast.cli.parameters import MODEL, SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.conditions import in_words
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning, printable
-from cmfast.formats.manifest import Manifest, as_verified, check_model, file_sha256, read_onnx
+from cmfast.formats.manifest import INT8, Manifest, as_verified, check_model, file_sha256, read_onnx
 from cmfast.formats.table import ONNX, format_of, model_bytes, read_manifest
 
 if TYPE_CHECKING:
@@ -119,7 +119,12 @@ def lines_of(
         ("kind", manifest.kind),
         *_data_lines(manifest),
         *(() if manifest.encoded else sampling),
-        ("dtype", manifest.dtype + (" when it was exported" if verified is False else "")),
+        (
+            "dtype",
+            manifest.dtype
+            + (", int8 products" if INT8 in manifest.made_by else "")
+            + (" when it was exported" if verified is False else ""),
+        ),
         ("source", json.dumps(dict(manifest.source))),
         (
             "made by",

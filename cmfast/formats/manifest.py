@@ -55,6 +55,8 @@ ROUNDING = {"float32": 1e-4, "tf32": 4e-2, "float16": 5e-2, "bfloat16": 3e-1}
 WINOGRAD = 1e-3  # for float32 where a library is free to choose such convolutions: on GPUs, and between any libraries
 # In `made_by`: which runtime the nodes of an ONNX file are for. No entry: any; the names are cmfast_export.FLAVOURS.
 FLAVOUR = "flavour"
+# Likewise: which products of an ONNX file are int8, in words. No entry: none.
+INT8 = "int8"
 _OBJECTS = ("source", "made_by", "parity", "cost", "engine", "encoders", "selftest")
 
 
@@ -298,8 +300,20 @@ def changed(file: Path) -> ArtifactError:
     )
 
 
-def check_plain(file: Path, manifest: Manifest, what: str) -> None:
-    """Raise ArtifactError if the nodes of an ONNX file are for one runtime only, and `what` is another."""
+def check_plain(file: Path, manifest: Manifest, what: str, *, int8: bool = False) -> None:
+    """Raise ArtifactError if the nodes of an ONNX file are for one runtime only, and `what` is another.
+
+    Args:
+        file: It is named in the error.
+        manifest: Of the file.
+        what: Who would run it.
+        int8: Whether `what` runs int8.
+    """
+    if INT8 in manifest.made_by and not int8:
+        raise ArtifactError(
+            f"{file}: an int8 graph, for ONNX Runtime and OpenVINO on CPUs, not for {what}; export the checkpoint in "
+            "another precision"
+        )
     if flavour := manifest.made_by.get(FLAVOUR):
         raise ArtifactError(
             f"{file}: a graph of the flavour {flavour}, for ONNX Runtime's CUDA provider, not for {what}; run it with "

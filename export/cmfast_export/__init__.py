@@ -18,6 +18,7 @@ from cmfast import lazily
 
 if TYPE_CHECKING:
     from cmfast_export.engine import export_engine
+    from cmfast_export.int8.options import Calibration
     from cmfast_export.pipeline import Exported, export_onnx
     from cmfast_export.targets.openvino_ir import Converted, export_openvino
     from cmfast_export.targets.table import Target
@@ -28,10 +29,12 @@ DEFAULT_OPSET = 18  # the oldest that has all we need, so the one that most tool
 FLAVOURS = ("", "ort-cuda")  # which runtime a graph is for; "": any, ort-cuda: ONNX Runtime's CUDA provider
 STORED = ("", "fp16")  # what weights may be stored as; "": as they are computed with
 AUTO = "auto"  # the precision that is searched for
+INT8 = "int8"  # the precision that is made on a float32 graph, for CPUs: `cmfast_export.int8`
 BF16_OPSET = 22  # the oldest whose convolutions may be bfloat16
 
 _HOMES = {  # the modules of the names below
     "Built": "targets.tensorrt_engine",
+    "Calibration": "int8.options",
     "Converted": "targets.openvino_ir",
     "Exported": "pipeline",
     "Target": "targets.table",
@@ -39,6 +42,6 @@ _HOMES = {  # the modules of the names below
     "export_onnx": "pipeline",
     "export_openvino": "targets.openvino_ir",
 }
-__all__ = ["Built", "Converted", "Exported", "Target", "export_engine", "export_onnx", "export_openvino"]
+__all__ = ["Built", "Calibration", "Converted", "Exported", "Target", "export_engine", "export_onnx", "export_openvino"]
 
 __getattr__, __dir__ = lazily(__name__, _HOMES)

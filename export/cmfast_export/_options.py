@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cmfast.checks import MAX_BATCH
 from cmfast.errors import CmfastError
 from cmfast_export import OPSETS
 
@@ -47,6 +48,35 @@ def parse_files(flag: str, texts: Sequence[str]) -> dict[str, Path]:
             raise CmfastError(f"{flag} {shorten(text)}: expected FILE, or NAME=FILE once for each name")
         files[name] = Path(file)
     return files
+
+
+def parse_numbers(flag: str, assignments: Sequence[str]) -> dict[str, float]:
+    """Return numbers by names from texts NAME=NUMBER; `flag` is named in errors."""
+    values: dict[str, float] = {}
+    for text in assignments:
+        name, equals, number = text.partition("=")
+        if name in values:
+            raise CmfastError(f"{flag} {shorten(text)}: {name} is already set; remove one of the two")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not math.isfinite(values[name]):
+            raise CmfastError(f"{flag} {shorten(text)}: expected NAME=NUMBER, for example label=10")
+    return values
+
+
+def parse_batch(text: str) -> int | None:
+    """Return the fixed batch size of --batch, None for a dynamic one."""
+    if text == "dynamic":
+        return None
+    try:
+        size = whole_number(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size <= MAX_BATCH:
+        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {MAX_BATCH:,}, or dynamic")
+    return size
 
 
 def whole_number(text: str) -> int:

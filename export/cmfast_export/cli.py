@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from cmfast.cli.parameters import FLOATS, SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.formats.values import PRECISIONS
-from cmfast_export import AUTO
+from cmfast_export import AUTO, INT8
 from cmfast_export.targets.table import NAMES
 
 EPILOG = """\b
@@ -22,6 +22,7 @@ Examples:
   cmfast-export model.pt                                        model.onnx: the denoiser, any noise level
   cmfast-export model.pt --kind sampler --steps 2 -o two.onnx   the whole loop in one graph
   cmfast-export model.pt --precision fp16                       model_fp16.onnx: half precision, for GPUs
+  cmfast-export model.pt --precision int8                       model_int8.onnx: for CPUs
   cmfast-export model.pt --format ort-cuda --precision fp16     for ONNX Runtime's CUDA provider
   cmfast-export model.pt --format engine --kind sampler --steps 2 --precision fp16      TensorRT
   cmfast-export model.onnx --format engine --build batch=1,16,256 --target 8.9,12.0     TensorRT-RTX, for other cards
@@ -66,10 +67,10 @@ Examples:
 @click.option("--opset", type=int, help="ONNX opset, 18 to 23; default: 18, for bf16 22.")
 @click.option(
     "--precision",
-    type=click.Choice([*PRECISIONS, AUTO]),
+    type=click.Choice([*PRECISIONS, INT8, AUTO]),
     default="fp32",
     show_default=True,
-    help="What the network computes in; auto: the fastest within --tolerance.",
+    help="What the network computes in; int8: for CPUs; auto: the fastest within --tolerance.",
 )
 @click.option(
     "--encoder", multiple=True, metavar="[NAME=]FILE", help="Write the encoder of a condition apart, into FILE."
@@ -79,6 +80,10 @@ Examples:
 @click.option("--null", multiple=True, metavar="NAME=NUMBER", help="With guidance: what stands for no condition.")
 @click.option(
     "--tolerance", type=float, help="Largest difference from float32 PyTorch; default: by precision and device."
+)
+@click.option("--tolerance-db", type=float, help="Int8: least PSNR from float32 PyTorch, dB; default: 40.")
+@click.option(
+    "--calibration", multiple=True, metavar="NAME=VALUE", help="Int8: samples=16, seed=0, data=CONDITIONS.npz."
 )
 @click.option(
     "--device",
@@ -121,6 +126,8 @@ def command(
     guidance: float | None,
     null: tuple[str, ...],
     tolerance: float | None,
+    tolerance_db: float | None,
+    calibration: tuple[str, ...],
     device: str,
     target: str | None,
     build: tuple[str, ...],
@@ -158,6 +165,8 @@ def command(
             guidance=guidance,
             null=null,
             tolerance=tolerance,
+            tolerance_db=tolerance_db,
+            calibration=calibration,
             device=device,
             build=(*build, *([f"target={target}"] if target is not None else [])),
             serve=serve,

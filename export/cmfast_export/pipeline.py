@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,36 +13,36 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from cmfast.backends import Backend, open_backend
-from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_library import import_onnxruntime
 from cmfast.checks import NotFinite
-from cmfast.errors import CheckFailed, CmfastError, shown
+from cmfast.errors import CmfastError, shown
 from cmfast.files import atomic_file, check_target
-from cmfast.formats.manifest import FLAVOUR, MAX_CHARACTERS, Manifest, graph_sha256, read_onnx, rounding
+from cmfast.formats.manifest import FLAVOUR, MAX_CHARACTERS, Manifest, graph_sha256, rounding
+from cmfast.formats.manifest import INT8 as INT8_WORDS
 from cmfast.formats.selftest import record_selftest
 from cmfast.formats.table import ONNX
 from cmfast.formats.values import PRECISIONS
 from cmfast.model import Model
 from cmfast.schedule import as_sigmas
 from cmfast.spec import ModelSpec
-from cmfast_export import BF16_OPSET
+from cmfast_export import BF16_OPSET, INT8
 from cmfast_export._target import one_writer
+from cmfast_export.checking import Agreement, Check, summary
 from cmfast_export.encoder_files import EncoderFile, encoder_paths, encoders_apart
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.cost import graph_cost
 from cmfast_export.graphs.denoiser import MOST, denoiser_graph
-from cmfast_export.graphs.emulate import emulate_file
 from cmfast_export.graphs.half import Halved, halved
 from cmfast_export.graphs.probe import check_module, check_network
 from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.storage import stored_as_float16
 from cmfast_export.graphs.writer import replacing_data, weight_bytes, write_data
+from cmfast_export.int8.options import Calibration
+from cmfast_export.int8.quantization import Quantized, quantize
 from cmfast_export.request import GraphRequest
 from cmfast_export.targets.ort_cuda import Rewritten, check_ort_cuda, ort_cuda_graph
-from cmfast_export.targets.ort_cuda_stand_in import stand_in_file
-from cmfast_export.verify import Given, Looped, Parity, rounded, verify
+from cmfast_export.verify import Given, Looped
 from cmfast_train.backends.pytorch import TorchBackend, manifest_of, snapshot
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.denoiser import Denoiser
@@ -73,6 +72,7 @@ class Exported:
         left: operators of the network that half precision, made on the graph, leaves in float32.
         notes: what else there is to know, a line each.
         encoders: the encoders of conditions, in files of their own.
+        int8: what of it is int8; None: nothing.
     """
 
     path: Path
@@ -86,15 +86,7 @@ class Exported:
     left: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     encoders: tuple[EncoderFile, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """How far a graph is from PyTorch."""
-
-    parity: Parity  # from PyTorch in float32
-    same: Parity | None  # from PyTorch in the same half precision; None where that is made on the graph
-    as_is: Parity | None  # where `parity` is of emulated arithmetic: of the file itself, as this machine runs it
+    int8: Quantized | None = None
 
 
 def export_onnx(
@@ -114,6 +106,8 @@ def export_onnx(
     flavour: str = "",
     weights: str = "",
     encoder: EncoderPaths | None = None,
+    tolerance_db: float | None = None,
+    calibration: Calibration | None = None,
 ) -> Exported:
     """Export a model to an ONNX file, compare the file with PyTorch, and only then give it its name.
 
@@ -127,7 +121,7 @@ def export_onnx(
         sigmas: of a sampler: noise levels, data units, decreasing, instead of steps.
         batch: fixed batch size; None: dynamic.
         opset: of ONNX, 18 to 23; None: the oldest that can express the graph.
-        precision: fp32, tf32, fp16 or bf16: what the network computes in.
+        precision: fp32, tf32, fp16, bf16 or, for CPUs, int8: what the network computes in.
         guidance: of a sampler: weight of classifier-free guidance, two evaluations a step.
         null: with guidance: what stands for no condition, by name: a class, or the value that fills a tensor; None:
             what the model declares.
@@ -140,6 +134,10 @@ def export_onnx(
         encoder: file that the encoder of a condition is written to, or files by the names of conditions; `out` then
             takes what they make, and `cmfast.load(out, encoder=...)` runs them. None: encoders are inside `out`.
 
+        tolerance_db: of int8, instead of the tolerance: least PSNR from float32, dB; None: 40. Products are given back
+            to float32 until it holds.
+        calibration: of int8: the samples that ranges are taken from.
+
     Returns:
         The file and how far it is from PyTorch.
 
@@ -151,7 +149,7 @@ def export_onnx(
     graph = GraphRequest(
         kind=kind, steps=steps, sigmas=None if sigmas is None else as_sigmas(sigmas), batch=batch, opset=opset,
         precision=precision, guidance=guidance, null=dict(null or {}), device=device, tolerance=tolerance,
-        flavour=flavour, weights=weights, encoders=_paths(encoder),
+        flavour=flavour, weights=weights, encoders=_paths(encoder), tolerance_db=tolerance_db, calibration=calibration,
     )  # fmt: skip
     return export_onnx_as(model, goal, graph)
 
@@ -204,8 +202,8 @@ def _export(
         given: values of the conditions to compare with; None: random ones.
     """
     begun, kind, precision = time.perf_counter(), request.kind, request.precision
-    if precision not in PRECISIONS:
-        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in (*PRECISIONS, INT8):
+        raise CmfastError(f"precision must be one of {', '.join(PRECISIONS)}, {INT8}, got {precision!r}")
     if request.flavour:
         check_ort_cuda(request.opset, precision)
     if not isinstance(model, (Checkpoint, Denoiser, str, os.PathLike)):
@@ -224,16 +222,16 @@ def _export(
         references.append(TorchBackend(loaded, precision=precision))
     for each in references:
         each.batch = request.batch  # the network's code may take no other
-    dtype = PRECISIONS[precision]
+    dtype = request.dtype
     tolerance = request.allowed(request.device)
     spec = references[0].manifest.spec
     sigmas = spec.sigmas_for(request.steps, request.sigmas) if kind != "denoiser" else ()
     guidance = None if request.guidance is None else Guidance.of(request.guidance, request.null, spec)
     flavour = request.flavour
 
-    check = _Check(
+    check = Check(
         references=references, device=request.device, tolerance=tolerance, flavour=flavour, guidance=guidance,
-        given=given,
+        given=given, least_db=request.allowed_db,
     )  # fmt: skip
     made_by = {**references[0].manifest.made_by, **_versions(), "verified": check.how(dtype)}
     made_by |= {FLAVOUR: flavour} if flavour else {}
@@ -255,6 +253,11 @@ def _export(
     if most is not None:
         check = replace(check, more=(most + 1,))
         notes.append(f"the network's code has a branch for batches above {most}; the file was compared there too")
+    int8 = None
+    if precision == INT8:
+        int8 = quantize(graph, manifest, request, sigmas, guidance, references, given)
+        graph = int8.model
+        manifest = replace(manifest, made_by={**manifest.made_by, INT8_WORDS: int8.in_words}, cost=_cost(graph, notes))
     sampled = None
     rewritten = ort_cuda_graph(graph) if flavour else None
     written = _stored(rewritten.model if rewritten else graph, request)
@@ -263,7 +266,7 @@ def _export(
         with atomic_file(target) as file:
             size = writer.write_with_manifest(written, manifest, file, data)
             agreement = check(file, "the denoiser graph")
-            found = _summary(agreement)
+            found = summary(agreement)
             if kind != "denoiser":
                 looped = sampler_graph(graph, sigmas, spec, guidance)
                 looped = server_graph(looped) if kind == "server" else looped
@@ -274,10 +277,11 @@ def _export(
                 looped = _stored(rewritten.model if rewritten else looped, request)
                 size = writer.write_with_manifest(looped, manifest, file, data)
                 sampled = check(file, "the sampler graph")
-                found |= _summary(sampled)
+                found |= summary(sampled)
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             try:
                 atol = rounding(PRECISIONS["fp16"] if request.weights else dtype, "cuda")
+                atol = max(atol, 3 * (sampled or agreement).parity.worst.max_abs) if int8 else atol
                 tested = record_selftest(Looped(Model(references[0]), guidance), atol, sigmas or None)
                 manifest = replace(manifest, selftest=tested)
             except NotFinite:
@@ -288,12 +292,13 @@ def _export(
     return Exported(
         path=target, manifest=manifest, data=data.path if data else None, tolerance=tolerance, denoiser=agreement,
         sampler=sampled, seconds=time.perf_counter() - begun, rewritten=rewritten, left=made.left, notes=tuple(notes),
+        int8=int8,
     )  # fmt: skip
 
 
 def _denoiser_graph(model: Checkpoint | Denoiser, request: GraphRequest, ours: bool) -> Halved:
     """Return the graph of a denoiser in the precision of the request; `ours`: its modules convert themselves."""
-    precision, opset = request.precision, request.opset
+    precision, opset = "fp32" if request.precision == INT8 else request.precision, request.opset
     if precision == "bf16" and opset is None:
         opset = BF16_OPSET
     if precision == "bf16" and opset is not None and opset < BF16_OPSET:
@@ -330,66 +335,6 @@ def _fitting(manifest: Manifest, kind: str, sigmas: Sequence[float]) -> ModelSpe
             "give fewer noise levels, or leave default levels out of the checkpoint"
         )
     return spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Check:
-    """How a file just written is compared with PyTorch."""
-
-    references: Sequence[Backend]  # PyTorch in float32, then in the file's precision where that is a half
-    device: str
-    tolerance: float
-    flavour: str = ""
-    guidance: Guidance | None = None
-    more: tuple[int, ...] = ()  # sizes of batches beside the usual ones
-    given: Given | None = None  # values of the conditions; None: random ones
-
-    def __call__(self, file: Path, what: str) -> Agreement:
-        """Return how far the file is from PyTorch; beyond the tolerance raise CheckFailed."""
-        manifest = read_onnx(file)[0]
-        dtype = manifest.dtype
-        # Of this file: the manifest of one that emulates it says float32.
-        compare = partial(verify, guidance=self.guidance, given=self.given, rounds=rounded(manifest))
-        with tempfile.TemporaryDirectory() as folder:
-            backend = self._open(file, Path(folder))
-            parity, *same = compare(backend, self.references, more=self.more)
-            del backend
-            as_is = None
-            # ONNX Runtime has no bfloat16 convolution on a CPU, and no GroupNorm.
-            if self.emulates(dtype) and dtype != "bfloat16" and not self.flavour:
-                (as_is,) = compare(OnnxRuntimeBackend(file), self.references[:1])
-        for each in (parity, *same, *([as_is] if as_is else [])):
-            if failure := each.failure(self.tolerance):
-                raise CheckFailed(f"{what} {failure}; no file was written")
-        return Agreement(parity=parity, same=same[0] if same else None, as_is=as_is)
-
-    def _open(self, file: Path, folder: Path) -> Backend:
-        """Open what stands for the file: itself, or the same graph in what a CPU has, written to `folder`."""
-        emulates = self.emulates(read_onnx(file)[0].dtype)
-        if self.flavour and self.device == "cuda":
-            return open_backend(file, "cuda", variant="nhwc")
-        if self.flavour:
-            file = stand_in_file(file, folder / "stand_in.onnx")
-        if emulates:
-            return OnnxRuntimeBackend(emulate_file(file, folder / "emulated.onnx"))
-        return open_backend(file, self.device)
-
-    def emulates(self, dtype: str) -> bool:
-        return self.device == "cpu" and dtype != "float32"
-
-    def how(self, dtype: str) -> str:
-        how = f"onnxruntime {self.device}" + (f", {dtype} emulated" if self.emulates(dtype) else "")
-        if not self.flavour:
-            return how
-        return f"{how}, nhwc" if self.device == "cuda" else f"{how}, GroupNorm written out: no CUDA kernel run"
-
-
-def _summary(agreement: Agreement) -> dict[str, float]:
-    """Return what the manifest records."""
-    values = agreement.parity.to_dict()
-    if agreement.same:
-        values["same_precision"] = agreement.same.to_dict()["max_abs"]
-    return values
 
 
 def _versions() -> dict[str, str]:

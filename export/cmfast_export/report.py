@@ -48,6 +48,10 @@ def onnx(found: Choice, request: Request) -> None:
     """Report an ONNX file."""
     exported, checkpoint, given = found.exported, request.model, request.given
     graph(found, request)
+    if exported.int8:
+        click.echo(exported.int8.in_words)
+        if exported.int8.machine:
+            click.echo(exported.int8.machine)
     if exported.left:
         many = ", ".join(f"{count} {name}" for name, count in exported.left.items())
         click.echo(f"in float32 inside the network: {many}")
@@ -62,8 +66,9 @@ def onnx(found: Choice, request: Request) -> None:
         )
     size = exported.path.stat().st_size / 2**20
     manifest = exported.manifest
+    precision = "int8" if exported.int8 else manifest.dtype
     click.echo(
-        f"{exported.path}: {manifest.kind}, {manifest.dtype}, {size:.1f} MiB, exported and verified in "
+        f"{exported.path}: {manifest.kind}, {precision}, {size:.1f} MiB, exported and verified in "
         f"{exported.seconds:.1f} s"
     )
     if exported.data:
@@ -76,6 +81,8 @@ def onnx(found: Choice, request: Request) -> None:
         click.echo(f"  cmfast-export {exported.path} --format engine")
         return
     click.echo(_sample(exported.path, manifest, exported.encoders))
+    if exported.int8:
+        click.echo(f"  cmfast-sample {exported.path} --variant openvino --precision bf16 ...    # the rest in bfloat16")
     if not request.own:
         _bench(exported.path, checkpoint, given)
 
@@ -104,22 +111,30 @@ def parity(exported: Exported, path: Path) -> None:
         columns.append(f"{exported.manifest.dtype} PyTorch")
     if parts[0].as_is:
         columns.append("as this CPU runs it")
-    scaled = any(row.factor > 1 for part in parts for row in part.parity.rows)
+    int8, images = exported.int8, exported.manifest.spec.data == "image"
+    scaled = not int8 and any(row.factor > 1 for part in parts for row in part.parity.rows)
     if scaled:
         columns.append("allowed")
+    if int8:
+        columns += ["dB", *["grey levels"] * images]
     how = exported.manifest.made_by["verified"]
-    click.echo(f"{path.name} against PyTorch: largest difference, {exported.tolerance:.0e} allowed, by {how}")
+    allowed = f"{int8.allowed_db:g} dB needed" if int8 else f"{exported.tolerance:.0e} allowed"
+    click.echo(f"{path.name} against PyTorch: largest difference, {allowed}, by {how}")
     table = Table(*columns)
     for part in parts:
         others = [each.rows for each in (part.same, part.as_is) if each]
         for index, row in enumerate(part.parity.rows):
             far = [f"{rows[index].difference:.1e}" for rows in (part.parity.rows, *others)]
-            table.add_row(row.where, *far, *([f"{exported.tolerance * row.factor:.1e}"] if scaled else []))
+            more = [f"{exported.tolerance * row.factor:.1e}"] if scaled else []
+            more += [f"{row.psnr_db:.1f}", f"{row.grey_levels:.2g}"] if int8 else []
+            table.add_row(row.where, *far, *more[: len(columns) - 2])
         if part.parity.boundary is not None:
             table.add_row("boundary: f(x, sigma_min) against x", f"{part.parity.boundary:.1e}")
     if scaled:
         click.echo("more is allowed where the scaling multiplies what the network predicts: |c_out(sigma)|")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if int8 and images:
+        click.echo("grey levels: root mean square, in steps of an 8-bit image")
 
 
 def choice(chosen: Choice) -> None:

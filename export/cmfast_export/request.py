@@ -22,18 +22,20 @@ from cmfast.files import check_target, check_target_folder
 from cmfast.formats.manifest import KINDS, check_model, rounding
 from cmfast.formats.table import ENGINE, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
-from cmfast_export import AUTO, FLAVOURS, STORED
+from cmfast_export import AUTO, FLAVOURS, INT8, STORED
 from cmfast_export._options import (
     check_opset,
     check_range,
     check_steps,
     check_tolerance,
+    parse_batch,
     parse_files,
+    parse_numbers,
     parse_options,
     shorten,
-    whole_number,
 )
 from cmfast_export._target import files_of
+from cmfast_export.int8.options import TOLERANCE_DB, Calibration, check_int8
 from cmfast_export.targets.table import TARGETS, Target, at, find_target
 
 
@@ -47,7 +49,7 @@ class GraphRequest:
         sigmas: of a sampler: noise levels, data units, decreasing, instead of steps.
         batch: fixed batch size; None: dynamic.
         opset: of ONNX; None: the oldest that can express it.
-        precision: fp32, tf32, fp16 or bf16: what the network computes in; auto: the fastest inside the tolerance.
+        precision: fp32, tf32, fp16, bf16 or int8: what the network computes in; auto: the fastest inside the tolerance.
         guidance: of a sampler: weight of classifier-free guidance; None: none.
         null: what stands for no condition, by name: a class, or the value that fills a tensor.
         device: where the file is run for its verification: cpu (whose missing arithmetic is emulated) or cuda.
@@ -73,16 +75,30 @@ class GraphRequest:
     flavour: str = ""
     weights: str = ""
     encoders: Mapping[str, Path] = field(default_factory=dict)
+    tolerance_db: float | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the manifest calls the precision; around int8 products a graph is float32."""
+        return PRECISIONS["fp32" if self.precision == INT8 else self.precision]
+
+    @property
+    def allowed_db(self) -> float:
+        """The least PSNR of a file, dB; 0 where another tolerance decides."""
+        return (self.tolerance_db or TOLERANCE_DB) if self.precision == INT8 else 0.0
 
     def allowed(self, device: str) -> float:
         """Return the tolerance, data units: what was requested, else what rounding explains on a device."""
-        stored = "fp16" if self.weights else self.precision
-        return rounding(PRECISIONS[stored], device) if self.tolerance is None else self.tolerance
+        if self.precision == INT8:
+            return math.inf  # `allowed_db` decides
+        stored = PRECISIONS["fp16"] if self.weights else self.dtype
+        return rounding(stored, device) if self.tolerance is None else self.tolerance
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("kind", self.kind, KINDS),
-            ("precision", self.precision, (*PRECISIONS, AUTO)),
+            ("precision", self.precision, (*PRECISIONS, INT8, AUTO)),
             ("device", self.device, ("cpu", "cuda")),
             ("flavour", self.flavour, FLAVOURS),
             ("weights", self.weights, STORED),
@@ -91,6 +107,11 @@ class GraphRequest:
                 raise CmfastError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
         if self.weights and self.precision not in ("fp32", "tf32"):
             raise CmfastError(f"weights of precision {self.precision} are stored in it already; leave fp16 weights out")
+        check_int8(
+            precision=self.precision, tolerance=self.tolerance, tolerance_db=self.tolerance_db,
+            calibration=self.calibration, weights=self.weights, device=self.device, flavour=self.flavour,
+            encoders=bool(self.encoders),
+        )  # fmt: skip
         if self.guidance is not None:
             real_number("guidance", self.guidance)
         for name, number in self.null.items():
@@ -231,6 +252,8 @@ def make_request(
     guidance: float | None = None,
     null: Sequence[str] = (),
     tolerance: float | None = None,
+    tolerance_db: float | None = None,
+    calibration: Sequence[str] = (),
     device: str = "cpu",
     build: Sequence[str] = (),
     serve: Sequence[str] = (),
@@ -249,7 +272,7 @@ def make_request(
         out: None: a name beside the model.
         form: name of the target.
         kind: None: the target's default.
-        steps: as in `GraphRequest`, and so are sigmas, batch, opset, precision, tolerance and device.
+        steps: as in `GraphRequest`, and so are sigmas, batch, opset, precision, tolerances and device.
         sigmas: see steps.
         batch: see steps.
         opset: see steps.
@@ -259,6 +282,8 @@ def make_request(
         guidance: see steps.
         null: NAME=NUMBER, with guidance.
         tolerance: see steps.
+        tolerance_db: see steps.
+        calibration: NAME=VALUE, of int8 (`int8.options.Calibration`).
         device: see steps.
         build: NAME=VALUE, options of the target.
         serve: NAME=VALUE, options of a target that is served.
@@ -280,7 +305,7 @@ def make_request(
         check_model(read)
     if engines and not (target.takes_engines and format_of(model) is ENGINE):
         raise CmfastError(f"{engines[0]}: one file at a time; several engines can be put into one --format triton")
-    of_graph = (kind, steps, sigmas, opset, guidance, weights or None, *null)
+    of_graph = (kind, steps, sigmas, opset, guidance, weights or None, tolerance_db, *null, *calibration)
     graph_asked = any(value is not None for value in of_graph) or (batch, precision) != ("dynamic", "fp32")
     if not target.kinds and (graph_asked or tolerance is not None):
         raise CmfastError(
@@ -306,6 +331,11 @@ def make_request(
         )
     if precision == AUTO and not target.automatic:
         raise CmfastError(f"--precision auto is not supported with --format {form}; pass --precision fp16")
+    if precision == INT8 and not target.int8:
+        raise CmfastError(
+            f"--precision int8 is not supported with --format {form}; with --format onnx it makes a file that ONNX "
+            "Runtime and OpenVINO run on CPUs"
+        )
     kind = kind or (target.kinds or KINDS)[0]
     for file in engines:
         check_model(file)
@@ -316,9 +346,10 @@ def make_request(
     )  # fmt: skip
     request.check_out()
     graph = GraphRequest(
-        kind=kind, steps=steps, sigmas=sigmas, batch=_batch(batch), opset=opset, precision=precision,
-        guidance=guidance, null=_null(null), tolerance=tolerance, device=device, flavour=target.flavour,
-        weights=weights, encoders=parse_files("--encoder", encoder),
+        kind=kind, steps=steps, sigmas=sigmas, batch=parse_batch(batch), opset=opset, precision=precision,
+        guidance=guidance, null=parse_numbers("--null", null), tolerance=tolerance, device=device,
+        flavour=target.flavour, weights=weights, encoders=parse_files("--encoder", encoder), tolerance_db=tolerance_db,
+        calibration=parse_options(Calibration, "--calibration", calibration) if calibration else None,
     )  # fmt: skip
     given = build if target.flag == "--build" else serve
     options = parse_options(at(target.options), target.flag, given) if target.options else None
@@ -339,22 +370,6 @@ def _own(model: Path | None, network: str, spec: Path | None, target: Target, so
     if not target.kinds:
         raise CmfastError(f"--format {target.name} takes checkpoints of known networks, not --network")
     return OwnNetwork(factory=network, spec=spec, weights=model is not None)
-
-
-def _null(assignments: Sequence[str]) -> dict[str, float]:
-    """Return the numbers of --null NAME=NUMBER."""
-    values: dict[str, float] = {}
-    for text in assignments:
-        name, equals, number = text.partition("=")
-        if name in values:
-            raise CmfastError(f"--null {shorten(text)}: {name} is already set; remove one of the two")
-        try:
-            values[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not math.isfinite(values[name]):
-            raise CmfastError(f"--null {shorten(text)}: expected NAME=NUMBER, for example label=10")
-    return values
 
 
 def _check_flags(target: Target, build: Sequence[str], serve: Sequence[str], cache_given: bool) -> None:
@@ -380,16 +395,3 @@ def _default_out(model: Path, target: Target, kind: str, precision: str) -> Path
 
 def _stem(model: Path) -> str:
     return model.resolve().name if model.is_dir() else model.stem
-
-
-def _batch(text: str) -> int | None:
-    """Return the fixed batch size of --batch, None for a dynamic one."""
-    if text == "dynamic":
-        return None
-    try:
-        size = whole_number(text)
-    except ValueError:
-        size = 0
-    if not 1 <= size <= MAX_BATCH:
-        raise CmfastError(f"--batch {shorten(text)}: a number from 1 to {MAX_BATCH:,}, or dynamic")
-    return size

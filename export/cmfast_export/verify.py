@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cmfast.backends import Backend
 from cmfast.checks import NotFinite
 from cmfast.conditions import some_values
-from cmfast.formats.manifest import Manifest
+from cmfast.formats.manifest import INT8, Manifest
 from cmfast.model import Model
 from cmfast.noise import slices
 from cmfast.preconditioning import scalings
@@ -32,6 +32,7 @@ BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; fl
 LARGE = 4 * 128 * 128  # numbers of a sample; five samples of more can take gigabytes
 SIZES = (16, 8, 24)  # of the conditions' dynamic axes
 MEASURED = 0.5  # |c_out|, and sigma_data, of the networks that `cmfast.formats.manifest.ROUNDING` was measured with
+DRAWN = 2**62  # the first seed of samples that are drawn to be denoised: none that a calibration has
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
 
 
@@ -77,13 +78,16 @@ class Parity:
         """The worst of the rows, dB."""
         return min(row.psnr_db for row in self.rows)
 
-    def failure(self, tolerance: float, of: str = "PyTorch") -> str | None:
-        """Return what is wrong in words, or None; `of` is what was compared with."""
+    def failure(self, tolerance: float, of: str = "PyTorch", least_db: float = 0.0) -> str | None:
+        """Return what is wrong in words, or None; `of`: what was compared with, `least_db`: the PSNR that is needed."""
         worst = self.worst
         if not worst.max_abs <= tolerance:  # also when it is not a number
             return (
                 f"differs from {of} by {worst.difference:.2e} at {worst.where} (allowed {tolerance * worst.factor:.0e})"
             )
+        if self.psnr_db < least_db:
+            where = min(self.rows, key=lambda row: row.psnr_db).where
+            return f"is {self.psnr_db:.1f} dB from {of} at {where} ({least_db:g} dB needed)"
         if self.boundary is not None and not self.boundary <= BOUNDARY_TOLERANCE:
             return f"f(x, sigma_min) differs from x by {self.boundary:.2e} (allowed {BOUNDARY_TOLERANCE:.0e})"
         return None
@@ -120,6 +124,7 @@ def verify(
     sizes: Sequence[int] = SIZES,
     given: Given | None = None,
     rounds: bool | None = None,
+    drawn: bool = False,
 ) -> list[Parity]:
     """Compare a file of any kind with each reference on the same inputs; the references are denoisers.
 
@@ -133,6 +138,8 @@ def verify(
         given: values of the conditions; None: `some_values`.
         rounds: whether values or weights of the network are rounded to less than float32; None: as the file's manifest
             says.
+        drawn: denoise samples of the first reference with noise added, not random numbers: of int8, which clips what
+            it has not seen.
     """
     rounds = rounded(file.manifest) if rounds is None else rounds
     spec = file.manifest.spec
@@ -141,7 +148,7 @@ def verify(
     rows: list[list[Row]] = [[] for _ in theirs]
     boundary = None
     if file.manifest.kind == "denoiser":
-        for case in _denoiser_cases(spec, _batches(file, batches, more), sizes, values):
+        for case in denoiser_cases(spec, _batches(file, batches, more), sizes, values, theirs[0] if drawn else None):
             x, sigma = case.x, case.sigma
             beside: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
             got = _or_nan(partial(ours.denoise, x, sigma, **beside), x.shape)
@@ -231,7 +238,7 @@ def _batches(file: Backend, batches: Sequence[int] | None, more: Sequence[int]) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Case:
+class Case:
     """The inputs of one comparison of denoisers."""
 
     where: str
@@ -241,7 +248,10 @@ class _Case:
     conditions: Mapping[str, npt.NDArray[Any]]
 
 
-def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int], values: Given) -> Iterator[_Case]:
+def denoiser_cases(
+    spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int], values: Given, model: Model | None = None
+) -> Iterator[Case]:
+    """Yield the inputs that denoisers are compared on; `model`: what draws their samples, see `verify`."""
     sigmas = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
     sigmas[0], sigmas[-1] = spec.sigma_min, spec.sigma_max
     cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in sigmas] if batches[0] == 1 else []
@@ -254,18 +264,23 @@ def _denoiser_cases(spec: ModelSpec, batches: Sequence[int], sizes: Sequence[int
         clean = rng.uniform(-1, 1, (len(sigma), *spec.shape)).astype(np.float32)
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
         part = rng.uniform(0, 0.9, len(sigma)).astype(np.float32)
-        yield _Case(
+        conditions = values(len(sigma), number, sizes[number % len(sizes)])
+        if model is not None:
+            levels = model.sigmas_for()
+            unit = slices(DRAWN + number, range(len(sigma)), len(levels), spec.shape)
+            clean = model.from_noise(unit, levels, conditions=conditions)
+        yield Case(
             where=where,
             x=clean + sigma.reshape(-1, *[1] * len(spec.shape)) * noise,
             sigma=sigma,
             sigma_next=part * sigma if spec.second_time else None,
-            conditions=values(len(sigma), number, sizes[number % len(sizes)]),
+            conditions=conditions,
         )
 
 
 def rounded(manifest: Manifest) -> bool:
     """Whether values or weights of a file's network are rounded to less than float32."""
-    return manifest.dtype != "float32" or "weights" in manifest.made_by
+    return manifest.dtype != "float32" or not {"weights", INT8}.isdisjoint(manifest.made_by)
 
 
 def allowance(spec: ModelSpec, sigma: Floats, *, rounds: bool) -> Floats:

@@ -81,7 +81,7 @@ class OpenVinoBackend:
         self._file = IrFile(path, sha256) if format_of(path) is OPENVINO else OnnxFile(path, sha256)
         try:
             manifest = self._file.manifest
-            check_plain(path, manifest, "OpenVINO")
+            check_plain(path, manifest, "OpenVINO", int8=True)
             dtype = PRECISIONS[precision] if precision else manifest.dtype
             check_precision(path, dtype, core)
             model, digest = _read(core, self._file)

@@ -48,8 +48,8 @@ def graph_cost(model: ir.Model) -> dict[str, float]:
         weights += sum(_constant_bytes(node, known, batch))
         if node.op_type in MATRIX:
             flops += _flops(node)
-            read |= {value for value in node.inputs if value is not None and value not in known}
-            written.add(node.outputs[0])
+            read |= {_stored(value) for value in node.inputs if value is not None and value not in known}
+            written.add(_quantized(node.outputs[0]))
     activations = sum(_bytes(value) for value in read - inside) + sum(_bytes(value) for value in written - inside)
     return {
         "flops": _exactly(flops, batch),
@@ -92,7 +92,20 @@ def _constant_bytes(node: ir.Node, known: set[ir.Value], batch: int) -> Iterator
     for value in node.inputs:
         if value is None or value not in known or value.dtype is None or not value.dtype.is_floating_point():
             continue  # integers are shapes and axes
-        yield _exactly(_bytes(node.outputs[0]), batch) if node.op_type == "Gather" else _bytes(value)
+        yield _exactly(_bytes(node.outputs[0]), batch) if node.op_type == "Gather" else _bytes(_stored(value))
+
+
+def _stored(value: ir.Value) -> ir.Value:
+    """Return what a value is read as: behind a DequantizeLinear the 8-bit integers before it."""
+    maker = value.producer()
+    before = maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else None
+    return value if before is None else before
+
+
+def _quantized(value: ir.Value) -> ir.Value:
+    """Return what a result is written as: before a QuantizeLinear the 8-bit integers behind it."""
+    users = [user for user, _ in value.uses()]
+    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == "QuantizeLinear" else value
 
 
 def _scores(graph: ir.Graph) -> set[ir.Value]:

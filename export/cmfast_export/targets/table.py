@@ -44,6 +44,7 @@ class Target:
         flag: --build, how it is made, or --serve, how it is served.
         caches: whether `--cache` applies.
         automatic: whether `--precision auto` applies.
+        int8: whether `--precision int8` applies.
         flavour: of the graph, one of `cmfast_export.FLAVOURS`.
         check: place of a function that gets the request and raises CmfastError before the work; "": none.
         report: place of a function that gets what the writer returned and the request, and prints; "": one line.
@@ -60,6 +61,7 @@ class Target:
     flag: str = "--build"
     caches: bool = False
     automatic: bool = True
+    int8: bool = False
     flavour: str = ""
     check: str = ""
     report: str = ""
@@ -70,7 +72,7 @@ _REPORT = "cmfast_export.report"
 TARGETS = (
     Target(
         name="onnx", writer=f"{_HERE}.onnx_graph:write", suffixes=ONNX.suffixes, needs="model", takes_files=False,
-        report=f"{_REPORT}:onnx",
+        int8=True, report=f"{_REPORT}:onnx",
     ),
     Target(
         name="ort-cuda", writer=f"{_HERE}.onnx_graph:write", suffixes=ONNX.suffixes, needs="model", takes_files=False,
