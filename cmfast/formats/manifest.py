@@ -301,14 +301,7 @@ def changed(file: Path) -> ArtifactError:
 
 
 def check_plain(file: Path, manifest: Manifest, what: str, *, int8: bool = False) -> None:
-    """Raise ArtifactError if the nodes of an ONNX file are for one runtime only, and `what` is another.
-
-    Args:
-        file: It is named in the error.
-        manifest: Of the file.
-        what: Who would run it.
-        int8: Whether `what` runs int8.
-    """
+    """Raise ArtifactError if the nodes of an ONNX file are for runtimes that `what` is none of; int8: it runs int8."""
     if INT8 in manifest.made_by and not int8:
         raise ArtifactError(
             f"{file}: an int8 graph, for ONNX Runtime and OpenVINO on CPUs, not for {what}; export the checkpoint in "
