@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -67,6 +68,33 @@ def test_the_list_names_the_operators_that_the_file_has(small: Path) -> None:
     for name in ("Div", "ReduceMean", "Reshape", 'Cast{"inputs": {"0": ["int64_t"]}'):
         assert name in listed
     assert "Conv" not in listed
+
+
+def test_the_parser_of_onnx_runtimes_build_reads_the_list_as_the_operators_of_the_optimised_graph(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """`tools/ci_build/build.py --include_ops_by_config` reads it with this parser, which the wheel has too."""
+    parser = pytest.importorskip("onnxruntime.tools.reduced_build_config_parser")
+    pytest.importorskip("flatbuffers")  # without it the parser ignores types
+    onnx_file, optimised = tmp_path / "model.onnx", tmp_path / "optimised.onnx"
+    assert call(main, tiny_checkpoint(), "-o", onnx_file).returncode == 0
+    made = converted(onnx_file, tmp_path / "model.ort")
+    operators, types = parser.parse_config(str(made.operators), enable_type_reduction=True)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.log_severity_level = str(optimised), 4
+    onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
+    model = onnx.load(optimised)
+    opsets = {each.domain: each.version for each in model.opset_import}
+    wanted: dict[str, dict[int, set[str]]] = {}
+    for node in model.graph.node:  # the kernels are found by the version at which the operator last changed
+        since = onnx.defs.get_schema(node.op_type, opsets[""]).since_version if not node.domain else opsets[node.domain]
+        wanted.setdefault(node.domain or "ai.onnx", {}).setdefault(since, set()).add(node.op_type)
+    assert operators == wanted
+    assert {"Conv", "Gather"} <= {name for names in operators["ai.onnx"].values() for name in names}
+    assert any("Gather" in line for line in types.get_cpp_entries())
+    assert types.is_typed_registration_needed("ai.onnx", "Softmax", "float")
+    assert not types.is_typed_registration_needed("ai.onnx", "Softmax", "double")
 
 
 def test_conditions_are_read_and_given(small: Path, tmp_path: Path) -> None:
