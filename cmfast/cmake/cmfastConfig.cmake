@@ -9,7 +9,7 @@
 #
 # cmfast_deploy(TARGET onnxruntime) copies the library of ONNX Runtime beside the program, which then finds it there. It
 # is looked for in CMFAST_ONNXRUNTIME or ONNXRUNTIME_ROOT (a file, or a folder as of a release archive), in the Python
-# environment that cmfast is installed in, and where the system keeps libraries.
+# environment that cmfast is installed in, and where CMake looks for the system's libraries.
 include(CMakeFindDependencyMacro)
 
 get_filename_component(_cmfast_root "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
@@ -65,7 +65,7 @@ endforeach()
 # Set RESULT to the library of ONNX Runtime, or stop.
 function(_cmfast_onnxruntime RESULT)
   set(places "${CMFAST_ONNXRUNTIME}" "$ENV{CMFAST_ONNXRUNTIME}" "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
-    "${_cmfast_root}/../onnxruntime/capi" /usr/local/lib /usr/lib "/usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}")
+    "${_cmfast_root}/../onnxruntime/capi")
   foreach(place IN LISTS places)
     if(place AND EXISTS "${place}" AND NOT IS_DIRECTORY "${place}")
       set(${RESULT} "${place}" PARENT_SCOPE)
@@ -82,7 +82,13 @@ function(_cmfast_onnxruntime RESULT)
       return()
     endif()
   endforeach()
-  message(FATAL_ERROR "cmfast: no library of ONNX Runtime; pip install onnxruntime, or set ONNXRUNTIME_ROOT")
+  find_library(_cmfast_found NAMES onnxruntime libonnxruntime.so.1)  # also in CMAKE_PREFIX_PATH
+  set(library "${_cmfast_found}")
+  unset(_cmfast_found CACHE)
+  if(NOT library)
+    message(FATAL_ERROR "cmfast: no library of ONNX Runtime; pip install onnxruntime, or set ONNXRUNTIME_ROOT")
+  endif()
+  set(${RESULT} "${library}" PARENT_SCOPE)
 endfunction()
 
 function(cmfast_deploy target backend)

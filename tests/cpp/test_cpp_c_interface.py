@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import cmfast
 from cmfast import noise
+from cmfast.cli.installed import openvino_library
+from cmfast.sampling import to_uint8
 from helpers import ROOT
 from helpers.cpp import INCLUDE, STRICT, call, need_compiler, onnxruntime_library
 from helpers.graphs import sampled, write_denoiser
@@ -110,6 +115,60 @@ def test_samples_are_those_of_python(c: ctypes.CDLL, opened: Any) -> None:
     step, count = ctypes.c_uint32(1), ctypes.c_size_t(12)
     assert c.cmfast_gaussian(seed, first, step, count, unit.ctypes.data_as(floats), None) == OK
     np.testing.assert_array_equal(unit, z[1, 0].ravel())
+
+
+def test_a_million_values_of_noise_are_equal_to_pythons_to_the_bit(c: ctypes.CDLL) -> None:
+    seed, first, step, count = 2**63 + 5, 2**32 - 1, 3, 1_000_000
+    found = np.empty(count, np.float32)
+    out = found.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    where = ctypes.c_uint64(seed), ctypes.c_uint64(first), ctypes.c_uint32(step), ctypes.c_size_t(count)
+    assert c.cmfast_gaussian(*where, out, None) == OK
+    wanted = noise.gaussian(seed, first, step, (count,))
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.ravel().view(np.uint32))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_exported_model_draws_what_python_draws_and_passes_its_self_test(
+    backend: str, c: ctypes.CDLL, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from cmfast_export.pipeline import export_onnx
+
+    if backend == "openvino" and not find_spec("openvino"):
+        pytest.skip("needs openvino")
+    library = onnxruntime_library() if backend == "onnxruntime" else openvino_library()
+    file = tmp_path / "model.onnx"
+    export_onnx(tiny_checkpoint(10, levels=1), file)
+    options = Options(ctypes.sizeof(Options), backend.encode(), str(library).encode(), None, 1)
+    model, error = ctypes.c_void_p(), Error()
+    status = c.cmfast_open(str(file).encode(), ctypes.byref(options), ctypes.byref(model), ctypes.byref(error))
+    assert status == OK, error.message
+    found = np.empty((5, 1, 8, 8), np.float32)
+    out = found.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    seed, first, n = ctypes.c_uint64(7), ctypes.c_uint64(3), ctypes.c_size_t(5)
+    assert c.cmfast_set_steps(model, 2, None) == OK
+    assert c.cmfast_sample(model, n, seed, first, out, ctypes.byref(error)) == OK, error.message
+    wanted = cmfast.load(file).sample_float(5, steps=2, seed=7, first=3)
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)  # sums in another order
+    assert np.mean(to_uint8(found) == to_uint8(wanted)) > 0.999
+    off, allowed = ctypes.c_double(-1), ctypes.c_double()
+    assert c.cmfast_selftest(model, ctypes.byref(off), ctypes.byref(allowed), ctypes.byref(error)) == OK, error.message
+    assert 0 <= off.value < allowed.value
+    c.cmfast_close(model)
+
+
+def test_a_self_test_that_fails_is_a_status_and_says_by_how_much(c: ctypes.CDLL, tmp_path: Path) -> None:
+    tested = {"seed": 3, "conditions": {}, "at": [0], "values": [0.5], "atol": 1e-4}
+    file = write_denoiser(tmp_path / "model.onnx", {"selftest": tested})
+    options = Options(ctypes.sizeof(Options), b"onnxruntime", str(onnxruntime_library()).encode(), b"cpu", 1)
+    model, error = ctypes.c_void_p(), Error()
+    assert c.cmfast_open(str(file).encode(), ctypes.byref(options), ctypes.byref(model), None) == OK
+    off, allowed = ctypes.c_double(), ctypes.c_double()
+    assert c.cmfast_selftest(model, ctypes.byref(off), ctypes.byref(allowed), ctypes.byref(error)) == CHECK
+    value = cmfast.load(file).sample_float(1, seed=3).ravel()[0]
+    assert off.value == pytest.approx(abs(value - 0.5), abs=1e-6)
+    assert b"\n" not in error.message
+    assert b"self-test" in error.message
+    c.cmfast_close(model)
 
 
 def test_errors_are_a_status_and_one_line(c: ctypes.CDLL, opened: Any, tmp_path: Path) -> None:

@@ -49,11 +49,12 @@ def test_an_exported_model_draws_the_images_that_python_draws(
     from cmfast_export.pipeline import export_onnx
 
     file = tmp_path / "model.onnx"
-    export_onnx(tiny_checkpoint(10), file, kind=kind, steps=None if kind == "denoiser" else 2)
+    export_onnx(tiny_checkpoint(10, levels=1), file, kind=kind, steps=None if kind == "denoiser" else 2)
     found = np.frombuffer(call(program, "CPU", file, "sample", 2, 5, 7, 3, **environment), np.float32)
     wanted = cmfast.load(file).sample_float(5, steps=2, seed=7, first=3)
     np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-4, rtol=0)  # sums in another order
     assert np.mean(to_uint8(found.reshape(wanted.shape)) == to_uint8(wanted)) > 0.999
+    assert call(program, "CPU", file, "selftest", **environment).startswith(b"passed")
 
 
 @pytest.mark.parametrize("batch", ["B", 3])

@@ -59,7 +59,19 @@ def commands() -> list[str]:
     return block.strip().splitlines()
 
 
+def layouts(folder: Path) -> dict[str, dict[str, str]]:
+    """Write ONNX Runtime as a release archive and as a system have it; return what finds each, and the wheel's."""
+    release, system = folder / "onnxruntime-linux-x64-1.32.0", folder / "usr" / "local"
+    for place in (release, system):
+        (place / "lib").mkdir(parents=True)
+        shutil.copyfile(onnxruntime_library(), place / "lib" / "libonnxruntime.so.1.32.0")
+        for name in ("libonnxruntime.so.1", "libonnxruntime.so"):
+            (place / "lib" / name).symlink_to("libonnxruntime.so.1.32.0")
+    return {"wheel": {}, "release": {"ONNXRUNTIME_ROOT": str(release)}, "system": {"CMAKE_PREFIX_PATH": str(system)}}
+
+
 def test_five_commands_lead_from_pip_install_to_the_png_that_python_draws(installed: Path, tmp_path: Path) -> None:
+    """With the library of the wheel, of a release archive and of the system, which is copied beside the program."""
     need("cmake")
     need_compiler()
     five = commands()
@@ -69,15 +81,31 @@ def test_five_commands_lead_from_pip_install_to_the_png_that_python_draws(instal
     changes = {"shape": [3, 6, 5]}
     file = write_denoiser(tmp_path / "model.onnx", changes)
     write_denoiser(file, changes | {"selftest": record_selftest(cmfast.load(file), 1e-4)})
-    for command in five[1:]:
-        if command.startswith("cmfast-info") and shutil.which("cmfast-info") is None:
-            continue
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment(installed), capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    images = np.asarray(Image.open(tmp_path / "images.png")).reshape(8, 6, 5, 3)
-    np.testing.assert_array_equal(images, cmfast.load(file).sample(8, steps=2, seed=0))
+    wanted = cmfast.load(file).sample(8, steps=2, seed=0)
+    wheels = installed / "onnxruntime"
+    target = wheels.readlink()
+    for layout, variables in layouts(tmp_path).items():
+        if layout != "wheel":
+            wheels.unlink(missing_ok=True)
+        try:
+            for command in five[1:]:
+                if command.startswith("cmfast-info") and (layout != "wheel" or shutil.which("cmfast-info") is None):
+                    continue
+                done = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=tmp_path,
+                    env=environment(installed) | variables,
+                    capture_output=True,
+                    text=True,
+                )
+                assert done.returncode == 0, f"{layout}: {command}\n{done.stdout}{done.stderr}"
+        finally:
+            if not wheels.exists():
+                wheels.symlink_to(target)
+        images = np.asarray(Image.open(tmp_path / "images.png")).reshape(8, 6, 5, 3)
+        np.testing.assert_array_equal(images, wanted, err_msg=layout)
+        for made in ("images.png", "build/draw", "build/libonnxruntime.so.1"):
+            (tmp_path / made).unlink()  # the next layout makes them again, and compiles nothing
 
 
 def test_the_library_of_a_release_archive_is_deployed_beside_the_program(installed: Path, tmp_path: Path) -> None:
