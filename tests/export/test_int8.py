@@ -15,8 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 import cmfast
+import cmfast_train
+from cmfast.backends.openvino import library
 from cmfast.cli.info import main as info
 from cmfast.conditions import Condition
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning
@@ -34,6 +37,7 @@ from cmfast_export.precision_search import Choice
 from cmfast_export.request import GraphRequest, make_request
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import load_checkpoint
+from helpers.own_networks import UNet1d
 
 Make = Callable[..., Path]
 FEW = Calibration(samples=4)
@@ -303,3 +307,20 @@ def test_openvino_runs_the_same_file_with_int8_convolutions(made: Exported, tiny
              if str(op.get_rt_info()["layerType"].value) == "Convolution"]  # fmt: skip
     assert made.int8
     assert sum(kind.endswith("I8") for kind in kinds) == len(made.int8.products)
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
+def test_around_int8_openvino_keeps_the_noise_embedding_in_float32_when_the_rest_is_bfloat16(tmp_path: Path) -> None:
+    if "BF16" not in library.capabilities(library.import_openvino("this test").Core()):
+        pytest.skip("a CPU without bfloat16")
+    torch.manual_seed(0)
+    network = cmfast_train.wrap(UNet1d(), shape=(8, 4), conditions={"state": (5,)}, scaling="edm", c_noise="250ln")
+    states = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    np.savez(tmp_path / "states.npz", state=states)
+    few = replace(FEW, data=str(tmp_path / "states.npz"))
+    file = export_onnx(network, tmp_path / "x.onnx", precision="int8", calibration=few, tolerance_db=20).path
+    exact, rounded = (cmfast.load(file, variant="openvino", precision=each) for each in ("", "bf16"))
+    x = np.random.default_rng(1).standard_normal((4, 8, 4)).astype(np.float32)
+    want, got = (model.denoise(30 * x, 30.0, conditions={"state": states}) for model in (exact, rounded))
+    # c_noise is 850 here, where bfloat16 has steps of 4: rounded, it costs all but 34 dB.
+    assert 10 * np.log10(4 / np.square(got - want).mean()) > 55

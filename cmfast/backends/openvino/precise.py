@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SOURCES = {"x", "sigma", "sigma_next", "noise"}
 ENDS = {
     "MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "Result",
@@ -28,6 +30,7 @@ def marked(ov: Any, model: Any) -> Any:
     """Return a model with those operations marked, read again: Python cannot set the mark, a file can."""
     model = model.clone()
     _reshape(ov, model)
+    _bar(ov, model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.xml"
         ov.serialize(model, str(file))
@@ -77,6 +80,25 @@ def _reshape(ov: Any, model: Any) -> None:
         sides[at] = -1
         made = ov.opset13.reshape(operation.input_value(0), sides, False, name=operation.get_friendly_name())
         operation.output(0).replace(made.output(0))
+
+
+def _bar(ov: Any, model: Any) -> None:
+    """Part a product with a constant from the Reshape behind it, by a maximum that changes nothing.
+
+    In a graph with int8 OpenVINO takes it for the scale of integers, and moves it behind the Reshape, without its mark.
+    """
+    ids, operations = to_mark(model), model.get_ordered_ops()
+    if not any(each.get_type_name() == "FakeQuantize" for each in operations):
+        return
+    for place in ids:
+        operation = operations[place]
+        if operation.get_type_name() != "Reshape":
+            continue
+        source = operation.input_value(0)
+        inputs = [each.get_node().get_type_name() for each in source.get_node().input_values()]
+        if source.get_node().get_type_name() in ("Multiply", "Add", "Subtract") and "Constant" in inputs:
+            least = ov.opset13.constant(np.float32(np.finfo(np.float32).min))
+            operation.input(0).replace_source_output(ov.opset13.maximum(source, least).output(0))
 
 
 def with_marks(graph: bytes, ids: set[int]) -> bytes:
