@@ -24,7 +24,8 @@ def load_images(data: Path | None) -> tuple[Pixels, Pixels]:
     """Return the images to train on and those held out.
 
     Args:
-        data: a folder of PNG files of one size, also in folders below; MNIST's four files, which have their own split;
+        data: a folder of PNG files of one size, also in folders below; a folder of MNIST's files, whose test images
+            are held out, the first 1,000;
             None: the 1,797 digits of scikit-learn, 8x8.
     """
     if data is None:
@@ -32,7 +33,7 @@ def load_images(data: Path | None) -> tuple[Pixels, Pixels]:
 
         images = (load_digits().images * 255 / 16).round().astype(np.uint8)[..., None]
     elif (data / "train-images-idx3-ubyte.gz").exists():
-        return _idx(data / "train-images-idx3-ubyte.gz"), _idx(data / "t10k-images-idx3-ubyte.gz")
+        return _idx(data / "train-images-idx3-ubyte.gz"), _idx(data / "t10k-images-idx3-ubyte.gz")[:1000]
     else:
         images = read_images(png_files(data))
     held = np.arange(len(images)) % HELD_OUT == 0

@@ -27,7 +27,7 @@ class RestoreNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         self.enter = nn.Conv2d(channels * (factor**2 + 1), width, 3, padding=1)
         self.down = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.shrink = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.middle = nn.ModuleList(Block(2 * width) for _ in range(blocks))
         self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.up = nn.ModuleList(Block(width) for _ in range(blocks))
@@ -43,7 +43,7 @@ class RestoreNet(nn.Module):
         skip, hidden = hidden, self.shrink(hidden)
         for block in self.middle:
             hidden = block(hidden, embedding)
-        hidden = self.grow(hidden) + skip
+        hidden = self.grow(hidden)[..., : skip.shape[2], : skip.shape[3]] + skip  # odd sizes come back one larger
         for block in self.up:
             hidden = block(hidden, embedding)
         return functional.pixel_shuffle(self.leave(hidden + first), self.factor)

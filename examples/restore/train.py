@@ -21,7 +21,7 @@ import cmfast_train
 from cmfast_train import TrainConfig, phase
 
 
-def train(images: Pixels, factor: int, teacher: int, student: int, out: Path) -> None:
+def train(images: Pixels, factor: int, *, teacher: int, student: int, stages: int, precision: str, out: Path) -> None:
     """Train a teacher and a few-step student on images [N, H, W, C], for so many samples each, and export both."""
     height, width, channels = images.shape[1:]
     low = lower(images, factor)
@@ -41,12 +41,12 @@ def train(images: Pixels, factor: int, teacher: int, student: int, out: Path) ->
         sigma_max=top,
         sigmas={1: (top,), 2: (top, 2 * unit)},
     )
-    levels = {"p_mean": math.log(unit), "p_std": 1.8, "lr_decay": 0.5, "ema": 0.995}
+    levels = {"p_mean": math.log(unit), "p_std": 1.8, "lr_decay": 0.5}
     phases = (
-        phase("edm", teacher, lr=2e-3, **levels),
-        phase("ect", student, lr=1e-3, stages=(0, 4), b=1 / unit, huber=0.00054 * unit, **levels),
+        phase("edm", teacher, lr=2e-3, ema=0.995, **levels),
+        phase("ect", student, lr=5e-4, ema=0.998, stages=(0, stages), b=1 / unit, huber=0.00054 * unit, **levels),
     )
-    config = TrainConfig(phases=phases, batch=32, tensorboard=False)
+    config = TrainConfig(phases=phases, batch=32, precision=precision, tensorboard=False)
     data = {"x": detail, "low": to_floats(low)}
     trained = cmfast_train.train(config, denoiser=denoiser, data=data, out=out)
     cmfast_export.export_onnx(trained.denoiser, out / "restore.onnx")
@@ -60,14 +60,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of PNG files of one size, or of MNIST; default: digits")
     parser.add_argument("--factor", type=int, default=2, help="pixels on a side of a block that becomes one")
     parser.add_argument("--turn", action="store_true", help="also train on turned and mirrored images")
-    parser.add_argument("--teacher", type=int, default=40_000, help="samples that the teacher is trained on")
-    parser.add_argument("--student", type=int, default=24_000, help="samples that the few-step student is trained on")
+    parser.add_argument("--teacher", type=int, default=50_000, help="samples that the teacher is trained on")
+    parser.add_argument("--student", type=int, default=16_000, help="samples that the few-step student is trained on")
+    parser.add_argument("--stages", type=int, default=1, help="of the student: more are sharper, and farther off")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16; auto: bf16 on a GPU, else fp32")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     arguments = parser.parse_args()
     images, held_out = load_images(arguments.data)
     if arguments.turn:
         images = turned(images)
-    train(images, arguments.factor, arguments.teacher, arguments.student, arguments.out)
+    train(
+        images, arguments.factor, teacher=arguments.teacher, student=arguments.student, stages=arguments.stages,
+        precision=arguments.precision, out=arguments.out,
+    )  # fmt: skip
     names = [f"{i:06d}.png" for i in range(len(held_out))]
     write_images(arguments.out / "original", held_out, names)
     write_images(arguments.out / "low", lower(held_out, arguments.factor), names)

@@ -26,6 +26,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "parity": [],
     "precision": ["digits"],
     "ray_sampling": [],
+    "restore": ["digits", "--work", "DIR/work"],
     "startup": [],
     "train_classifier": ["mnist", "--data", "DIR"],
     "training": ["--reference", "DIR", "--data", "DIR"],

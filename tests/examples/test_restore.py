@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from helpers import ROOT
+from helpers import BENCHMARKS, ROOT
 
 FOLDER = ROOT / "examples" / "restore"
 MODULES = ("compare", "images", "network", "restore", "train")  # its scripts, which import each other by these names
@@ -99,3 +101,15 @@ def test_the_readme_has_at_most_60_lines_and_its_links_are_files() -> None:
     assert [link for link in links if not (FOLDER / link).exists()] == []
     assert {words[0] for words in commands(page)} == {"train.py", "restore.py", "compare.py"}
     assert set(re.findall(r"^\| `(\w+)\.py` \|", page, re.MULTILINE)) == set(MODULES)
+
+
+def test_the_table_of_the_page_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    record = json.loads((BENCHMARKS / "results" / "restore.json").read_text(encoding="utf-8"))
+    lines = importlib.import_module("restore").table(record)
+    assert len(lines) == 9
+    assert "\n".join(lines) in (ROOT / "docs" / "restore.md").read_text(encoding="utf-8")
+    for found in record["data"].values():
+        assert not found["commit"]["dirty"]
+        assert max(row["gain"] for row in found["rows"]) >= 1.5  # dB: what the example is for
+        assert found["cpu_s"] <= 1800  # 15 minutes on two cores
