@@ -44,7 +44,7 @@ WAYS = {  # name: model, what restore.py is told
     "teacher, 1 call": ("teacher", ""),
     "teacher, 18 Heun steps": ("teacher", "--heun 18"),
 }
-SHOWN = 10  # columns of the picture
+SHOWN = 12  # columns of the picture
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -121,23 +121,28 @@ def draw(runs: dict[str, Path], path: Path) -> None:
     from images import bicubic, png_files, read_images
     from matplotlib.figure import Figure
 
-    strips: list[tuple[str, Pixels]] = []
-    for out in runs.values():
+    figure = Figure(figsize=(8, 3.2 * len(runs)), layout="constrained", dpi=110)
+    for axes, out in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs.values(), strict=True):
         low, original = (read_images(png_files(out / name)) for name in ("low", "original"))
         factor = original.shape[1] // low.shape[1]
-        strips += [
-            (f"{low.shape[1]} x {low.shape[2]}", low.repeat(factor, axis=1).repeat(factor, axis=2)),
-            ("bicubic", bicubic(low, factor)),
-            *((way, read_images(png_files(folder(out, way)))) for way in ("1 step", "mean of 8 samples")),
-            ("original", original),
+        strips = {
+            f"{low.shape[1]} x {low.shape[2]}": low.repeat(factor, axis=1).repeat(factor, axis=2),
+            "bicubic": bicubic(low, factor),
+            "1 step": read_images(png_files(folder(out, "1 step"))),
+            "mean of 8": read_images(png_files(folder(out, "mean of 8 samples"))),
+            "original": original,
+        }
+        gap = max(1, original.shape[1] // 16)  # pixels
+        cells = [
+            [np.pad(image, ((0, gap), (0, gap), (0, 0)), constant_values=255) for image in some]
+            for some in (images[:: len(images) // SHOWN][:SHOWN] for images in strips.values())
         ]
-    figure = Figure(figsize=(8, 0.68 * len(strips)), layout="constrained", dpi=110)
-    for axes, (name, images) in zip(figure.subplots(len(strips), 1), strips, strict=True):
-        some = images[:: len(images) // SHOWN][:SHOWN]
-        cells = [np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in some]
-        axes.imshow(np.concatenate(cells, axis=1).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-        axes.set(xticks=[], yticks=[])
+        sheet = np.concatenate([np.concatenate(row, axis=1) for row in cells])
+        axes.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        pitch = original.shape[1] + gap
+        axes.set_yticks([pitch * i + original.shape[1] / 2 for i in range(len(strips))], list(strips), fontsize=10)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     save_chart(figure, path)
 

@@ -75,6 +75,8 @@ def turned(images: Pixels) -> Pixels:
 def lower(images: Pixels, factor: int) -> Pixels:
     """Return the average of each block of factor x factor pixels, rounded: what a coarser sensor sees."""
     n, height, width, channels = images.shape
+    if height % factor or width % factor:
+        raise SystemExit(f"images of {width} x {height} do not divide into blocks of {factor} x {factor}; crop them")
     blocks = images.reshape(n, height // factor, factor, width // factor, factor, channels)
     return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
 

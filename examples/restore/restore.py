@@ -7,6 +7,7 @@ python restore.py runs/digits/restore.onnx runs/digits/low -o runs/digits/restor
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except cmfast.CmfastError as err:  # one line instead of a traceback
+        sys.exit(str(err))

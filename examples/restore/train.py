@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from images import Pixels, bicubic, load_images, lower, to_floats, turned, write_images
 from network import RestoreNet
 
+import cmfast
 import cmfast_export
 import cmfast_train
 from cmfast_train import TrainConfig, phase
@@ -80,4 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except cmfast.CmfastError as err:  # one line instead of a traceback
+        sys.exit(str(err))
