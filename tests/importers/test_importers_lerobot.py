@@ -22,8 +22,11 @@ from cmfast_train.checkpoint import save_checkpoint
 from cmfast_train.from_factory import own_model
 from cmfast_train.importers import identify, load_model
 from cmfast_train.importers.facts import Draft, Given
+from cmfast_train.networks.adm import randomise
+from cmfast_train.networks.build import check_weights, network_from_dict, network_to_dict
+from cmfast_train.torchvision_cpu import torchvision_datasets
 from helpers import ROOT
-from helpers.foreign.policies import LEROBOT_COND, save_lerobot, unet, weights_of
+from helpers.foreign.policies import LEROBOT_COND, Weights, save_lerobot, unet, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a diffusion teacher:cmfast.errors.CmfastWarning")
 
@@ -71,7 +74,7 @@ def test_what_is_known_is_said(folder: Path, call: Call) -> None:
     for words in (
         "the U-Net of a diffusion policy of lerobot",
         "2 steps, each observation.state 2, observation.image 8",
-        "diffusion.rgb_encoder, resnet18, left out: its output is part of global_cond",
+        "diffusion.rgb_encoder: its output is part of global_cond; --set encoder=true",
         "actions 1 to 4 of 8",
         "normalised, MIN_MAX",
         "100, squaredcos_cap_v2",
@@ -87,6 +90,7 @@ def test_the_statistics_of_actions_and_states_are_found_in_both_places(tmp_path:
     facts, normalised = facts_of(tmp_path), load_model(tmp_path).source["normalised"]
     assert (facts["action min"], facts["action max"]) == ((-1.0, 0.0, 0.1), (1.0, 5.0, 0.3))
     assert facts["observation.state max"] == (512.0, 511.0)
+    assert list(normalised) == ["action", "observation.state"]
     assert normalised["action"] == {"mode": "MIN_MAX", "min": [-1.0, 0.0, 0.1], "max": [1.0, 5.0, 0.3]}
 
 
@@ -164,6 +168,10 @@ def test_damage_and_half_a_policy_are_refused(tmp_path: Path, folder: Path) -> N
     (tmp_path / "policy_postprocessor.json").write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match="names no file of statistics beside it"):
         load_model(tmp_path)
+    save_lerobot(tmp_path, WEIGHTS)
+    save_file({"action.min": torch.zeros(3)}, next(tmp_path.glob("policy_post*.safetensors")))
+    with pytest.raises(ArtifactError, match=r"action.max is \[0\]; the statistics of action, MIN_MAX, need a vector"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"type": "diffusion"}')
     with pytest.raises(ArtifactError, match=r"it lacks horizon; is it the config.json of a diffusion policy"):
         load_model(tmp_path)
@@ -190,6 +198,112 @@ def test_the_example_distils_it_into_a_policy_of_one_step(tmp_path: Path, monkey
     z = torch.from_numpy(cmfast.noise.slices(3, range(2), 1, (8, 3)))
     x0 = trained(top * z[0], torch.full((2,), top), global_cond=torch.from_numpy(cond[:2])).clamp(-1, 1)
     np.testing.assert_allclose(drawn, x0.detach(), rtol=0, atol=1e-3)  # 64 times the rounding of float32 weights
+
+
+ENCODED = {  # fields of a policy whose encoder is read: resnet18 on 24 x 32 of 30 x 40 pixels, two cameras
+    "input_features": {
+        "observation.images.hand": {"type": "VISUAL", "shape": [3, 30, 40]},
+        "observation.images.top": {"type": "VISUAL", "shape": [3, 30, 40]},
+        "observation.state": {"type": "STATE", "shape": [2]},
+    },
+    "use_separate_rgb_encoder_per_camera": False,
+    "use_group_norm": False,
+    "crop_shape": [24, 31],
+    "resize_shape": None,
+}
+WITH_ENCODER = Given(encoder=True)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module, Weights]:
+    """Return the folder of a policy of two cameras, torchvision's ResNet in it, and the layers after that."""
+    torchvision_datasets()
+    models = pytest.importorskip("torchvision.models")
+    backbone = torch.nn.Sequential(*list(models.resnet18(weights=None).children())[:-2]).eval()
+    randomise(backbone, 5)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, 0, 0.1)  # type: ignore[arg-type]
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    after = {
+        "pool.nets.weight": torch.randn(4, 512, 1, 1, generator=generator) / 4,
+        "pool.nets.bias": torch.randn(4, generator=generator),
+        "out.weight": torch.randn(8, 8, generator=generator),
+        "out.bias": torch.randn(8, generator=generator),
+    }
+    path = tmp_path_factory.mktemp("seeing") / "policy"
+    save_lerobot(path, weights_of("film", global_cond=2 * (2 + 2 * 8)), **ENCODED)
+    tensors = {name: value for name, value in load_file(path / "model.safetensors").items() if "rgb" not in name}
+    encoder = {f"backbone.{name}": value for name, value in backbone.state_dict().items()} | after
+    encoder["pool.pos_grid"] = torch.zeros(1, 2)
+    save_file(tensors | {f"diffusion.rgb_encoder.{k}": v for k, v in encoder.items()}, path / "model.safetensors")
+    return path, backbone, after
+
+
+def test_the_encoder_of_images_is_torchvisions_and_a_spatial_softmax(
+    seeing: tuple[Path, torch.nn.Module, Weights],
+) -> None:
+    folder, backbone, after = seeing
+    checkpoint = load_model(folder, given=WITH_ENCODER)
+    assert [(each.name, each.shape) for each in checkpoint.spec.conditions] == [
+        ("image", (2, 2, 3, 30, 40)), ("state", (2, 2)),
+    ]  # fmt: skip
+    of_images = {"mode": "MEAN_STD", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}
+    assert checkpoint.source["normalised"]["observation.image"] == of_images
+    model, generator = checkpoint.denoiser(), torch.Generator().manual_seed(1)
+    images, state = (torch.randn(2, 2, *shape, generator=generator) for shape in ((2, 3, 30, 40), (2,)))
+    with torch.no_grad():
+        cut = images[..., 3:27, 4:35].flatten(0, 2)  # from (30 - 24) / 2 and (40 - 31) / 2, halves to even
+        maps = torch.nn.functional.conv2d(backbone(cut), after["pool.nets.weight"], after["pool.nets.bias"])
+        attention = maps.flatten(2).softmax(-1).unflatten(-1, maps.shape[2:])
+        across = (attention.sum(2) * torch.linspace(-1, 1, maps.shape[3])).sum(-1)
+        down = (attention.sum(3) * torch.linspace(-1, 1, maps.shape[2])).sum(-1)
+        points = torch.stack([across, down], dim=-1).flatten(1)
+        features = torch.relu(points @ after["out.weight"].T + after["out.bias"]).view(2, 2, -1)
+        cond = torch.cat([state, features], dim=-1).flatten(1)
+        x, sigma = torch.randn(2, 8, 3, generator=generator), torch.full((2,), 0.7)
+        want = load_model(folder).denoiser()(x, sigma, global_cond=cond)
+        got = model(x, sigma, image=images, state=state)
+    assert features.std() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # the bar of importers
+
+
+def test_a_policy_with_its_encoder_is_a_checkpoint(seeing: tuple[Path, torch.nn.Module, Weights]) -> None:
+    checkpoint = load_model(seeing[0], given=WITH_ENCODER)
+    assert network_from_dict(network_to_dict(checkpoint.network)) == checkpoint.network
+    check_weights(checkpoint.network, checkpoint.weights)
+    with pytest.raises(CmfastError, match="the weights do not fit the network"):
+        check_weights(checkpoint.network, dict(list(checkpoint.weights.items())[1:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_backbone": "resnet50"}, 'is "resnet50"; supported with encoder=true: resnet18, resnet34'),
+        ({"resize_shape": [96, 96]}, "resize_shape is [96, 96]; supported with encoder=true: null"),
+        ({"crop_shape": [40, 40]}, "crop=(40, 40) must lie inside the image (30, 40)"),
+        ({"use_group_norm": True}, "backbone.1.running_mean is"),
+        ({"spatial_softmax_num_keypoints": 3}, "global_cond is 36, and 2 observations have 28 numbers"),
+        ({"input_features": {"observation.state": {"type": "STATE", "shape": [18]}}}, "the policy has no images"),
+    ],
+)
+def test_an_encoder_that_is_not_supported_is_refused(
+    seeing: tuple[Path, torch.nn.Module, Weights], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    config = json.loads((seeing[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "model.safetensors").symlink_to(seeing[0] / "model.safetensors")
+    with pytest.raises(ArtifactError) as refused:
+        load_model(tmp_path, given=WITH_ENCODER)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_facts_of_policies_are_refused_with_other_files(tmp_path: Path) -> None:
+    torch.save(weights_of(), tmp_path / "unet.pt")
+    with pytest.raises(CmfastError, match=r"--set encoder: a U-Net of 3 numbers an action, .* has no such fact"):
+        load_model(tmp_path / "unet.pt", "diffusion_policy", Given(horizon=8, encoder=True))
 
 
 def test_the_command_takes_it_as_the_teacher_of_a_network_of_ones_own(

@@ -172,6 +172,8 @@ LEROBOT_COND = 2 * (2 + 2 * 4)  # of two steps: the state and two coordinates a 
 STATISTICS = {
     "action.min": torch.tensor([-1.0, 0.0, 0.1]),
     "action.max": torch.tensor([1.0, 5.0, 0.3]),
+    "observation.image.mean": torch.tensor([[[0.4]], [[0.5]], [[0.6]]]),
+    "observation.image.std": torch.tensor([[[0.2]], [[0.2]], [[0.2]]]),
     "observation.state.min": torch.tensor([0.0, 0.0]),
     "observation.state.max": torch.tensor([512.0, 511.0]),
 }

@@ -23,7 +23,7 @@ from cmfast.formats.manifest import check_file
 from cmfast_train.border import naming
 from cmfast_train.checkpoint import Checkpoint, HoldsObjectsError, checkpoint_of, is_cmfast_checkpoint, read_tensors
 from cmfast_train.importers import diffusers, edm, pickles
-from cmfast_train.importers.facts import Draft, Facts, Given, shown
+from cmfast_train.importers.facts import OF_POLICIES, Draft, Facts, Given, shown
 from cmfast_train.importers.policies import lerobot
 from cmfast_train.importers.sets import one_set
 from cmfast_train.importers.table import FOLDERS_AND_OWN, sources
@@ -66,8 +66,13 @@ def identify(
     path: str | os.PathLike[str], source: str = "", given: Given | None = None, opened: BinaryIO | None = None
 ) -> Checkpoint | Draft:
     """Return cmfast's own checkpoint, or what a foreign file is as far as that can be known."""
+    facts = Facts(given or Given())
     with naming(Path(path)):
-        return _identify(Path(path), source, Facts(given or Given()), opened)
+        found = _identify(Path(path), source, facts, opened)
+    known = {fact.name for fact in facts.known} | facts.missing.keys()
+    if isinstance(found, Draft) and (unused := [n for n in OF_POLICIES if n not in known and getattr(facts.given, n)]):
+        raise CmfastError(f"{path}: --set {unused[0]}: {found.what} has no such fact; leave it out")
+    return found
 
 
 def _identify(file: Path, source: str, facts: Facts, opened: BinaryIO | None) -> Checkpoint | Draft:

@@ -47,6 +47,7 @@ CONVENTIONS = (  # the fields of ModelSpec that no tensor shows
     "sigma_data",
     "grid",
 )
+OF_POLICIES = ("horizon", "groups", "times", "encoder")  # fields of Given that only files of robot policies have
 LARGEST = 65536  # of every whole number that is given or read: nothing is allocated that no model needs
 QKV_ORDERS = ("3hd", "h3d", "hd3")  # three (q, k, v), head, channel of the head: the outermost first
 
@@ -61,6 +62,7 @@ class Given:
     heads: int | None = None  # number of heads of every attention, where their width is not the same everywhere
     horizon: int | None = None  # steps of a sequence of actions
     groups: int | None = None  # of the norms of a 1-D U-Net
+    encoder: bool | None = None  # read the encoder of images of a policy too; otherwise it is left out
     times: str | None = None  # SCHEDULE:STEPS or SCHEDULE:STEPS:BETA_START:BETA_END: a table of times
     qkv: str | None = None  # order of the rows of the attention's qkv layer, one of QKV_ORDERS
     scaling: str | None = None  # cmfast.spec.SCALINGS

@@ -17,6 +17,7 @@ from cmfast_train.networks.consistency_decoder import ConsistencyDecoderConfig, 
 from cmfast_train.networks.count import adm_sizes, cloneofsimo_sizes, edm_sizes
 from cmfast_train.networks.custom import OwnConfig
 from cmfast_train.networks.edm import DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
+from cmfast_train.networks.policies.image_policy import ImagePolicyConfig, image_policy, image_policy_sizes
 from cmfast_train.networks.precision import float32_weights
 from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig, unet1d_sizes
 from cmfast_train.networks.unet2d import Unet2dConfig, unet2d, unet2d_sizes
@@ -35,6 +36,7 @@ _TYPES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "unet2d": (Unet2dConfig, unet2d),
     "consistency_decoder": (ConsistencyDecoderConfig, consistency_decoder),
     "unet1d": (Unet1dConfig, Unet1d),
+    "image_policy": (ImagePolicyConfig, image_policy),
     "own": (OwnConfig, OwnConfig.build),
 }
 _FORMER = {"seed": "cloneofsimo"}  # names in files of "cmfast/1"
@@ -46,6 +48,7 @@ _SIZES: dict[str, Callable[[Mapping[str, Any]], Iterator[int]]] = {  # of every 
     "unet2d": unet2d_sizes,
     "consistency_decoder": decoder_sizes,
     "unet1d": unet1d_sizes,
+    "image_policy": image_policy_sizes,
 }
 
 

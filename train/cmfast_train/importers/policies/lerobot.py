@@ -2,7 +2,8 @@
 """Folders of lerobot's diffusion policy: config.json and model.safetensors. Its U-Net, a teacher to distil from.
 
 The configuration says everything about the network; `statistics` finds what actions and states are normalised with.
-The encoder of images stays outside: what it makes of them is part of the condition.
+Without `--set encoder=true` (`lerobot_encoder`) the encoder of images stays outside: what it makes of them is part of
+the condition.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from cmfast_train.importers.diffusers_json import MAX_CONFIG, is_whole, refusal,
 from cmfast_train.importers.diffusers_tensors import describe, read_files, read_json
 from cmfast_train.importers.diffusion_folders import SCHEDULER_FIELDS, scheduled_spec
 from cmfast_train.importers.facts import Draft, Facts, shown
+from cmfast_train.importers.policies.lerobot_encoder import ENCODER, names_of, policy_of, with_encoder
 from cmfast_train.importers.policies.statistics import BUFFERS, note, statistics
 from cmfast_train.importers.policies.unet1d import TEACHER, conditions_of, config_of, describe_network
 from cmfast_train.networks.unet1d import CONDITION, Unet1dConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-UNET, ENCODER = "diffusion.unet.", "diffusion.rgb_encoder."  # of the names of tensors
+UNET = "diffusion.unet."  # of the names of tensors
 NETWORK = {  # fields of config.json: of our network, where the tensors show the value
     "down_dims": "down_dims",
     "kernel_size": "kernel_size",
@@ -80,8 +82,20 @@ def draft(folder: Path, facts: Facts) -> Draft:
     describe_network(facts, config, WEIGHTS)
     facts.fixed("horizon", config.horizon, CONFIG)
     facts.fixed("groups", config.groups, CONFIG)
-    _describe_inputs(facts, fields, config, any(name.startswith(ENCODER) for name in described))
-    found, where = statistics(folder, weights, described, fields)
+    has_encoder = any(name.startswith(ENCODER) for name in described)
+    network: Unet1dConfig = config
+    if facts.given.encoder:
+        network = policy = policy_of(config, fields, _shapes(fields, "input"), file)
+        stored = names_of(policy, stored, described, weights)
+        facts.fixed("encoder", True, "--set")
+        facts.fixed("image encoder", f"ResNet of {policy.layers} layers, {policy.keypoints} points a camera", WEIGHTS)
+        conditions = policy.conditions
+    else:
+        conditions = conditions_of(config)
+        if has_encoder:
+            facts.fixed("left out", f"{ENCODER[:-1]}: its output is part of {CONDITION}; --set encoder=true", WEIGHTS)
+    _describe_inputs(facts, fields, config, has_encoder)
+    found, where = statistics(folder, weights, described, fields, images=bool(facts.given.encoder))
     noted = note(facts, found, where)
     if "action" not in found:
         facts.fixed(
@@ -89,14 +103,12 @@ def draft(folder: Path, facts: Facts) -> Draft:
         )
     if unread := sorted(fields.keys() - NETWORK.keys() - OTHERS - SCHEDULER_FIELDS.keys()):
         facts.fixed("not known", f"{', '.join(map(shown, unread))[:300]}; of a newer lerobot, not read", CONFIG)
-    spec = scheduled_spec(
-        facts, fields, file, CONFIG, shape=config.image_shape, data="array", conditions=conditions_of(config)
-    )
+    spec = scheduled_spec(facts, fields, file, CONFIG, shape=config.image_shape, data="array", conditions=conditions)
     return Draft(
         format="lerobot",
-        what="the U-Net of a diffusion policy of lerobot",
+        what="a diffusion policy of lerobot" if facts.given.encoder else "the U-Net of a diffusion policy of lerobot",
         facts=facts,
-        network=config,
+        network=network,
         spec=spec,
         source={"format": "lerobot", **noted},
         weights=lambda: _weights(weights, stored),
@@ -141,11 +153,6 @@ def _describe_inputs(facts: Facts, fields: Mapping[str, Any], config: Unet1dConf
     if is_whole(steps) and parts and steps * sum(parts.values()) == config.global_cond:
         made = ", ".join(f"{name} {parts[name]}" for name in order)
         facts.fixed(f"{CONDITION} of", f"{steps} steps, each {made}", CONFIG)
-    if has_encoder:
-        backbone = str(fields.get("vision_backbone", "of images"))[:40]
-        facts.fixed(
-            "encoder", f"{ENCODER[:-1]}, {shown(backbone)}, left out: its output is part of {CONDITION}", WEIGHTS
-        )
     if is_whole(fields.get("n_action_steps")) and is_whole(steps):
         first = steps - 1
         facts.fixed(
@@ -155,12 +162,17 @@ def _describe_inputs(facts: Facts, fields: Mapping[str, Any], config: Unet1dConf
 
 def _sizes(fields: Mapping[str, Any], side: str) -> dict[str, int]:
     """Return how many numbers each input or output has, by name; of images their channels."""
+    return {name: shape[0] for name, shape in _shapes(fields, side).items()}
+
+
+def _shapes(fields: Mapping[str, Any], side: str) -> dict[str, list[int]]:
+    """Return the shape of each input or output, by name."""
     features = fields.get(f"{side}_features") or fields.get(f"{side}_shapes") or {}
     found = {}
     for name, what in features.items() if isinstance(features, dict) else ():
         shape = what.get("shape") if isinstance(what, dict) else what  # in old files the shape alone
-        if isinstance(shape, list) and shape and is_whole(shape[0]):
-            found[str(name)] = int(shape[0])
+        if isinstance(shape, list) and shape and all(is_whole(side) for side in shape):
+            found[str(name)] = shape
     return found
 
 
@@ -172,5 +184,4 @@ def _ours(name: str) -> str:
 
 
 def _weights(file: Path, stored: Mapping[str, str]) -> dict[str, Tensor]:
-    tensors, _ = read_files([file])
-    return {name: tensors[theirs].detach().to(torch.float32).contiguous() for name, theirs in stored.items()}
+    return with_encoder(read_files([file])[0], stored)

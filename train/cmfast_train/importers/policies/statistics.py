@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a policy of lerobot normalises actions and states with: buffers of its network, or files beside it (newer).
 
-Images are normalised before their encoder, which stays outside, so theirs are not read.
+Images are normalised before their encoder, so theirs are read with it only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ MOST = 1024  # numbers of a feature
 Statistics = dict[str, dict[str, Any]]  # feature: {"mode": .., "min": [..], "max": [..]}
 
 
-def statistics(folder: Path, weights: Path, described: Described, fields: Mapping[str, Any]) -> tuple[Statistics, str]:
+def statistics(
+    folder: Path, weights: Path, described: Described, fields: Mapping[str, Any], *, images: bool
+) -> tuple[Statistics, str]:
     """Return the statistics of actions and states by feature, and what says so; {}: the folder has none.
 
     Args:
@@ -41,6 +43,7 @@ def statistics(folder: Path, weights: Path, described: Described, fields: Mappin
         weights: its model.safetensors.
         described: what that file holds.
         fields: the configuration.
+        images: those of images too.
 
     Raises:
         ArtifactError: a file of statistics is missing or broken.
@@ -49,6 +52,8 @@ def statistics(folder: Path, weights: Path, described: Described, fields: Mappin
     buffers = {name: shape for name, (shape, _) in described.items() if name.startswith(BUFFERS)}
     if buffers:
         for feature, mode in _modes_of_config(fields):
+            if "image" in feature and not images:
+                continue
             side = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
             prefix = f"{side}.buffer_{feature.replace('.', '_')}"
             _add(found, feature, mode, weights, {f"{prefix}.{kind}": kind for kind in MODES.get(mode, ())})
@@ -64,7 +69,7 @@ def statistics(folder: Path, weights: Path, described: Described, fields: Mappin
             modes = config.get("norm_map") or {}
             for feature, what in (config.get("features") or {}).items():
                 mode = modes.get(what.get("type"), "IDENTITY") if isinstance(what, dict) else "IDENTITY"
-                if feature.startswith(start) and "image" not in feature:
+                if feature.startswith(start) and (images or "image" not in feature):
                     names = {f"{feature}.{kind}": kind for kind in MODES.get(mode, ())}
                     _add(found, feature, mode, folder / state, names)
     return found, "policy_preprocessor, policy_postprocessor"
@@ -81,15 +86,14 @@ def note(facts: Facts, found: Mapping[str, Mapping[str, Any]], where: str) -> di
 
 
 def _modes_of_config(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the features without images, and how each is normalised: by its type, in old files by its name."""
+    """Yield the features, and how each is normalised: by its type, in old files by its name."""
     by_type = fields.get("normalization_mapping") or {}
     for side in ("output", "input"):
         by_name = fields.get(f"{side}_normalization_modes") or {}
         features = fields.get(f"{side}_features") or {name: {} for name in by_name}
         for name, what in features.items():
-            if "image" not in name:
-                kind = what.get("type") if isinstance(what, dict) else None
-                yield name, str(by_type.get(kind) or by_name.get(name, "IDENTITY")).upper()
+            kind = what.get("type") if isinstance(what, dict) else None
+            yield name, str(by_type.get(kind) or by_name.get(name, "IDENTITY")).upper()
 
 
 def _steps(file: Path, registered: str) -> list[dict[str, Any]]:
@@ -101,16 +105,16 @@ def _steps(file: Path, registered: str) -> list[dict[str, Any]]:
 
 
 def _add(found: Statistics, feature: str, mode: str, file: Path, names: Mapping[str, str]) -> None:
-    """Add the numbers of a feature, which have these names in a file."""
-    if not names:
+    """Add the numbers of a feature, which have these names in a file; without any, lerobot leaves it as it is."""
+    described = describe(file) if names else {}
+    if not names.keys() & described.keys():
         return
     from safetensors import safe_open
 
-    described = describe(file)
     for name in names:
         shape = described.get(name, ((0,), ""))[0]
-        if len(shape) != 1 or not 0 < shape[0] <= MOST:
+        if len(shape) not in (1, 3) or shape[1:] not in ((), (1, 1)) or not 0 < shape[0] <= MOST:
             raise ArtifactError(f"{file}: {name} is {list(shape)}; the statistics of {feature}, {mode}, need a vector")
     with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
-        values = {kind: numbers(opened.get_tensor(name)) for name, kind in names.items()}
+        values = {kind: numbers(opened.get_tensor(name).flatten()) for name, kind in names.items()}
     found[feature] = {"mode": mode, **values}
