@@ -50,7 +50,7 @@ def load(
             other exported file has its own.
         sha256: what the file must hash to; a TensorRT engine is native code, so load only what you trust.
         encoder: file or files of its encoders, where it was exported with them apart; they run on the CPU.
-        tolerance_db: of "auto", the PSNR that a lower precision than the file's must keep; None: tries none.
+        tolerance_db: for "auto": also try lower precisions than the file's, if they keep this PSNR, dB.
 
     Returns:
         The model on its backend, ready to sample.

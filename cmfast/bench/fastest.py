@@ -30,7 +30,7 @@ from cmfast.backends.origin import Origin, pickled, states_of
 from cmfast.bench.timing import interleave, summarise
 from cmfast.checks import shown
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
-from cmfast.formats.manifest import file_sha256
+from cmfast.formats.manifest import INT8, Manifest, file_sha256
 from cmfast.formats.table import ONNX, OPENVINO, files_beside, format_of, read_manifest
 from cmfast.formats.values import PRECISIONS
 from cmfast.noise import gaussian
@@ -38,6 +38,7 @@ from cmfast.noise import gaussian
 AUTO = "auto"
 SAME_DB = 80.0  # two libraries that both compute in float32 differ by less: about 120 dB are usual
 HALF_DB = 50.0  # the same in half precision, where each rounds in places of its own
+INT8_DB = 35.0  # the same of int8 files: a value near the middle between two steps goes to one or to the other
 SECONDS, CALLS = 0.25, 5  # of timing a candidate
 LEVELS = 5  # noise levels at which candidates are compared
 SCHEMA, SUFFIX = "cmfast-auto/1", ".auto"
@@ -195,7 +196,7 @@ class FastestBackend:
         calls: dict[int, Callable[[], object]] = {}
         for index, backend in every.items():
             db = None
-            least = self._tolerance or (SAME_DB if backend.manifest.dtype == "float32" else HALF_DB)
+            least = self._tolerance or _same_db(backend.manifest)
             try:
                 if index != reference:
                     got = [backend.run(probe) for probe in probes]
@@ -258,6 +259,13 @@ def _check(path: Path, device: object, variant: str, precision: str, tolerance_d
         raise CmfastError(f"tolerance_db must be a number above 0, such as 50, got {shown(tolerance_db)}")
     if path.is_dir() or format_of(path) not in (ONNX, OPENVINO):
         raise BackendError(f'{path}: the variant "auto" is for .onnx and .xml files, which several backends run')
+
+
+def _same_db(manifest: Manifest) -> float:
+    """Return the PSNR that two libraries have at least which run the same file correctly."""
+    if INT8 in manifest.made_by:
+        return INT8_DB
+    return SAME_DB if manifest.dtype == "float32" else HALF_DB
 
 
 def _candidates(path: Path, tolerance_db: float | None) -> list[tuple[str, str]]:

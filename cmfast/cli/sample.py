@@ -106,7 +106,7 @@ def command(
     if shards:
         out = Path("samples") if out is None else out
         check_shard_folder(out, inputs=[model])
-        if variant == "auto":
+        if variant == "auto" or tolerance_db is not None:
             raise CmfastError("shards must not depend on the machine that draws them: name the backend instead of auto")
     elif out is not None:
         check_output(out, inputs=[model], arrays=True)
