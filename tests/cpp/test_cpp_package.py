@@ -123,8 +123,8 @@ def test_the_library_of_a_release_archive_is_deployed_beside_the_program(install
         made = subprocess.run(["cmake", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert made.returncode == 0, made.stdout + made.stderr
     shutil.rmtree(release)
-    state = {"name": "observation", "kind": "tensor", "shape": [14]}
-    file = write_denoiser(tmp_path / "policy.onnx", {"shape": [16, 7], "data": "array", "conditions": [state]})
+    seen = [{"name": name, "kind": "tensor", "shape": shape} for name, shape in (("state", [14]), ("image", [2, 3, 4]))]
+    file = write_denoiser(tmp_path / "policy.onnx", {"shape": [16, 7], "data": "array", "conditions": seen})
     said = call(tmp_path / "build" / "policy", file, 500, 50).decode()
     assert re.fullmatch(r"50 steps at 500 Hz: p50 [\d.]+ ms, p99 [\d.]+ ms, worst [\d.]+ ms, \d+ late\n", said)
 

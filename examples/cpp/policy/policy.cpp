@@ -2,7 +2,8 @@
 // A robot's loop at a fixed rate: policy model.onnx [RATE_HZ [STEPS_OF_THE_LOOP]]. Each step observes, draws a sequence
 // of actions, and acts on the first; at the end it says how long the steps took.
 //
-// The model draws actions [T, A] and has one tensor condition, the state [D]. Here a stand-in moves the state.
+// The model draws actions [T, A]. Its conditions are tensors: the first is the state [D], which a stand-in moves here,
+// and others, such as an image, stay as they are. examples/policy trains one: policy.onnx.
 #include <cmfast/cmfast.hpp>
 #include <cmfast/onnxruntime.hpp>
 
@@ -23,16 +24,25 @@ int main(int count, char** arguments) try {
     options.threads = 1;  // threads that wait for each other make the worst case worse
     cmfast::Model model = cmfast::onnxruntime::load(arguments[1], options);
     const cmfast::Spec& spec = model.spec();
-    if (spec.shape.size() != 2 || spec.conditions.size() != 1 || spec.conditions[0].shape.size() != 1) {
-        throw cmfast::Error("this example is for actions [T, A] on a state [D]");
+    if (spec.shape.size() != 2 || spec.conditions.empty() || spec.conditions[0].shape.size() != 1) {
+        throw cmfast::Error("this example is for actions [T, A] on a state [D] and other tensors");
     }
     const std::string& state_name = spec.conditions[0].name;
     std::vector<float> state(static_cast<std::size_t>(spec.conditions[0].shape[0]), 0.0f);
+    std::vector<std::vector<float>> others;
+    for (std::size_t i = 1; i < spec.conditions.size(); ++i) {
+        std::size_t size = 1;
+        for (const auto side : spec.conditions[i].shape) size *= static_cast<std::size_t>(std::max<std::int64_t>(side, 1));
+        others.emplace_back(size, 0.0f);
+    }
     std::vector<float> actions(spec.size());
     const auto dimensions = static_cast<std::size_t>(spec.shape[1]);
 
     const auto act = [&](std::uint64_t step) {
         model.set(state_name, state.data(), state.size());
+        for (std::size_t i = 0; i < others.size(); ++i) {  // where a camera's image comes from
+            model.set(spec.conditions[i + 1].name, others[i].data(), others[i].size());
+        }
         model.sample(1, /*seed*/ step, actions.data());  // a seed a step: the whole run can be repeated
         for (std::size_t i = 0; i < state.size(); ++i) {
             state[i] = 0.9f * state[i] + 0.1f * actions[i % dimensions];  // where a robot moves and its sensors are read
