@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import statistics
@@ -136,28 +137,30 @@ def one_core() -> Iterator[None]:
 @contextmanager
 def cluster(cores: int) -> Iterator[tuple[str, float]]:
     """Give the address of a cluster of this machine, in processes of its own, and how long it took to start, s."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on this machine only; for it and for this process
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # for it and for this process
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; main()"
-    options = [f"--num-cpus={cores}", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
-    command = [sys.executable, "-c", code, "start", "--head", "--block", "--disable-usage-stats", *options]
+    options = ["--head", "--block", "--disable-usage-stats", "--include-dashboard=false"]
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
-            raise CmfastError(f"ray start failed: {one_line(' '.join(said[-3:]))}")
-        try:
-            yield f"127.0.0.1:{port}", time.perf_counter() - began
-        finally:
-            process.send_signal(signal.SIGTERM)  # with --block it ends what it started
-            process.communicate(timeout=60)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options += [f"--num-cpus={cores}", f"--port={port}", f"--temp-dir={folder}"]
+        command = [sys.executable, "-c", code, "start", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "Ray runtime started" in line:
+                    break
+            else:
+                raise CmfastError(f"ray start failed: {one_line(' '.join(said[-3:]))}")
+            try:
+                yield f"127.0.0.1:{port}", time.perf_counter() - began
+            finally:
+                process.send_signal(signal.SIGTERM)  # with --block it ends what it started
+                process.communicate(timeout=60)
 
 
 def timed(model: Model, sha256: str, request: ShardRequest, out: Path, drawer: Drawer) -> tuple[float, float]:

@@ -11,7 +11,7 @@ samples were drawn at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from cmfast import noise
 from cmfast.checks import check_range, whole_number
 from cmfast.conditions import LABEL
+from cmfast.drawing import check_number
 from cmfast.files.locks import exclusive, lock_beside
 from cmfast.model import Model
 from cmfast.progress import progress_bar
@@ -53,6 +54,11 @@ class ShardRequest:
         whole_number("batch", self.batch, 1)
         check_range(self.first, self.n)
         noise.check_seed(self.seed)
+
+    @property
+    def samples(self) -> range:
+        """The indices of what is drawn."""
+        return range(self.first, self.first + self.n)
 
     def draw(self, model: Model, samples: range, conditions: Mapping[str, Any]) -> Array:
         """Return the samples of these indices, as `Model.sample` returns them; `conditions` are theirs alone."""
@@ -121,24 +127,15 @@ def draw_shards(
             another process writes to the folder.
     """
     check_shard_folder(folder)
-    wanted = range(request.first, request.first + request.n)
-    given = dict(request.conditions)
-    if (classes := model.labels(request.n, seed=request.seed, label=given.get(LABEL), first=request.first)) is not None:
-        given[LABEL] = classes
-    every = model.values(request.n, conditions=given)
-
-    def conditions_of(samples: range) -> dict[str, Array]:
-        start = request.first
-        return {name: value[samples.start - start : samples.stop - start] for name, value in every.items()}
-
+    conditions_of = _conditions(model, request)
     with exclusive(lock_beside(folder), f"another command draws shards into {folder}"):
         there = shards_in(folder)
         same, shape = settings_of(request, model_sha256), _sample_shape(model.spec)
         for samples, path in there:
-            inside = samples.start >= wanted.start and samples.stop <= wanted.stop
+            inside = samples.start >= request.samples.start and samples.stop <= request.samples.stop
             digest = {"conditions": conditions_digest(conditions_of(samples))} if inside else {}
             check_shard(path, samples, *shape, {**same, **digest})
-        parts = missing(wanted, [samples for samples, _ in there], request.shard)
+        parts = missing(request.samples, [samples for samples, _ in there], request.shard)
         left = sum(map(len, parts))
         lacking = [(samples, _one_for_all(conditions_of(samples))) for samples in parts]
         if not lacking:
@@ -151,6 +148,34 @@ def draw_shards(
                 write_shard(folder, samples, drawn, own.get(LABEL), {**same, **digest})
                 advance(len(samples), "")
     return len(parts), len(there)
+
+
+def draw_together(model: Model, request: ShardRequest, drawer: Drawer, *, show: bool = False) -> Array:
+    """Draw samples in the parts that shards have, and return them as one array, written nowhere.
+
+    Args:
+        model: Says what its samples are; `drawer` draws them.
+        request: What is drawn.
+        drawer: What draws.
+        show: Whether there is a bar on stderr.
+
+    Returns:
+        Images uint8 [n, H, W, C] or samples float32 [n, *shape].
+
+    Raises:
+        CmfastError: a condition does not fit, or there is too little memory.
+    """
+    shape, dtype = _sample_shape(model.spec)
+    check_number(request.n, model.spec, model.noun, pixels=model.spec.data == "image")
+    conditions_of = _conditions(model, request)
+    together: Array = np.empty((request.n, *shape), dtype)
+    parts = [(samples, _one_for_all(conditions_of(samples))) for samples in missing(request.samples, (), request.shard)]
+    bar = progress_bar("sampling", request.n, model.noun, show=show)
+    with bar as advance, closing(drawer.draw(request, parts)) as results:
+        for samples, drawn in results:
+            together[samples.start - request.first : samples.stop - request.first] = drawn
+            advance(len(samples), "")
+    return together
 
 
 def missing(wanted: range, have: Iterable[range], shard: int) -> list[range]:
@@ -185,6 +210,19 @@ def conditions_digest(conditions: Mapping[str, Array]) -> str:
         sha256.update(f"{name} {rows.dtype.str} {list(rows.shape)}\n".encode())
         sha256.update(rows.data)
     return sha256.hexdigest()
+
+
+def _conditions(model: Model, request: ShardRequest) -> Callable[[range], dict[str, Array]]:
+    """Return a function of a range of samples that returns their conditions, checked; labels are drawn here."""
+    given, first = dict(request.conditions), request.first
+    if (classes := model.labels(request.n, seed=request.seed, label=given.get(LABEL), first=first)) is not None:
+        given[LABEL] = classes
+    every = model.values(request.n, conditions=given)
+
+    def of(samples: range) -> dict[str, Array]:
+        return {name: value[samples.start - first : samples.stop - first] for name, value in every.items()}
+
+    return of
 
 
 def _one_for_all(conditions: Mapping[str, Array]) -> dict[str, Array]:

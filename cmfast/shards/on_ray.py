@@ -29,6 +29,7 @@ from cmfast.shards.sent import Files, How, open_model, read_model
 
 Reference = list[Any]  # of one: to `Files` in Ray's object store; in a list Ray passes it on instead of the bytes
 LOCAL = "local"
+_HOST = re.compile(r"(?:ray://)?\[?([^\[\]/]+)\]?:([0-9]{1,5})")
 RESTARTS = 10  # of one worker, by Ray; then the run ends, and the shards that are there stay
 RETRIES = 3  # of one shard, by Ray: one that kills every worker that draws it must end the run
 ANSWER_S = 5.0  # an address that does not answer by then is refused; Ray itself tries for minutes
@@ -195,8 +196,8 @@ def _import_ray() -> Any:
 
 
 def _need_answer(address: str) -> None:
-    """Raise BackendError unless something listens at HOST:PORT or ray://HOST:PORT."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:([0-9]{1,5})", address)
+    """Raise BackendError unless something listens at HOST:PORT or ray://HOST:PORT, also where "auto" finds that."""
+    found = _HOST.fullmatch(_current_cluster() if address == "auto" else address)
     if not found:
         if address not in (LOCAL, "auto"):
             raise CmfastError(f"--ray takes local, auto, HOST:PORT or ray://HOST:PORT, got {shown(address)}")
@@ -205,4 +206,14 @@ def _need_answer(address: str) -> None:
         socket.create_connection((found[1], int(found[2])), ANSWER_S).close()
     except (OSError, OverflowError, UnicodeError) as err:
         why = getattr(err, "strerror", None) or one_line(err)
-        raise BackendError(f"no Ray cluster answers at {address}: {why}; start one: ray start --head") from None
+        raise BackendError(f"no Ray cluster answers at {found[0]}: {why}; start one: ray start --head") from None
+
+
+def _current_cluster() -> str:
+    """Return what Ray takes "auto" for: RAY_ADDRESS, else what `ray start` wrote on this machine; "": unknown."""
+    if given := os.environ.get("RAY_ADDRESS"):
+        return given
+    try:
+        return Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster").read_text().strip()
+    except (OSError, ValueError):
+        return ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import cmfast
 from cmfast.cli.sample import main
 from cmfast.shards.files import read_shards
+from cmfast_train.cli.evaluate import main as evaluate
 from helpers.graphs import write_denoiser
 
 pytestmark = [
@@ -68,6 +70,21 @@ def test_a_cluster_draws_what_one_process_draws_and_a_killed_worker_loses_nothin
     np.testing.assert_array_equal(labels, loaded.labels(1200))
 
 
-def test_there_is_no_cluster_to_find(call: Call, refused: Call, model: Path, tmp_path: Path) -> None:
+def test_an_evaluation_of_samples_from_a_cluster_has_the_numbers_of_one_process(call: Call, tmp_path: Path) -> None:
+    rows = []
+    for options in ([], ["--ray", "local"]):
+        out = tmp_path / "eval.json"
+        command = ["digits", "--data-set", "digits", "--metrics", "fd", "--steps", 2, "-n", 300, "--json", out]
+        assert call(evaluate, *command, *options).returncode == 0
+        rows += json.loads(out.read_text())["rows"]
+    assert rows[0].pop("ms_per_image") > 0
+    assert rows[0] == rows[1]
+
+
+def test_there_is_no_cluster_to_find(
+    call: Call, refused: Call, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     refused(call(main, model, "-n", 4, "--ray", "auto", "-o", tmp_path / "s"), "no Ray cluster at 'auto'")
     assert os.listdir(tmp_path) == []

@@ -20,9 +20,9 @@ import cmfast
 from cmfast.cli.sample import main
 from cmfast.errors import ArtifactError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
-from cmfast.shards.drawing import missing
+from cmfast.shards.drawing import Here, ShardRequest, draw_together, missing
 from cmfast.shards.files import read_shards, shard_path
-from cmfast.shards.sent import How, model_sha256, open_model, read_model
+from cmfast.shards.sent import How, described, model_sha256, open_model, read_model
 from helpers.graphs import write_denoiser
 
 Call = Callable[..., Any]
@@ -109,6 +109,16 @@ def test_samples_that_are_no_images_have_shards_with_their_own_conditions(
     np.save(tmp_path / "state.npy", state + 1)
     assert "conditions" in call(*command).stderr
     assert states(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("how", [{"sigmas": (80.0, 0.8)}, {"heun": 3}])
+def test_shards_can_be_drawn_into_one_array(how: dict[str, Any], model: Path) -> None:
+    loaded = cmfast.load(model)
+    request = ShardRequest(n=10, first=3, shard=4, seed=5, conditions={"label": 2}, **how)
+    drawn = draw_together(described(model), request, Here(loaded))
+    draw = loaded.sample_heun if "heun" in how else loaded.sample
+    options = {"steps": 3} if "heun" in how else how
+    np.testing.assert_array_equal(drawn, draw(10, first=3, seed=5, label=2, **options))
 
 
 # What is there.
@@ -269,6 +279,19 @@ def test_what_cannot_be_drawn_is_one_line_and_leaves_no_folder(
 ) -> None:
     refused(call(main, model, "-n", 4, *options, "-o", tmp_path / "samples"), words)
     assert names(tmp_path) == []
+
+
+def test_a_cluster_that_has_ended_is_not_waited_for(
+    model: Path, call: Call, refused: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`ray start` leaves its address behind when it is killed, and Ray would try it for minutes."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    out = tmp_path / "samples"
+    refused(call(main, model, "--ray", "auto", "-o", out), "no Ray cluster answers at 127.0.0.1:1: Connection refused")
+    assert not out.exists()
 
 
 def test_two_commands_do_not_draw_into_one_folder(model: Path, call: Call, refused: Call, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ Examples:
   cmfast-eval model.pt --data-set cifar10 --data DIR --steps 1,2 --heun 8,18 --plot quality.png
   cmfast-eval samples.npz --data-set cifar10 --data DIR --features pt_inception-2015-12-05-6726825d.pth
   cmfast-eval model.pt --data-set mnist --data DIR --search --write
+  cmfast-eval model.onnx --data-set cifar10 --data DIR -n 50000 --ray local
 \b
 Metrics:
   fd   Frechet distance: FID, where the features are Inception's
@@ -67,6 +68,7 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the samples and of all random subsets.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples drawn at a time.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda for an engine, else cpu.")
+@click.option("--ray", "address", metavar="local|ADDRESS", help="Draw on a Ray cluster, as cmfast-sample does.")
 @click.option("--search", is_flag=True, help="Search for the second of two noise levels that minimises fd.")
 @click.option("--search-calls", type=int, default=12, show_default=True, help="Noise levels to try.")
 @click.option(

@@ -30,6 +30,7 @@ class EvalConfig:
     seed: int = 0  # of the samples and of all random subsets
     batch: int = 64  # samples drawn at a time
     device: str | None = None  # cpu, cuda; None: the backend's default
+    address: str | None = None  # of a Ray cluster that draws the samples, or "local"; None: this process
     search: bool = False
     search_calls: int = 12  # noise levels to try
     search_bounds: tuple[float, ...] | None = None  # noise levels, data units
@@ -54,6 +55,8 @@ class EvalConfig:
             raise CmfastError("--plot shows the fd at numbers of calls: leave --search out, and fd in --metrics")
         if self.plot is not None and find_spec("matplotlib") is None:
             raise MissingDependency("--plot", "matplotlib", "plot")
+        if self.address is not None and (self.search or self.plot is not None):
+            raise CmfastError("--ray measures no time: leave --plot and --search out")
         if self.search and (self.steps or self.heun or self.metrics not in (None, ("fd",))):
             raise CmfastError("--search compares two steps by their fd: leave --steps, --heun and --metrics out")
         if self.search and not 2 <= self.search_calls <= MOST_CALLS:

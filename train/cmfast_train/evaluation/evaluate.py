@@ -29,6 +29,7 @@ from cmfast.formats.manifest import check_file
 from cmfast.model import Model
 from cmfast.progress import progress_bar
 from cmfast.sampling import heun_calls
+from cmfast.shards.drawing import Drawer, ShardRequest, draw_together
 from cmfast.shards.files import read_shards, shards_in
 from cmfast_train.border import naming, reading
 from cmfast_train.config.presets import PRESETS
@@ -154,6 +155,15 @@ def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], w
     if have != tuple(image):
         raise CmfastError(f"{what} are images {list(image)}, those of {data_set} are {list(have)}")
     return images
+
+
+def cluster_steps(model: Model, request: ShardRequest, drawer: Drawer, *, progress: bool = False) -> dict[str, Any]:
+    """Return the row of `few_steps` or `heun_steps` of samples that others draw: without the time of an image."""
+    images = draw_together(model, request, drawer, show=progress)
+    if request.heun is not None:
+        return {"heun": request.heun, "calls": heun_calls(request.heun), "n": request.n, "images": images}
+    calls = len(request.sigmas)
+    return {"steps": calls, "calls": calls, "sigmas": list(request.sigmas), "n": request.n, "images": images}
 
 
 def is_samples(path: Path) -> bool:

@@ -19,6 +19,9 @@ from cmfast.errors import CmfastError
 from cmfast.files import write_text
 from cmfast.model import Model
 from cmfast.sampling import heun_calls
+from cmfast.shards.drawing import ShardRequest
+from cmfast.shards.on_ray import OnRay
+from cmfast.shards.sent import How, described
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
@@ -26,6 +29,7 @@ from cmfast_train.evaluation.config import METRICS, MOST, EvalConfig
 from cmfast_train.evaluation.evaluate import (
     Bytes,
     Reference,
+    cluster_steps,
     data_images,
     few_steps,
     heun_steps,
@@ -113,9 +117,10 @@ class _Subject:
 
 
 def _samples(config: EvalConfig) -> _Subject:
-    if config.steps or config.heun or config.search or config.plot:
+    if config.steps or config.heun or config.search or config.plot or config.address:
         raise CmfastError(
-            f"{config.model}: these samples are drawn already; --steps, --heun, --search and --plot are for a model"
+            f"{config.model}: these samples are drawn already; --steps, --heun, --search, --plot and --ray are for a "
+            "model"
         )
     channels = None if config.data_set == "folder" else PRESETS[config.data_set].channels
     samples = read_samples(config.model, config.number, channels)
@@ -131,6 +136,8 @@ def _model(config: EvalConfig) -> _Subject:
         if config.write:
             check_writable(config.model)
         model = Model(TorchBackend(checkpoint, config.device or "cpu"))
+    elif config.address is not None:
+        model = described(config.model)
     else:
         model = cmfast.load(config.model, config.device)
     steps = config.steps
@@ -143,9 +150,10 @@ def _model(config: EvalConfig) -> _Subject:
     for count in config.heun:
         heun_calls(count)  # at least one step
     weights = dict(model.manifest.source)
+    engine = model.backend.name if config.address is None else "Ray workers"
     return _Subject(
         image=model.spec.image,
-        source={"model": {"file": config.model.name, "engine": model.backend.name, "source": weights}},
+        source={"model": {"file": config.model.name, "engine": engine, "source": weights}},
         model=model,
         sigmas=tuple(model.sigmas_for(k) for k in steps),
         checkpoint=checkpoint,
@@ -158,6 +166,16 @@ def _rows(config: EvalConfig, subject: _Subject, number: int) -> Iterator[dict[s
         yield {"name": config.model.name[:22], "n": number, "images": subject.samples}
         return
     show = sys.stderr.isatty()
+    if config.address is not None:
+        opened = How.of(config.model, config.device, None, "", "", None)
+        drawer = OnRay(config.address, config.model, opened)
+        requests = [
+            ShardRequest(n=number, sigmas=sigmas, seed=config.seed, batch=config.batch) for sigmas in subject.sigmas
+        ]
+        requests += [ShardRequest(n=number, heun=steps, seed=config.seed, batch=config.batch) for steps in config.heun]
+        for request in requests:
+            yield cluster_steps(subject.model, request, drawer, progress=show)
+        return
     for sigmas in subject.sigmas:
         yield few_steps(subject.model, sigmas, number, seed=config.seed, batch=config.batch, progress=show)
     for steps in config.heun:
