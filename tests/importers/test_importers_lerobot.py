@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,12 @@ def test_damage_and_half_a_policy_are_refused(tmp_path: Path, folder: Path) -> N
     save_file({"action.min": torch.zeros(3)}, next(tmp_path.glob("policy_post*.safetensors")))
     with pytest.raises(ArtifactError, match=r"action.max is \[0\]; the statistics of action, MIN_MAX, need a vector"):
         load_model(tmp_path)
+    save_lerobot(tmp_path, WEIGHTS, old=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    endless = {"unnormalize_outputs.buffer_action.max": torch.full((3,), math.inf)}
+    save_file(tensors | endless, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError, match="the statistics of action are not finite: they were never set"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"type": "diffusion"}')
     with pytest.raises(ArtifactError, match=r"it lacks horizon; is it the config.json of a diffusion policy"):
         load_model(tmp_path)
@@ -212,6 +220,34 @@ ENCODED = {  # fields of a policy whose encoder is read: resnet18 on 24 x 32 of 
     "resize_shape": None,
 }
 WITH_ENCODER = Given(encoder=True)
+
+
+def test_no_value_in_a_file_of_json_gives_a_traceback(tmp_path: Path) -> None:
+    odd = itertools.cycle([None, "x", -1, [1, "a"], {"type": []}])  # one in each place, not all: there are 200 places
+    said = []
+    for old in (False, True):
+        save_lerobot(tmp_path, WEIGHTS, old=old)
+        for file in ("config.json", *([] if old else ["policy_postprocessor.json"])):
+            text = (tmp_path / file).read_text()
+            for changed in with_each_changed(json.loads(text), odd):
+                (tmp_path / file).write_text(json.dumps(changed))
+                try:
+                    identify(tmp_path)
+                except CmfastError as err:
+                    said.append(str(err))
+            (tmp_path / file).write_text(text)
+    assert len(said) > 30
+    assert not [text for text in said if "\n" in text]
+
+
+def with_each_changed(values: Any, odd: Iterator[Any]) -> Iterator[Any]:
+    """Yield copies of JSON values with one of the nested values replaced."""
+    yield next(odd)
+    for key in values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ():
+        for changed in with_each_changed(values[key], odd):
+            copied = copy.copy(values)
+            copied[key] = changed
+            yield copied
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cmfast_export import cli as export
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cmfast_train.importers import load_model
 from cmfast_train.importers.facts import Given
+from cmfast_train.importers.policies.workspace import workspace as beside
 from cmfast_train.networks.build import check_weights
 from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig
 from helpers.foreign.policies import CASES, SMALL, Weights, hydra, omegaconf_modules, unet, weights_of, workspace
@@ -246,6 +248,35 @@ def test_a_configuration_of_consistency_policy_says_which_network_takes_two_time
             )
 
 
+def test_a_configuration_without_an_end_is_read_to_a_limit() -> None:
+    deep: dict[str, Any] = {"horizon": 8}
+    wide: list[Any] = []
+    for _ in range(2000):
+        deep, wide = {"horizon": 8, "below": deep}, [wide, wide]
+    policy = {"horizon": "${a}"}
+    content = {"cfg": {"a": "${policy.horizon}", "policy": policy, "deep": deep, "wide": wide}, "state_dicts": {}}
+    found = beside(content, "")
+    assert found is not None
+    assert found.value("deep", "below", "horizon") == 8
+    assert found.value("policy", "horizon") is None, "the two refer to each other"
+    assert found.source == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bins": float("inf")}, {"time_min": float("nan")}, {"time_max": "80"}, {"data_std": None}, {"bins": -1}],
+)
+def test_a_noise_scheduler_of_other_values_is_never_a_traceback(
+    with_config: Callable[..., Path], changes: dict[str, Any]
+) -> None:
+    file = with_config(config(EDM, KARRAS | changes), model=weights_of())
+    ((name, theirs),) = changes.items()
+    ours = {"bins": "grid", "time_min": "sigma_min", "time_max": "sigma_max", "data_std": "sigma_data"}[name]
+    published = {"grid": 80, "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5}[ours]
+    spec = load_model(file, given=Given(weights="ema_model.model")).spec
+    assert getattr(spec, ours) == published, f"usual where it cannot be read: {theirs}"
+
+
 def test_without_a_source_nothing_is_guessed(saved: Callable[..., Path], call: Call) -> None:
     file = saved()
     said = call(info.main, file, "--set", "weights=ema_model.model")
@@ -293,6 +324,10 @@ def test_a_checkpoint_says_which_network_it_holds(saved: Callable[..., Path], tm
     assert (again.network, again.spec) == (checkpoint.network, checkpoint.spec)
     with pytest.raises(CmfastError, match="the weights do not fit the network"):
         check_weights(checkpoint.network, dict(list(checkpoint.weights.items())[1:]))
+    other = replace(checkpoint.spec, conditions=(cmfast.Condition(name="global_cond", shape=(6,)),))
+    save_checkpoint(replace(checkpoint, spec=other), tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match="its network and its spec disagree about the conditions"):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -194,6 +194,10 @@ def checkpoint_of(content: Mapping[str, Any], file: Path) -> Checkpoint:
     own = isinstance(network, OwnConfig)
     if not isinstance(network, OwnConfig) and (network.image_shape != spec.shape or network.classes != entries):
         raise ArtifactError(f"{file}: its network and its spec disagree about the images or the classes")
+    if [(c.name, c.shape) for c in getattr(network, "conditions", spec.conditions)] != [
+        (c.name, c.shape) for c in spec.conditions
+    ]:
+        raise ArtifactError(f"{file}: its network and its spec disagree about the conditions")
     _check_weights(weights, file, own=own)
     try:
         check_count(network, len(weights))

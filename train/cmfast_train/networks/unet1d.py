@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmfast.conditions import Condition
 from cmfast.errors import CmfastError
 from cmfast_train.config.checks import check_types, shown
 from cmfast_train.networks.count import check_values
@@ -74,6 +75,11 @@ class Unet1dConfig:
     def image_shape(self) -> tuple[int, int]:
         """Shape of a sample, (T, A), under the name that all networks have it."""
         return (self.horizon, self.actions)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The encoded observation, if it takes one."""
+        return (Condition(name=CONDITION, shape=(self.global_cond,)),) if self.global_cond else ()
 
     @property
     def classes(self) -> int:

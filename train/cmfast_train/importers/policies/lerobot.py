@@ -24,7 +24,7 @@ from cmfast_train.importers.diffusion_folders import SCHEDULER_FIELDS, scheduled
 from cmfast_train.importers.facts import Draft, Facts, shown
 from cmfast_train.importers.policies.lerobot_encoder import ENCODER, names_of, policy_of, with_encoder
 from cmfast_train.importers.policies.statistics import BUFFERS, note, statistics
-from cmfast_train.importers.policies.unet1d import TEACHER, conditions_of, config_of, describe_network
+from cmfast_train.importers.policies.unet1d import TEACHER, config_of, describe_network
 from cmfast_train.networks.unet1d import CONDITION, Unet1dConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -89,11 +89,8 @@ def draft(folder: Path, facts: Facts) -> Draft:
         stored = names_of(policy, stored, described, weights)
         facts.fixed("encoder", True, "--set")
         facts.fixed("image encoder", f"ResNet of {policy.layers} layers, {policy.keypoints} points a camera", WEIGHTS)
-        conditions = policy.conditions
-    else:
-        conditions = conditions_of(config)
-        if has_encoder:
-            facts.fixed("left out", f"{ENCODER[:-1]}: its output is part of {CONDITION}; --set encoder=true", WEIGHTS)
+    elif has_encoder:
+        facts.fixed("left out", f"{ENCODER[:-1]}: its output is part of {CONDITION}; --set encoder=true", WEIGHTS)
     _describe_inputs(facts, fields, config, has_encoder)
     found, where = statistics(folder, weights, described, fields, images=bool(facts.given.encoder))
     noted = note(facts, found, where)
@@ -103,7 +100,9 @@ def draft(folder: Path, facts: Facts) -> Draft:
         )
     if unread := sorted(fields.keys() - NETWORK.keys() - OTHERS - SCHEDULER_FIELDS.keys()):
         facts.fixed("not known", f"{', '.join(map(shown, unread))[:300]}; of a newer lerobot, not read", CONFIG)
-    spec = scheduled_spec(facts, fields, file, CONFIG, shape=config.image_shape, data="array", conditions=conditions)
+    spec = scheduled_spec(
+        facts, fields, file, CONFIG, shape=config.image_shape, data="array", conditions=network.conditions
+    )
     return Draft(
         format="lerobot",
         what="a diffusion policy of lerobot" if facts.given.encoder else "the U-Net of a diffusion policy of lerobot",

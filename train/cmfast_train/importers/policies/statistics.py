@@ -6,6 +6,7 @@ Images are normalised before their encoder, so theirs are read with it only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,13 @@ def statistics(
         if not (folder / name).is_file():
             continue
         for step in _steps(folder / name, registered):
-            config = step.get("config", {})
+            config = object_or_empty(step.get("config"))
             state = step.get("state_file")
             if not isinstance(state, str) or state != Path(state).name:
                 raise ArtifactError(f"{folder / name}: {registered} names no file of statistics beside it")
-            modes = config.get("norm_map") or {}
-            for feature, what in (config.get("features") or {}).items():
-                mode = modes.get(what.get("type"), "IDENTITY") if isinstance(what, dict) else "IDENTITY"
+            modes = object_or_empty(config.get("norm_map"))
+            for feature, what in object_or_empty(config.get("features")).items():
+                mode = str(modes.get(str(object_or_empty(what).get("type")), "IDENTITY"))
                 if feature.startswith(start) and (images or "image" not in feature):
                     names = {f"{feature}.{kind}": kind for kind in MODES.get(mode, ())}
                     _add(found, feature, mode, folder / state, names)
@@ -87,13 +88,18 @@ def note(facts: Facts, found: Mapping[str, Mapping[str, Any]], where: str) -> di
 
 def _modes_of_config(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the features, and how each is normalised: by its type, in old files by its name."""
-    by_type = fields.get("normalization_mapping") or {}
+    by_type = object_or_empty(fields.get("normalization_mapping"))
     for side in ("output", "input"):
-        by_name = fields.get(f"{side}_normalization_modes") or {}
-        features = fields.get(f"{side}_features") or {name: {} for name in by_name}
+        by_name = object_or_empty(fields.get(f"{side}_normalization_modes"))
+        features = object_or_empty(fields.get(f"{side}_features")) or {name: {} for name in by_name}
         for name, what in features.items():
-            kind = what.get("type") if isinstance(what, dict) else None
+            kind = str(object_or_empty(what).get("type"))
             yield name, str(by_type.get(kind) or by_name.get(name, "IDENTITY")).upper()
+
+
+def object_or_empty(value: Any) -> dict[str, Any]:
+    """Return a JSON object; of anything else {}."""
+    return value if isinstance(value, dict) else {}
 
 
 def _steps(file: Path, registered: str) -> list[dict[str, Any]]:
@@ -117,4 +123,6 @@ def _add(found: Statistics, feature: str, mode: str, file: Path, names: Mapping[
             raise ArtifactError(f"{file}: {name} is {list(shape)}; the statistics of {feature}, {mode}, need a vector")
     with reading(file, "not a whole safetensors file"), safe_open(file, framework="pt") as opened:
         values = {kind: numbers(opened.get_tensor(name).flatten()) for name, kind in names.items()}
+    if not all(math.isfinite(number) for each in values.values() for number in each):
+        raise ArtifactError(f"{file}: the statistics of {feature} are not finite: they were never set")
     found[feature] = {"mode": mode, **values}

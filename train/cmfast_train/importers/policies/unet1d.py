@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast.conditions import Condition
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.preconditioning import noise_condition
 from cmfast.schedule import DiscreteTimes
@@ -71,7 +70,7 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     facts.fixed("start", START if source == STUDENT else None, "Consistency Policy's training")
     network = _network(config, facts, said, source, where, file)
     shape = None if network is None else network.image_shape
-    model = {"data": "array", "conditions": conditions_of(config), "second_time": flow_map}
+    model = {"data": "array", "conditions": config.conditions, "second_time": flow_map}
     if network is not None and "scheduler" in said:
         spec: ModelSpec | None = scheduled_spec(facts, said["scheduler"], file, CFG, shape=shape, **model)
     else:
@@ -135,7 +134,8 @@ def _said(work: Workspace, source: str, file: Path) -> dict[str, Any]:
         "groups": _whole(work.value("policy", "n_groups"), work.value("policy", "model", "n_groups")),
     }
     names = work.value("policy", "noise_scheduler")
-    scheduler = {name: work.value("policy", "noise_scheduler", name) for name in names or ()}
+    keys = names if isinstance(names, Mapping) else ()
+    scheduler = {name: work.value("policy", "noise_scheduler", name) for name in keys}
     if source == DIFFUSION:
         if str(scheduler.get("_target_", "")).rpartition(".")[2] in SCHEDULERS:
             defaults = {name: value for name, value in SCHEDULER_FIELDS.items() if scheduler.get(name) is None}
@@ -147,14 +147,17 @@ def _said(work: Workspace, source: str, file: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file}: noise_scheduler.scaling is {shown(str(kind))}; supported: boundary, no_boundary")
     if kind == "no_boundary":
         found["usual"] = {"scaling": "edm"}
-    fields = {"sigma_min": "time_min", "sigma_max": "time_max", "sigma_data": "data_std", "grid": "bins"}
-    values = {ours: scheduler.get(theirs) for ours, theirs in fields.items()}
-    found["fixed"] = {
-        name: int(value) if name == "grid" else float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    fields = {"sigma_min": "time_min", "sigma_max": "time_max", "sigma_data": "data_std"}
+    values: dict[str, Any] = {ours: scheduler.get(theirs) for ours, theirs in fields.items()}
+    found["fixed"] = {name: float(value) for name, value in values.items() if _is_level(value)}
+    if is_whole(bins := scheduler.get("bins")):
+        found["fixed"]["grid"] = bins
     return found
+
+
+def _is_level(value: Any) -> bool:
+    """Whether this is a noise level; a wrong one is an error of `ModelSpec`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 def _whole(*values: Any) -> int | None:
@@ -230,11 +233,6 @@ def describe_network(facts: Facts, config: Unet1dConfig, where: str) -> None:
     facts.fixed(CONDITION, config.global_cond or None, where)
     for name in ("image_size", "head_channels", "heads", "qkv"):
         facts.fixed(name, None, "the network")
-
-
-def conditions_of(config: Unet1dConfig) -> tuple[Condition, ...]:
-    """Return the encoded observation as a condition, none where the network takes none."""
-    return (Condition(name=CONDITION, shape=(config.global_cond,)),) if config.global_cond else ()
 
 
 def ends_of(times: DiscreteTimes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ POLICIES = {  # how the policy's class begins: its source
 }
 NORMALIZER = "normalizer.params_dict."
 FEATURES = ("action", "obs")  # what is normalised, of those that are not images
-MOST_NODES, MOST_HOPS = 20_000, 8  # of a configuration; from one reference to the next
+MOST_NODES, DEPTH, MOST_HOPS = 20_000, 60, 8  # of a configuration; from one reference to the next
 MOST = 1024  # numbers of a feature
 _REFERENCE = re.compile(r"\$\{([\w.]{1,200})\}")
 
@@ -72,19 +72,19 @@ def workspace(content: Any, chosen: str) -> Workspace | None:
     return Workspace(source=source, config=found.config, normalised=_normalised(content["state_dicts"], chosen))
 
 
-def _plain(node: Any, left: list[int]) -> Any:
+def _plain(node: Any, left: list[int], depth: int = 0) -> Any:
     """Return a configuration in plain containers; of other objects and of too much of it None."""
     left[0] -= 1
-    if left[0] < 0:
+    if left[0] < 0 or depth > DEPTH:
         return None
     if isinstance(node, Foreign):
         if not node.name.startswith("omegaconf."):
             return None
-        return _plain(node.state.get("_content", node.state.get("_val")), left)
+        return _plain(node.state.get("_content", node.state.get("_val")), left, depth + 1)
     if isinstance(node, Mapping):
-        return {key: _plain(value, left) for key, value in node.items() if isinstance(key, str)}
+        return {key: _plain(value, left, depth + 1) for key, value in node.items() if isinstance(key, str)}
     if isinstance(node, (list, tuple)):
-        return [_plain(value, left) for value in node]
+        return [_plain(value, left, depth + 1) for value in node]
     return node if isinstance(node, (str, int, float, bool)) else None
 
 
@@ -107,9 +107,14 @@ def _normalised(policies: Mapping[Any, Any], chosen: str) -> dict[str, dict[str,
     found = {}
     for feature in FEATURES:
         both = {kind: tensors.get(f"{NORMALIZER}{feature}.{kind}") for kind in ("scale", "offset")}
-        if all(isinstance(value, Tensor) and value.ndim == 1 and value.numel() <= MOST for value in both.values()):
+        if all(_is_vector(value) for value in both.values()):
             found[feature] = {"mode": "LINEAR"} | {kind: numbers(value) for kind, value in both.items()}
     return found
+
+
+def _is_vector(value: Any) -> bool:
+    whole = isinstance(value, Tensor) and value.ndim == 1 and value.numel() <= MOST and value.is_floating_point()
+    return whole and bool(value.isfinite().all())
 
 
 def numbers(values: Any) -> list[float]:
