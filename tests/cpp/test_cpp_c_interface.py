@@ -210,7 +210,7 @@ def test_only_the_interface_is_visible(shared: Path) -> None:
 def test_a_c_program_draws(shared: Path, tmp_path: Path) -> None:
     file = write_denoiser(tmp_path / "model.onnx", {"shape": [2, 8], "data": "array"})
     program = tmp_path / "from_c"
-    command = [need_compiler("gcc"), "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}"]
+    command = [need_compiler("gcc"), "-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror", f"-I{INCLUDE}"]
     source = ROOT / "examples" / "cpp" / "c" / "from_c.c"
     command += [str(source), str(shared), f"-Wl,-rpath,{shared.parent}", "-lm", "-o", str(program)]
     made = subprocess.run(command, capture_output=True, text=True)

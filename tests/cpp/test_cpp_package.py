@@ -94,7 +94,7 @@ def test_five_commands_lead_from_pip_install_to_the_png_that_python_draws(instal
                 done = subprocess.run(
                     ["bash", "-c", command],
                     cwd=tmp_path,
-                    env=environment(installed) | variables,
+                    env=environment(installed) | variables | {"CXXFLAGS": " ".join(STRICT)},
                     capture_output=True,
                     text=True,
                 )
@@ -117,7 +117,7 @@ def test_the_library_of_a_release_archive_is_deployed_beside_the_program(install
     (release / "lib" / "libonnxruntime.so").symlink_to("libonnxruntime.so.1.32.0")
     for arguments in (
         ["-S", str(EXAMPLES / "policy"), "-B", "build", f"-DONNXRUNTIME_ROOT={release}", "-DCMAKE_BUILD_TYPE=Release",
-         f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"],
+         f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}", f"-DCMAKE_CXX_FLAGS={' '.join(STRICT)}"],
         ["--build", "build"],
     ):  # fmt: skip
         made = subprocess.run(["cmake", *arguments], cwd=tmp_path, capture_output=True, text=True)
@@ -179,6 +179,13 @@ def test_each_header_stands_alone_and_gives_no_warning(header: str, tmp_path: Pa
     (tmp_path / "p.cpp").write_text(f"#include <cmfast/{header}>\nint main() {{ return 0; }}\n")
     by = "clang++" if compiler("clang++") else "g++"  # of other tests' programs, too
     command = [need_compiler(by), *STRICT, "-fsyntax-only", f"-I{INCLUDE}", str(tmp_path / "p.cpp")]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize("source", ["cmfast/src/cmfast_c", "examples/cpp/draw/draw", "examples/cpp/policy/policy"])
+def test_clang_gives_no_warning_either(source: str) -> None:
+    command = [need_compiler("clang++"), *STRICT, "-fsyntax-only", f"-I{INCLUDE}", str(ROOT / f"{source}.cpp")]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
 

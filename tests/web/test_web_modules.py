@@ -148,6 +148,8 @@ def test_a_wrong_manifest_is_refused_by_its_key() -> None:
         ({"conditions": [{"name": "label", "kind": "class", "classes": 0}]}, "wrong condition label"),
         ({"conditions": [{"name": "label", "kind": "class", "classes": 3, "null": 4}]}, "wrong condition label"),
         ({"conditions": [{"name": "x y", "kind": "tensor"}]}, "wrong conditions"),
+        ({"conditions": [{"kind": "tensor", "shape": []}]}, "wrong conditions"),
+        ({"dtype": "int8"}, "wrong dtype"),
         ({"clip": 1}, "wrong clip"),
         ({"selftest": {"seed": 0}}, "wrong selftest"),
     ]
@@ -155,6 +157,24 @@ def test_a_wrong_manifest_is_refused_by_its_key() -> None:
     for (_, words), found in zip(wrong, results, strict=True):
         assert words in found["error"]
         assert found["error"].startswith("CmfastError")
+
+
+@pytest.mark.parametrize("schema", ["first", "second"])
+def test_a_key_that_python_needs_is_needed_by_the_page(schema: str, tmp_path: Path) -> None:
+    """But for scaling and c_noise, which are in the graph: a default of its own would draw something else."""
+    write_corpus(tmp_path)
+    whole = json.loads((tmp_path / f"{schema}.json").read_text())
+    keys = [key for key in whole if key not in ("scaling", "c_noise")]
+    without = [{key: value for key, value in whole.items() if key != lost} for lost in keys]
+    results = in_node([("manifest", json.dumps(each)) for each in [whole, *without]])
+    assert "error" not in results[0]
+    for lost, values, found in zip(keys, without, results[1:], strict=True):
+        try:
+            Manifest.from_json(json.dumps(values), "x")
+        except CmfastError:
+            assert "error" in found, lost
+        else:
+            assert "error" not in found, lost
 
 
 def test_a_key_that_is_there_twice_is_refused_as_in_python() -> None:

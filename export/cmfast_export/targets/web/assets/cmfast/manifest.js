@@ -6,6 +6,7 @@ import { CmfastError, shown } from "./errors.js";
 
 const SCHEMAS = ["cmfast/1", "cmfast/2"];
 const KINDS = ["denoiser", "sampler", "server"];
+const DTYPES = ["float32", "tf32", "float16", "bfloat16"];
 const METADATA = 14; // ModelProto.metadata_props, of key = 1 and value = 2
 const MAX_CHARACTERS = 64_000;
 
@@ -45,11 +46,12 @@ export function parseManifest(text) {
     throw new CmfastError(`the manifest has schema ${shown(read.schema)}, this page reads ${SCHEMAS.join(" and ")}`);
   }
   const old = read.shape === undefined && read.image !== undefined ? ofFirstSchema(read) : {};
-  const manifest = { dtype: "float32", second_time: false, clip: true, conditions: [], ...read, ...old };
+  const manifest = { dtype: "float32", second_time: false, ...read, ...old };
   need(KINDS.includes(manifest.kind), "kind", manifest.kind);
   const whole = (side) => Number.isInteger(side) && side >= 1 && side <= 65536;
   need(isList(manifest.shape, whole) && manifest.shape.length >= 1 && manifest.shape.length <= 4, "shape", read.shape);
   need(["image", "array"].includes(manifest.data), "data", manifest.data);
+  need(DTYPES.includes(manifest.dtype), "dtype", manifest.dtype);
   need(manifest.data === "array" || manifest.shape.length === 3, "shape", manifest.shape);
   need(["sqrt", "plain", "ddim"].includes(manifest.renoise), "renoise", manifest.renoise);
   for (const key of ["sigma_min", "sigma_max", "sigma_data"]) {
@@ -81,13 +83,14 @@ export function entriesOf(condition) {
 }
 
 function ofFirstSchema(read) {
+  need(Number.isInteger(read.classes) && read.classes >= 0, "classes", read.classes);
   const names = read.class_names ?? [];
   const label = { name: "label", kind: "class", classes: read.classes, ...(names.length ? { class_names: names } : {}) };
   return { shape: read.image, data: "image", conditions: read.classes ? [label] : [] };
 }
 
 function condition(read) {
-  need(isObject(read) && /^[A-Za-z_]\w{0,99}$/.test(read.name), "conditions", read);
+  need(isObject(read) && isName(read.name), "conditions", read);
   const where = `condition ${read.name}`;
   const least = read.null === null ? undefined : read.null;
   if (read.kind === "class") {
@@ -98,7 +101,7 @@ function condition(read) {
     need(least === undefined || (Number.isInteger(least) && least >= 0 && least <= read.classes), where, least);
     return { name: read.name, kind: "class", classes: read.classes, names, null: least };
   }
-  const side = (value) => value === null || typeof value === "string" || (Number.isInteger(value) && value >= 1);
+  const side = (value) => value === null || isName(value) || (Number.isInteger(value) && value >= 1);
   const shape = read.shape ?? [];
   need(read.kind === "tensor" && isList(shape, side) && shape.length <= 6, where, read.kind);
   const named = shape.map((value, axis) => value ?? `${read.name}_${axis}`);
@@ -148,6 +151,10 @@ function repeatedKey(text) {
     }
   }
   return null;
+}
+
+function isName(value) {
+  return typeof value === "string" && /^[A-Za-z_]\w{0,99}$/.test(value);
 }
 
 function isObject(value) {
