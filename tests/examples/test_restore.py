@@ -45,13 +45,18 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photographs").mkdir()
     for i, digit in enumerate(load_digits().images[:1000]):  # of the same spread: traced once
         Image.fromarray(np.uint8(digit * 15.9)).save(folder / "photographs" / f"{i:04d}.png")
+    forget_scripts()  # those of another example may have the same names
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in commands((FOLDER / "README.md").read_text(encoding="utf-8")):
             run([*words, *(SHORT if words[0] == "train.py" else ())], patch)
+    forget_scripts()
+    return folder / "runs"
+
+
+def forget_scripts() -> None:
     for name in MODULES:
         sys.modules.pop(name, None)
-    return folder / "runs"
 
 
 def pixels(file: Path) -> np.ndarray:
