@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cmfast.bench.comparison import compare
     from cmfast.bench.diagnosis import DeviceMedians
     from cmfast.bench.failures import LeftOut
+    from cmfast.bench.fastest import Choice, FastestBackend, Tried
     from cmfast.bench.record import Record, Row, Start
     from cmfast.bench.request import Request
     from cmfast.bench.roofline import Ceilings, Floor, floor_ms, measure_machine
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 _HOMES = {  # the modules of the names below
     "Ceilings": "roofline",
+    "Choice": "fastest",
     "DeviceMedians": "diagnosis",
+    "FastestBackend": "fastest",
     "Floor": "roofline",
     "LeftOut": "failures",
     "Record": "record",
@@ -37,6 +40,7 @@ _HOMES = {  # the modules of the names below
     "Row": "record",
     "Start": "record",
     "Summary": "timing",
+    "Tried": "fastest",
     "compare": "comparison",
     "floor_ms": "roofline",
     "interleave": "timing",
@@ -45,7 +49,9 @@ _HOMES = {  # the modules of the names below
 }
 __all__ = [
     "Ceilings",
+    "Choice",
     "DeviceMedians",
+    "FastestBackend",
     "Floor",
     "LeftOut",
     "Record",
@@ -53,6 +59,7 @@ __all__ = [
     "Row",
     "Start",
     "Summary",
+    "Tried",
     "compare",
     "floor_ms",
     "interleave",

@@ -151,7 +151,14 @@ class FastestBackend:
         return pickled(self)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Return the graph's output, float32 [B, *shape], by the backend that is fastest for this batch size."""
+        """Evaluate the graph by the backend that is fastest for this batch size.
+
+        Args:
+            inputs: What `cmfast.Backend.run` takes.
+
+        Returns:
+            The graph's output, float32 [B, *shape].
+        """
         first = self.manifest.inputs[0].name
         batch = inputs[first].shape[self.manifest.batch_axis]
         bucket = (batch - 1).bit_length()
