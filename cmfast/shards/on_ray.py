@@ -30,8 +30,8 @@ from cmfast.shards.sent import Files, How, open_model, read_model
 Reference = list[Any]  # of one: to `Files` in Ray's object store; in a list Ray passes it on instead of the bytes
 LOCAL = "local"
 _HOST = re.compile(r"(?:ray://)?\[?([^\[\]/]+)\]?:([0-9]{1,5})")
-RESTARTS = 10  # of one worker, by Ray; then the run ends, and the shards that are there stay
-RETRIES = 3  # of one shard, by Ray: one that kills every worker that draws it must end the run
+RESTARTS = 10  # of one worker, by Ray; then the run ends: a shard may kill whatever draws it. Those that are there stay
+RETRIES = -1  # of one call, by Ray, while there are restarts: those to a lost machine fail by the second for a while
 ANSWER_S = 5.0  # an address that does not answer by then is refused; Ray itself tries for minutes
 
 
@@ -158,7 +158,8 @@ def _actors(ray: Any, address: str, how: How) -> list[Any]:
     if number < 1:
         need = "a GPU" if of_gpu else f"{cores} core(s)"
         have = f"{there.get('CPU', 0):g} core(s) and {there.get('GPU', 0):g} GPU(s)"
-        raise BackendError(f"the Ray cluster at {address} has {have}, and a worker needs {need}")
+        where = "this machine" if address == LOCAL else f"the Ray cluster at {address}"
+        raise BackendError(f"{where} has {have}, and a worker needs {need}")
     device = {"num_cpus": 0, "num_gpus": 1} if of_gpu else {"num_cpus": cores, "num_gpus": 0}
     actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RETRIES, **device)(Worker)
     return [actor.remote(how) for _ in range(number)]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import cmfast
 from cmfast.backends import Inputs
 from cmfast.encoding import Encoders, Paths
+from cmfast.errors import known_as
 from cmfast.formats.manifest import Manifest, check_model, file_sha256
 from cmfast.formats.table import files_beside, format_of, read_manifest
 from cmfast.model import Model
@@ -99,7 +100,8 @@ def open_model(files: Files, how: How) -> Model:
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             content.tofile(target)
-        return how.load(Path(folder, how.name))
+        with known_as(Path(folder, how.name), how.name):
+            return how.load(Path(folder, how.name))
 
 
 def _files(path: Path) -> dict[str, Path]:

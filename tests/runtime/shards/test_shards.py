@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import cmfast
 from cmfast.cli.sample import main
-from cmfast.errors import ArtifactError, CmfastError, MissingDependency
+from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
 from cmfast.shards.drawing import Here, ShardRequest, draw_together, missing
 from cmfast.shards.files import read_shards, shard_path
@@ -329,6 +329,11 @@ def test_a_model_travels_as_the_bytes_of_all_its_files(model: Path, tiny_checkpo
         there = open_model(read_model(path), How.of(path, None, None, "", "", None))
         np.testing.assert_array_equal(there.sample(3, seed=5), cmfast.load(path, threads=1).sample(3, seed=5))
         assert len(model_sha256(path)) == 64
+
+
+def test_an_error_on_a_worker_names_the_model_as_the_user_knows_it(model: Path) -> None:
+    with pytest.raises(BackendError, match=r"^model.onnx: ONNX Runtime on cpu has the variants '', not 'nhwc'"):
+        open_model(read_model(model), How.of(model, None, None, "nhwc", "", None))
 
 
 def test_the_error_of_a_missing_package_comes_back_from_a_worker() -> None:
