@@ -223,13 +223,13 @@ WITH_ENCODER = Given(encoder=True)
 
 
 def test_no_value_in_a_file_of_json_gives_a_traceback(tmp_path: Path) -> None:
-    odd = itertools.cycle([None, "x", -1, [1, "a"], {"type": []}])  # one in each place, not all: there are 200 places
+    odd = itertools.cycle([None, "x", -1, [1, "a"], {"type": []}])  # one in every other place: there are 200
     said = []
     for old in (False, True):
         save_lerobot(tmp_path, WEIGHTS, old=old)
         for file in ("config.json", *([] if old else ["policy_postprocessor.json"])):
             text = (tmp_path / file).read_text()
-            for changed in with_each_changed(json.loads(text), odd):
+            for changed in itertools.islice(with_each_changed(json.loads(text), odd), 0, None, 2):
                 (tmp_path / file).write_text(json.dumps(changed))
                 try:
                     identify(tmp_path)

@@ -355,20 +355,21 @@ def test_a_network_that_cannot_be_built_is_refused(changes: dict[str, Any], word
         Unet1dConfig(**SMALL | changes)
 
 
-@pytest.mark.parametrize("source", ["diffusion_policy", STUDENT])
+@pytest.mark.parametrize(("source", "made_as"), [("diffusion_policy", "policy.pt"), (STUDENT, "policy.onnx")])
 def test_it_is_exported_as_one_file_and_sampled_with_the_observation(
-    source: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, made_as: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
     torch.save(workspace(model=weights_of("one level", two_times=source == STUDENT)), "policy.ckpt")
     options = ("--source", source, "--set", "horizon=8", "--set", "weights=model")
-    made = call(export.main, "policy.ckpt", *options, "-o", "policy.onnx")
+    form = ("--format", "cmfast") if made_as.endswith(".pt") else ()  # of one an ONNX file: the network is the same
+    made = call(export.main, "policy.ckpt", *options, *form, "-o", made_as)
     assert made.returncode == 0, made.stderr
     checkpoint = load_model("policy.ckpt", source, Given(weights="model", horizon=8))
     steps, cond = min(checkpoint.spec.sigmas), noise(2, 2, seed=2)
     np.save("obs.npy", cond.numpy())
-    drawn = call(sample.main, "policy.onnx", "-n", 2, "--condition", "global_cond=obs.npy", "--seed", 3, "-o", "a.npy")
+    drawn = call(sample.main, made_as, "-n", 2, "--condition", "global_cond=obs.npy", "--seed", 3, "-o", "a.npy")
     assert (drawn.returncode, drawn.stderr) == (0, "")
     z = torch.from_numpy(cmfast.noise.slices(3, range(2), steps, (8, 3)))
     want = cmfast.sample(denoiser_of(checkpoint, cond), z, checkpoint.spec.sigmas_for(), checkpoint.spec)
