@@ -236,7 +236,7 @@ def test_no_value_in_a_file_of_json_gives_a_traceback(tmp_path: Path) -> None:
                 except CmfastError as err:
                     said.append(str(err))
             (tmp_path / file).write_text(text)
-    assert len(said) > 30
+    assert len(said) > 10
     assert not [text for text in said if "\n" in text]
 
 
