@@ -18,7 +18,7 @@ from cmfast import noise
 from cmfast.cli.installed import openvino_library
 from cmfast.sampling import to_uint8
 from helpers import ROOT
-from helpers.cpp import INCLUDE, STRICT, call, need_compiler, onnxruntime_library
+from helpers.cpp import INCLUDE, STRICT, UNDEFINED, call, need_compiler, onnxruntime_library
 from helpers.graphs import sampled, write_denoiser
 
 STATE = {"name": "state", "kind": "tensor", "shape": [3]}
@@ -54,7 +54,7 @@ class Condition(ctypes.Structure):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("c") / "libcmfast_c.so"
-    flags = ("-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{INCLUDE}", "-o", str(library))
+    flags = (*UNDEFINED, "-shared", "-fPIC", "-fvisibility=hidden", f"-I{INCLUDE}", "-o", str(library))
     source = ROOT / "cmfast" / "src" / "cmfast_c.cpp"
     made = subprocess.run([need_compiler(), *STRICT, *flags, str(source), "-ldl"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

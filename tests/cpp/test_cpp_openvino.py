@@ -15,7 +15,7 @@ import pytest
 import cmfast
 from cmfast import noise
 from cmfast.sampling import to_uint8
-from helpers.cpp import SOURCES, build, call
+from helpers.cpp import SOURCES, UNDEFINED, build, call
 from helpers.graphs import sampled, write_denoiser
 
 STATE = {"name": "state", "kind": "tensor", "shape": [3]}
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("cpp"), SOURCES / "model.cpp", "-O1", "-DWITH_OPENVINO")
+    return build(tmp_path_factory.mktemp("cpp"), SOURCES / "model.cpp", *UNDEFINED, "-DWITH_OPENVINO")
 
 
 @pytest.fixture(scope="module")
