@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What runs a network fastest on a CPU: PyTorch, ONNX Runtime, OpenVINO, in float32 and in bfloat16.
+"""What runs a network fastest on a CPU: PyTorch, ONNX Runtime, OpenVINO, in float32, bfloat16 and int8.
 
     python benchmarks/cpu_backends.py --threads 2 --json benchmarks/results/cpu_backends.json
 
@@ -38,7 +38,8 @@ from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from networks import parameters, random_model
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-LEAST_DB = {"fp32": 80.0, "bf16": 40.0}
+LEAST_DB = {"fp32": 80.0, "bf16": 40.0, "int8": 35.0}
+INT8 = "int8.onnx"
 
 
 class Contender(NamedTuple):
@@ -53,7 +54,12 @@ class Contender(NamedTuple):
     @property
     def least_db(self) -> float:
         """The PSNR from eager PyTorch in float32 below which it would be another network that is timed."""
-        return self.tolerance_db or LEAST_DB[self.precision]
+        return self.tolerance_db or LEAST_DB["int8" if self.file == INT8 else self.precision]
+
+    @property
+    def types(self) -> str:
+        """What it computes in, for the record."""
+        return f"int8, {self.precision}" if self.file == INT8 else self.precision
 
 
 CONTENDERS = (
@@ -65,6 +71,9 @@ CONTENDERS = (
     Contender("ONNX Runtime", "model.onnx"),
     Contender("OpenVINO", "model.onnx", "openvino"),
     Contender("OpenVINO bf16", "model.onnx", "openvino", "bf16"),
+    Contender("ONNX Runtime int8", INT8),
+    Contender("OpenVINO int8", INT8, "openvino"),
+    Contender("OpenVINO int8, bf16", INT8, "openvino", "bf16"),  # bfloat16 around the int8 products
     Contender("OpenVINO throughput", "model.onnx", "openvino throughput"),
     Contender("OpenVINO throughput bf16", "model.onnx", "openvino throughput", "bf16"),
     Contender("auto", "model.onnx", "auto"),
@@ -117,12 +126,14 @@ def command(
 
 
 def exported(name: str, folder: Path) -> tuple[Checkpoint, Path]:
-    """Return a random network and the folder with its model.pt and model.onnx, made where they are missing."""
+    """Return a random network and the folder with its model.pt, model.onnx and int8.onnx, made where missing."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, onnx = folder / "model.pt", folder / "model.onnx"
     if not checkpoint.exists() or not onnx.exists():
         save_checkpoint(random_model(name), checkpoint)
         export_onnx(checkpoint, onnx)
+    if not (folder / INT8).exists():
+        export_onnx(checkpoint, folder / INT8, precision="int8")
     return load_checkpoint(checkpoint), folder
 
 
@@ -181,7 +192,7 @@ def measure(
     first = next(iter(opened))
     rows = []
     for name, model in opened.items():
-        row: dict[str, Any] = {"contender": name, "backend": model.backend.name, "precision": about[name].precision}
+        row: dict[str, Any] = {"contender": name, "backend": model.backend.name, "precision": about[name].types}
         row |= {"decibels": {f"{s:.4g}": round(db, 1) for s, db in zip(levels, decibels[name], strict=True)}}
         row |= {f"wall_{key}": value for key, value in dataclasses.asdict(wall[name]).items()}
         row |= {"cpu_median_ms": cpu[name], "times_as_fast": wall[first].median_ms / wall[name].median_ms}

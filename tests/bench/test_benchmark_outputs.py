@@ -23,6 +23,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "foreign": [],
     "fuzz": ["--inputs", "13"],
     "fuzz_cpp": ["--inputs", "13"],
+    "int8": ["digits", "DIR/model.pt"],
     "methods": ["--out", "DIR/runs"],
     "parity": [],
     "policy": ["DIR/runs"],
