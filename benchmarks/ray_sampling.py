@@ -48,10 +48,11 @@ KILL_AFTER = 0.3  # of the shards: then a worker is killed
 @click.option("--model", type=MODEL, default="digits", show_default=True, help="An exported file.")
 @click.option("-n", "--number", type=int, default=20_000, show_default=True, help="Samples of a draw.")
 @click.option("--steps", type=int, default=4, show_default=True, help="Network calls per sample.")
+@click.option("--shard", type=int, default=256, show_default=True, help="Samples of a shard; one is drawn twice.")
 @click.option("--workers", "count", type=int, default=2, show_default=True, help="One-core workers.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Draws of each kind.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
-def command(model: Path, number: int, steps: int, count: int, rounds: int, json_file: Path | None) -> None:
+def command(model: Path, number: int, steps: int, shard: int, count: int, rounds: int, json_file: Path | None) -> None:
     """Time shards from a Ray cluster."""
     check_outputs({"--json": json_file}, [model])
     if not 2 <= count <= timing.usable_cores():
@@ -61,7 +62,7 @@ def command(model: Path, number: int, steps: int, count: int, rounds: int, json_
     with one_core():
         loaded = cmfast.load(model, "cpu", 1)
         loaded.sample(256, steps=steps)  # warm
-    request = ShardRequest(n=number, sigmas=loaded.sigmas_for(steps))
+    request = ShardRequest(n=number, shard=shard, sigmas=loaded.sigmas_for(steps))
     times: dict[str, list[float]] = {"one core": [], "Ray": [], "Ray, a worker killed": []}
     cpu: dict[str, list[float]] = {name: [] for name in times}
     starts, differences = [], 0
@@ -81,13 +82,12 @@ def command(model: Path, number: int, steps: int, count: int, rounds: int, json_
                 starts.append(start_s)
                 differences += compare(folder / f"one{turn}", out, number)
     steal = timing.steal_share(before, timing.cpu_ticks())
-    report(model, number, steps, count, times, cpu, started_s, starts, differences, steal, json_file)
+    report(model, request, count, times, cpu, started_s, starts, differences, steal, json_file)
 
 
 def report(
     model: Path,
-    number: int,
-    steps: int,
+    request: ShardRequest,
     count: int,
     times: dict[str, list[float]],
     cpu: dict[str, list[float]],
@@ -104,7 +104,7 @@ def report(
     for kind, seconds in times.items():
         median, used = statistics.median(seconds), statistics.median(cpu[kind])
         row = {"draw": kind, "median_s": median, "min_s": min(seconds), "max_s": max(seconds), "cpu_s": used}
-        row |= {"images_per_s": number / median, "times_as_fast": one / median}
+        row |= {"images_per_s": request.n / median, "times_as_fast": one / median}
         if kind != "one core":  # what all cores would give if nothing else ran on them
             row["times_as_fast_by_cpu_time"] = count * one_cpu / used
         rows.append(row)
@@ -115,7 +115,14 @@ def report(
     if json_file is not None:
         record: dict[str, Any] = {"what": "ray", **timing.provenance(), "ray": version("ray"), "load_average": load}
         record |= {"steal": steal, "warning": warning, "model": {"file": model.name, "sha256": model_sha256(model)}}
-        record |= {"n": number, "steps": steps, "workers": count, "different_pixels": differences, "rows": rows}
+        record |= {
+            "n": request.n,
+            "steps": len(request.sigmas),
+            "shard": request.shard,
+            "workers": count,
+            "different_pixels": differences,
+            "rows": rows,
+        }
         record["start"] = {"cluster_s": started_s, "workers_with_model_s": statistics.median(starts)}
         write_text(json_file, json.dumps(record, indent=1) + "\n")
         click.echo(f"the record is in {json_file}")
