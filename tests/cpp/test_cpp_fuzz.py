@@ -15,7 +15,7 @@ from cmfast.formats.openvino_ir import ir_sha256, parse_ir
 from cmfast.formats.ort_format import parse_ort
 from cmfast.formats.tensorrt_plan import parse_plan
 from helpers.cpp import SANITIZE, SOURCES, build, call
-from helpers.graphs import write_corpus, write_ir, write_ort
+from helpers.graphs import mutated, write_corpus, write_ir, write_ort
 from helpers.plans import plan
 
 ROUNDS = 4000
@@ -40,25 +40,6 @@ def test_20000_mutated_files_are_read_or_refused_in_one_line(corpus: list[Path],
     said = call(program, *corpus).decode()
     read = int(said.split()[0])
     assert 200 < read < 15_000, said  # the mutations reach what is behind the first check, and are seen
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Return data with a few changes. ASCII, because Python knows more characters that no terminal shows."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 2)):
-        at = rng.randrange(len(out) + 1)
-        kind = rng.randrange(12)
-        if kind == 0:
-            out[at : at + rng.randrange(8)] = rng.choice([b"-1", b"1.5", b'""', b"[]", b"{}", b"null", b"true", b"1e3"])
-        elif kind == 1:
-            del out[at : at + rng.randrange(8)]
-        elif kind == 2:
-            del out[at:]
-        elif kind == 3:
-            out[at:at] = out[rng.randrange(len(out) + 1) :][: rng.randrange(20)]
-        elif at < len(out):  # mostly one digit or letter for another
-            out[at] = rng.choice(b"0123456789abcdefxyz_-.") if kind < 11 else rng.randrange(128)
-    return bytes(out)
 
 
 # What C++ does not interpret, and so does not refuse; and what JSON does not have, but Python's json reads.

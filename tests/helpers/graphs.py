@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,25 @@ def write_ir(path: Path, changes: Mapping[str, Any] | None = None, weights: byte
     if weights:
         path.with_suffix(".bin").write_bytes(weights)
     return path
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return data with a few changes. ASCII, because Python knows more characters that no terminal shows."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(out) + 1)
+        kind = rng.randrange(12)
+        if kind == 0:
+            out[at : at + rng.randrange(8)] = rng.choice([b"-1", b"1.5", b'""', b"[]", b"{}", b"null", b"true", b"1e3"])
+        elif kind == 1:
+            del out[at : at + rng.randrange(8)]
+        elif kind == 2:
+            del out[at:]
+        elif kind == 3:
+            out[at:at] = out[rng.randrange(len(out) + 1) :][: rng.randrange(20)]
+        elif at < len(out):  # mostly one digit or letter for another
+            out[at] = rng.choice(b"0123456789abcdefxyz_-.") if kind < 11 else rng.randrange(128)
+    return bytes(out)
 
 
 def save(path: Path, graph: onnx.GraphProto, manifest: Mapping[str, Any]) -> Path:

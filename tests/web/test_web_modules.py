@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from cmfast import load, noise
-from cmfast.errors import CmfastError
+from cmfast.errors import ArtifactError, CmfastError
 from cmfast.formats.manifest import Manifest
 from cmfast.noise import _normal_quantile
 from cmfast.sampling import sample, to_uint8
 from helpers import GOLDEN_NOISE, TESTS
-from helpers.graphs import MANIFEST, save, value, write_corpus, write_denoiser
+from helpers.graphs import MANIFEST, mutated, save, value, write_corpus, write_denoiser
 from helpers.specs import image_spec
 from helpers.web import decode, encode, in_node, need_runtime
 
@@ -175,6 +177,35 @@ def test_a_key_that_python_needs_is_needed_by_the_page(schema: str, tmp_path: Pa
             assert "error" in found, lost
         else:
             assert "error" not in found, lost
+
+
+# What the page does not interpret: it is in the graph, or only shown.
+LENIENT = re.compile("scaling|c_noise|class_names|cost|parity|made_by|source|keyword")
+
+
+def test_the_page_refuses_the_mutated_manifests_that_python_refuses(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    files = [(tmp_path / f"{name}.json").read_bytes() for name in ("first", "second")]
+    files.append(json.dumps(MANIFEST | {"conditions": CONDITIONS[:2], "second_time": True}).encode())
+    rng = random.Random(0)
+    texts = [mutated(rng.choice(files), rng).decode() for _ in range(4000)]
+    verdicts = [words_of_python(text) for text in texts]
+    for text, words, found in zip(texts, verdicts, in_node([("manifest", text) for text in texts]), strict=True):
+        if "error" in found:
+            assert words, (text, found)
+            assert found["error"].startswith("CmfastError: the manifest ")
+        else:
+            assert not words or LENIENT.search(words), (text, words)
+    assert 200 < verdicts.count("") < 2000
+
+
+def words_of_python(text: str) -> str:
+    """Return why Python refuses a manifest, "" where it reads it."""
+    try:
+        Manifest.from_json(text, "x")
+    except ArtifactError as err:
+        return str(err)
+    return ""
 
 
 def test_a_key_that_is_there_twice_is_refused_as_in_python() -> None:
