@@ -104,6 +104,12 @@ def test_five_commands_lead_from_pip_install_to_the_png_that_python_draws(instal
                 wheels.symlink_to(target)
         images = np.asarray(Image.open(tmp_path / "images.png")).reshape(8, 6, 5, 3)
         np.testing.assert_array_equal(images, wanted, err_msg=layout)
+        if layout == "release":  # what is installed elsewhere brings its library along
+            placed = ["cmake", "--install", str(tmp_path / "build"), "--prefix", str(tmp_path / "installed")]
+            subprocess.run(placed, check=True, capture_output=True)
+            drawn = tmp_path / "elsewhere.png"
+            call(tmp_path / "installed" / "bin" / "draw", file, drawn, 2, CMFAST_ONNXRUNTIME="", LD_LIBRARY_PATH="")
+            assert drawn.read_bytes() == (tmp_path / "images.png").read_bytes()
         for made in ("images.png", "build/draw", "build/libonnxruntime.so.1"):
             (tmp_path / made).unlink()  # the next layout makes them again, and compiles nothing
 
@@ -129,23 +135,40 @@ def test_the_library_of_a_release_archive_is_deployed_beside_the_program(install
     assert re.fullmatch(r"50 steps at 500 Hz: p50 [\d.]+ ms, p99 [\d.]+ ms, worst [\d.]+ ms, \d+ late\n", said)
 
 
+def configured(folder: Path, installed: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Configure a project of these lines with CMake; return what became of it."""
+    (folder / "CMakeLists.txt").write_text("\n".join(["cmake_minimum_required(VERSION 3.20)", *lines, ""]))
+    paths = ["-S", str(folder), "-B", str(folder / "b"), f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}"]
+    return subprocess.run(["cmake", *paths], capture_output=True, text=True)
+
+
 def test_an_unknown_component_is_refused_by_its_name(installed: Path, tmp_path: Path) -> None:
     need("cmake")
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.20)\nproject(p LANGUAGES NONE)\n"
-        "find_package(cmfast CONFIG REQUIRED COMPONENTS cuda)\n"
-    )
-    command = [
-        "cmake",
-        "-S",
-        str(tmp_path),
-        "-B",
-        str(tmp_path / "b"),
-        f"-Dcmfast_DIR={installed / 'cmfast' / 'cmake'}",
-    ]
-    made = subprocess.run(command, capture_output=True, text=True)
+    find = "find_package(cmfast CONFIG REQUIRED COMPONENTS cuda)"
+    made = configured(tmp_path, installed, "project(p LANGUAGES NONE)", find)
     assert made.returncode != 0
     assert "no component cuda; there are onnxruntime, openvino, tensorrt and c" in made.stderr.replace("\n  ", " ")
+
+
+def test_components_are_targets_and_the_one_whose_sdk_is_not_here_says_what_it_needs(
+    installed: Path, tmp_path: Path
+) -> None:
+    need("cmake")
+    need_compiler()
+    made = configured(
+        tmp_path, installed, "project(p LANGUAGES CXX)",
+        "find_package(cmfast 0.1 CONFIG REQUIRED COMPONENTS onnxruntime openvino c)",
+        "foreach(each cmfast onnxruntime openvino c)",
+        "  if(NOT TARGET cmfast::${each})\n    message(FATAL_ERROR \"no target ${each}\")\n  endif()\nendforeach()",
+        "find_package(cmfast CONFIG COMPONENTS onnxruntime OPTIONAL_COMPONENTS tensorrt)",
+        'message(STATUS "found: ${cmfast_FOUND} ${cmfast_onnxruntime_FOUND} ${cmfast_tensorrt_FOUND}")',
+        "find_package(cmfast CONFIG REQUIRED COMPONENTS tensorrt)",
+    )  # fmt: skip
+    if "found: 1 TRUE TRUE" in made.stdout:
+        pytest.skip("TensorRT's SDK is here")
+    assert "found: 1 TRUE FALSE" in made.stdout, made.stdout + made.stderr
+    assert made.returncode != 0
+    assert "tensorrt needs NvInfer.h, nvinfer and the CUDA toolkit: set TensorRT_ROOT" in " ".join(made.stderr.split())
 
 
 def test_pkg_config_and_plain_compilers_find_the_headers(installed: Path, tmp_path: Path) -> None:
