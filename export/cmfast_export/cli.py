@@ -83,7 +83,7 @@ Examples:
 )
 @click.option("--tolerance-db", type=float, help="Int8: least PSNR from float32 PyTorch, dB; default: 40.")
 @click.option(
-    "--calibration", multiple=True, metavar="NAME=VALUE", help="Int8: samples=16, seed=0, data=CONDITIONS.npz."
+    "--calibration", multiple=True, metavar="NAME=VALUE", help="Int8: samples=32, seed=0, data=CONDITIONS.npz."
 )
 @click.option(
     "--device",

@@ -32,6 +32,7 @@ BOUNDARY_TOLERANCE = 1e-6  # f(x, sigma_min) = x is exact in real arithmetic; fl
 LARGE = 4 * 128 * 128  # numbers of a sample; five samples of more can take gigabytes
 SIZES = (16, 8, 24)  # of the conditions' dynamic axes
 MEASURED = 0.5  # |c_out|, and sigma_data, of the networks that `cmfast.formats.manifest.ROUNDING` was measured with
+MANY = 4  # samples at one noise level, where samples are drawn: int8 costs few of them most of the error
 DRAWN = 2**62  # the first seed of samples that are drawn to be denoised: none that a calibration has
 LEVELS = 8  # noise levels from sigma_min to sigma_max, evenly spaced in the logarithm
 
@@ -254,7 +255,8 @@ def denoiser_cases(
     """Yield the inputs that denoisers are compared on; `model`: what draws their samples, see `verify`."""
     sigmas = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
     sigmas[0], sigmas[-1] = spec.sigma_min, spec.sigma_max
-    cases = [(f"sigma {s:.4g}", np.array([s], np.float32)) for s in sigmas] if batches[0] == 1 else []
+    alone = MANY if model is not None and math.prod(spec.shape) <= LARGE else 1
+    cases = [(f"sigma {s:.4g}", np.full(alone, s, np.float32)) for s in sigmas] if batches[0] == 1 else []
     for b in batches:
         if b > 1:  # spread over all levels, also where the batch is smaller than their number
             mixed = np.resize(sigmas, b) if b >= LEVELS else sigmas[np.linspace(0, LEVELS - 1, b).round().astype(int)]

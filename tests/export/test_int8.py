@@ -56,9 +56,12 @@ def made(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Exp
 
 
 @pytest.fixture(scope="module")
-def sampler(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def sampler(made: Exported, tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return a sampler that has to be 3 dB better than the denoiser: half its error."""
     file = tmp_path_factory.mktemp("int8") / "sampler.onnx"
-    return export_onnx(tiny_checkpoint(), file, kind="sampler", steps=2, precision="int8", calibration=FEW)
+    assert made.int8
+    better = {"calibration": FEW, "tolerance_db": made.int8.psnr_db + 3}
+    return export_onnx(tiny_checkpoint(), file, kind="sampler", steps=2, precision="int8", **better)
 
 
 def optimised(file: Path, folder: Path) -> ir.Model:
@@ -127,9 +130,8 @@ def test_products_are_given_back_until_the_file_is_accurate_enough(made: Exporte
     assert made.int8
     assert sampler.int8
     assert made.int8.returned == ()
-    assert made.int8.psnr_db < 40, "else nothing had to be given back"
     assert sampler.sampler
-    assert min(sampler.denoiser.parity.psnr_db, sampler.sampler.parity.psnr_db) >= 40
+    assert min(sampler.denoiser.parity.psnr_db, sampler.sampler.parity.psnr_db) >= sampler.int8.allowed_db
     back = len(sampler.int8.returned)
     assert 0 < back < len(made.int8.products) / 2
     assert f"{back} for accuracy" in sampler.int8.in_words

@@ -26,7 +26,7 @@ class Calibration:
             unit Gaussian, with a warning.
     """
 
-    samples: int = 16
+    samples: int = 32
     seed: int = 0
     data: str = ""
 

@@ -30,7 +30,7 @@ from cmfast_export.int8.products import products_of
 from cmfast_export.request import GraphRequest
 from cmfast_export.verify import SIZES, Case, Given, denoiser_cases, verify
 
-WORST = 4  # calls by which products are ordered
+WORST, WORST_SAMPLES = 4, 2  # calls by which products are ordered, and samples of each
 ATTEMPTS = 8  # files that are compared before int8 is given up
 SPARE = 0.95  # of the error that is allowed, while it is predicted as a sum
 
@@ -190,13 +190,26 @@ class _Compare:
             result: npt.NDArray[np.float64] = got.astype(np.float64)
             return result
 
-        def error(call: Case, on: npt.NDArray[np.bool_], want: npt.NDArray[np.float64]) -> float:
-            return float(np.square(output(call, on) - want).mean())
+        def errors(call: Case, on: npt.NDArray[np.bool_], want: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            result: npt.NDArray[np.float64] = np.square(output(call, on) - want).reshape(len(want), -1).mean(1)
+            return result
 
         one, none = np.eye(count, dtype=bool), np.zeros(count, bool)
         calls = [(call, output(call, none)) for call in self._calls()]
-        calls.sort(key=lambda each: -error(each[0], ~none, each[1]))
-        return np.array([[error(call, on, want) for call, want in calls[:WORST]] for on in one])
+        calls.sort(key=lambda each: -float(errors(each[0], ~none, each[1]).mean()))
+        chosen = [self._worst(call, want, errors(call, ~none, want)) for call, want in calls[:WORST]]
+        return np.array([[errors(call, on, want).mean() for call, want in chosen] for on in one])
+
+    def _worst(
+        self, call: Case, want: npt.NDArray[np.float64], error: npt.NDArray[np.float64]
+    ) -> tuple[Case, npt.NDArray[np.float64]]:
+        """Return the WORST_SAMPLES of a call, which have most of its error; of a fixed batch all."""
+        if self.reference.batch:
+            return call, want
+        at = np.argsort(-error)[:WORST_SAMPLES]
+        after = None if call.sigma_next is None else call.sigma_next[at]
+        some = {name: value[at] for name, value in call.conditions.items()}
+        return Case(where=call.where, x=call.x[at], sigma=call.sigma[at], sigma_next=after, conditions=some), want[at]
 
     def _calls(self) -> Iterator[Case]:
         """Yield what denoisers are compared on, of the smallest batch."""
