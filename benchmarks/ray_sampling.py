@@ -183,15 +183,18 @@ class Watched:
     def __init__(self, workers: Workers, victim: int | None) -> None:
         """Begin to count; `victim`: the process that is killed in the middle."""
         self._workers, self._victim = workers, victim
-        self.name = workers.name
+        self.name, self._number = workers.name, len(workers.actors)
         self._before = cpu_of_ray()
         self._last = dict(self._before)
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part."""
         for number, drawn in enumerate(self._workers.draw(request, parts)):
-            self._last |= cpu_of_ray()  # a worker that has ended, or was killed, keeps what it had used before
-            if number == int(KILL_AFTER * len(parts)) and self._victim is not None:
+            now = number == int(KILL_AFTER * len(parts))
+            # A worker that has ended, or was killed, keeps what it had used before. Rarely: reading takes time, too.
+            if now or number % 20 == 0 or number >= len(parts) - self._number:
+                self._last |= cpu_of_ray()
+            if now and self._victim is not None:
                 os.kill(self._victim, signal.SIGKILL)
             yield drawn
 
