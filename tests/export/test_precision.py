@@ -228,8 +228,8 @@ def test_bf16_needs_an_opset_that_has_it(tiny_checkpoint: Factory) -> None:
 
 
 def test_an_unknown_precision_is_refused(tiny_checkpoint: Factory, tmp_path: Path) -> None:
-    with pytest.raises(CmfastError, match="precision must be one of fp32, tf32, fp16, bf16, auto, got 'int8'"):
-        export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx", precision="int8")
+    with pytest.raises(CmfastError, match="precision must be one of fp32, tf32, fp16, bf16, int8, auto, got 'int4'"):
+        export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx", precision="int4")
 
 
 def test_a_wrong_half_graph_is_found(tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
