@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,20 @@ MODEL = ROOT / "cmfast" / "models" / "digits.onnx"
 CORPUS = ("manifest", "onnx", "ort", "ir", "plan")  # of READERS
 SANITIZE = ("-g", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
 MAX_BYTES = 8000  # of an input
+HANGS_S = 60  # after which opening a model counts as a hang: it takes 1 s
 
 
 @click.command("fuzz_cpp")
-@click.option("--inputs", type=click.IntRange(1, 10**9), help="Of libFuzzer; default: by --seconds.")
-@click.option("--seconds", type=click.IntRange(1, 10**6), help="Of libFuzzer; default: 60, without --inputs.")
+@click.option(
+    "--inputs",
+    type=click.IntRange(1, 10**9),
+    help="How many inputs libFuzzer tries; default: as many as --seconds allow.",
+)
+@click.option(
+    "--seconds", type=click.IntRange(1, 10**6), help="How long libFuzzer runs; default: 60, without --inputs."
+)
 @click.option("--models", type=click.IntRange(0, 10**6), default=0, show_default=True, help="Altered models to open.")
-@click.option("--seed", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Of the mutations.")
+@click.option("--seed", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Seed of the mutations.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keeps programs, corpus, findings; default: none.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 def command(
@@ -57,7 +65,7 @@ def command(
     if compiler is None:
         raise CmfastError("libFuzzer needs clang++; install it: apt-get install clang libclang-rt-dev")
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) if folder is None else folder
+        place = Path(scratch) if folder is None else folder.resolve()  # programs run inside it
         place.mkdir(parents=True, exist_ok=True)
         found = fuzzed(compiler, place, seed, inputs, seconds or (None if inputs else 60))
         click.echo(f"{found['inputs']:,} inputs in {found['seconds']:.0f} s, {found['findings']} finding(s)")
@@ -116,19 +124,26 @@ def altered(compiler: str, folder: Path, seed: int, models: int) -> dict[str, in
         data = whole[: rng.randrange(len(whole))] if number % 2 else mutated([whole], "models", seed, number)
         file = folder / "altered.onnx"
         file.write_bytes(data)
-        done = subprocess.run(
-            [program, "cpu", file, "sample", "1", "1", "0", "0"], capture_output=True, env=environment, timeout=60
-        )
-        lines = done.stderr.decode(errors="replace").splitlines()
-        if done.returncode == 0 and not lines:
-            counts["opened"] += 1
-        elif done.returncode == 2 and len(lines) == 1:
-            counts["refused"] += 1
-        else:
-            counts["findings"] += 1
+        outcome, why = opened_by([str(program), "cpu", str(file), "sample", "1", "1", "0", "0"], environment)
+        counts[outcome] += 1
+        if outcome == "findings":
             (folder / f"altered-{number}").write_bytes(data)
-            click.echo(f"altered model {number}: exit status {done.returncode}, {lines[:3]}", err=True)
+            click.echo(f"altered model {number}: {why}", err=True)
     return counts
+
+
+def opened_by(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return whether a program opened or refused a model, or did what counts among "findings"; and what it said."""
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=HANGS_S)
+    except subprocess.TimeoutExpired:
+        return "findings", f"it did not end within {HANGS_S} s"
+    lines = done.stderr.decode(errors="replace").splitlines()
+    if done.returncode == 0 and not lines:
+        return "opened", ""
+    if done.returncode == 2 and len(lines) == 1:
+        return "refused", lines[0]
+    return "findings", f"exit status {done.returncode}, {lines[:3]}"
 
 
 def compile_command(compiler: str, source: str, program: Path) -> list[str]:

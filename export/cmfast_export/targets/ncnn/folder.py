@@ -141,9 +141,11 @@ class NcnnBackend:
             array = array.astype(np.int32 if array.dtype.kind == "i" else np.float32)
             run.input(name, self._ncnn.Mat(np.ascontiguousarray(array)).clone())  # Mat borrows the memory
         status, out = run.extract(OUTPUT)
+        if status:  # then there may be no output to look at
+            raise CmfastError(f"ncnn could not run the graph (status {status})")
         found = np.array(out, np.float32)
-        if status or found.size != np.prod(self.manifest.spec.shape):
-            raise CmfastError(f"ncnn could not run the graph (status {status}, output {list(found.shape)})")
+        if found.size != np.prod(self.manifest.spec.shape):
+            raise CmfastError(f"ncnn returned {list(found.shape)}, expected is {list(self.manifest.spec.shape)}")
         return found.reshape(self.manifest.spec.shape)
 
 
