@@ -21,7 +21,7 @@ from cmfast.errors import ArtifactError, CheckFailed, CmfastError
 from cmfast.formats import protobuf as pb
 from cmfast.formats.table import model_bytes
 from cmfast.model import load
-from cmfast_export import pipeline
+from cmfast_export import checking
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.pipeline import export_onnx
@@ -108,7 +108,7 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
         raise CheckFailed("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(pipeline, "verify", fails)
+        failing.setattr(checking, "verify", fails)
         with pytest.raises(CheckFailed):
             export_onnx(tiny_checkpoint(classes=0), target)
     assert set(tmp_path.iterdir()) == {target, old, bystander}
@@ -121,10 +121,10 @@ def test_a_new_export_takes_the_old_weights_away_only_when_it_stands(
 
 KILLED = """
 import os, signal, sys
-from cmfast_export import pipeline
+from cmfast_export import checking, pipeline
 from cmfast_export.graphs import writer
 writer.MAX_BYTES = 10_000
-pipeline.verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
+checking.verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # its weights are written, its file is not
 pipeline.export_onnx(sys.argv[1], sys.argv[2])
 """
 
