@@ -15,7 +15,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 HORIZON = 16  # waypoints of an action chunk
-EXECUTED = 8  # of them, before the next observation
+EXECUTED = 4  # of them, before the next observation
 PIXELS = 24  # the image is [2, PIXELS, PIXELS]: obstacle, goal
 FIELD = 1.1  # the image shows [-FIELD, FIELD] squared
 GOAL_RADIUS = 0.1  # of the disc that is drawn
