@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A control loop at a fixed rate, without PyTorch: `python control.py runs/policy --rate 50 --cycles 500`.
 
-Each cycle plans from the newest state and takes the first waypoint. The camera is slower: an image is encoded when
-there is a new one. All cycles of a drive plan from the same noise, which a seed names, so the robot does not change its
+Each cycle takes one waypoint; every fourth plans from the newest state. The camera is slower: an image is encoded when
+there is a new one. All plans of a drive start from the same noise, which a seed names, so the robot does not change its
 mind about the side.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from world import LIMIT, SCALE, Floats, draw_scenes, observation, render, step
+from world import EXECUTED, LIMIT, SCALE, Floats, draw_scenes, observation, render, step
 
 import cmfast
 
-CAMERA = 5  # cycles between two images
+CAMERA = 2 * EXECUTED  # cycles between two images
 
 
 class Planner(Protocol):
@@ -54,7 +54,7 @@ class Controller:
 class Log:
     """What happened in a loop."""
 
-    took_ms: list[float]  # of each cycle, from observation to waypoints
+    took_ms: list[float]  # of each cycle that plans, from observation to waypoints
     late: int  # cycles that missed their deadline
     goals: int
     collisions: int
@@ -72,13 +72,15 @@ def loop(planner: Planner, rate_hz: float, cycles: int, seed: int = 0) -> Log:
         if age == LIMIT:
             scene, age, drives = draw_scenes(1, rng), 0, drives + 1
             position, moved = scene.start, np.zeros_like(scene.start)
-        seen = observation(scene, position, moved)
-        began = time.perf_counter()
-        if age % CAMERA == 0:
-            planner.see(seen["image"][0])
-        waypoints = planner.plan(seen["state"][0], seed=drives)
-        took.append(1000 * (time.perf_counter() - began))
-        position, moved, collided, reached = step(scene, position, waypoints[:1], rng)
+        if age % EXECUTED == 0:
+            seen, seen_from = observation(scene, position, moved), position
+            began = time.perf_counter()
+            if age % CAMERA == 0:
+                planner.see(seen["image"][0])
+            waypoints = planner.plan(seen["state"][0], seed=drives)
+            took.append(1000 * (time.perf_counter() - began))
+        wanted = seen_from + waypoints[age % EXECUTED] - position
+        position, moved, collided, reached = step(scene, position, wanted, rng)
         age += 1
         if collided[0] or reached[0] or age == LIMIT:
             ends["collision" if collided[0] else "goal" if reached[0] else "limit"] += 1
