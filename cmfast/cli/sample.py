@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -27,7 +29,7 @@ Examples:
   cmfast-sample model.onnx --variant openvino --precision bf16     OpenVINO, in a precision of your choice
   cmfast-sample model.onnx --variant auto --tolerance-db 50        the fastest that is installed, within 50 dB
   cmfast-sample sampler.onnx --device cuda --variant cuda_graph
-  cmfast-sample model.onnx -n 1000000 --shard 10000 -o samples     .npz files; again: what is missing
+  cmfast-sample model.onnx -n 1000000 --shard 10240 -o samples     .npz files; again: what is missing
   cmfast-sample model.onnx -n 1000000 --ray local -o samples       the same on all cores, or a Ray cluster
 """
 
@@ -151,7 +153,8 @@ def command(
         drawer: Drawer = Here(loaded)
         if address is not None:
             drawer = OnRay(address, model, How.of(model, device, threads, variant, precision or "", sha256))
-        drawn, before = draw_shards(loaded, model_sha256(model), request, out, drawer, show=True)
+        with redirect_stdout(sys.stderr):  # what Ray says about lost workers goes to stdout, and so does the result
+            drawn, before = draw_shards(loaded, model_sha256(model), request, out, drawer, show=True)
         by = f", {drawer.name}" if drawn else ""
         click.echo(f"{out}: {drawn} shard(s) drawn, {before} there before: {how}{by}")
         return

@@ -4,8 +4,8 @@
     request = ShardRequest(n=1_000_000, sigmas=(80.0, 0.8))
     draw_shards(model, sha256, request, Path("samples"), Here(model))     # or on a cluster: `cmfast.shards.on_ray`
 
-Ranges end at multiples of `shard`, so a shard is the same whoever draws it, and batches begin where they would if all
-samples were drawn at once.
+Ranges end at multiples of `shard`, so a shard is the same whoever draws it. Where `shard` and `first` are multiples of
+`batch`, batches begin where they would if all samples were drawn at once, and the rounding is the same, too.
 """
 
 from __future__ import annotations

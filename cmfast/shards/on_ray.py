@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,10 @@ ANSWER_S = 5.0  # an address that does not answer by then is refused; Ray itself
 
 
 class OnRay:
-    """What draws shards on a Ray cluster, a `cmfast.shards.drawing.Drawer`: the cluster is needed while it draws."""
+    """What draws shards on a Ray cluster, a `cmfast.shards.drawing.Drawer`: the cluster is needed while it draws.
+
+    This process must not use Ray for anything else meanwhile. Ray prints what it says about lost workers to stdout.
+    """
 
     def __init__(self, address: str, path: Path, how: How) -> None:
         """Remember what is needed, see `workers_on`; the model file is read when shards are missing."""
@@ -65,14 +67,15 @@ def workers_on(address: str, files: Files, how: How) -> Iterator[Workers]:
 
     Raises:
         MissingDependency: Ray is not installed.
-        BackendError: there is no cluster at the address, or it has no such devices.
+        BackendError: there is no cluster at the address, it has no such devices, or this process uses Ray already.
     """
     _need_answer(address)
     ray = _import_ray()
+    if ray.is_initialized():  # a process has one session, and that one is not ours to end
+        raise BackendError("this process uses Ray already; call ray.shutdown() first, or draw in a process of its own")
     more = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        # What Ray says about workers that died it writes to stdout, where the result of a command goes.
-        with redirect_stdout(sys.stderr), _in_one_line(ray):
+        with _in_one_line(ray):
             try:
                 ray.init(address, log_to_driver=False, logging_level="error", **more)
             except (ConnectionError, RuntimeError, ValueError) as err:  # none there, another version, no address
@@ -84,15 +87,18 @@ def workers_on(address: str, files: Files, how: How) -> Iterator[Workers]:
 
 
 class Worker:
-    """What runs in an actor: the model, opened when it is first needed, also after a restart."""
+    """What runs in an actor: the model, opened when it is first needed, also after a restart, by one version of cmfast.
 
-    def __init__(self, how: How) -> None:
-        self._how = how
+    The version is checked here: each worker may be on a machine of its own, and a restarted one on another.
+    """
+
+    def __init__(self, how: How, version: str) -> None:
+        self._how, self._version = how, version
         self._model: Model | None = None
 
-    def about(self, model: Reference) -> tuple[str, str]:
-        """Return the version of cmfast and the backend in words."""
-        return cmfast.__version__, self._open(model).backend.name
+    def about(self, model: Reference) -> str:
+        """Return the backend in words."""
+        return self._open(model).backend.name
 
     def draw(
         self, model: Reference, request: ShardRequest, start: int, stop: int, conditions: Mapping[str, Any]
@@ -101,6 +107,11 @@ class Worker:
         return start, stop, request.draw(self._open(model), range(start, stop), conditions)
 
     def _open(self, model: Reference) -> Model:
+        if self._version != cmfast.__version__:
+            raise BackendError(
+                f"a worker on {socket.gethostname()} has cmfast {cmfast.__version__}, and the machine that asks "
+                f"{self._version}: install one version on all machines"
+            )
         if self._model is None:
             files: Files = _import_ray().get(model[0])
             self._model = open_model(files, self._how)
@@ -121,13 +132,8 @@ class Workers:
             CmfastError: the model cannot be opened there, or a worker has another version of cmfast.
         """
         ready, _ = self._ray.wait([actor.about.remote(self._model) for actor in self.actors], num_returns=number)
-        about: list[tuple[str, str]] = self._ray.get(ready)
-        if wrong := [version for version, _ in about if version != cmfast.__version__]:
-            raise BackendError(
-                f"a worker has cmfast {wrong[0]}, and this machine {cmfast.__version__}: install one version on all "
-                "machines"
-            )
-        self.name = f"{about[0][1]} on {len(self.actors)} Ray worker(s)"
+        about: list[str] = self._ray.get(ready)
+        self.name = f"{about[0]} on {len(self.actors)} Ray worker(s)"
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part when they are drawn."""
@@ -162,7 +168,7 @@ def _actors(ray: Any, address: str, how: How) -> list[Any]:
         raise BackendError(f"{where} has {have}, and a worker needs {need}")
     device = {"num_cpus": 0, "num_gpus": 1} if of_gpu else {"num_cpus": cores, "num_gpus": 0}
     actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RETRIES, **device)(Worker)
-    return [actor.remote(how) for _ in range(number)]
+    return [actor.remote(how, cmfast.__version__) for _ in range(number)]
 
 
 @contextmanager

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cmfast
-from cmfast.cli.sample import main
+from cmfast.cli.sample import command, main
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
-from cmfast.shards.drawing import Here, ShardRequest, draw_together, missing
+from cmfast.shards.drawing import SHARD, Here, ShardRequest, draw_together, missing
 from cmfast.shards.files import read_shards, shard_path
+from cmfast.shards.on_ray import Worker, workers_on
 from cmfast.shards.sent import How, described, model_sha256, open_model, read_model
+from helpers import ROOT
 from helpers.graphs import write_denoiser
 
 Call = Callable[..., Any]
@@ -119,6 +124,16 @@ def test_shards_can_be_drawn_into_one_array(how: dict[str, Any], model: Path) ->
     draw = loaded.sample_heun if "heun" in how else loaded.sample
     options = {"steps": 3} if "heun" in how else how
     np.testing.assert_array_equal(drawn, draw(10, first=3, seed=5, label=2, **options))
+
+
+def test_the_shards_of_the_examples_are_whole_batches() -> None:
+    """Only then do their batches begin where those of one draw do, as the quickstart says."""
+    batch = next(option.default for option in command.params if option.name == "batch")
+    texts = [command.epilog or "", *((ROOT / page).read_text() for page in ("docs/quickstart.md", "CHANGELOG.md"))]
+    shards = [[int(size) for size in re.findall(r"--shard ([0-9]+)", text)] for text in texts]
+    assert all(shards)
+    assert [size for each in shards for size in each if size % batch] == []
+    assert SHARD % batch == 0
 
 
 # What is there.
@@ -292,6 +307,30 @@ def test_a_cluster_that_has_ended_is_not_waited_for(
     out = tmp_path / "samples"
     refused(call(main, model, "--ray", "auto", "-o", out), "no Ray cluster answers at 127.0.0.1:1: Connection refused")
     assert not out.exists()
+
+
+def test_each_worker_checks_its_version_of_cmfast(model: Path) -> None:
+    """Only the first one that was ready was checked; the others may be on other machines."""
+    worker = Worker(How.of(model, None, None, "", "", None), "0.0.1")
+    words = f"has cmfast {cmfast.__version__}, and the machine that asks 0.0.1: install one version on all machines"
+    with pytest.raises(BackendError, match=re.escape(words)):
+        worker.about([None])
+    with pytest.raises(BackendError, match=re.escape(words)):
+        worker.draw([None], ShardRequest(n=4, sigmas=(80.0,)), 0, 4, {})
+
+
+def test_the_session_of_a_process_that_uses_ray_already_is_not_ended(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    stand_in = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: ended.append("shutdown"))
+    monkeypatch.setitem(sys.modules, "ray", stand_in)  # also where Ray is installed: a session takes seconds to start
+    with (
+        pytest.raises(BackendError, match=r"^this process uses Ray already; call ray.shutdown\(\) first"),
+        workers_on("local", read_model(model), How.of(model, None, None, "", "", None)),
+    ):
+        pass
+    assert ended == []
 
 
 def test_two_commands_do_not_draw_into_one_folder(model: Path, call: Call, refused: Call, tmp_path: Path) -> None:

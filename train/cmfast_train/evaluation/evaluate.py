@@ -12,10 +12,12 @@ as they are written to files, so that a file of samples has the numbers of the m
 from __future__ import annotations
 
 import json
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,8 @@ def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], w
 
 def cluster_steps(model: Model, request: ShardRequest, drawer: Drawer, *, progress: bool = False) -> dict[str, Any]:
     """Return the row of `few_steps` or `heun_steps` of samples that others draw: without the time of an image."""
-    images = draw_together(model, request, drawer, show=progress)
+    with redirect_stdout(sys.stderr):  # what Ray says about lost workers goes to stdout, and so does the table
+        images = draw_together(model, request, drawer, show=progress)
     if request.heun is not None:
         return {"heun": request.heun, "calls": heun_calls(request.heun), "n": request.n, "images": images}
     calls = len(request.sigmas)
