@@ -104,6 +104,26 @@ def test_without_statistics_nothing_is_guessed(tmp_path: Path) -> None:
     assert load_model(tmp_path).source == {"format": "lerobot"}
 
 
+@pytest.mark.parametrize("form", ["old", "new", "configuration alone"])
+def test_an_action_that_is_not_normalised_is_not_one_without_statistics(tmp_path: Path, form: str) -> None:
+    as_it_is = {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ACTION": "IDENTITY"}
+    save_lerobot(tmp_path, WEIGHTS, old=form == "old", normalization_mapping=as_it_is)
+    for file in tmp_path.glob("policy_*.json"):
+        file.write_text(file.read_text().replace('"ACTION": "MIN_MAX"', '"ACTION": "IDENTITY"'))
+        if form == "configuration alone":
+            file.unlink()
+    facts = facts_of(tmp_path)
+    assert facts["action"] == "not normalised, IDENTITY"
+    assert "units" not in facts
+    assert load_model(tmp_path).source["normalised"]["action"] == {"mode": "IDENTITY"}
+
+
+def test_another_way_of_normalising_is_refused_by_its_name(tmp_path: Path) -> None:
+    save_lerobot(tmp_path, WEIGHTS, old=True, normalization_mapping={"ACTION": "LOG"})
+    with pytest.raises(ArtifactError, match="action is normalised by LOG; supported: MIN_MAX, MEAN_STD"):
+        load_model(tmp_path)
+
+
 def test_a_compiled_network_and_the_file_of_2024_load(tmp_path: Path) -> None:
     save_lerobot(tmp_path, WEIGHTS, old=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -141,6 +161,10 @@ def test_a_compiled_network_and_the_file_of_2024_load(tmp_path: Path) -> None:
         ({"beta_schedule": "sigmoid"}, 'beta_schedule is "sigmoid"; supported'),
         ({"prediction_type": "v"}, 'prediction_type is "v"; supported'),
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0; supported: 1.0"),
+        ({"noise_scheduler_type": "PNDM"}, 'noise_scheduler_type is "PNDM"; supported: DDPM or DDIM'),
+        ({"thresholding": True}, "thresholding is true; supported: false"),
+        ({"output_features": [3]}, "output_features is [3]; supported: an object"),
+        ({"normalization_mapping": ["MIN_MAX"]}, 'normalization_mapping is ["MIN_MAX"]; supported: an object'),
     ],
 )
 def test_another_policy_is_refused_by_the_name_of_the_field(

@@ -23,8 +23,8 @@ from cmfast.sampling import heun
 from cmfast.schedule import karras_sigmas
 from cmfast_export import cli as export
 from cmfast_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cmfast_train.importers import load_model
-from cmfast_train.importers.facts import Given
+from cmfast_train.importers import identify, load_model
+from cmfast_train.importers.facts import Draft, Given
 from cmfast_train.importers.policies.workspace import workspace as beside
 from cmfast_train.networks.build import check_weights
 from cmfast_train.networks.unet1d import Unet1d, Unet1dConfig
@@ -166,7 +166,7 @@ def test_the_teacher_of_a_consistency_policy_is_a_diffusion_model(distilled: tup
     grid = karras_sigmas(8, STOP, 80.0)
     got = heun(denoiser_of(checkpoint, cond), z, grid)
     x = 80 * z[0]
-    for t, after in pairwise(grid):  # heun_solver; at time_min the model is the identity, so it ends there
+    for t, after in pairwise(grid):  # heun_solver with clamp=False; at time_min the model is the identity, so it ends
         slope = (x - boundary(weights, x, t, cond)) / t
         ahead = x + (after - t) * slope
         x = x + (after - t) * (slope + (ahead - boundary(weights, ahead, after, cond)) / after) / 2
@@ -178,7 +178,10 @@ SCHEDULER = {
     "_target_": "diffusers.schedulers.scheduling_ddpm.DDPMScheduler", "num_train_timesteps": 50, "beta_start": 0.001,
     "beta_end": 0.1, "beta_schedule": "linear", "clip_sample": False, "prediction_type": "sample",
 }  # fmt: skip
-KARRAS = {"time_min": 0.01, "time_max": 40.0, "rho": 7.0, "bins": 40, "scaling": "boundary", "data_std": 0.4}
+KARRAS = {
+    "_target_": "consistency_policy.diffusion.CTM_Scheduler", "time_min": 0.01, "time_max": 40.0, "rho": 7.0,
+    "bins": 40, "scaling": "boundary", "data_std": 0.4,
+}  # fmt: skip
 
 
 def config(target: str, scheduler: Mapping[str, Any], **policy: Any) -> dict[str, Any]:
@@ -239,13 +242,15 @@ def test_a_configuration_of_consistency_policy_says_which_network_takes_two_time
     for spec, scaling in ((student.spec, "ctm"), (teacher.spec, "boundary")):
         levels = (spec.sigma_min, spec.sigma_max, spec.sigma_data, spec.grid)
         assert (spec.scaling, *levels) == (scaling, 0.01, 40.0, 0.4, 40)
+    for chosen in ("model.model", "teacher"):  # both start from a standard deviation of 1
+        draft = identify(file, given=Given(weights=chosen))
+        assert isinstance(draft, Draft)
+        assert "Model.from_noise(noise / 40, ..)" in next(f.value for f in draft.facts.known if f.name == "start")
     alone = with_config(config(EDM, KARRAS | {"scaling": "no_boundary"}), model=weights_of())
     assert load_model(alone, given=Given(weights="ema_model.model")).spec.scaling == "edm"
-    for changes, words in (({"rho": 5.0}, "rho is 5.0; supported: 7"), ({"scaling": "vp"}, "scaling is vp; supported")):
-        with pytest.raises(ArtifactError, match=words):
-            load_model(
-                with_config(config(EDM, KARRAS | changes), model=weights_of()), given=Given(weights="ema_model.model")
-            )
+    jumps = with_config(config(CTM, KARRAS | {"scaling": "no_boundary"}), model=networks["model"])
+    with pytest.raises(ArtifactError, match=r'noise_scheduler.scaling is "no_boundary"; supported: boundary$'):
+        load_model(jumps, given=Given(weights="ema_model.model"))
 
 
 def test_a_configuration_without_an_end_is_read_to_a_limit() -> None:
@@ -255,7 +260,7 @@ def test_a_configuration_without_an_end_is_read_to_a_limit() -> None:
         deep, wide = {"horizon": 8, "below": deep}, [wide, wide]
     policy = {"horizon": "${a}"}
     content = {"cfg": {"a": "${policy.horizon}", "policy": policy, "deep": deep, "wide": wide}, "state_dicts": {}}
-    found = beside(content, "")
+    found = beside(content, "", Path("latest.ckpt"))
     assert found is not None
     assert found.value("deep", "below", "horizon") == 8
     assert found.value("policy", "horizon") is None, "the two refer to each other"
@@ -263,18 +268,69 @@ def test_a_configuration_without_an_end_is_read_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"bins": float("inf")}, {"time_min": float("nan")}, {"time_max": "80"}, {"data_std": None}, {"bins": -1}],
+    ("target", "changes", "words"),
+    [
+        (EDM, {"rho": 5.0}, "noise_scheduler.rho is 5.0; supported: 7"),
+        (EDM, {"scaling": "vp"}, 'noise_scheduler.scaling is "vp"; supported: boundary, no_boundary'),
+        (EDM, {"scaling": []}, "noise_scheduler.scaling is []; supported"),
+        (EDM, {"_target_": "consistency_policy.diffusion.PFGMPP_Scheduler"}, "supported: Karras_Scheduler or CTM_"),
+        (EDM, {"bins": math.inf}, "noise_scheduler.bins is Infinity; supported: a whole number"),
+        (EDM, {"bins": -1}, "noise_scheduler.bins is -1; supported: a whole number"),
+        (EDM, {"time_min": math.nan}, "noise_scheduler.time_min is NaN; supported: a noise level"),
+        (EDM, {"time_max": "80"}, 'noise_scheduler.time_max is "80"; supported: a noise level'),
+        (EDM, {"data_std": "${eval:'1 / 2'}"}, "noise_scheduler.data_std is \"${eval:'1 / 2'}\"; supported"),
+        (LOWDIM, {"trained_betas": [0.1, 0.2]}, "trained_betas is [0.1, 0.2]; supported: null"),
+        (LOWDIM, {"thresholding": True}, "thresholding is true; supported: false"),
+        (LOWDIM, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true; supported: false"),
+        (LOWDIM, {"some_option": 3}, "some_option is 3; an option that this version of cmfast does not know"),
+        (LOWDIM, {"num_train_timesteps": "${eval:'2 * 50'}"}, "supported: a whole number"),
+        (LOWDIM, {"_target_": "diffusers.PNDMScheduler"}, "supported: DDPMScheduler or DDIMScheduler"),
+        (LOWDIM, {"_target_": None}, "noise_scheduler._target_ is null; supported: DDPMScheduler"),
+        (LOWDIM, 5, "noise_scheduler is 5; supported: the fields of a scheduler"),
+    ],
 )
-def test_a_noise_scheduler_of_other_values_is_never_a_traceback(
-    with_config: Callable[..., Path], changes: dict[str, Any]
+def test_another_noise_scheduler_is_refused_by_the_name_of_the_field(
+    with_config: Callable[..., Path], target: str, changes: Any, words: str
 ) -> None:
-    file = with_config(config(EDM, KARRAS | changes), model=weights_of())
-    ((name, theirs),) = changes.items()
-    ours = {"bins": "grid", "time_min": "sigma_min", "time_max": "sigma_max", "data_std": "sigma_data"}[name]
-    published = {"grid": 80, "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5}[ours]
-    spec = load_model(file, given=Given(weights="ema_model.model")).spec
-    assert getattr(spec, ours) == published, f"usual where it cannot be read: {theirs}"
+    usual = SCHEDULER if target == LOWDIM else KARRAS
+    values = config(target, usual | changes if isinstance(changes, dict) else usual)
+    values["policy"]["noise_scheduler"] = changes if changes == 5 else values["policy"]["noise_scheduler"]
+    with pytest.raises(ArtifactError) as refused:
+        load_model(with_config(values, model=weights_of()), given=Given(weights="ema_model.model"))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_noise_scheduler_elsewhere_in_the_configuration_is_followed(with_config: Callable[..., Path]) -> None:
+    values = config(LOWDIM, {}) | {"steps": 50, "noise": SCHEDULER | {"num_train_timesteps": "${steps}"}}
+    values["policy"]["noise_scheduler"] = "${noise}"
+    spec = load_model(with_config(values, model=weights_of()), given=Given(weights="ema_model.model")).spec
+    assert spec.times == cmfast.DiscreteTimes(schedule="linear", steps=50, beta_start=0.001, beta_end=0.1)
+
+
+def test_a_normalizer_keeps_every_feature_and_what_is_too_long_for_a_manifest_is_named(tmp_path: Path) -> None:
+    content = workspace(model=weights_of())
+    tensors = content["state_dicts"]["ema_model"]
+    for feature, numbers in (("weights", 200), ("front_camera", 1)):  # one of them has the name of an option
+        for kind in ("scale", "offset"):
+            tensors[f"normalizer.params_dict.{feature}.{kind}"] = torch.full((numbers,), 0.125)
+    torch.save(content, tmp_path / "policy.ckpt")
+    draft = identify(tmp_path / "policy.ckpt", "diffusion_policy", Given(weights="ema_model.model", horizon=8))
+    assert isinstance(draft, Draft)
+    facts = {fact.name: fact.value for fact in draft.facts.known}
+    assert list(draft.source["normalised"]) == ["action", "front_camera"]
+    assert facts["too long"] == "for a manifest: the statistics of weights; exports do not keep them"
+    assert facts["weights offset"] == (0.125,) * 200
+    assert "units" not in facts
+
+
+@pytest.mark.parametrize("value", [None, torch.full((3,), math.inf), torch.ones(3, 3), torch.ones(2000)])
+def test_a_damaged_normalizer_is_refused_by_its_name(tmp_path: Path, value: Tensor | None) -> None:
+    content = workspace(model=weights_of())
+    content["state_dicts"]["ema_model"]["normalizer.params_dict.action.scale"] = value
+    torch.save(content, tmp_path / "policy.ckpt")
+    with pytest.raises(ArtifactError, match=r"params_dict.action.scale is not a vector of at most 1024 finite numbers"):
+        diffusion_policy(tmp_path / "policy.ckpt")
 
 
 def test_without_a_source_nothing_is_guessed(saved: Callable[..., Path], call: Call) -> None:

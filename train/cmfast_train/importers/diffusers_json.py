@@ -40,8 +40,15 @@ def read_fields(
     Raises:
         ArtifactError: it is of another class, or has a field that is not known and not switched off.
     """
+    return checked_fields(read_config(file, *kinds), file, free, choices)
+
+
+def checked_fields(
+    said: Mapping[str, Any], file: Path, free: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Return all fields of a configuration that was read already; arguments and errors as of `read_fields`."""
     fields = {**free, **{name: allowed[0] for name, allowed in choices.items()}}
-    for name, value in read_config(file, *kinds).items():
+    for name, value in said.items():
         if name in fields:
             fields[name] = value
         elif value and not name.startswith("_"):

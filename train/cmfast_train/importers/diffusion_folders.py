@@ -22,7 +22,7 @@ from cmfast.conditions import class_label
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import BETA_SCHEDULES, DiscreteTimes
 from cmfast.spec import ModelSpec
-from cmfast_train.importers.diffusers_json import number, read_fields, refusal, version_of, whole
+from cmfast_train.importers.diffusers_json import checked_fields, number, read_fields, refusal, version_of, whole
 from cmfast_train.importers.diffusers_tensors import describe, matched, read_files, weight_files
 from cmfast_train.importers.facts import Draft, Facts, given_sigmas
 from cmfast_train.networks.unet2d import CHOICES, Unet2dConfig, unet2d_tensors
@@ -159,6 +159,18 @@ def _spec(config: Unet2dConfig, facts: Facts, file: Path, where: str) -> ModelSp
     return scheduled_spec(facts, fields, file, where, shape=config.image_shape, conditions=conditions)
 
 
+def scheduler_fields(said: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return all fields of the scheduler that hydra's configuration says, `_target_` its class.
+
+    Raises:
+        ArtifactError: it is another class's, or has a field that is not supported.
+    """
+    target = said.get("_target_")
+    if str(target).rpartition(".")[2] not in SCHEDULERS:
+        raise refusal(file, "noise_scheduler._target_", target, f"supported: {' or '.join(SCHEDULERS)}")
+    return checked_fields(said, file, _SCHEDULER, _SCHEDULER_CHOICES)
+
+
 def scheduled_spec(facts: Facts, fields: Mapping[str, Any], file: Path, where: str, **model: Any) -> ModelSpec:
     """Return the conventions of a network that diffusers' DDPMScheduler samples.
 
@@ -172,9 +184,8 @@ def scheduled_spec(facts: Facts, fields: Mapping[str, Any], file: Path, where: s
     Raises:
         ArtifactError: a field has a value that is not supported.
     """
-    for name in SCHEDULER_FIELDS:
-        allowed = _SCHEDULER_CHOICES.get(name)
-        if allowed and fields[name] not in allowed:
+    for name, allowed in _SCHEDULER_CHOICES.items():
+        if name in fields and fields[name] not in allowed:
             raise refusal(file, name, fields[name], f"supported: {' or '.join(map(json.dumps, allowed))}")
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:
         raise refusal(file, "clip_sample_range", fields["clip_sample_range"], "supported: 1.0")

@@ -35,6 +35,10 @@ NETWORK = {  # fields of config.json: of our network, where the tensors show the
     "diffusion_step_embed_dim": "embed_dim",
     "use_film_scale_modulation": "film_scale",
 }
+OBJECTS = (
+    "input_features", "output_features", "normalization_mapping", "input_shapes", "output_shapes",
+    "input_normalization_modes", "output_normalization_modes",
+)  # fmt: skip
 OTHERS = frozenset({  # fields that say nothing about the network: inputs, the encoder, sampling, training, the hub
     "type", "n_obs_steps", "n_action_steps", "horizon", "n_groups", "input_features", "output_features",
     "normalization_mapping", "input_shapes", "output_shapes", "input_normalization_modes",
@@ -123,6 +127,11 @@ def _fields(file: Path) -> dict[str, Any]:
     for name in ("horizon", "n_groups", "n_obs_steps", *NETWORK, *SCHEDULER_FIELDS):
         if name not in values:
             raise ArtifactError(f"{file}: it lacks {name}; is it the config.json of a diffusion policy of lerobot?")
+    for name in OBJECTS:
+        if not isinstance(value := values.get(name), (dict, type(None))):
+            raise refusal(file, name, value, "supported: an object, with a value for each name")
+    if (kind := values.get("noise_scheduler_type", "DDPM")) not in ("DDPM", "DDIM"):
+        raise refusal(file, "noise_scheduler_type", kind, "supported: DDPM or DDIM")
     return dict(values)
 
 

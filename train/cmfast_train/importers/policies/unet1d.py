@@ -22,8 +22,8 @@ from cmfast.preconditioning import noise_condition
 from cmfast.schedule import DiscreteTimes
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import check_count
-from cmfast_train.importers.diffusers_json import is_whole
-from cmfast_train.importers.diffusion_folders import SCHEDULER_FIELDS, SCHEDULERS, default_sigmas, scheduled_spec
+from cmfast_train.importers.diffusers_json import is_whole, refusal
+from cmfast_train.importers.diffusion_folders import default_sigmas, scheduled_spec, scheduler_fields
 from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
 from cmfast_train.importers.policies.statistics import note
 from cmfast_train.importers.policies.workspace import DIFFUSION, STUDENT, STUDENTS_TEACHER, Workspace, workspace
@@ -41,8 +41,8 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {  # what their training configuratio
     STUDENTS_TEACHER: _KARRAS | {"scaling": "boundary", "clip": True},
 }  # fmt: skip
 TEACHER = "a diffusion teacher, not a consistency model: it draws actions in ten and more steps"
-START = "noise times sigma_max; its own code draws from noise alone, Model.from_noise(noise / 80, [80.0])"
-UNITS = "actions and observations as the policy normalises them; their statistics are not in the file"
+SCHEDULERS = ("Karras_Scheduler", "CTM_Scheduler")  # of Consistency Policy; PFGMPP_Scheduler adds another noise
+UNITS = "actions as the policy normalises them; their statistics are not in the file"
 
 
 def matches(weights: Mapping[str, Tensor]) -> bool:
@@ -53,7 +53,7 @@ def matches(weights: Mapping[str, Tensor]) -> bool:
 def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) -> Draft:
     """Read the shape of the network; the rest is in the file's cfg, usual for the source, or required from the user."""
     chosen = next((str(fact.value) for fact in facts.known if fact.name == "weights"), "")
-    work = workspace(facts.content, chosen)
+    work = workspace(facts.content, chosen, file)
     source = _source(source, work, facts, file)
     said = _said(work, source, file) if work and work.source else {}
     where = f"usual of {source}" if said else f"--source {source}"
@@ -64,10 +64,10 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
     if flow_map:
         usual["renoise"] = "ddim"
     describe_network(facts, config, "the tensors")
-    noted = note(facts, work.normalised if work else {}, "the normalizer")
-    if not noted:
+    normalised = work.normalised if work else {}
+    noted = note(facts, normalised, "the normalizer")
+    if "action" not in normalised:
         facts.fixed("units", UNITS, "the format")
-    facts.fixed("start", START if source == STUDENT else None, "Consistency Policy's training")
     network = _network(config, facts, said, source, where, file)
     shape = None if network is None else network.image_shape
     model = {"data": "array", "conditions": config.conditions, "second_time": flow_map}
@@ -84,6 +84,10 @@ def draft(weights: Mapping[str, Tensor], facts: Facts, source: str, file: Path) 
         spec = spec_of(facts, shape, 0, usual, where, fixed=fixed, fixed_where=fixed_where, extra=model)
     if network is not None and spec is not None:
         network = with_stop(network, spec)
+        if source in (STUDENT, STUDENTS_TEACHER):  # Karras_Scheduler.sample_inital_position
+            top = f"{spec.sigma_max:g}"
+            start = f"noise times {top}; its own code starts from noise alone, Model.from_noise(noise / {top}, ..)"
+            facts.fixed("start", start, "Consistency Policy's code")
     return Draft(
         format=source or DIFFUSION,
         what=f"a U-Net of {config.actions} numbers an action, of Diffusion Policy's family",
@@ -133,30 +137,39 @@ def _said(work: Workspace, source: str, file: Path) -> dict[str, Any]:
         "horizon": _whole(work.value("policy", "horizon"), work.value("horizon")),
         "groups": _whole(work.value("policy", "n_groups"), work.value("policy", "model", "n_groups")),
     }
-    names = work.value("policy", "noise_scheduler")
-    keys = names if isinstance(names, Mapping) else ()
-    scheduler = {name: work.value("policy", "noise_scheduler", name) for name in keys}
-    if source == DIFFUSION:
-        if str(scheduler.get("_target_", "")).rpartition(".")[2] in SCHEDULERS:
-            defaults = {name: value for name, value in SCHEDULER_FIELDS.items() if scheduler.get(name) is None}
-            found["scheduler"] = {**scheduler, **defaults}
+    scheduler = work.section("policy", "noise_scheduler")
+    if scheduler is None:
         return found
-    if (rho := scheduler.get("rho", 7)) != 7:
-        raise ArtifactError(f"{file}: noise_scheduler.rho is {shown(str(rho))}; supported: 7")
-    if (kind := scheduler.get("scaling", "boundary")) not in ("boundary", "no_boundary"):
-        raise ArtifactError(f"{file}: noise_scheduler.scaling is {shown(str(kind))}; supported: boundary, no_boundary")
-    if kind == "no_boundary":
+    if not isinstance(scheduler, Mapping):
+        raise refusal(file, "noise_scheduler", scheduler, "supported: the fields of a scheduler")
+    if source == DIFFUSION:
+        found["scheduler"] = scheduler_fields(scheduler, file)
+        return found
+    supported: dict[str, tuple[Any, ...]] = {"rho": (7,), "scaling": ("boundary", "no_boundary")}
+    if source == STUDENT:  # the network jumps to time_min by G = s/t x + (1 - s/t) g, and `ctm` has g's boundary
+        supported["scaling"] = ("boundary",)
+    if (target := scheduler.get("_target_")) is not None and str(target).rpartition(".")[2] not in SCHEDULERS:
+        raise refusal(file, "noise_scheduler._target_", target, f"supported: {' or '.join(SCHEDULERS)}")
+    for name, allowed in supported.items():
+        if (value := scheduler.get(name, allowed[0])) not in allowed:
+            raise refusal(file, f"noise_scheduler.{name}", value, f"supported: {', '.join(map(str, allowed))}")
+    if scheduler.get("scaling") == "no_boundary":
         found["usual"] = {"scaling": "edm"}
-    fields = {"sigma_min": "time_min", "sigma_max": "time_max", "sigma_data": "data_std"}
-    values: dict[str, Any] = {ours: scheduler.get(theirs) for ours, theirs in fields.items()}
-    found["fixed"] = {name: float(value) for name, value in values.items() if _is_level(value)}
-    if is_whole(bins := scheduler.get("bins")):
+    found["fixed"] = {}
+    for ours, theirs in {"sigma_min": "time_min", "sigma_max": "time_max", "sigma_data": "data_std"}.items():
+        if theirs in scheduler:
+            if not _is_level(level := scheduler[theirs]):
+                raise refusal(file, f"noise_scheduler.{theirs}", level, "supported: a noise level above 0")
+            found["fixed"][ours] = float(level)
+    if "bins" in scheduler:
+        if not is_whole(bins := scheduler["bins"]):
+            raise refusal(file, "noise_scheduler.bins", bins, "supported: a whole number of noise levels")
         found["fixed"]["grid"] = bins
     return found
 
 
 def _is_level(value: Any) -> bool:
-    """Whether this is a noise level; a wrong one is an error of `ModelSpec`."""
+    """Whether this is a noise level; of one that is too large or small `ModelSpec` says so."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
 
 

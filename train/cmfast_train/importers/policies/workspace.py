@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from cmfast.errors import ArtifactError
+from cmfast_train.importers.facts import shown
 from cmfast_train.importers.pickle_opcodes import Foreign
 
 STUDENT, STUDENTS_TEACHER, DIFFUSION = "consistency_policy", "consistency_policy_teacher", "diffusion_policy"
@@ -23,9 +26,9 @@ POLICIES = {  # how the policy's class begins: its source
     "consistency_policy.teacher.": STUDENTS_TEACHER,
 }
 NORMALIZER = "normalizer.params_dict."
-FEATURES = ("action", "obs")  # what is normalised, of those that are not images
 MOST_NODES, DEPTH, MOST_HOPS = 20_000, 60, 8  # of a configuration; from one reference to the next
 MOST = 1024  # numbers of a feature
+MOST_FEATURES = 64  # of a normalizer: actions, states, cameras
 _REFERENCE = re.compile(r"\$\{([\w.]{1,200})\}")
 
 
@@ -45,21 +48,34 @@ class Workspace:
 
     def value(self, *path: str) -> Any:
         """Return a value of the configuration, its references to others followed; None: there is none."""
-        found = _at(self.config, path)
+        found = self._followed(_at(self.config, path))
+        return None if isinstance(found, str) and "${" in found else found
+
+    def section(self, *path: str) -> Any:
+        """Return a section of the configuration, its references followed; what is computed stays as it is written."""
+        found = self.value(*path)
+        return {name: self._followed(each) for name, each in found.items()} if isinstance(found, Mapping) else found
+
+    def _followed(self, found: Any) -> Any:
+        """Return what a value refers to; itself if it is no reference."""
         for _ in range(MOST_HOPS):
             reference = _REFERENCE.fullmatch(found) if isinstance(found, str) else None
             if reference is None:
                 break
             found = _at(self.config, reference[1].split("."))
-        return None if isinstance(found, str) and "${" in found else found
+        return found
 
 
-def workspace(content: Any, chosen: str) -> Workspace | None:
+def workspace(content: Any, chosen: str, file: Path) -> Workspace | None:
     """Return what a checkpoint says beside its weights, None if it is of no workspace.
 
     Args:
         content: what the file holds.
         chosen: the set of weights that is read, for example state_dicts.ema_model.model.
+        file: named in errors.
+
+    Raises:
+        ArtifactError: its normalizer is damaged.
     """
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dicts"), Mapping):
         return None
@@ -69,7 +85,7 @@ def workspace(content: Any, chosen: str) -> Workspace | None:
     source = next((source for start, source in POLICIES.items() if target.startswith(start)), "")
     if source == STUDENT and chosen.rpartition(".")[2] == "teacher":
         source = STUDENTS_TEACHER
-    return Workspace(source=source, config=found.config, normalised=_normalised(content["state_dicts"], chosen))
+    return Workspace(source=source, config=found.config, normalised=_normalised(content["state_dicts"], chosen, file))
 
 
 def _plain(node: Any, left: list[int], depth: int = 0) -> Any:
@@ -97,18 +113,26 @@ def _at(config: Any, path: Iterable[str]) -> Any:
     return found
 
 
-def _normalised(policies: Mapping[Any, Any], chosen: str) -> dict[str, dict[str, Any]]:
-    """Return what the policy of the chosen weights normalises with."""
+def _normalised(policies: Mapping[Any, Any], chosen: str, file: Path) -> dict[str, dict[str, Any]]:
+    """Return what the policy of the chosen weights normalises with: actions, states, images, each by its name."""
     named = [part for part in chosen.split(".") if part in policies]
     one = named[0] if named else next(iter(policies)) if len(policies) == 1 else None
     tensors = policies.get(one)
     if not isinstance(tensors, Mapping):
         return {}
-    found = {}
-    for feature in FEATURES:
-        both = {kind: tensors.get(f"{NORMALIZER}{feature}.{kind}") for kind in ("scale", "offset")}
-        if all(_is_vector(value) for value in both.values()):
-            found[feature] = {"mode": "LINEAR"} | {kind: numbers(value) for kind, value in both.items()}
+    ends = (".scale", ".offset")
+    stored = [name for name in tensors if isinstance(name, str) and name.startswith(NORMALIZER) and name.endswith(ends)]
+    features = sorted({name.removeprefix(NORMALIZER).rpartition(".")[0] for name in stored})
+    if len(features) > MOST_FEATURES:
+        raise ArtifactError(f"{file}: its normalizer has {len(features)} features; at most {MOST_FEATURES} are read")
+    found: dict[str, dict[str, Any]] = {}
+    for feature in features:
+        found[feature] = {"mode": "LINEAR"}
+        for kind in ("scale", "offset"):
+            value = tensors.get(name := f"{NORMALIZER}{feature}.{kind}")
+            if not _is_vector(value):
+                raise ArtifactError(f"{file}: {shown(name)} is not a vector of at most {MOST} finite numbers")
+            found[feature][kind] = numbers(value)
     return found
 
 
