@@ -21,7 +21,7 @@ import numpy as np
 
 from cmfast import noise
 from cmfast.checks import check_range, whole_number
-from cmfast.conditions import LABEL
+from cmfast.conditions import LABEL, condition_values
 from cmfast.drawing import check_number
 from cmfast.files.locks import exclusive, lock_beside
 from cmfast.model import Model
@@ -127,13 +127,13 @@ def draw_shards(
             another process writes to the folder.
     """
     check_shard_folder(folder)
-    conditions_of = _conditions(model, request)
+    conditions_of, digest_of = _conditions(model, request)
     with exclusive(lock_beside(folder), f"another command draws shards into {folder}"):
         there = shards_in(folder)
         same, shape = settings_of(request, model_sha256), _sample_shape(model.spec)
         for samples, path in there:
             inside = samples.start >= request.samples.start and samples.stop <= request.samples.stop
-            digest = {"conditions": conditions_digest(conditions_of(samples))} if inside else {}
+            digest = {"conditions": digest_of(samples)} if inside else {}
             check_shard(path, samples, *shape, {**same, **digest})
         parts = missing(request.samples, [samples for samples, _ in there], request.shard)
         left = sum(map(len, parts))
@@ -143,9 +143,8 @@ def draw_shards(
         bar = progress_bar("sampling", request.n, model.noun, start=request.n - left, show=show)
         with bar as advance, closing(drawer.draw(request, lacking)) as results:
             for samples, drawn in results:
-                own = conditions_of(samples)
-                digest = {"conditions": conditions_digest(own)}
-                write_shard(folder, samples, drawn, own.get(LABEL), {**same, **digest})
+                label = conditions_of(samples).get(LABEL)
+                write_shard(folder, samples, drawn, label, {**same, "conditions": digest_of(samples)})
                 advance(len(samples), "")
     return len(parts), len(there)
 
@@ -167,7 +166,7 @@ def draw_together(model: Model, request: ShardRequest, drawer: Drawer, *, show: 
     """
     shape, dtype = _sample_shape(model.spec)
     check_number(request.n, model.spec, model.noun, pixels=model.spec.data == "image")
-    conditions_of = _conditions(model, request)
+    conditions_of, _ = _conditions(model, request)
     together: Array = np.empty((request.n, *shape), dtype)
     parts = [(samples, _one_for_all(conditions_of(samples))) for samples in missing(request.samples, (), request.shard)]
     bar = progress_bar("sampling", request.n, model.noun, show=show)
@@ -212,17 +211,25 @@ def conditions_digest(conditions: Mapping[str, Array]) -> str:
     return sha256.hexdigest()
 
 
-def _conditions(model: Model, request: ShardRequest) -> Callable[[range], dict[str, Array]]:
-    """Return a function of a range of samples that returns their conditions, checked; labels are drawn here."""
+def _conditions(
+    model: Model, request: ShardRequest
+) -> tuple[Callable[[range], dict[str, Array]], Callable[[range], str]]:
+    """Return two functions of a range of samples: their conditions, checked, and what tells these from others.
+
+    Labels are drawn here, and conditions encoded. Those are told by their values before, for an encoder's rounding
+    depends on the machine; which encoder it is says the model's file.
+    """
     given, first = dict(request.conditions), request.first
     if (classes := model.labels(request.n, seed=request.seed, label=given.get(LABEL), first=first)) is not None:
         given[LABEL] = classes
     every = model.values(request.n, conditions=given)
+    passed = [each for each in model.conditions if given.get(each.name) is not None]
+    plain = condition_values(passed, {each.name: given[each.name] for each in passed}, request.n)
 
-    def of(samples: range) -> dict[str, Array]:
-        return {name: value[samples.start - first : samples.stop - first] for name, value in every.items()}
+    def part(values: Mapping[str, Array], samples: range) -> dict[str, Array]:
+        return {name: value[samples.start - first : samples.stop - first] for name, value in values.items()}
 
-    return of
+    return lambda samples: part(every, samples), lambda samples: conditions_digest(part(plain, samples))
 
 
 def _one_for_all(conditions: Mapping[str, Array]) -> dict[str, Array]:

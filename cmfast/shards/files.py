@@ -135,16 +135,22 @@ def read_shards(folder: Path, n: int | None = None) -> tuple[Array, Labels | Non
     have = shards[-1][0].stop - shards[0][0].start
     if n is not None and have < n:
         raise CmfastError(f"{folder}: {n:,} samples were requested, it has {have:,}")
-    first = _common(read_settings(shards[0][1]))
-    parts: list[tuple[Array, Labels | None]] = []
-    left = have if n is None else n
+    wanted = have if n is None else n
+    start, path = shards[0][0].start, shards[0][1]
+    most = max(len(samples) for samples, _ in shards if samples.start - start < max(wanted, 1))
+    with _opened(path) as archive:
+        first = _common(_settings(path, archive))
+        shape, dtype = _header(path, archive, SAMPLES)
+        size = (wanted + most) * math.prod(shape[1:]) * dtype.itemsize  # one shard is read at a time
+        need_memory(size, f"the samples of {folder}", "read fewer: -n")
+        of_class = f"{LABELS}.npy" in archive.namelist()
+    together: Array = np.empty((wanted, *shape[1:]), dtype)
+    classes = np.empty(wanted, np.int64) if of_class else None
     for samples, path in shards:
-        if left <= 0:
+        at = samples.start - start
+        if at >= wanted:
             break
         with _opened(path) as archive:
-            if not parts:
-                shape, dtype = _header(path, archive, SAMPLES)
-                need_memory(left * math.prod(shape[1:]) * dtype.itemsize, f"the samples of {folder}", "read fewer: -n")
             if _common(_settings(path, archive)) != first:
                 raise ArtifactError(f"{path} was drawn with other settings than {shards[0][1].name}")
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -152,12 +158,13 @@ def read_shards(folder: Path, n: int | None = None) -> tuple[Array, Labels | Non
             labels = _array(path, archive, LABELS) if LABELS in names else None
         if len(drawn) != len(samples) or (labels is not None and labels.shape != (len(samples),)):
             raise ArtifactError(f"{path}: it has {len(drawn)} samples, by its name {len(samples)}; draw it again")
-        if parts and (drawn.shape[1:], labels is None) != (parts[0][0].shape[1:], parts[0][1] is None):
+        if (drawn.shape[1:], drawn.dtype, labels is not None) != (shape[1:], dtype, of_class):
             raise ArtifactError(f"{path} has other samples than {shards[0][1].name}")
-        parts.append((drawn[:left], None if labels is None else labels[:left]))
-        left -= len(drawn)
-    of_class = [labels for _, labels in parts if labels is not None]
-    return np.concatenate([drawn for drawn, _ in parts]), np.concatenate(of_class) if of_class else None
+        together[at : at + len(samples)] = drawn[: wanted - at]
+        if classes is not None and labels is not None:
+            classes[at : at + len(samples)] = labels[: wanted - at]
+        del drawn, labels  # before the next ones are read
+    return together, classes
 
 
 def _common(settings: Settings) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,20 +17,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cmfast
+from cmfast.backends import Inputs
 from cmfast.cli.sample import command, main
+from cmfast.encoding import Encoders
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
-from cmfast.shards.drawing import SHARD, Here, ShardRequest, draw_together, missing
-from cmfast.shards.files import read_shards, shard_path
+from cmfast.formats.manifest import Manifest
+from cmfast.shards.drawing import SHARD, Here, ShardRequest, draw_shards, draw_together, missing
+from cmfast.shards.files import read_shards, shard_path, write_shard
 from cmfast.shards.on_ray import Worker, workers_on
 from cmfast.shards.sent import How, described, model_sha256, open_model, read_model
 from helpers import ROOT
-from helpers.graphs import write_denoiser
+from helpers.graphs import MANIFEST, write_denoiser
 
 Call = Callable[..., Any]
 LABEL = {"name": "label", "kind": "class", "classes": 10}
@@ -263,6 +269,59 @@ def test_an_interrupted_run_leaves_whole_shards_and_the_next_one_continues(
     assert names(tmp_path) == ["samples"]
     assert call(main, model, "-n", 12, "--shard", 4, "-o", out).returncode == 0
     np.testing.assert_array_equal(read_shards(out)[0], cmfast.load(model).sample(12, batch=4))
+
+
+class Rounding:
+    """An encoder on another machine: what it returns is as much larger as rounding makes it."""
+
+    name, batch = "encoder", None
+
+    def __init__(self, manifest: Manifest, more: float) -> None:
+        self.manifest, self.more = manifest, more
+
+    def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        return np.float32(1 + self.more) * inputs["state"]
+
+
+def test_a_condition_is_the_same_one_though_its_encoder_rounds_differently(tmp_path: Path) -> None:
+    encoded = {"name": "state_encoded", "kind": "tensor", "shape": [3]}
+    of_array: dict[str, Any] = {"shape": [5], "data": "array"}
+    changes = {**of_array, "conditions": [encoded], "encoders": {"state": "0" * 64}}
+    backend = cmfast.load(write_denoiser(tmp_path / "m.onnx", changes), encoder=()).backend
+    encoder = {**MANIFEST, **of_array, "kind": "encoder", "conditions": [STATE], "encoded": encoded, "sigmas": {}}
+    manifest = Manifest.from_json(json.dumps(encoder), "encoder")
+    out, state = tmp_path / "samples", np.arange(18, dtype=np.float32).reshape(6, 3)
+
+    def draw(more: float, state: npt.NDArray[np.float32]) -> tuple[int, int]:
+        encoders = Encoders(backend.manifest)
+        encoders._backends["state"] = Rounding(manifest, more)
+        model = cmfast.Model(backend, encoders)
+        request = ShardRequest(n=6, shard=4, sigmas=(80.0,), conditions={"state": state})
+        return draw_shards(model, "0" * 64, request, out, Here(model))
+
+    assert draw(0.0, state) == (2, 0)
+    assert draw(2e-7, state) == (0, 2)  # two units in the last place
+    with pytest.raises(CmfastError, match="and this command draws with conditions or labels"):
+        draw(0.0, state * 2)
+
+
+def test_samples_are_read_into_one_array(tmp_path: Path) -> None:
+    rng, shard = np.random.default_rng(0), 64 * 64 * 64 * 3  # bytes
+    every = rng.integers(0, 256, (10 * 64, 64, 64, 3), np.uint8)
+    for start in range(0, 640, 64):
+        samples = range(start, start + 64)
+        write_shard(tmp_path, samples, every[start : start + 64], np.arange(start, start + 64), {"seed": 0})
+    tracemalloc.start()
+    try:
+        read, labels = read_shards(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(read, every)
+    np.testing.assert_array_equal(labels, np.arange(640))
+    assert 10 * shard <= peak < 12.5 * shard  # the samples, one shard, and what reads it; it was twice the samples
+    np.testing.assert_array_equal(read_shards(tmp_path, 100)[0], every[:100])
+    np.testing.assert_array_equal(read_shards(tmp_path, 100)[1], np.arange(100))
 
 
 # What is refused.
