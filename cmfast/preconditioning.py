@@ -20,6 +20,7 @@ from cmfast.spec import ModelSpec
 
 LCM_TIMESTEP_SCALING = 10.0  # diffusers' LCMScheduler, of all published models
 
+BOUNDARY = ("boundary", "ctm", "cloneofsimo")  # scalings with f(x, sigma_min) = x exactly, in float32 too
 LOGARITHMS = ("250ln", "ln/4", "discrete")  # values of c_noise that are not finite at noise level 0
 Array = Any  # float, numpy.ndarray or torch.Tensor: what goes in is what comes out
 

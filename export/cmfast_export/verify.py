@@ -21,7 +21,7 @@ from cmfast.conditions import some_values
 from cmfast.formats.manifest import INT8, Manifest
 from cmfast.model import Model
 from cmfast.noise import slices
-from cmfast.preconditioning import scalings
+from cmfast.preconditioning import BOUNDARY, scalings
 from cmfast.sampling import sample
 from cmfast.spec import ModelSpec
 from cmfast_export.graphs.sampler import Guidance
@@ -158,7 +158,7 @@ def verify(
                 want = _or_nan(partial(model.denoise, x, sigma, **beside), x.shape)
                 each.append(_row(case.where, got, want, factors))
             at_minimum = sigma == np.float32(spec.sigma_min)
-            if spec.scaling in ("boundary", "cloneofsimo") and at_minimum.any():
+            if spec.scaling in BOUNDARY and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
     else:
         sigmas = ours.sigmas_for()
