@@ -35,11 +35,12 @@ from cmfast.cli.parameters import MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError, one_line
 from cmfast.files import check_outputs, write_text
+from cmfast.formats.table import model_sha256
 from cmfast.model import Model
 from cmfast.shards.drawing import Drawer, Here, Part, ShardRequest, draw_shards
 from cmfast.shards.files import Array, read_shards
 from cmfast.shards.on_ray import Workers, workers_on
-from cmfast.shards.sent import How, model_sha256, read_model
+from cmfast.shards.sent import How, read_model
 
 KILL_AFTER = 0.3  # of the shards: then a worker is killed
 

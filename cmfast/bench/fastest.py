@@ -30,8 +30,8 @@ from cmfast.backends.origin import Origin, pickled, states_of
 from cmfast.bench.timing import interleave, summarise
 from cmfast.checks import shown
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
-from cmfast.formats.manifest import INT8, Manifest, file_sha256
-from cmfast.formats.table import ONNX, OPENVINO, files_beside, format_of, read_manifest
+from cmfast.formats.manifest import INT8, Manifest
+from cmfast.formats.table import ONNX, OPENVINO, format_of, model_sha256, read_manifest
 from cmfast.formats.values import PRECISIONS
 from cmfast.noise import gaussian
 
@@ -229,7 +229,7 @@ class FastestBackend:
             return None
         depends = [SCHEMA, bucket, self._options["threads"], self._tolerance, self._candidates, *_machine()]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-        return check_cache(folder, make=True), f"{_digest(self._path)[:32]}-{key[:32]}{SUFFIX}"
+        return check_cache(folder, make=True), f"{model_sha256(self._path)[:32]}-{key[:32]}{SUFFIX}"
 
 
 def remembered(path: Path) -> list[Choice]:
@@ -237,7 +237,7 @@ def remembered(path: Path) -> list[Choice]:
     folder = os.environ.get("CMFAST_CACHE")
     if not folder or not Path(folder).is_dir() or format_of(path) not in (ONNX, OPENVINO):
         return []
-    place, start = check_cache(folder), _digest(path)[:32]
+    place, start = check_cache(folder), model_sha256(path)[:32]
     names = sorted(each.name for each in place.iterdir() if each.name.startswith(start) and each.suffix == SUFFIX)
     return [found for name in names if (found := _remembered((place, name), None)) is not None]
 
@@ -300,12 +300,6 @@ def _probes(reference: Backend, batch: int, inputs: Inputs) -> list[dict[str, np
         if spec.second_time:
             found[-1]["sigma_next"] = np.zeros(batch, np.float32)
     return found
-
-
-def _digest(path: Path) -> str:
-    """Return what tells the content of a model from any other: the SHA-256 of those of its files."""
-    parts = [path, *files_beside(path)]
-    return hashlib.sha256("".join(map(file_sha256, parts)).encode()).hexdigest()
 
 
 def _machine() -> list[str]:

@@ -97,12 +97,13 @@ def command(
     """
     import cmfast
     from cmfast.cli.conditions import read_conditions
+    from cmfast.formats.table import model_sha256
     from cmfast.images import check_fits, check_output, save_samples
     from cmfast.sampling import Churn, heun_calls
     from cmfast.shards.drawing import SHARD, Drawer, Here, ShardRequest, draw_shards
     from cmfast.shards.files import check_shard_folder
     from cmfast.shards.on_ray import OnRay
-    from cmfast.shards.sent import How, described, model_sha256
+    from cmfast.shards.sent import How, described, files_sha256, read_model
 
     shards = shard is not None or address is not None
     if shards:
@@ -122,9 +123,13 @@ def command(
     if churn is not None and len(churn) > 4:
         raise CmfastError(f"--churn takes S_churn,S_tmin,S_tmax,S_noise, at most four numbers, got {len(churn)}")
     stochastic = Churn(**dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn or (), strict=False)))
+    drawer: Drawer | None = None
     if address is not None:
-        loaded = described(model, encoder)
+        files = read_model(model, sha256)
+        drawer = OnRay(address, files, How.of(model, device, threads, variant, precision or "", sha256))
+        loaded, digest = described(files, model, encoder), files_sha256(files)
     else:
+        digest = model_sha256(model) if shards else ""
         loaded = cmfast.load(
             model, device, threads, variant=variant, precision=precision or "", sha256=sha256, encoder=encoder,
             tolerance_db=tolerance_db,
@@ -150,11 +155,9 @@ def command(
             n=number, first=first, shard=SHARD if shard is None else shard, sigmas=sigmas or (), heun=heun,
             churn=stochastic, seed=seed, batch=batch, precision=precision or "", conditions=given,
         )  # fmt: skip
-        drawer: Drawer = Here(loaded)
-        if address is not None:
-            drawer = OnRay(address, model, How.of(model, device, threads, variant, precision or "", sha256))
+        drawer = drawer or Here(loaded)
         with redirect_stdout(sys.stderr):  # what Ray says about lost workers goes to stdout, and so does the result
-            drawn, before = draw_shards(loaded, model_sha256(model), request, out, drawer, show=True)
+            drawn, before = draw_shards(loaded, digest, request, out, drawer, show=True)
         by = f", {drawer.name}" if drawn else ""
         click.echo(f"{out}: {drawn} shard(s) drawn, {before} there before: {how}{by}")
         return

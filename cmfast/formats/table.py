@@ -10,13 +10,22 @@ A new format is a module beside this one that reads its manifest, a row here, an
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmfast.errors import ArtifactError
-from cmfast.formats.manifest import Manifest, check_file, external_file, read_onnx, read_onnx_file
+from cmfast.formats.manifest import (
+    Manifest,
+    check_file,
+    check_model,
+    external_file,
+    file_sha256,
+    read_onnx,
+    read_onnx_file,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +119,28 @@ def files_beside(file: Path) -> list[Path]:
     found = format_of(file)
     names = set(read_onnx_file(file).external) if found is ONNX else {f"{file.stem}.bin"} if found is OPENVINO else ()
     return [external_file(file, name, hard_links=True) for name in sorted(names)]
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """Return the files of a model by the names of a copy: NAME, and what is beside it; of a folder NAME/.. each."""
+    path = check_model(path)
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        return {f"{path.name}/{file.relative_to(path).as_posix()}": file for file in inside}
+    return {file.name: file for file in [path, *files_beside(path)]}
+
+
+def model_sha256(path: Path) -> str:
+    """Return the SHA-256 of a model: of its file, or where there are several, of their names and their SHA-256s."""
+    return sha256_of({name: file_sha256(file) for name, file in model_files(path).items()})
+
+
+def sha256_of(files: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a model from those of its files, by the names that `model_files` gives them.
+
+    What the model itself is called makes no difference.
+    """
+    if len(files) == 1 and "/" not in (name := next(iter(files))):
+        return files[name]
+    lines = (f"{each}  {name.partition('/')[2] or Path(name).suffix}\n" for name, each in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Shards drawn on a Ray cluster: an actor a device, each with the model open; Ray schedules, restarts and retries.
 
-    draw_shards(described(path), model_sha256(path), request, folder, OnRay("local", path, how))
+    files = read_model(path)
+    draw_shards(described(files, path), files_sha256(files), request, folder, OnRay("local", files, how))
 
 The model travels as bytes through Ray's object store, so workers need no shared disk; samples come back the same way,
 and the process that asked for them writes the shards. Ray is imported here and nowhere else.
@@ -24,7 +25,7 @@ from cmfast.errors import BackendError, CmfastError, MissingDependency, one_line
 from cmfast.model import Model
 from cmfast.shards.drawing import Part, ShardRequest
 from cmfast.shards.files import Array
-from cmfast.shards.sent import Files, How, open_model, read_model
+from cmfast.shards.sent import Files, How, open_model
 
 Reference = list[Any]  # of one: to `Files` in Ray's object store; in a list Ray passes it on instead of the bytes
 LOCAL = "local"
@@ -40,16 +41,16 @@ class OnRay:
     This process must not use Ray for anything else meanwhile. Ray prints what it says about lost workers to stdout.
     """
 
-    def __init__(self, address: str, path: Path, how: How) -> None:
-        """Remember what is needed, see `workers_on`; the model file is read when shards are missing."""
+    def __init__(self, address: str, files: Files, how: How) -> None:
+        """Remember what is needed, see `workers_on`; nothing is started before shards are missing."""
         _need_answer(address)
         _import_ray()
-        self._address, self._path, self._how = address, path, how
+        self._address, self._files, self._how = address, files, how
         self.name = f"Ray at {address}"
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
         """Yield the samples of each part when they are drawn."""
-        with workers_on(self._address, read_model(self._path), self._how) as workers:
+        with workers_on(self._address, self._files, self._how) as workers:
             workers.wait()
             self.name = workers.name
             yield from workers.draw(request, parts)

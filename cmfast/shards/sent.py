@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import cmfast
 from cmfast.backends import Inputs
 from cmfast.encoding import Encoders, Paths
 from cmfast.errors import known_as
-from cmfast.formats.manifest import Manifest, check_model, file_sha256
-from cmfast.formats.table import files_beside, format_of, read_manifest
+from cmfast.formats.manifest import Manifest, compare_sha256
+from cmfast.formats.table import format_of, model_files, read_manifest, sha256_of
 from cmfast.model import Model
 
 Files = Mapping[str, npt.NDArray[np.uint8]]  # by their paths relative to the folder that they are in
@@ -66,48 +67,59 @@ class Described:
         raise AssertionError("this model is run by workers")
 
 
-def described(path: Path, encoder: Paths | None = None) -> Model:
+def read_model(path: Path, sha256: str | None = None) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the bytes of a model's files. What is described, hashed and sent is what was read here, once.
+
+    Args:
+        path: An exported file, a checkpoint, or a folder.
+        sha256: What the file at `path` must hash to, hex digits.
+
+    Raises:
+        ArtifactError: There is no such file, or it has another SHA-256.
+    """
+    files = {name: np.fromfile(file, np.uint8) for name, file in model_files(path).items()}
+    if sha256 is not None and path.name in files:  # for a folder there is none, which whatever opens it says
+        compare_sha256(path, hashlib.sha256(files[path.name].data).hexdigest(), sha256)
+    return files
+
+
+def files_sha256(files: Files) -> str:
+    """Return what `cmfast.formats.table.model_sha256` does of these bytes."""
+    return sha256_of({name: hashlib.sha256(content.data).hexdigest() for name, content in files.items()})
+
+
+def described(files: Files, path: Path, encoder: Paths | None = None) -> Model:
     """Return a model that says what its samples and conditions are and encodes conditions, but draws nothing.
 
     An exported file is not opened by its backend, so it may need a device that this machine lacks; a checkpoint is
     opened on the CPU.
+
+    Args:
+        files: Of the model.
+        path: Where they were read.
+        encoder: As `cmfast.load` takes it.
     """
-    if format_of(path) is None:
-        return cmfast.load(path, "cpu", encoder=encoder)
-    manifest = read_manifest(path)
+    with _written(files, path.name, str(path)) as copy:
+        if format_of(copy) is None:
+            return cmfast.load(copy, "cpu", encoder=encoder)
+        manifest = read_manifest(copy)
     return Model(Described(manifest), Encoders(manifest, encoder))
-
-
-def model_sha256(path: Path) -> str:
-    """Return the SHA-256 of a model: of its file, or where there are several, of their names and their SHA-256s."""
-    files = _files(path)
-    if len(files) == 1 and not path.is_dir():
-        return file_sha256(path)
-    lines = "".join(f"{file_sha256(file)}  {name if path.is_dir() else file.suffix}\n" for name, file in files.items())
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def read_model(path: Path) -> dict[str, npt.NDArray[np.uint8]]:
-    """Return the bytes of a model's files."""
-    return {name: np.fromfile(file, np.uint8) for name, file in _files(path).items()}
 
 
 def open_model(files: Files, how: How) -> Model:
     """Open a model from the bytes of its files, written to a temporary folder that is removed again."""
+    with _written(files, how.name, how.name) as copy:
+        return how.load(copy)
+
+
+@contextmanager
+def _written(files: Files, name: str, known: str) -> Iterator[Path]:
+    """Give the path of a temporary copy of a model while the block runs; errors name it as it is known."""
     # A file that is mapped into memory stays readable after it was removed; where that is not so, the folder stays.
     with tempfile.TemporaryDirectory(prefix="cmfast-", ignore_cleanup_errors=True) as folder:
-        for name, content in files.items():
-            target = Path(folder, name)
+        for each, content in files.items():
+            target = Path(folder, each)
             target.parent.mkdir(parents=True, exist_ok=True)
             content.tofile(target)
-        with known_as(Path(folder, how.name), how.name):
-            return how.load(Path(folder, how.name))
-
-
-def _files(path: Path) -> dict[str, Path]:
-    """Return the files of a model by their names as a worker writes them, in order."""
-    path = check_model(path)
-    if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        return {f"{path.name}/{file.relative_to(path).as_posix()}": file for file in inside}
-    return {file.name: file for file in [path, *files_beside(path)]}
+        with known_as(Path(folder, name), known):
+            yield Path(folder, name)

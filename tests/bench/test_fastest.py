@@ -20,6 +20,7 @@ from cmfast.bench.fastest import Choice, FastestBackend, Tried, psnr_db, remembe
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, BackendError, CmfastError
 from cmfast.formats.shipped import find
+from cmfast.formats.table import model_sha256
 from helpers.graphs import write_denoiser
 
 DIGITS = find("digits")
@@ -161,7 +162,7 @@ def test_what_was_measured_is_remembered_by_content_and_shown(
 )  # fmt: skip
 def test_a_damaged_entry_is_not_believed(content: str, cache: Path) -> None:
     cache.mkdir(mode=0o700)
-    name = f"{fastest._digest(DIGITS)[:32]}-0{fastest.SUFFIX}"
+    name = f"{model_sha256(DIGITS)[:32]}-0{fastest.SUFFIX}"
     (cache / name).write_text(content)
     (cache / name).chmod(0o600)
     assert remembered(DIGITS) == []

@@ -28,11 +28,12 @@ from cmfast.cli.sample import command, main
 from cmfast.encoding import Encoders
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.files.locks import exclusive, lock_beside
-from cmfast.formats.manifest import Manifest
+from cmfast.formats.manifest import Manifest, file_sha256
+from cmfast.formats.table import model_sha256
 from cmfast.shards.drawing import SHARD, Here, ShardRequest, draw_shards, draw_together, missing
 from cmfast.shards.files import read_shards, shard_path, write_shard
 from cmfast.shards.on_ray import Worker, workers_on
-from cmfast.shards.sent import How, described, model_sha256, open_model, read_model
+from cmfast.shards.sent import How, described, files_sha256, open_model, read_model
 from helpers import ROOT
 from helpers.graphs import MANIFEST, write_denoiser
 
@@ -126,7 +127,7 @@ def test_samples_that_are_no_images_have_shards_with_their_own_conditions(
 def test_shards_can_be_drawn_into_one_array(how: dict[str, Any], model: Path) -> None:
     loaded = cmfast.load(model)
     request = ShardRequest(n=10, first=3, shard=4, seed=5, conditions={"label": 2}, **how)
-    drawn = draw_together(described(model), request, Here(loaded))
+    drawn = draw_together(described(read_model(model), model), request, Here(loaded))
     draw = loaded.sample_heun if "heun" in how else loaded.sample
     options = {"steps": 3} if "heun" in how else how
     np.testing.assert_array_equal(drawn, draw(10, first=3, seed=5, label=2, **options))
@@ -426,7 +427,38 @@ def test_a_model_travels_as_the_bytes_of_all_its_files(model: Path, tiny_checkpo
     for path in (model, tiny_checkpoint(10)):
         there = open_model(read_model(path), How.of(path, None, None, "", "", None))
         np.testing.assert_array_equal(there.sample(3, seed=5), cmfast.load(path, threads=1).sample(3, seed=5))
-        assert len(model_sha256(path)) == 64
+        assert files_sha256(read_model(path)) == model_sha256(path) == file_sha256(path)
+
+
+def test_what_is_described_and_hashed_is_what_was_read(model: Path, tmp_path: Path) -> None:
+    """The file was read three times, and could be another one each time."""
+    path = Path(shutil.copyfile(model, tmp_path / "model.onnx"))
+    files, digest = read_model(path), model_sha256(path)
+    write_denoiser(path, {"shape": [1, 8, 8]})
+    assert described(files, path).spec == cmfast.load(model).spec
+    assert files_sha256(files) == digest != model_sha256(path)
+
+
+def test_a_model_of_another_sha256_is_refused_before_a_cluster_is_looked_for(
+    model: Path, call: Call, refused: Call, tmp_path: Path
+) -> None:
+    command = (main, model, "-n", 4, "--ray", "127.0.0.1:1", "-o", tmp_path / "samples")
+    refused(call(*command, "--sha256", "0" * 64), f"{model}: its SHA-256 is {file_sha256(model)}, not 0000")
+    refused(call(*command, "--sha256", file_sha256(model)), "no Ray cluster answers at 127.0.0.1:1")
+
+
+def test_a_model_of_several_files_is_told_by_all_of_them_and_not_by_its_own_name(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text("{}")
+        (tmp_path / name / "unet" / "weights").write_text("1")
+    one, other = tmp_path / "one", tmp_path / "other"
+    digest = model_sha256(one)
+    assert model_sha256(other) == digest == files_sha256(read_model(one))
+    (other / "unet" / "weights").write_text("2")
+    assert model_sha256(other) != digest
+    (one / "unet" / "weights").rename(one / "weights")
+    assert model_sha256(one) != digest
 
 
 def test_an_error_on_a_worker_names_the_model_as_the_user_knows_it(model: Path) -> None:

@@ -21,7 +21,7 @@ from cmfast.model import Model
 from cmfast.sampling import heun_calls
 from cmfast.shards.drawing import ShardRequest
 from cmfast.shards.on_ray import OnRay
-from cmfast.shards.sent import How, described
+from cmfast.shards.sent import Files, How, described, read_model
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
 from cmfast_train.config.presets import PRESETS
@@ -112,6 +112,7 @@ class _Subject:
     source: dict[str, Any]  # for the record
     samples: Bytes | None = None  # uint8 [N, H, W, C]
     model: Model | None = None
+    files: Files | None = None  # of the model, for workers of a cluster
     sigmas: tuple[tuple[float, ...], ...] = ()  # of each number of few steps, checked
     checkpoint: Checkpoint | None = None  # whose second level is searched
 
@@ -131,13 +132,15 @@ def _samples(config: EvalConfig) -> _Subject:
 
 def _model(config: EvalConfig) -> _Subject:
     checkpoint = own_checkpoint(config.model) if config.search else None
+    files: Files | None = None
     if checkpoint is not None:
         bounds(checkpoint.spec, config.search_bounds)
         if config.write:
             check_writable(config.model)
         model = Model(TorchBackend(checkpoint, config.device or "cpu"))
     elif config.address is not None:
-        model = described(config.model)
+        files = read_model(config.model)
+        model = described(files, config.model)
     else:
         model = cmfast.load(config.model, config.device)
     steps = config.steps
@@ -155,6 +158,7 @@ def _model(config: EvalConfig) -> _Subject:
         image=model.spec.image,
         source={"model": {"file": config.model.name, "engine": engine, "source": weights}},
         model=model,
+        files=files,
         sigmas=tuple(model.sigmas_for(k) for k in steps),
         checkpoint=checkpoint,
     )
@@ -167,8 +171,9 @@ def _rows(config: EvalConfig, subject: _Subject, number: int) -> Iterator[dict[s
         return
     show = sys.stderr.isatty()
     if config.address is not None:
+        assert subject.files is not None
         opened = How.of(config.model, config.device, None, "", "", None)
-        drawer = OnRay(config.address, config.model, opened)
+        drawer = OnRay(config.address, subject.files, opened)
         requests = [
             ShardRequest(n=number, sigmas=sigmas, seed=config.seed, batch=config.batch) for sigmas in subject.sigmas
         ]
