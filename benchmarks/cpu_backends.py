@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 
 import cmfast
 from cmfast.bench import timing
-from cmfast.checks import check_threads
+from cmfast.checks import check_threads, psnr_db
 from cmfast.cli.parameters import INTS
 from cmfast.cli.running import run_command
 from cmfast.conditions import some_values
@@ -168,11 +167,11 @@ def measure(
     clean = rng.uniform(-1, 1, (batch, *spec.shape)).astype(np.float32)
     inputs = [(clean + s * rng.standard_normal(clean.shape, dtype=np.float32), float(s)) for s in levels]
     expected = [reference.denoise(x, s, conditions=conditions) for x, s in inputs]
-    decibels: dict[str, list[float]] = {}
+    image, decibels = spec.data == "image", dict[str, list[float]]()
     with frozen():
         for name, model in opened.items():
             got = [model.denoise(x, s, conditions=conditions) for x, s in inputs]
-            decibels[name] = [psnr_db(a, b) for a, b in zip(got, expected, strict=True)]
+            decibels[name] = [psnr_db([a], [b], image=image) for a, b in zip(got, expected, strict=True)]
             if min(decibels[name]) < about[name].least_db:
                 raise CheckFailed(f"{name} is {min(decibels[name]):.1f} dB from eager PyTorch; nothing was timed")
         x, sigma = inputs[-1]
@@ -207,12 +206,6 @@ def frozen() -> Iterator[None]:
 
     with config.patch(freezing=True), torch.no_grad():
         yield
-
-
-def psnr_db(got: Floats, want: Floats) -> float:
-    """Return the peak signal-to-noise ratio of images in [-1, 1], dB; 200 stands for equal to the bit."""
-    mse = float(np.square(got.astype(np.float64) - want).mean())
-    return 200.0 if mse == 0 else min(200.0, 10 * math.log10(4 / mse))
 
 
 def show(about: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:

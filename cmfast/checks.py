@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Checks of what callers pass and backends return, made once where it enters: numbers, arrays, labels, memory.
 
+And how far arrays are apart, dB.
+
 All raise CmfastError. `cmfast.model` calls them before and after the work; noise levels are checked in
 `cmfast.schedule`, files in `cmfast.files`.
 """
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # numpy is imported where arrays are: a manifest is read with
 
 MAX_THREADS = 1024  # more than any processor that this was tried on; a system that cannot start them ends the process
 MAX_BATCH = 65_536  # images that one call of a graph or a backend computes
+EQUAL_DB = 200.0  # PSNR of what is equal to the bit
 SMALL = 2**28  # bytes; less is not compared with the memory that is available
 _SHOWN = 80  # characters of a value in an error
 
@@ -120,6 +123,35 @@ def available_memory() -> int | None:
         kept = re.findall(r"^(?:inactive_file|active_file|slab_reclaimable) (\d+)$", stat, re.MULTILINE)
         found.append(max(0, int(limit) - int(used) + sum(map(int, kept))))  # what files keep is given back
     return min(found, default=None)
+
+
+def psnr_db(got: Sequence[npt.NDArray[Any]], want: Sequence[npt.NDArray[Any]], *, image: bool) -> float:
+    """Return the lowest peak signal-to-noise ratio of pairs of arrays, dB, as `decibels` does.
+
+    Args:
+        got: What is judged.
+        want: What it is compared with, of the same shapes.
+        image: Whether they are images, see `peak_of`.
+    """
+    import numpy as np
+
+    peak = peak_of(want, image=image)
+    errors = [float(np.square(a.astype(np.float64) - b).mean()) for a, b in zip(got, want, strict=True)]
+    return min((decibels(error, peak) for error in errors), default=EQUAL_DB)
+
+
+def peak_of(want: Sequence[npt.NDArray[Any]], *, image: bool) -> float:
+    """Return the peak of a PSNR: 2 of images, which are in [-1, 1]; of other data the range of all of `want`."""
+    if image or not want:
+        return 2.0
+    return max(float(max(each.max() for each in want)) - float(min(each.min() for each in want)), 1e-30)
+
+
+def decibels(mse: float, peak: float) -> float:
+    """Return the PSNR of a mean square error, dB: at most EQUAL_DB, minus infinity where the error is not finite."""
+    if not math.isfinite(mse):
+        return -math.inf
+    return EQUAL_DB if mse == 0 else min(EQUAL_DB, 20 * math.log10(peak) - 10 * math.log10(mse))
 
 
 def returned_array(backend: str, images: object, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:

@@ -28,7 +28,7 @@ from cmfast.backends import Backend, Inputs, model_path, open_backend
 from cmfast.backends.cache import check_cache, read_entry, write_entry
 from cmfast.backends.origin import Origin, pickled, states_of
 from cmfast.bench.timing import interleave, summarise
-from cmfast.checks import shown
+from cmfast.checks import psnr_db, shown
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import INT8, Manifest
 from cmfast.formats.table import ONNX, OPENVINO, format_of, model_sha256, read_manifest
@@ -240,18 +240,6 @@ def remembered(path: Path) -> list[Choice]:
     place, start = check_cache(folder), model_sha256(path)[:32]
     names = sorted(each.name for each in place.iterdir() if each.name.startswith(start) and each.suffix == SUFFIX)
     return [found for name in names if (found := _remembered((place, name), None)) is not None]
-
-
-def psnr_db(got: list[npt.NDArray[Any]], want: list[npt.NDArray[Any]], *, image: bool) -> float:
-    """Return the lowest PSNR of pairs of arrays, dB; images are in [-1, 1], other data have the range that they have.
-
-    At most 200, which stands for equal; minus infinity where a value is not finite.
-    """
-    peak = 2.0 if image else max(float(max(each.max() for each in want) - min(each.min() for each in want)), 1e-30)
-    errors = [float(np.mean((a.astype(np.float64) - b) ** 2)) for a, b in zip(got, want, strict=True)]
-    if not all(map(math.isfinite, errors)):
-        return -math.inf
-    return min(200.0, 10 * math.log10(peak**2 / max(*errors, 1e-300))) if errors else 200.0
 
 
 def _check(path: Path, device: object, variant: str, precision: str, tolerance_db: object) -> None:

@@ -34,7 +34,7 @@ from cmfast_export.graphs.encoder import EncoderGraph, encode, encoder_graph, en
 from cmfast_export.graphs.half import halved
 from cmfast_export.graphs.storage import stored_as_float16
 from cmfast_export.request import GraphRequest
-from cmfast_export.verify import SIZES, Parity, Row
+from cmfast_export.verify import SIZES, Parity, row_of
 from cmfast_train.denoiser import Denoiser
 
 BATCHES = (1, 2, 5)
@@ -167,8 +167,5 @@ def _compare(file: OnnxRuntimeBackend, graph: EncoderGraph) -> Parity:
         with torch.inference_mode():
             want = graph.module(torch.from_numpy(np.ascontiguousarray(values[name]))).numpy()
         got = file.run(values)
-        far = np.abs(got.astype(np.float64) - want) / max(1.0, float(np.abs(want).max()))
-        rows.append(
-            Row(where=f"batch {batch}", batch=batch, max_abs=float(far.max()), mse=float(np.square(far).mean()))
-        )
+        rows.append(row_of(f"batch {batch}", got, want, np.full(batch, max(1.0, np.abs(want).max()), np.float32)))
     return Parity(rows=tuple(rows), boundary=None)

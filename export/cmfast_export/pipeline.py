@@ -281,7 +281,7 @@ def _export(
             manifest = replace(manifest, parity=found, graph_sha256=graph_sha256(file))
             try:
                 atol = rounding(PRECISIONS["fp16"] if request.weights else dtype, "cuda")
-                atol = max(atol, 3 * (sampled or agreement).parity.worst.max_abs) if int8 else atol
+                atol = max(atol, 3 * (sampled or agreement).parity.largest) if int8 else atol
                 tested = record_selftest(Looped(Model(references[0]), guidance), atol, sigmas or None)
                 manifest = replace(manifest, selftest=tested)
             except NotFinite:

@@ -124,7 +124,8 @@ def parity(exported: Exported, path: Path) -> None:
     for part in parts:
         others = [each.rows for each in (part.same, part.as_is) if each]
         for index, row in enumerate(part.parity.rows):
-            far = [f"{rows[index].difference:.1e}" for rows in (part.parity.rows, *others)]
+            each = [rows[index] for rows in (part.parity.rows, *others)]
+            far = [f"{one.largest if int8 else one.difference:.1e}" for one in each]
             more = [f"{exported.tolerance * row.factor:.1e}"] if scaled else []
             more += [f"{row.psnr_db:.1f}", f"{row.grey_levels:.2g}"] if int8 else []
             table.add_row(row.where, *far, *more[: len(columns) - 2])
@@ -188,7 +189,7 @@ def openvino(converted: Converted, request: Request) -> None:
     table = Table("compared at", "largest difference", "dB", *["grey levels"] * images)
     for row in converted.parity.rows:
         grey = [f"{row.grey_levels:.2g}"] * images
-        table.add_row(row.where, f"{row.max_abs:.1e}", f"{row.psnr_db:.1f}", *grey)
+        table.add_row(row.where, f"{row.difference:.1e}", f"{row.psnr_db:.1f}", *grey)
     if converted.parity.boundary is not None:
         table.add_row("boundary: f(x, sigma_min) against x", f"{converted.parity.boundary:.1e}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends import Backend
-from cmfast.checks import NotFinite
+from cmfast.checks import NotFinite, decibels, peak_of
 from cmfast.conditions import some_values
 from cmfast.formats.manifest import INT8, Manifest
 from cmfast.model import Model
@@ -44,18 +44,20 @@ class Row:
     where: str  # "sigma 0.002", "batch 5, mixed sigmas", "2 steps at 80, 0.8"
     batch: int
     max_abs: float  # largest absolute difference over `factor`: what is compared with the tolerance
-    mse: float  # mean square of the same
-    factor: float = 1.0  # by how much more may differ here: `allowance`
+    factor: float = 1.0  # by how much more may differ here: `allowance`, of the sample that `max_abs` is of
+    largest: float  # largest absolute difference, data units
+    mse: float  # mean square of the difference, data units
+    peak: float = 2.0  # of `psnr_db`: `cmfast.checks.peak_of` all that the file is compared with
 
     @property
     def difference(self) -> float:
-        """The largest difference, data units."""
+        """The difference that `max_abs` is of, data units: the one that is nearest to what is allowed, or beyond it."""
         return self.max_abs * self.factor
 
     @property
     def psnr_db(self) -> float:
-        """Peak signal-to-noise ratio, dB, for images in [-1, 1]; 200 stands for equal to the bit."""
-        return 200.0 if self.mse == 0 else min(200.0, 10 * math.log10(4 / self.mse))
+        """Peak signal-to-noise ratio of the difference itself, dB: what `cmfast.checks.psnr_db` gives."""
+        return decibels(self.mse, self.peak)
 
     @property
     def grey_levels(self) -> float:
@@ -75,18 +77,23 @@ class Parity:
         return max(self.rows, key=lambda row: math.inf if math.isnan(row.max_abs) else row.max_abs)
 
     @property
+    def largest(self) -> float:
+        """The largest absolute difference of all rows, data units."""
+        return max(row.largest for row in self.rows)
+
+    @property
     def psnr_db(self) -> float:
         """The worst of the rows, dB."""
         return min(row.psnr_db for row in self.rows)
 
     def failure(self, tolerance: float, of: str = "PyTorch", least_db: float = 0.0) -> str | None:
-        """Return what is wrong in words, or None; `of`: what was compared with, `least_db`: the PSNR that is needed."""
+        """Return what is wrong in words, or None; `of`: what was compared with, `least_db`: the PSNR needed, 0: any."""
         worst = self.worst
         if not worst.max_abs <= tolerance:  # also when it is not a number
             return (
                 f"differs from {of} by {worst.difference:.2e} at {worst.where} (allowed {tolerance * worst.factor:.0e})"
             )
-        if self.psnr_db < least_db:
+        if least_db and self.psnr_db < least_db:
             where = min(self.rows, key=lambda row: row.psnr_db).where
             return f"is {self.psnr_db:.1f} dB from {of} at {where} ({least_db:g} dB needed)"
         if self.boundary is not None and not self.boundary <= BOUNDARY_TOLERANCE:
@@ -146,7 +153,8 @@ def verify(
     spec = file.manifest.spec
     values = given or (lambda n, seed, size: some_values(spec.conditions, n, seed=seed, size=size))
     ours, theirs = Model(file), [Model(backend) for backend in references]
-    rows: list[list[Row]] = [[] for _ in theirs]
+    image = spec.data == "image"
+    compared = [_Compared(image) for _ in theirs]
     boundary = None
     if file.manifest.kind == "denoiser":
         for case in denoiser_cases(spec, _batches(file, batches, more), sizes, values, theirs[0] if drawn else None):
@@ -154,9 +162,9 @@ def verify(
             beside: dict[str, Any] = {"sigma_next": case.sigma_next, "conditions": case.conditions}
             got = _or_nan(partial(ours.denoise, x, sigma, **beside), x.shape)
             factors = allowance(spec, sigma, rounds=rounds)
-            for each, model in zip(rows, theirs, strict=True):
+            for each, model in zip(compared, theirs, strict=True):
                 want = _or_nan(partial(model.denoise, x, sigma, **beside), x.shape)
-                each.append(_row(case.where, got, want, factors))
+                each.add(case.where, got, want, factors)
             at_minimum = sigma == np.float32(spec.sigma_min)
             if spec.scaling in BOUNDARY and at_minimum.any():
                 boundary = max(boundary or 0.0, float(np.abs(got - x)[at_minimum].max()))
@@ -170,10 +178,25 @@ def verify(
             last = np.full(batch, sigmas[-1], np.float32)  # the last call, which gives the sample
             factors = allowance(spec, last, rounds=rounds)
             where = f"batch {batch}, {len(sigmas)} step(s) at {', '.join(f'{s:g}' for s in sigmas)}"
-            for each, model in zip(rows, theirs, strict=True):
+            for each, model in zip(compared, theirs, strict=True):
                 want = _or_nan(partial(Looped(model, guidance).from_noise, noise, sigmas, conditions), noise.shape[1:])
-                each.append(_row(where, got, want, factors))
-    return [Parity(rows=tuple(each), boundary=boundary) for each in rows]
+                each.add(where, got, want, factors)
+    return [each.parity(boundary) for each in compared]
+
+
+class _Compared:
+    """The rows of one reference, and the ends of what it gave."""
+
+    def __init__(self, image: bool) -> None:
+        self.image, self.rows, self.ends = image, list[Row](), list[Floats]()
+
+    def add(self, where: str, got: Floats, want: Floats, factors: Floats | None = None) -> None:
+        self.rows.append(row_of(where, got, want, factors))
+        self.ends.append(np.array([want.min(), want.max()]))
+
+    def parity(self, boundary: float | None = None) -> Parity:
+        peak = peak_of(self.ends, image=self.image)
+        return Parity(rows=tuple(replace(row, peak=peak) for row in self.rows), boundary=boundary)
 
 
 class Looped:
@@ -230,7 +253,7 @@ def compare_batches(file: Backend, few: int, most: int, size: int = SIZES[0]) ->
         for part in parts
     ]
     got = np.concatenate([every[part] for part in parts])
-    return _row(f"batch {most} against batch {few}", got, np.concatenate(some))
+    return row_of(f"batch {most} against batch {few}", got, np.concatenate(some))
 
 
 def _batches(file: Backend, batches: Sequence[int] | None, more: Sequence[int]) -> Sequence[int]:
@@ -309,21 +332,23 @@ def allowance(spec: ModelSpec, sigma: Floats, *, rounds: bool) -> Floats:
     return allowed
 
 
-def _row(where: str, got: Floats, want: Floats, factors: Floats | None = None) -> Row:
+def row_of(where: str, got: Floats, want: Floats, factors: Floats | None = None) -> Row:
+    """Return the comparison of arrays [B, ...]; `factors` [B]: `allowance`, 1 where it is None."""
     if got.shape != want.shape:
         return Row(
             where=f"{where}: shape {list(got.shape)} for {list(want.shape)}",
             batch=len(want),
             max_abs=math.inf,
+            largest=math.inf,
             mse=math.inf,
         )
     each = np.ones(len(want), np.float32) if factors is None else factors
-    difference = (got.astype(np.float64) - want) / each.reshape(-1, *[1] * (want.ndim - 1))
+    difference = got.astype(np.float64) - want
     if not np.isfinite(difference).all():
-        return Row(where=where, batch=len(want), max_abs=math.nan, mse=math.nan)
+        return Row(where=where, batch=len(want), max_abs=math.nan, largest=math.nan, mse=math.nan)
     far = np.abs(difference).reshape(len(want), -1).max(1)
-    worst = int(far.argmax())
+    worst = int((far / each).argmax())
     return Row(
-        where=where, batch=len(want), max_abs=float(far[worst]), mse=float(np.square(difference).mean()),
-        factor=float(each[worst]),
+        where=where, batch=len(want), max_abs=float(far[worst] / each[worst]), factor=float(each[worst]),
+        largest=float(far.max()), mse=float(np.square(difference).mean()),
     )  # fmt: skip

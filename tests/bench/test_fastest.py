@@ -16,7 +16,8 @@ import pytest
 import cmfast
 from cmfast.backends import Backend, open_backend
 from cmfast.bench import fastest
-from cmfast.bench.fastest import Choice, FastestBackend, Tried, psnr_db, remembered
+from cmfast.bench.fastest import Choice, FastestBackend, Tried, remembered
+from cmfast.checks import psnr_db
 from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, BackendError, CmfastError
 from cmfast.formats.shipped import find

@@ -327,12 +327,12 @@ def test_verification_sees_one_changed_weight(exported: Factory, tiny_checkpoint
 
 
 def test_a_result_that_is_not_a_number_is_a_failure() -> None:
-    parity = Parity(rows=(Row(where="sigma 80", batch=1, max_abs=float("nan"), mse=0.0),), boundary=0.0)
+    parity = Parity(rows=(Row(where="sigma 80", batch=1, max_abs=float("nan"), largest=0.0, mse=0.0),), boundary=0.0)
     assert "sigma 80" in (parity.failure(1e-4) or "")
 
 
 def test_a_broken_boundary_condition_is_a_failure() -> None:
-    parity = Parity(rows=(Row(where="sigma 80", batch=1, max_abs=0.0, mse=0.0),), boundary=2e-6)
+    parity = Parity(rows=(Row(where="sigma 80", batch=1, max_abs=0.0, largest=0.0, mse=0.0),), boundary=2e-6)
     assert "sigma_min" in (parity.failure(1e-4) or "")
 
 

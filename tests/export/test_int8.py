@@ -16,10 +16,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 import cmfast
 import cmfast_train
 from cmfast.backends.openvino import library
+from cmfast.checks import psnr_db
 from cmfast.cli.info import main as info
 from cmfast.conditions import Condition
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning
@@ -296,6 +298,37 @@ def test_the_report_has_decibels_and_grey_levels_and_says_where_the_cpu_lacks_vn
     assert "this CPU has no VNNI" in said
     assert f"{made.path}: denoiser, int8, " in said
     assert f"cmfast-sample {made.path} --variant openvino --precision bf16" in said
+
+
+class Passing(nn.Module):
+    """Predicts eps as about what it is given, which is right at high noise: three convolutions near the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 8), (8, 8), (8, 1))))
+        for layer in self.layers:
+            nn.init.dirac_(layer.weight)
+            with torch.no_grad():
+                layer.weight += 1e-3 * torch.randn_like(layer.weight)
+                layer.bias.normal_(std=1e-3)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Return eps, as x."""
+        return self.layers(x + 0 * time.reshape(-1, 1, 1, 1))
+
+
+def test_an_eps_network_that_int8_spoils_at_high_noise_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
+    denoiser = cmfast_train.wrap(Passing(), shape=(1, 8, 8), scaling="vp_eps", c_noise="ln/4", sigma_max=20.0)
+    # A step of the convolution in the middle is about 0.03, and 20 times as large in the image: no use.
+    with pytest.raises(CheckFailed, match=r"int8 is 1?\d\.\d dB from float32 with 1 of 1 .*no file was written"):
+        export_onnx(denoiser, tmp_path / "m.onnx", precision="int8", calibration=FEW, tolerance_db=20)
+    made = export_onnx(denoiser, tmp_path / "m.onnx", precision="int8", calibration=FEW, tolerance_db=3)
+    x = 20 * np.random.default_rng(1).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    got, want = (model.denoise(x, 20.0) for model in (cmfast.load(made.path), cmfast.Model(TorchBackend(denoiser))))
+    row = next(each for each in made.denoiser.parity.rows if each.where == "sigma 20")
+    assert row.psnr_db == pytest.approx(psnr_db([got], [want], image=True), abs=3)  # other samples
+    assert call(info, made.path, "--selftest").returncode == 0, "the tolerance is in data units"
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")

@@ -11,7 +11,7 @@ from cmfast.errors import CmfastError
 from cmfast_export import INT8
 from cmfast_export._options import check_range
 
-TOLERANCE_DB = 40.0  # least PSNR of an int8 file, dB: 2.6 grey levels
+TOLERANCE_DB = 40.0  # least PSNR of an int8 file, dB: 2.6 grey levels in images, whatever the scaling multiplies
 MOST_SAMPLES = 4096
 
 

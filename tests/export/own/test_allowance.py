@@ -12,12 +12,13 @@ import pytest
 from torch import nn
 
 from cmfast.backends import Inputs
+from cmfast.checks import psnr_db
 from cmfast.formats.manifest import ROUNDING, Manifest
 from cmfast.preconditioning import scalings
 from cmfast.spec import SCALINGS, ModelSpec
 from cmfast_export import export_onnx
 from cmfast_export.report import parity
-from cmfast_export.verify import allowance, verify
+from cmfast_export.verify import SIZES, allowance, denoiser_cases, verify
 from cmfast_train.wrapping import wrap
 from helpers.own_networks import Mlp
 
@@ -62,7 +63,7 @@ class Off:
         self.manifest, self.error = Manifest(kind="denoiser", spec=spec, dtype=dtype), np.float32(error)
 
     def run(self, inputs: Inputs) -> Any:
-        c_skip, c_out, _ = scalings(inputs["sigma"][:, None], self.manifest.spec)
+        c_skip, c_out, _ = scalings(inputs["sigma"].reshape(-1, *[1] * (inputs["x"].ndim - 1)), self.manifest.spec)
         return c_skip * inputs["x"] + c_out * self.error
 
 
@@ -100,3 +101,29 @@ def test_the_report_says_what_is_allowed_at_each_level(tmp_path: Path, capsys: p
     worst = next(each for each in found.denoiser.parity.rows if each.where == "sigma 80")
     assert (worst.factor, f"{worst.difference:.1e}" in row, "8.0e+00" in row) == (160, True, True)
     assert worst.difference > 1e-4 > found.manifest.parity["max_abs"] / 100
+
+
+@pytest.mark.parametrize(("shape", "peak"), [((6,), None), ((1, 2, 2), 2.0)])
+def test_decibels_and_grey_levels_are_of_the_difference_itself_whatever_is_allowed(
+    shape: tuple[int, ...], peak: float | None
+) -> None:
+    spec = wrap(nn.Identity(), shape=shape, scaling="eps", c_noise="ln/4", sigma_max=64.0).spec
+    off, exact = Off(spec, 0.01, "float16"), Off(spec, 0)
+    (found,) = verify(off, [exact])
+    row = next(each for each in found.rows if each.where == "sigma 64")
+    assert (row.factor, row.difference) == (128, pytest.approx(0.64, rel=1e-4))  # 64 times 0.01
+    assert row.grey_levels == pytest.approx(127.5 * 0.64, rel=1e-4)
+    decibels = 20 * np.log10((peak or row.peak) / 0.64)
+    assert found.psnr_db == row.psnr_db == pytest.approx(decibels, abs=1e-3), "the worst level"
+    assert [found.largest, row.largest] == pytest.approx([0.64, 0.64], rel=1e-4)
+    assert found.failure(5e-2) is None
+    assert f"is {decibels:.1f} dB from PyTorch at sigma 64" in (found.failure(np.inf, least_db=60) or "")
+
+
+def test_decibels_of_data_that_are_no_images_are_those_of_the_variant_auto() -> None:
+    spec = wrap(nn.Identity(), shape=(6,), scaling="edm", c_noise="ln/4").spec
+    (found,) = verify(Off(spec, 0.01), [Off(spec, 0)], batches=[1])
+    cases = list(denoiser_cases(spec, [1], SIZES, lambda n, seed, size: {}))
+    got, want = ([Off(spec, e).run({"x": c.x, "sigma": c.sigma}) for c in cases] for e in (0.01, 0))
+    assert found.psnr_db == pytest.approx(psnr_db(got, want, image=False), abs=0.01)  # float32 and the clip of denoise
+    assert found.psnr_db != pytest.approx(psnr_db(got, want, image=True), abs=0.5)
