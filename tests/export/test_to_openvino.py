@@ -71,7 +71,7 @@ def test_an_ir_is_verified_against_pytorch_in_the_precision_that_it_opens_in(mad
         assert 1e-4 < difference < made.tolerance
     assert [row.where for row in made.parity.rows] == [f"batch {n}, 2 step(s) at 80, 0.8" for n in (1, 2, 5)]
     for row in made.parity.rows:
-        assert row.grey_levels == pytest.approx(127.5 * 2 * 10 ** (-row.psnr_db / 20))
+        assert row.grey_levels == pytest.approx(127.5 * row.peak * 10 ** (-row.psnr_db / 20))
 
 
 def test_the_noise_embedding_stays_float32_in_bfloat16(tmp_path: Path) -> None:
