@@ -61,7 +61,16 @@ class ShardRequest:
         return range(self.first, self.first + self.n)
 
     def draw(self, model: Model, samples: range, conditions: Mapping[str, Any]) -> Array:
-        """Return the samples of these indices, as `Model.sample` returns them; `conditions` are theirs alone."""
+        """Return the samples of these indices.
+
+        Args:
+            model: What draws them.
+            samples: Their indices.
+            conditions: Theirs alone, by name.
+
+        Returns:
+            Samples as `Model.sample` returns them: uint8 [n, H, W, C] or float32 [n, *shape].
+        """
         n, first = len(samples), samples.start
         if self.heun is not None:
             return model.sample_heun(
@@ -85,7 +94,15 @@ class Drawer(Protocol):
         ...
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
-        """Yield the samples of each part, in any order."""
+        """Yield the samples of each part, in any order.
+
+        Args:
+            request: What is drawn, without its conditions.
+            parts: Indices of samples, and the conditions of these.
+
+        Yields:
+            The indices of a part, and its samples: uint8 [n, H, W, C] or float32 [n, *shape].
+        """
         ...
 
 
@@ -101,7 +118,15 @@ class Here:
         return self.model.backend.name
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
-        """Yield the samples of each part."""
+        """Yield the samples of each part.
+
+        Args:
+            request: What is drawn, without its conditions.
+            parts: Indices of samples, and the conditions of these.
+
+        Yields:
+            The indices of a part, and its samples: uint8 [n, H, W, C] or float32 [n, *shape].
+        """
         for samples, conditions in parts:
             yield samples, request.draw(self.model, samples, conditions)
 

@@ -42,14 +42,33 @@ class OnRay:
     """
 
     def __init__(self, address: str, files: Files, how: How) -> None:
-        """Remember what is needed, see `workers_on`; nothing is started before shards are missing."""
+        """Remember what is needed; nothing is started before shards are missing.
+
+        Args:
+            address: "local": a cluster of this machine's cores while it draws; else that of a cluster which is there:
+                "auto", HOST:PORT or ray://HOST:PORT.
+            files: Of the model, from `read_model`.
+            how: How a worker opens it: with `device` cuda a GPU each, else so many cores as `threads`.
+
+        Raises:
+            MissingDependency: Ray is not installed.
+            BackendError: Nothing answers at the address.
+        """
         _need_answer(address)
         _import_ray()
         self._address, self._files, self._how = address, files, how
         self.name = f"Ray at {address}"
 
     def draw(self, request: ShardRequest, parts: Sequence[Part]) -> Generator[tuple[range, Array]]:
-        """Yield the samples of each part when they are drawn."""
+        """Yield the samples of each part when they are drawn.
+
+        Args:
+            request: What is drawn, without its conditions.
+            parts: Indices of samples, and the conditions of these.
+
+        Yields:
+            The indices of a part, and its samples: uint8 [n, H, W, C] or float32 [n, *shape].
+        """
         with workers_on(self._address, self._files, self._how) as workers:
             workers.wait()
             self.name = workers.name

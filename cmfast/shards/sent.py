@@ -37,9 +37,22 @@ class How:
 
     @classmethod
     def of(
-        cls, path: Path, device: str | None, threads: int | None, variant: str, precision: str, sha256: str | None
-    ) -> How:
-        """Return how a worker opens `path`, from what `cmfast.load` takes; on the CPU with one thread by default."""
+        cls, path: Path, device: str | None = None, threads: int | None = None, variant: str = "",
+        precision: str = "", sha256: str | None = None,
+    ) -> How:  # fmt: skip
+        """Return how a worker opens a model.
+
+        Args:
+            path: Of the model; only its name is used.
+            device: cpu or cuda; None: as the format of the file has it.
+            threads: CPU threads, and on the CPU the cores of a worker; None: one, or on a GPU the backend's choice.
+            variant: As `cmfast.load` takes it.
+            precision: Likewise.
+            sha256: Likewise.
+
+        Returns:
+            How, for `OnRay`.
+        """
         known = format_of(path)
         device = device or (known.device if known else "cpu")
         threads = threads or (1 if device == "cpu" else None)
@@ -48,7 +61,14 @@ class How:
         )  # fmt: skip
 
     def load(self, path: Path) -> Model:
-        """Open the model file at this path."""
+        """Open a model.
+
+        Args:
+            path: Its file or folder.
+
+        Returns:
+            The model, open.
+        """
         return cmfast.load(
             path, self.device, self.threads, variant=self.variant, precision=self.precision, sha256=self.sha256
         )
@@ -74,6 +94,9 @@ def read_model(path: Path, sha256: str | None = None) -> dict[str, npt.NDArray[n
         path: An exported file, a checkpoint, or a folder.
         sha256: What the file at `path` must hash to, hex digits.
 
+    Returns:
+        Bytes uint8 by the path of each file relative to the folder of the model.
+
     Raises:
         ArtifactError: There is no such file, or it has another SHA-256.
     """
@@ -84,7 +107,14 @@ def read_model(path: Path, sha256: str | None = None) -> dict[str, npt.NDArray[n
 
 
 def files_sha256(files: Files) -> str:
-    """Return what `cmfast.formats.table.model_sha256` does of these bytes."""
+    """Return the SHA-256 of a model as shards have it: what `cmfast.formats.table.model_sha256` gives for its files.
+
+    Args:
+        files: From `read_model`.
+
+    Returns:
+        64 hex digits: of its file, or where there are several, of their names and their SHA-256s.
+    """
     return sha256_of({name: hashlib.sha256(content.data).hexdigest() for name, content in files.items()})
 
 
@@ -98,6 +128,9 @@ def described(files: Files, path: Path, encoder: Paths | None = None) -> Model:
         files: Of the model.
         path: Where they were read.
         encoder: As `cmfast.load` takes it.
+
+    Returns:
+        The model, for `draw_shards` with another drawer than `Here`.
     """
     with _written(files, path.name, str(path)) as copy:
         if format_of(copy) is None:

@@ -27,7 +27,7 @@ from helpers.runs import TINY, log_of
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("cmfast", "cmfast.bench", "cmfast.editing", "cmfast_train", "cmfast_export")
+PACKAGES = ("cmfast", "cmfast.bench", "cmfast.editing", "cmfast.shards", "cmfast_train", "cmfast_export")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="needs the repository")
 

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cmfast
+from cmfast import shards
 from cmfast.backends import Inputs
 from cmfast.cli.sample import command, main
 from cmfast.encoding import Encoders
@@ -31,7 +32,7 @@ from cmfast.files.locks import exclusive, lock_beside
 from cmfast.formats.manifest import Manifest, file_sha256
 from cmfast.formats.table import model_sha256
 from cmfast.shards.drawing import SHARD, Here, ShardRequest, draw_shards, draw_together, missing
-from cmfast.shards.files import read_shards, shard_path, write_shard
+from cmfast.shards.files import FORMAT, read_shards, shard_path, write_shard
 from cmfast.shards.on_ray import Worker, workers_on
 from cmfast.shards.sent import How, described, files_sha256, open_model, read_model
 from helpers import ROOT
@@ -137,9 +138,9 @@ def test_the_shards_of_the_examples_are_whole_batches() -> None:
     """Only then do their batches begin where those of one draw do, as the quickstart says."""
     batch = next(option.default for option in command.params if option.name == "batch")
     texts = [command.epilog or "", *((ROOT / page).read_text() for page in ("docs/quickstart.md", "CHANGELOG.md"))]
-    shards = [[int(size) for size in re.findall(r"--shard ([0-9]+)", text)] for text in texts]
-    assert all(shards)
-    assert [size for each in shards for size in each if size % batch] == []
+    sizes = [[int(size) for size in re.findall(r"--shard ([0-9]+)", text)] for text in texts]
+    assert all(sizes)
+    assert [size for each in sizes for size in each if size % batch] == []
     assert SHARD % batch == 0
 
 
@@ -472,3 +473,36 @@ def test_the_error_of_a_missing_package_comes_back_from_a_worker() -> None:
     again = pickle.loads(pickle.dumps(err))
     assert type(again) is MissingDependency
     assert str(again) == str(err) == "running it needs onnxruntime, which is not installed: pip install 'cmfast[cpu]'"
+
+
+def test_public_names_are_there_without_ray_and_are_what_their_modules_have() -> None:
+    assert {"draw_shards", "read_shards", "ShardRequest", "Here", "OnRay"} <= set(shards.__all__) <= set(dir(shards))
+    assert shards.draw_shards is draw_shards
+    assert all(callable(getattr(shards, name)) for name in shards.__all__)
+
+
+def test_the_format_page_says_what_is_in_a_shard(model: Path, tmp_path: Path) -> None:
+    loaded = cmfast.load(model)
+    for how in ({"sigmas": (80.0,)}, {"heun": 2}):
+        out = tmp_path / next(iter(how))
+        request = ShardRequest(n=2, **how)  # type: ignore[arg-type]
+        draw_shards(loaded, model_sha256(model), request, out, Here(loaded))
+        page = (ROOT / "docs/format.md").read_text().partition("## Shards")[2].partition("\n## ")[0]
+        with np.load(shard_path(out, range(2))) as arrays:
+            names = [*arrays, *json.loads(str(arrays["settings"]))]
+        assert [name for name in names if f"`{name}`" not in page] == []
+        assert f"`{FORMAT}`" in page
+
+
+def test_the_example_of_the_api_page_draws_and_reads_shards(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copyfile(model, tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs/api.md").read_text().partition("## cmfast.shards")[2].partition("On a Ray cluster")[0]
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(lines), "api.md", "exec"), names)
+    assert (names["drawn"], names["before"]) == (2, 0)
+    assert (names["images"].dtype, names["images"].shape) == (np.uint8, (2000, 4, 4, 1))
+    assert (names["labels"].dtype, names["labels"].shape) == (np.int64, (2000,))
