@@ -38,6 +38,7 @@ from cmfast_export.graphs.sampler import Guidance, sampler_graph
 from cmfast_export.graphs.server import server_graph
 from cmfast_export.graphs.storage import stored_as_float16
 from cmfast_export.graphs.writer import replacing_data, weight_bytes, write_data
+from cmfast_export.int8.calibration import given_conditions
 from cmfast_export.int8.options import Calibration
 from cmfast_export.int8.quantization import Quantized, quantize
 from cmfast_export.request import GraphRequest
@@ -242,6 +243,8 @@ def _export(
         manifest = replace(manifest, source=whole.source, encoders=whole.encoders)
     manifest = replace(manifest, spec=_fitting(manifest, kind, sigmas))
 
+    if request.calibration:
+        given_conditions(request.calibration, spec)  # what is wrong with the file, before the work
     own = isinstance(loaded, Denoiser) and not ours
     null = guidance.null if guidance else {}
     fixed = check_network(references[0].denoiser, request.batch, null) if own else None

@@ -35,7 +35,7 @@ from cmfast_export._options import (
     shorten,
 )
 from cmfast_export._target import files_of
-from cmfast_export.int8.options import TOLERANCE_DB, Calibration, check_int8
+from cmfast_export.int8.options import TOLERANCE_DB, Calibration, check_int8, read_data
 from cmfast_export.targets.table import TARGETS, Target, at, find_target
 
 
@@ -351,6 +351,8 @@ def make_request(
         flavour=target.flavour, weights=weights, encoders=parse_files("--encoder", encoder), tolerance_db=tolerance_db,
         calibration=parse_options(Calibration, "--calibration", calibration) if calibration else None,
     )  # fmt: skip
+    if graph.calibration and graph.calibration.data:
+        read_data(graph.calibration.data)  # what is wrong with it, before the model is read
     given = build if target.flag == "--build" else serve
     options = parse_options(at(target.options), target.flag, given) if target.options else None
     request = replace(request, graph=graph if target.kinds and not exported else None, options=options)

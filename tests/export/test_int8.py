@@ -26,7 +26,7 @@ from cmfast.cli.info import main as info
 from cmfast.conditions import Condition
 from cmfast.errors import CheckFailed, CmfastError, CmfastWarning
 from cmfast.formats.manifest import read_onnx
-from cmfast_export import report
+from cmfast_export import pipeline, report
 from cmfast_export.cli import main as export
 from cmfast_export.graphs.denoiser import denoiser_graph
 from cmfast_export.int8 import quantization
@@ -249,6 +249,45 @@ def test_conditions_of_a_calibration_come_from_a_file_and_random_tensors_are_war
     file.write_bytes(b"no zip")
     with pytest.raises(CmfastError, match=r"not a \.npz file that can be read"):
         conditions_of(replace(FEW, data=str(file)), spec)
+
+
+def no_data(file: Path, kind: str) -> None:
+    """Write what is no calibration data."""
+    values = np.zeros((4, 5), np.float32)
+    if kind == "npy":
+        with file.open("wb") as opened:
+            np.save(opened, values)
+        return
+    np.savez(file, state=values)
+    file.write_bytes(file.read_bytes()[: -40 if kind == "cut" else None])
+    if kind == "damaged":  # in the middle of the numbers
+        content = bytearray(file.read_bytes())
+        content[160] ^= 255
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("npy", "a .npy file, and calibration data are a .npz file with an array for each condition"),
+    ("cut", "not a .npz file that can be read"),
+    ("damaged", "not a .npz file that can be read"),
+])  # fmt: skip
+def test_calibration_data_that_cannot_be_read_are_one_line_before_the_model_is_read(
+    kind: str, words: str, tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None]
+) -> None:
+    file, model = tmp_path / "data.npz", tmp_path / "model.pt"
+    no_data(file, kind)
+    model.write_bytes(b"no model: it is not read")
+    refused(call(export, model, "--precision", "int8", "--calibration", f"data={file}"), f"{file}: {words}")
+
+
+def test_calibration_data_that_do_not_fit_are_refused_before_the_graph_is_exported(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_denoiser_graph", None)
+    np.savez(tmp_path / "data.npz", state=np.zeros((4, 5), np.float32))
+    few = replace(FEW, data=str(tmp_path / "data.npz"))
+    with pytest.raises(CmfastError, match="calibration data for 'state', which is no condition"):
+        export_onnx(tiny_checkpoint(), tmp_path / "m.onnx", precision="int8", calibration=few)
 
 
 @pytest.mark.parametrize(("options", "words"), [

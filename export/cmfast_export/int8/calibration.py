@@ -27,7 +27,7 @@ from cmfast.spec import ModelSpec
 from cmfast_export.graphs import writer
 from cmfast_export.graphs.sampler import Guidance
 from cmfast_export.int8.graph import LEVELS
-from cmfast_export.int8.options import Calibration
+from cmfast_export.int8.options import Calibration, read_data
 from cmfast_export.verify import LARGE
 from cmfast_export.verify import LEVELS as NOISE_LEVELS
 
@@ -104,9 +104,8 @@ def conditions_of(calibration: Calibration, spec: ModelSpec) -> dict[str, npt.ND
     Raises:
         CmfastError: the file has other names, shapes or too few of them.
     """
-    names, n = [each.name for each in spec.conditions], calibration.samples
-    given = _read(calibration.data, names, n) if calibration.data else {}
-    drawn = some_values(spec.conditions, n, seed=calibration.seed)
+    given = given_conditions(calibration, spec)
+    drawn = some_values(spec.conditions, calibration.samples, seed=calibration.seed)
     if guessed := [each.name for each in spec.conditions if each.kind == "tensor" and each.name not in given]:
         warnings.warn(
             f"int8 is calibrated with random values of {', '.join(guessed)}; pass real ones: "
@@ -114,15 +113,19 @@ def conditions_of(calibration: Calibration, spec: ModelSpec) -> dict[str, npt.ND
             CmfastWarning,
             stacklevel=2,
         )
-    return condition_values(spec.conditions, {**drawn, **given}, n)
+    return condition_values(spec.conditions, {**drawn, **given}, calibration.samples)
 
 
-def _read(file: str, names: Sequence[str], samples: int) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            found = {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, EOFError, AttributeError) as err:
-        raise CmfastError(f"{file}: not a .npz file that can be read ({type(err).__name__})") from None
+def given_conditions(calibration: Calibration, spec: ModelSpec) -> dict[str, npt.NDArray[Any]]:
+    """Return the conditions that the file of a calibration has, checked; without a file none.
+
+    Raises:
+        CmfastError: the file cannot be read, or has other names, shapes or too few of them.
+    """
+    if not (file := calibration.data):
+        return {}
+    names, samples = [each.name for each in spec.conditions], calibration.samples
+    found = read_data(file)
     for name, values in found.items():
         if name not in names:
             have = f"this model has {', '.join(names)}" if names else "this model has none"
@@ -132,7 +135,9 @@ def _read(file: str, names: Sequence[str], samples: int) -> dict[str, npt.NDArra
                 f"{file}: {name} has the shape {list(values.shape)}, and {samples} samples need as many values; "
                 f"pass more, or --calibration samples=NUMBER"
             )
-    return {name: values[:samples] for name, values in found.items()}
+    given = {name: values[:samples] for name, values in found.items()}
+    condition_values(spec.conditions, {**some_values(spec.conditions, samples), **given}, samples)
+    return given
 
 
 class _Watching:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What an int8 export can be told: `--calibration NAME=VALUE` and `--tolerance-db`."""
+"""The options of an int8 export, `--calibration NAME=VALUE` and `--tolerance-db`, and the file of calibration data."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cmfast.checks import whole_number
 from cmfast.errors import CmfastError
 from cmfast_export import INT8
 from cmfast_export._options import check_range
+from cmfast_train.border import reading
+
+if TYPE_CHECKING:  # numpy is imported where a file is read
+    import numpy.typing as npt
 
 TOLERANCE_DB = 40.0  # least PSNR of an int8 file, dB: 2.6 grey levels in images, whatever the scaling multiplies
 MOST_SAMPLES = 4096
@@ -35,6 +40,26 @@ class Calibration:
         whole_number("calibration seed", self.seed)
         check_range("the number of calibration samples", self.samples, 1, MOST_SAMPLES)
         check_range("the calibration seed", self.seed, 0, 2**63 - 1)
+
+
+def read_data(file: str) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a .npz file by their names.
+
+    Raises:
+        CmfastError: the file is something else, or damaged.
+    """
+    import numpy as np
+
+    # numpy leaves a broken archive open that it opened itself
+    with reading(file, "not a .npz file that can be read"), open(file, "rb") as stream:
+        opened = np.load(stream, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise CmfastError(
+                f"{file}: a .npy file, and calibration data are a .npz file with an array for each condition: "
+                "numpy.savez(FILE, NAME=values)"
+            )
+        with opened:
+            return {name: opened[name] for name in opened.files}
 
 
 def check_int8(
