@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import io
@@ -84,6 +85,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
+class SignalStack(ctypes.Structure):
+    """stack_t of sigaltstack(2) on Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+SS_DISABLE = 2
+
+
+def drop_signal_stack() -> None:
+    """Let signals run on the stack of the main thread.
+
+    Python asks for the alternate one, and a process whose alternate stack a library has left unusable dies of the first
+    signal: seen as SIGSEGV from the kernel while it delivered a SIGINT.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, SS_DISABLE, 0)), None)
+
+
 NEW_MODULES = 100  # imported since the last freeze: a library and what it imports
 _frozen_modules = [0]
 
@@ -95,6 +115,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     the time of tests that train.
     """
     take_back_signals()
+    drop_signal_stack()
     if len(sys.modules) > _frozen_modules[0] + NEW_MODULES:
         gc.collect()
         gc.freeze()
