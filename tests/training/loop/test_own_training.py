@@ -212,6 +212,7 @@ def test_the_example_of_the_page_trains_and_exports(tmp_path: Path, monkeypatch:
     assert len([line for line in text.splitlines() if line and "import" not in line]) <= 10
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "policy", raising=False)  # a benchmark has that name, too
     (tmp_path / "policy.py").write_text(network)
     rng = np.random.default_rng(0)
     arrays = {"x": rng.normal(0, 0.5, (300, 16, 7)), "state": rng.normal(size=(300, 14))}  # float64, as numpy has them
