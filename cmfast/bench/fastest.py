@@ -40,6 +40,8 @@ SAME_DB = 80.0  # two libraries that both compute in float32 differ by less: abo
 HALF_DB = 50.0  # the same in half precision, where each rounds in places of its own
 INT8_DB = 35.0  # the same of int8 files: a value near the middle between two steps goes to one or to the other
 SECONDS, CALLS = 0.25, 5  # of timing a candidate
+THROUGHPUT = "openvino throughput"  # several images at once, each by fewer threads: nothing to gain for one
+ALONE = "for more than one image"
 LEVELS = 5  # noise levels at which candidates are compared
 SCHEMA, SUFFIX = "cmfast-auto/1", ".auto"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
@@ -195,11 +197,12 @@ class FastestBackend:
             del self._opened[index]  # its memory
 
     def _measure(self, batch: int, inputs: Inputs) -> Choice:
-        every = {index: found for index in range(len(self._candidates)) if (found := self._open(index)) is not None}
+        fitting = [index for index, (way, _) in enumerate(self._candidates) if batch > 1 or way != THROUGHPUT]
+        every = {index: found for index in fitting if (found := self._open(index)) is not None}
         reference = next(iter(every))
         probes = _probes(every[reference], batch, inputs)
         expected = [every[reference].run(probe) for probe in probes]
-        tried = [Tried(*pair, why=self._why.get(index, "")) for index, pair in enumerate(self._candidates)]
+        tried = [Tried(*pair, why=self._why.get(index, ALONE)) for index, pair in enumerate(self._candidates)]
         calls: dict[int, Callable[[], object]] = {}
         for index, backend in every.items():
             db = None
@@ -266,10 +269,12 @@ def _same_db(manifest: Manifest) -> float:
 def _candidates(path: Path, tolerance_db: float | None) -> list[tuple[str, str]]:
     """Return (variant, precision) of what may run a file, the reference first."""
     own = read_manifest(path).dtype
-    plain = [("", ""), ("openvino", "")] if format_of(path) is ONNX else [("", "")]
+    ways = ["", "openvino", THROUGHPUT] if format_of(path) is ONNX else [""]
+    plain = [(way, "") for way in ways]
     if tolerance_db is None or own != "float32":
         return plain
-    return [*plain, *((plain[-1][0], word) for word in ("bf16", "fp16") if PRECISIONS[word] != own)]
+    lower = [word for word in ("bf16", "fp16") if PRECISIONS[word] != own]
+    return plain + [(way, word) for way in ways[-2:] for word in lower]
 
 
 def _probes(reference: Backend, batch: int, inputs: Inputs) -> list[dict[str, npt.NDArray[Any]]]:
