@@ -29,7 +29,7 @@ from cmfast.checks import MAX_THREADS as MAX_THREADS
 from cmfast.checks import check_threads
 from cmfast.errors import BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import check_model
-from cmfast.formats.table import ENGINE, ONNX, OPENVINO, ORT, Format, all_suffixes, format_of
+from cmfast.formats.table import ENGINE, NCNN, ONNX, OPENVINO, ORT, Format, all_suffixes, format_of
 from cmfast.formats.values import PRECISIONS
 
 
@@ -51,10 +51,17 @@ def _openvino(*arguments: Any) -> Backend:
     return OpenVinoBackend(*arguments)
 
 
+def _ncnn(*arguments: Any) -> Backend:
+    from cmfast.backends.ncnn.backend import NcnnBackend
+
+    return NcnnBackend(*arguments)
+
+
 # What opens a file of each format of `cmfast.formats.table`; called with (path, device, threads, variant, sha256),
 # OpenVINO's also with a precision.
 BACKENDS: dict[str, Callable[..., Backend]] = {
     ONNX.name: _onnxruntime, ORT.name: _onnxruntime, ENGINE.name: _tensorrt, OPENVINO.name: _openvino,
+    NCNN.name: _ncnn,
 }  # fmt: skip
 
 

@@ -357,7 +357,8 @@ def file_sha256(file: Path) -> str:
 
 def check_model(path: str | os.PathLike[str]) -> Path:
     """Return `path` as a Path if it is a folder (as diffusers writes models) or passes `check_file`."""
-    return Path(path) if Path(path).is_dir() else check_file(path)
+    found = find(path)
+    return found if found.is_dir() else check_file(found)
 
 
 def external_file(file: Path, location: str, *, hard_links: bool = False) -> Path:

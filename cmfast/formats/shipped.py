@@ -14,6 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "models"
 SUFFIX = ".onnx"
+NCNN = "model.param"
 
 
 def models() -> tuple[str, ...]:
@@ -24,9 +25,12 @@ def models() -> tuple[str, ...]:
 def find(path: str | os.PathLike[str]) -> Path:
     """Return `path` as a Path, or the file of a model that comes with cmfast if `path` is its name.
 
-    A name stands for such a model only where nothing on the disk has that name.
+    A name stands for such a model only where nothing on the disk has that name. A folder that was written for ncnn
+    stands for the graph in it.
     """
     file = Path(path)
+    if (file / NCNN).is_file():
+        return file / NCNN
     known = file.name == str(file) and not file.suffix and file.name in models() and not os.path.lexists(file)
     return FOLDER / f"{file.name}{SUFFIX}" if known else file
 

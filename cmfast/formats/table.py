@@ -67,11 +67,18 @@ def _read_ort(file: Path) -> Manifest:
     return read_ort(file)
 
 
+def _read_ncnn(file: Path) -> Manifest:
+    from cmfast.formats.ncnn_folder import read_ncnn
+
+    return read_ncnn(file)
+
+
 ONNX = Format(name="onnx", suffixes=(".onnx",), device="cpu", read=_read_onnx)
 ENGINE = Format(name="engine", suffixes=(".engine", ".plan"), device="cuda", read=_read_plan)  # also TensorRT-RTX's
 OPENVINO = Format(name="openvino", suffixes=(".xml",), device="cpu", read=_read_ir)  # its weights are beside, in .bin
 ORT = Format(name="ort", suffixes=(".ort",), device="cpu", read=_read_ort)  # ONNX Runtime's own
-FORMATS = (ONNX, ENGINE, OPENVINO, ORT)
+NCNN = Format(name="ncnn", suffixes=(".param",), device="cpu", read=_read_ncnn)  # with its .bin and manifest.json
+FORMATS = (ONNX, ENGINE, OPENVINO, ORT, NCNN)
 
 
 def format_of(path: str | os.PathLike[str]) -> Format | None:
@@ -115,9 +122,11 @@ def model_bytes(path: str | os.PathLike[str]) -> int:
 
 
 def files_beside(file: Path) -> list[Path]:
-    """Return the files of weights beside an exported file: those that an .onnx file names, the .bin of an IR."""
-    found = format_of(file)
-    names = set(read_onnx_file(file).external) if found is ONNX else {f"{file.stem}.bin"} if found is OPENVINO else ()
+    """Return the files that an exported file needs beside it: those that an .onnx file names, the .bin of an IR, .."""
+    found, weights = format_of(file), f"{file.stem}.bin"
+    names: set[str] = set(read_onnx_file(file).external) if found is ONNX else set()
+    names |= {weights} if found in (OPENVINO, NCNN) else set()
+    names |= {"manifest.json"} if found is NCNN else set()
     return [external_file(file, name, hard_links=True) for name in sorted(names)]
 
 

@@ -270,7 +270,8 @@ def ncnn(written: NcnnFolder, request: Request) -> None:
         f"{written.seconds:.1f} s\n"
         f"run by ncnn {written.version} here, at most {worst.max_abs:.1e} from PyTorch, at {worst.where}"
     )
-    click.echo("next: sample with it in a loop of your own, docs/edge.md#ncnn")
+    click.echo("next:")
+    click.echo(_sample(written.path, written.manifest))
 
 
 def checkpoint(_: None, request: Request) -> None:

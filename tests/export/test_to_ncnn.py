@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,19 @@ import numpy as np
 import pytest
 
 import cmfast
+from cmfast.cli import info, sample
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.formats.manifest import Manifest
 from cmfast_export.cli import main
 from cmfast_export.request import Request
 from cmfast_export.targets.ncnn import folder as target
 from cmfast_export.targets.table import find_target
+from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.wrapping import wrap
 from helpers import ROOT
 from helpers.own_networks import CASES
+from helpers.specs import image_spec
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="needs ncnn and pnnx")
 Make = Callable[..., Path]
@@ -31,8 +37,9 @@ Make = Callable[..., Path]
 
 @needs_ncnn
 def test_the_loop_of_the_page_draws_what_python_draws(
-    tiny_checkpoint: Make, tmp_path: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_checkpoint: Make, tmp_path: Path, call: Callable[..., Any], refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     model = tiny_checkpoint(10, levels=1)
     done = call(main, model, "--format", "ncnn", "-o", "model_ncnn")
@@ -44,11 +51,55 @@ def test_the_loop_of_the_page_draws_what_python_draws(
     content = (folder / "model.param").read_bytes() + (folder / "model.bin").read_bytes()
     assert manifest.graph_sha256 == hashlib.sha256(content).hexdigest()
     assert 0 < manifest.parity["max_abs"] < 1e-4
+    by_cmfast = cmfast.load("model_ncnn", threads=2)
+    assert by_cmfast.backend.name == "ncnn cpu"
+    of_three = by_cmfast.sample_float(3, steps=2, seed=0, label=3)
+    np.testing.assert_array_equal(of_three[:1], by_cmfast.sample_float(1, steps=2, seed=0, label=3))
     names: dict[str, Any] = {}
     _, text = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "edge.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(text, "edge.md", "exec"), names)
     wanted = cmfast.load(model).sample_float(1, steps=2, seed=0, label=3)
     np.testing.assert_allclose(names["image"], wanted, atol=1e-4, rtol=0)  # sums in another order
+    np.testing.assert_allclose(of_three[:1], wanted, atol=1e-4, rtol=0)
+    again = pickle.loads(pickle.dumps(by_cmfast))
+    np.testing.assert_array_equal(again.sample_float(3, steps=2, seed=0, label=3), of_three)
+    said = call(sample.main, "model_ncnn", "-n", "2", "--threads", "1", "-o", "grid.png")
+    assert said.returncode == 0, said.stderr
+    assert "ncnn cpu" in said.stdout
+    checked = call(info.main, "model_ncnn", "--selftest")
+    assert "self-test passed: ncnn cpu" in checked.stdout
+    wrong(folder, call, refused)
+
+
+def wrong(folder: Path, call: Callable[..., Any], refused: Callable[..., None]) -> None:
+    """Files that are not those of one export, and options that ncnn lacks, get one line."""
+
+    def drawn(*options: str) -> Any:
+        return call(sample.main, folder, "-n", "1", "-o", folder.parent / "none.png", *options)
+
+    refused(drawn("--variant", "openvino"), "ncnn's files run on the CPU and have no variants; leave --variant")
+    refused(drawn("--device", "cuda"), "leave --device cuda out")
+    refused(drawn("--sha256", "0" * 64), "a SHA-256 is of one file, and this model has three")
+    files = {name: (folder / name).read_bytes() for name in ("model.param", "model.bin", "manifest.json")}
+    for name, content, words in (
+        ("model.bin", files["model.bin"][:-4], "one of the files is of another export, or damaged"),
+        ("model.param", files["model.param"].replace(b"Swish", b"Whisp"), "one of the files is of another export"),
+        ("model.param", b"\xff" + files["model.param"], "no text of a model for ncnn"),
+        ("manifest.json", b"{", "manifest.json"),
+        ("manifest.json", None, "'manifest.json', which is not beside it"),
+    ):
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        refused(drawn(), words)
+        (folder / name).write_bytes(files[name])
+    graph = files["model.param"].replace(b"Swish", b"Whisp")
+    manifest = Manifest.from_json(files["manifest.json"].decode(), "x")
+    sha256 = hashlib.sha256(graph + files["model.bin"]).hexdigest()
+    (folder / "model.param").write_bytes(graph)
+    (folder / "manifest.json").write_text(replace(manifest, graph_sha256=sha256).to_json())
+    refused(drawn(), "has no layer for Whisp of this network")
 
 
 def request(out: Path) -> Request:
@@ -125,3 +176,23 @@ def test_blobs_get_the_names_of_inputs_and_output() -> None:
         ["Input", "in1", "0", "1", "sigma"],
         ["BinaryOp", "add_0", "2", "1", "x", "sigma", "denoised", "0=0"],
     ]
+
+
+@needs_ncnn
+def test_sizes_are_numbers_and_few_pixels_do_without_winograd(tmp_path: Path) -> None:
+    config = AdmConfig(
+        image_size=12, channels=1, classes=0, model_channels=32, res_blocks=1, channel_mult=(1, 1), attention=(6,),
+        head_channels=16,
+    )  # fmt: skip
+    network = AdmUnet(config)
+    randomise(network)
+    spec = image_spec(image=(1, 12, 12), classes=0)
+    made = target.write(Checkpoint(spec=spec, network=config, weights=network.state_dict()), request(tmp_path / "out"))
+    assert made.parity.worst.max_abs < 1e-4
+    rows = [line.split() for line in (tmp_path / "out" / "model.param").read_text().splitlines()[2:]]
+    convolutions = [row[-1] == "31=64" for row in rows if row[0] == "Convolution"]
+    assert convolutions[0] is False, "of 12x12 pixels"
+    assert convolutions.count(True) > 5, "of 6x6 pixels"
+    shapes = [row for row in rows if row[0] == "Reshape" and "reshape" in row[1] and "unbind" in row[1]]
+    assert len(shapes) >= 3
+    assert not any(word.startswith("6=") for row in shapes for word in row)

@@ -28,7 +28,7 @@ COMMANDS = PROJECT["project"]["scripts"]
 STDLIB = sys.stdlib_module_names
 BASE = {"numpy", "click", "rich", "PIL"}  # the dependencies of `pip install cmfast`
 # Extras of the runtime: inside a function only.
-LAZY = {"onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "cuda", "openvino", "ray"}
+LAZY = {"ncnn", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "cuda", "openvino", "ray"}
 TRAIN = {"torch", "torchvision", "accelerate", "sklearn", "safetensors", "torchmetrics", "tensorboard"}
 EXPORT = {"onnx", "onnxscript", "onnx_ir"}
 
@@ -41,7 +41,7 @@ ARROWS = {
     ),
     "cmfast_export": (
         ROOT / "export" / "cmfast_export", BASE | TRAIN | EXPORT | {"cmfast", "cmfast_train", "cmfast_export"},
-        LAZY | {"ncnn", "pnnx"},
+        LAZY | {"pnnx"},
     ),
 }  # fmt: skip
 

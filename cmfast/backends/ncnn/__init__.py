@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""ncnn: `backend` is what `cmfast.backends` opens."""
