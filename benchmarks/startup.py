@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Time of a whole process that samples one image in two steps: from an ONNX file, and through PyTorch.
+"""Time of a whole process that samples one image in two steps: from exported files, and through PyTorch.
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
 Without files of your own it makes a random model of the mnist preset (32 x 32, 7.7 million weights) and exports it.
 `import cmfast` and an empty Python are timed along with it. The first process of each is not counted: it fills the
-disk cache and writes the byte code that an installed package has.
+disk cache and writes the byte code that an installed package has. OpenVINO keeps compiled graphs in $CMFAST_CACHE.
+OpenVINO and ncnn are left out where they are not installed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,15 @@ def command(checkpoint: Path | None, onnx: Path | None, runs: int, json_file: Pa
             "cmfast-sample model.onnx": sample_command(onnx, "onnx.png"),
             "cmfast-sample model.pt": sample_command(checkpoint, "pt.png"),
         }
+        if find_spec("openvino"):
+            more = ("--variant", "openvino")
+            commands["cmfast-sample model.onnx --variant openvino"] = sample_command(onnx, "openvino.png", *more)
+        if find_spec("ncnn") and find_spec("pnnx"):
+            ncnn = export(checkpoint, folder / "model_ncnn", "--format", "ncnn")
+            commands["cmfast-sample model_ncnn"] = sample_command(ncnn, "ncnn.png")
         for arguments in commands.values():
             start(arguments, folder)
-        difference = compare(folder / "onnx.png", folder / "pt.png")
+        difference = max(compare(drawn, folder / "pt.png") for drawn in folder.glob("*.png"))
         before = timing.cpu_ticks()
         times = interleave(commands, runs, folder)
         steal = timing.steal_share(before, timing.cpu_ticks())
@@ -65,7 +73,7 @@ def command(checkpoint: Path | None, onnx: Path | None, runs: int, json_file: Pa
     rows = [{"command": name, **dataclasses.asdict(timing.summarise(each))} for name, each in times.items()]
     for row in rows:
         numbers = f"{row['median_ms']:7.0f} ms   p10 {row['p10_ms']:6.0f}   p90 {row['p90_ms']:6.0f}"
-        click.echo(f"{row['command']:<26}{numbers}")
+        click.echo(f"{row['command']:<46}{numbers}")
     if json_file is not None:
         conditions = {"load_average": load, "steal": steal, "warning": warning}
         record: dict[str, Any] = {"what": "startup", **timing.provenance(), **conditions, "model": model}
@@ -90,6 +98,7 @@ def interleave(commands: dict[str, tuple[str, ...]], runs: int, folder: Path) ->
 def start(arguments: tuple[str, ...], folder: Path) -> float:
     """Run Python with these arguments in a folder; return how long the process lived, ms."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["CMFAST_CACHE"] = str(folder / "cache")
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)
     elapsed = 1000 * (time.perf_counter() - began)
@@ -99,9 +108,9 @@ def start(arguments: tuple[str, ...], folder: Path) -> float:
     return elapsed
 
 
-def sample_command(model: Path, out: str) -> tuple[str, ...]:
+def sample_command(model: Path, out: str, *more: str) -> tuple[str, ...]:
     """Return Python's arguments that are cmfast-sample, installed as a command or not."""
-    return ("-P", "-m", "cmfast.cli.sample", str(model), "-n", "1", "--steps", "2", "-o", out)
+    return ("-P", "-m", "cmfast.cli.sample", str(model), "-n", "1", "--steps", "2", "-o", out, *more)
 
 
 def random_model(path: Path) -> Path:
@@ -119,9 +128,9 @@ def random_model(path: Path) -> Path:
     return path
 
 
-def export(checkpoint: Path, path: Path) -> Path:
-    """Export a checkpoint and return the file."""
-    start(("-P", "-m", "cmfast_export.cli", str(checkpoint), "-o", str(path)), path.parent)
+def export(checkpoint: Path, path: Path, *more: str) -> Path:
+    """Export a checkpoint and return the file or folder."""
+    start(("-P", "-m", "cmfast_export.cli", str(checkpoint), "-o", str(path), *more), path.parent)
     return path
 
 
