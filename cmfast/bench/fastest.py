@@ -4,6 +4,7 @@
     model = cmfast.load("model.onnx", variant="auto")                      # backends in the precision of the file
     model = cmfast.load("model.onnx", variant="auto", tolerance_db=50)     # lower precisions too, within 50 dB
 
+Beside model.onnx, what `cmfast-export --format ncnn` makes of the same checkpoint, model_ncnn/, is tried too.
 What was measured is kept in `FastestBackend.choices`, and between processes in $CMFAST_CACHE, if it is set.
 """
 
@@ -31,6 +32,7 @@ from cmfast.bench.timing import interleave, summarise
 from cmfast.checks import psnr_db, shown
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import INT8, Manifest
+from cmfast.formats.shipped import NCNN
 from cmfast.formats.table import ONNX, OPENVINO, format_of, model_sha256, read_manifest
 from cmfast.formats.values import PRECISIONS
 from cmfast.noise import gaussian
@@ -44,7 +46,8 @@ THROUGHPUT = "openvino throughput"  # several images at once, each by fewer thre
 ALONE = "for more than one image"
 LEVELS = 5  # noise levels at which candidates are compared
 SCHEMA, SUFFIX = "cmfast-auto/1", ".auto"
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "ncnn")
+BESIDE = "ncnn"  # in place of a variant: the folder beside the file
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class FastestBackend:
         self._files, self._path = states_of(path), path
         self._options: dict[str, Any] = {"device": "cpu", "threads": threads, "sha256": sha256}
         self._tolerance = tolerance_db
-        self._candidates = _candidates(path, tolerance_db)
+        self._beside = _beside(path) if sha256 is None else None
+        self._candidates = _candidates(path, tolerance_db) + [(BESIDE, "")] * (self._beside is not None)
         self._opened: dict[int, Backend] = {}
         self._why: dict[int, str] = {}
         self._chosen: dict[int, int] = {}  # candidates by `_bucket`
@@ -178,11 +182,25 @@ class FastestBackend:
             raise ArtifactError(f"{self._path}: it was changed since it was opened; open it again")
         variant, precision = self._candidates[index]
         try:
-            self._opened[index] = open_backend(self._path, variant=variant, precision=precision, **self._options)
+            if variant == BESIDE:
+                assert self._beside
+                self._opened[index] = self._open_beside(self._beside)
+            else:
+                self._opened[index] = open_backend(self._path, variant=variant, precision=precision, **self._options)
         except (BackendError, MissingDependency) as err:
             self._why[index] = str(err)
             return None
         return self._opened[index]
+
+    def _open_beside(self, file: Path) -> Backend:
+        """Return the backend of what lies beside the file; BackendError where it is another model or not whole."""
+        try:
+            backend = open_backend(file, threads=self._options["threads"])
+        except ArtifactError as err:
+            raise BackendError(str(err)) from None
+        if backend.manifest.spec != read_manifest(self._path).spec:
+            raise BackendError(f"{file}: another model than {self._path.name}, by its manifest")
+        return backend
 
     def _choose(self, bucket: int, batch: int, inputs: Inputs) -> None:
         """Choose a candidate for a bucket of batch sizes: as remembered, or by measuring."""
@@ -231,6 +249,7 @@ class FastestBackend:
         if not folder:
             return None
         depends = [SCHEMA, bucket, self._options["threads"], self._tolerance, self._candidates, *_machine()]
+        depends += [model_sha256(self._beside)] if self._beside else []
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         return check_cache(folder, make=True), f"{model_sha256(self._path)[:32]}-{key[:32]}{SUFFIX}"
 
@@ -275,6 +294,12 @@ def _candidates(path: Path, tolerance_db: float | None) -> list[tuple[str, str]]
         return plain
     lower = [word for word in ("bf16", "fp16") if PRECISIONS[word] != own]
     return plain + [(way, word) for way in ways[-2:] for word in lower]
+
+
+def _beside(path: Path) -> Path | None:
+    """Return the graph for ncnn in the folder beside an .onnx file that `cmfast-export --format ncnn` names."""
+    file = path.parent / f"{path.stem}_ncnn" / NCNN
+    return file if format_of(path) is ONNX and file.is_file() else None
 
 
 def _probes(reference: Backend, batch: int, inputs: Inputs) -> list[dict[str, npt.NDArray[Any]]]:

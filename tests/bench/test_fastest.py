@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cmfast.cli import info, sample
 from cmfast.errors import ArtifactError, BackendError, CmfastError
 from cmfast.formats.shipped import find
 from cmfast.formats.table import model_sha256
+from cmfast_export import cli as export
 from helpers.graphs import write_denoiser
 
 DIGITS = find("digits")
@@ -254,3 +257,40 @@ def test_a_candidate_that_fails_is_left_out_with_its_reason(both: None, monkeypa
     assert choice.best == 0
     assert choice.tried[1] == replace(Tried("openvino", ""), name="OpenVINO cpu", why="it does not run")
     assert "it does not run" in str(choice)
+
+
+@pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="needs ncnn and pnnx")
+def test_the_folder_for_ncnn_beside_the_file_is_tried(
+    tiny_checkpoint: Any, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint(10, levels=1)
+    for out in ("model.onnx", "model_ncnn"):
+        done = call(export.main, model, "-o", tmp_path / out, *(("--format", "ncnn") if out == "model_ncnn" else ()))
+        assert done.returncode == 0, done.stderr
+    file = tmp_path / "model.onnx"
+
+    def tried() -> Tried:
+        opened = cmfast.load(file, threads=1, variant="auto")
+        opened.sample(1, label=1)
+        assert isinstance(opened.backend, FastestBackend)
+        (choice,) = opened.backend.choices.values()
+        assert choice.tried[-1].variant == "ncnn"
+        return choice.tried[-1]
+
+    found = tried()
+    assert found.name == "ncnn cpu"
+    assert found.ms is not None
+    assert found.psnr_db is not None
+    assert found.psnr_db > 100
+    # Weights of another training of the same network: whole files, and not what the .onnx file computes.
+    folder = tmp_path / "model_ncnn"
+    weights = np.fromfile(folder / "model.bin", np.uint8)
+    values = weights[: len(weights) // 4 * 4].view(np.float32)
+    values[-1] += 0.5
+    weights.tofile(folder / "model.bin")
+    sha256 = hashlib.sha256((folder / "model.param").read_bytes() + weights.tobytes()).hexdigest()
+    about = json.loads((folder / "manifest.json").read_text()) | {"graph_sha256": sha256}
+    (folder / "manifest.json").write_text(json.dumps(about))
+    assert "dB from ONNX Runtime cpu, need 80" in tried().why
+    (folder / "model.bin").write_bytes(b"")
+    assert "one of the files is of another export, or damaged" in tried().why
