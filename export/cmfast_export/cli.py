@@ -15,6 +15,7 @@ from cmfast.cli.parameters import FLOATS, SET, SOURCE
 from cmfast.cli.running import needs, run_command
 from cmfast.formats.values import PRECISIONS
 from cmfast_export import AUTO, INT8
+from cmfast_export.graphs.garbage import uncollected
 from cmfast_export.targets.table import NAMES
 
 EPILOG = """\b
@@ -144,7 +145,7 @@ def command(
     cmfast-info says what a file is. With --network it is the weights of a network of your own, or left out.
     """
     asks = click.get_current_context().get_parameter_source
-    with needs("cmfast-export", "export,cpu"):
+    with needs("cmfast-export", "export,cpu"), uncollected():
         from cmfast_export.request import make_request
 
         request = make_request(
@@ -178,7 +179,7 @@ def command(
     if dry_run:
         click.echo(f"would write {request.out}: {request.what}")
         return
-    with needs("cmfast-export", "export,cpu"):
+    with needs("cmfast-export", "export,cpu"), uncollected():
         from cmfast_export import report
         from cmfast_export.conversion import convert
     report.finished(convert(request, seen=lambda found: report.graph(found, request)), request)

@@ -20,6 +20,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "browser": ["--onnxruntime-web", "DIR"],
     "cpp_timing": [],
     "cpu_backends": [],
+    "export_time": [],
     "foreign": [],
     "fuzz": ["--inputs", "13"],
     "fuzz_cpp": ["--inputs", "13"],

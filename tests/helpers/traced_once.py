@@ -5,18 +5,14 @@ Before anything is folded, a traced graph has one initializer for each tensor of
 shapes only. So the first trace of a structure is torch's; a later one is a copy of it with the weights put in, and
 everything behind the trace runs as always. test_export.py checks that this is what another trace gives.
 
-A trace by torch itself is a quarter faster here: no garbage is collected meanwhile, and the exporter's table of
-operators, which it makes anew for each export, is made once for each opset.
+A trace by torch itself is faster here: the exporter's table of operators, which it makes anew for each export, is made
+once for each opset.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import gc
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,7 +25,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from cmfast_export.graphs import denoiser
 
 trace = denoiser.denoiser_graph
-_export, _export_onnx = torch.export.export, torch.onnx.export
+_export, _translate = torch.export.export, denoiser.translate
 _templates: dict[tuple[str, str], ir.Model] = {}  # by structure and options of the ONNX export; without weights
 # Modules of others may depend on what no key has. These have all they depend on in their attributes and modules.
 KNOWN = ("torch.", "cmfast_train.", "diffusers.", "helpers.own_networks", "network")
@@ -39,23 +35,10 @@ def traced_once(*arguments: Any, **options: Any) -> ir.Model:
     """Return what `denoiser.denoiser_graph` returns."""
     with (
         mock.patch("torch.export.export", _traced),
-        mock.patch("torch.onnx.export", _written),
+        mock.patch.object(denoiser, "translate", _written),
         mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry_of)),
-        _no_collections(),
     ):
         return trace(*arguments, **options)
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Leave garbage, of which a trace makes little, until afterwards."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _registry_of(*arguments: Any, **options: Any) -> ONNXRegistry:
@@ -93,18 +76,17 @@ def _traced(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     return later
 
 
-def _written(program: Any, **options: Any) -> Any:
-    """Return what torch.onnx.export returns: an object with the model."""
+def _written(program: Any, **options: Any) -> ir.Model:
+    """Return what `translations.translate` returns."""
     if not isinstance(program, Later):
-        return _export_onnx(program, **options)
+        return _translate(program, **options)
     state, key = program.module.state_dict(), (program.key, repr(_shapes(options)))
     if key in _templates:
-        return SimpleNamespace(model=_with_weights(_templates[key].clone(), state))
-    exported = _export_onnx(program.program, **options)
-    assert exported is not None
+        return _with_weights(_templates[key].clone(), state)
+    model = _translate(program.program, **options)
     if len({tensor.data_ptr() for tensor in state.values()}) == len(state):  # none stands for another in the graph
-        _templates[key] = _with_weights(exported.model.clone(), {name: v.to("meta") for name, v in state.items()})
-    return exported
+        _templates[key] = _with_weights(model.clone(), {name: v.to("meta") for name, v in state.items()})
+    return model
 
 
 def _with_weights(model: ir.Model, state: dict[str, torch.Tensor]) -> ir.Model:

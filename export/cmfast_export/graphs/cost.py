@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
 from cmfast.errors import CmfastError
+from cmfast_export.graphs.garbage import uncollected
 from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, quiet
 
 MATRIX = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")  # what is counted
@@ -20,6 +21,7 @@ MATRIX = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")  # what is counte
 UNKNOWN = {"Attention", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "If", "Loop", "Scan"}
 
 
+@uncollected()
 def graph_cost(model: ir.Model) -> dict[str, float]:
     """Return what one run of a denoiser or sampler graph costs for one image; whole numbers. `model` is left as it is.
 

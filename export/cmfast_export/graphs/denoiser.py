@@ -27,15 +27,17 @@ from cmfast.spec import ModelSpec
 from cmfast_export import BF16_OPSET, DEFAULT_OPSET, OPSETS
 from cmfast_export._options import check_opset
 from cmfast_export.graphs.emulate import HALVES
+from cmfast_export.graphs.garbage import uncollected
 from cmfast_export.graphs.half import INSIDE, depending, widen_some
 from cmfast_export.graphs.trace import BATCH, EXAMPLE_SIZE, Axes, Traced, quiet, trace, unconvertible, wrong_output
-from cmfast_export.graphs.translations import TRANSLATIONS
+from cmfast_export.graphs.translations import translate
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.networks.precision import float32_weights
 
 MOST = "cmfast.most"  # key of a graph's meta: the largest batch of the branch that was traced, or None
 
 
+@uncollected()
 def denoiser_graph(denoiser: Denoiser, batch: int | None = None, opset: int | None = None) -> ir.Model:
     """Return the ONNX model of a denoiser, without manifest.
 
@@ -80,21 +82,11 @@ def written(traced: Traced, inputs: Mapping[str, torch.Tensor], axes: Axes, outp
     """Return a trace as an ONNX model, its sizes named, before anything is folded."""
     with torch.inference_mode(False), quiet(), float32_weights():
         try:
-            exported = torch.onnx.export(
-                traced.program,
-                input_names=list(inputs),
-                output_names=[output],
-                opset_version=opset,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                custom_translation_table=TRANSLATIONS,
-            )
+            model = translate(traced.program, input_names=list(inputs), output_names=[output], opset_version=opset)
         except torch.onnx.OnnxExporterError as err:
             raise unconvertible(traced.program, err) from None
-    assert exported is not None
-    _name_sizes(exported.model, axes)
-    return exported.model
+    _name_sizes(model, axes)
+    return model
 
 
 def finish(model: ir.Model, name: str, opset: int) -> None:

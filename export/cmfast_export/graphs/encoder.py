@@ -17,6 +17,7 @@ from cmfast.conditions import Condition, is_name
 from cmfast.encoding import encoded_name
 from cmfast.errors import CmfastError
 from cmfast_export.graphs.denoiser import example_of, finish, written
+from cmfast_export.graphs.garbage import uncollected
 from cmfast_export.graphs.half import INSIDE
 from cmfast_export.graphs.trace import BATCH, trace
 from cmfast_train.denoiser import Denoiser
@@ -33,6 +34,7 @@ class EncoderGraph:
     model: ir.Model
 
 
+@uncollected()
 def encoder_graph(module: nn.Module, condition: Condition, batch: int | None, opset: int) -> EncoderGraph:
     """Return the graph of an encoder, a copy to evaluate, without manifest.
 

@@ -23,6 +23,7 @@ from cmfast.sampling import renoise_std
 from cmfast.spec import ModelSpec
 from cmfast_export._options import check_steps
 from cmfast_export.graphs.emulate import HALVES, emulated
+from cmfast_export.graphs.garbage import uncollected
 from cmfast_export.graphs.half import depending, has_graph
 
 # Operators that repeat an operand along an axis of size 1, as numpy does; to others a value of a noise level is given
@@ -75,6 +76,7 @@ class Guidance:
         return made
 
 
+@uncollected()
 def sampler_graph(
     denoiser: ir.Model, sigmas: Sequence[float], spec: ModelSpec, guidance: Guidance | None = None
 ) -> ir.Model:

@@ -1,16 +1,68 @@
 # SPDX-License-Identifier: MIT
-"""How operators of PyTorch are written in ONNX where the exporter's own way is slow, wrong or needs a late opset."""
+"""How a traced program becomes ONNX: by torch's exporter, with operators of our own.
+
+An operator has a translation here where the exporter's own way is slow, wrong or needs a late opset.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import opset18
 
+Program = torch.export.ExportedProgram
+aten = torch.ops.aten
 op: Any = opset18  # untyped: its annotations ask for element types, which differ from file to file
+
+
+def translate(
+    program: Program, *, input_names: Sequence[str], output_names: Sequence[str], opset_version: int
+) -> ir.Model:
+    """Return a traced program as an ONNX model, nothing folded.
+
+    The exporter first traces each program once more, to write it in fewer operators, which takes longer than all the
+    rest. A program of operators that have a translation each (PLAIN) it is given as it is.
+
+    Raises:
+        torch.onnx.OnnxExporterError: an operator has no ONNX form.
+    """
+
+    def export(program: Program, table: Mapping[Callable[..., Any], Callable[..., Any]]) -> ir.Model:
+        exported = torch.onnx.export(
+            program,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            opset_version=opset_version,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=dict(table),
+        )
+        assert exported is not None
+        return exported.model
+
+    if is_plain(program):
+        with contextlib.suppress(torch.onnx.OnnxExporterError):  # of another version, which lacks one of them
+            return export(_as_it_is(program), TRANSLATIONS | PLAIN_TRANSLATIONS)
+    return export(program, TRANSLATIONS)
+
+
+def is_plain(program: Program) -> bool:
+    """Whether a program is made of the operators PLAIN alone, without graphs inside it."""
+    nodes = program.graph.nodes
+    return all(node.op in ("placeholder", "output") or node.target in PLAIN for node in nodes)
+
+
+def _as_it_is(program: Program) -> Program:
+    """Return the program, whose `run_decompositions` gives it back."""
+    same = copy.copy(program)
+    setattr(same, "run_decompositions", lambda *_, **__: same)  # noqa: B010  of this one object
+    return same
 
 
 def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
@@ -75,7 +127,51 @@ def _axes(*values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
 
+def to_dtype(
+    x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: str | None = None
+) -> Any:
+    """The values of x in another type."""
+    return op.Cast(x, to=dtype)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.group_norm.default: group_norm,
-    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    aten.group_norm.default: group_norm,
+    aten.scaled_dot_product_attention.default: attention,
 }
+PLAIN_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {aten.to.dtype: to_dtype}
+# Functions of their operands that the exporter translates one by one: what most of cmfast's networks are made of.
+PLAIN = frozenset(
+    (
+        *TRANSLATIONS,
+        *PLAIN_TRANSLATIONS,
+        aten._assert_tensor_metadata.default,  # which the exporter removes
+        aten.add.Tensor,
+        aten.arange.default,
+        aten.avg_pool2d.default,
+        aten.cat.default,
+        aten.clamp.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv_transpose2d.input,
+        aten.cos.default,
+        aten.div.Tensor,
+        aten.embedding.default,
+        aten.exp.default,
+        aten.linear.default,
+        aten.log.default,
+        aten.mul.Tensor,
+        aten.narrow.default,
+        aten.neg.default,
+        aten.pow.Tensor_Scalar,
+        aten.reciprocal.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.silu.default,
+        aten.sin.default,
+        aten.sub.Tensor,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.upsample_nearest2d.vec,
+    )
+)
