@@ -277,6 +277,11 @@ def test_a_snapshot_that_ends_early_is_refused(persistent: Callable[..., bytes],
             read(tmp_path, content[:length])
 
 
+def test_a_text_with_unknown_escapes_is_refused_where_warnings_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not a whole pickle: invalid escape sequence"):
+        read(tmp_path, b"S'\\o'\n.")
+
+
 @settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_snapshot_is_read_or_refused_but_never_crashes(

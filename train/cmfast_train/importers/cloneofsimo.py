@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
-from cmfast_train.importers.facts import Draft, Facts, spec_of
+from cmfast_train.importers.facts import Draft, Facts, difference, spec_of
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig, CloneofsimoUnet
 
 FILES = {"ct_mnist.pth": (1, 32), "ct_cifar10.pth": (3, 32)}  # what its main.py writes: channels, image size (pixels)
@@ -82,15 +82,13 @@ def _size(weights: Mapping[str, Tensor], file: Path) -> tuple[int, int]:
         need = _shapes(CloneofsimoConfig(image_size=IMAGE_SIZE, channels=channels, width=width))
     except CmfastError as err:
         raise ArtifactError(f"{file}: its down.0.weight is {list(first.shape)}: {err}") from None
-    have = {name: list(tensor.shape) for name, tensor in weights.items()}
-    for name in [*need, *sorted(have.keys() - need.keys())]:
-        if have.get(name) != need.get(name):
-            raise ArtifactError(
-                f"{file}: not the first public implementation's network: {name} is {have.get(name, 'missing')}, "
-                f"expected {need.get(name, 'no such tensor')} for down.0.weight {list(first.shape)}"
-            )
-        if not weights[name].is_floating_point():
-            raise ArtifactError(f"{file}: {name} is {weights[name].dtype}, expected floating-point numbers")
+    if wrong := difference(need, {name: tensor.shape for name, tensor in weights.items()}):
+        raise ArtifactError(
+            f"{file}: not the first public implementation's network: {wrong} for down.0.weight {list(first.shape)}"
+        )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ArtifactError(f"{file}: {name} is {tensor.dtype}, expected floating-point numbers")
     return width, channels
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.checkpoint import check_count
-from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
+from cmfast_train.importers.facts import Draft, Facts, difference, shown, spec_of
 from cmfast_train.importers.pickle_opcodes import Foreign
 from cmfast_train.importers.pickles import module_tensors
 from cmfast_train.networks.edm import HEAD_CHANNELS, DhariwalConfig, DhariwalUnet, SongConfig, SongUnet
@@ -130,14 +130,9 @@ def config_of(weights: Mapping[str, Tensor]) -> SongConfig | DhariwalConfig:
     check_count(config, len(weights))
     with torch.device("meta"):
         network = SongUnet(config) if isinstance(config, SongConfig) else DhariwalUnet(config)
-    need = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    have = {name: list(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(need.keys() | have.keys()):
-        if need.get(name) != have.get(name):
-            raise ArtifactError(
-                f"not a network of EDM's: the tensor {name[:80]!r} is {have.get(name, 'missing')} where "
-                f"{need.get(name, 'nothing')} is expected"
-            )
+    need = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if wrong := difference(need, {name: tensor.shape for name, tensor in weights.items()}):
+        raise ArtifactError(f"not a network of EDM's: {wrong}")
     return config
 
 

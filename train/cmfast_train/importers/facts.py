@@ -7,7 +7,7 @@ the tensors, usual for a named source, or required from the user: nothing is gue
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -193,6 +193,21 @@ class Draft:
 def shown(name: str) -> str:
     """Return a name from a file, fit for one line of a terminal."""
     return ascii(name)[1:-1][:100]
+
+
+def difference(need: Mapping[str, Sequence[int]], have: Mapping[str, Sequence[int]]) -> str | None:
+    """Return how the shapes of a network's tensors differ from those of a file, at the first name; None: they do not.
+
+    Args:
+        need: Shapes by name, of the network.
+        have: The same of the file.
+    """
+    for name in sorted(need.keys() | have.keys()):
+        expected, found = (list(each[name]) if name in each else None for each in (need, have))
+        if expected != found:
+            there = "missing" if found is None else found
+            return f"{shown(name)} is {there}, expected {'no such tensor' if expected is None else expected}"
+    return None
 
 
 def given_sigmas(facts: Facts) -> dict[int, tuple[float, ...]] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast.schedule import sigmas_of_indices
 from cmfast_train.checkpoint import check_count
-from cmfast_train.importers.facts import CONVENTIONS, EXAMPLES, Draft, Facts, shown, spec_of
+from cmfast_train.importers.facts import CONVENTIONS, EXAMPLES, Draft, Facts, difference, spec_of
 from cmfast_train.networks.adm import AdmConfig, AdmUnet
 from cmfast_train.networks.shape import Size, sides
 
@@ -198,14 +198,9 @@ def infer_config(
         raise ArtifactError(f"{file}: named as OpenAI's U-Net, but incomplete: {err}") from None
     check_count(config, len(weights))
     with torch.device("meta"):
-        need = {name: tuple(tensor.shape) for name, tensor in AdmUnet(config).state_dict().items()}
-    have = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if need != have:
-        wrong = min(name for name in need.keys() | have.keys() if need.get(name) != have.get(name))
-        raise ArtifactError(
-            f"{file}: not a U-Net that is supported here: {shown(wrong)} is {have.get(wrong, 'missing')}, "
-            f"expected {need.get(wrong, 'no such tensor')}"
-        )
+        need = {name: tensor.shape for name, tensor in AdmUnet(config).state_dict().items()}
+    if wrong := difference(need, {name: tensor.shape for name, tensor in weights.items()}):
+        raise ArtifactError(f"{file}: not a U-Net that is supported here: {wrong}")
     return config
 
 

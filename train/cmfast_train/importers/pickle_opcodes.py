@@ -67,7 +67,8 @@ class Refused(Exception):
 # pickletools raises ValueError for what is no pickle, zipfile, zlib and lzma have their own; the others are a file that
 # contradicts itself. RuntimeError is torch's for numbers that it cannot work with, and zipfile's for encryption.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError, EOFError,
-           NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # fmt: skip
+           NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+           DeprecationWarning)  # fmt: skip  # of a text with unknown escapes, where warnings are errors
 
 
 class Limits:

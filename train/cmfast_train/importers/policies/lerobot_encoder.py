@@ -15,7 +15,7 @@ from torch import Tensor
 from cmfast.errors import ArtifactError, CmfastError
 from cmfast_train.importers.diffusers_json import refusal, whole
 from cmfast_train.importers.diffusers_tensors import Described
-from cmfast_train.importers.facts import shown
+from cmfast_train.importers.facts import difference, shown
 from cmfast_train.networks.policies.image_policy import ImagePolicyConfig, image_policy_tensors
 from cmfast_train.networks.policies.rgb_encoder import BLOCKS
 from cmfast_train.networks.unet1d import Unet1dConfig
@@ -85,14 +85,13 @@ def names_of(config: ImagePolicyConfig, unet: Mapping[str, str], described: Desc
         if name.startswith(ENCODER) and not name.endswith(COMPUTED):
             inner = name.removeprefix(ENCODER)
             stored[OURS + (f"0.{inner}" if config.shared else inner)] = name
-    need = {name: tuple(tensor.shape) for name, tensor in image_policy_tensors(config).items()}
-    for name in sorted(need.keys() | stored.keys()):
-        found = described[stored[name]][0] if name in stored else "missing"
-        if found != need.get(name):
-            raise ArtifactError(
-                f"{file}: {shown(re.sub(f'^{re.escape(OURS)}', ENCODER, name))} is {found}, expected "
-                f"{need.get(name, 'no such tensor')} by config.json"
-            )
+
+    def theirs(name: str) -> str:
+        return re.sub(f"^{re.escape(OURS)}", ENCODER, name)
+
+    need = {theirs(name): tensor.shape for name, tensor in image_policy_tensors(config).items()}
+    if wrong := difference(need, {theirs(name): described[each][0] for name, each in stored.items()}):
+        raise ArtifactError(f"{file}: {wrong} by config.json")
     return stored
 
 

@@ -24,7 +24,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import check_count
 from cmfast_train.importers.diffusers_json import is_whole, refusal
 from cmfast_train.importers.diffusion_folders import default_sigmas, scheduled_spec, scheduler_fields
-from cmfast_train.importers.facts import Draft, Facts, shown, spec_of
+from cmfast_train.importers.facts import Draft, Facts, difference, shown, spec_of
 from cmfast_train.importers.policies.statistics import note
 from cmfast_train.importers.policies.workspace import DIFFUSION, STUDENT, STUDENTS_TEACHER, Workspace, workspace
 from cmfast_train.networks.unet1d import CONDITION, Unet1d, Unet1dConfig
@@ -225,12 +225,8 @@ def config_of(weights: Mapping[str, Tensor], file: Path, *, two_times: bool) -> 
     check_count(config, len(weights))
     with torch.device("meta"):
         need = {name: tuple(tensor.shape) for name, tensor in Unet1d(config).state_dict().items()}
-    for name in sorted(need.keys() | shapes.keys()):
-        if need.get(name) != shapes.get(name):
-            raise ArtifactError(
-                f"{file}: not a ConditionalUnet1D that is supported here: {shown(name)} is "
-                f"{shapes.get(name, 'missing')}, expected {need.get(name, 'no such tensor')}"
-            )
+    if wrong := difference(need, shapes):
+        raise ArtifactError(f"{file}: not a ConditionalUnet1D that is supported here: {wrong}")
     return config
 
 
