@@ -147,6 +147,7 @@ PLAIN = frozenset(
         aten._assert_tensor_metadata.default,  # which the exporter removes
         aten.add.Tensor,
         aten.arange.default,
+        aten.atan.default,
         aten.avg_pool2d.default,
         aten.cat.default,
         aten.clamp.default,
