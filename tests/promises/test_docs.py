@@ -158,6 +158,19 @@ def test_times_of_starting_are_those_of_the_record() -> None:
         assert re.search(rf"{onnx:.2f} s from ONNX(,| and) {pt:.1f} s through PyTorch", read(page)), page
 
 
+def test_times_of_exports_are_those_of_the_record() -> None:
+    rows = result("export_time.json")["rows"]
+    page = read("benchmarks/README.md")
+    for part in dict.fromkeys(name for row in rows for name in row["parts"]):
+        each = [row["parts"].get(part) for row in rows]
+        cells = [f"{found['wall_s']:.1f} ({found['cpu_s']:.1f})" if found else "" for found in each]
+        assert f"| {part} | {' | '.join(cells)} |" in page, part
+    whole = {(row["network"], row["way"]): row["parts"]["whole process"]["wall_s"] for row in rows}
+    ours, torchs = ([f"{whole[network, way]:.1f}" for network in ("mnist", "cifar10")] for way in ("cmfast", "torch"))
+    line = f"{ours[0]} s (7.7M), {ours[1]} s (43M); plain `torch.onnx.export`, which verifies nothing, "
+    assert line + " and ".join(torchs) + " s" in read("docs/results.md")
+
+
 def test_distances_of_the_methods_are_those_of_the_record() -> None:
     page = read("docs/training.md")
     table = page[page.index("| method | 1 call |") :].split("\n\n")[0]
