@@ -70,7 +70,8 @@ LONG = (
     "test_methods", "test_step_graph", "test_loop", "test_own_networks", "test_loop_methods", "test_cpp_onnxruntime",
     "test_parallel", "test_cpp_package", "test_web_page", "test_cli_bench",
     "test_docs", "test_importers", "test_to_openvino", "test_cost", "test_fuzz", "test_eval", "test_cpp_noise",
-    "test_tensorrt_backend", "test_bench_analysis", "test_run", "test_write", "test_edm_networks", "test_frozen",
+    "test_tensorrt_backend", "test_bench_analysis", "test_run", "test_write", "test_suite", "test_edm_networks",
+    "test_frozen",
 )  # fmt: skip
 
 

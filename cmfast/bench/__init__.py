@@ -9,7 +9,8 @@
         print(f"{row.contender}, {row.steps} step(s): {row.median_ms:.2f} ms, {row.times_as_fast:.2f}x")
     record.save(Path("bench.json"))
 
-The names below are public; each is imported when it is first used. `interleave` times any functions in turns.
+`run_suite` measures every way to run a model on a CPU: `cmfast.bench.suite`. `interleave` times any functions in turns.
+The names below are public; each is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from cmfast.bench.record import Record, Row, Start
     from cmfast.bench.request import Request
     from cmfast.bench.roofline import Ceilings, Floor, floor_ms, measure_machine
+    from cmfast.bench.suite.record import SuiteRecord
+    from cmfast.bench.suite.request import SuiteRequest
+    from cmfast.bench.suite.suite import run_suite
     from cmfast.bench.timing import Summary, interleave, summarise
 
 _HOMES = {  # the modules of the names below
@@ -39,12 +43,15 @@ _HOMES = {  # the modules of the names below
     "Request": "request",
     "Row": "record",
     "Start": "record",
+    "SuiteRecord": "suite.record",
+    "SuiteRequest": "suite.request",
     "Summary": "timing",
     "Tried": "fastest",
     "compare": "comparison",
     "floor_ms": "roofline",
     "interleave": "timing",
     "measure_machine": "roofline",
+    "run_suite": "suite.suite",
     "summarise": "timing",
 }
 __all__ = [
@@ -58,12 +65,15 @@ __all__ = [
     "Request",
     "Row",
     "Start",
+    "SuiteRecord",
+    "SuiteRequest",
     "Summary",
     "Tried",
     "compare",
     "floor_ms",
     "interleave",
     "measure_machine",
+    "run_suite",
     "summarise",
 ]
 

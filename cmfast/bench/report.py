@@ -22,7 +22,7 @@ _WHERE: Columns[Row] = {
     "batch": lambda row: str(row.batch),
     "contender": lambda row: row.contender,
 }
-_TEXTS = ("contender", "diagnosis", "backend", "weights")  # the others are numbers
+_TEXTS = ("contender", "work", "diagnosis", "backend", "weights")  # the others are numbers
 
 
 def show(record: Record) -> None:
@@ -35,8 +35,8 @@ def show(record: Record) -> None:
         "p90": lambda row: f"{row.p90_ms:,.2f}",
         "images/s": lambda row: f"{row.images_per_s:,.1f}",
         "speed": lambda row: f"{row.times_as_fast:.2f}x",
-        "same type": lambda row: _or_dash(row.times_as_fast_same_precision, "{:.2f}x"),
-        "roofline": lambda row: _or_dash(row.of_roofline, "{:.0%}"),
+        "same type": lambda row: or_dash(row.times_as_fast_same_precision, "{:.2f}x"),
+        "roofline": lambda row: or_dash(row.of_roofline, "{:.0%}"),
         "difference": lambda row: f"{row.max_abs_diff:.1e}",
     }
     if all(row.reference_same_precision in (None, row.reference) for row in rows):
@@ -46,7 +46,7 @@ def show(record: Record) -> None:
     title = f"Sampling: times of a batch, ms; speed against {references}"
     if "same type" in columns:
         title += ", and against eager PyTorch of the same type"
-    _print(title, _WHERE | columns, rows)
+    print_table(title, _WHERE | columns, rows)
     _print_device_times([row for row in rows if row.device_times])
     _print_diagnoses([row for row in rows if row.diagnosis])
     _print_starts(record.starts)
@@ -55,7 +55,7 @@ def show(record: Record) -> None:
 def _print_device_times(rows: Sequence[Row]) -> None:
     parts = ("host", "enqueue", "copy_in", "compute", "copy_out")
     columns: Columns[Row] = {part.replace("_", " "): functools.partial(_device_time, f"{part}_ms") for part in parts}
-    _print("On the GPU: times of a batch, ms", _WHERE | columns, rows)
+    print_table("On the GPU: times of a batch, ms", _WHERE | columns, rows)
 
 
 def _device_time(name: str, row: Row) -> str:
@@ -70,7 +70,7 @@ def _print_diagnoses(rows: Sequence[Row]) -> None:
 
     far = any((row.diagnosis or "").startswith(FAR) for row in rows)
     below = f"below {BUSY:.0%} is {FAR}: {FAR_WHY}" if far else ""
-    _print("What takes the time", _WHERE | {"diagnosis": diagnosis}, rows, below)
+    print_table("What takes the time", _WHERE | {"diagnosis": diagnosis}, rows, below)
 
 
 def _print_starts(starts: Sequence[Start]) -> None:
@@ -82,15 +82,15 @@ def _print_starts(starts: Sequence[Start]) -> None:
         "load, s": lambda start: f"{start.load_s:.2f}",
         "first call": lambda start: f"{start.steps} x batch {start.batch}",
         "ms": lambda start: f"{start.first_call_ms:,.1f}",
-        "peak RAM, MiB": lambda start: _or_dash(start.peak_mib, "{:.0f}"),
-        "GPU, MiB": lambda start: _or_dash(start.peak_gpu_mib, "{:.0f}"),
+        "peak RAM, MiB": lambda start: or_dash(start.peak_mib, "{:.0f}"),
+        "GPU, MiB": lambda start: or_dash(start.peak_gpu_mib, "{:.0f}"),
     }
     if all(start.peak_gpu_mib is None for start in starts):
         del columns["GPU, MiB"]
-    _print("Starting: each in a process of its own", columns, starts)
+    print_table("Starting: each in a process of its own", columns, starts)
 
 
-def _print(title: str, columns: Columns[T], rows: Sequence[T], below: str = "") -> None:
+def print_table(title: str, columns: Columns[T], rows: Sequence[T], below: str = "") -> None:
     """Print one table with a line below it, unless it would be empty."""
     from rich.box import SIMPLE
     from rich.console import Console
@@ -108,7 +108,7 @@ def _print(title: str, columns: Columns[T], rows: Sequence[T], below: str = "") 
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 

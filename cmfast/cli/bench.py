@@ -21,6 +21,8 @@ from cmfast.errors import CmfastError
 if TYPE_CHECKING:
     from cmfast.bench.comparison import Prepared
     from cmfast.bench.record import Record
+    from cmfast.bench.suite.record import SuiteRecord
+    from cmfast.bench.suite.request import SuiteRequest
 
 EPILOG = """\b
 Examples:
@@ -29,6 +31,8 @@ Examples:
   cmfast-bench model.onnx --baseline model.pt --variants openvino --precision bf16     on a CPU, also in bfloat16
   cmfast-bench --baseline model.pt --compile --threads 4 --plot bench.png
   cmfast-bench model.onnx --baseline cd_imagenet64 --diffusers     by cmfast's U-Net and by diffusers
+  cmfast-bench --suite cpu --baseline model.pt --json suite.json --plot suite.png     every way to run it on this CPU
+  cmfast-bench --suite cpu --baseline model.pt --threads 1,2 --batch 1,8,64 --processes 1,2 --keep files
   cmfast-bench sampler.engine fp16.onnx --baseline model.pt --device cuda --variants channels_last,cuda_graph
 """
 
@@ -46,10 +50,16 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     help="Checkpoint that PyTorch runs: the reference for outputs and speed.",
 )
 @click.option(
+    "--suite",
+    type=click.Choice(["cpu"]),
+    help="Time one network call of every way to run the model on this CPU; .onnx files that are no MODEL are exported.",
+)
+@click.option(
     "--precision",
     metavar="NAME,..",
     callback=_names,
-    help="Extra precisions for the baseline and for OpenVINO; default: those of the MODELs.",
+    help="Extra precisions for the baseline and for OpenVINO; default: those of the MODELs. With --suite: fp32, bf16, "
+    "int8; default: all.",
 )
 @click.option(
     "--variants",
@@ -60,13 +70,36 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     "'nhwc cuda_graph', tensorrt.",
 )
 @click.option("--diffusers", is_flag=True, help="Also time diffusers' own pipeline; the baseline is its folder.")
-@click.option("--steps", type=INTS, default="1,2", show_default=True, help="Network calls per image.")
+@click.option(
+    "--steps",
+    type=INTS,
+    default="1,2",
+    show_default=True,
+    help="Network calls per image. With --suite: those of 1,2,4 that the model has noise levels for.",
+)
 @click.option("--batch", type=INTS, default="1,8", show_default=True, help="Images per call.")
 @click.option("--compile", "compiled", is_flag=True, help="Also time torch.compile (a minute or more each).")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Timing per contender and setting.")
 @click.option("--budget", type=float, help="Limit in seconds for everything, shared by the settings.")
 @click.option("--starts/--no-starts", default=True, show_default=True, help="Also measure start-up, in new processes.")
-@click.option("--threads", type=int, help="CPU threads; default: the backend's choice.")
+@click.option(
+    "--threads",
+    type=INTS,
+    help="CPU threads; default: the backend's choice. With --suite: one number or several; default: all cores.",
+)
+@click.option("--processes", type=INTS, help="With --suite: also so many processes at a time, with cores of their own.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --suite: folder for the exported files; what it has is not exported again.",
+)
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="With --suite: a record of cmfast-eval --json, whose Frechet distances --plot shows.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
     "--tolerance",
@@ -77,9 +110,12 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians to this .png file.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything and list what would be timed.")
+@click.pass_context
 def command(
+    context: click.Context,
     models: tuple[Path, ...],
     baseline: Path | None,
+    suite: str | None,
     precision: tuple[str, ...] | None,
     variants: tuple[str, ...] | None,
     diffusers: bool,
@@ -89,7 +125,10 @@ def command(
     seconds: float,
     budget: float | None,
     starts: bool,
-    threads: int | None,
+    threads: tuple[int, ...] | None,
+    processes: tuple[int, ...] | None,
+    keep: Path | None,
+    evaluations: tuple[Path, ...],
     device: str,
     tolerance: float | None,
     keep_going: bool,
@@ -101,7 +140,35 @@ def command(
 
     With --baseline, everything is compared with eager PyTorch in fp32, and in speed also with eager PyTorch in the same
     precision; otherwise with the first MODEL. A sampler graph runs at its own number of steps only.
+
+    With --suite cpu, the contenders are PyTorch, ONNX Runtime and OpenVINO in all their ways on a CPU, in float32,
+    bfloat16 and int8, and ncnn, as far as they are installed; MODELs are .onnx denoisers in float32 and int8 and a
+    folder for ncnn.
     """
+    _check_options(context, suite)
+    if suite:
+        from cmfast.bench.suite.request import SuiteRequest
+        from cmfast.bench.suite.ways import PRECISIONS
+
+        by_default = context.get_parameter_source("steps") == click.core.ParameterSource.DEFAULT
+        whole = SuiteRequest(
+            models=models,
+            baseline=baseline,
+            precision=PRECISIONS if precision is None else precision,
+            diffusers=diffusers,
+            compiled=compiled,
+            steps=None if by_default else steps,
+            batch=batch,
+            threads=threads or (),
+            processes=processes or (),
+            seconds=seconds,
+            starts=starts,
+            keep=keep,
+            evaluations=evaluations,
+            keep_going=keep_going,
+        )
+        _run_suite(whole, json_file, plot, dry_run=dry_run)
+        return
     from cmfast.bench.comparison import measure, prepare
     from cmfast.bench.report import draw, show
     from cmfast.bench.request import Request
@@ -118,7 +185,7 @@ def command(
         seconds=seconds,
         budget=budget,
         starts=starts,
-        threads=threads,
+        threads=threads[0] if threads else None,
         device=device,
         tolerance=tolerance,
         keep_going=keep_going,
@@ -142,6 +209,74 @@ def command(
     if record.warning:
         click.echo(f"warning: {record.warning}")
     click.echo(f"next: {_next_command(record, prepared)}")
+
+
+def _check_options(context: click.Context, suite: str | None) -> None:
+    """Raise CmfastError for options that the suite does not take, or that only it takes."""
+    given = {
+        name for name in context.params if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+    }
+    if suite:
+        if wrong := sorted(given & {"variants", "budget", "tolerance"}):
+            raise CmfastError(f"--suite {suite} takes no --{wrong[0]}; remove it")
+        if context.params["device"] != "cpu":
+            raise CmfastError(f"--suite {suite} measures a CPU; remove --device {context.params['device']}")
+        return
+    if wrong := sorted(given & {"processes", "keep", "evaluations"}):
+        raise CmfastError(
+            f"--{wrong[0].removesuffix('s') if wrong[0] == 'evaluations' else wrong[0]} needs --suite cpu"
+        )
+    if len(context.params["threads"] or ()) > 1:
+        raise CmfastError("--threads takes several numbers with --suite cpu only; pass one")
+
+
+def _run_suite(request: SuiteRequest, json_file: Path | None, plot: Path | None, *, dry_run: bool) -> None:
+    from cmfast.bench.suite.show import draw, show
+    from cmfast.bench.suite.suite import planned, run_suite
+
+    _check_outputs(json_file, plot, [*request.files, *request.evaluations])
+    if dry_run:
+        ways = planned(request)
+        click.echo(f"one network call each: {', '.join(way.name for way in ways)}")
+        cells = len(request.batch) * len(request.every_threads)
+        click.echo(f"at least {request.seconds * len(ways) * cells:,.0f} s of timing")
+        return
+    record = run_suite(request, functools.partial(click.echo, err=True))
+    show(record)
+    if json_file is not None:
+        record.save(json_file)
+        click.echo(f"the record is in {json_file}")
+    if plot is not None:
+        draw(record, plot)
+        click.echo(f"the chart is in {plot}")
+    if record.warning:
+        click.echo(f"warning: {record.warning}")
+    click.echo(f"next: {_next_of_suite(record)}")
+
+
+def _next_of_suite(record: SuiteRecord) -> str:
+    """Return the command that samples by the fastest contender that keeps 50 dB."""
+    from cmfast.bench.suite.files import OPTIONS
+    from cmfast.bench.suite.ways import WAYS
+
+    first, request = record.calls[0], record.request
+    ways = {way.name: way for way in WAYS if not way.plain}
+    rows = [row for row in record.calls if (row.threads, row.batch) == (first.threads, first.batch)]
+    rows = [row for row in rows if row.contender in ways]
+    if not rows:
+        return f"cmfast-info {shlex.quote(str(request.files[0]))}"
+    close = [row for row in rows if min(row.decibels.values()) >= 50]
+    way = ways[min(close or rows, key=lambda row: row.wall_median_ms).contender]
+    how = f" --variant {shlex.quote(way.variant)}" if way.variant else ""
+    how += f" --precision {way.precision}" if way.precision != "fp32" else ""
+    how += f" --tolerance-db {way.tolerance_db:g}" if way.tolerance_db else ""
+    given, name, made = {file.name: file for file in request.files}, record.files[way.file], ""
+    path = given[name] if name in given else (request.keep or Path()) / name
+    if name not in given and request.keep is None:  # it was exported into a temporary folder
+        options = " ".join(OPTIONS[way.file])
+        made = f"cmfast-export {shlex.quote(str(request.baseline))} {options} -o {name} && ".replace("  ", " ")
+    sample = f"cmfast-sample {shlex.quote(str(path))}{how} --threads {first.threads} -n 64{record.sample_arguments}"
+    return made + sample
 
 
 def _next_command(record: Record, prepared: Prepared) -> str:

@@ -90,6 +90,28 @@ def test_a_compiled_model_draws_the_images_of_the_eager_one(tiny_checkpoint: Fac
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fused operations round less often
 
 
+# Condition for removal: importing torch's compiler does not use what torch itself calls deprecated (torch 2.12 does).
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_on_a_cpu_weights_are_compiled_in_as_constants(
+    tiny_checkpoint: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    asked: list[tuple[bool, Any]] = []
+
+    def compiling(denoiser: nn.Module, **options: Any) -> Callable[..., Any]:
+        def call(**tensors: torch.Tensor) -> Any:
+            asked.append((config.freezing, options))
+            return denoiser(**tensors)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    Model(TorchBackend(tiny_checkpoint(10), variant="compiled")).sample_float(2, steps=1, seed=3)
+    assert asked == [(True, {"dynamic": False})]
+    assert not config.freezing, "nobody else's programs are frozen"
+
+
 # Precisions.
 
 

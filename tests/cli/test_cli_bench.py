@@ -610,7 +610,7 @@ def test_openvino_is_a_contender_in_each_precision_that_is_requested(
         (["a.onnx", "--json", "nowhere/b.json"], "the folder nowhere does not exist; make it first: mkdir -p nowhere"),
         (["a.onnx", "--plot", "nowhere/b.png"], "the folder nowhere does not exist; make it first: mkdir -p nowhere"),
         (["a.onnx", "--json", "folder"], "folder is a folder; name a file"),
-        (["a.onnx", "--quality", "9"], "No such option"),
+        (["a.onnx", "--fastest", "9"], "No such option"),
         (["two.onnx", "--steps", "1"], "two.onnx runs at none of these settings; it needs --steps 2 --batch 1"),
         (["three.onnx"], "three.onnx runs at none of these settings; it needs --steps 2 --batch 3"),
         (["two.onnx", "other.onnx"], "are samplers of 2 step(s) at different noise levels; time them separately"),

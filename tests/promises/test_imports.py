@@ -277,7 +277,7 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_models(wheel:
     assert weights == classifiers | shipped
     sizes = {info.filename: info.file_size for info in wheel.infolist()}
     assert all(sizes[name] < 1_000_000 for name in classifiers)
-    assert sum(size for name, size in sizes.items() if name not in weights) < 2_200_000
+    assert sum(size for name, size in sizes.items() if name not in weights) < 2_400_000
     assert sum(info.compress_size for info in wheel.infolist()) < 12_000_000
 
 

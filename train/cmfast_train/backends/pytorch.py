@@ -58,10 +58,10 @@ class TorchBackend:
     Args:
         variant: words, separated by spaces or commas. None: eager. "channels_last": with that memory format.
             "fused", on CUDA: with kernels that do the work of several operations, in that format. "compiled": by
-            torch.compile, on CUDA with mode max-autotune; "reduce-overhead", on CUDA: with that mode. "cuda_graph",
-            on CUDA: the whole few-step loop, and a single call of the denoiser, each recorded as one CUDA graph a
-            batch size; torch.compile's modes record such graphs too, so they combine with channels_last only. A
-            loop stays on the device in all of them
+            torch.compile, on a CPU with the weights as constants, on CUDA with mode max-autotune; "reduce-overhead",
+            on CUDA: with that mode. "cuda_graph", on CUDA: the whole few-step loop, and a single call of the denoiser,
+            each recorded as one CUDA graph a batch size; torch.compile's modes record such graphs too, so they combine
+            with channels_last only. A loop stays on the device in all of them
         precision: "" or fp32; fp16, bf16 (`Denoiser.to_precision`); tf32, which only GPUs have. Everything else in
             the process multiplies as it did before
     """
@@ -312,9 +312,23 @@ def _words(model: object, device: str, variant: str) -> tuple[str, ...]:
 def _callable(denoiser: torch.nn.Module, device: str, words: tuple[str, ...]) -> Callable[..., Any]:
     for word in words:
         if word in MODES:
-            # dynamic=False: one program for each batch size, which is torch.compile at its fastest.
-            return compiled(denoiser, MODES[word]) if device == "cuda" else torch.compile(denoiser, dynamic=False)
+            return compiled(denoiser, MODES[word]) if device == "cuda" else _frozen(denoiser)
     return denoiser
+
+
+def _frozen(denoiser: torch.nn.Module) -> Callable[..., Any]:
+    """Return the denoiser compiled for the CPU: a program for each batch size, the weights as constants in it."""
+    from torch._inductor import config
+
+    call = torch.compile(denoiser, dynamic=False)  # torch.compile at its fastest
+
+    def run(**tensors: Tensor) -> Tensor:
+        # Around the call, not as an option of torch.compile: the first call of a size compiles, and asks for it twice.
+        with config.patch(freezing=True):
+            result: Tensor = call(**tensors)
+        return result
+
+    return run
 
 
 def _on_cpu(what: Hashable, compute: Compute, inputs: Inputs) -> Floats:

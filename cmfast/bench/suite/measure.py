@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Compares opened contenders, then times them in turns: one network call, whole images, what is beside the network."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmfast import noise as portable
+from cmfast import sampling
+from cmfast.bench import timing
+from cmfast.bench.failures import LeftOut, Say, reason
+from cmfast.bench.suite.opening import Opened
+from cmfast.bench.suite.record import BesideRow, ImageRow, Wall
+from cmfast.checks import psnr_db
+from cmfast.conditions import some_values
+from cmfast.errors import BackendError, CheckFailed, CmfastError, one_line
+from cmfast.schedule import karras_sigmas
+from cmfast.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+LEVELS = 8  # noise levels at which contenders are compared
+HEUN = 18  # steps of a teacher: 35 network calls
+MOST = 3  # times --seconds after which few calls are enough
+
+
+@dataclass
+class Measured:
+    """What came of it so far."""
+
+    seconds: float
+    keep_going: bool
+    say: Say
+    every_ms: dict[str, list[float]] = field(default_factory=dict)  # of every counted call, for the warning
+    left_out: list[LeftOut] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # whose folders a record does not say
+
+    def fails(self, name: str, what: str, err: Exception, batch: int | None = None) -> None:
+        """Raise the error of a contender, or with keep_going note it."""
+        if not self.keep_going:
+            if not isinstance(err, CmfastError) or name in str(err):
+                raise err
+            kind = CheckFailed if isinstance(err, CheckFailed) else BackendError
+            raise kind(f"{name}: {err}") from None
+        self.note(LeftOut(contender=name, what=what, why=reason(err), batch=batch))
+
+    def note(self, left: LeftOut) -> None:
+        """Keep and report what is left out."""
+        why = left.why
+        for file in self.files:
+            why = why.replace(str(file), file.name)
+        self.left_out.append(replace(left, why=one_line(why, 500)))
+        self.say(f"left out: {self.left_out[-1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """A contender that computes what the reference computes."""
+
+    opened: Opened
+    decibels: dict[str, float]  # by noise level
+    wall: Wall
+
+
+def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured: Measured) -> list[Agreed]:
+    """Return the contenders that agree with the first that runs, with the times of a network call at sigma_max.
+
+    Args:
+        contenders: the reference first.
+        batch: images a call.
+        where: the setting, in words.
+        measured: says how long, and gets what is left out and all times.
+
+    Raises:
+        CheckFailed: one is further from the reference than its precision explains, unless keep_going.
+        BackendError: one fails, unless keep_going.
+    """
+    running = [each for each in contenders if each.denoise]
+    if not running:
+        return []
+    spec = running[0].manifest.spec
+    conditions = some_values(spec.conditions, batch)
+    inputs = noisy(spec, batch)
+    agreed: list[tuple[Opened, dict[str, float]]] = []
+    expected: list[Floats] = []
+    for each in running:
+        name = each.way.name
+        assert each.denoise
+        try:
+            # Copies: an output may be a buffer of the library, which the next call overwrites.
+            got = [np.array(each.denoise(x, sigma, conditions)) for x, sigma in inputs]
+            expected = expected or got
+            image = spec.data == "image"
+            found = [psnr_db([a], [b], image=image) for a, b in zip(got, expected, strict=True)]
+            if min(found) < each.way.least_db:
+                raise CheckFailed(
+                    f"{name} at {where} is {min(found):.1f} dB from {running[0].way.name}, which needs "
+                    f"{each.way.least_db:g} dB; nothing was timed"
+                )
+        except (CmfastError, RuntimeError) as err:
+            measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, batch)
+            continue
+        agreed.append((each, {f"{s:.4g}": round(db, 1) for (_, s), db in zip(inputs, found, strict=True)}))
+    if not agreed:
+        raise BackendError(f"no contender is left at {where}; the first that failed: {measured.left_out[0]}")
+    x, sigma = inputs[-1]
+    # Checked above: a call without a denoiser is not among them.
+    calls = {each.way.name: functools.partial(each.denoise, x, sigma, conditions) for each, _ in agreed if each.denoise}
+    measured.say(f"timing a network call, {where}: {len(calls)} contender(s)")
+    walls = timed(calls, where, measured)
+    return [Agreed(opened=each, decibels=db, wall=walls[each.way.name]) for each, db in agreed]
+
+
+def noisy(spec: ModelSpec, batch: int) -> list[tuple[Floats, float]]:
+    """Return inputs (x, sigma) at LEVELS noise levels from sigma_min to sigma_max, the same for everyone."""
+    levels = np.geomspace(spec.sigma_min, spec.sigma_max, LEVELS).astype(np.float32)
+    rng = np.random.default_rng(0)
+    clean = rng.uniform(-1, 1, (batch, *spec.shape)).astype(np.float32)
+    return [(clean + s * rng.standard_normal(clean.shape, dtype=np.float32), float(s)) for s in levels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    """Samples of a contender, and the call that draws them."""
+
+    opened: Opened
+    sigmas: tuple[float, ...]
+    heun: int | None
+    call: Callable[[], Floats]
+
+    @property
+    def name(self) -> str:
+        return f"{self.opened.way.name}, {f'Heun {self.heun}' if self.heun else f'{len(self.sigmas)} step(s)'}"
+
+
+def whole_images(
+    contenders: Sequence[Opened], steps: Sequence[int], batch: int, threads: int, measured: Measured
+) -> list[ImageRow]:
+    """Return the times of whole images: each contender at each number of steps, the reference also by Heun's method.
+
+    Args:
+        contenders: that agree with the reference, which is the first.
+        steps: network calls an image.
+        batch: images a call.
+        threads: CPU threads of each.
+        measured: as for `network_calls`.
+    """
+    spec = contenders[0].manifest.spec
+    conditions = some_values(spec.conditions, batch)
+    noise = portable.slices(0, range(batch), max(steps), spec.shape)
+    drawings, decibels = list[_Drawing](), dict[str, float]()
+    expected: dict[int, Floats] = {}
+    for each in contenders:
+        for k in steps:
+            levels = spec.sigmas_for(k)
+            call = functools.partial(each.draw, noise[:k], levels, conditions)
+            drawing = _Drawing(opened=each, sigmas=levels, heun=None, call=call)
+            try:
+                got = np.array(call())
+            except (CmfastError, RuntimeError) as err:
+                measured.fails(each.way.name, "run", err, batch)
+                break
+            found = psnr_db([got], [expected.setdefault(k, got)], image=spec.data == "image")
+            if not each.denoise and found < each.way.least_db:  # else its network was compared
+                measured.fails(each.way.name, "images", CheckFailed(
+                    f"{each.way.name}: its samples are {found:.1f} dB from {contenders[0].way.name}'s, which needs "
+                    f"{each.way.least_db:g} dB; nothing was timed"), batch)  # fmt: skip
+                break
+            decibels[drawing.name] = round(found, 1)
+            drawings.append(drawing)
+    if not spec.second_time and contenders[0].denoise:
+        drawings.append(_by_heun(contenders[0], noise, conditions))
+    measured.say(f"timing whole images, batch {batch}: {len(drawings)} call(s)")
+    walls = timed({each.name: each.call for each in drawings}, f"batch {batch}", measured)
+    reference = {each.sigmas: walls[each.name] for each in reversed(drawings) if not each.heun}
+    reference |= {each.sigmas: walls[each.name] for each in drawings if each.opened is contenders[0] and not each.heun}
+    rows = []
+    for drawn in drawings:
+        wall, heun = walls[drawn.name], drawn.heun
+        rows.append(
+            ImageRow(
+                **vars(wall),
+                contender=drawn.opened.way.name,
+                precision=drawn.opened.as_run.types,
+                threads=threads,
+                batch=batch,
+                steps=None if heun else len(drawn.sigmas),
+                heun=heun,
+                network_calls=sampling.heun_calls(heun) if heun else len(drawn.sigmas),
+                decibels=decibels.get(drawn.name),
+                times_as_fast=None if heun else reference[drawn.sigmas].wall_median_ms / wall.wall_median_ms,
+            )
+        )
+    return rows
+
+
+def _by_heun(reference: Opened, noise: Floats, conditions: Mapping[str, npt.NDArray[Any]]) -> _Drawing:
+    denoise, spec = reference.denoise, reference.manifest.spec
+    assert denoise
+    sigmas = karras_sigmas(HEUN, spec.sigma_min, spec.sigma_max)
+
+    def call() -> Floats:
+        return np.asarray(sampling.heun(lambda x, s: denoise(x, s, conditions), noise[:1], sigmas))
+
+    return _Drawing(opened=reference, sigmas=tuple(sigmas), heun=HEUN, call=call)
+
+
+def beside_the_network(spec: ModelSpec, batch: int, fastest_ms: float, measured: Measured) -> list[BesideRow]:
+    """Return what sampling a batch costs beside the network.
+
+    Args:
+        spec: of the model.
+        batch: images.
+        fastest_ms: of the fastest contender's network call of that batch.
+        measured: as for `network_calls`.
+    """
+    samples = portable.slices(0, range(batch), 1, spec.shape)[0] / 4
+    calls: dict[str, Callable[[], object]] = {
+        "noise of one step": lambda: portable.slices(0, range(batch), 1, spec.shape)
+    }
+    if spec.data == "image":
+        calls["samples to uint8"] = lambda: sampling.to_uint8(samples)
+    walls = timed(calls, f"batch {batch}", measured)
+    return [
+        BesideRow(**vars(wall), what=what, batch=batch, of_fastest=wall.wall_median_ms / fastest_ms)
+        for what, wall in walls.items()
+    ]
+
+
+def timed(calls: Mapping[str, Callable[[], object]], where: str, measured: Measured) -> dict[str, Wall]:
+    """Return the times of calls, interleaved."""
+    cpu_ms: dict[str, list[float]] = {name: [] for name in calls}
+
+    def counted(name: str, call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            begun = time.process_time()
+            call()
+            cpu_ms[name].append(1000 * (time.process_time() - begun))
+
+        return run
+
+    times = timing.interleave(
+        {name: counted(name, call) for name, call in calls.items()},
+        seconds=measured.seconds,
+        most_s=MOST * measured.seconds,
+    )
+    measured.every_ms |= {f"{name}, {where}": each for name, each in times.items()}
+    return {name: _wall(each, cpu_ms[name]) for name, each in times.items()}
+
+
+def _wall(times_ms: Sequence[float], cpu_ms: Sequence[float]) -> Wall:
+    found = timing.summarise(times_ms)
+    return Wall(
+        wall_median_ms=found.median_ms,
+        wall_p10_ms=found.p10_ms,
+        wall_p90_ms=found.p90_ms,
+        wall_max_ms=found.max_ms,
+        wall_calls=found.calls,
+        cpu_median_ms=statistics.median(cpu_ms),
+    )
