@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 from cmfast.backends.openvino import products
 from cmfast.bench import fastest, timing
 from cmfast.bench.roofline import Ceilings
-from cmfast.bench.suite import SuiteRequest, apart, files, measure, rates, run_suite, suite, ways
+from cmfast.bench.suite import SuiteRequest, apart, files, measure, rates, run_suite, show, suite, ways
 from cmfast.bench.suite.opening import Opened
 from cmfast.bench.suite.record import CallRow
 from cmfast.bench.suite.ways import FLOAT, NCNN, WAYS, Way
@@ -268,6 +269,23 @@ def test_cores_are_divided_among_processes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # Files and requests.
+
+
+def test_quality_is_that_of_the_file_and_int8_has_none_without_its_own() -> None:
+    def evaluation(file: str, fd: float) -> dict[str, Any]:
+        return {"model": {"file": file}, "rows": [{"steps": 2, "fd": fd}, {"heun": 18, "fd": 0.1}]}
+
+    def quality(precision: str, *evaluations: dict[str, Any], steps: int | None = 2, db: float = 90) -> float | None:
+        record = SimpleNamespace(evaluations=evaluations, files={"float": "model.onnx", "int8": "model_int8.onnx"})
+        row = SimpleNamespace(precision=precision, steps=steps, heun=None if steps else 18, decibels=db)
+        return show._quality(record, row)  # type: ignore[arg-type]
+
+    first, own = evaluation("teacher.onnx", 0.7), evaluation("model_int8.onnx", 0.9)
+    assert quality("fp32", first, evaluation("model.onnx", 0.5), own) == 0.5
+    assert quality("bf16", first, own) == 0.7
+    assert (quality("int8, bf16", first), quality("int8, bf16", first, own)) == (None, 0.9)
+    assert (quality("fp32", first, steps=4), quality("fp32", first, steps=None)) == (None, 0.1)
+    assert (quality("fp32"), quality("bf16", db=56)) == (80, 56)
 
 
 def test_the_few_step_quality_of_another_model_is_refused_and_a_teachers_is_not() -> None:

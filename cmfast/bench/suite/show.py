@@ -124,13 +124,13 @@ def _quality_name(record: SuiteRecord) -> str:
 
 
 def _quality(record: SuiteRecord, row: ImageRow) -> float | None:
-    """Return the quality of a row: by the evaluation of its own file, else of the first; None: unknown."""
+    """Return the quality of a row: by the evaluation of its own file, except int8 else of any; None: unknown."""
     if not record.evaluations:
         return None if row.decibels is None else min(row.decibels, TOP_DB)
     kind = "int8" if "int8" in row.precision else "float"
     file = record.files.get(kind)
     own = [each for each in record.evaluations if each["model"].get("file") == file]
-    for evaluation in (*own, *record.evaluations):
+    for evaluation in (*own, *(() if kind == "int8" else record.evaluations)):
         if (found := _distance(evaluation["rows"], row)) is not None:
             return found
     return None
