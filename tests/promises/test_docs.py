@@ -153,9 +153,11 @@ def test_times_of_starting_are_those_of_the_record() -> None:
     rows = result("startup.json")["rows"]
     cells = [f"{row['median_ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f})" for row in rows]
     assert f"| {' | '.join(cells)} |" in read("benchmarks/README.md")
-    onnx, pt = (row["median_ms"] / 1000 for row in rows[-2:])
+    onnx, pt, openvino, ncnn = (row["median_ms"] / 1000 for row in rows[2:])
     for page in ("docs/edge.md", "docs/results.md"):
-        assert re.search(rf"{onnx:.2f} s from ONNX(,| and) {pt:.1f} s through PyTorch", read(page)), page
+        words = " ".join(read(page).split())
+        assert re.search(rf"{onnx:.2f} s from ONNX(,| and) {pt:.1f} s through PyTorch", words), page
+        assert f"{openvino:.2f} s by OpenVINO with its cache, {ncnn:.2f} s by ncnn" in words, page
 
 
 def test_times_of_exports_are_those_of_the_record() -> None:
