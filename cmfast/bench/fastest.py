@@ -196,9 +196,9 @@ class FastestBackend:
         """Return the backend of what lies beside the file; BackendError where it is another model or not whole."""
         try:
             backend = open_backend(file, threads=self._options["threads"])
-        except ArtifactError as err:
+        except (ArtifactError, OSError) as err:
             raise BackendError(str(err)) from None
-        if backend.manifest.spec != read_manifest(self._path).spec:
+        if _identity(backend.manifest) != _identity(read_manifest(self._path)):
             raise BackendError(f"{file}: another model than {self._path.name}, by its manifest")
         return backend
 
@@ -249,7 +249,7 @@ class FastestBackend:
         if not folder:
             return None
         depends = [SCHEMA, bucket, self._options["threads"], self._tolerance, self._candidates, *_machine()]
-        depends += [model_sha256(self._beside)] if self._beside else []
+        depends += [_digest(self._beside)] if self._beside else []
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         return check_cache(folder, make=True), f"{model_sha256(self._path)[:32]}-{key[:32]}{SUFFIX}"
 
@@ -300,6 +300,19 @@ def _beside(path: Path) -> Path | None:
     """Return the graph for ncnn in the folder beside an .onnx file that `cmfast-export --format ncnn` names."""
     file = path.parent / f"{path.stem}_ncnn" / NCNN
     return file if format_of(path) is ONNX and file.is_file() else None
+
+
+def _identity(manifest: Manifest) -> tuple[object, ...]:
+    """Return what two exports of one checkpoint have in common."""
+    return manifest.kind, manifest.spec.with_class_names(()), manifest.source.get("sha256")
+
+
+def _digest(file: Path) -> str:
+    """Return the digest of what lies beside the file; "" where it is not whole: opening it says why."""
+    try:
+        return model_sha256(file)
+    except (ArtifactError, OSError):
+        return ""
 
 
 def _probes(reference: Backend, batch: int, inputs: Inputs) -> list[dict[str, npt.NDArray[Any]]]:

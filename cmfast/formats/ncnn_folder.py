@@ -8,6 +8,7 @@ two exports are never taken for one model.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,10 +41,8 @@ class NcnnFiles:
         self.manifest = Manifest.from_json(about, str(path.parent / MANIFEST))
         self.graph = _text(path)
         self._weights = external_file(path, f"{path.stem}.bin", hard_links=True).open("rb")
-        sha256 = hashlib.sha256(self.graph.encode())
-        while block := self._weights.read(_BLOCK):
-            sha256.update(block)
-        if sha256.hexdigest() != self.manifest.graph_sha256:
+        self._before = self._state()
+        if self._sha256() != self.manifest.graph_sha256:
             self.close()
             raise ArtifactError(
                 f"{path}: its graph or the weights in {path.stem}.bin are not those that were verified: one of the "
@@ -61,6 +60,22 @@ class NcnnFiles:
         """File descriptor of the weights."""
         assert self._weights
         return self._weights.fileno()
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights were written to since they were opened."""
+        return self._state() != self._before
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    def _sha256(self) -> str:
+        assert self._weights
+        sha256 = hashlib.sha256(self.graph.encode())
+        while block := self._weights.read(_BLOCK):
+            sha256.update(block)
+        return sha256.hexdigest()
 
     def close(self) -> None:
         """Close the weights."""

@@ -294,3 +294,10 @@ def test_the_folder_for_ncnn_beside_the_file_is_tried(
     assert "dB from ONNX Runtime cpu, need 80" in tried().why
     (folder / "model.bin").write_bytes(b"")
     assert "one of the files is of another export, or damaged" in tried().why
+    monkeypatch.setenv("CMFAST_CACHE", str(tmp_path / "cache"))
+    (folder / "model.bin").unlink()
+    assert "'model.bin', which is not beside it" in tried().why
+    weights.tofile(folder / "model.bin")
+    for other in ({"source": {"sha256": "0" * 64}}, {"sigma_max": 70.0, "sigmas": {"1": [70.0]}}):
+        (folder / "manifest.json").write_text(json.dumps(about | other))
+        assert "another model than model.onnx, by its manifest" in tried().why

@@ -19,7 +19,8 @@ import pytest
 import cmfast
 from cmfast.cli import info, sample
 from cmfast.errors import CheckFailed, CmfastError
-from cmfast.formats.manifest import Manifest
+from cmfast.formats.manifest import Input, Manifest
+from cmfast.formats.ncnn_folder import NcnnFiles
 from cmfast_export.cli import main
 from cmfast_export.request import Request
 from cmfast_export.targets.ncnn import folder as target
@@ -68,10 +69,12 @@ def test_the_loop_of_the_page_draws_what_python_draws(
     assert "ncnn cpu" in said.stdout
     checked = call(info.main, "model_ncnn", "--selftest")
     assert "self-test passed: ncnn cpu" in checked.stdout
-    wrong(folder, call, refused)
+    wrong(folder, call, refused, monkeypatch)
 
 
-def wrong(folder: Path, call: Callable[..., Any], refused: Callable[..., None]) -> None:
+def wrong(
+    folder: Path, call: Callable[..., Any], refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that are not those of one export, and options that ncnn lacks, get one line."""
 
     def drawn(*options: str) -> Any:
@@ -94,12 +97,26 @@ def wrong(folder: Path, call: Callable[..., Any], refused: Callable[..., None]) 
             (folder / name).write_bytes(content)
         refused(drawn(), words)
         (folder / name).write_bytes(files[name])
-    graph = files["model.param"].replace(b"Swish", b"Whisp")
     manifest = Manifest.from_json(files["manifest.json"].decode(), "x")
-    sha256 = hashlib.sha256(graph + files["model.bin"]).hexdigest()
+    graph, (_, *sides) = files["model.param"], manifest.spec.shape
+    layers = graph.split()[1]
+    for content, about, words in (  # the digest is right: what ncnn would crash on, or run as something else
+        (graph.replace(b"Swish", b"Whisp"), manifest, "has no layer for Whisp of this network"),
+        (graph.replace(b"\n" + layers, b"\n3", 1), manifest, "and its second line says '3 "),
+        (graph.replace(b" denoised", b" other"), manifest, "the graph has no output denoised"),
+        (b"7767517\n", manifest, "a graph of 0 layers"),
+        (graph, replace(manifest, spec=replace(manifest.spec, shape=(7, *sides))), "the graph's inputs are x 0="),
+        (graph, replace(manifest, dtype="float16"), "ncnn's files are float32, and its manifest says float16"),
+    ):
+        sha256 = hashlib.sha256(content + files["model.bin"]).hexdigest()
+        (folder / "model.param").write_bytes(content)
+        (folder / "manifest.json").write_text(replace(about, graph_sha256=sha256, selftest={}).to_json())
+        refused(drawn(), words)
     (folder / "model.param").write_bytes(graph)
-    (folder / "manifest.json").write_text(replace(manifest, graph_sha256=sha256).to_json())
-    refused(drawn(), "has no layer for Whisp of this network")
+    (folder / "manifest.json").write_bytes(files["manifest.json"])
+    with monkeypatch.context() as during:  # as if another program wrote while it was opened
+        during.setattr(NcnnFiles, "changed", True)
+        refused(drawn(), "its weights were written to since they were opened")
 
 
 def request(out: Path) -> Request:
@@ -170,10 +187,12 @@ def test_blobs_get_the_names_of_inputs_and_output() -> None:
         "Input                    in1                      0 1 in1\n"
         "BinaryOp                 add_0                    2 1 in0 in1 out0 0=0\n"
     )
-    lines = target.named(text, ["x", "sigma"]).splitlines()
+    lines = target.named(
+        text, [Input("x", "float32", ("batch", 3, 4, 5)), Input("sigma", "float32", ("batch",))]
+    ).splitlines()
     assert [line.split() for line in lines[2:]] == [
-        ["Input", "in0", "0", "1", "x"],
-        ["Input", "in1", "0", "1", "sigma"],
+        ["Input", "in0", "0", "1", "x", "0=5", "1=4", "2=3"],
+        ["Input", "in1", "0", "1", "sigma", "0=1"],
         ["BinaryOp", "add_0", "2", "1", "x", "sigma", "denoised", "0=0"],
     ]
 

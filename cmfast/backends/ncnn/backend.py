@@ -21,11 +21,12 @@ import numpy.typing as npt
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import Inputs
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
-from cmfast.formats.manifest import KINDS, Manifest, check_plain
+from cmfast.formats.manifest import KINDS, Input, Manifest, check_plain
 from cmfast.formats.ncnn_folder import NcnnFiles
 from cmfast.formats.onnx_file import DESCRIPTORS
 
 OUTPUT = "denoised"
+SIZES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 11, 2)}  # a row's keys of width, height, depth, channels
 # What ncnn would else compute in where the processor has it.
 NARROW = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage", "use_int8_inference")
 
@@ -79,12 +80,15 @@ class NcnnBackend:
             check_plain(path, self.manifest, "ncnn")
             if self.manifest.kind != KINDS[0]:
                 raise ArtifactError(f"{path}: ncnn's files hold a denoiser, and its manifest says {self.manifest.kind}")
-            self._names = [each.name for each in self.manifest.inputs]
-            check_graph(self._ncnn, path, files.graph, self._names)
+            if self.manifest.dtype != "float32":
+                raise ArtifactError(f"{path}: ncnn's files are float32, and its manifest says {self.manifest.dtype}")
+            check_graph(self._ncnn, path, files.graph, self.manifest.inputs)
             self._net = new_net(self._ncnn, threads or _cores())
             weights = DESCRIPTORS / str(files.descriptor) if DESCRIPTORS.is_dir() else path.with_suffix(".bin")
             if self._net.load_param_mem(files.graph) or self._net.load_model(str(weights)):
                 raise ArtifactError(f"{path}: ncnn {version('ncnn')} cannot read its files")
+            if files.changed:
+                raise ArtifactError(f"{path}: its weights were written to since they were opened; open it again")
 
     def __reduce__(self) -> tuple[object, tuple[Origin]]:
         return pickled(self)
@@ -107,10 +111,10 @@ class NcnnBackend:
     def _one(self, inputs: Mapping[str, Any]) -> npt.NDArray[np.float32]:
         status, out = begun(self._ncnn, self._net, inputs).extract(OUTPUT)
         if status:  # then there may be no output to look at
-            raise CmfastError(f"ncnn could not run the graph (status {status})")
+            raise BackendError(f"ncnn could not run the graph (status {status})")
         found = np.array(out, np.float32)
         if found.size != np.prod(self.manifest.spec.shape):
-            raise CmfastError(f"ncnn returned {list(found.shape)}, expected is {list(self.manifest.spec.shape)}")
+            raise BackendError(f"ncnn returned {list(found.shape)}, expected is {list(self.manifest.spec.shape)}")
         return found
 
 
@@ -134,20 +138,35 @@ def begun(ncnn: Any, net: Any, inputs: Mapping[str, Any]) -> Any:
     return run
 
 
-def check_graph(ncnn: Any, path: Path, graph: str, inputs: Sequence[str]) -> None:
+def sizes(shape: Sequence[int | str]) -> list[str]:
+    """Return the words that say in a row of a graph which sizes a blob has."""
+    if len(shape) not in SIZES:
+        raise CmfastError(f"ncnn's blobs have at most {max(SIZES)} axes, got {list(shape)}")
+    return [f"{key}={side}" for key, side in zip(SIZES[len(shape)], reversed(shape), strict=True)]
+
+
+def check_graph(ncnn: Any, path: Path, graph: str, inputs: Sequence[Input]) -> None:
     """Raise ArtifactError where ncnn would crash, skip operators, or take other inputs than `inputs`.
 
-    Operators that ncnn has no layer for are left by pnnx when it converts.
+    Operators that ncnn has no layer for are left by pnnx when it converts. ncnn does not look at the sizes of inputs,
+    and beyond those that the graph is made for it writes where it likes: the rows of the inputs have them.
     """
-    lines = [line.split() for line in graph.splitlines()[2:] if line.strip()]
+    _, counts, *rest = graph.splitlines() if graph.count("\n") > 2 else ("", "", "")
+    lines = [line.split() for line in rest if line.strip()]
+    if counts.split()[:1] != [str(len(lines))]:
+        raise ArtifactError(f"{path}: a graph of {len(lines)} layers, and its second line says {counts[:40]!r}")
     kinds = {words[0] for words in lines}
     if lacking := sorted(kind for kind in kinds if ncnn.layer_to_index(kind) < 0):
         raise ArtifactError(f"{path}: ncnn {version('ncnn')} has no layer for {', '.join(lacking)} of this network")
-    found = [words[4] for words in lines if words[0] == "Input" and len(words) > 4]
-    if found != list(inputs):
+    found = [" ".join(words[4:]) for words in lines if words[0] == "Input"]
+    wanted = [" ".join([each.name, *sizes(each.shape[1:] or [1])]) for each in inputs]
+    if found != wanted:
         raise ArtifactError(
-            f"{path}: the graph's inputs are {', '.join(found)}; its manifest needs {', '.join(inputs)}"
+            f"{path}: the graph's inputs are {', '.join(found)}; its manifest needs {', '.join(wanted)}; "
+            "export it again"
         )
+    if not any(OUTPUT in words[4:] for words in lines):
+        raise ArtifactError(f"{path}: the graph has no output {OUTPUT}")
 
 
 def _cores() -> int:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmfast.backends.ncnn import backend
-from cmfast.backends.ncnn.backend import OUTPUT, NcnnBackend, check_graph
+from cmfast.backends.ncnn.backend import OUTPUT, SIZES, NcnnBackend, check_graph, sizes
 from cmfast.errors import CheckFailed, CmfastError, MissingDependency
 from cmfast.files import atomic_folder, check_target_folder, write_text
 from cmfast.formats.manifest import Input, Manifest, rounding
@@ -100,7 +100,7 @@ def write(model: Checkpoint | Denoiser, request: Request) -> Written:
     manifest = replace(manifest, made_by=made_by, selftest=record_selftest(Model(reference), atol)).fitting(ROOM)
     with atomic_folder(request.out) as folder:
         param, weights = _converted(pnnx, reference.denoiser, manifest, folder / "scratch")
-        check_graph(ncnn, request.out, param, [each.name for each in manifest.inputs])
+        check_graph(ncnn, request.out, param, manifest.inputs)
         (folder / "model.bin").write_bytes(weights)
         param = tuned(ncnn, param, folder / "model.bin", manifest)
         (folder / "model.param").write_text(param, encoding="ascii")
@@ -134,21 +134,23 @@ def _converted(pnnx: Path, denoiser: Denoiser, manifest: Manifest, scratch: Path
     if done.returncode or not param.is_file() or not weights.is_file():
         said = (done.stderr + done.stdout).strip().splitlines()
         raise CmfastError(f"pnnx could not convert the network (exit status {done.returncode}): {said[-1:] or ''}")
-    found = named(param.read_text(encoding="ascii"), names), weights.read_bytes()
+    found = named(param.read_text(encoding="ascii"), manifest.inputs), weights.read_bytes()
     shutil.rmtree(scratch)
     return found
 
 
-def named(param: str, inputs: Sequence[str]) -> str:
-    """Return the text of a .param with blobs in0, in1, .. and out0 under the names of inputs and output."""
-    words = {f"in{index}": name for index, name in enumerate(inputs)} | {"out0": OUTPUT}
+def named(param: str, inputs: Sequence[Input]) -> str:
+    """Return the text of a .param with blobs in0, in1, .. and out0 under their names, and the sizes of the inputs."""
+    words = {f"in{index}": each.name for index, each in enumerate(inputs)} | {"out0": OUTPUT}
+    sides = {each.name: sizes(each.shape[1:] or [1]) for each in inputs}
     magic, counts, *layers = param.splitlines()
     lines = [magic, counts]
     for layer in layers:
         kind, name, of_inputs, of_outputs, *rest = layer.split()
         count = int(of_inputs) + int(of_outputs)
         blobs = [words.get(blob, blob) for blob in rest[:count]]
-        lines.append(" ".join([f"{kind:<24}", f"{name:<24}", of_inputs, of_outputs, *blobs, *rest[count:]]))
+        more = sides[blobs[0]] if kind == "Input" else rest[count:]
+        lines.append(" ".join([f"{kind:<24}", f"{name:<24}", of_inputs, of_outputs, *blobs, *more]))
     return "\n".join(lines) + "\n"
 
 
@@ -177,9 +179,8 @@ def tuned(ncnn: Any, param: str, weights: Path, manifest: Manifest) -> str:
         if status:
             raise CmfastError(f"ncnn could not run the graph up to {name} (status {status})")
         if loose:
-            sizes = {0: found.w, 1: found.h, 11: found.d, 2: found.c}
-            used = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 11, 2)}[found.dims]
-            row[first + 1 :] = [f"{key}={sizes[key]}" for key in used]
+            sides = {0: found.w, 1: found.h, 11: found.d, 2: found.c}
+            row[first + 1 :] = sizes([sides[key] for key in reversed(SIZES[found.dims])])
         elif found.w * found.h <= FEW_PIXELS:
             row.append(NO_WINOGRAD)
     return "\n".join([magic, counts, *(" ".join(row) for row in rows)]) + "\n"
