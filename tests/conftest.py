@@ -105,6 +105,19 @@ def drop_signal_stack() -> None:
         ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, SS_DISABLE, 0)), None)
 
 
+_kill = os.kill
+
+
+def kill_on_own_stack(process: int, number: int) -> None:
+    """Do what os.kill does; of this process after `drop_signal_stack`, as the test may have imported such a library."""
+    if process == os.getpid():
+        drop_signal_stack()
+    _kill(process, number)
+
+
+pytest.MonkeyPatch().setattr(os, "kill", kill_on_own_stack)
+
+
 NEW_MODULES = 100  # imported since the last freeze: a library and what it imports
 _frozen_modules = [0]
 
