@@ -31,6 +31,7 @@ import numpy as np
 
 import cmfast
 from cmfast.bench import timing
+from cmfast.checks import usable_cores
 from cmfast.cli.parameters import MODEL
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError, one_line
@@ -56,8 +57,8 @@ KILL_AFTER = 0.3  # of the shards: then a worker is killed
 def command(model: Path, number: int, steps: int, shard: int, count: int, rounds: int, json_file: Path | None) -> None:
     """Time shards from a Ray cluster."""
     check_outputs({"--json": json_file}, [model])
-    if not 2 <= count <= timing.usable_cores():
-        raise CmfastError(f"--workers must be from 2 to the {timing.usable_cores()} cores here, got {count}")
+    if not 2 <= count <= usable_cores():
+        raise CmfastError(f"--workers must be from 2 to the {usable_cores()} cores here, got {count}")
     how = How.of(model, "cpu", 1, "", "", None)
     sha256 = model_sha256(model)
     with one_core():

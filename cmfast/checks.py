@@ -77,6 +77,13 @@ def array_of_numbers(name: str, value: Any) -> npt.NDArray[Any]:
     return array
 
 
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_threads(threads: object) -> int | None:
     """Return the number of CPU threads; None: the backend's choice."""
     if threads is None:

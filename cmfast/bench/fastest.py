@@ -29,7 +29,7 @@ from cmfast.backends import Backend, Inputs, model_path, open_backend
 from cmfast.backends.cache import check_cache, read_entry, write_entry
 from cmfast.backends.origin import Origin, pickled, states_of
 from cmfast.bench.timing import interleave, summarise
-from cmfast.checks import psnr_db, shown
+from cmfast.checks import psnr_db, shown, usable_cores
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import INT8, Manifest
 from cmfast.formats.shipped import NCNN
@@ -339,8 +339,7 @@ def _machine() -> list[str]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         about |= {line for line in cpuinfo.read_text().splitlines() if line.startswith(("model name", "flags"))}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [*sorted(about), str(cores), *map(_version, PACKAGES)]
+    return [*sorted(about), str(usable_cores()), *map(_version, PACKAGES)]
 
 
 def _version(package: str) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.bench import timing
-from cmfast.checks import check_threads
+from cmfast.checks import check_threads, usable_cores
 from cmfast.errors import CmfastError, one_line
 from cmfast.formats.manifest import may_use_tf32
 from cmfast.formats.small_onnx import cast_model, chain_model
@@ -214,7 +214,7 @@ def _numpy_product(side: int) -> Way:
 
 
 def _numpy_copy(threads: int | None) -> Way:
-    workers = threads or timing.usable_cores()
+    workers = threads or usable_cores()
     pool = ThreadPoolExecutor(workers)  # one core alone does not use up the memory of many
     source = np.ones(NUMBERS["cpu"], np.float32)
     parts = [np.array_split(array, workers) for array in (np.empty_like(source), source)]

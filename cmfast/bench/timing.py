@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cmfast
+from cmfast.checks import usable_cores
 from cmfast.errors import CmfastError
 
 PACKAGES = (
@@ -216,13 +217,6 @@ def commit() -> dict[str, Any] | None:
     code = (":(top)cmfast", ":(top)train", ":(top)export", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
     status = _output("git", "-C", str(here), "status", "--porcelain", "--", *code)
     return None if head is None else {"commit": head, "dirty": status != ""}
-
-
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def load_average() -> float | None:

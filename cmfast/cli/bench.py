@@ -19,6 +19,8 @@ from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cmfast.bench.comparison import Prepared
     from cmfast.bench.record import Record
     from cmfast.bench.suite.record import SuiteRecord
@@ -200,15 +202,7 @@ def command(
         return
     record = measure(prepared)
     show(record)
-    if json_file is not None:
-        record.save(json_file)
-        click.echo(f"the record is in {json_file}")
-    if plot is not None:
-        draw(record, plot)
-        click.echo(f"the chart is in {plot}")
-    if record.warning:
-        click.echo(f"warning: {record.warning}")
-    click.echo(f"next: {_next_command(record, prepared)}")
+    _keep(record, json_file, functools.partial(draw, record), plot, _next_command(record, prepared))
 
 
 def _check_options(context: click.Context, suite: str | None) -> None:
@@ -243,15 +237,7 @@ def _run_suite(request: SuiteRequest, json_file: Path | None, plot: Path | None,
         return
     record = run_suite(request, functools.partial(click.echo, err=True))
     show(record)
-    if json_file is not None:
-        record.save(json_file)
-        click.echo(f"the record is in {json_file}")
-    if plot is not None:
-        draw(record, plot)
-        click.echo(f"the chart is in {plot}")
-    if record.warning:
-        click.echo(f"warning: {record.warning}")
-    click.echo(f"next: {_next_of_suite(record)}")
+    _keep(record, json_file, functools.partial(draw, record), plot, _next_of_suite(record))
 
 
 def _next_of_suite(record: SuiteRecord) -> str:
@@ -277,6 +263,21 @@ def _next_of_suite(record: SuiteRecord) -> str:
         made = f"cmfast-export {shlex.quote(str(request.baseline))} {options} -o {name} && ".replace("  ", " ")
     sample = f"cmfast-sample {shlex.quote(str(path))}{how} --threads {first.threads} -n 64{record.sample_arguments}"
     return made + sample
+
+
+def _keep(
+    record: Record | SuiteRecord, json_file: Path | None, draw: Callable[[Path], None], plot: Path | None, command: str
+) -> None:
+    """Write a record and its chart, then print the record's warning and the command that comes next."""
+    if json_file is not None:
+        record.save(json_file)
+        click.echo(f"the record is in {json_file}")
+    if plot is not None:
+        draw(plot)
+        click.echo(f"the chart is in {plot}")
+    if record.warning:
+        click.echo(f"warning: {record.warning}")
+    click.echo(f"next: {command}")
 
 
 def _next_command(record: Record, prepared: Prepared) -> str:

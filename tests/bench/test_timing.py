@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import cmfast
 from cmfast.bench import timing
+from cmfast.checks import usable_cores
 from cmfast.errors import CmfastError
 
 
@@ -167,7 +168,7 @@ def test_percentiles_are_those_of_numpy(values: list[float], fraction: float) ->
 # noise_warning
 
 CALM = {"calm": [1.0] * 10}
-LIMIT = timing.MAX_LOAD * timing.usable_cores()
+LIMIT = timing.MAX_LOAD * usable_cores()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_a_quiet_machine_is_not_warned_of(times: dict[str, list[float]], load: f
             None,
             "wilder spread by a factor of 3.00",
         ),
-        (CALM, LIMIT + 1, None, f"the load average is {LIMIT + 1:.1f} on {timing.usable_cores()} core(s)"),
+        (CALM, LIMIT + 1, None, f"the load average is {LIMIT + 1:.1f} on {usable_cores()} core(s)"),
         (CALM, None, 0.02, "the host gave 2.0% of the CPU time to other machines"),
     ],
 )
@@ -244,7 +245,7 @@ def test_the_provenance_of_a_record_names_date_machine_versions_and_commit() -> 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
     graphics = {"gpu", "driver", "compute_capability", "gpu_memory_mib"}
     assert set(found["machine"]) == {"cpu", "cores", "ram_gib", "os", "python", *graphics}
-    assert found["machine"]["cores"] == timing.usable_cores() >= 1
+    assert found["machine"]["cores"] == usable_cores() >= 1
     assert found["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["versions"]["cmfast"] == cmfast.__version__
     assert found["versions"]["numpy"] == np.__version__

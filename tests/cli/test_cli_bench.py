@@ -25,7 +25,8 @@ import cmfast
 from cmfast.backends import open_backend
 from cmfast.backends.openvino.library import capabilities, import_openvino
 from cmfast.bench import comparison
-from cmfast.bench.timing import FEW, usable_cores
+from cmfast.bench.timing import FEW
+from cmfast.checks import usable_cores
 from cmfast.cli.bench import main
 from cmfast.formats.manifest import Manifest
 from cmfast_train.checkpoint import Checkpoint, save_checkpoint

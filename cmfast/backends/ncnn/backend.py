@@ -8,7 +8,6 @@ Its convolutions are Winograd's where that is faster, which no other backend of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import Inputs
+from cmfast.checks import usable_cores
 from cmfast.errors import ArtifactError, BackendError, CmfastError, MissingDependency
 from cmfast.formats.manifest import KINDS, Input, Manifest, check_plain
 from cmfast.formats.ncnn_folder import NcnnFiles
@@ -83,7 +83,7 @@ class NcnnBackend:
             if self.manifest.dtype != "float32":
                 raise ArtifactError(f"{path}: ncnn's files are float32, and its manifest says {self.manifest.dtype}")
             check_graph(self._ncnn, path, files.graph, self.manifest.inputs)
-            self._net = new_net(self._ncnn, threads or _cores())
+            self._net = new_net(self._ncnn, threads or usable_cores())
             weights = DESCRIPTORS / str(files.descriptor) if DESCRIPTORS.is_dir() else path.with_suffix(".bin")
             if self._net.load_param_mem(files.graph) or self._net.load_model(str(weights)):
                 raise ArtifactError(f"{path}: ncnn {version('ncnn')} cannot read its files")
@@ -167,8 +167,3 @@ def check_graph(ncnn: Any, path: Path, graph: str, inputs: Sequence[Input]) -> N
         )
     if not any(OUTPUT in words[4:] for words in lines):
         raise ArtifactError(f"{path}: the graph has no output {OUTPUT}")
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores or 1

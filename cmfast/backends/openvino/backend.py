@@ -26,6 +26,7 @@ from cmfast.backends.openvino.precise import marked
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.ports import Port, check_ports
 from cmfast.backends.protocol import Inputs
+from cmfast.checks import usable_cores
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
 from cmfast.formats.manifest import Manifest, check_plain
 from cmfast.formats.onnx_file import DESCRIPTORS, OnnxFile
@@ -179,8 +180,7 @@ def _streams(path: Path, device: str, variant: str, threads: int | None) -> int:
         raise BackendError(f"{path}: OpenVINO has the variants {there}, not {words!r}")
     if not words:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return threads or cores or 1
+    return threads or usable_cores()
 
 
 def _ports(nodes: Any) -> list[Port]:

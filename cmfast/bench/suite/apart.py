@@ -17,7 +17,7 @@ from cmfast.bench.suite.measure import Measured
 from cmfast.bench.suite.record import ProcessRow, StartRow
 from cmfast.bench.suite.ways import Way
 from cmfast.bench.suite.worker import Started, Task, Worked
-from cmfast.bench.timing import usable_cores
+from cmfast.checks import usable_cores
 from cmfast.errors import BackendError, one_line
 
 T = TypeVar("T", Started, Worked)

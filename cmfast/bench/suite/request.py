@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cmfast.bench.request import MAX_SECONDS, MAX_VALUES
 from cmfast.bench.suite.ways import PRECISIONS
-from cmfast.bench.timing import usable_cores
-from cmfast.checks import MAX_BATCH, check_threads, shown
+from cmfast.checks import MAX_BATCH, check_threads, shown, usable_cores
 from cmfast.errors import CmfastError
 from cmfast.formats.manifest import check_model
 from cmfast.formats.table import NCNN, ONNX, format_of
