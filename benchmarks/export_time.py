@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 
+from cmfast.backends.onnxruntime_library import CPU, import_onnxruntime
 from cmfast.bench import timing
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
@@ -119,11 +120,9 @@ def run(arguments: Sequence[str]) -> tuple[str, Any]:
 
 def difference(files: Mapping[str, Path]) -> float:
     """Return the largest difference between what two files compute; beyond APART it is a failed check."""
-    import onnxruntime
-
     results = []
     for file in files.values():
-        session = onnxruntime.InferenceSession(os.fspath(file), providers=["CPUExecutionProvider"])
+        session = import_onnxruntime().InferenceSession(os.fspath(file), providers=[CPU])
         rng, sigma = np.random.default_rng(0), np.geomspace(0.002, 80, 5).astype(np.float32)
         shape = session.get_inputs()[0].shape[1:]
         x = rng.uniform(-1, 1, (5, *shape)) + sigma.reshape(-1, 1, 1, 1) * rng.standard_normal((5, *shape))

@@ -182,6 +182,10 @@ def _expressible(checkpoint: Checkpoint) -> tuple[AdmConfig, ModelSpec]:
             f"heads is {config.heads}; diffusers' UNet2DModel has heads of one width everywhere, attention_head_dim: "
             "export it as ONNX"
         )
+    if config.patch > 1:
+        raise CmfastError(
+            f"patch is {config.patch}; diffusers' UNet2DModel takes pixels as they are: export it as ONNX"
+        )
     if config.two_times:
         raise CmfastError(
             "two_times is True; diffusers' UNet2DModel embeds one noise level and no second: export it as ONNX"

@@ -74,6 +74,7 @@ class TrainConfig:
     res_blocks: int = 2  # per level; this and the rest of the network's fields are adm's
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     attention: tuple[int, ...] = (16,)  # heights of the feature maps with attention, pixels
+    patch: int = 1  # side of the squares of pixels that the network takes as channels; 2: a quarter of the positions
     head_channels: int = 64
     dropout: float = 0.0
     # noise levels (data units) and conventions: cmfast.spec
@@ -190,9 +191,9 @@ class TrainConfig:
         """Return the fields of `AdmConfig` or `CloneofsimoConfig` of `networks`, apart from the classes."""
         if self.network == "cloneofsimo":
             return {"image_size": self.image_size, "channels": self.channels, "width": self.model_channels}
-        names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels")
+        names = ("image_size", "channels", "model_channels", "res_blocks", "channel_mult", "attention", "patch")
         two_times = any(row.second_time for row in self.methods)
-        return {name: getattr(self, name) for name in (*names, "dropout")} | {"two_times": two_times}
+        return {name: getattr(self, name) for name in (*names, "head_channels", "dropout")} | {"two_times": two_times}
 
     @property
     def own(self) -> bool:
@@ -317,7 +318,8 @@ def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterab
 
 # Fields that a model of --init sets.
 OF_THE_MODEL = frozenset(
-    {"network", "model_channels", "res_blocks", "channel_mult", "attention", "head_channels", "sigma_min", "sigma_data"}
+    {"network", "model_channels", "res_blocks", "channel_mult", "attention", "patch", "head_channels", "sigma_min",
+     "sigma_data"}
 )
 
 # Fields that may change between a run and its continuation: they do not affect the result.

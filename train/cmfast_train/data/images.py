@@ -32,6 +32,9 @@ from cmfast_train.data.image_reader import MAX_FILE, Fit, check_shape, read_imag
 Batch = tuple[Tensor, ...]  # images uint8 [B, C, H, W] and labels int64 [B]; of other samples, see `arrays`
 LABELLED = ("label",)  # what a batch of images holds beside them
 
+MNIST_KINDS = ("mnist", "fashion-mnist")
+MNIST_SIDES = ((28, 28), (32, 32))  # their size, and with the two pixels of black around them that image_size=32 adds
+
 SYNSETS = 1000  # classes of ImageNet-1k, a folder each
 
 NAMES = {  # of the classes
@@ -243,7 +246,8 @@ def _torchvision(config: TrainConfig, root: Path) -> Images:
         if config.data == "cifar10":
             images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
         else:
-            images = torch.nn.functional.pad(raw.data, (2, 2, 2, 2))[:, None]
+            border = 0 if config.image_sides == MNIST_SIDES[0] else 2
+            images = torch.nn.functional.pad(raw.data, (border,) * 4)[:, None]
         if len(images) != len(labels) or not len(images) or not 0 <= labels.min() <= labels.max() <= 9:
             raise ValueError(f"{len(images)} images with {len(labels)} labels that are not all 0 to 9")
     except Exception as err:  # what damaged files make torchvision raise is not documented

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.data.image_arrays import read_npz_array
 from cmfast_train.data.image_folders import walk
 from cmfast_train.data.image_reader import read_sample
-from cmfast_train.data.images import Data, image_data, load_data
+from cmfast_train.data.images import MNIST_KINDS, MNIST_SIDES, Data, image_data, load_data
 from cmfast_train.evaluation.features import Classifier, Inception, Pixels, extract
 from cmfast_train.evaluation.metrics import (
     add_fake,
@@ -152,6 +153,8 @@ def data_images(data_set: str, root: Path | None, image: tuple[int, int, int], w
     config = PRESETS[data_set]
     if data_set == "folder" and root is not None:
         return image_data(root, image[1:], image[0], labelled=False)
+    if config.data in MNIST_KINDS and tuple(image[1:]) in MNIST_SIDES:
+        config = replace(config, image_size=image[1])
     images = load_data(config, root)
     have = (config.channels, *config.image_sides)
     if have != tuple(image):

@@ -30,7 +30,7 @@ from cmfast.formats.manifest import check_file
 from cmfast_train.backends.torch_cuda import arithmetic
 from cmfast_train.border import reading
 from cmfast_train.checkpoint import safe_load
-from cmfast_train.data.images import to_unit_range
+from cmfast_train.data.images import MNIST_KINDS, MNIST_SIDES, to_unit_range
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
 FORMAT = "cmfast-features/1"
@@ -178,6 +178,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config, self.image, self.num_features = config, config.image, config.features
+        self.border = 0  # pixels of black to add around the images
         channels, height, width = config.image
         self.body = nn.Sequential(
             *_halve(channels, config.width), *_halve(config.width, 2 * config.width), *_halve(2 * config.width, 64)
@@ -187,6 +188,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features."""
+        if self.border:
+            images = nn.functional.pad(images, (self.border,) * 4, value=-1.0)
         features: Tensor = self.penultimate(self.body(images).flatten(1)).relu()
         return features
 
@@ -218,8 +221,10 @@ def _classifier(file: Path, image: tuple[int, int, int]) -> Classifier:
         model.load_state_dict(weights, assign=True)
         if any(value.is_floating_point() and value.dtype != torch.float32 for value in weights.values()):
             raise ValueError("its weights are not float32")
-    if config.image != image:
+    without = config.data_set in MNIST_KINDS and (config.image[1:], image) == (MNIST_SIDES[1], (1, *MNIST_SIDES[0]))
+    if config.image != image and not without:
         raise CmfastError(f"{file}: its features are of images {list(config.image)}, these are {list(image)}")
+    model.image, model.border = image, (config.image[1] - image[1]) // 2
     return model
 
 

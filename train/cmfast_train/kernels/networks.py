@@ -91,15 +91,15 @@ class FusedAdm(nn.Module):
         if self.label_emb is not None:
             emb = emb + self.label_emb(label)
         parts = self.embeddings(F.silu(emb))
-        h = x
-        skips = []
+        patch, skips = self.config.patch, []
+        h = x if patch == 1 else F.pixel_unshuffle(x, patch)
         for stage in self.input_blocks:
             h = _run(of_kind(nn.ModuleList, stage), h, parts)
             skips.append(h)
         for stage in (self.middle_block, *self.output_blocks):  # the last is joined to nothing
             h = _run(of_kind(nn.ModuleList, stage), h, parts, skips.pop() if skips else None)
         y: Tensor = self.conv(self.norm(h))
-        return nhwc(y)
+        return nhwc(y if patch == 1 else F.pixel_shuffle(y, patch))
 
 
 class FusedSong(SongUnet):

@@ -35,6 +35,7 @@ class AdmConfig:
     res_blocks: int = 2  # per level
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each level over model_channels
     attention: tuple[int, ...] = (16,)  # attention where the feature map has this height, pixels
+    patch: int = 1  # pixels, side of the squares that the first convolution takes as channels, and the last one gives
     head_channels: int = 64  # width of an attention head
     heads: int = 0  # of every attention, whatever its width, instead of head_channels; 0: by head_channels
     scale_shift: bool = True  # noise level enters as scale and shift of a norm, else as a sum
@@ -79,8 +80,9 @@ class AdmUnet(nn.Module):
             return layers
 
         width = config.channel_mult[0] * mc
-        skips, height = [width], sides(config.image_size)[0]
-        self.input_blocks = nn.ModuleList([Stage([_conv(config.channels, width)])])
+        skips, height = [width], sides(config.image_size)[0] // config.patch
+        values = config.channels * config.patch**2
+        self.input_blocks = nn.ModuleList([Stage([_conv(values, width)])])
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.res_blocks):
                 self.input_blocks.append(Stage(block(width, mult * mc, height)))
@@ -110,7 +112,7 @@ class AdmUnet(nn.Module):
                     height *= 2
                     layers += block(width, width, height, "up") if config.resblock_updown else [Upsample(width)]
                 self.output_blocks.append(Stage(layers))
-        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, config.channels)))
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zero(_conv(width, values)))
 
     def forward(
         self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_noise_next: Tensor | None = None
@@ -126,8 +128,8 @@ class AdmUnet(nn.Module):
                 emb = emb + self.second_embed(timestep_embedding(second, self.config.model_channels))
             if self.config.classes:
                 emb = emb + self.label_emb(label)
-        skips = []
-        h = x
+        skips, patch = [], self.config.patch
+        h = x if patch == 1 else F.pixel_unshuffle(x, patch)
         for stage in self.input_blocks:
             h = stage(h, emb)
             skips.append(h)
@@ -135,7 +137,8 @@ class AdmUnet(nn.Module):
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
         norm, act, conv = self.out
-        return cast(conv(normalised(norm, h) if fuses(norm, h) else act(norm(h))), wide)
+        y = cast(conv(normalised(norm, h) if fuses(norm, h) else act(norm(h))), wide)
+        return y if patch == 1 else F.pixel_shuffle(y, patch)
 
 
 class Stage(nn.Sequential):
@@ -218,9 +221,22 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(GROUPS, channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._trained_on_cpu(x)
         if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:  # casts to the same type slow down every trace
             return super().forward(x)
         return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+    def _trained_on_cpu(self, x: Tensor) -> Tensor:
+        """PyTorch's kernels of a CPU take bfloat16 with float32 weights, and are slow in channels_last.
+
+        There and back costs a third of what it saves. 64 images of 32 channels and 28x28 pixels, forwards and
+        backwards, two cores: 5.5 ms in channels_last, 1.6 in the usual layout, 0.7 there in bfloat16.
+        """
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        y = F.group_norm(x.contiguous(), GROUPS, cast(self.weight, wide), cast(self.bias, wide), self.eps)
+        return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 class Downsample(nn.Module):

@@ -40,7 +40,7 @@ def check_values(sizes: Sizes) -> None:
 def adm_sizes(f: Mapping[str, Any]) -> Sizes:
     """Yield the size of every tensor of `adm.AdmUnet` with these fields of AdmConfig."""
     mc, emb, mults = f["model_channels"], 4 * f["model_channels"], f["channel_mult"]
-    height = _height(f["image_size"])
+    height, values = _height(f["image_size"]) // f["patch"], f["channels"] * f["patch"] ** 2
 
     def block(c_in: int, c_out: int) -> Sizes:
         yield from (*_norm(c_in), *_conv(c_in, c_out, 3), *_linear(emb, (2 if f["scale_shift"] else 1) * c_out))
@@ -59,7 +59,7 @@ def adm_sizes(f: Mapping[str, Any]) -> Sizes:
     if f["classes"]:
         yield f["classes"] * emb
     width = mults[0] * mc
-    yield from _conv(f["channels"], width, 3)
+    yield from _conv(values, width, 3)
     skips = [width]
     for level, mult in enumerate(mults):
         for _ in range(f["res_blocks"]):
@@ -80,7 +80,7 @@ def adm_sizes(f: Mapping[str, Any]) -> Sizes:
                 yield from attention(width)
             if level and i == f["res_blocks"]:
                 yield from resampling(width)
-    yield from (*_norm(width), *_conv(width, f["channels"], 3))
+    yield from (*_norm(width), *_conv(width, values, 3))
 
 
 def edm_sizes(f: Mapping[str, Any], song: bool) -> Sizes:

@@ -56,7 +56,7 @@ def check_image(channels: Any, size: Any) -> None:
 def check_network(fields: Mapping[str, Any]) -> None:
     """Raise CmfastError unless a network can be built with these fields of `networks.adm.AdmConfig`."""
     check_image(fields["channels"], fields["image_size"])
-    names = ("model_channels", "res_blocks", "head_channels")
+    names = ("model_channels", "res_blocks", "head_channels", *(("patch",) if "patch" in fields else ()))
     mult, attention = fields["channel_mult"], fields["attention"]
     for name, value in [*((n, fields[n]) for n in names), *(("channel_mult", m) for m in mult)]:
         if type(value) is not int or value < 1:
@@ -65,16 +65,18 @@ def check_network(fields: Mapping[str, Any]) -> None:
         raise CmfastError("channel_mult must name at least one level, for example channel_mult=1,2,2")
     check_blocks(fields)
     size, width = fields["image_size"], fields["model_channels"]
-    height = sides(size)[0]
+    patch = fields.get("patch", 1)
+    height = sides(size)[0] // patch
     heads = fields.get("heads", 0)
     if type(heads) is not int or heads < 0:
         raise CmfastError(f"heads must be a whole number from 0 (by head_channels), got {shown(heads)}")
     name = "heads" if heads else "head_channels"
     divisor = heads or fields["head_channels"]
-    if any(side % 2 ** (len(mult) - 1) for side in sides(size)):
+    if any(side % (patch * 2 ** (len(mult) - 1)) for side in sides(size)):
+        after = f" after squares of patch={patch} pixels" if patch > 1 else ""
         raise CmfastError(
-            f"image_size={size_text(size)} cannot be halved {len(mult) - 1} times, as channel_mult={tuple(mult)} "
-            f"needs; it must be a multiple of {2 ** (len(mult) - 1)}"
+            f"image_size={size_text(size)} cannot be halved {len(mult) - 1} times{after}, as "
+            f"channel_mult={tuple(mult)} needs; it must be a multiple of {patch * 2 ** (len(mult) - 1)}"
         )
     if width % GROUPS:
         raise CmfastError(f"model_channels must be a multiple of {GROUPS}, got {width}")
