@@ -102,7 +102,9 @@ def bench(networks: str, seconds: float, **common: Any) -> int | None:
 
 @command.command("train")
 @_options(240)
-@click.option("--preset", type=click.Choice(["mnist", "digits"]), help="Default: mnist; in a rehearsal digits.")
+@click.option(
+    "--preset", type=click.Choice(["mnist-large", "digits"]), help="Default: mnist-large; in a rehearsal digits."
+)
 @click.option("--data-root", type=PATH, help="Folder of MNIST's files, packed or not.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a field, as in cmfast-train.")
 @click.option("--run", "folder", type=PATH, help="Folder of the run; default: NAME_run beside --out.")
@@ -110,7 +112,7 @@ def train(
     preset: str | None, data_root: Path | None, settings: tuple[str, ...], folder: Path | None, **common: Any
 ) -> int | None:
     """Train a preset within the budget, evaluate it, draw samples."""
-    out, preset = common["out"], preset or ("mnist" if common["device"] == "cuda" else "digits")
+    out, preset = common["out"], preset or ("mnist-large" if common["device"] == "cuda" else "digits")
     folder = folder or out.with_name(f"{out.stem}_run")
     if preset != "digits" and data_root is None:
         raise CmfastError(f"the preset {preset} needs its data; add --data-root DIR")

@@ -29,7 +29,7 @@ from gpu_bench import ceiling_items
 from gpu_cells import Bench, Cell
 from gpu_items import Item, NotHere
 from gpu_lines import Line
-from networks import random_model
+from networks import OF_PRESET, random_model
 
 # Relative: products in float32 come to some 3e-7, Winograd's convolutions to ten times that; TF32, with operands of 11
 # bits, to 3e-4.
@@ -199,14 +199,14 @@ def train_steps(device: str, network: str, precision: str) -> Line:
     """
     from accelerate.state import AcceleratorState
 
-    from cmfast_train.config.presets import PRESETS, phase
+    from cmfast_train.config.presets import phase
     from cmfast_train.training.trainer import train
 
     if device == "cpu" and precision == "fp16":
         raise NotHere("training in fp16 needs CUDA")
     # A process has one precision for all its Accelerators; this is how accelerate's own tests have several.
     AcceleratorState._reset_state(reset_partial_state=True)
-    preset = PRESETS[network]
+    preset = OF_PRESET[network]
     batch, steps = (preset.batch, 40 if precision == "bf16" else 4) if device == "cuda" else (8, 4)
     phases = (phase("edm", steps * batch), phase("ect", steps * batch, stages=(6, 6)))
     config = dataclasses.replace(

@@ -79,7 +79,7 @@ class Recipe:
 # * edm 0.35: with 0.4, a batch of 128 and 141 seconds, two steps of ect came nearer to the data than one did (2.2 and
 #   4.1), so what lacked was ect.
 RECIPES: dict[str, Recipe] = {
-    "mnist": Recipe(
+    "mnist-large": Recipe(
         settings=(
             "batch=256", "c_noise=trig", "edm.lr=7e-4", "edm.lr_decay=0.5", "edm.ema=0.999", "ect.lr=4e-4",
             "ect.lr_decay=0.5", "ect.ema=0.999", "ect.stages=1,6",
@@ -222,8 +222,9 @@ class Training:
         if self._reference is None:
             preset = self.request.preset
             image = (PRESETS[preset].channels, *PRESETS[preset].image_sides)
-            name = default_features(preset)
-            features, images = load_features(name, image), data_images(preset, self.data_root(), image)
+            data_set = PRESETS[preset].data
+            name = default_features(data_set)
+            features, images = load_features(name, image), data_images(data_set, self.data_root(), image)
             reference = Reference(features, images, ("fd",), seed=0, device=self.request.device)
             about = {
                 "features": features_record(features, name),

@@ -25,7 +25,7 @@ from cmfast.errors import CheckFailed
 from cmfast.files import check_outputs, write_text
 from cmfast_export.int8.options import TOLERANCE_DB
 from cmfast_export.pipeline import export_onnx
-from cmfast_train.config.presets import PRESETS
+from cmfast_train.config.presets import DATA_SETS
 from cmfast_train.evaluation.config import EvalConfig
 from cmfast_train.evaluation.run import evaluate
 
@@ -34,7 +34,7 @@ COMPARED = 64  # samples whose pixels are compared
 
 
 @click.command("int8.py")
-@click.argument("name", type=click.Choice(list(PRESETS)))
+@click.argument("name", type=click.Choice(DATA_SETS))
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--steps", type=INTS, help="Network calls an image; default: all that the model has levels for.")
 @click.option("-n", "number", type=int, help="Samples; default: as many as there are data, at most 10,000.")

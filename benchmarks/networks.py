@@ -17,6 +17,7 @@ from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.initial_model import network_config
 
 NAMES = ("digits", "mnist", "cifar10", "imagenet64")  # 0.8M, 7.7M, 43M and OpenAI's 296M
+OF_PRESET = {name: PRESETS["mnist-large" if name == "mnist" else name] for name in NAMES}
 
 
 def random_model(name: str, device: str = "cpu") -> Checkpoint:
@@ -29,7 +30,7 @@ def random_model(name: str, device: str = "cpu") -> Checkpoint:
         config = AdmConfig(image_size=64, attention=(32, 16, 8), head_channels=HEAD_CHANNELS, **NETWORKS[64])
         spec = ModelSpec(shape=(3, 64, 64), conditions=(class_label(config.classes),))
     else:
-        config, spec = network_config(PRESETS[name], 10), PRESETS[name].spec(10)
+        config, spec = network_config(OF_PRESET[name], 10), OF_PRESET[name].spec(10)
     with torch.device("meta"):  # what it would begin with takes seconds, and is not used
         network = AdmUnet(config)
     network.to_empty(device=device)

@@ -290,7 +290,7 @@ def config_of(options: Options, *settings: str) -> TrainConfig:
     method = [f"phases=ct:{options.batch * 100_000}", "ct.lr=1e-4", f"ct.s0={LEVELS}", f"ct.s1={LEVELS}"]
     # Without the clip RAdam, whose first steps do not divide by the size of the gradient, diverges in this scaling.
     target = ["ct.mu=fixed", f"ct.mu0={math.exp(2 * math.log(0.95) / LEVELS)}", "ct.clip_norm=1"]
-    return override(PRESETS["mnist"], [*shape, *conventions, *method, *target, *settings])
+    return override(PRESETS["mnist-large"], [*shape, *conventions, *method, *target, *settings])
 
 
 def compare(run: Run, x0: Tensor, options: Options, name: str) -> dict[str, float]:

@@ -293,7 +293,7 @@ def test_packed_files_of_mnist_are_put_where_torchvision_looks(tmp_path: Path) -
     for name in MNIST_FILES:
         (tmp_path / "data" / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
     request = TrainRequest(
-        preset="mnist", settings=(), data_root=tmp_path / "data", run=tmp_path / "run", out=tmp_path / "out.jsonl",
+        preset="mnist-large", settings=(), data_root=tmp_path / "data", run=tmp_path / "run", out=tmp_path / "out.jsonl",
         device="cpu", until=0.0, budget=1.0,
     )  # fmt: skip
     root = Training(request, None).data_root()  # type: ignore[arg-type]
@@ -395,9 +395,9 @@ def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_p
 
 
 def test_a_preset_whose_data_are_files_needs_them(tmp_path: Path) -> None:
-    command = gpu("train", "--preset", "mnist", "--device", "cpu", "--out", tmp_path / "out.jsonl")
+    command = gpu("train", "--preset", "mnist-large", "--device", "cpu", "--out", tmp_path / "out.jsonl")
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist needs its data; add --data-root DIR\n")
+    assert (done.returncode, done.stderr) == (2, "gpu: the preset mnist-large needs its data; add --data-root DIR\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -126,7 +126,7 @@ def test_a_sampler_without_fresh_noise_keeps_its_inputs_and_draws_what_the_pytho
 
 
 def test_a_sampler_of_the_mnist_network_is_hardly_larger_than_its_denoiser() -> None:
-    config = PRESETS["mnist"]
+    config = PRESETS["mnist-large"]
     network = AdmUnet(network_config(config, 10))
     randomise(network)
     checkpoint = Checkpoint(spec=config.spec(10), network=network.config, weights=network.state_dict())

@@ -41,6 +41,7 @@ NETWORKS = {
     "adm, conditional": dataclasses.replace(ADM, classes=7, attention=(8, 4), two_times=True, res_blocks=2),
     "adm, convolutions": dataclasses.replace(ADM, scale_shift=False, resblock_updown=False, attention=(4,), heads=2),
     "adm, one level": dataclasses.replace(ADM, channel_mult=(2,), channels=3),
+    "adm, patches": dataclasses.replace(ADM, image_size=(16, 24), channels=3, patch=2, attention=(8,)),
     "adm, wide": dataclasses.replace(ADM, image_size=(8, 16), attention=(8,)),
     "cloneofsimo": SEED,
     "cloneofsimo, wider": CloneofsimoConfig(image_size=(4, 8), channels=3, width=64),

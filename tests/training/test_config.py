@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmfast.errors import CmfastError
-from cmfast_train.config.about import ABOUT
+from cmfast_train.cli.train import main
+from cmfast_train.config.about import ABOUT, NOT_RUN, RECORDED, YOURS
 from cmfast_train.config.overrides import override
 from cmfast_train.config.phase import phase, types_of
 from cmfast_train.config.presets import PRESETS
@@ -25,7 +27,8 @@ from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.training.initial_model import network_config
 
 DIGITS = PRESETS["digits"]
-
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+Call = Callable[..., Any]
 
 OURS = sorted(PRESETS.keys() - {"arrays"})  # of which is a custom network
 
@@ -33,7 +36,7 @@ OURS = sorted(PRESETS.keys() - {"arrays"})  # of which is a custom network
 @pytest.mark.parametrize("name", OURS)
 def test_a_preset_is_a_run_whose_network_can_be_built(name: str) -> None:
     config = PRESETS[name]
-    assert config.data == ("folder" if name == "flowers32" else name)
+    assert config.data == ("folder" if name == "flowers32" else name.removesuffix("-large"))
     assert network_config(config, 10).image_size == config.image_size
     assert config.images >= sum(phase.images for phase in config.phases) > 0
     assert [phase.method for phase in config.phases] == ["edm", "ect"]
@@ -42,7 +45,25 @@ def test_a_preset_is_a_run_whose_network_can_be_built(name: str) -> None:
 
 def test_every_data_set_has_a_preset_and_every_preset_a_line_of_help() -> None:
     assert {config.data for config in PRESETS.values()} == set(DATA)
-    assert list(ABOUT) == list(PRESETS)
+    assert ABOUT.keys() == PRESETS.keys()
+    assert len(ABOUT) == len(RECORDED) + len(YOURS) + len(NOT_RUN)
+
+
+def test_a_preset_with_a_record_has_one() -> None:
+    for name in RECORDED:
+        training = json.loads((RESULTS / f"shipped_{name}.json").read_text())["training"]
+        assert training["phases"] == to_dict(PRESETS[name])["phases"]
+        assert training["batch"] == PRESETS[name].batch
+
+
+def test_presets_that_were_not_run_are_behind_all(call: Call) -> None:
+    plain, everything = call(main, "--help").stdout, call(main, "--all", "--help").stdout
+    assert everything == call(main, "--help", "--all").stdout
+    for name in PRESETS:
+        listed = f"\n    {name} "
+        assert listed in everything
+        assert (listed in plain) == (name not in NOT_RUN)
+    assert call(main, "digits", "--out", "x", "--all").returncode == 2
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -255,14 +276,14 @@ def test_progressive_distillation_is_a_phase_for_each_number_of_steps() -> None:
     ],
 )
 def test_the_conventions_are_those_of_the_methods_unless_said(phases: str, conventions: tuple[str, str]) -> None:
-    config = override(PRESETS["mnist"], [f"phases={phases}"])
+    config = override(PRESETS["mnist-large"], [f"phases={phases}"])
     assert (config.scaling, config.c_noise) == conventions
     assert (config.spec(10).scaling, config.spec(10).c_noise) == conventions
     again = override(config, ["batch=32"])  # of the same phases
     assert (again.scaling, again.c_noise) == conventions
     back = override(config, ["phases=edm:8"])
     assert (back.scaling, back.c_noise) == ("boundary", "250ln")
-    said = override(override(PRESETS["mnist"], ["c_noise=raw"]), [f"phases={phases}"])
+    said = override(override(PRESETS["mnist-large"], ["c_noise=raw"]), [f"phases={phases}"])
     assert (said.scaling, said.c_noise) == (conventions[0], "raw")
 
 
@@ -336,9 +357,9 @@ def test_what_the_first_implementations_network_cannot_be_is_named(text: str, wo
 
 
 def test_a_configuration_saved_before_there_was_a_choice_of_network_is_read_as_what_it_did() -> None:
-    values = to_dict(PRESETS["mnist"])
+    values = to_dict(PRESETS["mnist-large"])
     del values["network"], values["c_noise"]
-    assert from_dict(values) == PRESETS["mnist"]
+    assert from_dict(values) == PRESETS["mnist-large"]
 
 
 def test_a_run_without_phases_is_told_how_to_name_them() -> None:

@@ -69,8 +69,11 @@ def test_digits_are_1797_labelled_images_of_seventeen_greys() -> None:
 
 
 def test_mnist_is_padded_to_32_pixels() -> None:
-    data = load_data(PRESETS["mnist"], data_root("MNIST", "raw", "train-images-idx3-ubyte"))
+    root = data_root("MNIST", "raw", "train-images-idx3-ubyte")
+    data, plain = load_data(PRESETS["mnist-large"], root), load_data(PRESETS["mnist"], root)
     assert isinstance(data, Images)
+    assert isinstance(plain, Images)
+    assert torch.equal(plain.images, data.images[:, :, 2:-2, 2:-2])
     assert (data.images.shape, data.images.dtype, data.classes) == ((60_000, 1, 32, 32), torch.uint8, 10)
     assert data.labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert torch.bincount(data.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -79,7 +82,7 @@ def test_mnist_is_padded_to_32_pixels() -> None:
 
 
 def test_fashion_mnist_is_padded_to_32_pixels() -> None:
-    data = load_data(PRESETS["fashion-mnist"], data_root("FashionMNIST", "raw", "train-images-idx3-ubyte"))
+    data = load_data(PRESETS["fashion-mnist-large"], data_root("FashionMNIST", "raw", "train-images-idx3-ubyte"))
     assert isinstance(data, Images)
     assert (data.images.shape, data.images.dtype, data.classes) == ((60_000, 1, 32, 32), torch.uint8, 10)
     assert torch.bincount(data.labels).tolist() == [6000] * 10
@@ -95,7 +98,7 @@ def test_fashion_mnist_is_read_from_its_own_folder(tmp_path: Path) -> None:
             pixels, labels = bytes([grey]) * (2 * 28 * 28), bytes([9, 0])
             (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 2, 28, 28) + pixels)
             (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 2) + labels)
-    data = load_data(PRESETS["fashion-mnist"], tmp_path)
+    data = load_data(PRESETS["fashion-mnist-large"], tmp_path)
     assert isinstance(data, Images)
     assert (data.images.shape, data.labels.tolist(), data.classes) == ((2, 1, 32, 32), [9, 0], 10)
     assert data.images[:, :, 2:-2, 2:-2].unique().tolist() == [200]

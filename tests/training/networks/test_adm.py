@@ -96,7 +96,7 @@ def test_some_of_those_keys_by_name() -> None:
     assert lsun["middle_block.1.norm.weight"] == [1024]
 
 
-@pytest.mark.parametrize(("name", "millions"), [("mnist", 7.66), ("cifar10", 42.86)])
+@pytest.mark.parametrize(("name", "millions"), [("mnist", 1.36), ("mnist-large", 7.66), ("cifar10", 42.86)])
 def test_presets_have_the_size_that_is_said_of_them(name: str, millions: float) -> None:
     have = shapes(network_config(PRESETS[name], 0))
     assert round(sum(math.prod(shape) for shape in have.values()) / 1e6, 2) == millions
@@ -193,6 +193,27 @@ def test_group_norm_computes_in_float32_and_returns_what_came() -> None:
     np.testing.assert_allclose(got.float().detach(), group_norm(x.float(), norm.weight, norm.bias).detach(), atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_is_the_same_where_it_is_trained(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    norm, rounding = GroupNorm32(64).to(torch.float64 if dtype == torch.float64 else torch.float32), torch.finfo(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (3 + some(2, 64, 4, 6)).to(dtype).contiguous(memory_format=layout)
+    grad = some(2, 64, 4, 6, seed=1).to(dtype).contiguous(memory_format=layout)
+    found = []
+    for form in (norm, lambda x: group_norm(x, norm.weight.double(), norm.bias.double())):
+        entered = (x if form is norm else x.double()).detach().requires_grad_()
+        y = form(entered)
+        found.append([y, *torch.autograd.grad(y, [entered, norm.weight, norm.bias], grad.to(y.dtype))])
+    assert found[0][0].dtype == dtype
+    assert found[0][0].is_contiguous(memory_format=layout)
+    assert found[0][1].abs().max() > 0.1
+    for ours, formula in zip(*found, strict=True):
+        room = 8 * max(rounding.eps, 1e-7 if dtype == torch.float32 else 0) * float(formula.detach().abs().max())
+        np.testing.assert_allclose(ours.detach().double(), formula.detach().double(), rtol=0, atol=room)
+
+
 def test_the_noise_embedding_has_its_golden_values() -> None:
     t = torch.tensor([250 * math.log(80)])
     embedding = timestep_embedding(t, 192)[0]
@@ -208,7 +229,7 @@ def test_the_noise_embedding_has_its_golden_values() -> None:
     "values",
     [
         {}, {"scale_shift": False}, {"resblock_updown": False}, {"attention": ()}, {"classes": 5},
-        {"res_blocks": 2, "channel_mult": (1, 1, 2)}, {"channels": 3, "head_channels": 64},
+        {"res_blocks": 2, "channel_mult": (1, 1, 2)}, {"channels": 3, "head_channels": 64}, {"patch": 2},
     ],
     ids=str,
 )  # fmt: skip
@@ -226,6 +247,35 @@ def test_every_variant_maps_images_to_images_that_depend_on_everything(values: d
     # An image does not see its neighbours; other batch sizes may only round differently.
     alone = network(x[1:2], c_noise[1:2], label[1:2] if label is not None else None)
     np.testing.assert_allclose(alone, out[1:2], rtol=0, atol=1e-5)
+
+
+def test_a_patch_is_channels_row_by_row() -> None:
+    """Pixel (2 i + row, 2 j + column) of channel c is channel 4 c + 2 row + column at (i, j), on both sides."""
+    network = build(tiny(image_size=(8, 16), patch=2))
+    inner = build(tiny(image_size=(4, 8), channels=8, channel_mult=(1, 2)))
+    inner.load_state_dict(network.state_dict())
+    x, c_noise = some(3, 2, 8, 16), torch.tensor([-1500.0, 0.0, 1000.0])
+    parts = torch.empty(3, 8, 4, 8)
+    for channel, row, column in ((c, i, j) for c in range(2) for i in range(2) for j in range(2)):
+        parts[:, 4 * channel + 2 * row + column] = x[:, channel, row::2, column::2]
+    together, apart = network(x, c_noise), inner(parts, c_noise)
+    assert together.std() > 0.1
+    for channel, row, column in ((c, i, j) for c in range(2) for i in range(2) for j in range(2)):
+        got, want = together[:, channel, row::2, column::2], apart[:, 4 * channel + 2 * row + column]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"image_size": 9, "patch": 3}, "image_size=9 cannot be halved 1 times after squares of patch=3 pixels"),
+        ({"patch": 0}, "patch must be a whole number from 1, got 0"),
+        ({"patch": 3}, "must be a multiple of 6"),
+    ],
+)
+def test_a_patch_that_does_not_fit_is_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        tiny(**values)
 
 
 def test_a_new_network_answers_zero_and_a_random_one_does_not() -> None:

@@ -11,11 +11,8 @@ import click
 from cmfast.cli.parameters import FLOATS, INTS, MODEL
 from cmfast.cli.running import needs, run_command
 from cmfast.formats.manifest import check_model
-from cmfast_train.config.presets import PRESETS
-from cmfast_train.config.train_config import ARRAYS
+from cmfast_train.config.presets import DATA_SETS
 from cmfast_train.evaluation.config import METRICS, EvalConfig
-
-DATA_SETS = sorted(name for name in PRESETS if name != ARRAYS)  # images
 
 EPILOG = """\b
 Examples:
@@ -53,7 +50,7 @@ class _Metrics(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @click.argument("model", metavar="MODEL|SAMPLES", type=MODEL)
 @click.option(
     "--data-set",
-    type=click.Choice(sorted(name for name in PRESETS if name != ARRAYS)),
+    type=click.Choice(sorted(DATA_SETS)),
     required=True,
     help="Data to compare with.",
 )

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,9 @@ import click
 
 from cmfast.cli.running import needs, run_command
 from cmfast.errors import CmfastError
-from cmfast_train.config.about import ABOUT
+from cmfast_train.config.about import ABOUT, NOT_RUN, RECORDED, YOURS
 
-EPILOG = (
-    "\b\nPresets:\n"
-    + "".join(f"  {name:<13} {about}\n" for name, about in ABOUT.items())
-    + """
-\b
+EXAMPLES = """\b
 Examples:
   cmfast-train digits --out runs/digits
   cmfast-train mnist --data DIR --out runs/mnist --set batch=256 --set ect.lr=1e-4
@@ -33,7 +29,25 @@ Examples:
   cmfast-train --network policy:Policy --spec spec.json --data arrays.npz --out runs/policy
   accelerate launch --num_processes 8 -m cmfast_train.cli.train cifar10 --data DIR --out runs/cifar10
 """
-)
+MORE = "--help --all lists those that were not run as they stand"
+
+
+class _TrainCommand(click.Command):
+    """Its help has the presets that were run; with --all, wherever it stands, the others too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        shows_all = "--all" in args
+        self.epilog = "\n".join([
+            _presets("Presets", RECORDED),
+            _presets("For images or data of your own", YOURS, "" if shows_all else f"  ({MORE})\n"),
+            *([_presets("Not run as they stand", NOT_RUN)] if shows_all else []),
+            EXAMPLES,
+        ])  # fmt: skip
+        return super().parse_args(ctx, args)
+
+
+def _presets(title: str, about: Mapping[str, str], end: str = "") -> str:
+    return f"\b\n{title}:\n" + "".join(f"  {name:<20} {text}\n" for name, text in about.items()) + end
 
 
 def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -47,8 +61,8 @@ def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> N
     context.exit()
 
 
-@click.command("cmfast-train", epilog=EPILOG)
-@click.argument("preset", required=False, type=click.Choice(sorted(ABOUT)))
+@click.command("cmfast-train", cls=_TrainCommand)
+@click.argument("preset", required=False, metavar="PRESET", type=click.Choice(sorted(ABOUT)))
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -84,6 +98,7 @@ def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
     help="List the training methods and stop.",
 )  # fmt: skip
+@click.option("--all", "all_presets", is_flag=True, help="With --help: list every preset.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop.")
 def command(
     preset: str | None,
@@ -94,6 +109,7 @@ def command(
     assignments: tuple[str, ...],
     init: Path | None,
     teacher: Path | None,
+    all_presets: bool,
     dry_run: bool,
 ) -> None:
     """Train a consistency model: the network of a PRESET, or your own. Run the same command again to resume.
@@ -106,6 +122,8 @@ def command(
     from cmfast_train.config.presets import PRESETS
     from cmfast_train.config.train_config import to_dict
 
+    if all_presets:
+        raise CmfastError("--all goes with --help: cmfast-train --help --all")
     models = {name: str(file) for name, file in (("init", init), ("teacher", teacher)) if file is not None}
     if preset is None and not network:
         raise CmfastError(

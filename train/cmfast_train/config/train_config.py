@@ -318,8 +318,17 @@ def check_conventions(row: Method[Any], scaling: str, c_noise: str, also: Iterab
 
 # Fields that a model of --init sets.
 OF_THE_MODEL = frozenset(
-    {"network", "model_channels", "res_blocks", "channel_mult", "attention", "patch", "head_channels", "sigma_min",
-     "sigma_data"}
+    {
+        "network",
+        "model_channels",
+        "res_blocks",
+        "channel_mult",
+        "attention",
+        "patch",
+        "head_channels",
+        "sigma_min",
+        "sigma_data",
+    }
 )
 
 # Fields that may change between a run and its continuation: they do not affect the result.
