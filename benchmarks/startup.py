@@ -3,7 +3,7 @@
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
-Without files of your own it makes a random model of the mnist-large preset (32 x 32, 7.7 million weights) and exports it.
+Without files of your own it makes a random model of the mnist-large preset (7.7 million weights) and exports it.
 `import cmfast` and an empty Python are timed along with it. The first process of each is not counted: it fills the
 disk cache and writes the byte code that an installed package has. OpenVINO keeps compiled graphs in $CMFAST_CACHE.
 OpenVINO and ncnn are left out where they are not installed.
@@ -114,13 +114,14 @@ def sample_command(model: Path, out: str, *more: str) -> tuple[str, ...]:
 
 
 def random_model(path: Path) -> Path:
-    """Write a checkpoint of the mnist-large preset with random weights, in a process of its own, and return its path."""
+    """Write a checkpoint of mnist-large with random weights, in a process of its own, and return its path."""
     code = (
         "import sys; from cmfast_train.checkpoint import Checkpoint, save_checkpoint\n"
         "from cmfast_train.training.initial_model import network_config\n"
         "from cmfast_train.networks.adm import AdmUnet, randomise\n"
         "from cmfast_train.config.presets import PRESETS\n"
-        "config = PRESETS['mnist-large']; shape = network_config(config, 10); network = AdmUnet(shape); randomise(network)\n"
+        "config = PRESETS['mnist-large']; shape = network_config(config, 10)\n"
+        "network = AdmUnet(shape); randomise(network)\n"
         "made = Checkpoint(spec=config.spec(10), network=shape, weights=network.state_dict())\n"
         "save_checkpoint(made, sys.argv[1])\n"
     )

@@ -293,8 +293,8 @@ def test_packed_files_of_mnist_are_put_where_torchvision_looks(tmp_path: Path) -
     for name in MNIST_FILES:
         (tmp_path / "data" / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
     request = TrainRequest(
-        preset="mnist-large", settings=(), data_root=tmp_path / "data", run=tmp_path / "run", out=tmp_path / "out.jsonl",
-        device="cpu", until=0.0, budget=1.0,
+        preset="mnist-large", settings=(), data_root=tmp_path / "data", run=tmp_path / "run",
+        out=tmp_path / "out.jsonl", device="cpu", until=0.0, budget=1.0,
     )  # fmt: skip
     root = Training(request, None).data_root()  # type: ignore[arg-type]
     assert root is not None
