@@ -84,7 +84,7 @@ def test_a_classifier_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_classifier_that_is_shipped_is_small_and_of_its_data_set(name: str) -> None:
     config = PRESETS[name]
-    features = load_features(name, (config.channels, config.image_size, config.image_size))
+    features = load_features(name, (config.channels, *config.image_sides))
     assert isinstance(features, Classifier)
     assert features.config.data_set == name
     assert features.config.test_accuracy > {"mnist": 0.99, "cifar10": 0.75, "flowers32": 0.55}[name]
@@ -92,6 +92,18 @@ def test_a_classifier_that_is_shipped_is_small_and_of_its_data_set(name: str) ->
     assert default_features(name) == name
     with pytest.raises(CmfastError, match=r"its features are of images \[\d, 32, 32\], these are \[2, 8, 8\]"):
         load_features(name, (2, 8, 8))
+
+
+def test_mnist_has_the_same_features_with_and_without_its_black_border() -> None:
+    plain, padded = load_features("mnist", (1, 28, 28)), load_features("mnist", (1, 32, 32))
+    images = to_unit_range(bytes_of(5, 1, 28, 28))
+    found = padded(torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0))
+    assert plain.image == (1, 28, 28)
+    assert found.abs().max() > 0.1
+    assert torch.equal(plain(images), found)
+    for name, image in (("mnist", (1, 30, 30)), ("mnist", (3, 28, 28)), ("cifar10", (3, 28, 28))):
+        with pytest.raises(CmfastError, match="its features are of images"):
+            load_features(name, image)
 
 
 def test_the_accuracy_that_is_shipped_is_that_of_its_record() -> None:

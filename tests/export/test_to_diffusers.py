@@ -229,6 +229,7 @@ def test_levels_that_the_grid_cannot_tell_apart_or_start_with_have_no_timesteps(
         ({"scaling": "flow"}, {}, ("scaling is 'flow'", "'boundary'")),
         ({"c_noise": "flow"}, {}, ("c_noise is 'flow'", "'250ln'")),
         ({}, {"channel_mult": (2, 2)}, ("channel_mult is (2, 2)", "begin with 1")),
+        ({}, {"patch": 2}, ("patch is 2", "pixels as they are")),
         ({}, {"two_times": True}, ("two_times is True", "one noise level")),
     ],
     ids=str,

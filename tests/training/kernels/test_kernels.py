@@ -39,6 +39,7 @@ NETWORKS: dict[str, NetworkConfig] = {
     "adm sum": AdmConfig(**SMALL, attention=(8, 4), head_channels=16, scale_shift=False, classes=3),
     "adm strided": AdmConfig(**SMALL, attention=(), head_channels=32, resblock_updown=False),
     "adm two times": AdmConfig(**SMALL, attention=(4,), head_channels=32, two_times=True, classes=3),
+    "adm patches": AdmConfig(**SMALL | {"image_size": 16}, attention=(4,), head_channels=32, patch=2, classes=3),
     "song": SongConfig(**SMALL, attention=(8,), classes=3),
     "song residual": SongConfig(**SMALL, attention=(4,), encoder="residual", decoder="skip", **SMOOTH),
     "song skip": SongConfig(**SMALL, attention=(), encoder="skip"),

@@ -221,7 +221,8 @@ def _classifier(file: Path, image: tuple[int, int, int]) -> Classifier:
         model.load_state_dict(weights, assign=True)
         if any(value.is_floating_point() and value.dtype != torch.float32 for value in weights.values()):
             raise ValueError("its weights are not float32")
-    without = config.data_set in MNIST_KINDS and (config.image[1:], image) == (MNIST_SIDES[1], (1, *MNIST_SIDES[0]))
+    plain, bordered = ((config.image[0], *size) for size in MNIST_SIDES)
+    without = config.data_set in MNIST_KINDS and (config.image, image) == (bordered, plain)
     if config.image != image and not without:
         raise CmfastError(f"{file}: its features are of images {list(config.image)}, these are {list(image)}")
     model.image, model.border = image, (config.image[1] - image[1]) // 2
