@@ -37,6 +37,7 @@ CASES = {
     "ct": ["phases=ct:480", "ct.s0=2", "ct.s1=4", "ct.mu0=0.5"],
     "ict": ["phases=ict:320", "ict.s0=4", "ict.s1=8"],
     "cd": ["phases=edm:8,cd:160"],
+    "cmt": ["phases=edm:8,cmt:160", "cmt.steps=3"],
     "pd": ["phases=edm:8,pd/4:160"],
 }
 

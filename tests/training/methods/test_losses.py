@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from cmfast_train.methods.continuous import scm_target
 from cmfast_train.methods.diffusion import edm_loss
 from cmfast_train.methods.distances import l1, l2, pseudo_huber
 from cmfast_train.methods.meanflow import meanflow_target, self_weighted
+from cmfast_train.methods.midtraining import cmt
 from cmfast_train.methods.paths import Conditions, noised, ode_step
 from cmfast_train.methods.progressive import pd_steps, progressive_loss
+from cmfast_train.methods.table import Cmt
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.parallel import jvp
 from cmfast_train.training.step_networks import same_dropout
@@ -211,6 +214,63 @@ def test_one_step_towards_the_target_arrives_where_the_teachers_two_steps_do() -
     np.testing.assert_allclose(ode_step(student, seen[0], t, r, {}), two, atol=1e-12)
     off = progressive_loss(lambda x, s, _: target + 0.1, gaussian, x, t, middle, r, {})
     np.testing.assert_allclose(off, np.maximum(1 / t.numpy() ** 2, 1) * 0.01 * target[0].numel(), rtol=1e-6)
+
+
+# Mid-training.
+
+
+def midtraining(student: Any, batch: int, steps: int, uniform: float, solver: str = "heun") -> tuple[Tensor, Tensor]:
+    """Return the loss and the noise levels of one step; the teacher is that of Gaussian data."""
+    step: Any = SimpleNamespace(
+        hyper=Cmt(steps=steps, solver=solver),
+        noise=some(batch),
+        uniform=torch.full((batch, 3), uniform, dtype=torch.float64),
+        conditions={"label": torch.arange(batch)},
+        sigma_range=(SIGMA_MIN, SIGMA_MAX),
+        networks=SimpleNamespace(student=student, teacher=gaussian),
+        distance=l2,
+    )
+    loss, sigma = cmt(step)
+    assert loss.shape == sigma.shape == (batch,)
+    return loss, sigma
+
+
+def test_mid_training_maps_each_point_of_a_trajectory_to_its_end() -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def student(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        seen.append((x, sigma, conditions["label"]))
+        return 0 * x
+
+    loss, _ = midtraining(student, 12, 4, 0.0, "euler")
+    ((x, sigma, label),) = seen
+    grid, noise = karras_sigmas(5), some(12)
+    assert label.tolist() == [0, 1, 2] * 4
+    np.testing.assert_allclose(sigma, np.repeat(grid[:-1], 3), rtol=1e-12)
+    for image in range(12):
+        point, points = grid[0] * noise[image % 3].numpy(), []
+        for t, r in itertools.pairwise(grid):  # Euler's steps, written out
+            points.append(point)
+            point = point + (r - t) * (point - 0.25 * point / (0.25 + t**2)) / t
+        np.testing.assert_allclose(x[image], points[image // 3], rtol=1e-9)
+        assert loss[image].item() == pytest.approx((point**2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(12, 4), (5, 8), (7, 3)])
+def test_each_point_of_the_trajectories_has_the_same_chance(batch: int, steps: int) -> None:
+    points = -(-batch // steps) * steps
+    drawn = [midtraining(lambda x, s, c: x, batch, steps, (k + 0.5) / points)[1] for k in range(points)]
+    _, counts = torch.cat(drawn).unique(return_counts=True)
+    assert counts.tolist() == [batch * points // steps] * steps
+
+
+def test_mid_training_has_no_loss_where_the_solver_and_the_model_are_exact() -> None:
+    def exact(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return x * ((0.25 + SIGMA_MIN**2) / (0.25 + sigma[:, None, None, None] ** 2)).sqrt()
+
+    coarse, fine = (midtraining(exact, 64, steps, 0.3)[0].mean() for steps in (32, 64))
+    assert coarse / fine == pytest.approx(16, rel=0.3)  # the square of a second-order error
+    assert midtraining(lambda x, s, c: 0.9 * exact(x, s, c), 64, 64, 0.3)[0].mean() > 100 * fine
 
 
 # Continuous time.

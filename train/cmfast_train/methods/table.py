@@ -104,6 +104,16 @@ class Ect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cmt:
+    """Hyperparameters of cmt: arXiv:2509.24526, CIFAR-10."""
+
+    steps: int = setting(16, "steps of the teacher's trajectory", least=1, most=1024)
+    solver: str = setting("heun", "the teacher's step", choices=("heun", "euler"))
+    loss: str = _loss("huber")
+    huber: float = setting(0.00054, HUBER, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pd:
     """Hyperparameters of pd: arXiv:2202.00512."""
 
@@ -135,7 +145,7 @@ class MeanFlow:
     derivative: str = _derivative()
 
 
-def _distance(hyper: Ct | Cd | Ict | Ect) -> Needs:
+def _distance(hyper: Ct | Cd | Ict | Ect | Cmt) -> Needs:
     return Needs(distance=hyper.loss, huber=hyper.huber)
 
 
@@ -232,6 +242,16 @@ _OURS: tuple[Method[Any], ...] = (
         constants=_grid,
         target_decay=_decay,
         check=_averaged,
+    ),
+    Method(
+        name="cmt",
+        paper="CMT: Mid-Training for Consistency, Mean Flow, and Flow Map Models, arXiv:2509.24526",
+        step="cmfast_train.methods.midtraining:cmt",
+        hyper=Cmt,
+        defaults={"lr": 2e-4},
+        from_scaling=TO_BOUNDARY,
+        distils=("diffusion",),
+        needs=_distance,
     ),
     Method(
         name="ict",
