@@ -8,6 +8,8 @@ error is the solver's. Training samples are not used, only their conditions.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def trajectory(
     """
     points = []
     with torch.no_grad():
-        for t, r in zip(grid[:-1], grid[1:], strict=True):
+        for t, r in itertools.pairwise(grid):
             points.append(x)
             x = ode_step(denoise, x, t.expand(len(x)), r.expand(len(x)), conditions, second_order)
     return torch.stack(points), x
