@@ -61,6 +61,19 @@ RECIPES: dict[str, Recipe] = {
     "cd": recipe("cd", 60_000, "cd.lr=5e-4", from_teacher=True),
     "ect, tuned": recipe("ect", 70_000, "ect.lr=5e-4", "ect.stages=1,6", from_teacher=True),
     "scd": recipe("scd", 45_000, "scd.lr=3e-4", from_teacher=True),
+    "cmt": recipe("cmt", 45_000, "cmt.lr=5e-4", from_teacher=True),
+    "cmt, ect": Recipe(
+        phases="cmt:20000,ect:45000",
+        settings=(
+            "cmt.ema=0.998",
+            "cmt.lr=5e-4",
+            "ect.ema=0.998",
+            "ect.lr_decay=0.5",
+            "ect.lr=5e-4",
+            "ect.stages=3,6",
+        ),
+        from_teacher=True,
+    ),
     "pd, 2 steps": Recipe(
         phases="pd/8:16000,pd/4:16000,pd/2:16000",
         settings=("pd.ema=0.998", "pd.lr=5e-4"),
@@ -74,6 +87,8 @@ RECIPES: dict[str, Recipe] = {
     "ect": recipe("ect", 80_000, "ect.lr=1e-3", "ect.stages=1,6"),
     "sct": recipe("sct", 55_000, "sct.lr=1e-3"),
     "mf": recipe("mf", 65_000, "mf.lr=1e-3", "mf.p_std=1.6"),
+    "mf, improved": recipe("mf", 60_000, "mf.lr=1e-3", "mf.p_std=1.6", "mf.velocity=model"),
+    "mf, curriculum": recipe("mf", 65_000, "mf.lr=1e-3", "mf.p_std=1.6", "mf.curriculum=0.6"),
 }
 
 

@@ -20,11 +20,11 @@ from cmfast_train.methods.consistency import consistency_loss, ct_pair
 from cmfast_train.methods.continuous import scm_target
 from cmfast_train.methods.diffusion import edm_loss
 from cmfast_train.methods.distances import l1, l2, pseudo_huber
-from cmfast_train.methods.meanflow import meanflow_target, self_weighted
+from cmfast_train.methods.meanflow import meanflow_pair, meanflow_target, mf, self_weighted
 from cmfast_train.methods.midtraining import cmt
 from cmfast_train.methods.paths import Conditions, noised, ode_step
 from cmfast_train.methods.progressive import pd_steps, progressive_loss
-from cmfast_train.methods.table import Cmt
+from cmfast_train.methods.table import Cmt, MeanFlow
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.parallel import jvp
 from cmfast_train.training.step_networks import same_dropout
@@ -320,6 +320,78 @@ def test_meanflows_target_is_the_average_velocity_of_an_exact_flow() -> None:
     u, du = a * (t + r)[:, None, None, None], a
     moving = meanflow_target(du, t, r, torch.zeros_like(a), 2 * t[:, None, None, None] * a)
     np.testing.assert_allclose(moving, u, rtol=1e-12)
+
+
+class Average(nn.Module):
+    """An average velocity that depends on everything, with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        t, r = ((level / (1 + level))[:, None, None, None] for level in (t, r))
+        return self.a * torch.tanh(x * (1 - t)) * (1 + t - r**2)
+
+
+NORMAL, UNIFORM = (some(16, seed=2)[:, 0, 0, 0], some(16, seed=3)[:, 0, 0, 0]), some(16, seed=5)[:, 0, 0].abs() % 1
+
+
+def pairs() -> tuple[Tensor, Tensor]:
+    """Return the noise levels of `meanflow`."""
+    return meanflow_pair(*NORMAL, UNIFORM[:, 2], 0.75, -0.4, 1.0, 80.0)
+
+
+def meanflow(alpha: float, velocity: str = "data", power: float = 0.75) -> tuple[Average, Tensor]:
+    """Return a model that has the gradient of one step, and the loss of each sample."""
+    model, x0, z = Average(), some(16), some(16, seed=1)
+
+    def along(x: Tensor, t: Tensor, _: Any, r: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return jvp(lambda x, t: model(x, t, r), (x, t), (dx, dt))
+
+    def stopgrad(x: Tensor, t: Tensor, _: Any, r: Tensor) -> Tensor:
+        return model(x, t, r).detach()
+
+    networks = SimpleNamespace(
+        output=lambda x, t, _, r: (model(x, t, r), None), output_along=along, output_stopgrad=stopgrad
+    )
+    step: Any = SimpleNamespace(
+        hyper=MeanFlow(velocity=velocity, power=power, ratio=0.75), constants=(alpha,), networks=networks, x0=x0,
+        noise=z, conditions={}, spec=SimpleNamespace(sigma_max=80.0), at=lambda level: noised(x0, level, z),
+        normal=NORMAL.__getitem__, uniform=UNIFORM,
+    )  # fmt: skip
+    loss, _ = mf(step)
+    loss.sum().backward()
+    return model, loss.detach()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75])
+def test_alphaflow_is_flow_matching_at_one_and_meanflow_at_nothing(power: float) -> None:
+    gradients = [float(meanflow(alpha, power=power)[0].a.grad) for alpha in (0.0, 1e-4, 1.0)]
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-2)
+    assert abs(gradients[2] - gradients[0]) > 0.05 * abs(gradients[0])
+    model, x0, z = Average(), some(16), some(16, seed=1)
+    t, r = pairs()
+    matched = self_weighted(l2(model(noised(x0, t, z), t, r), z - x0), power)
+    np.testing.assert_allclose(meanflow(1.0, power=power)[1], matched.detach(), rtol=1e-9)
+
+
+def test_improved_meanflow_differentiates_along_the_models_own_velocity() -> None:
+    """By central differences of flow time: z moves with u(z, t, t), not with noise - x0."""
+    found = meanflow(0.0, "model", 0.0)[1]
+    model, x0, z = Average().requires_grad_(False), some(16), some(16, seed=1)
+    t, r = pairs()
+    time, h = t / (1 + t), 1e-6
+
+    def u(moved: float) -> Tensor:
+        here = (time + moved)[:, None, None, None]
+        z_t = noised(x0, t, z) / (1 + t)[:, None, None, None] + moved * model(noised(x0, t, z), t, t)
+        return model(z_t / (1 - here), (time + moved) / (1 - time - moved), r)
+
+    target = z - x0 - (time - r / (1 + r))[:, None, None, None] * (u(h) - u(-h)) / (2 * h)
+    np.testing.assert_allclose(found, l2(u(0.0), target), rtol=1e-5)
+    assert (found - meanflow(0.0, "data", 0.0)[1]).abs().max() > 0.01
 
 
 def test_a_loss_weighted_by_itself_has_the_gradient_of_its_power() -> None:

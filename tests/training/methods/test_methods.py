@@ -176,12 +176,14 @@ CONVERGENT: dict[str, tuple[int, float, dict[str, Any]]] = {
     "sct": (1500, 5e-3, {}),
     "scd": (1000, 5e-3, {}),
     "mf": (1500, 5e-3, {"p_std": 2.0, "ratio": 0.75, "power": 0.0}),
+    "mf, improved": (1500, 5e-3, {"p_std": 2.0, "ratio": 0.75, "power": 0.0, "velocity": "model"}),
+    "mf, with a curriculum": (1500, 5e-3, {"p_std": 2.0, "ratio": 0.75, "power": 0.0, "curriculum": 0.7}),
 }
 
 
-@pytest.mark.parametrize("method", CONVERGENT)
-def test_it_converges_to_the_consistency_function_of_sequences_with_a_condition(method: str) -> None:
-    steps, lr, values = CONVERGENT[method]
+@pytest.mark.parametrize("name", CONVERGENT)
+def test_it_converges_to_the_consistency_function_of_sequences_with_a_condition(name: str) -> None:
+    (steps, lr, values), method = CONVERGENT[name], name.partition(",")[0]
     student = new_student(method, SEQUENCE)
     spec = student.denoiser.spec
     truth = solution_of(spec)

@@ -16,7 +16,7 @@ from cmfast_train.methods.consistency import ct_pair, ect_r, ict_pair
 from cmfast_train.methods.meanflow import meanflow_pair
 from cmfast_train.methods.paths import flow_time, lognormal
 from cmfast_train.methods.progressive import pd_steps
-from cmfast_train.methods.schedules import ct_ema, ct_scales, ict_scales, pd_sigmas, pseudo_huber_c
+from cmfast_train.methods.schedules import alpha_of, ct_ema, ct_scales, ict_scales, pd_sigmas, pseudo_huber_c
 
 # s0, s1, mu0, K: {k: (N(k), mu(k) as in OpenAI's code, which divides by N - 1)}
 CT = {
@@ -207,6 +207,15 @@ def test_a_student_of_n_steps_is_called_at_every_other_level_of_its_teacher(n: i
 def test_two_steps_of_progressive_distillation_have_their_golden_level() -> None:
     # Karras grid of 3: the middle of the seventh roots.
     assert pd_sigmas(2, 0.002, 80.0)[1] == pytest.approx(2.515219, rel=1e-6)
+
+
+def test_alpha_falls_from_one_to_nothing_in_few_levels_over_its_share_of_the_phase() -> None:
+    alphas = [alpha_of(k, 1000, 0.5) for k in range(1000)]
+    assert alphas == sorted(alphas, reverse=True)
+    assert (alphas[0], alphas[250], alphas[499], alphas[500]) == (1.0, 0.5, 0.0, 0.0)
+    assert alphas[270] == round(64 / (1 + math.exp(25 * 0.04))) / 64
+    assert len(set(alphas)) == 65
+    assert [alpha_of(k, 10, 0.0) for k in range(10)] == [0.0] * 10
 
 
 def test_meanflows_times_are_logit_normal_and_most_pairs_are_equal() -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""MeanFlow (Geng et al. 2025, arXiv:2505.13447): the average velocity between two times; sampled with r = 0."""
+"""MeanFlow (Geng et al. 2025, arXiv:2505.13447): the average velocity between two times; sampled with r = 0.
+
+Two improvements of its training are settings: the derivative along the network's own velocity ("Improved Mean Flows",
+arXiv:2512.02012), and a curriculum that begins with flow matching (AlphaFlow, arXiv:2510.20771).
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,31 @@ import torch
 from torch import Tensor
 
 from cmfast_train.methods.distances import l2
-from cmfast_train.methods.paths import expand, flow_time
+from cmfast_train.methods.paths import expand, flow_time, sigma_of
 from cmfast_train.methods.step import Losses, Step
 from cmfast_train.methods.table import MeanFlow
 
 
 def mf(s: Step[MeanFlow]) -> Losses:
-    """Take a step of Algorithm 1."""
-    hyper = s.hyper
+    """Take a step of Algorithm 1, or of AlphaFlow's while its alpha is above 0."""
+    hyper, (alpha,) = s.hyper, s.constants
     t, r = meanflow_pair(
         s.normal(0), s.normal(1), s.uniform[:, 2], hyper.ratio, hyper.p_mean, hyper.p_std, s.spec.sigma_max
     )
-    speed = (1 + t) ** 2  # d sigma / dt of flow time t
-    along = s.noise * expand(speed, s.noise)
-    _, tangent = s.networks.output_along(s.at(t), t, s.conditions, r, along, speed)
-    target = meanflow_target(tangent, flow_time(t), flow_time(r), s.x0, s.noise)
-    velocity, _ = s.networks.output(s.at(t), t, s.conditions, r)
-    return self_weighted(l2(velocity, target), hyper.power), t
+    x = s.at(t)
+    if alpha:
+        between = sigma_of(alpha * flow_time(r) + (1 - alpha) * flow_time(t))
+        there = s.networks.output_stopgrad(s.at(between), between, s.conditions, r)
+        target = alpha * (s.noise - s.x0) + (1 - alpha) * there
+    else:
+        # The path of flow time t, z = (1 - t) x0 + t noise, in x = (1 + sigma) z and sigma.
+        own = s.noise - s.x0 if hyper.velocity == "data" else s.networks.output_stopgrad(x, t, s.conditions, t)
+        _, tangent = s.networks.output_along(x, t, s.conditions, r, expand(1 + t, x) * (own + x), (1 + t) ** 2)
+        target = meanflow_target(tangent, flow_time(t), flow_time(r), s.x0, s.noise)
+    velocity, _ = s.networks.output(x, t, s.conditions, r)
+    error = l2(velocity, target)
+    # Of a small alpha, velocity - target is alpha times what it is in MeanFlow: the gradient has the same limit.
+    return alpha * self_weighted(error / alpha**2, hyper.power) if alpha else self_weighted(error, hyper.power), t
 
 
 def meanflow_target(tangent: Tensor, t: Tensor, r: Tensor, x0: Tensor, noise: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ def flow_time(sigma: Tensor) -> Tensor:
     return sigma / (1 + sigma)
 
 
+def sigma_of(time: Tensor) -> Tensor:
+    """Return the noise level t / (1 - t) of a flow time below 1: `flow_time` backwards."""
+    return time / (1 - time)
+
+
 @functools.lru_cache(maxsize=16)
 def grid_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a grid as a tensor, cached: grids change rarely, and a copy to a GPU waits for its queue."""

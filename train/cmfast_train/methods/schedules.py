@@ -30,6 +30,16 @@ def ct_ema(k: int, total: int, s0: int, s1: int, mu0: float) -> float:
     return math.exp(s0 * math.log(mu0) / ct_scales(k, total, s0, s1))
 
 
+def alpha_of(k: int, total: int, share: float, sharpness: float = 25.0, levels: int = 64) -> float:
+    """Return AlphaFlow's alpha at step k of `total`: a falling sigmoid over this share of them, then 0.
+
+    arXiv:2510.20771. In `levels` levels, because a CUDA graph is recorded for each value.
+    """
+    if k >= share * total:
+        return 0.0
+    return round(levels / (1 + math.exp(sharpness * (k / (share * total) - 0.5)))) / levels
+
+
 def ict_scales(k: int, total: int, s0: int, s1: int) -> int:
     """Return N(k), the number of noise levels at step k of `total`: iCT (arXiv:2310.14189), Section 3.4.
 

@@ -53,6 +53,11 @@ class Networks(Protocol):
             sigma_next: the second noise level [B] of a network that takes two.
         """
 
+    def output_stopgrad(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
+    ) -> Tensor:
+        """Return F of `output`, without gradient."""
+
     def output_along(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None, dx: Tensor, dsigma: Tensor
     ) -> tuple[Tensor, Tensor]:

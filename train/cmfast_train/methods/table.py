@@ -19,6 +19,7 @@ from cmfast_train.config.checks import shown
 from cmfast_train.config.readers import READERS, type_name
 from cmfast_train.methods.method import Method, Needs, setting
 from cmfast_train.methods.schedules import (
+    alpha_of,
     ct_ema,
     ct_scales,
     ect_stage,
@@ -142,6 +143,15 @@ class MeanFlow:
     p_std: float = setting(1.0, P_STD, above=0)
     ratio: float = setting(0.25, "fraction of samples whose two times differ", least=0, most=1)
     power: float = setting(0.75, "the loss is divided by its own value to this power", least=0)
+    velocity: str = setting(
+        "data", "of the derivative: a sample's own, or the model's (iMF)", choices=("data", "model")
+    )
+    curriculum: float = setting(
+        0.0,
+        "opening fraction of the phase in which AlphaFlow's alpha falls from 1, flow matching, to 0",
+        least=0,
+        most=1,
+    )
     derivative: str = _derivative()
 
 
@@ -331,6 +341,7 @@ _OURS: tuple[Method[Any], ...] = (
         second_time=True,
         spec_after=_flow_map,
         differentiates=True,
+        constants=lambda hyper, done, steps: (alpha_of(done, steps, hyper.curriculum),),
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite"),
     ),
 )

@@ -98,14 +98,20 @@ class StepNetworks:
         output, log_variance = self._model(x, sigma, conditions, sigma_next)
         return output, log_variance
 
+    def output_stopgrad(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
+    ) -> Tensor:
+        """Return F [B, *shape], without gradient."""
+        f: Tensor = self._no_grad(self._student, x, sigma, conditions, sigma_next)[0]
+        return f
+
     def output_along(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None, dx: Tensor, dsigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return F and its derivative along (dx [B, *shape], dsigma [B]), without gradient."""
 
         def output(x: Tensor, sigma: Tensor) -> Tensor:
-            f: Tensor = self._no_grad(self._student, x, sigma, conditions, sigma_next)[0]
-            return f
+            return self.output_stopgrad(x, sigma, conditions, sigma_next)
 
         if self._finite:
             exact = self._output_in_float32(conditions, sigma_next)
