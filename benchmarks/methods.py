@@ -9,7 +9,7 @@ to one step goes on from its two-step model, and both together count. Each run i
 `cmfast-eval`: Frechet distance in pixel space at 1, 2 and 4 calls. The lengths were chosen so that a run takes less
 than four minutes. The record has the seconds of each command, and, for a machine that now and then does something
 else, the seconds by the median speed of the run's intervals of 5,000 images, to which the limit applies. The command
-again goes on where it stopped.
+again goes on where it stopped. With several seeds, distances are means, and those of each seed stand beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import click
 
 from cmfast.bench.timing import provenance
+from cmfast.cli.parameters import INTS
 from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_outputs, write_text
@@ -95,19 +97,27 @@ RECIPES: dict[str, Recipe] = {
 @click.command("methods.py")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the runs.")
 @click.option("--only", multiple=True, type=click.Choice(sorted(RECIPES)), help="Of these; default: all.")
+@click.option(
+    "--seeds", type=INTS, default="0", show_default=True, help="Train each with these, from teachers of theirs."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a chart: calls against distance.")
-def command(out: Path, only: tuple[str, ...], json_file: Path | None, plot: Path | None) -> None:
+def command(
+    out: Path, only: tuple[str, ...], seeds: tuple[int, ...], json_file: Path | None, plot: Path | None
+) -> None:
     """Train by every method and measure what each has learned."""
     check_outputs({"--json": json_file, "--plot": plot})
     if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise CmfastError(f"--plot: {plot}: the name must end in .png, .pdf or .svg")
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row_of(name, out) for name in RECIPES if not only or name in only]
+    chosen = [name for name in RECIPES if not only or name in only]
+    by_seed = [[row_of(name, out / folder_of_seed(seed), seed) for name in chosen] for seed in seeds]
+    rows = [over_seeds(each, seeds) for each in zip(*by_seed, strict=True)]
     before: dict[str, float] = {}
     for row in rows:
-        row["quiet_s"] = round(by_median_speed(out / folder_of(row["name"])) + before.get(row["start"], 0.0), 1)
-        row["commit"] = json.loads((out / folder_of(row["name"]) / "evaluation.json").read_text())["commit"]
+        folder = out / folder_of_seed(seeds[0]) / folder_of(row["name"])
+        row["quiet_s"] = round(by_median_speed(folder) + before.get(row["start"], 0.0), 1)
+        row["commit"] = json.loads((folder / "evaluation.json").read_text())["commit"]
         before |= {row["name"]: row["quiet_s"]} if row["name"] != TEACHER else {}
     record = {
         "what": "methods",
@@ -129,8 +139,18 @@ def command(out: Path, only: tuple[str, ...], json_file: Path | None, plot: Path
         raise CheckFailed(f"these took longer than {LIMIT_S:.0f} s: {', '.join(late)}")
 
 
-def row_of(name: str, out: Path) -> dict[str, Any]:
+def over_seeds(rows: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Return one row of those of the same recipe: the mean distance, and that of each seed."""
+    cells = []
+    for same in zip(*(row["rows"] for row in rows), strict=True):
+        of_seeds = [cell["fd"] for cell in same]
+        cells.append({**same[0], "fd": statistics.mean(of_seeds), "fd_of_seeds": of_seeds})
+    return {**rows[0], "seeds": list(seeds), "rows": cells}
+
+
+def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     """Train, export and measure by one recipe; what is finished is not done again."""
+    out.mkdir(exist_ok=True)
     recipe, folder = RECIPES[name], out / folder_of(name)
     done = folder / "row.json"
     if done.exists():
@@ -141,8 +161,9 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     if folder.exists():
         raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
-    before = row_of(recipe.after, out)["train_s"] if recipe.after else 0.0
+    before = row_of(recipe.after, out, seed)["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", f"phases={recipe.phases}", "--set", "checkpoint_images=10_000_000"]
+    words += ["--set", f"seed={seed}"]
     words += [word for setting in recipe.settings for word in ("--set", setting)]
     words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
@@ -191,6 +212,11 @@ def by_median_speed(folder: Path) -> float:
     return seconds
 
 
+def folder_of_seed(seed: int) -> str:
+    """Return the folder of a seed's runs, in that of all."""
+    return f"seed{seed}" if seed else "."
+
+
 def folder_of(name: str) -> str:
     """Return the folder of a recipe: its name without spaces and commas."""
     return name.replace(",", "").replace(" ", "_")
@@ -205,8 +231,14 @@ def run(module: str, *words: str) -> None:
 
 def table_line(row: dict[str, Any]) -> str:
     """Return a row of the table: seconds, and the distance at each number of calls."""
-    cells = "  ".join(f"{r['calls']:>2} calls {r['fd']:8.3f}" for r in row["rows"])
+    cells = "  ".join(f"{r['calls']:>2} calls {r['fd']:8.3f}{spread(r)}" for r in row["rows"])
     return f"{row['name']:<10} {row['train_s']:6.1f} s  {cells}"
+
+
+def spread(cell: dict[str, Any]) -> str:
+    """Return half the range of the distances of all seeds, as text; "" of one."""
+    of_seeds = cell.get("fd_of_seeds", [])
+    return f" +- {(max(of_seeds) - min(of_seeds)) / 2:.3f}" if len(of_seeds) > 1 else ""
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
