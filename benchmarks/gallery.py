@@ -10,6 +10,7 @@ way between two samples, and two edits. Models are made, and their records, by s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def command(data: Path | None, out: Path) -> None:
     for name in cmfast.models():
         draw(name, data, out / f"gallery_{name}.png")
         click.echo(f"{out / f'gallery_{name}.png'} shows {name}")
+    draw_by_calls("mnist", out / "mnist_by_calls.png")
     write_text(out / PAGE.name, page())
 
 
@@ -113,8 +115,6 @@ def command_of(name: str) -> str:
 
 def draw(name: str, data: Path | None, path: Path) -> None:
     """Write the picture of a model."""
-    from matplotlib.figure import Figure
-
     model, labels = cmfast.load(name), list(range(CLASSES))
     by_calls = {k: model.sample(CLASSES, steps=k, seed=0, label=labels) for k in (1, 2, 4)}
     half = np.zeros(model.spec.image[1:], bool)
@@ -129,7 +129,21 @@ def draw(name: str, data: Path | None, path: Path) -> None:
         ("averaged", coarse.repeat(2, axis=1).repeat(2, axis=2)),
         ("upscaled", editing.upscale(model, coarse, seed=1, label=labels)),
     ]
-    figure = Figure(figsize=(8, 0.7 * len(rows)), layout="constrained")
+    save_rows(rows, path)
+
+
+def draw_by_calls(name: str, path: Path) -> None:
+    """Write one row of samples for each number of calls; a column starts from one noise and has one class."""
+    model, labels = cmfast.load(name), [i % CLASSES for i in range(2 * CLASSES)]
+    rows = [(f"{k} call{'s' * (k > 1)}", model.sample(len(labels), steps=k, seed=1, label=labels)) for k in (1, 2, 4)]
+    save_rows(rows, path)
+
+
+def save_rows(rows: Sequence[tuple[str, Bytes]], path: Path) -> None:
+    """Write a picture with rows of images [N, H, W, 1], each with its title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7 / len(rows[0][1]) * len(rows)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=255) for image in images], axis=1)
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
