@@ -142,8 +142,10 @@ def draw_by_calls(name: str, path: Path) -> None:
 def save_rows(rows: Sequence[tuple[str, Bytes]], path: Path) -> None:
     """Write a picture with rows of images [N, H, W, 1], each with its title."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(8, 7 / len(rows[0][1]) * len(rows)), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0)
+    figure = Figure(figsize=(8, 7 / len(rows[0][1]) * len(rows)), layout=layout)
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=255) for image in images], axis=1)
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
