@@ -91,7 +91,7 @@ def command(runtime: str, runs: int, json_file: Path | None) -> None:
         "size": written.size,
         "largest": written.largest,
     }
-    record |= {"network": "mnist preset, random weights", "images": COUNT, "steps": 1, "rows": rows}
+    record |= {"network": "mnist-large preset, random weights", "images": COUNT, "steps": 1, "rows": rows}
     write_text(json_file, json.dumps(record, indent=1) + "\n")
     click.echo(f"the record is in {json_file}")
 

@@ -86,6 +86,7 @@ def section(name: str) -> str:
     took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     features = "pixel space" if pixels else "the features of a small classifier"
     finder = "the nearest training images" if pixels else "that classifier"
+    copies = ": no copies" if near["samples_least"] > near["data_median"] / 4 else ": **the model copies**"
     last = "what they find among the data" if pixels else "its accuracy on the test images"
     return f"""
 ## {name}
@@ -100,10 +101,10 @@ def section(name: str) -> str:
 * The class is found by {finder}; the last row has {last}.
 * From a sample to the nearest training image it is {near["samples_median"]:.0f} grey levels a pixel (root mean square,
   median of ten; the least is {near["samples_least"]:.0f}), from a training image to its neighbour
-  {near["data_median"]:.0f}: the model does not copy.
+  {near["data_median"]:.0f}{copies}.
 * {record["bytes"] / 1e6:.1f} MB, {record["parity"]["psnr_db"]:.0f} dB from PyTorch in float32; an image and call takes
   {record["ms_per_image_and_step"]:.1f} ms by one thread.
-* Trained by `{command_of(name)}`: {training["images"]:,} images in {took} on two CPU cores.
+* Trained by `{command_of(name)}`: {training["images"]:,} images in {took} on {record["machine"]["cores"]} CPU cores.
 * The data: {LICENCES[name]}.
 """
 

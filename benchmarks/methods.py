@@ -97,9 +97,7 @@ RECIPES: dict[str, Recipe] = {
 @click.command("methods.py")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the runs.")
 @click.option("--only", multiple=True, type=click.Choice(sorted(RECIPES)), help="Of these; default: all.")
-@click.option(
-    "--seeds", type=INTS, default="0", show_default=True, help="Train each with these, from teachers of theirs."
-)
+@click.option("--seeds", type=INTS, default="0", show_default=True, help="Seeds; each gets its own teacher.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a chart: calls against distance.")
 def command(
@@ -254,7 +252,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         calls, distances = [r["calls"] for r in row["rows"]], [r["fd"] for r in row["rows"]]
         line = "--" if row["name"] == TEACHER else "-"
         name = row["name"].replace("ect, tuned", "ect from the teacher")
-        axes.loglog(calls, distances, line, color=colours[i % 12], marker="os^Dv<>phX*P"[i % 12], label=name)
+        axes.loglog(calls, distances, line, color=colours[i % 12], marker="os^Dv<>phX*"[i % 11], label=name)
     axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")
     axes.set(
         xlabel="network calls an image",

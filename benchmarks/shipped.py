@@ -39,9 +39,9 @@ from cmfast_train.evaluation.run import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 3_000_000  # of a file: the wheel stays small
-NAMES = ("digits", "mnist", "fashion-mnist")
+NAMES = ("digits", "mnist")
 NEIGHBOURS = 3  # training images that vote on the class of a sample
-REFERENCE = 20_000  # training images that are compared with
+REFERENCE = 20_000  # training images that vote
 SAMPLES = 2_000  # that are classified
 PICTURE = 64  # samples in the picture
 
@@ -136,7 +136,7 @@ def _nearest(model: cmfast.Model, images: Images) -> dict[str, float]:
     """Return median distances, grey levels a pixel: of ten samples, and of training images, to their nearest."""
     from sklearn.neighbors import NearestNeighbors
 
-    pixels, _ = _reference(images)
+    pixels = _flat(images.images.numpy())
     index = NearestNeighbors(n_neighbors=2).fit(pixels)
     samples = model.sample(10, steps=2, seed=2).transpose(0, 3, 1, 2)
     unit = np.sqrt(pixels.shape[1])

@@ -23,7 +23,7 @@ from cmfast.cli.running import run_command
 from cmfast.errors import CmfastError
 from cmfast.files import check_outputs, check_target, write_text
 from cmfast_train.config.presets import PRESETS
-from cmfast_train.data.images import FolderImages, Images, load_data, to_unit_range
+from cmfast_train.data.images import MNIST_KINDS, FolderImages, Images, load_data, to_unit_range
 from cmfast_train.evaluation.features import Classifier, ClassifierConfig, save_classifier, shipped
 from cmfast_train.torchvision_cpu import torchvision_datasets
 
@@ -134,7 +134,8 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 
 def data_of(data_set: str, root: Path) -> tuple[Images, tuple[Tensor, Tensor]]:
     """Return the images to train on, and those to test on, uint8 [N, C, 32, 32], with their labels [N]."""
-    images = load_data(PRESETS[data_set], root)
+    preset = PRESETS[data_set]
+    images = load_data(dataclasses.replace(preset, image_size=32) if data_set in MNIST_KINDS else preset, root)
     if isinstance(images, Images):
         return images, test_set(data_set, root)
     return held_out(images)

@@ -33,6 +33,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "restore": ["digits", "--work", "DIR/work"],
     "startup": [],
     "train_classifier": ["mnist", "--data", "DIR"],
+    "trials": ["--data", "DIR", "--out", "DIR/runs"],
     "training": ["--reference", "DIR", "--data", "DIR"],
 }
 

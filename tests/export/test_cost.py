@@ -269,7 +269,7 @@ def test_other_networks_cost_what_pytorch_counts(config: SongConfig | DhariwalCo
     ("preset", "flops"),
     [
         ("digits", 35_766_272),
-        pytest.param("mnist", 3_303_702_528, marks=pytest.mark.slow),
+        pytest.param("mnist-large", 3_303_702_528, marks=pytest.mark.slow),
         pytest.param("cifar10", 14_207_025_152, marks=pytest.mark.slow),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A network that takes squares of pixels as channels, in every form of file that a CPU can run."""
+"""A network that takes squares of pixels as channels, on the backends of a CPU, float32 and with float16 weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("onnxruntime", ("--weights", "fp16"), "small.onnx"),
     ],
 )
-def test_every_backend_computes_what_pytorch_computes(
+def test_a_backend_computes_what_pytorch_computes(
     needs: str, options: tuple[str, ...], out: str, model: Path, tmp_path: Path, call: Callable[..., Any]
 ) -> None:
     pytest.importorskip(needs)

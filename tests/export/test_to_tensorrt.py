@@ -106,7 +106,7 @@ def test_the_digits_network_becomes_an_engine_with_a_dynamic_batch_that_describe
     ("name", "precision"),
     [
         ("few layers", "fp16"),
-        *(pytest.param("mnist", precision, marks=pytest.mark.slow) for precision in ("fp32", "fp16")),
+        *(pytest.param("mnist-large", precision, marks=pytest.mark.slow) for precision in ("fp32", "fp16")),
     ],
 )
 def test_two_steps_of_a_network_are_at_most_a_tenth_larger_than_one(

@@ -210,7 +210,8 @@ def test_group_norm_is_the_same_where_it_is_trained(dtype: torch.dtype, layout: 
     assert found[0][0].is_contiguous(memory_format=layout)
     assert found[0][1].abs().max() > 0.1
     for ours, formula in zip(*found, strict=True):
-        room = 8 * max(rounding.eps, 1e-7 if dtype == torch.float32 else 0) * float(formula.detach().abs().max())
+        # Half a unit in the last place for the result in bfloat16; a few for sums in float32.
+        room = (0.6 if dtype == torch.bfloat16 else 8) * rounding.eps * float(formula.detach().abs().max())
         np.testing.assert_allclose(ours.detach().double(), formula.detach().double(), rtol=0, atol=room)
 
 

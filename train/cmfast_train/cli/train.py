@@ -62,7 +62,7 @@ def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 @click.command("cmfast-train", cls=_TrainCommand)
-@click.argument("preset", required=False, metavar="PRESET", type=click.Choice(sorted(ABOUT)))
+@click.argument("preset", required=False, metavar="[PRESET]", type=click.Choice(sorted(ABOUT)))
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

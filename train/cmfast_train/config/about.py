@@ -8,7 +8,7 @@ RECORDED: dict[str, str] = {
     "digits": "0.8M parameters, built-in 8x8 digits; about 3 minutes on 2 CPU cores",
     "mnist": "1.4M parameters, 1x28x28; about 75 minutes on 2 CPU cores",
 }
-# What has the shape of a run, and gets its length from the data.
+# For data that cmfast does not know: settings to begin with.
 YOURS: dict[str, str] = {
     "folder": "7.7M parameters, 3x32x32, any DIR/class/image.png; a length to change",
     "arrays": "a network and data of your own: --network, --spec, --data FILE.npz; 2 million samples",

@@ -57,7 +57,7 @@ class TrainConfig:
     # data
     data: str = ARRAYS  # one of DATA: cmfast_train.data.images; arrays: cmfast_train.data.arrays
     image_size: Size = 0  # pixels: one number for square images, else (height, width), --set image_size=32x64; images
-    # are padded (mnist) or resized and cropped (folder) to it. 0 for arrays, whose shape the network has
+    # are resized and cropped (folder) to it, mnist's padded to 32. 0 for arrays, whose shape the network has
     channels: int = 0  # 1 or 3; 0 for arrays
     conditional: bool = True  # class-conditional where the data have classes
     label_dropout: float = 0.0  # probability that a sample is trained without its label, for guidance; of a network of

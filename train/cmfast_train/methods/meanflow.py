@@ -17,16 +17,17 @@ from cmfast_train.methods.table import MeanFlow
 
 
 def mf(s: Step[MeanFlow]) -> Losses:
-    """Take a step of Algorithm 1, or of AlphaFlow's while its alpha is above 0."""
+    """Take a step of Algorithm 1, or of AlphaFlow's eq. 7 while its alpha is above 0."""
     hyper, (alpha,) = s.hyper, s.constants
     t, r = meanflow_pair(
         s.normal(0), s.normal(1), s.uniform[:, 2], hyper.ratio, hyper.p_mean, hyper.p_std, s.spec.sigma_max
     )
     x = s.at(t)
     if alpha:
-        between = sigma_of(alpha * flow_time(r) + (1 - alpha) * flow_time(t))
-        there = s.networks.output_stopgrad(s.at(between), between, s.conditions, r)
-        target = alpha * (s.noise - s.x0) + (1 - alpha) * there
+        target = alpha * (s.noise - s.x0)
+        if alpha < 1:
+            between = torch.where(r < t, sigma_of(alpha * flow_time(r) + (1 - alpha) * flow_time(t)), t)
+            target = target + (1 - alpha) * s.networks.output_stopgrad(s.at(between), between, s.conditions, r)
     else:
         # The path of flow time t, z = (1 - t) x0 + t noise, in x = (1 + sigma) z and sigma.
         own = s.noise - s.x0 if hyper.velocity == "data" else s.networks.output_stopgrad(x, t, s.conditions, t)

@@ -81,6 +81,7 @@ class Method(Generic[H]):
         distils: the kinds of models that it can distil; empty: it has no teacher. With the kind that it leaves among
             them, a phase after such a phase distils what that one left.
         differentiates: it calls `Networks.output_along`, which needs forward-mode derivatives of the network.
+        joint: the samples of a micro-batch depend on each other, so that another split of a batch is another draw.
         one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
         needs: what a phase needs besides the student.
         constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
@@ -110,6 +111,7 @@ class Method(Generic[H]):
     leaves: str = "consistency"
     distils: tuple[str, ...] = ()
     differentiates: bool = False
+    joint: bool = False
     one_evaluation: bool = False
     needs: Callable[[H], Needs] = lambda hyper: Needs()
     constants: Callable[[H, int, int], tuple[Any, ...]] = lambda hyper, done, steps: ()

@@ -20,7 +20,10 @@ from cmfast_train.methods.table import Cmt
 
 
 def cmt(s: Step[Cmt]) -> Losses:
-    """Take a step of mid-training."""
+    """Take a step of mid-training: Section 3 of the paper, the loss of CMT for consistency models.
+
+    The trajectories are those of the micro-batch: all points of one are a part of it.
+    """
     steps, batch = s.hyper.steps, len(s.noise)
     starts = -(-batch // steps)  # trajectories: all of their points are about a batch
     grid = grid_tensor(karras_sigmas(steps + 1, *s.sigma_range), s.noise.dtype, s.noise.device)

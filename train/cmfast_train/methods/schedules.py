@@ -30,14 +30,16 @@ def ct_ema(k: int, total: int, s0: int, s1: int, mu0: float) -> float:
     return math.exp(s0 * math.log(mu0) / ct_scales(k, total, s0, s1))
 
 
-def alpha_of(k: int, total: int, share: float, sharpness: float = 25.0, levels: int = 64) -> float:
+def alpha_of(k: int, total: int, share: float, sharpness: float = 25.0, least: float = 0.05) -> float:
     """Return AlphaFlow's alpha at step k of `total`: a falling sigmoid over this share of them, then 0.
 
-    arXiv:2510.20771. In `levels` levels, because a CUDA graph is recorded for each value.
+    arXiv:2510.20771. Below `least` it is 0, above 1 - `least` it is 1; there they are 0.005. A difference of two
+    outputs is divided by alpha, so that a small one would enlarge what bfloat16 rounds.
     """
     if k >= share * total:
         return 0.0
-    return round(levels / (1 + math.exp(sharpness * (k / (share * total) - 0.5)))) / levels
+    alpha = 1 / (1 + math.exp(sharpness * (k / (share * total) - 0.5)))
+    return 0.0 if alpha < least else 1.0 if alpha > 1 - least else alpha
 
 
 def ict_scales(k: int, total: int, s0: int, s1: int) -> int:

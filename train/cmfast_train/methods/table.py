@@ -106,7 +106,7 @@ class Ect:
 
 @dataclass(frozen=True, kw_only=True)
 class Cmt:
-    """Hyperparameters of cmt: arXiv:2509.24526, CIFAR-10."""
+    """Hyperparameters of cmt: arXiv:2509.24526, but Heun's steps on the Karras grid, where it has DPM-Solver++."""
 
     steps: int = setting(16, "steps of the teacher's trajectory", least=1, most=1024)
     solver: str = setting("heun", "the teacher's step", choices=("heun", "euler"))
@@ -143,9 +143,7 @@ class MeanFlow:
     p_std: float = setting(1.0, P_STD, above=0)
     ratio: float = setting(0.25, "fraction of samples whose two times differ", least=0, most=1)
     power: float = setting(0.75, "the loss is divided by its own value to this power", least=0)
-    velocity: str = setting(
-        "data", "of the derivative: a sample's own, or the model's (iMF)", choices=("data", "model")
-    )
+    velocity: str = setting("data", "of the derivative: the sample's, or the model's (iMF)", choices=("data", "model"))
     curriculum: float = setting(
         0.0,
         "opening fraction of the phase in which AlphaFlow's alpha falls from 1, flow matching, to 0",
@@ -261,6 +259,7 @@ _OURS: tuple[Method[Any], ...] = (
         defaults={"lr": 2e-4},
         from_scaling=TO_BOUNDARY,
         distils=("diffusion",),
+        joint=True,
         needs=_distance,
     ),
     Method(

@@ -201,8 +201,9 @@ def _memory_in_one_line(config: TrainConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         less = "" if config.recompute else "--set recompute=true continues this run with less memory, more slowly; "
+        same = "draw others of the same kind" if any(row.joint for row in config.methods) else "compute the same"
         raise BackendError(
-            f"the GPU has too little memory for batch={config.batch}; {less}smaller micro-batches compute the same: "
+            f"the GPU has too little memory for batch={config.batch}; {less}smaller micro-batches {same}: "
             f"--set accumulation={2 * config.accumulation} (begin in another --out folder)"
         ) from None
 
