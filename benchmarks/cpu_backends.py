@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def random_checkpoint(name: str, folder: Path) -> Path:
     checkpoint = folder / "model.pt"
     if not checkpoint.exists():
         for exported in NAMES.values():
+            if (folder / exported).is_dir():
+                shutil.rmtree(folder / exported)
             (folder / exported).unlink(missing_ok=True)
         save_checkpoint(random_model(name), checkpoint)
     return checkpoint

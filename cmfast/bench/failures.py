@@ -31,7 +31,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         where = f" at {self.steps} step(s), batch {self.batch}" if self.steps else ""
-        part = f" ({self.what})" if self.what in ("start", "device_times") else ""
+        where = where or (f" at batch {self.batch}" if self.batch else "")
+        part = f" ({self.what})" if self.what in ("start", "device_times", "processes") else ""
         return f"{self.contender}{where}{part}: {self.why}"
 
 

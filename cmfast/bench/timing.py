@@ -36,7 +36,9 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-bindings",
     "openvino",
+    "ncnn",
     "onnx",
+    "diffusers",
 )
 
 BURST_S = 0.05  # a burst ends after this time and at least BURST_CALLS counted calls
@@ -58,6 +60,7 @@ def interleave(
     warmup_s: float = 0.3,
     most_s: float = math.inf,
     budget_s: float = math.inf,
+    cpu_ms: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Call the contenders in turns and time every call.
 
@@ -71,6 +74,7 @@ def interleave(
         warmup_s: each is called for this long, and at least twice, before anything is counted.
         most_s: counted time after which FEW calls of a contender are enough.
         budget_s: wall time, with the warm-up, after which no further round begins; there is always one.
+        cpu_ms: gets the CPU time of this process in every counted call, by name.
 
     Returns:
         For each contender the time of every counted call, ms, none dropped.
@@ -97,7 +101,10 @@ def interleave(
         turn = first % len(names)
         for name in names[turn:] + names[:turn]:
             time.sleep(PAUSE_S)
-            times[name] += _burst(contenders[name])
+            burst = _burst(contenders[name])
+            times[name] += [wall for wall, _ in burst]
+            if cpu_ms is not None:
+                cpu_ms.setdefault(name, []).extend(cpu for _, cpu in burst)
         first += 1
     return times
 
@@ -249,13 +256,15 @@ def _warm_up(call: Callable[[], object], seconds: float) -> None:
         call()
 
 
-def _burst(call: Callable[[], object]) -> list[float]:
+def _burst(call: Callable[[], object]) -> list[tuple[float, float]]:
+    """Return wall and CPU time of the counted calls, ms."""
     call()
-    times: list[float] = []
-    while sum(times) < 1000 * (LONG_S if len(times) < BURST_CALLS else BURST_S):
-        start = time.perf_counter_ns()
+    times: list[tuple[float, float]] = []
+    while sum(wall for wall, _ in times) < 1000 * (LONG_S if len(times) < BURST_CALLS else BURST_S):
+        cpu, start = time.process_time_ns(), time.perf_counter_ns()
         call()
-        times.append((time.perf_counter_ns() - start) / 1e6)
+        end = time.perf_counter_ns()
+        times.append(((end - start) / 1e6, (time.process_time_ns() - cpu) / 1e6))
     return times
 
 

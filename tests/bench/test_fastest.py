@@ -234,6 +234,15 @@ def test_a_checkpoint_has_nothing_to_choose_from(tmp_path: Path) -> None:
         cmfast.load(tmp_path / "model.pt", variant="auto")
 
 
+@pytest.mark.parametrize("levels", [[[1, 2], [3, 3]], [[1, 2, 3, 1, 2, 3, 1, 2]]])
+def test_the_noise_level_that_is_worst_counts_however_many_share_a_batch(levels: list[list[float]]) -> None:
+    probes = [{"sigma": np.array(each, np.float32)} for each in levels]
+    expected = [np.zeros((len(each), 1, 4, 4), np.float32) for each in levels]
+    got = [np.where(np.array(each) == 3, 0.02, 0.0002)[:, None, None, None] + np.zeros((1, 4, 4)) for each in levels]
+    assert fastest._worst_db(got, expected, probes, image=True) == pytest.approx(40, abs=0.01)  # 2 / 0.02
+    assert fastest._worst_db(got[:1], expected[:1], [{}], image=True) > 40
+
+
 def test_psnr_has_the_range_of_images_or_of_the_data() -> None:
     want = [np.zeros((2, 3), np.float32), np.full((2, 3), 4, np.float32)]
     got = [each + np.float32(0.02) for each in want]

@@ -113,6 +113,21 @@ def test_the_first_call_after_another_contender_is_not_counted() -> None:
     assert max(times["a"] + times["b"]) < 200
 
 
+def test_the_cpu_time_is_that_of_the_counted_calls() -> None:
+    def work() -> None:
+        end = time.process_time() + 0.002
+        while time.process_time() < end:
+            pass
+
+    cpu_ms: dict[str, list[float]] = {}
+    times = timing.interleave(
+        {"works": work, "sleeps": lambda: time.sleep(0.002)}, seconds=0.02, calls=3, cpu_ms=cpu_ms
+    )
+    assert {name: len(each) for name, each in cpu_ms.items()} == {name: len(each) for name, each in times.items()}
+    assert min(cpu_ms["works"]) >= 2
+    assert min(cpu_ms["sleeps"]) < 1
+
+
 def test_warming_up_takes_the_time_that_was_requested() -> None:
     log: list[str] = []
     start = time.perf_counter()

@@ -5,23 +5,33 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from cmfast.bench.suite.measure import Measured
 from cmfast.bench.suite.record import ProcessRow, StartRow
 from cmfast.bench.suite.ways import Way
-from cmfast.bench.suite.worker import Started, Task, Worked
+from cmfast.bench.suite.worker import RESULT, Started, Task, Worked
 from cmfast.checks import usable_cores
 from cmfast.errors import BackendError, one_line
 
 T = TypeVar("T", Started, Worked)
 ROUNDS = 2  # over all contenders, the second one backwards: a machine drifts
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process, and the file that gets what it says on stderr: a pipe would fill up while its results are awaited."""
+
+    process: subprocess.Popen[str]
+    said: IO[str]
 
 
 def starts(
@@ -70,7 +80,7 @@ def several(
                 ProcessRow(
                     contender=name,
                     processes=count,
-                    threads=len(places[0]) or 1,
+                    threads=threads_of(places),
                     cores=places if all(places) else None,
                     batch=batch,
                     images_per_s=sum(batch * each.calls / each.seconds for each in every) / ROUNDS,
@@ -93,19 +103,25 @@ def shares(count: int) -> list[list[int]]:
     return [[cores[(each * i + k) % len(cores)] for k in range(each)] for i in range(count)]
 
 
+def threads_of(places: Sequence[Sequence[int]]) -> int:
+    """Return the threads of each process: one for each of its cores."""
+    return len(places[0]) or max(1, usable_cores() // len(places))
+
+
 def _together(
     way: Way, files: Mapping[str, Path], places: Sequence[Sequence[int]], batch: int, seconds: float
 ) -> list[Worked]:
-    threads = len(places[0]) or max(1, usable_cores() // len(places))
+    threads = threads_of(places)
     tasks = [_task(way, files, threads, batch, cores, seconds) for cores in places]
     with _working(way, tasks) as workers:
         for worker in workers:
             _line(way, worker, Started)
             _read(way, worker)  # ready
         for worker in workers:
-            assert worker.stdin
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
+            assert worker.process.stdin
+            with suppress(BrokenPipeError):  # it has ended: reading says why
+                worker.process.stdin.write("go\n")
+                worker.process.stdin.flush()
         return [_line(way, worker, Worked) for worker in workers]
 
 
@@ -117,32 +133,38 @@ def _task(
 
 
 @contextmanager
-def _working(way: Way, tasks: Sequence[Task]) -> Iterator[list[subprocess.Popen[str]]]:
+def _working(way: Way, tasks: Sequence[Task]) -> Iterator[list[_Worker]]:
     """Run the tasks at a time; nothing of them is left behind."""
-    # Without this, torch.compile would find what this process has just compiled, and its first call would look cheap.
-    cold = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    workers: list[subprocess.Popen[str]] = []
-    try:
-        for task in tasks:
-            program = [sys.executable, "-P", "-m", "cmfast.bench.suite.worker", json.dumps(asdict(task))]
-            pipe = subprocess.PIPE
-            workers.append(subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=cold))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
+    # Else torch.compile and OpenVINO would find what this process has just compiled, and their first calls look cheap.
+    cold = {name: value for name, value in os.environ.items() if name != "CMFAST_CACHE"}
+    cold["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    workers, pipe = list[_Worker](), subprocess.PIPE
+    with ExitStack() as files:
+        try:
+            for task in tasks:
+                program = [sys.executable, "-P", "-m", "cmfast.bench.suite.worker", json.dumps(asdict(task))]
+                said = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=said, text=True, env=cold)
+                workers.append(_Worker(process, said))
+            yield workers
+        finally:
+            for worker in workers:
+                worker.process.kill()
+                worker.process.communicate()
 
 
-def _line(way: Way, worker: subprocess.Popen[str], kind: type[T]) -> T:
+def _line(way: Way, worker: _Worker, kind: type[T]) -> T:
     return kind(**json.loads(_read(way, worker)))
 
 
-def _read(way: Way, worker: subprocess.Popen[str]) -> str:
-    assert worker.stdout
-    line = worker.stdout.readline()
-    if not line:
-        _, said = worker.communicate()
-        why = (said.strip().splitlines() or [f"exit status {worker.returncode}"])[-1]
-        raise BackendError(f"{way.name} fails in a process of its own: {one_line(why, 500)}")
-    return line
+def _read(way: Way, worker: _Worker) -> str:
+    """Return the next line of results, without the mark that they have: libraries print, too."""
+    assert worker.process.stdout
+    for line in worker.process.stdout:
+        if line.startswith(RESULT):
+            return line.removeprefix(RESULT)
+    code = worker.process.wait()
+    worker.said.seek(0)
+    said = worker.said.read().strip().splitlines()
+    why = f"killed by {signal.Signals(-code).name}" if code < 0 else (said or [f"exit status {code}"])[-1]
+    raise BackendError(f"{way.name} fails in a process of its own: {one_line(why, 500)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,7 +102,7 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
             if min(found) < each.way.least_db:
                 raise CheckFailed(
                     f"{name} at {where} is {min(found):.1f} dB from {running[0].way.name}, which needs "
-                    f"{each.way.least_db:g} dB; nothing was timed"
+                    f"{each.way.least_db:g} dB; export it again, or leave it out by --keep-going"
                 )
         except (CmfastError, RuntimeError) as err:
             measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, batch)
@@ -172,7 +171,7 @@ def whole_images(
             if not each.denoise and found < each.way.least_db:  # else its network was compared
                 measured.fails(each.way.name, "images", CheckFailed(
                     f"{each.way.name}: its samples are {found:.1f} dB from {contenders[0].way.name}'s, which needs "
-                    f"{each.way.least_db:g} dB; nothing was timed"), batch)  # fmt: skip
+                    f"{each.way.least_db:g} dB; export it again, or leave it out by --keep-going"), batch)  # fmt: skip
                 break
             decibels[drawing.name] = round(found, 1)
             drawings.append(drawing)
@@ -237,21 +236,8 @@ def beside_the_network(spec: ModelSpec, batch: int, fastest_ms: float, measured:
 
 def timed(calls: Mapping[str, Callable[[], object]], where: str, measured: Measured) -> dict[str, Wall]:
     """Return the times of calls, interleaved."""
-    cpu_ms: dict[str, list[float]] = {name: [] for name in calls}
-
-    def counted(name: str, call: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            begun = time.process_time()
-            call()
-            cpu_ms[name].append(1000 * (time.process_time() - begun))
-
-        return run
-
-    times = timing.interleave(
-        {name: counted(name, call) for name, call in calls.items()},
-        seconds=measured.seconds,
-        most_s=MOST * measured.seconds,
-    )
+    cpu_ms: dict[str, list[float]] = {}
+    times = timing.interleave(calls, seconds=measured.seconds, most_s=MOST * measured.seconds, cpu_ms=cpu_ms)
     measured.every_ms |= {f"{name}, {where}": each for name, each in times.items()}
     return {name: _wall(each, cpu_ms[name]) for name, each in times.items()}
 

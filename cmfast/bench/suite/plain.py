@@ -6,7 +6,8 @@ Only the number of threads is set, so that all contenders have the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.drawing import Arrays
+from cmfast.errors import CmfastError, backend_error, one_line
 from cmfast.formats.table import read_manifest
 
 Floats = npt.NDArray[np.float32]
@@ -32,14 +34,28 @@ class Plain:
     def __init__(self, path: Path, library: str, threads: int) -> None:
         self.manifest = read_manifest(path)
         opened = {"onnxruntime": _onnxruntime, "openvino": _openvino}[library]
-        self._run, self.name, self.precision = opened(path, threads)
+        with _errors(path):
+            self._run, self.name, self.precision = opened(path, threads)
+        self._path = path
 
     def denoise(self, x: Floats, sigma: float, conditions: Arrays, sigma_next: float = 0.0) -> Floats:
         """Return f(x, sigma, **conditions), [B, *shape]; of a flow map at its next noise level."""
         inputs = {"x": x, "sigma": np.full(len(x), sigma, np.float32), **conditions}
         if self.manifest.spec.second_time:
             inputs["sigma_next"] = np.full(len(x), sigma_next, np.float32)
-        return self._run(inputs)
+        with _errors(self._path):
+            return self._run(inputs)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Raise what a library raises, of whatever type, as BackendError."""
+    try:
+        yield
+    except CmfastError:
+        raise
+    except Exception as err:
+        raise backend_error(f"{path}: {type(err).__name__}: {one_line(err, 300)}") from None
 
 
 def _onnxruntime(path: Path, threads: int) -> tuple[Run, str, str]:

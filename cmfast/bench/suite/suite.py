@@ -132,6 +132,8 @@ def _with_threads(
     """Open every contender with so many threads, and measure it. PyTorch's are of the process, so all have the same."""
     opened = _open(ways, files, threads, measured)
     spec = found.spec = opened[0].manifest.spec
+    steps = _steps(spec) if request.steps is None else request.steps
+    _check_steps(spec, steps)
     _check_evaluations(request.evaluations, evaluations, opened[0].manifest.source.get("sha256"))
     types = dict.fromkeys(each.way.type for each in opened)
     types |= {"bf16": None} if any(each.way.tolerance_db for each in opened) else {}  # which "auto" may choose
@@ -147,7 +149,6 @@ def _with_threads(
             running = [each.opened for each in agreed] + [each for each in opened if each.denoise is None]
             names = {each.way.name for each in running}
             found.ran = [way for way in ways if way.name in names]
-            steps = _steps(spec) if request.steps is None else request.steps
             found.images = whole_images(running, steps, batch, threads, measured) if steps else []
     # Again, because a rate is what can be reached, and the machine may have been busy the first time.
     rates = faster(rates, measure_rates(types, threads, measured.say))
@@ -162,7 +163,9 @@ def _open(ways: Sequence[Way], files: Mapping[str, Path], threads: int, measured
     for way in ways:
         try:
             each = open_way(way, files, threads)
-        except (BackendError, MissingDependency) as err:
+        except (BackendError, MissingDependency, ArtifactError) as err:
+            if isinstance(err, ArtifactError) and not measured.keep_going:
+                raise
             if way is DIFFUSERS and not measured.keep_going:  # which was requested by name
                 raise
             measured.note(LeftOut(contender=way.name, what="opening", why=reason(err)))
@@ -178,6 +181,7 @@ def _check_same(first: Opened, other: Opened, files: Mapping[str, Path]) -> None
     """Raise CmfastError unless two contenders have the same weights and take the same inputs."""
     ours, theirs = first.manifest.source.get("sha256"), other.manifest.source.get("sha256")
     spec, also = first.manifest.spec, other.manifest.spec
+    spec, also = spec.with_class_names(()), also.with_class_names(())  # a file may have no room for them
     if (ours and theirs and ours != theirs) or (spec.shape, spec.conditions) != (also.shape, also.conditions):
         one, two = files[first.way.file], files[other.way.file]
         raise CmfastError(f"{two} is another model than {one}; delete it, or export it again from the same one")
@@ -193,7 +197,14 @@ def _check_evaluations(paths: Sequence[Path], records: Sequence[Mapping[str, Any
 
 def _steps(spec: ModelSpec) -> tuple[int, ...]:
     found = tuple(k for k in STEPS if k in spec.sigmas)
-    return found or (min(spec.sigmas),)
+    return found or tuple(sorted(spec.sigmas)[:1])
+
+
+def _check_steps(spec: ModelSpec, steps: Sequence[int]) -> None:
+    """Raise CmfastError unless the model has noise levels for these numbers of steps."""
+    if missing := [k for k in steps if k not in spec.sigmas]:
+        known = ", ".join(map(str, sorted(spec.sigmas))) or "no number of"
+        raise CmfastError(f"--steps {missing[0]}: the model has default noise levels for {known} steps")
 
 
 def _flops(files: Mapping[str, Path]) -> float | None:
@@ -225,7 +236,8 @@ def _call_rows(
                 decibels=each.decibels,
                 images_per_s=1000 * batch / wall.wall_median_ms,
                 times_as_fast=first.wall_median_ms / wall.wall_median_ms,
-                times_less_cpu=first.cpu_median_ms / wall.cpu_median_ms,
+                # The clock of some systems ticks more rarely than a call takes.
+                times_less_cpu=first.cpu_median_ms / max(wall.cpu_median_ms, 1e-6),
                 of_rate=1000 * flops * batch / wall.wall_median_ms / rate if flops and rate else None,
             )
         )

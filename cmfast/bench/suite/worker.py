@@ -24,6 +24,7 @@ from cmfast.conditions import some_values
 from cmfast.noise import gaussian
 
 WARM_UP_S = 0.3
+RESULT = "cmfast: "  # how lines of results begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ def main() -> None:
         end = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < end:
             call()
-        print("ready", flush=True)
-        sys.stdin.readline()
-        _print(_worked(call, task.seconds))
+        print(f"{RESULT}ready", flush=True)
+        if sys.stdin.readline():  # else nobody waits any more
+            _print(_worked(call, task.seconds))
 
 
 class _Call:
@@ -99,7 +100,7 @@ class _Call:
 
 def _worked(call: _Call, seconds: float) -> Worked:
     calls, cpu, start = 0, time.process_time(), time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while not calls or time.perf_counter() - start < seconds:
         call()
         calls += 1
     took = time.perf_counter() - start
@@ -107,7 +108,7 @@ def _worked(call: _Call, seconds: float) -> Worked:
 
 
 def _print(result: Started | Worked) -> None:
-    print(json.dumps(asdict(result)), flush=True)
+    print(f"{RESULT}{json.dumps(asdict(result))}", flush=True)
 
 
 if __name__ == "__main__":
