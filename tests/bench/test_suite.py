@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from cmfast.bench import fastest, timing
 from cmfast.bench.roofline import Ceilings
 from cmfast.bench.suite import SuiteRequest, apart, files, measure, rates, run_suite, show, suite, ways
 from cmfast.bench.suite.opening import Opened
+from cmfast.bench.suite.plain import Plain
 from cmfast.bench.suite.record import CallRow
 from cmfast.bench.suite.ways import FLOAT, NCNN, WAYS, Way
 from cmfast.cli.bench import main
@@ -427,3 +429,44 @@ def test_a_dry_run_lists_the_contenders(exported: dict[str, Path], call: Call) -
         "one network call each: plain ONNX Runtime, plain OpenVINO, ONNX Runtime, OpenVINO, OpenVINO throughput, auto",
         "at least 12 s of timing",
     ]
+
+
+def test_steps_that_the_model_has_no_levels_for_are_refused_before_anything_is_timed(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "interleave", lambda *arguments, **options: pytest.fail("timed"))
+    request = SuiteRequest(models=(exported[FLOAT],), precision=("fp32",), steps=(7,), threads=(1,))
+    with pytest.raises(CmfastError, match="--steps 7: the model has default noise levels for "):
+        run_suite(request)
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+def test_what_a_plain_library_raises_is_an_error_of_a_backend(library: str, exported: dict[str, Path]) -> None:
+    opened = Plain(exported[FLOAT], library, 1)
+    with pytest.raises(BackendError, match=r"model\.onnx: \w+: "):
+        opened.denoise(np.zeros((2, 1, 8, 9), np.float32), 1.0, {"label": np.zeros(2, np.int64)})
+
+
+SAYS = "import os, signal, sys; print('a library'); sys.stderr.write(200_000 * 'x' + chr(10)); "
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (SAYS + "print('cmfast: found')", ""),
+        (SAYS + "os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
+        (SAYS + "raise SystemExit('no such thing')", "no such thing"),
+    ],
+)
+def test_a_worker_may_chatter_and_its_end_is_named(code: str, words: str) -> None:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=said, text=True)
+        try:
+            if words:
+                with pytest.raises(BackendError, match=f"PyTorch fails in a process of its own: .*{words}"):
+                    apart._read(WAYS[0], apart._Worker(process, said))
+            else:
+                assert apart._read(WAYS[0], apart._Worker(process, said)) == "found\n"
+        finally:
+            process.kill()
+            process.communicate()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_mnist_has_the_same_features_with_and_without_its_black_border() -> None
     for name, image in (("mnist", (1, 30, 30)), ("mnist", (3, 28, 28)), ("cifar10", (3, 28, 28))):
         with pytest.raises(CmfastError, match="its features are of images"):
             load_features(name, image)
+
+
+def test_a_classifier_is_trained_and_tested_on_images_of_one_size(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 2, 28, 28) + bytes(2 * 28 * 28))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 2) + bytes([9, 0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from train_classifier import data_of
+    training, (test, _) = data_of("mnist", tmp_path)
+    assert training.images.shape == test.shape == (2, 1, 32, 32)
 
 
 def test_the_accuracy_that_is_shipped_is_that_of_its_record() -> None:

@@ -301,7 +301,7 @@ def test_only_meanflow_has_a_network_of_two_times() -> None:
         (["phases=pd:800"], "pd/8 distils a diffusion model"),
         (["phases=edm:800,ect:800,cd:800"], "cd distils a diffusion model"),
         (["phases=edm:800,pd/8:800,pd/2:800"], "pd/2 halves the steps of pd/4, not of pd/8"),
-        (["teacher=model.pt"], "--teacher: none of these phases distils; cd, pd, scd do"),
+        (["teacher=model.pt"], "--teacher: none of these phases distils; cd, cmt, pd, scd do"),
         (["init=model.pt", "res_blocks=3"], "--set res_blocks: already set by the model of --init; remove it"),
         (["phases=sct:800", "compile=true", "dropout=0.1"], "compile=true draws other dropout masks .* dropout=0"),
         (["phases=sct:800", "scaling=boundary"], "sct needs scaling trigflow or edm, got scaling boundary"),

@@ -32,6 +32,7 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.data.batches import AHEAD, batches
 from cmfast_train.data.images import IMAGENET9, Batch, FolderImages, Images, load_data, to_unit_range
+from cmfast_train.evaluation.evaluate import data_images
 
 EVERYTHING = slice(None)
 
@@ -103,6 +104,16 @@ def test_fashion_mnist_is_read_from_its_own_folder(tmp_path: Path) -> None:
     assert (data.images.shape, data.labels.tolist(), data.classes) == ((2, 1, 32, 32), [9, 0], 10)
     assert data.images[:, :, 2:-2, 2:-2].unique().tolist() == [200]
     assert data.images.double().mean() == 200 * (28 / 32) ** 2
+    plain = load_data(PRESETS["fashion-mnist"], tmp_path)
+    assert isinstance(plain, Images)
+    assert plain.images.shape == (2, 1, 28, 28)
+    assert plain.images.unique().tolist() == [200]
+    for side in (28, 32):  # evaluation has those of the model's size
+        found = data_images("fashion-mnist", tmp_path, (1, side, side))
+        assert isinstance(found, Images)
+        assert found.images.shape == (2, 1, side, side)
+    with pytest.raises(CmfastError, match=r"the samples are images \[1, 30, 30\]"):
+        data_images("fashion-mnist", tmp_path, (1, 30, 30))
 
 
 def test_flowers32_are_300_photographs_of_each_of_five_flowers() -> None:
