@@ -145,7 +145,7 @@ def save_rows(rows: Sequence[tuple[str, Bytes]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0)
+    layout = ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.15, hspace=0.0, wspace=0.0)
     figure = Figure(figsize=(8, 7 / len(rows[0][1]) * len(rows)), layout=layout)
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=255) for image in images], axis=1)

@@ -96,6 +96,13 @@ def test_the_reference_lists_the_public_names_that_there_are() -> None:
     assert listed == public_names()
 
 
+def test_the_gallery_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gallery import page
+
+    assert read("docs/gallery.md") == page(), "docs/gallery.md differs: python benchmarks/gallery.py --data DIR"
+
+
 def test_the_page_of_commands_is_what_help_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     import make_cli
