@@ -204,6 +204,7 @@ def test_every_python_block_of_the_documentation_is_run_by_a_test() -> None:
         "docs/edge.md": 2,
         "docs/editing.md": 1,
         "docs/extending.md": 9,
+        "docs/gallery.md": 1,
         "docs/importing.md": 1,
         "docs/quickstart.md": 1,
         "docs/training.md": 1,
@@ -215,6 +216,12 @@ def test_the_example_of_the_edge_page_gives_the_shape_of_its_comment() -> None:
     names: dict[str, Any] = {}
     exec(compile(text, "edge.md", "exec"), names)
     assert (names["x0"].dtype, names["x0"].shape) == (np.float32, (4, 1, 8, 8))
+
+
+def test_the_example_of_the_gallery_gives_the_shape_of_its_comment() -> None:
+    ((_, text),), names = examples("docs/gallery.md"), dict[str, Any]()
+    exec(compile(text, "gallery.md", "exec"), names)
+    assert (names["images"].dtype, names["images"].shape) == (np.uint8, (64, 28, 28, 1))
 
 
 def test_the_example_of_the_editing_page_gives_the_shapes_of_its_comments(
@@ -361,7 +368,7 @@ def test_the_method_of_the_page_trains_by_the_command(
             (("phases=fm:800", "fm.p_std=0"), "fm.p_std must be greater than 0, got 0.0"),
             (("phases=fm:800", "fm.q=2"), "--set fm.q=2: fm has no such field; there are clip_norm, ema, "),
             (("phases=fm:800", "scaling=edm"), "fm needs scaling flow, got scaling edm and c_noise trig"),
-            (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, ict, ect, pd, sct, scd, mf, fm"),
+            (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, cmt, ict, ect, pd, sct, scd, mf, fm"),
         ):
             refused(call(train.main, *words(*wrong)), said)
     finally:

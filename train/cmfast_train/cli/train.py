@@ -61,7 +61,7 @@ def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> N
     context.exit()
 
 
-@click.command("cmfast-train", cls=_TrainCommand)
+@click.command("cmfast-train", cls=_TrainCommand, epilog=EXAMPLES)
 @click.argument("preset", required=False, metavar="[PRESET]", type=click.Choice(sorted(ABOUT)))
 @click.option(
     "--out",
