@@ -260,7 +260,9 @@ def test_traces_and_exports_leave_the_kernels_out(monkeypatch: pytest.MonkeyPatc
     inputs = (torch.randn(2, 3, 8, 8), torch.tensor([0.3, 1.0]), torch.tensor([0, 2]))
     torch.export.export(network, inputs)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), new("adm").eval()(*inputs), rtol=0, atol=0)
+    with torch.no_grad():  # where norms run as they are traced
+        plain = new("adm").eval()(*inputs)
+    torch.testing.assert_close(compiled(*inputs), plain, rtol=0, atol=0)
 
 
 # The setting.

@@ -310,7 +310,7 @@ def test_a_run_that_is_to_be_longer_or_another_is_shown_how_to_start_from_its_mo
 def test_another_preset_names_what_differs_and_how_to_start_from_the_model(
     copy: Path, tmp_path: Path, call: Call, refused: Callable[..., None]
 ) -> None:
-    result = call(main, "mnist", *arguments(copy, [*TINY, SHORT])[1:], "--data", tmp_path)
+    result = call(main, "mnist-large", *arguments(copy, [*TINY, SHORT])[1:], "--data", tmp_path)
     refused(result, "data, ", f"--init {copy / 'model.pt'}")
 
 

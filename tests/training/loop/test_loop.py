@@ -317,7 +317,7 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path: Path, c
         (["digits"], "Missing option '--out'"),
         (["digits", "--out", "x", "--set", "bacth=3"], "no such field"),
         (["digits", "--out", "x", "--fast"], "No such option"),
-        (["mnist", "--out", "x"], "--data DIR, or CMFAST_DATA=DIR"),
+        (["mnist-large", "--out", "x"], "--data DIR, or CMFAST_DATA=DIR"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_writes_nothing(
