@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -130,6 +131,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     take_back_signals()
     drop_signal_stack()
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    ):  # a command that was interrupted leaves it so: `report_interrupt`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(sys.modules) > _frozen_modules[0] + NEW_MODULES:
         gc.collect()
         gc.freeze()
