@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 import cmfast
 from cmfast.bench.chart import save_chart
 from cmfast.cli.running import run_command
+from gallery import save_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "methods_digits.json"
@@ -42,21 +42,12 @@ def command(run: Path, out: Path) -> None:
 
 def samples_by_calls(run: Path, path: Path) -> None:
     """Write one row of samples for each number of network calls; a column starts from one noise and has one class."""
-    from matplotlib.figure import Figure
-
     model, teacher = cmfast.load(run / "model.onnx"), cmfast.load(run / "phases" / "1_edm.pt")
     labels = [i % 10 for i in range(COLUMNS)]
     rows = [(f"{k} call{'s' * (k > 1)}", model.sample(COLUMNS, steps=k, label=labels)) for k in (1, 2, 4)]
     rows.append(("teacher,\n35 calls", teacher.sample_heun(COLUMNS, steps=18, label=labels)))
-    figure = Figure(figsize=(8, 2.9), layout="constrained")
-    for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
-        strip = np.concatenate([np.pad(image[..., 0], 1, constant_values=255) for image in images], axis=1)
-        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_chart(figure, path)
+    save_rows(rows, path)
 
 
 def quality_time(record: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ def _small(data: str) -> TrainConfig:
       32 channels after 188 seconds, at sigma from 1 to 80, and up to 5 % above it at lower sigma
       (benchmarks/results/trials_mnist.json).
     * channels_last=False, precision="bf16": for a CPU with bfloat16. On a GPU, channels_last=true has fused norms.
-    * sigmas: of a few, those with the smallest Fréchet distance.
+    * sigmas: set on the trained model; `cmfast-eval --search` looks for the second of two.
     * The rest as of the digits: a short run learns little of 250 ln(sigma), and an average needs an end of low rates.
     """
     return TrainConfig(
