@@ -72,7 +72,14 @@ def test_the_command_lists_every_method_also_registered_ones(call: Callable[...,
     register(row(distils=("diffusion",)))
     listed = call(train.command, "--methods").stdout.splitlines()
     assert [line.split()[0] for line in listed] == list(names())
-    assert [line.split()[0] for line in listed if "needs a teacher" in line] == ["cd", "cmt", "pd", "scd", "mine"]
+    assert [line.split()[0] for line in listed if "needs a teacher" in line] == [
+        "cd",
+        "cmt",
+        "sid",
+        "pd",
+        "scd",
+        "mine",
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

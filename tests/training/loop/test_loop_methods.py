@@ -41,6 +41,15 @@ RUNS = {
     "ct": ["dropout=0.2", "phases=ct:240", *fast("ct"), "ct.s1=20"],
     "edm, cd": ["dropout=0.2", "phases=edm:80,cd:160", *fast("edm", "cd"), "cd.mu0=0.5"],
     "edm, cmt": ["dropout=0.2", "phases=edm:80,cmt:160", *fast("edm", "cmt"), "cmt.steps=5"],
+    "edm, ect, sid": [
+        "dropout=0.2",
+        "phases=edm:40,ect:40,sid:160",
+        *fast("edm", "ect"),
+        "ect.stages=0,3",
+        "sid.lr=1e-3",
+        "sid.ema=0.5",
+        "sid.fakes=2",
+    ],
     "ict": ["dropout=0.2", "phases=ict:240", *fast("ict"), "ict.p_mean=2", "ict.lr_warmup=0.5", "ict.clip_norm=1"],
     "edm, pd": ["phases=edm:80,pd/4:40,pd/2:80,pd/1:40", *fast("edm", "pd")],
     "sct": ["dropout=0.2", "phases=sct:240", *fast("sct"), "emas=0.5,0.9", "ema_stds=0.05,0.1"],
@@ -147,7 +156,10 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_up_to_rounding(tmp_path: P
     "name",
     [
         "edm, ect", "edm, pd", "sct", "mf",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ct", "edm, cd", "edm, cmt", "ict", "edm, scd")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ct", "edm, cd", "edm, cmt", "edm, ect, sid", "ict", "edm, scd")
+        ),
     ],
 )  # fmt: skip
 def test_it_exports_and_samples(

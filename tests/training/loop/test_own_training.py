@@ -239,6 +239,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], Callable[[cmfast.ModelSpec], bool]
     "ect": ("ect:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "boundary"),
     "cd": ("edm:32,cd:32", {}, lambda spec: spec.scaling == "boundary"),
     "cmt and ect": ("edm:32,cmt:32,ect:32", {}, lambda spec: spec.scaling == "boundary"),
+    "ect and sid": ("edm:32,ect:32,sid:32", {}, lambda spec: spec.scaling == "boundary"),
     "pd": ("edm:32,pd:32", {}, lambda spec: (spec.renoise, list(spec.sigmas)) == ("ddim", [1])),
     "sct": ("sct:32", {"scaling": "trigflow", "c_noise": "trig"}, lambda spec: spec.scaling == "trigflow"),
     "scd": ("edm:32,scd:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "edm"),

@@ -24,10 +24,12 @@ from cmfast_train.methods.meanflow import meanflow_pair, meanflow_target, mf, se
 from cmfast_train.methods.midtraining import cmt
 from cmfast_train.methods.paths import Conditions, noised, ode_step
 from cmfast_train.methods.progressive import pd_steps, progressive_loss
-from cmfast_train.methods.table import Cmt, MeanFlow
+from cmfast_train.methods.score_identity import karras_levels, log_uniform, score_identity_loss, sid
+from cmfast_train.methods.table import Cmt, MeanFlow, Sid
 from cmfast_train.networks.adm import AdmConfig, AdmUnet, randomise
 from cmfast_train.training.parallel import jvp
 from cmfast_train.training.step_networks import same_dropout
+from helpers.specs import image_spec
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 SHAPE = (2, 3, 3)
@@ -271,6 +273,98 @@ def test_mid_training_has_no_loss_where_the_solver_and_the_model_are_exact() -> 
     coarse, fine = (midtraining(exact, 64, steps, 0.3)[0].mean() for steps in (32, 64))
     assert coarse / fine == pytest.approx(16, rel=0.3)  # the square of a second-order error
     assert midtraining(lambda x, s, c: 0.9 * exact(x, s, c), 64, 64, 0.3)[0].mean() > 100 * fine
+
+
+# Score identity distillation.
+
+
+def test_the_generators_loss_is_the_papers() -> None:
+    x0, real, fake = some(4), some(4, seed=1), some(4, seed=2)
+    loss = score_identity_loss(x0, real, fake, alpha=1.2)
+    for i in range(4):
+        phi, psi, drawn = (value[i].numpy() for value in (real, fake, x0))
+        terms = (phi - psi) * (psi - drawn) + (1 - 1.2) * (phi - psi) ** 2  # eq. 23
+        assert loss[i].item() == pytest.approx(terms.sum() / np.abs(drawn - phi).mean(), rel=1e-9)
+
+
+def test_the_levels_of_score_identity_distillation() -> None:
+    uniform = torch.linspace(0, 1, 101, dtype=torch.float64)[:-1]
+    np.testing.assert_allclose(log_uniform(uniform, 0.3, 8.0), np.geomspace(0.3, 8.0, 101)[:-1], rtol=1e-9)
+    grid = karras_sigmas(101, 0.002, 24.0)[::-1]
+    np.testing.assert_allclose(karras_levels(uniform, 0.002, 24.0), grid[:-1], rtol=1e-9)
+
+
+class Sides:
+    """The networks of a step, each a convolution, and what they were called with."""
+
+    def __init__(self) -> None:
+        self.nets = {name: nn.Conv2d(1, 1, 1).double() for name in ("student", "fake 0", "fake 1", "teacher")}
+        self.calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def student(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        self.calls.append(("student", x, sigma))
+        return self.nets["student"](x)
+
+    def fake(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: tuple[int, ...]) -> Tensor:
+        self.calls += [("fake", x, sigma)]
+        return torch.cat([self.nets[f"fake {i}"](part) for i, part in enumerate(x.split(list(parts)))])
+
+    def scores(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.nets["teacher"](x), self.fake(x, sigma, conditions, parts)
+
+
+def sid_step(is_turn_of_student: bool, **hyper: Any) -> tuple[Sides, Tensor, Tensor, Any]:
+    sides = Sides()
+    step: Any = SimpleNamespace(
+        hyper=Sid(**hyper),
+        spec=image_spec((1, 3, 3)),
+        constants=(is_turn_of_student,),
+        x0=some(8, 1, 3, 3),
+        noise=some(8, 1, 3, 3, seed=1),
+        more_noise=some(8, 1, 3, 3, seed=2)[None],
+        uniform=torch.rand(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        conditions={},
+        sigma_range=(SIGMA_MIN, SIGMA_MAX),
+        normal=lambda column: some(8, 1, seed=3)[:, 0],
+        networks=sides,
+    )
+    loss, sigma = sid(step)
+    assert loss.shape == sigma.shape == (8,)
+    loss.sum().backward()
+    return sides, loss, sigma, step
+
+
+@pytest.mark.parametrize("is_turn_of_student", [True, False])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_each_network_learns_in_its_own_turn(share: float, is_turn_of_student: bool) -> None:
+    sides, *_ = sid_step(is_turn_of_student, share=share)
+    learning = {"student"} if is_turn_of_student else {"fake 0"} | ({"fake 1"} if share < 1 else set())
+    for name, network in sides.nets.items():
+        assert all((weight.grad is not None) == (name in learning) for weight in network.parameters()), name
+
+
+def test_a_share_of_the_samples_is_drawn_from_noise_and_the_others_from_data() -> None:
+    sides, _, _, step = sid_step(False, share=0.25, levels=(0.5, 2.0))
+    (_, x, sigma), (_, noised_again, t) = sides.calls
+    assert sigma[:2].tolist() == [80.0, 80.0]
+    assert ((sigma[2:] >= 0.5) & (sigma[2:] <= 2.0)).all()
+    np.testing.assert_allclose(x[:2], 80 * step.noise[:2], rtol=1e-12)
+    np.testing.assert_allclose(x[2:], noised(step.x0, sigma, step.noise)[2:], rtol=1e-12)
+    drawn = sides.nets["student"](x).detach()
+    np.testing.assert_allclose(noised_again.detach(), noised(drawn, t, step.more_noise[0]), rtol=1e-12)
+
+
+def test_the_student_gets_the_gradient_of_its_loss_through_its_samples() -> None:
+    sides, loss, t, step = sid_step(True, alpha=1.2)
+    given = {name: weight.grad for name, weight in sides.nets["student"].named_parameters()}
+    _, x, _ = sides.calls[0]
+    drawn = sides.nets["student"](x)  # and the whole of it differentiated at once, with scores that are constant
+    again = noised(drawn, t, step.more_noise[0])
+    whole = score_identity_loss(drawn, *sides.scores(again, t, {}, (4, 4)), alpha=1.2)
+    np.testing.assert_allclose(loss.detach(), whole.detach(), rtol=1e-9)
+    slopes = torch.autograd.grad(whole.sum(), list(sides.nets["student"].parameters()))
+    for (name, slope), expected in zip(given.items(), slopes, strict=True):
+        np.testing.assert_allclose(slope, expected, rtol=1e-9, err_msg=name)
 
 
 # Continuous time.

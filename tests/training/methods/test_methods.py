@@ -92,7 +92,9 @@ def new_student(method: str, kind: dict[str, Any] = PIXEL) -> Student:
     row = find(method)
     scaling = row.scaling or ("edm" if method == "pd" else "boundary")
     spec = ModelSpec(**kind, data="array", scaling=scaling, c_noise=row.c_noise or "ln/4")
-    return Student(Denoiser(Affine(find(method).second_time), spec), new_phase(method, 1).needs.log_variance)
+    needs = new_phase(method, 1).needs
+    fakes = [Denoiser(Affine(two_times=False), spec) for _ in range(needs.fake_scores)]
+    return Student(Denoiser(Affine(row.second_time), spec), needs.log_variance, fakes)
 
 
 def copy_of(denoiser: Denoiser) -> Denoiser:
@@ -120,6 +122,7 @@ def train(phase: Phase, steps: int, student: Student, teacher: Any, lr: float, s
             constants=phase.constants(done, steps),
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
+            more_noise=torch.randn(phase.needs.noises - 1, *x0.shape, generator=generator),
             uniform=torch.rand(BATCH, 4, generator=generator),
             conditions=conditions,
         )
@@ -217,6 +220,22 @@ def test_progressive_distillation_halves_to_the_consistency_function() -> None:
         student.denoiser.load_state_dict(model.state_dict())
         teacher = copy_of(model).requires_grad_(False)
     assert worst_error(model, solution_of(spec), (spec.sigma_max,)) <= 0.02
+
+
+def test_score_identity_distillation_gives_samples_the_distribution_of_the_teachers() -> None:
+    student = new_student("sid", SEQUENCE)
+    spec = student.denoiser.spec
+
+    def moments(denoiser: Denoiser, sigma: float) -> tuple[float, float]:
+        x, conditions = samples(spec, 20_000, torch.Generator().manual_seed(99))
+        noise = sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(98))
+        drawn = denoiser(noise if sigma == spec.sigma_max else x + noise, torch.full([len(x)], sigma), **conditions)
+        without = drawn - moved(drawn, conditions["offset"])
+        return float(without.mean()), float(without.std())
+
+    assert abs(moments(copy_of(student.denoiser).requires_grad_(False), spec.sigma_max)[1] - STD) > 0.1
+    model = train(phase_of("sid", fakes=2), 4000, student, Exact(spec), 3e-3)
+    assert moments(model, spec.sigma_max) == pytest.approx((MEAN, STD), abs=0.03)
 
 
 # Against a reference.

@@ -271,19 +271,31 @@ class TrainConfig:
         if self.teacher and not any(row.distils for row in self.methods):
             distil = ", ".join(name for name in names() if find(name).distils)
             raise CmfastError(f"--teacher: none of these phases distils; {distil} do")
-        for before, phase in zip((None, *self.phases), self.phases, strict=False):
-            row = phase.row
+        for i, phase in enumerate(self.phases):
+            row, before = phase.row, self.phases[i - 1] if i else None
             if not row.distils:
                 continue
             if before and before.method == phase.method and (wrong := row.check_after(phase.hyper, before.hyper)):
                 raise CmfastError(f"{phase.name} {wrong}")
-            has_teacher = before.row.leaves in row.distils if before else self.init or self.own  # `own_start` checks
+            has_teacher = self.distilled(i) is not None or self.init or (not i and self.own)  # `own_start` checks
             if not (has_teacher or self.teacher):
                 first = next((name for name in names() if find(name).leaves == row.distils[0]), "METHOD")
                 raise CmfastError(
                     f"{phase.name} distils a {row.distils[0]} model: put one before it (--set phases={first}:50000,"
                     f"{phase.name}:100000), or pass a model, --init FILE or --teacher FILE"
                 )
+
+    def distilled(self, index: int) -> int | None:
+        """Return which phase leaves the model that a phase distils; None: it is that of --init or --teacher.
+
+        Args:
+            index: of the phase that distils.
+
+        Returns:
+            The newest phase before it whose model is of a kind that its method can distil.
+        """
+        kinds = self.phases[index].row.distils
+        return next((i for i in reversed(range(index)) if self.phases[i].row.leaves in kinds), None)
 
     @property
     def image_sides(self) -> tuple[int, int]:

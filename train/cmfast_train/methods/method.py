@@ -52,12 +52,17 @@ class Needs:
         huber: Pseudo-Huber constant over sqrt(values of a sample), data units.
         finite: `Networks.output_along` differentiates by central differences instead of forward mode.
         log_variance: train u(sigma), the log-variance that `Networks.output` returns beside F.
+        fake_scores: train so many further denoisers, `Networks.fake`, which begin as the teacher. Each step gives
+            gradients either to the student or to them.
+        noises: tensors of unit Gaussian numbers that a step draws: `Step.noise` and, above 1, `Step.more_noise`.
     """
 
     distance: str = ""
     huber: float = 0.0
     finite: bool = False
     log_variance: bool = False
+    fake_scores: int = 0
+    noises: int = 1
 
 
 @final
@@ -85,8 +90,8 @@ class Method(Generic[H]):
         one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
         needs: what a phase needs besides the student.
         constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
-            on its place in the phase. They must change monotonically. Everything else that a step computes with is in
-            tensors: a CUDA graph is recorded again when these change.
+            on its place in the phase. They must change monotonically, unless two networks take turns. Everything else
+            that a step computes with is in tensors: a CUDA graph is recorded again when these change.
         target_decay: decay of the target's weights at a step, called with the same; None: there is no such average.
         spec_after: conventions of the model that a phase leaves, called with (spec, hyper).
         check: called with hyper; returns an error about fields that must fit together, beginning with the name of one,

@@ -7,7 +7,7 @@ with its (larger) noise level.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, final
 
@@ -40,6 +40,19 @@ class Networks(Protocol):
 
     def teacher(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Return x0 of the model that is distilled, without gradient and without dropout: `Method.distils`."""
+
+    def fake(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]) -> Tensor:
+        """Return x0 of the denoisers that learn the student's samples, with gradient: `Needs.fake_scores`.
+
+        Args:
+            x: noised samples.
+            sigma: their noise levels.
+            conditions: of the denoisers.
+            parts: how many samples the first of them denoises, the second, ..; in this order, B together.
+        """
+
+    def scores(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return x0 of the teacher and of `fake`, for a gradient of x that `torch.autograd.grad` takes."""
 
     def output(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
@@ -77,6 +90,7 @@ class Step(Generic[H]):
         constants: what `Method.constants` returns at this step.
         x0: training samples, [B, *shape], data units.
         noise: unit Gaussian, [B, *shape].
+        more_noise: further ones, independent, [noises - 1, B, *shape]: `Needs.noises`.
         uniform: random numbers in [0, 1), [B, 3 or more].
         conditions: of the samples, by name; {} where the model has none.
     """
@@ -88,6 +102,7 @@ class Step(Generic[H]):
     constants: tuple[Any, ...]
     x0: Tensor
     noise: Tensor
+    more_noise: Tensor
     uniform: Tensor
     conditions: Conditions
 

@@ -115,6 +115,21 @@ class Cmt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sid:
+    """Hyperparameters of sid: arXiv:2404.04057; the share of samples that start below sigma_max is ours."""
+
+    alpha: float = setting(1.0, "how much of the squared difference of the scores the loss subtracts")
+    sigma_high: float = setting(24.0, "largest noise level that the scores are compared at, data units", above=0)
+    p_mean: float = setting(-1.2, "of the fake score: mean of ln(sigma)")
+    p_std: float = setting(1.2, "of the fake score: standard deviation of ln(sigma)", above=0)
+    fakes: int = setting(4, "optimiser steps of the fake score before each of the student", least=1)
+    share: float = setting(0.5, "share of samples that the student draws from noise alone", above=0, most=1)
+    levels: tuple[float, ...] = setting(
+        (0.3, 8.0), "the others are drawn from training samples with noise, log-uniform between these levels"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pd:
     """Hyperparameters of pd: arXiv:2202.00512."""
 
@@ -193,6 +208,12 @@ def _in_stages(hyper: Ect) -> str:
             f"last stage {hyper.stages[1]}"
         )
     return ""
+
+
+def _between_levels(hyper: Sid) -> str:
+    if len(hyper.levels) == 2 and 0 < hyper.levels[0] <= hyper.levels[1]:
+        return ""
+    return f"levels must be two noise levels, low,high with 0 < low <= high, got {hyper.levels}"
 
 
 def _deterministic(spec: ModelSpec, hyper: Pd) -> ModelSpec:
@@ -284,6 +305,19 @@ _OURS: tuple[Method[Any], ...] = (
         needs=_distance,
         constants=lambda hyper, done, steps: (ect_stage(done, steps, *hyper.stages),),
         check=_in_stages,
+    ),
+    Method(
+        name="sid",
+        paper="Score identity Distillation, arXiv:2404.04057",
+        step="cmfast_train.methods.score_identity:sid",
+        hyper=Sid,
+        defaults={"lr": 1e-5},
+        from_scaling=TO_BOUNDARY,
+        distils=("diffusion",),
+        joint=True,
+        needs=lambda hyper: Needs(fake_scores=1 if hyper.share == 1 else 2, noises=2),
+        constants=lambda hyper, done, steps: (done % (hyper.fakes + 1) == hyper.fakes,),  # the student's turn
+        check=_between_levels,
     ),
     Method(
         name="pd",

@@ -21,7 +21,7 @@ from cmfast_train.denoiser import Denoiser
 from cmfast_train.training.initial_model import phase_spec
 from cmfast_train.training.parallel import fill, fill_optimizer, together, whole
 from cmfast_train.training.preview import save_samples
-from cmfast_train.training.state import Run
+from cmfast_train.training.state import Run, phase_file
 
 STATE_FORMAT = "cmfast-state/2"
 
@@ -50,6 +50,7 @@ def save(run: Run) -> None:
         "target": whole(_parameters(state.target), main),
         "teacher": whole(_parameters(state.saved_teacher), main),
         "log_variance": whole(state.log_variance, main),
+        **({"fakes": whole(dict(state.student.fakes.named_parameters()), main)} if state.student.fakes else {}),
         **({"buffers": whole(state.buffers, main)} if run.config.own else {}),  # those of ours do not change
         "optimizer": whole(state.optimizer.state_dict(), main),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
@@ -78,6 +79,8 @@ def resume(run: Run) -> None:
         for module, name in ((state.target, "target"), (state.saved_teacher, "teacher")):
             if module is not None:
                 fill(_parameters(module), values[name])
+        if state.student.fakes:
+            fill(dict(state.student.fakes.named_parameters()), values["fakes"])
         fill(state.log_variance, values["log_variance"])
         for name, average in state.averages.state().items():
             fill(average, values["averages"][name])
@@ -95,9 +98,9 @@ def next_phase(run: Run) -> None:
     finished = _checkpoint(run, whole(run.state.ema))
 
     def write() -> None:
-        folder = run.context.out / "phases"
-        folder.mkdir(exist_ok=True)
-        save_checkpoint(finished, folder / f"{run.state.index + 1}_{run.phase.name.replace('/', '')}.pt")
+        file = phase_file(run.context, run.state.index)
+        file.parent.mkdir(exist_ok=True)
+        save_checkpoint(finished, file)
 
     together(run.context.accelerator, write if run.context.accelerator.is_main_process else None)
     run.enter(run.state.index + 1, 0, finished.weights)

@@ -16,9 +16,11 @@ from typing import Any, final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from cmfast.spec import ModelSpec
+from cmfast_train.checkpoint import load_checkpoint
 from cmfast_train.config.phase import Phase
 from cmfast_train.config.train_config import ARRAYS, TrainConfig
 from cmfast_train.denoiser import Denoiser
@@ -44,7 +46,7 @@ class PhaseState:
         phase: its method and hyperparameters.
         total: its length in optimiser steps.
         model: the student as Accelerate wrapped it.
-        student: the denoiser in training, and the log-variance of its loss where that is learned.
+        student: the denoiser in training, the log-variance of its loss and the fake scores where they are trained.
         weights: parameters of the network in training, by name.
         buffers: what else its state dict holds, as it is now.
         tied: further names of parameters that have several -> the name in `weights`.
@@ -186,7 +188,8 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
     denoiser = _new(context, phase, weights).train()
     trained_weights = dict(denoiser.network.named_parameters())
     averages = Averages(trained_weights, rates=tuple(dict.fromkeys((phase.ema, *config.emas))), stds=config.ema_stds)
-    student = Student(denoiser, log_variance=phase.needs.log_variance).to(device)
+    fakes = [_teacher(context, index, weights).train() for _ in range(phase.needs.fake_scores)]
+    student = Student(denoiser, log_variance=phase.needs.log_variance, fakes=fakes).to(device)
     if context.mesh is not None and student.log_variance is not None:
         shard(student.log_variance, context.mesh)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
@@ -195,6 +198,8 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
     if context.mesh is not None:  # sharded weights exchange gradients themselves
         optimizer = accelerator.prepare(optimizer)
     else:
+        # Where networks take turns, a step has no gradients of the others.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=phase.needs.fake_scores > 0)
         model, optimizer = accelerator.prepare(student, optimizer)
     # Without dropout a step does not use the GPU's random state, and reading it cannot be recorded.
     devices = [device.index or 0] if device.type == "cuda" and context.dropout else []
@@ -251,12 +256,24 @@ def _teacher_is_a_file(context: RunContext, index: int) -> bool:
 
 
 def _teacher(context: RunContext, index: int, weights: Mapping[str, Tensor]) -> Denoiser:
-    """Return the teacher: the file's, or the model that the phase starts from."""
+    """Return the teacher: the file's, or the newest model before the phase that its method can distil."""
     phase, model = context.config.phases[index], context.start.teacher
     if model is not None and _teacher_is_a_file(context, index):
         return _new(context, phase, model.weights, model.network, model.spec).eval()
-    first = context.start.model_spec if index == 0 else None  # what --init was trained as, not what it becomes
-    return _new(context, phase, weights, spec=first).eval()
+    distilled = context.config.distilled(index)
+    if distilled is not None and distilled < index - 1:
+        earlier = load_checkpoint(phase_file(context, distilled))
+        return _new(context, phase, earlier.weights, spec=earlier.spec).eval()
+    if distilled is None:  # --init, as it was trained and not what it becomes
+        first = weights if index == 0 else context.start.first_weights()
+        return _new(context, phase, first, spec=context.start.model_spec).eval()
+    return _new(context, phase, weights).eval()
+
+
+def phase_file(context: RunContext, index: int) -> Path:
+    """Return where the model of a finished phase is."""
+    name = context.config.phases[index].name.replace("/", "")
+    return context.out / "phases" / f"{index + 1}_{name}.pt"
 
 
 def _new(

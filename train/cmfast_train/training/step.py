@@ -24,7 +24,7 @@ class Inputs:
 
     images: Tensor  # uint8 [b, C, H, W]; of other samples float32 [b, *shape], data units
     conditions: Conditions  # by name, [b, ..]
-    noise: Tensor  # unit Gaussian [b, *shape]
+    noises: Tensor  # unit Gaussian [N, b, *shape], N = `Needs.noises` of the method
     uniform: Tensor  # [b, 4] in [0, 1)
 
 
@@ -39,13 +39,13 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
         share: which of the batch this process takes.
     """
     config, device = run.config, run.context.device
-    noise = torch.empty(config.batch, *run.context.spec.shape, device=device)
+    noises = torch.empty(run.phase.needs.noises, config.batch, *run.context.spec.shape, device=device)
     uniform = torch.empty(config.batch, 4, device=device)
-    draw(run, step, noise, uniform)
+    draw(run, step, noises, uniform)
     inputs = Inputs(
         images=images.to(device, non_blocking=True),
         conditions={name: values.to(device, non_blocking=True) for name, values in conditions.items()},
-        noise=noise[share],
+        noises=noises[:, share],
         uniform=uniform[share],
     )
     set_lr(run)
@@ -57,10 +57,10 @@ def optimise(run: Run, step: int, images: Tensor, conditions: Conditions, share:
     return losses
 
 
-def draw(run: Run, step: int, noise: Tensor, uniform: Tensor) -> None:
-    """Fill noise [B, *shape] and uniform [B, 4] with the numbers of this step, for the whole batch."""
-    generator = torch.Generator(noise.device).manual_seed(_step_seed(run.config.seed, step))
-    noise.normal_(generator=generator)
+def draw(run: Run, step: int, noises: Tensor, uniform: Tensor) -> None:
+    """Fill noises [N, B, *shape] and uniform [B, 4] with the numbers of this step, for the whole batch."""
+    generator = torch.Generator(noises.device).manual_seed(_step_seed(run.config.seed, step))
+    noises.normal_(generator=generator)
     uniform.uniform_(generator=generator)
 
 
@@ -90,7 +90,8 @@ def gradients(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
                     distance=state.distance,
                     constants=constants,
                     x0=x0[part],
-                    noise=inputs.noise[part],
+                    noise=inputs.noises[0, part],
+                    more_noise=inputs.noises[1:, part],
                     uniform=inputs.uniform[part],
                     conditions={name: values[part] for name, values in conditions.items()},
                 )

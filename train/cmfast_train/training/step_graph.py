@@ -113,6 +113,8 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
         return "accumulation is above 1"
     if config.recompute:
         return "recompute=true restores random states"
+    if phase.needs.fake_scores:
+        return f"{phase.method} trains networks in turn"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if dropout and not phase.row.one_evaluation:
@@ -212,7 +214,7 @@ class RecordedSteps:
         if self._inputs is None:
             self._inputs = _buffers(run, images, conditions)
         inputs = self._inputs
-        draw(run, step, inputs.noise, inputs.uniform)
+        draw(run, step, inputs.noises, inputs.uniform)
         inputs.images.copy_(images, non_blocking=True)
         for name, values in conditions.items():
             inputs.conditions[name].copy_(values, non_blocking=True)
@@ -315,6 +317,6 @@ def _buffers(run: Run, images: Tensor, conditions: Conditions) -> Inputs:
     return Inputs(
         images=torch.empty_like(images, device=device),
         conditions={name: torch.empty_like(values, device=device) for name, values in conditions.items()},
-        noise=torch.empty(len(images), *run.context.spec.shape, device=device),
+        noises=torch.empty(run.phase.needs.noises, len(images), *run.context.spec.shape, device=device),
         uniform=torch.empty(len(images), 4, device=device),
     )

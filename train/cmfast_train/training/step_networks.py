@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -22,23 +22,39 @@ STEP = 1e-3  # of central differences, relative to the direction
 
 @final
 class Student(nn.Module):
-    """The denoiser in training and, for continuous-time methods, the learned log-variance of its loss.
+    """What a phase trains: the denoiser and, where its method needs them, the log-variance of its loss, a fake score.
 
     One module, because DDP and FSDP synchronise the gradients of what is called through them and of nothing else.
+
+    Args:
+        denoiser: the model in training.
+        log_variance: learn the log-variance of the loss (`Needs.log_variance`).
+        fakes: further denoisers (`Needs.fake_scores`).
     """
 
-    def __init__(self, denoiser: Denoiser, log_variance: bool) -> None:
+    def __init__(self, denoiser: Denoiser, log_variance: bool, fakes: Sequence[Denoiser] = ()) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.fakes = nn.ModuleList(fakes)
         self.log_variance = nn.Linear(FEATURES, 1, dtype=torch.float32) if log_variance else None
         if self.log_variance is not None:
             nn.init.zeros_(self.log_variance.weight)
             nn.init.zeros_(self.log_variance.bias)
 
     def forward(
-        self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        sigma_next: Tensor | None = None,
+        parts: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Return the network's output F [B, *shape] and the log-variance u(sigma) [B], zero where none is learned."""
+        """Return the network's output F [B, *shape] and the log-variance u(sigma) [B], zero where none is learned.
+
+        With parts, samples that the fake scores have denoised, [B, *shape], in place of the output.
+        """
+        if parts:
+            return denoised_in_parts(self.fakes, x, sigma, conditions, parts), torch.zeros_like(sigma)
         output = output_of(self.denoiser, x, sigma, conditions, sigma_next)
         if self.log_variance is None:
             return output, torch.zeros_like(sigma)
@@ -90,6 +106,17 @@ class StepNetworks:
         """Return x0 [B, *shape] of the teacher, without gradient; an unconditional one ignores the conditions."""
         assert self._teacher is not None, "the method's row distils nothing"
         return self._frozen(self._teacher, x, sigma, conditions)
+
+    def fake(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]) -> Tensor:
+        """Return x0 [B, *shape] of the denoisers that learn the student's samples, with gradient."""
+        x0: Tensor = self._model(x, sigma, conditions, parts=parts)[0]
+        return x0
+
+    def scores(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return x0 [B, *shape] of the teacher and of `fake`, differentiable in x."""
+        assert self._teacher is not None, "the method's row distils nothing"
+        teacher = self._teacher(x, sigma, **conditions_of(self._teacher, conditions))
+        return teacher, denoised_in_parts(self._student.fakes, x, sigma, conditions, parts)
 
     def output(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
@@ -151,6 +178,16 @@ def output_of(
     """
     output = denoiser.output(x, sigma, conditions_of(denoiser, conditions), sigma_next)
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
+def denoised_in_parts(
+    denoisers: Iterable[Any], x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]
+) -> Tensor:
+    """Return x0 [B, *shape], the first parts[0] samples of the first denoiser, and so on."""
+    sizes = list(parts)
+    given = [{name: values.split(sizes)[i] for name, values in conditions.items()} for i in range(len(sizes))]
+    each = zip(denoisers, x.split(sizes), sigma.split(sizes), given, strict=True)
+    return torch.cat([denoiser(x, sigma, **conditions_of(denoiser, own)) for denoiser, x, sigma, own in each])
 
 
 def conditions_of(denoiser: Denoiser, conditions: Conditions) -> dict[str, Tensor]:

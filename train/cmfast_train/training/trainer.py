@@ -242,6 +242,8 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
         )
     if config.shard and config.precision == "fp16":
         raise CmfastError("shard=true needs precision bf16 or fp32, not fp16")
+    if config.shard and (two := [phase.name for phase in config.phases if phase.needs.fake_scores]):
+        raise CmfastError(f"shard=true cannot train the networks of {two[0]}; use shard=false")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and cpu:
