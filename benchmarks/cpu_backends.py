@@ -54,6 +54,7 @@ def command(
     check_outputs({"--json": json_file})
     check_threads(threads)
     before, rows, warnings = timing.cpu_ticks(), list[dict[str, Any]](), list[str]()
+    rates, left_out = list[dict[str, Any]](), list[dict[str, Any]]()
     with contextlib.nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory() as folder:
         for network in networks.split(","):
             place = Path(folder) / network
@@ -64,6 +65,8 @@ def command(
             )  # fmt: skip
             record = run_suite(request, functools.partial(click.echo, err=True))
             rows += rows_of(network, parameters(load_checkpoint(checkpoint)), record)
+            rates += [{"network": network, "threads": number, **vars(rate)} for number, rate in record.rates]
+            left_out += [{"network": network, **vars(left)} for left in record.left_out]
             warnings += [f"{network}: {record.warning}"] if record.warning else []
             click.echo(network)
             show(record)
@@ -71,7 +74,7 @@ def command(
         steal = timing.steal_share(before, timing.cpu_ticks())
         whole: dict[str, Any] = {"what": "cpu_backends", **timing.provenance(), "threads": threads}
         whole |= {"load_average": timing.load_average(), "steal": steal, "warning": "; ".join(warnings) or None}
-        write_text(json_file, json.dumps(whole | {"rows": rows}, indent=1) + "\n")
+        write_text(json_file, json.dumps(whole | {"rates": rates, "left_out": left_out, "rows": rows}, indent=1) + "\n")
         click.echo(f"the record is in {json_file}")
     for warning in warnings:
         click.echo(f"warning: {warning}")

@@ -389,6 +389,7 @@ def test_files_of_two_models_are_not_compared(
         (["--suite", "cpu", "a.onnx", "b.onnx"], "b.onnx and a.onnx are both in float32; remove one"),
         (["--suite", "cpu", "--baseline", "a.onnx"], "--baseline takes a checkpoint that PyTorch runs, got a.onnx"),
         (["--suite", "cpu", "a.onnx", "--compile"], "--compile needs a checkpoint to compile"),
+        (["--suite", "cpu", "a.onnx", "--compile", "--precision", "int8"], "--compile is for fp32 and bf16"),
         (["--suite", "cpu", "a.onnx", "--diffusers"], "--diffusers needs a diffusers folder as --baseline"),
         (["--suite", "cpu", "a.onnx", "--variants", "openvino"], "--suite cpu takes no --variants; remove it"),
         (["--suite", "cpu", "a.onnx", "--budget", "9"], "--suite cpu takes no --budget; remove it"),

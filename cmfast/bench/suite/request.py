@@ -59,6 +59,8 @@ class SuiteRequest:
             )
         if self.diffusers and (self.baseline is None or not self.baseline.is_dir()):
             raise CmfastError("--diffusers needs a diffusers folder as --baseline")
+        if self.compiled and set(self.precision) == {"int8"}:
+            raise CmfastError("--compile is for fp32 and bf16, and --precision has int8 only; remove one")
         if self.compiled and self.baseline is None:
             raise CmfastError("--compile needs a checkpoint to compile; add --baseline model.pt")
         wrong = [name for name in self.precision if name not in PRECISIONS]
