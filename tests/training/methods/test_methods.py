@@ -173,7 +173,7 @@ def test_a_row_has_a_step_function_a_paper_and_words_for_each_hyperparameter(nam
 
 CONVERGENT: dict[str, tuple[int, float, dict[str, Any]]] = {
     "cd": (3000, 1e-2, {"s0": 40, "s1": 40, "mu0": 0.5}),
-    "cmt": (3000, 1e-2, {"steps": 40}),
+    "cmt": (1500, 1e-2, {"steps": 24}),
     "ict": (3000, 1e-2, {"s1": 320}),
     "ect": (3000, 1e-2, {}),
     "sct": (1500, 5e-3, {}),

@@ -34,7 +34,7 @@ def _small(data: str) -> TrainConfig:
         phases=(
             phase("edm", 640_000, lr=1e-3, ema=0.999, lr_decay=0.5),
             phase("ect", 1_300_000, lr=5e-4, ema=0.999, lr_decay=0.5, stages=(1, 6)),
-            phase("sid", 800_000, lr=1e-4, ema=0.998, lr_decay=0.5),
+            phase("sid", 500_000, lr=1e-4, ema=0.998, lr_decay=0.5),
         ),
         checkpoint_images=60_000,
     )
