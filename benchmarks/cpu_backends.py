@@ -6,6 +6,9 @@
 One call of the denoiser is timed, from numpy to numpy, after each contender was compared with eager PyTorch in float32
 at eight noise levels. `cmfast-bench --suite cpu --baseline model.pt` does the same, and more, for a model of your own.
 `--keep FOLDER` keeps the exported files for the next run.
+
+ONEDNN_MAX_CPU_ISA=AVX2 before the command makes PyTorch and OpenVINO compute as on a CPU without AVX-512; the record
+says so. ONNX Runtime and ncnn have no such limit, and use what the CPU has.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,6 +35,8 @@ from cmfast.cli.running import run_command
 from cmfast.files import check_outputs, write_text
 from cmfast_train.checkpoint import load_checkpoint, save_checkpoint
 from networks import parameters, random_model
+
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # of PyTorch and OpenVINO
 
 
 @click.command("cpu_backends.py")
@@ -73,6 +79,7 @@ def command(
     if json_file is not None:
         steal = timing.steal_share(before, timing.cpu_ticks())
         whole: dict[str, Any] = {"what": "cpu_backends", **timing.provenance(), "threads": threads}
+        whole["isa_limit"] = os.environ.get(ISA_LIMIT)
         whole |= {"load_average": timing.load_average(), "steal": steal, "warning": "; ".join(warnings) or None}
         write_text(json_file, json.dumps(whole | {"rates": rates, "left_out": left_out, "rows": rows}, indent=1) + "\n")
         click.echo(f"the record is in {json_file}")
