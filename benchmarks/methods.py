@@ -76,6 +76,18 @@ RECIPES: dict[str, Recipe] = {
         ),
         from_teacher=True,
     ),
+    "ect, sid": Recipe(
+        phases="ect:35000,sid:20000",
+        settings=(
+            "ect.ema=0.998",
+            "ect.lr=5e-4",
+            "ect.stages=1,6",
+            "sid.ema=0.99",
+            "sid.lr=3e-4",
+            "sid.lr_decay=0.5",
+        ),
+        from_teacher=True,
+    ),
     "pd, 2 steps": Recipe(
         phases="pd/8:16000,pd/4:16000,pd/2:16000",
         settings=("pd.ema=0.998", "pd.lr=5e-4"),

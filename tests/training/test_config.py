@@ -301,6 +301,19 @@ def test_only_meanflow_has_a_network_of_two_times() -> None:
         (["phases=pd:800"], "pd/8 distils a diffusion model"),
         (["phases=ect:800,cd:800"], "cd distils a diffusion model"),
         (["phases=edm:800,pd/8:800,pd/2:800"], "pd/2 halves the steps of pd/4, not of pd/8"),
+        (["phases=edm:800,pd/8:800,ect:800,pd/2:800"], "pd/2 halves the steps of pd/4, not of pd/8"),
+        (["phases=ect:800,sid:800"], "sid distils a diffusion model"),
+        (["phases=edm:800,sid:256"], "sid needs 5 optimiser steps, 320 images, to train the student; it has 4"),
+        (
+            ["phases=edm:800,sid:800", "sid.levels=0.3"],
+            r"sid.levels must be low,high from sigma_min=0.002 to sigma_max=80",
+        ),
+        (["phases=edm:800,sid:800", "sid.levels=8,0.3"], "sid.levels must be low,high"),
+        (["phases=edm:800,sid:800", "sid.levels=0.3,90"], "sid.levels must be low,high"),
+        (
+            ["phases=edm:800,sid:800", "sid.sigma_high=90"],
+            "sid.sigma_high must be above sigma_min=0.002, at most 80, got 90",
+        ),
         (["teacher=model.pt"], "--teacher: none of these phases distils; cd, cmt, sid, pd, scd do"),
         (["init=model.pt", "res_blocks=3"], "--set res_blocks: already set by the model of --init; remove it"),
         (["phases=sct:800", "compile=true", "dropout=0.1"], "compile=true draws other dropout masks .* dropout=0"),
@@ -325,7 +338,7 @@ def test_phases_that_cannot_be_trained_are_refused_before_anything_is_read(texts
 
 @pytest.mark.parametrize("method", [name for name in names() if find(name).distils])
 def test_a_teacher_is_a_phase_before_it_or_a_file(method: str) -> None:
-    for texts in (["phases=edm:8,M:8"], ["phases=M:8", "init=model.pt"], ["phases=M:8", "teacher=model.pt"]):
+    for texts in (["phases=edm:8,M:320"], ["phases=M:320", "init=model.pt"], ["phases=M:320", "teacher=model.pt"]):
         assert override(DIGITS, [text.replace("M", method) for text in texts]).phases[-1].method == method
 
 

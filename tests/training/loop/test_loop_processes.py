@@ -47,8 +47,9 @@ SHARDED = [
 ]  # fmt: skip
 RUNS = {
     "spread": [
-        "init=trigflow.pt", "phases=edm:40,ect:40,sct:40", "edm.lr=1e-2", "ect.lr=1e-3", "sct.lr=1e-3", "edm.ema=0.5",
-        "ect.ema=0.5", "sct.ema=0.5", "accumulation=2",
+        "init=trigflow.pt", "phases=edm:40,ect:40,sid:40,sct:40", "edm.lr=1e-2", "ect.lr=1e-3", "sid.lr=1e-3",
+        "sct.lr=1e-3", "edm.ema=0.5", "ect.ema=0.5", "sid.ema=0.5", "sct.ema=0.5", "sid.fakes=1", "sid.share=1",
+        "accumulation=2",
     ],
     "meanflow": ["init=flow.pt", "phases=mf:40", "mf.lr=1e-2", "mf.ema=0.5"],
     "sharded": [*SHARDED, "shard=true"],

@@ -239,7 +239,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], Callable[[cmfast.ModelSpec], bool]
     "ect": ("ect:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "boundary"),
     "cd": ("edm:32,cd:32", {}, lambda spec: spec.scaling == "boundary"),
     "cmt and ect": ("edm:32,cmt:32,ect:32", {}, lambda spec: spec.scaling == "boundary"),
-    "ect and sid": ("edm:32,ect:32,sid:32", {}, lambda spec: spec.scaling == "boundary"),
+    "ect and sid": ("edm:32,ect:32,sid:160", {}, lambda spec: spec.scaling == "boundary"),
     "pd": ("edm:32,pd:32", {}, lambda spec: (spec.renoise, list(spec.sigmas)) == ("ddim", [1])),
     "sct": ("sct:32", {"scaling": "trigflow", "c_noise": "trig"}, lambda spec: spec.scaling == "trigflow"),
     "scd": ("edm:32,scd:32", {"scaling": "boundary"}, lambda spec: spec.scaling == "edm"),
@@ -277,6 +277,13 @@ def test_a_teacher_may_be_another_network_that_takes_less() -> None:
     for used in (teacher, given):
         trained = train("cd:32", denoiser=given, teacher=used)
         assert trained.denoiser.spec.scaling == "boundary"
+    frozen = denoiser().requires_grad_(False)  # its fake scores are trained all the same
+    trained = train("ect:32,sid:160", denoiser=given, teacher=frozen)
+    assert all(weight.isfinite().all() for weight in trained.denoiser.parameters())
+    with pytest.raises(CmfastError, match="the teacher does not take state, which samples would lose in sid"):
+        train("sid:160", denoiser=given, teacher=teacher)
+    with pytest.raises(CmfastError, match="sid distils a diffusion model: pass teacher="):
+        train("ect:32,sid:160", denoiser=given)
 
 
 class Looking(Policy):

@@ -24,7 +24,7 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.initial_model import start_of
 from cmfast_train.training.state import Run
-from cmfast_train.training.trainer import train
+from cmfast_train.training.trainer import accelerator_of, train
 from helpers.foreign.edm import CASES, weights_of
 from helpers.runs import QUICK, TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 from helpers.specs import image_spec
@@ -179,6 +179,55 @@ def test_a_phase_distils_the_phase_before_it(write: Write, tmp_path: Path) -> No
     run_here(tmp_path / "run", f"init={write(scaling='edm')}", "phases=edm:40,scd:40")
     before = load_checkpoint(tmp_path / "run" / "phases" / "1_edm.pt").weights
     assert_equal_weights(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["teacher"], dict(before))
+
+
+SID = ("sid.fakes=1", "phases=edm:16,ect:16,sid:16")
+
+
+def test_a_phase_distils_the_newest_model_that_it_can(write: Write, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", *SID)
+    edm, ect = (load_checkpoint(tmp_path / "run" / "phases" / name) for name in ("1_edm.pt", "2_ect.pt"))
+    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["teacher"]
+    assert_equal_weights(saved, dict(edm.weights))
+    assert not torch.equal(saved["out.2.weight"], ect.weights["out.2.weight"])
+    shutil.rmtree(tmp_path / "run" / "phases")  # the state holds the teacher
+    run_here(tmp_path / "run", *SID)
+
+
+def test_a_phase_distils_the_model_of_init_where_no_phase_left_one(write: Write) -> None:
+    file = write("adm", scaling="edm")
+    run = begun(f"init={file}", "phases=ect:16,sid:160")
+    want = dict(load_checkpoint(file).weights)
+    run.enter(1, 0, {name: weight + 1 if weight.is_floating_point() else weight for name, weight in want.items()})
+    state = run.state
+    assert state.teacher is not None
+    assert (state.teacher.spec.scaling, run.context.spec.scaling) == ("edm", "boundary")
+    for denoiser in (state.teacher, *state.student.fakes):
+        assert_equal_weights(denoiser.network.state_dict(), want)
+    assert len(state.student.fakes) == 2
+    assert all(weight.requires_grad for weight in state.student.fakes.parameters())
+    assert not any(torch.equal(state.weights[name], want[name]) for name in state.weights)
+
+
+def test_fake_scores_are_networks_of_the_teachers_shape(write: Write) -> None:
+    init, teacher = write("adm", scaling="edm"), write("song", "teacher.pt", scaling="edm", c_noise="ln/4")
+    run = begun(f"init={init}", "phases=sid:160", "sid.share=1", f"teacher={teacher}")
+    (fake,) = run.state.student.fakes
+    assert_equal_weights(fake.network.state_dict(), dict(load_checkpoint(teacher).weights))
+    with pytest.raises(CmfastError, match="does not take label, which samples would lose in sid"):
+        begun(f"init={init}", "phases=sid:160", f"teacher={write('adm, unconditional', 'plain.pt', scaling='edm')}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["shard=true"], "shard=true cannot train the networks of sid"),
+        (["batch=8", "accumulation=8"], "sid needs 2 samples a micro-batch"),
+    ],
+)
+def test_what_cannot_train_networks_in_turn_says_so(settings: list[str], words: str) -> None:
+    with pytest.raises(CmfastError, match=words):
+        accelerator_of(override(PRESETS["digits"], [*TINY, "phases=edm:80,sid:80", *settings]))
 
 
 # What cannot be started from.

@@ -161,6 +161,11 @@ class TrainConfig:
         for phase in self.phases:
             if wrong := phase.row.check_sigmas(phase.hyper, self.sigma_min, self.sigma_max):
                 raise CmfastError(f"{phase.method}.{wrong}")
+            if (steps := self.steps(phase)) < (least := phase.row.least_steps(phase.hyper)):
+                raise CmfastError(
+                    f"{phase.name} needs {least} optimiser steps, {least * self.batch:,} images, to train the student; "
+                    f"it has {steps}"
+                )
 
     def spec(self, classes: int) -> ModelSpec:
         """Return the spec of the model that this run trains; not of one with `init`.
@@ -272,13 +277,13 @@ class TrainConfig:
             distil = ", ".join(name for name in names() if find(name).distils)
             raise CmfastError(f"--teacher: none of these phases distils; {distil} do")
         for i, phase in enumerate(self.phases):
-            row, before = phase.row, self.phases[i - 1] if i else None
+            row, distilled = phase.row, self.distilled(i)
             if not row.distils:
                 continue
+            before = None if distilled is None else self.phases[distilled]
             if before and before.method == phase.method and (wrong := row.check_after(phase.hyper, before.hyper)):
                 raise CmfastError(f"{phase.name} {wrong}")
-            has_teacher = self.distilled(i) is not None or self.init or (not i and self.own)  # `own_start` checks
-            if not (has_teacher or self.teacher):
+            if not (before or self.init or self.teacher or self.own):  # of a custom network, `start_of` checks
                 first = next((name for name in names() if find(name).leaves == row.distils[0]), "METHOD")
                 raise CmfastError(
                     f"{phase.name} distils a {row.distils[0]} model: put one before it (--set phases={first}:50000,"

@@ -90,10 +90,11 @@ class Method(Generic[H]):
         one_evaluation: a step evaluates one network once, so no evaluations have to share dropout masks.
         needs: what a phase needs besides the student.
         constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
-            on its place in the phase. They must change monotonically, unless two networks take turns. Everything else
-            that a step computes with is in tensors: a CUDA graph is recorded again when these change.
+            on its place in the phase. Everything else that a step computes with is in tensors. A CUDA graph is recorded
+            again when these change, so they must change monotonically; with `Needs.fake_scores`, nothing is recorded.
         target_decay: decay of the target's weights at a step, called with the same; None: there is no such average.
         spec_after: conventions of the model that a phase leaves, called with (spec, hyper).
+        least_steps: optimiser steps that a phase needs at least, called with hyper.
         check: called with hyper; returns an error about fields that must fit together, beginning with the name of one,
             or "".
         check_sigmas: the same, called with (hyper, sigma_min, sigma_max).
@@ -122,6 +123,7 @@ class Method(Generic[H]):
     constants: Callable[[H, int, int], tuple[Any, ...]] = lambda hyper, done, steps: ()
     target_decay: Callable[[H, int, int], float] | None = None
     spec_after: Callable[[ModelSpec, H], ModelSpec] = lambda spec, hyper: spec
+    least_steps: Callable[[H], int] = lambda hyper: 1
     check: Callable[[H], str] = lambda hyper: ""
     check_sigmas: Callable[[H, float, float], str] = lambda hyper, sigma_min, sigma_max: ""
     check_after: Callable[[H, H], str] = lambda hyper, before: ""

@@ -26,14 +26,14 @@ def sid(s: Step[Sid]) -> Losses:
     """Take a step of Algorithm 1: of the fake scores, or of the student where it is its turn.
 
     The paper's generator knows one noise level. A consistency model is called at several, so a share of the samples is
-    drawn from noise at sigma_max, the others from training samples with less noise. Each kind has a fake score of its
-    own: one of both would let an error of one make up for that of the other.
+    drawn from noise at sigma_max, the others from training samples with less noise. Each kind has its own fake score:
+    with a shared one, errors of the two kinds could cancel.
     """
     (is_turn_of_student,) = s.constants
     batch = len(s.x0)
     alone = batch if s.hyper.share == 1 else min(max(round(batch * s.hyper.share), 1), batch - 1)
     parts = (alone, batch - alone) if alone < batch else (batch,)
-    start = log_uniform(s.uniform[:, 0], *s.hyper.levels).clamp(max=s.spec.sigma_max)
+    start = log_uniform(s.uniform[:, 0], *s.hyper.levels)
     first = torch.arange(batch, device=start.device) < alone
     start = torch.where(first, s.spec.sigma_max, start)
     x = noised(torch.where(expand(first, s.x0), 0, s.x0), start, s.noise)
@@ -46,7 +46,7 @@ def sid(s: Step[Sid]) -> Losses:
     if not is_turn_of_student:
         t = lognormal(s.normal(1), s.hyper.p_mean, s.hyper.p_std, *s.sigma_range)
         return edm_loss(fake, drawn, t, s.more_noise[0], s.conditions, s.spec.sigma_data), t
-    t = karras_levels(s.uniform[:, 1], s.spec.sigma_min, min(s.hyper.sigma_high, s.spec.sigma_max))
+    t = karras_levels(s.uniform[:, 1], s.spec.sigma_min, s.hyper.sigma_high)
     own = drawn.detach().requires_grad_()
     teacher, fakes = s.networks.scores(noised(own, t, s.more_noise[0]), t, s.conditions, parts)
     loss = score_identity_loss(own, teacher, fakes, s.hyper.alpha)
@@ -60,9 +60,9 @@ def score_identity_loss(x0: Tensor, teacher: Tensor, fake: Tensor, alpha: float)
     With d = teacher - fake, it is d (fake - x0) + (1 - alpha) d^2, over the teacher's mean absolute error.
 
     Args:
-        x0: what the student has drawn, [B, *shape].
-        teacher: what the teacher makes of it with noise, [B, *shape].
-        fake: what the fake score makes of it with the same noise, [B, *shape].
+        x0: what the student has drawn, [B, *shape], data units.
+        teacher: what the teacher makes of it with noise, likewise.
+        fake: what the fake score makes of it with the same noise, likewise.
         alpha: 1 and 1.2 in the paper.
     """
     gap = teacher - fake

@@ -116,7 +116,12 @@ class Cmt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sid:
-    """Hyperparameters of sid: arXiv:2404.04057; the share of samples that start below sigma_max is ours."""
+    """Hyperparameters of sid: arXiv:2404.04057, Algorithm 1.
+
+    Ours are: several steps of the fake scores for each of the student (the paper alternates), the start at sigma_max
+    (2.5 there), and the samples that start below it. 24 is the paper's largest level, the 800th of 1000 of a Karras
+    grid.
+    """
 
     alpha: float = setting(1.0, "how much of the squared difference of the scores the loss subtracts")
     sigma_high: float = setting(24.0, "largest noise level that the scores are compared at, data units", above=0)
@@ -210,10 +215,12 @@ def _in_stages(hyper: Ect) -> str:
     return ""
 
 
-def _between_levels(hyper: Sid) -> str:
-    if len(hyper.levels) == 2 and 0 < hyper.levels[0] <= hyper.levels[1]:
-        return ""
-    return f"levels must be two noise levels, low,high with 0 < low <= high, got {hyper.levels}"
+def _between_levels(hyper: Sid, sigma_min: float, sigma_max: float) -> str:
+    if len(hyper.levels) != 2 or not sigma_min <= hyper.levels[0] <= hyper.levels[1] <= sigma_max:
+        return f"levels must be low,high from sigma_min={sigma_min:g} to sigma_max={sigma_max:g}, got {hyper.levels}"
+    if not sigma_min < hyper.sigma_high <= sigma_max:
+        return f"sigma_high must be above sigma_min={sigma_min:g}, at most {sigma_max:g}, got {hyper.sigma_high:g}"
+    return ""
 
 
 def _deterministic(spec: ModelSpec, hyper: Pd) -> ModelSpec:
@@ -317,7 +324,8 @@ _OURS: tuple[Method[Any], ...] = (
         joint=True,
         needs=lambda hyper: Needs(fake_scores=1 if hyper.share == 1 else 2, noises=2),
         constants=lambda hyper, done, steps: (done % (hyper.fakes + 1) == hyper.fakes,),  # the student's turn
-        check=_between_levels,
+        least_steps=lambda hyper: hyper.fakes + 1,
+        check_sigmas=_between_levels,
     ),
     Method(
         name="pd",

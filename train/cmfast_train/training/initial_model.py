@@ -120,12 +120,13 @@ def start_of(config: TrainConfig, classes: int, own: Own | None = None) -> Start
 
 def _own_start(config: TrainConfig, classes: int, own: Own) -> Start:
     """Return what a run with a custom denoiser starts from."""
-    denoiser, spec, first = own.denoiser, own.denoiser.spec, config.phases[0]
-    if first.row.distils and own.teacher is None and not config.init:
-        raise CmfastError(
-            f"{first.name} distils a {first.row.distils[0]} model: pass teacher=, which may be the denoiser itself "
-            f"(cmfast-train: --teacher FILE), or put another phase before it, such as edm"
-        )
+    denoiser, spec = own.denoiser, own.denoiser.spec
+    for i, phase in enumerate(config.phases if own.teacher is None and not config.init else ()):
+        if phase.row.distils and config.distilled(i) is None:
+            raise CmfastError(
+                f"{phase.name} distils a {phase.row.distils[0]} model: pass teacher=, which may be the denoiser itself "
+                f"(cmfast-train: --teacher FILE), or put another phase before it, such as edm"
+            )
     if own.teacher is not None and not any(row.distils for row in config.methods):
         raise CmfastError(f"a teacher, and none of these phases distils: {', '.join(p.name for p in config.phases)}")
     for row in config.methods:
@@ -288,7 +289,15 @@ def _student_spec(spec: ModelSpec, config: TrainConfig, names: tuple[str, ...], 
 
 
 def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) -> ModelSpec:
-    """Return the student's spec; a teacher must know all its noise levels."""
+    """Return the student's spec; a teacher must know all its noise levels, and what fake scores learn from."""
+    names = {each.name for each in teacher.spec.conditions} if teacher else set()
+    without = [each.name for each in spec.conditions if each.name not in names]
+    fakes = [phase.name for phase in config.phases if phase.needs.fake_scores]
+    if teacher and without and fakes:
+        raise CmfastError(
+            f"{f'--teacher {config.teacher}' if config.teacher else 'the teacher'} does not take {without[0]}, which "
+            f"samples would lose in {fakes[0]}: take a teacher with it, or train without it"
+        )
     if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
         raise CmfastError(
             f"{f'--teacher {config.teacher}' if config.teacher else 'the teacher'}: it knows noise levels from "

@@ -33,7 +33,7 @@ def save(run: Run) -> None:
         CheckFailed: the weights are not finite; nothing is written.
     """
     state, accelerator = run.state, run.context.accelerator
-    if not all(bool(weight.isfinite().all()) for weight in (*state.weights.values(), *state.ema.values())):
+    if not all(bool(weight.isfinite().all()) for weight in (*state.student.parameters(), *state.ema.values())):
         raise CheckFailed(
             f"the weights are not finite after step {run.step} of {run.phase.method} ({run.images:,} images); "
             f"the last checkpoint is untouched; {run.advice()}"
@@ -48,9 +48,9 @@ def save(run: Run) -> None:
         "weights": whole(state.weights, main),
         "averages": whole(state.averages.state(), main),
         "target": whole(_parameters(state.target), main),
-        "teacher": whole(_parameters(state.saved_teacher), main),
+        "teacher": whole(_parameters(state.saved_teacher) | _buffers(state.saved_teacher, run), main),
         "log_variance": whole(state.log_variance, main),
-        **({"fakes": whole(dict(state.student.fakes.named_parameters()), main)} if state.student.fakes else {}),
+        **({"fakes": whole(_of_fakes(run), main)} if state.student.fakes else {}),
         **({"buffers": whole(state.buffers, main)} if run.config.own else {}),  # those of ours do not change
         "optimizer": whole(state.optimizer.state_dict(), main),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
@@ -74,13 +74,16 @@ def resume(run: Run) -> None:
     _check_made_for(run, values.get("made_for", {}))
     try:
         index, step = _position(run.config, values["phase"], values["step"])
-        run.enter(index, step, _whole_weights(run, values["weights"], values.get("buffers", run.state.buffers)))
+        weights = _whole_weights(run, values["weights"], values.get("buffers", run.state.buffers))
+        run.enter(index, step, weights, {**weights, **values["teacher"]} if values["teacher"] else None)
         state = run.state
         for module, name in ((state.target, "target"), (state.saved_teacher, "teacher")):
             if module is not None:
                 fill(_parameters(module), values[name])
+        saved = values["teacher"]
+        fill({name: own for name, own in _buffers(state.saved_teacher, run).items() if name in saved}, saved)
         if state.student.fakes:
-            fill(dict(state.student.fakes.named_parameters()), values["fakes"])
+            fill(_of_fakes(run), values["fakes"])
         fill(state.log_variance, values["log_variance"])
         for name, average in state.averages.state().items():
             fill(average, values["averages"][name])
@@ -172,6 +175,17 @@ def _checkpoint(run: Run, weights: Mapping[str, Tensor]) -> Checkpoint:
 def _whole_weights(run: Run, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of the network from its parameters, named once each, and its buffers."""
     return {**buffers, **weights, **{other: weights[name] for other, name in run.state.tied.items()}}
+
+
+def _of_fakes(run: Run) -> dict[str, Tensor]:
+    """Return the weights of the fake scores, and the buffers of custom ones, by name."""
+    fakes = run.state.student.fakes
+    return dict(fakes.named_parameters()) | (dict(fakes.named_buffers()) if run.config.own else {})
+
+
+def _buffers(denoiser: Denoiser | None, run: Run) -> dict[str, Tensor]:
+    """Return the buffers of a custom network, by name; those of ours do not change."""
+    return dict(denoiser.network.named_buffers()) if denoiser is not None and run.config.own else {}
 
 
 def _parameters(denoiser: Denoiser | None) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ from cmfast_train.networks.edm import DhariwalUnet, SongUnet
 from cmfast_train.networks.fused import fuse_norms
 from cmfast_train.training.context import RunContext, context_of
 from cmfast_train.training.ema import Averages, update_ema
-from cmfast_train.training.initial_model import Own
-from cmfast_train.training.parallel import recompute, shard
+from cmfast_train.training.initial_model import Own, phase_spec
+from cmfast_train.training.parallel import of_the_first, recompute, shard, together
 from cmfast_train.training.step_networks import StepNetworks, Student
 
 
@@ -142,11 +142,13 @@ class Run:
         before = sum(self.config.steps(phase) for phase in self.config.phases[: self.state.index])
         return (before + self.step) * self.config.batch
 
-    def enter(self, index: int, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Leave the present phase and set up another, from whole weights of the network."""
+    def enter(
+        self, index: int, step: int, weights: Mapping[str, Tensor], teacher_weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Leave the present phase and set up another, from whole weights of the network (`begin_phase`)."""
         del self.state  # releases its memory before the next state is made
         self.context.accelerator.free_memory()
-        self.state, self.step = begin_phase(self.context, index, weights), step
+        self.state, self.step = begin_phase(self.context, index, weights, teacher_weights), step
 
     def where(self) -> dict[str, Any]:
         """Return where the run is, for a line of the log."""
@@ -169,18 +171,24 @@ class Run:
         )
 
 
-def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) -> PhaseState:
+def begin_phase(
+    context: RunContext,
+    index: int,
+    weights: Mapping[str, Tensor],
+    teacher_weights: Mapping[str, Tensor] | None = None,
+) -> PhaseState:
     """Return the state of a phase before its first step.
 
     Args:
         context: of the run.
         index: of the phase.
         weights: whole weights of the network that the phase starts from.
+        teacher_weights: of a teacher of the same network; None: those of the model that the phase distils.
     """
     config, accelerator, device = context.config, context.accelerator, context.device
     phase, total = config.phases[index], config.steps(config.phases[index])
     is_saved = not _teacher_is_a_file(context, index)
-    teacher = _teacher(context, index, weights) if phase.row.distils else None
+    teacher = _teacher(context, index, weights, teacher_weights) if phase.row.distils else None
     target = _new(context, phase, weights).train() if phase.row.target_decay is not None else None
     for frozen in (teacher, target):
         if frozen is not None:
@@ -188,7 +196,7 @@ def begin_phase(context: RunContext, index: int, weights: Mapping[str, Tensor]) 
     denoiser = _new(context, phase, weights).train()
     trained_weights = dict(denoiser.network.named_parameters())
     averages = Averages(trained_weights, rates=tuple(dict.fromkeys((phase.ema, *config.emas))), stds=config.ema_stds)
-    fakes = [_teacher(context, index, weights).train() for _ in range(phase.needs.fake_scores)]
+    fakes = [_trainable(_teacher(context, index, weights, teacher_weights)) for _ in range(phase.needs.fake_scores)]
     student = Student(denoiser, log_variance=phase.needs.log_variance, fakes=fakes).to(device)
     if context.mesh is not None and student.log_variance is not None:
         shard(student.log_variance, context.mesh)
@@ -250,24 +258,48 @@ def exchanging_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
 
 def _teacher_is_a_file(context: RunContext, index: int) -> bool:
     """Return whether --teacher's model is the phase's; a method that distils its own models goes on from those."""
-    row, before = context.config.phases[index].row, context.config.phases[:index]
-    own = bool(before) and before[-1].row.leaves == row.leaves and row.leaves in row.distils
+    row, distilled = context.config.phases[index].row, context.config.distilled(index)
+    own = distilled is not None and context.config.phases[distilled].row.leaves == row.leaves
     return context.start.teacher is not None and not own
 
 
-def _teacher(context: RunContext, index: int, weights: Mapping[str, Tensor]) -> Denoiser:
+def _teacher(
+    context: RunContext, index: int, weights: Mapping[str, Tensor], own_weights: Mapping[str, Tensor] | None
+) -> Denoiser:
     """Return the teacher: the file's, or the newest model before the phase that its method can distil."""
     phase, model = context.config.phases[index], context.start.teacher
     if model is not None and _teacher_is_a_file(context, index):
         return _new(context, phase, model.weights, model.network, model.spec).eval()
     distilled = context.config.distilled(index)
-    if distilled is not None and distilled < index - 1:
-        earlier = load_checkpoint(phase_file(context, distilled))
-        return _new(context, phase, earlier.weights, spec=earlier.spec).eval()
     if distilled is None:  # --init, as it was trained and not what it becomes
         first = weights if index == 0 else context.start.first_weights()
         return _new(context, phase, first, spec=context.start.model_spec).eval()
-    return _new(context, phase, weights).eval()
+    if distilled < index - 1:
+        weights = own_weights or _weights_of(context, distilled)
+    return _new(context, phase, weights, spec=phase_spec(context.spec, context.config.phases[distilled])).eval()
+
+
+def _weights_of(context: RunContext, index: int) -> Mapping[str, Tensor]:
+    """Return the weights of a finished phase's model, which the first process reads for all."""
+
+    def read() -> Mapping[str, Tensor]:
+        return load_checkpoint(phase_file(context, index)).weights
+
+    found = together(context.accelerator, read if context.accelerator.is_main_process else None)
+    return of_the_first(context.accelerator, found or {})
+
+
+def _trainable(denoiser: Denoiser) -> Denoiser:
+    """Let all weights be trained: a custom teacher may be frozen."""
+    denoiser.train().requires_grad_(True)
+    _freeze_augmentation(denoiser.network)
+    return denoiser
+
+
+def _freeze_augmentation(network: nn.Module) -> None:
+    """Keep what EDM's networks make of its augmentation, which is not part of this training."""
+    if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
+        network.map_augment.requires_grad_(False)
 
 
 def phase_file(context: RunContext, index: int) -> Path:
@@ -291,8 +323,7 @@ def _new(
         network = build_network(shape)
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     network.load_state_dict(plain, assign=not own)  # in place where weights may be tied
-    if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
-        network.map_augment.requires_grad_(False)  # EDM's augmentation is not part of this training
+    _freeze_augmentation(network)
     if not context.why_not_fused(phase):
         fuse_norms(network)
     if config.recompute:

@@ -22,7 +22,7 @@ STEP = 1e-3  # of central differences, relative to the direction
 
 @final
 class Student(nn.Module):
-    """What a phase trains: the denoiser and, where its method needs them, the log-variance of its loss, a fake score.
+    """What a phase trains: the denoiser, the log-variance of its loss and the fake scores, where its method needs them.
 
     One module, because DDP and FSDP synchronise the gradients of what is called through them and of nothing else.
 
@@ -116,7 +116,11 @@ class StepNetworks:
         """Return x0 [B, *shape] of the teacher and of `fake`, differentiable in x."""
         assert self._teacher is not None, "the method's row distils nothing"
         teacher = self._teacher(x, sigma, **conditions_of(self._teacher, conditions))
-        return teacher, denoised_in_parts(self._student.fakes, x, sigma, conditions, parts)
+        self._student.fakes.eval()  # as the teacher is: dropout would be a difference between them
+        try:
+            return teacher, denoised_in_parts(self._student.fakes, x, sigma, conditions, parts)
+        finally:
+            self._student.fakes.train()
 
     def output(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None

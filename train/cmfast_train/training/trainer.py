@@ -242,8 +242,6 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
         )
     if config.shard and config.precision == "fp16":
         raise CmfastError("shard=true needs precision bf16 or fp32, not fp16")
-    if config.shard and (two := [phase.name for phase in config.phases if phase.needs.fake_scores]):
-        raise CmfastError(f"shard=true cannot train the networks of {two[0]}; use shard=false")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and cpu:
@@ -254,7 +252,21 @@ def accelerator_of(config: TrainConfig) -> Accelerator:
             f"batch={config.batch} does not divide among {accelerator.num_processes} processes "
             f"and {config.accumulation} micro-batches"
         )
+    _check_fake_scores(config, precision, config.batch // (accelerator.num_processes * config.accumulation))
     return accelerator
+
+
+def _check_fake_scores(config: TrainConfig, precision: str, samples: int) -> None:
+    """Raise CmfastError for what networks that learn in turn cannot have. samples: of a micro-batch."""
+    for phase in config.phases:
+        if not phase.needs.fake_scores:
+            continue
+        if config.shard:
+            raise CmfastError(f"shard=true cannot train the networks of {phase.name}; use shard=false")
+        if precision == "fp16":
+            raise CmfastError(f"{phase.name} differentiates without a loss scale; use precision=bf16 or fp32")
+        if samples < phase.needs.fake_scores:
+            raise CmfastError(f"{phase.name} needs {phase.needs.fake_scores} samples a micro-batch; set a larger batch")
 
 
 def _new_accelerator(precision: str, cpu: bool) -> Accelerator:
