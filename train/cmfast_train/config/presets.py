@@ -27,7 +27,7 @@ def _small(data: str) -> TrainConfig:
         channel_mult=(1, 1),
         attention=(),
         c_noise="trig",
-        sigmas=((80.0,), (80.0, 2.0), (80.0, 5.0, 1.5, 0.4)),
+        sigmas=((80.0,), (80.0, 0.6), (80.0, 1.0, 0.5, 0.25)),
         precision="bf16",
         channels_last=False,
         batch=96,
