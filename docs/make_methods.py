@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cmfast_train.methods.table import ROWS
+from cmfast_train.methods.method import ROWS
 
 PAGE = Path(__file__).resolve().parent / "training.md"
 BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. -->\n", "<!-- End of the table. -->\n"

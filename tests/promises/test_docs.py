@@ -340,7 +340,7 @@ def test_the_method_of_the_page_trains_by_the_command(
     call: Callable[..., Any], refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cmfast_train.cli import train
-    from cmfast_train.methods.table import ROWS
+    from cmfast_train.methods.method import ROWS
 
     install(tmp_path, "flow_matching.py", "cmfast.methods")
 
@@ -368,7 +368,7 @@ def test_the_method_of_the_page_trains_by_the_command(
             (("phases=fm:800", "fm.p_std=0"), "fm.p_std must be greater than 0, got 0.0"),
             (("phases=fm:800", "fm.q=2"), "--set fm.q=2: fm has no such field; there are clip_norm, ema, "),
             (("phases=fm:800", "scaling=edm"), "fm needs scaling flow, got scaling edm and c_noise trig"),
-            (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, cmt, ict, ect, pd, sct, scd, mf, fm"),
+            (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, cmt, ict, ect, sid, pd, sct, scd, mf, fm"),
         ):
             refused(call(train.main, *words(*wrong)), said)
     finally:

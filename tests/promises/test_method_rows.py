@@ -15,7 +15,7 @@ import pytest
 
 from cmfast.errors import CmfastError
 from cmfast_train.config.phase import Phase, phase
-from cmfast_train.methods import Method, find, names, register, setting, table
+from cmfast_train.methods import Method, find, method, names, register, setting
 from helpers import ROOT
 
 TRAIN = ROOT / "train" / "cmfast_train"
@@ -56,7 +56,7 @@ def row(**values: Any) -> Method[Any]:
 
 @pytest.fixture(autouse=True)
 def table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "ROWS", dict(table.ROWS))
+    monkeypatch.setattr(method, "ROWS", dict(method.ROWS))
 
 
 def test_a_registered_row_makes_phases() -> None:

@@ -38,7 +38,7 @@ from cmfast_train.config.phase import types_of
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.importers.facts import Given
-from cmfast_train.methods import register, table
+from cmfast_train.methods import method, register
 from helpers import ROOT
 
 SITE = tuple(  # cli.md is --help itself, which test_docs.py compares; benchmarks.md includes benchmarks/README.md
@@ -117,7 +117,7 @@ def test_a_command_line_of_the_documentation_is_understood(
     where: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if where == "docs/extending.md":  # whose reader has installed the method of the page
-        monkeypatch.setattr(table, "ROWS", dict(table.ROWS))
+        monkeypatch.setattr(method, "ROWS", dict(method.ROWS))
         (module,) = re.findall(r"title=.flow_matching.py.\n(.*?)^```", (ROOT / where).read_text(), re.M | re.S)
         (tmp_path / "flow_matching.py").write_text(module)
         monkeypatch.syspath_prepend(tmp_path)

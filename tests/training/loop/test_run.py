@@ -61,7 +61,7 @@ def test_labels_are_dropped_as_often_as_requested_and_the_model_knows_the_number
             spec = model.spec
 
     uniform = torch.rand(40_000, 4, generator=torch.Generator().manual_seed(0))
-    inputs = Inputs(images=x, conditions={"label": torch.full((40_000,), 3)}, noise=x, uniform=uniform)
+    inputs = Inputs(images=x, conditions={"label": torch.full((40_000,), 3)}, noises=x[None], uniform=uniform)
     dropped = drop_conditions(Fake, inputs)["label"] == 10  # type: ignore[arg-type]
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.01)  # four standard deviations
     flipped = uniform[:, 3] < 0.5

@@ -53,7 +53,7 @@ def _presets(title: str, about: Mapping[str, str], end: str = "") -> str:
 def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or context.resilient_parsing:
         return
-    from cmfast_train.methods.table import find, names  # not at the top: it would slow --help
+    from cmfast_train.methods.method import find, names  # not at the top: it would slow --help
 
     for name in names():
         row = find(name)

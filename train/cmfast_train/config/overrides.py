@@ -13,7 +13,7 @@ from cmfast_train.config.custom_network import OF_OWN
 from cmfast_train.config.phase import Phase, phase, types_of
 from cmfast_train.config.readers import READERS, Reader, cut, read
 from cmfast_train.config.train_config import LIMITS, OF_THE_MODEL, OWN, TrainConfig
-from cmfast_train.methods.table import ROWS, find, names
+from cmfast_train.methods.method import ROWS, find, names
 
 
 def check_set_once(assignments: Iterable[str]) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 from cmfast.errors import CmfastError
 from cmfast_train.config.checks import check_bounds, check_types, shown
-from cmfast_train.methods.method import Method, Needs, setting
-from cmfast_train.methods.table import COMMON, find
+from cmfast_train.methods.method import COMMON, Method, Needs, find, setting
 
 
 @dataclass(frozen=True, kw_only=True)

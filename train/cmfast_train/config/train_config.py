@@ -16,8 +16,7 @@ from cmfast.spec import ModelSpec
 from cmfast_train.config.checks import check_positive, check_types, shown
 from cmfast_train.config.phase import Phase, phase_from_dict
 from cmfast_train.config.readers import frozen_names, plain_values
-from cmfast_train.methods.method import Method
-from cmfast_train.methods.table import find, names
+from cmfast_train.methods.method import Method, find, names
 from cmfast_train.networks.count import adm_sizes, check_values, cloneofsimo_sizes
 from cmfast_train.networks.shape import (
     Size,

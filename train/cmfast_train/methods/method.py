@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""A row of the table of methods: everything that the configuration and the trainer know about one method."""
+"""A row of the table of methods: everything that the configuration and the trainer know about one method.
+
+Our rows are in `table`. Another package adds one by an entry point of the group "cmfast.methods", or by `register`
+(docs/extending.md).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast, final
 
 from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.config.checks import Bounds
+from cmfast_train.config.checks import Bounds, shown
+from cmfast_train.config.readers import READERS, type_name
 
 H = TypeVar("H")  # the dataclass of a method's hyperparameters
+
+ENTRY_POINTS = "cmfast.methods"  # the group of methods in other packages
+COMMON = ("method", "images", "lr", "lr_warmup", "lr_decay", "ema", "clip_norm")  # fields of every phase
 
 
 def setting(
@@ -157,3 +166,55 @@ def _imported(place: str, name: str) -> Callable[[Any], Any]:
             raise  # something that the module imports
         raise CmfastError(f"the method {name} names {place} as its step function, which cannot be imported") from None
     return found
+
+
+ROWS: dict[str, Method[Any]] = {}  # of `table`; `find` adds those of other packages
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all methods: ours, registered ones, those of installed packages."""
+    from importlib.metadata import entry_points  # slow to import
+
+    others = [entry.name for entry in entry_points(group=ENTRY_POINTS)]
+    return tuple(dict.fromkeys([*ROWS, *others]))
+
+
+def find(name: object) -> Method[Any]:
+    """Return the row of a method.
+
+    Raises:
+        CmfastError: there is no such method, or the entry point is not a `Method` of that name.
+    """
+    if isinstance(name, str) and name in ROWS:
+        return ROWS[name]
+    from importlib.metadata import entry_points  # slow to import
+
+    for entry in entry_points(group=ENTRY_POINTS, name=name) if isinstance(name, str) else ():
+        method = entry.load()
+        if not isinstance(method, Method) or method.name != name:
+            raise CmfastError(f"the entry point {entry.value} of {ENTRY_POINTS} is not a Method called {name}")
+        register(method)
+        return method
+    raise CmfastError(f"method must be one of {', '.join(names())}, got {shown(name)}")
+
+
+def register(method: Method[Any]) -> None:
+    """Add a method to the table of this process.
+
+    Raises:
+        CmfastError: the name is taken or not an identifier, or a hyperparameter has a type that --set cannot read.
+    """
+    if not method.name.isidentifier():
+        raise CmfastError(f"the name of a method must be a Python identifier, got {shown(method.name)}")
+    if ROWS.get(method.name, method) is not method:
+        raise CmfastError(f"a method {method.name} exists already; choose another name")
+    parameters: Any = getattr(method.hyper, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        raise CmfastError(f"{method.name}: hyper must be a frozen dataclass, got {shown(method.hyper)}")
+    if taken := set(method.fields()) & set(COMMON):
+        raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; rename the hyperparameter")
+    for name, kind in typing.get_type_hints(method.hyper).items():
+        if kind not in READERS:
+            types = ", ".join(map(type_name, READERS))
+            raise CmfastError(f"{method.name}.{name}: a hyperparameter must be of {types}, got {type_name(kind)}")
+    ROWS[method.name] = method

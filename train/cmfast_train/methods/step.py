@@ -8,7 +8,7 @@ with its (larger) noise level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
@@ -102,7 +102,7 @@ class Step(Generic[H]):
     constants: tuple[Any, ...]
     x0: Tensor
     noise: Tensor
-    more_noise: Tensor
+    more_noise: Tensor = field(default_factory=lambda: torch.empty(0))
     uniform: Tensor
     conditions: Conditions
 

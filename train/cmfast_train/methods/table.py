@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: MIT
 """The table of training methods: the hyperparameters of each, and a row with everything else about it.
 
-A new method is a module beside this one and a row here. Another package uses an entry point of the group
-"cmfast.methods", or `register` (docs/extending.md). Nothing here imports torch.
+A new method is a module beside this one and a row here. `method` finds a row by its name, also one of another package.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from dataclasses import dataclass
 from typing import Any
 
-from cmfast.errors import CmfastError
 from cmfast.spec import ModelSpec
-from cmfast_train.config.checks import shown
-from cmfast_train.config.readers import READERS, type_name
-from cmfast_train.methods.method import Method, Needs, setting
+from cmfast_train.methods.method import ROWS, Method, Needs, setting
 from cmfast_train.methods.schedules import (
     alpha_of,
     ct_ema,
@@ -29,9 +25,7 @@ from cmfast_train.methods.schedules import (
     tangent_warmup,
 )
 
-ENTRY_POINTS = "cmfast.methods"  # the group of methods in other packages
 MOST_SIGMAS = 65536  # noise levels of a grid: each optimiser step makes them all
-COMMON = ("method", "images", "lr", "lr_warmup", "lr_decay", "ema", "clip_norm")  # fields of every phase
 
 P_MEAN, P_STD = "mean of ln(sigma)", "standard deviation of ln(sigma)"
 HUBER = "Pseudo-Huber constant over sqrt(values of a sample), data units; 0 is the l2 norm"
@@ -386,53 +380,4 @@ _OURS: tuple[Method[Any], ...] = (
         needs=lambda hyper: Needs(finite=hyper.derivative == "finite"),
     ),
 )
-ROWS: dict[str, Method[Any]] = {row.name: row for row in _OURS}  # `find` adds those of other packages
-
-
-def names() -> tuple[str, ...]:
-    """Return the names of all methods: ours, registered ones, those of installed packages."""
-    from importlib.metadata import entry_points  # slow to import
-
-    others = [entry.name for entry in entry_points(group=ENTRY_POINTS)]
-    return tuple(dict.fromkeys([*ROWS, *others]))
-
-
-def find(name: object) -> Method[Any]:
-    """Return the row of a method.
-
-    Raises:
-        CmfastError: there is no such method, or the entry point is not a `Method` of that name.
-    """
-    if isinstance(name, str) and name in ROWS:
-        return ROWS[name]
-    from importlib.metadata import entry_points  # slow to import
-
-    for entry in entry_points(group=ENTRY_POINTS, name=name) if isinstance(name, str) else ():
-        method = entry.load()
-        if not isinstance(method, Method) or method.name != name:
-            raise CmfastError(f"the entry point {entry.value} of {ENTRY_POINTS} is not a Method called {name}")
-        register(method)
-        return method
-    raise CmfastError(f"method must be one of {', '.join(names())}, got {shown(name)}")
-
-
-def register(method: Method[Any]) -> None:
-    """Add a method to the table of this process.
-
-    Raises:
-        CmfastError: the name is taken or not an identifier, or a hyperparameter has a type that --set cannot read.
-    """
-    if not method.name.isidentifier():
-        raise CmfastError(f"the name of a method must be a Python identifier, got {shown(method.name)}")
-    if ROWS.get(method.name, method) is not method:
-        raise CmfastError(f"a method {method.name} exists already; choose another name")
-    parameters: Any = getattr(method.hyper, "__dataclass_params__", None)
-    if parameters is None or not parameters.frozen:
-        raise CmfastError(f"{method.name}: hyper must be a frozen dataclass, got {shown(method.hyper)}")
-    if taken := set(method.fields()) & set(COMMON):
-        raise CmfastError(f"{method.name}: every phase has a field {min(taken)}; rename the hyperparameter")
-    for name, kind in typing.get_type_hints(method.hyper).items():
-        if kind not in READERS:
-            types = ", ".join(map(type_name, READERS))
-            raise CmfastError(f"{method.name}.{name}: a hyperparameter must be of {types}, got {type_name(kind)}")
-    ROWS[method.name] = method
+ROWS.update({row.name: row for row in _OURS})
