@@ -62,8 +62,8 @@ def train(
             whole numbers [N]; a tensor float32 [N, *sizes]. Or the path of a .npz file or of a folder of .npy files
             with these names; or a Dataset with a length whose items are such mappings of one sample.
         out: folder of the run; None: nothing is kept but what is returned, and a stopped run begins again.
-        teacher: what a method that needs a teacher distils; it may be the denoiser itself. Default: the newest model
-            before the phase that it can distil.
+        teacher: what a method that needs a teacher distils; it may be the denoiser itself. Default: the newest earlier
+            model that the phase's method can distil.
 
     Returns:
         The trained model and the folder.

@@ -131,7 +131,7 @@ def test_a_run_killed_at_any_step_and_begun_again_leaves_the_same_bits(
     assert lines_of(out) == LINES
 
 
-@pytest.mark.parametrize("name", ["edm, scd", "mf"])
+@pytest.mark.parametrize("name", ["edm, scd", "edm, ect, sid", "mf"])
 def test_recomputation_changes_no_bit_of_a_run(name: str, plain: Callable[[str], Path], tmp_path: Path) -> None:
     run_here(tmp_path / "run", *RUNS[name], "recompute=true")
     expected = torch.load(plain(name) / "state.pt", weights_only=True)

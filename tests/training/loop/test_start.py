@@ -24,7 +24,7 @@ from cmfast_train.config.presets import PRESETS
 from cmfast_train.networks.adm import AdmConfig
 from cmfast_train.training.initial_model import start_of
 from cmfast_train.training.state import Run
-from cmfast_train.training.trainer import accelerator_of, train
+from cmfast_train.training.trainer import _check_fake_scores, accelerator_of, train
 from helpers.foreign.edm import CASES, weights_of
 from helpers.runs import QUICK, TINY, arguments, assert_equal_weights, losses_of, run_here, save_images
 from helpers.specs import image_spec
@@ -214,7 +214,7 @@ def test_fake_scores_are_networks_of_the_teachers_shape(write: Write) -> None:
     run = begun(f"init={init}", "phases=sid:160", "sid.share=1", f"teacher={teacher}")
     (fake,) = run.state.student.fakes
     assert_equal_weights(fake.network.state_dict(), dict(load_checkpoint(teacher).weights))
-    with pytest.raises(CmfastError, match="does not take label, which samples would lose in sid"):
+    with pytest.raises(CmfastError, match="is not conditioned on label, and sid would unlearn it"):
         begun(f"init={init}", "phases=sid:160", f"teacher={write('adm, unconditional', 'plain.pt', scaling='edm')}")
 
 
@@ -228,6 +228,8 @@ def test_fake_scores_are_networks_of_the_teachers_shape(write: Write) -> None:
 def test_what_cannot_train_networks_in_turn_says_so(settings: list[str], words: str) -> None:
     with pytest.raises(CmfastError, match=words):
         accelerator_of(override(PRESETS["digits"], [*TINY, "phases=edm:80,sid:80", *settings]))
+    with pytest.raises(CmfastError, match="sid differentiates without a loss scale; use precision=bf16 or fp32"):
+        _check_fake_scores(override(PRESETS["digits"], [*TINY, "phases=edm:80,sid:80"]), "fp16", 8)
 
 
 # What cannot be started from.

@@ -92,7 +92,7 @@ def _list_methods(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option(
     "--teacher",
     type=click.Path(path_type=Path),
-    help="Distil this model; default: the newest one before a phase that it can distil.",
+    help="Distil this model; default: the newest earlier model that the phase's method can distil.",
 )
 @click.option(
     "--methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,

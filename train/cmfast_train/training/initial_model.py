@@ -56,7 +56,7 @@ class Own:
 
     Attributes:
         denoiser: what is trained, with its conventions and first weights; copied.
-        teacher: what is distilled, where the first phase distils.
+        teacher: what the phases that need a teacher distil.
         factory: package.module:factory that made the network, for checkpoints; "" if there is none.
     """
 
@@ -295,8 +295,8 @@ def _inside(teacher: Checkpoint | None, spec: ModelSpec, config: TrainConfig) ->
     fakes = [phase.name for phase in config.phases if phase.needs.fake_scores]
     if teacher and without and fakes:
         raise CmfastError(
-            f"{f'--teacher {config.teacher}' if config.teacher else 'the teacher'} does not take {without[0]}, which "
-            f"samples would lose in {fakes[0]}: take a teacher with it, or train without it"
+            f"{f'--teacher {config.teacher}' if config.teacher else 'the teacher'} is not conditioned on "
+            f"{without[0]}, and {fakes[0]} would unlearn it; use a teacher with {without[0]}, or train without it"
         )
     if teacher and not (teacher.spec.sigma_min <= spec.sigma_min < spec.sigma_max <= teacher.spec.sigma_max):
         raise CmfastError(

@@ -18,6 +18,7 @@ from cmfast.files import atomic_file
 from cmfast_train.checkpoint import Checkpoint, safe_load, save_checkpoint
 from cmfast_train.config.train_config import TrainConfig
 from cmfast_train.denoiser import Denoiser
+from cmfast_train.networks.custom import live_buffers
 from cmfast_train.training.initial_model import phase_spec
 from cmfast_train.training.parallel import fill, fill_optimizer, together, whole
 from cmfast_train.training.preview import save_samples
@@ -48,7 +49,7 @@ def save(run: Run) -> None:
         "weights": whole(state.weights, main),
         "averages": whole(state.averages.state(), main),
         "target": whole(_parameters(state.target), main),
-        "teacher": whole(_parameters(state.saved_teacher) | _buffers(state.saved_teacher, run), main),
+        "teacher": whole({**_parameters(state.saved_teacher), **_buffers(state.saved_teacher, run)}, main),
         "log_variance": whole(state.log_variance, main),
         **({"fakes": whole(_of_fakes(run), main)} if state.student.fakes else {}),
         **({"buffers": whole(state.buffers, main)} if run.config.own else {}),  # those of ours do not change
@@ -75,12 +76,13 @@ def resume(run: Run) -> None:
     try:
         index, step = _position(run.config, values["phase"], values["step"])
         weights = _whole_weights(run, values["weights"], values.get("buffers", run.state.buffers))
-        run.enter(index, step, weights, {**weights, **values["teacher"]} if values["teacher"] else None)
+        saved = values["teacher"]
+        is_whole = bool(saved) and (not run.config.own or run.state.buffers.keys() <= saved.keys())
+        run.enter(index, step, weights, {**weights, **saved} if is_whole else None)
         state = run.state
         for module, name in ((state.target, "target"), (state.saved_teacher, "teacher")):
             if module is not None:
                 fill(_parameters(module), values[name])
-        saved = values["teacher"]
         fill({name: own for name, own in _buffers(state.saved_teacher, run).items() if name in saved}, saved)
         if state.student.fakes:
             fill(_of_fakes(run), values["fakes"])
@@ -180,12 +182,13 @@ def _whole_weights(run: Run, weights: Mapping[str, Tensor], buffers: Mapping[str
 def _of_fakes(run: Run) -> dict[str, Tensor]:
     """Return the weights of the fake scores, and the buffers of custom ones, by name."""
     fakes = run.state.student.fakes
-    return dict(fakes.named_parameters()) | (dict(fakes.named_buffers()) if run.config.own else {})
+    buffers = {f"{i}.{name}": own for i, fake in enumerate(fakes) for name, own in _buffers(fake, run).items()}
+    return dict(fakes.named_parameters()) | buffers
 
 
-def _buffers(denoiser: Denoiser | None, run: Run) -> dict[str, Tensor]:
-    """Return the buffers of a custom network, by name; those of ours do not change."""
-    return dict(denoiser.network.named_buffers()) if denoiser is not None and run.config.own else {}
+def _buffers(denoiser: Any, run: Run) -> Mapping[str, Tensor]:
+    """Return what the state dict of a custom network holds beside its weights; that of ours does not change."""
+    return live_buffers(denoiser.network) if denoiser is not None and run.config.own else {}
 
 
 def _parameters(denoiser: Denoiser | None) -> dict[str, Tensor]:

@@ -290,16 +290,12 @@ def _weights_of(context: RunContext, index: int) -> Mapping[str, Tensor]:
 
 
 def _trainable(denoiser: Denoiser) -> Denoiser:
-    """Let all weights be trained: a custom teacher may be frozen."""
-    denoiser.train().requires_grad_(True)
-    _freeze_augmentation(denoiser.network)
+    """Let the weights be trained: a custom teacher may be frozen. What is frozen beside others stays so."""
+    weights = list(denoiser.train().parameters())
+    if not any(weight.requires_grad for weight in weights):
+        for weight in weights:
+            weight.requires_grad_(weight.is_floating_point())
     return denoiser
-
-
-def _freeze_augmentation(network: nn.Module) -> None:
-    """Keep what EDM's networks make of its augmentation, which is not part of this training."""
-    if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
-        network.map_augment.requires_grad_(False)
 
 
 def phase_file(context: RunContext, index: int) -> Path:
@@ -323,7 +319,8 @@ def _new(
         network = build_network(shape)
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     network.load_state_dict(plain, assign=not own)  # in place where weights may be tied
-    _freeze_augmentation(network)
+    if isinstance(network, (SongUnet, DhariwalUnet)) and network.map_augment is not None:
+        network.map_augment.requires_grad_(False)  # EDM's augmentation is not part of this training
     if not context.why_not_fused(phase):
         fuse_norms(network)
     if config.recompute:

@@ -109,6 +109,7 @@ class StepNetworks:
 
     def fake(self, x: Tensor, sigma: Tensor, conditions: Conditions, parts: Sequence[int]) -> Tensor:
         """Return x0 [B, *shape] of the denoisers that learn the student's samples, with gradient."""
+        self._student.fakes.train()
         x0: Tensor = self._model(x, sigma, conditions, parts=parts)[0]
         return x0
 
@@ -116,11 +117,9 @@ class StepNetworks:
         """Return x0 [B, *shape] of the teacher and of `fake`, differentiable in x."""
         assert self._teacher is not None, "the method's row distils nothing"
         teacher = self._teacher(x, sigma, **conditions_of(self._teacher, conditions))
-        self._student.fakes.eval()  # as the teacher is: dropout would be a difference between them
-        try:
-            return teacher, denoised_in_parts(self._student.fakes, x, sigma, conditions, parts)
-        finally:
-            self._student.fakes.train()
+        # As the teacher is: dropout would be a difference between them. They stay so while the gradient is taken.
+        self._student.fakes.eval()
+        return teacher, denoised_in_parts(self._student.fakes, x, sigma, conditions, parts)
 
     def output(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, sigma_next: Tensor | None = None
