@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cmfast.backends.openvino.library import TYPES, capabilities, import_openvino
-from cmfast.errors import BackendError
+from cmfast.errors import BackendError, one_line
 
 INT8 = "int8"
 
@@ -24,7 +24,7 @@ def product_call(side: int, dtype: str, threads: int) -> Callable[[], object]:
 
     Raises:
         MissingDependency: OpenVINO is not installed.
-        BackendError: the CPU lacks the type.
+        BackendError: the CPU lacks the type, or OpenVINO fails in it.
     """
     ov = import_openvino("measuring what this CPU reaches")
     core = ov.Core()
@@ -37,10 +37,15 @@ def product_call(side: int, dtype: str, threads: int) -> Callable[[], object]:
         "INFERENCE_NUM_THREADS": threads,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
-    request = core.compile_model(_graph(ov, side, quantized=dtype == INT8), "CPU", properties).create_infer_request()
     # Random, because zeros may be multiplied faster.
     matrix = np.random.default_rng(1).standard_normal((side, side), dtype=np.float32)
-    request.infer({0: matrix})  # which keeps the input
+    try:
+        request = core.compile_model(
+            _graph(ov, side, quantized=dtype == INT8), "CPU", properties
+        ).create_infer_request()
+        request.infer({0: matrix})  # which keeps the input
+    except RuntimeError as err:
+        raise BackendError(f"OpenVINO cannot multiply in {dtype} on this CPU: {one_line(err, 300)}") from None
     call: Callable[[], object] = request.infer
     return call
 
