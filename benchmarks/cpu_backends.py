@@ -8,7 +8,8 @@ at eight noise levels. `cmfast-bench --suite cpu --baseline model.pt` does the s
 `--keep FOLDER` keeps the exported files for the next run.
 
 ONEDNN_MAX_CPU_ISA=AVX2 before the command makes PyTorch and OpenVINO compute as on a CPU without AVX-512; the record
-says so. ONNX Runtime and ncnn have no such limit, and use what the CPU has.
+says so. ONNX Runtime and ncnn have no such limit, and use what the CPU has; OpenVINO still tries bfloat16, which then
+fails, so add --precision fp32,int8.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cmfast.bench import timing
 from cmfast.bench.suite import SuiteRecord, SuiteRequest, run_suite
 from cmfast.bench.suite.files import NAMES
 from cmfast.bench.suite.show import show
+from cmfast.bench.suite.ways import PRECISIONS
 from cmfast.checks import check_threads
 from cmfast.cli.parameters import INTS
 from cmfast.cli.running import run_command
@@ -44,6 +46,7 @@ ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # of PyTorch and OpenVINO
 @click.option("--batch", type=INTS, default="1", show_default=True, help="Images a call.")
 @click.option("--threads", type=int, default=2, show_default=True, help="CPU threads of every contender.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Counted time for each.")
+@click.option("--precision", default=",".join(PRECISIONS), show_default=True, help="Contenders that compute in these.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights: minutes.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder of the models, kept.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
@@ -52,6 +55,7 @@ def command(
     batch: tuple[int, ...],
     threads: int,
     seconds: float,
+    precision: str,
     compiled: bool,
     keep: Path | None,
     json_file: Path | None,
@@ -67,7 +71,7 @@ def command(
             checkpoint = random_checkpoint(network, place)
             request = SuiteRequest(
                 baseline=checkpoint, batch=batch, threads=(threads,), seconds=seconds, compiled=compiled,
-                keep=place, steps=(), starts=False,
+                keep=place, steps=(), starts=False, precision=tuple(precision.split(",")),
             )  # fmt: skip
             record = run_suite(request, functools.partial(click.echo, err=True))
             rows += rows_of(network, parameters(load_checkpoint(checkpoint)), record)
