@@ -9,7 +9,7 @@ at eight noise levels. `cmfast-bench --suite cpu --baseline model.pt` does the s
 
 ONEDNN_MAX_CPU_ISA=AVX2 before the command makes PyTorch and OpenVINO compute as on a CPU without AVX-512; the record
 says so. ONNX Runtime and ncnn have no such limit, and use what the CPU has; OpenVINO still tries bfloat16, which then
-fails, so add --precision fp32,int8.
+fails, so add --keep-going.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # of PyTorch and OpenVINO
 @click.option("--precision", default=",".join(PRECISIONS), show_default=True, help="Contenders that compute in these.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights: minutes.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder of the models, kept.")
+@click.option("--keep-going", is_flag=True, help="Leave out and record what fails.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
 def command(
     networks: str,
@@ -58,6 +59,7 @@ def command(
     precision: str,
     compiled: bool,
     keep: Path | None,
+    keep_going: bool,
     json_file: Path | None,
 ) -> None:
     """Time one network call of each backend on this CPU."""
@@ -72,6 +74,7 @@ def command(
             request = SuiteRequest(
                 baseline=checkpoint, batch=batch, threads=(threads,), seconds=seconds, compiled=compiled,
                 keep=place, steps=(), starts=False, precision=tuple(precision.split(",")),
+                keep_going=keep_going,
             )  # fmt: skip
             record = run_suite(request, functools.partial(click.echo, err=True))
             rows += rows_of(network, parameters(load_checkpoint(checkpoint)), record)
