@@ -137,7 +137,7 @@ class FastestBackend:
         self._files, self._path = states_of(path), path
         self._options: dict[str, Any] = {"device": "cpu", "threads": threads, "sha256": sha256}
         self._tolerance = tolerance_db
-        self._beside = _beside(path) if sha256 is None else None
+        self._beside = ncnn_beside(path) if sha256 is None else None
         self._candidates = _candidates(path, tolerance_db) + [(BESIDE, "")] * (self._beside is not None)
         self._opened: dict[int, Backend] = {}
         self._why: dict[int, str] = {}
@@ -297,7 +297,7 @@ def _candidates(path: Path, tolerance_db: float | None) -> list[tuple[str, str]]
     return plain + [(way, word) for way in ways[-2:] for word in lower]
 
 
-def _beside(path: Path) -> Path | None:
+def ncnn_beside(path: Path) -> Path | None:
     """Return the graph for ncnn in the folder beside an .onnx file that `cmfast-export --format ncnn` names."""
     file = path.parent / f"{path.stem}_ncnn" / NCNN
     return file if format_of(path) is ONNX and file.is_file() else None

@@ -24,7 +24,7 @@ from PIL import Image
 from cmfast.backends.openvino import products
 from cmfast.bench import fastest, timing
 from cmfast.bench.roofline import Ceilings
-from cmfast.bench.suite import SuiteRequest, apart, files, measure, rates, run_suite, show, suite, ways
+from cmfast.bench.suite import SuiteRequest, apart, files, measure, opening, rates, run_suite, show, suite, ways
 from cmfast.bench.suite.opening import Opened
 from cmfast.bench.suite.plain import Plain
 from cmfast.bench.suite.record import CallRow
@@ -358,6 +358,59 @@ def test_a_folder_for_ncnn_is_exported_beside_the_onnx_file_where_ncnn_is_instal
     assert only[0].keys() == {"checkpoint", FLOAT}, "what bf16 needs, and no more"
 
 
+def test_the_folder_for_ncnn_beside_a_model_is_its_own(handmade_onnx: Factory, tmp_path: Path) -> None:
+    model = tmp_path / "denoiser.onnx"
+    shutil.copy(handmade_onnx(4), model)
+    request = SuiteRequest(models=(model,))
+    assert files.given_files(request) == {FLOAT: model}
+    (tmp_path / "denoiser_ncnn").mkdir()
+    (tmp_path / "denoiser_ncnn" / "model.param").write_text("7767517\n")
+    assert files.given_files(request) == {FLOAT: model, NCNN: tmp_path / "denoiser_ncnn"}
+    assert "ncnn" in {way.name for way in suite.planned(request)}
+
+
+def test_what_was_timed_before_a_contender_failed_is_recorded_and_the_run_ends_with_the_failure(
+    tiny_checkpoint: Factory, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def opened(way: Way, *arguments: Any) -> Opened:
+        each = opening.open_way(way, *arguments)
+
+        def fails(x: Any, sigma: float, conditions: Any) -> Any:
+            if (way.name, len(x)) in broken:
+                raise BackendError("out of memory")
+            assert each.denoise
+            return each.denoise(x, sigma, conditions)
+
+        return replace(each, denoise=fails)
+
+    monkeypatch.setattr(suite, "open_way", opened)
+    monkeypatch.setattr(files, "exporter_is_installed", lambda: False)
+    record = tmp_path / "s.json"
+    options = ("--suite", "cpu", "--baseline", tiny_checkpoint(10), "--precision", "fp32", "--threads", 1)
+    options += ("--batch", "3,1,2", "--steps", 2, "--seconds", 0.001, "--no-starts", "--json", record)
+    broken = {("PyTorch", 1), ("PyTorch", 2), ("PyTorch channels_last", 2)}
+    result = call(main, *options)
+    why = "PyTorch at batch 1: out of memory"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        2, f"cmfast-bench: {why}; the rest was measured, and --keep-going leaves it out",
+    )  # fmt: skip
+    found = json.loads(record.read_text())
+    assert found["failed"] == found["left_out"][-3]
+    assert (found["failed"]["contender"], found["failed"]["why"]) == ("PyTorch", "out of memory")
+    rows = [(row["contender"], row["batch"], row["reference"]) for row in found["calls"]]
+    two = "PyTorch channels_last"
+    assert rows == [("PyTorch", 3, "PyTorch"), (two, 3, "PyTorch"), (two, 1, two)], "and none of batch 2"
+    assert [row["reference"] for row in found["images"]] == ["PyTorch", "PyTorch", None]
+    result = call(main, *options, "--keep-going")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(record.read_text())["failed"] is None
+    record.unlink()
+    broken = {("PyTorch", 3)}
+    result = call(main, *options)
+    assert (result.returncode, record.exists()) == (2, False), "nothing had been timed"
+    assert result.stderr.splitlines()[-1] == "cmfast-bench: PyTorch: out of memory"
+
+
 def test_an_export_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tmp_path / "model.pt"
     checkpoint.write_bytes(b"neither fish nor fowl")
@@ -403,6 +456,10 @@ def test_files_of_two_models_are_not_compared(
         (["--suite", "cpu", "a.onnx", "--evaluation", "no.json"], "no.json: no such file; make it: cmfast-eval"),
         (["--suite", "cpu", "a.onnx", "--evaluation", "other.json"], "other.json: not a record with Frechet distances"),
         (["--suite", "cpu", "a.onnx", "--evaluation", "other.json", "--json", "other.json"], "is read by this command"),
+        (
+            ["--suite", "cpu", "a.onnx", "--evaluation", "mnist.json", "--evaluation", "pixels.json"],
+            "--evaluation pixels.json: its features is not that of mnist.json; evaluate both with the same options",
+        ),
         (["a.onnx", "--keep", "folder"], "--keep needs --suite cpu"),
         (["a.onnx", "--evaluation", "other.json"], "--evaluation needs --suite cpu"),
         (["a.onnx", "--processes", "2"], "--processes needs --suite cpu"),
@@ -419,6 +476,9 @@ def test_a_suite_that_cannot_be_is_one_line_and_writes_nothing(
         shutil.copy(handmade_onnx(8), name)
     Path("model.pt").write_bytes(b"neither fish nor fowl")
     Path("other.json").write_text('{"what": "evaluation", "rows": [{"calls": 1}]}')
+    quality = {"what": "evaluation", "model": {}, "data_set": "mnist", "rows": [{"calls": 1, "fd": 1.0}]}
+    for name in ("mnist", "pixels"):
+        Path(f"{name}.json").write_text(json.dumps(quality | {"features": {"name": name}}))
     before = sorted(os.listdir())
     refused(call(main, *arguments), words)
     assert sorted(os.listdir()) == before

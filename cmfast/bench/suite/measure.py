@@ -41,15 +41,21 @@ class Measured:
     every_ms: dict[str, list[float]] = field(default_factory=dict)  # of every counted call, for the warning
     left_out: list[LeftOut] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)  # whose folders a record does not say
+    failed: LeftOut | None = None  # the first failure that was kept for the end
 
     def fails(self, name: str, what: str, err: Exception, batch: int | None = None) -> None:
-        """Raise the error of a contender, or with keep_going note it."""
-        if not self.keep_going:
+        """Raise the error of a contender, unless keep_going; what has been timed is not thrown away with it.
+
+        Once something has been timed, the failure is noted, the rest is measured, and the run ends with it.
+        """
+        if not (self.keep_going or self.every_ms):
             if not isinstance(err, CmfastError) or name in str(err):
                 raise err
             kind = CheckFailed if isinstance(err, CheckFailed) else BackendError
             raise kind(f"{name}: {err}") from None
         self.note(LeftOut(contender=name, what=what, why=reason(err), batch=batch))
+        if not self.keep_going:
+            self.failed = self.failed or self.left_out[-1]
 
     def note(self, left: LeftOut) -> None:
         """Keep and report what is left out."""
@@ -80,7 +86,7 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
 
     Raises:
         CheckFailed: one is further from the reference than its precision explains, unless keep_going.
-        BackendError: one fails, unless keep_going.
+        BackendError: one fails, unless keep_going; or none is left. Neither once something has been timed (`fails`).
     """
     running = [each for each in contenders if each.denoise]
     if not running:
@@ -108,6 +114,8 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
             measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, batch)
             continue
         agreed.append((each, {f"{s:.4g}": round(db, 1) for (_, s), db in zip(inputs, found, strict=True)}))
+    if not agreed and measured.every_ms:
+        return []
     if not agreed:
         raise BackendError(f"no contender is left at {where}; the first that failed: {measured.left_out[0]}")
     x, sigma = inputs[-1]
@@ -179,23 +187,24 @@ def whole_images(
         drawings.append(_by_heun(contenders[0], noise, conditions))
     measured.say(f"timing whole images, batch {batch}: {len(drawings)} call(s)")
     walls = timed({each.name: each.call for each in drawings}, f"batch {batch}", measured)
-    reference = {each.sigmas: walls[each.name] for each in reversed(drawings) if not each.heun}
-    reference |= {each.sigmas: walls[each.name] for each in drawings if each.opened is contenders[0] and not each.heun}
+    first = {each.sigmas: each for each in reversed(drawings) if not each.heun}  # whose samples were `expected`
     rows = []
     for drawn in drawings:
         wall, heun = walls[drawn.name], drawn.heun
+        reference = None if heun else first[drawn.sigmas]
         rows.append(
             ImageRow(
                 **vars(wall),
                 contender=drawn.opened.way.name,
                 precision=drawn.opened.as_run.types,
+                reference=reference.opened.way.name if reference else None,
                 threads=threads,
                 batch=batch,
                 steps=None if heun else len(drawn.sigmas),
                 heun=heun,
                 network_calls=sampling.heun_calls(heun) if heun else len(drawn.sigmas),
                 decibels=decibels.get(drawn.name),
-                times_as_fast=None if heun else reference[drawn.sigmas].wall_median_ms / wall.wall_median_ms,
+                times_as_fast=walls[reference.name].wall_median_ms / wall.wall_median_ms if reference else None,
             )
         )
     return rows

@@ -46,6 +46,7 @@ class CallRow(Wall):
     contender: str
     backend: str
     precision: str  # what it computes in, in words
+    reference: str  # the contender that it is compared with: the first that ran at that setting
     threads: int
     batch: int
     decibels: dict[str, float]  # from the reference, by noise level
@@ -61,6 +62,7 @@ class ImageRow(Wall):
 
     contender: str
     precision: str
+    reference: str | None  # the contender that it is compared with; None: another algorithm
     threads: int
     batch: int
     steps: int | None  # of the few-step loop
@@ -128,6 +130,7 @@ class SuiteRecord:
     starts: tuple[StartRow, ...]
     processes: tuple[ProcessRow, ...]
     left_out: tuple[LeftOut, ...]
+    failed: LeftOut | None  # the first failure without keep_going after something had been timed
     evaluations: tuple[Mapping[str, Any], ...] = field(default=())  # records of cmfast-eval, as they were passed
 
     def to_json(self) -> str:

@@ -41,9 +41,11 @@ def run_suite(request: SuiteRequest, say: Say = lambda line: None) -> SuiteRecor
     Raises:
         CmfastError: the request cannot be fulfilled.
         CheckFailed: a contender computes something else than the reference, unless keep_going.
-        BackendError: a contender failed, unless keep_going; or none is left.
+        BackendError: a contender failed, unless keep_going; or none is left. What fails after something has been timed
+            is in the record, whose `failed` is then the first of it.
     """
     evaluations = tuple(map(_evaluation, request.evaluations))
+    _check_same_quality(request.evaluations, evaluations)
     given_files(request)
     before = timing.cpu_ticks()
     measured = Measured(seconds=request.seconds, keep_going=request.keep_going, say=say)
@@ -89,6 +91,8 @@ def _measure(
     ways, found, flops = _chosen(request, frozenset(files)), _Found(), _flops(files)
     for threads in request.every_threads:
         _with_threads(request, ways, files, flops, threads, measured, found, evaluations)
+    if not (found.calls and found.spec):
+        raise BackendError(f"nothing was timed; the first that failed: {measured.left_out[0]}")
     starts, processes = list[StartRow](), list[ProcessRow]()
     if request.starts:
         starts = apart.starts(found.ran, files, request.every_threads[0], request.batch[0], measured)
@@ -96,7 +100,6 @@ def _measure(
         # A process that compiles for minutes is no way to serve.
         serving = [way for way in found.ran if way.variant != "compiled"]
         processes = apart.several(serving, files, request.processes, request.batch[0], measured)
-    assert found.spec is not None
     load, steal = timing.load_average(), timing.steal_share(before, timing.cpu_ticks())
     return SuiteRecord(
         **timing.provenance(),
@@ -115,6 +118,7 @@ def _measure(
         starts=tuple(starts),
         processes=tuple(processes),
         left_out=tuple(measured.left_out),
+        failed=measured.failed,
         evaluations=evaluations,
     )
 
@@ -141,6 +145,8 @@ def _with_threads(
     every: list[tuple[int, list[Agreed]]] = []
     for batch in request.batch:
         agreed = network_calls(opened, batch, f"batch {batch}, {threads} thread(s)", measured)
+        if not agreed:
+            continue
         every.append((batch, agreed))
         if threads == request.every_threads[0]:
             fastest_ms = min(each.wall.wall_median_ms for each in agreed)
@@ -195,6 +201,16 @@ def _check_evaluations(paths: Sequence[Path], records: Sequence[Mapping[str, Any
             raise CmfastError(f"--evaluation {path}: it is of another model, by the SHA-256 of its weights")
 
 
+def _check_same_quality(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CmfastError for Frechet distances in different features, or from different data: a chart has one axis."""
+    for path, record in zip(paths, records, strict=True):
+        for name in ("data_set", "features"):
+            if record[name] != records[0][name]:
+                raise CmfastError(
+                    f"--evaluation {path}: its {name} is not that of {paths[0]}; evaluate both with the same options"
+                )
+
+
 def _steps(spec: ModelSpec) -> tuple[int, ...]:
     found = tuple(k for k in STEPS if k in spec.sigmas)
     return found or tuple(sorted(spec.sigmas)[:1])
@@ -231,6 +247,7 @@ def _call_rows(
                 contender=way.name,
                 backend=each.opened.name,
                 precision=way.types,
+                reference=agreed[0].opened.way.name,
                 threads=threads,
                 batch=batch,
                 decibels=each.decibels,
