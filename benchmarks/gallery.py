@@ -53,6 +53,7 @@ the training images that are nearest to the samples of two calls: a model that c
 LICENCES = {
     "digits": "*Optical Recognition of Handwritten Digits*, E. Alpaydin and C. Kaynak, UCI Machine Learning\n"
     "  Repository, 1998, CC BY 4.0, as scikit-learn ships it",
+    "fashion-mnist": "the training images of Fashion-MNIST, H. Xiao, K. Rasul and R. Vollgraf, Zalando SE, MIT",
     "mnist": "the training images of MNIST, Y. LeCun, C. Cortes and C. J. C. Burges, whose authors state no licence",
 }
 Bytes = npt.NDArray[np.uint8]
@@ -124,7 +125,7 @@ def draw(name: str, data: Path | None, path: Path) -> None:
     rows: list[tuple[str, Bytes]] = [(f"{k} call{'s' * (k > 1)}", images) for k, images in by_calls.items()]
     rows += [
         ("nearest\ndata", nearest(training_images(name, model, data), by_calls[2])),
-        ("between\ntwo 3s", between(model, labels)),
+        ("between\ntwo seeds", between(model, labels)),
         ("left half", np.where(half[..., None], by_calls[2], 128).astype(np.uint8)),
         ("inpainted", editing.inpaint(model, by_calls[2], half, seed=1, label=labels)),
         ("averaged", coarse.repeat(2, axis=1).repeat(2, axis=2)),
@@ -157,7 +158,7 @@ def save_rows(rows: Sequence[tuple[str, Bytes]], path: Path) -> None:
 
 
 def between(model: cmfast.Model, labels: list[int]) -> Bytes:
-    """Return the way from one sample of the class 3 to another."""
+    """Return the way from one sample of class 3 to another."""
     return editing.interpolate(model, [(0, 3), (0, 8)], n=len(labels), steps=2, label=3)
 
 

@@ -100,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "ict": recipe("ict", 80_000, "ict.lr=1e-3", "ict.s1=160"),
     "ect": recipe("ect", 80_000, "ect.lr=1e-3", "ect.stages=1,6"),
     "sct": recipe("sct", 55_000, "sct.lr=1e-3"),
+    "sct, tuned": recipe("sct", 45_000, "sct.lr=3e-4", from_teacher=True),
     "mf": recipe("mf", 65_000, "mf.lr=1e-3", "mf.p_std=1.6"),
     "mf, improved": recipe("mf", 60_000, "mf.lr=1e-3", "mf.p_std=1.6", "mf.velocity=model"),
     "mf, curriculum": recipe("mf", 65_000, "mf.lr=1e-3", "mf.p_std=1.6", "mf.curriculum=0.6"),
@@ -258,13 +259,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = [*(f"C{n}" for n in range(10)), "black", "navy"]
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # of a listed colormap
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, row in enumerate(sorted(rows, key=lambda row: -row["rows"][-1]["fd"])):  # the legend from top to bottom
         calls, distances = [r["calls"] for r in row["rows"]], [r["fd"] for r in row["rows"]]
         line = "--" if row["name"] == TEACHER else "-"
-        name = row["name"].replace("ect, tuned", "ect from the teacher")
-        axes.loglog(calls, distances, line, color=colours[i % 12], marker="os^Dv<>phX*"[i % 11], label=name)
+        name = row["name"].replace(", tuned", " from the teacher")
+        axes.loglog(calls, distances, line, color=colours[i % 20], marker="os^Dv<>phX*"[i % 11], label=name)
     axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")
     axes.set(
         xlabel="network calls an image",

@@ -39,7 +39,7 @@ from cmfast_train.evaluation.run import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 3_000_000  # of a file: the wheel stays small
-NAMES = ("digits", "mnist")
+NAMES = ("digits", "fashion-mnist", "mnist")
 NEIGHBOURS = 3  # training images that vote on the class of a sample
 REFERENCE = 20_000  # training images that vote
 SAMPLES = 2_000  # that are classified

@@ -77,11 +77,12 @@ def command(
     model = train(config, images, epochs, batch, lr, seed, mirror)
     seconds = time.perf_counter() - start
     config = dataclasses.replace(config, test_accuracy=accuracy(model, test_images, test_labels))
+    run_on = provenance()  # before the file is there: the working tree is still clean
     save_classifier(model, config, out)
     size = out.stat().st_size
     record = {
         "what": "classifier",
-        **provenance(),
+        **run_on,
         "options": {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed, "mirror": mirror},
         **dataclasses.asdict(config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write the table of hyperparameters into docs/training.md, from the table of training methods.
+"""Write two tables into docs/training.md: hyperparameters, from the methods; results, from their record.
 
 python docs/make_methods.py        # a test fails when the page differs
 """
@@ -7,12 +7,29 @@ python docs/make_methods.py        # a test fails when the page differs
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 from cmfast_train.methods.method import ROWS
 
 PAGE = Path(__file__).resolve().parent / "training.md"
+RECORD = PAGE.parents[1] / "benchmarks" / "results" / "methods_digits.json"
 BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. -->\n", "<!-- End of the table. -->\n"
+BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits.json. -->\n"
+LABELS = {  # of the rows of the record; the others are called by their method
+    "edm": "`edm`, the teacher, Heun's sampler",
+    "ect, tuned": "`ect` from the teacher",
+    "sct, tuned": "`sct` from the teacher",
+    "cmt, ect": "`cmt`, then `ect`",
+    "ect, sid": "`ect`, then `sid`",
+    "pd, 2 steps": "`pd`, 8, 4, 2 steps",
+    "pd, 1 step": "`pd`, on to 1 step",
+    "ct": "`ct`, to 150 levels, as in its paper",
+    "ct, to 20 levels": "`ct`, to 20 levels",
+    "mf, improved": "`mf`, `velocity=model` (iMF)",
+    "mf, curriculum": "`mf`, `curriculum=0.6` (AlphaFlow)",
+}
 
 
 def table() -> str:
@@ -32,11 +49,33 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def results() -> str:
+    """Return the table of results: the mean of the seeds, and half of their range."""
+    lines = ["| method | 1 call | 2 calls | 4 calls | more | training, s |", "|---|---|---|---|---|---|"]
+    for row in json.loads(RECORD.read_text(encoding="utf-8"))["rows"]:
+        cells = {cell["calls"]: distance(cell) for cell in row["rows"]}
+        more = ", ".join(f"{text} at {calls}" for calls, text in cells.items() if calls > 4)
+        label = LABELS.get(row["name"], f"`{row['name']}`")
+        few = " | ".join(cells.get(calls, "") for calls in (1, 2, 4))
+        lines.append(f"| {label} | {few} | {more} | {row['quiet_s']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def distance(cell: dict[str, Any]) -> str:
+    """Return a distance with half the range of the seeds."""
+    seeds = cell["fd_of_seeds"]
+    spread = f" ± {(max(seeds) - min(seeds)) / 2:.2f}" if len(seeds) > 1 else ""
+    return f"{cell['fd']:.2f}{spread}"
+
+
 def page() -> str:
-    """Return the page with the present table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
+    """Return the page with the present tables."""
+    text = PAGE.read_text(encoding="utf-8")
+    for begin, made in ((BEGIN_RESULTS, results()), (BEGIN, table())):
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(END)
+        text = f"{before}{begin}{made}{END}{after}"
+    return text
 
 
 if __name__ == "__main__":

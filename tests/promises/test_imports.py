@@ -269,9 +269,8 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_models(wheel:
     assert {
         f"cmfast_export/targets/web/assets/{name}" for name in ("index.html", "page.js", "cmfast/noise.js")
     } <= names
-    classifiers = {
-        f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in ("cifar10", "flowers32", "mnist")
-    }
+    data_sets = ("cifar10", "fashion-mnist", "flowers32", "mnist")
+    classifiers = {f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in data_sets}
     shipped = {f"cmfast/models/{name}.onnx" for name in cmfast.models()}
     weights = {name for name in names if name.endswith((".pt", ".onnx", ".safetensors", ".png", ".pyc"))}
     assert weights == classifiers | shipped

@@ -41,7 +41,8 @@ def test_its_record_is_of_this_file_and_its_samples_are_of_the_requested_classes
     record = json.loads((ROOT / "benchmarks" / "results" / f"shipped_{name}.json").read_text())
     assert record["bytes"] == find(name).stat().st_size
     assert record["parity"] == cmfast.read_manifest(name).parity
-    assert min(row["label_agreement"] for row in record["rows"]) > 0.95
+    least = 0.85 if name == "fashion-mnist" else 0.95  # a classifier knows 92 % of its test images, and 99 % of digits
+    assert min(row["label_agreement"] for row in record["rows"]) > least
     assert record["nearest"]["samples_least"] > record["nearest"]["data_median"] / 4  # no copies of training images
     assert name in (FOLDER / "README.md").read_text()
 

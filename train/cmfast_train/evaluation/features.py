@@ -35,7 +35,7 @@ from cmfast_train.torchvision_cpu import torchvision_datasets
 
 FORMAT = "cmfast-features/1"
 FOLDER = Path(__file__).resolve().parent / "features_data"
-SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))  # cifar10, flowers32, mnist
+SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))  # cifar10, fashion-mnist, ...
 INCEPTION_SUFFIXES = (".pth", ".pt")
 CHUNK = 500  # images at a time; of Inception, which enlarges them, INCEPTION_CHUNK
 INCEPTION_CHUNK = 50
