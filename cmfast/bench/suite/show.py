@@ -120,7 +120,7 @@ def _quality_name(record: SuiteRecord) -> str:
     if not record.evaluations:
         return f"PSNR from {chart_text(record.reference)} of the same steps, dB (at most {TOP_DB:g})"
     first = record.evaluations[0]
-    return chart_text(f"Frechet distance, {first['features']['name']}, {first['data_set']}")
+    return chart_text(f"Fréchet distance to {first['data_set']} (features: {first['features']['name']})")
 
 
 def _quality(record: SuiteRecord, row: ImageRow) -> float | None:
