@@ -65,7 +65,7 @@ def command(
     """Time one network call of each backend on this CPU."""
     check_outputs({"--json": json_file})
     check_threads(threads)
-    before, rows, warnings = timing.cpu_ticks(), list[dict[str, Any]](), list[str]()
+    before, rows, warnings, records = timing.cpu_ticks(), list[dict[str, Any]](), list[str](), list[SuiteRecord]()
     rates, left_out = list[dict[str, Any]](), list[dict[str, Any]]()
     with contextlib.nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory() as folder:
         for network in networks.split(","):
@@ -77,6 +77,7 @@ def command(
                 keep_going=keep_going,
             )  # fmt: skip
             record = run_suite(request, functools.partial(click.echo, err=True))
+            records.append(record)
             rows += rows_of(network, parameters(load_checkpoint(checkpoint)), record)
             rates += [{"network": network, "threads": number, **vars(rate)} for number, rate in record.rates]
             left_out += [{"network": network, **vars(left)} for left in record.left_out]
@@ -92,6 +93,8 @@ def command(
         click.echo(f"the record is in {json_file}")
     for warning in warnings:
         click.echo(f"warning: {warning}")
+    for record in records:
+        record.raise_failure()
 
 
 def random_checkpoint(name: str, folder: Path) -> Path:

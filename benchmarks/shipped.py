@@ -60,6 +60,7 @@ def command(name: str, run: Path, data: Path | None) -> None:
         raise CmfastError(f"{name}: its images are not in memory")
     file = FOLDER / f"{name}.onnx"
     file.parent.mkdir(exist_ok=True)
+    run_on = provenance()  # before the file is there: the working tree is still clean
     exported = export_onnx(run / "model.pt", file, weights="fp16")
     if (size := file.stat().st_size) > MOST_BYTES:
         raise CmfastError(
@@ -71,7 +72,7 @@ def command(name: str, run: Path, data: Path | None) -> None:
     classify, of_data = _classifier(name, images)
     record = {
         "what": "shipped model",
-        **provenance(),
+        **run_on,
         "name": name,
         "bytes": size,
         "parity": dict(exported.manifest.parity),

@@ -72,8 +72,9 @@ def page() -> str:
     """Return the page with the present tables."""
     text = PAGE.read_text(encoding="utf-8")
     for begin, made in ((BEGIN_RESULTS, results()), (BEGIN, table())):
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(END)
+        before, rest = text.split(begin)  # an error, unless it is there once
+        old, _, after = rest.partition(END)
+        assert "<!--" not in old, f"{PAGE}: no end of the table after {begin}"
         text = f"{before}{begin}{made}{END}{after}"
     return text
 

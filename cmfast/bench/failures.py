@@ -28,10 +28,12 @@ class LeftOut:
     why: str
     steps: int | None = None  # network calls per image; None: all
     batch: int | None = None  # images per call; None: all
+    threads: int | None = None  # of a CPU; None: all, or the backend's choice
 
     def __str__(self) -> str:
-        where = f" at {self.steps} step(s), batch {self.batch}" if self.steps else ""
-        where = where or (f" at batch {self.batch}" if self.batch else "")
+        steps = f"{self.steps} step(s), " if self.steps else ""
+        threads = f", {self.threads} thread(s)" if self.threads else ""
+        where = f" at {steps}batch {self.batch}{threads}" if self.batch else ""
         part = f" ({self.what})" if self.what in ("start", "device_times", "processes") else ""
         return f"{self.contender}{where}{part}: {self.why}"
 

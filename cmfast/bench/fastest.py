@@ -198,7 +198,7 @@ class FastestBackend:
             backend = open_backend(file, threads=self._options["threads"])
         except (ArtifactError, OSError) as err:
             raise BackendError(str(err)) from None
-        if _identity(backend.manifest) != _identity(read_manifest(self._path)):
+        if not is_same_model(file, self._path):
             raise BackendError(f"{file}: another model than {self._path.name}, by its manifest")
         return backend
 
@@ -303,8 +303,16 @@ def ncnn_beside(path: Path) -> Path | None:
     return file if format_of(path) is ONNX and file.is_file() else None
 
 
+def is_same_model(path: Path, other: Path) -> bool:
+    """Return whether two files are exports of one checkpoint, by their manifests; False where one has none."""
+    try:
+        ours, theirs = read_manifest(path), read_manifest(other)
+    except (ArtifactError, OSError):
+        return False
+    return _identity(ours) == _identity(theirs)
+
+
 def _identity(manifest: Manifest) -> tuple[object, ...]:
-    """Return what two exports of one checkpoint have in common."""
     return manifest.kind, manifest.spec.with_class_names(()), manifest.source.get("sha256")
 
 

@@ -16,7 +16,7 @@ import click
 
 from cmfast.cli.parameters import INTS, MODEL
 from cmfast.cli.running import run_command
-from cmfast.errors import BackendError, CheckFailed, CmfastError
+from cmfast.errors import CmfastError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -238,9 +238,7 @@ def _run_suite(request: SuiteRequest, json_file: Path | None, plot: Path | None,
     record = run_suite(request, functools.partial(click.echo, err=True))
     show(record)
     _keep(record, json_file, functools.partial(draw, record), plot, _next_of_suite(record))
-    if record.failed:
-        kind = CheckFailed if record.failed.what == "images" else BackendError
-        raise kind(f"{record.failed}; the rest was measured, and --keep-going leaves it out")
+    record.raise_failure()
 
 
 def _next_of_suite(record: SuiteRecord) -> str:
@@ -259,9 +257,9 @@ def _next_of_suite(record: SuiteRecord) -> str:
     how = f" --variant {shlex.quote(way.variant)}" if way.variant else ""
     how += f" --precision {way.precision}" if way.precision != "fp32" else ""
     how += f" --tolerance-db {way.tolerance_db:g}" if way.tolerance_db else ""
-    given, name, made = {file.name: file for file in given_files(request).values()}, record.files[way.file], ""
-    path = given[name] if name in given else (request.keep or Path()) / name
-    if name not in given and request.keep is None:  # it was exported into a temporary folder
+    given, name, made = given_files(request).get(way.file), record.files[way.file], ""
+    path = given or (request.keep or Path()) / name
+    if given is None and request.keep is None:  # it was exported into a temporary folder
         options = " ".join(OPTIONS[way.file])
         made = f"cmfast-export {shlex.quote(str(request.baseline))} {options} -o {name} && ".replace("  ", " ")
     sample = f"cmfast-sample {shlex.quote(str(path))}{how} --threads {first.threads} -n 64{record.sample_arguments}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,11 +33,13 @@ from cmfast.bench.suite.ways import FLOAT, NCNN, WAYS, Way
 from cmfast.cli.bench import main
 from cmfast.errors import BackendError, CheckFailed, CmfastError, MissingDependency
 from cmfast.formats.manifest import Manifest
+from cmfast.formats.table import read_manifest
 from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
 Call = Callable[..., Any]
 REAL_RUN = subprocess.run
+THREE = measure.Setting(3, 1)
 ONNX_ONLY = {kind: name for kind, name in files.NAMES.items() if kind != NCNN}  # pnnx takes seconds
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
 
@@ -168,16 +171,59 @@ def test_a_contender_that_computes_something_else_is_named_and_not_timed() -> No
     rounded = contender("rounded", lambda x: x * 0.5 + 0.01, "bf16")
     plain = ways.WAYS[6]
     assert (plain.least_db, replace(plain, precision="bf16").least_db) == (80, 15), "a library's choice is shown"
-    with pytest.raises(CheckFailed, match=r"wrong at batch 3 is 46\.0 dB from right, which needs 80 dB"):
-        measure.network_calls([right, wrong], 3, "batch 3", measured())
-    with pytest.raises(BackendError, match=r"^failing: no room$"):
-        measure.network_calls([right, contender("failing", boom)], 3, "batch 3", measured())
+    with pytest.raises(
+        CheckFailed, match=r"^wrong at batch 3, 1 thread\(s\): it is 46\.0 dB from right and needs 80 dB; "
+    ):
+        measure.network_calls([right, wrong], THREE, measured())
+    with pytest.raises(BackendError, match=r"^failing at batch 3, 1 thread\(s\): no room$"):
+        measure.network_calls([right, contender("failing", boom)], THREE, measured())
     kept = measured(keep_going=True)
-    agreed = measure.network_calls([right, wrong, rounded, contender("failing", boom)], 3, "batch 3", kept)
+    agreed = measure.network_calls([right, wrong, rounded, contender("failing", boom)], THREE, kept)
     assert [each.opened.way.name for each in agreed] == ["right", "rounded"], "46 dB are enough for bf16"
     assert [(left.contender, left.what, left.batch) for left in kept.left_out] == [
         ("wrong", "images", 3), ("failing", "run", 3)]  # fmt: skip
-    assert set(kept.every_ms) == {"right, batch 3", "rounded, batch 3"}
+    assert set(kept.every_ms) == {"right, batch 3, 1 thread(s)", "rounded, batch 3, 1 thread(s)"}
+
+
+def test_without_the_reference_the_next_of_its_precision_is_compared_with_and_none_of_a_lower_one() -> None:
+    def boom(x: Any) -> Any:
+        raise BackendError("no room")
+
+    lost, bf16 = contender("first", boom), contender("rounded", lambda x: x * 0.5 + 0.01, "bf16")
+    second, third = contender("second", lambda x: x * 0.5), contender("third", lambda x: x * 0.5)
+    kept = measured(keep_going=True)
+    agreed = measure.network_calls([lost, bf16, second, third], THREE, kept)
+    assert [each.opened.way.name for each in agreed] == ["second", "third"]
+    assert [(left.contender, left.why) for left in kept.left_out] == [
+        ("first", "no room"), ("rounded", "there is nothing in fp32 to compare it with, for that has failed"),
+    ]  # fmt: skip
+    kept = measured(keep_going=True)
+    with pytest.raises(BackendError, match=r"no contender is left at batch 3, 1 thread\(s\); the first that failed: f"):
+        measure.network_calls([lost, bf16], THREE, kept)
+    kept.every_ms["something"] = [1.0]
+    assert measure.network_calls([lost, bf16], THREE, kept) == []
+
+
+def test_what_fails_while_it_is_timed_is_left_out_and_the_rest_is_timed() -> None:
+    made = [0]
+
+    def tires(x: Any) -> Any:
+        made[0] += 1
+        if made[0] > measure.LEVELS + 2:
+            raise RuntimeError("out of memory")
+        return x * 0.5
+
+    right, tired = contender("right", lambda x: x * 0.5), contender("tired", tires)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure.network_calls([right, tired], THREE, measured())
+    made[0], kept = 0, measured(keep_going=True)
+    agreed = measure.network_calls([right, tired], THREE, kept)
+    assert [each.opened.way.name for each in agreed] == ["right"]
+    assert str(kept.left_out[0]) == "tired at batch 3, 1 thread(s): RuntimeError: out of memory"
+    made[0], kept = 0, measured(keep_going=True)
+    broken = [contender("right", boom) for boom in (tires,)]
+    made[0] = measure.LEVELS + 2
+    assert measure.whole_images(broken, (1,), THREE, kept) == []
 
 
 def test_an_output_that_the_library_overwrites_is_compared_as_it_was() -> None:
@@ -188,13 +234,14 @@ def test_an_output_that_the_library_overwrites_is_compared_as_it_was() -> None:
         return buffer
 
     agreed = measure.network_calls(
-        [contender("right", lambda x: x * 0.5), contender("reused", reused)], 1, "batch 1", measured()
+        [contender("right", lambda x: x * 0.5), contender("reused", reused)], measure.Setting(1, 1), measured()
     )
     assert set(agreed[1].decibels.values()) == {200.0}
 
 
 def test_cpu_time_is_of_all_threads_and_wall_time_also_of_waiting() -> None:
-    walls = measure.timed({"asleep": lambda: time.sleep(0.01), "busy": lambda: sum(range(200_000))}, "", measured())
+    calls = {"asleep": lambda: time.sleep(0.01), "busy": lambda: sum(range(200_000))}
+    walls = measure.timed(calls, THREE, measured())
     assert walls["asleep"].cpu_median_ms < 3 < 10 <= walls["asleep"].wall_median_ms
     assert walls["busy"].cpu_median_ms > 0.3 * walls["busy"].wall_median_ms
 
@@ -363,10 +410,17 @@ def test_the_folder_for_ncnn_beside_a_model_is_its_own(handmade_onnx: Factory, t
     shutil.copy(handmade_onnx(4), model)
     request = SuiteRequest(models=(model,))
     assert files.given_files(request) == {FLOAT: model}
-    (tmp_path / "denoiser_ncnn").mkdir()
-    (tmp_path / "denoiser_ncnn" / "model.param").write_text("7767517\n")
-    assert files.given_files(request) == {FLOAT: model, NCNN: tmp_path / "denoiser_ncnn"}
+    folder = tmp_path / "denoiser_ncnn"
+    folder.mkdir()
+    (folder / "model.param").write_text("7767517\n")
+    assert files.given_files(request) == {FLOAT: model}, "nothing says what it is"
+    (folder / "model.bin").write_bytes(b"weights")
+    own = replace(read_manifest(model), graph_sha256=hashlib.sha256(b"7767517\nweights").hexdigest())
+    for manifest, known in ((replace(own, source={"sha256": "0" * 64}), {}), (own, {NCNN: folder})):
+        (folder / "manifest.json").write_text(manifest.to_json())
+        assert files.given_files(request) == {FLOAT: model, **known}, "another model is not compared"
     assert "ncnn" in {way.name for way in suite.planned(request)}
+    assert NCNN not in files.given_files(replace(request, precision=("bf16",)))
 
 
 def test_what_was_timed_before_a_contender_failed_is_recorded_and_the_run_ends_with_the_failure(
@@ -390,9 +444,9 @@ def test_what_was_timed_before_a_contender_failed_is_recorded_and_the_run_ends_w
     options += ("--batch", "3,1,2", "--steps", 2, "--seconds", 0.001, "--no-starts", "--json", record)
     broken = {("PyTorch", 1), ("PyTorch", 2), ("PyTorch channels_last", 2)}
     result = call(main, *options)
-    why = "PyTorch at batch 1: out of memory"
+    why = "PyTorch at batch 1, 1 thread(s): out of memory"
     assert (result.returncode, result.stderr.splitlines()[-1]) == (
-        2, f"cmfast-bench: {why}; the rest was measured, and --keep-going leaves it out",
+        2, f"cmfast-bench: {why}; the rest was measured",
     )  # fmt: skip
     found = json.loads(record.read_text())
     assert found["failed"] == found["left_out"][-3]
@@ -408,7 +462,7 @@ def test_what_was_timed_before_a_contender_failed_is_recorded_and_the_run_ends_w
     broken = {("PyTorch", 3)}
     result = call(main, *options)
     assert (result.returncode, record.exists()) == (2, False), "nothing had been timed"
-    assert result.stderr.splitlines()[-1] == "cmfast-bench: PyTorch: out of memory"
+    assert result.stderr.splitlines()[-1] == "cmfast-bench: PyTorch at batch 3, 1 thread(s): out of memory"
 
 
 def test_an_export_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +512,7 @@ def test_files_of_two_models_are_not_compared(
         (["--suite", "cpu", "a.onnx", "--evaluation", "other.json", "--json", "other.json"], "is read by this command"),
         (
             ["--suite", "cpu", "a.onnx", "--evaluation", "mnist.json", "--evaluation", "pixels.json"],
-            "--evaluation pixels.json: its features is not that of mnist.json; evaluate both with the same options",
+            "--evaluation pixels.json: 9 samples against mnist by features pixels, but mnist.json: 9 samples against",
         ),
         (["a.onnx", "--keep", "folder"], "--keep needs --suite cpu"),
         (["a.onnx", "--evaluation", "other.json"], "--evaluation needs --suite cpu"),
@@ -476,7 +530,7 @@ def test_a_suite_that_cannot_be_is_one_line_and_writes_nothing(
         shutil.copy(handmade_onnx(8), name)
     Path("model.pt").write_bytes(b"neither fish nor fowl")
     Path("other.json").write_text('{"what": "evaluation", "rows": [{"calls": 1}]}')
-    quality = {"what": "evaluation", "model": {}, "data_set": "mnist", "rows": [{"calls": 1, "fd": 1.0}]}
+    quality = {"what": "evaluation", "model": {}, "data_set": "mnist", "rows": [{"calls": 1, "fd": 1.0, "n": 9}]}
     for name in ("mnist", "pixels"):
         Path(f"{name}.json").write_text(json.dumps(quality | {"features": {"name": name}}))
     before = sorted(os.listdir())

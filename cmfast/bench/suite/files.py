@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cmfast.bench.failures import LeftOut, Say
-from cmfast.bench.fastest import ncnn_beside
+from cmfast.bench.fastest import is_same_model, ncnn_beside
 from cmfast.bench.suite.request import SuiteRequest
 from cmfast.bench.suite.ways import CHECKPOINT, FLOAT, INT8, NCNN
 from cmfast.errors import BackendError, CmfastError, one_line
@@ -66,7 +66,9 @@ def files_of(request: SuiteRequest, folder: Path, say: Say) -> tuple[dict[str, P
 
 
 def given_files(request: SuiteRequest) -> dict[str, Path]:
-    """Return the files that were passed, by kind, and the folder for ncnn beside one of them, which "auto" tries, too.
+    """Return the files that were passed, by kind, and the folder for ncnn of the same model beside one of them.
+
+    It is the one that "auto" tries, too.
 
     Raises CmfastError as `files_of` does.
     """
@@ -83,7 +85,8 @@ def given_files(request: SuiteRequest) -> dict[str, Path]:
         if kind in files:
             raise CmfastError(f"{file} and {files[kind]} are both {WORDS[kind]}; remove one")
         files[kind] = file
-    if FLOAT in files and NCNN not in files and (graph := ncnn_beside(files[FLOAT])):
+    wanted = FLOAT in files and NCNN not in files and NEEDS[NCNN] in request.precision
+    if wanted and (graph := ncnn_beside(files[FLOAT])) and is_same_model(graph, files[FLOAT]):
         files[NCNN] = graph.parent
     return files
 

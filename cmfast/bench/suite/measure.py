@@ -19,6 +19,7 @@ from cmfast.bench import timing
 from cmfast.bench.failures import LeftOut, Say, reason
 from cmfast.bench.suite.opening import Opened
 from cmfast.bench.suite.record import BesideRow, ImageRow, Wall
+from cmfast.bench.suite.ways import Way
 from cmfast.checks import psnr_db
 from cmfast.conditions import some_values
 from cmfast.errors import BackendError, CheckFailed, CmfastError, one_line
@@ -29,6 +30,25 @@ Floats = npt.NDArray[np.float32]
 LEVELS = 8  # noise levels at which contenders are compared
 HEUN = 18  # steps of a teacher: 35 network calls
 MOST = 3  # times --seconds after which few calls are enough
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a contender is measured."""
+
+    batch: int  # images a call
+    threads: int  # CPU threads of each contender
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.threads} thread(s)"
+
+
+class _CallFailed(Exception):
+    """A call failed while it was timed."""
+
+    def __init__(self, name: str, why: Exception) -> None:
+        super().__init__(name)
+        self.name, self.why = name, why
 
 
 @dataclass
@@ -43,17 +63,17 @@ class Measured:
     files: list[Path] = field(default_factory=list)  # whose folders a record does not say
     failed: LeftOut | None = None  # the first failure that was kept for the end
 
-    def fails(self, name: str, what: str, err: Exception, batch: int | None = None) -> None:
+    def fails(self, name: str, what: str, err: Exception, where: Setting | None = None) -> None:
         """Raise the error of a contender, unless keep_going; what has been timed is not thrown away with it.
 
         Once something has been timed, the failure is noted, the rest is measured, and the run ends with it.
         """
+        left = LeftOut(contender=name, what=what, why=reason(err), **(vars(where) if where else {}))
         if not (self.keep_going or self.every_ms):
             if not isinstance(err, CmfastError) or name in str(err):
                 raise err
-            kind = CheckFailed if isinstance(err, CheckFailed) else BackendError
-            raise kind(f"{name}: {err}") from None
-        self.note(LeftOut(contender=name, what=what, why=reason(err), batch=batch))
+            raise (CheckFailed if isinstance(err, CheckFailed) else BackendError)(str(left)) from None
+        self.note(left)
         if not self.keep_going:
             self.failed = self.failed or self.left_out[-1]
 
@@ -75,13 +95,12 @@ class Agreed:
     wall: Wall
 
 
-def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured: Measured) -> list[Agreed]:
+def network_calls(contenders: Sequence[Opened], where: Setting, measured: Measured) -> list[Agreed]:
     """Return the contenders that agree with the first that runs, with the times of a network call at sigma_max.
 
     Args:
-        contenders: the reference first.
-        batch: images a call.
-        where: the setting, in words.
+        contenders: the reference first; where it fails, the next one of its precision is compared with.
+        where: images a call, and threads.
         measured: says how long, and gets what is left out and all times.
 
     Raises:
@@ -91,9 +110,9 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
     running = [each for each in contenders if each.denoise]
     if not running:
         return []
-    spec = running[0].manifest.spec
-    conditions = some_values(spec.conditions, batch)
-    inputs = noisy(spec, batch)
+    spec, precise = running[0].manifest.spec, running[0].as_run.type
+    conditions = some_values(spec.conditions, where.batch)
+    inputs = noisy(spec, where.batch)
     agreed: list[tuple[Opened, dict[str, float]]] = []
     expected: list[Floats] = []
     for each in running:
@@ -102,16 +121,15 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
         try:
             # Copies: an output may be a buffer of the library, which the next call overwrites.
             got = [np.array(each.denoise(x, sigma, conditions)) for x, sigma in inputs]
+            if not expected and each.as_run.type != precise:
+                raise CheckFailed(f"there is nothing in {precise} to compare it with, for that has failed")
             expected = expected or got
             image = spec.data == "image"
             found = [psnr_db([a], [b], image=image) for a, b in zip(got, expected, strict=True)]
             if min(found) < each.way.least_db:
-                raise CheckFailed(
-                    f"{name} at {where} is {min(found):.1f} dB from {running[0].way.name}, which needs "
-                    f"{each.way.least_db:g} dB; export it again, or leave it out by --keep-going"
-                )
+                raise _differs(min(found), agreed[0][0].way, each.way)
         except (CmfastError, RuntimeError) as err:
-            measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, batch)
+            measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, where)
             continue
         agreed.append((each, {f"{s:.4g}": round(db, 1) for (_, s), db in zip(inputs, found, strict=True)}))
     if not agreed and measured.every_ms:
@@ -123,7 +141,16 @@ def network_calls(contenders: Sequence[Opened], batch: int, where: str, measured
     calls = {each.way.name: functools.partial(each.denoise, x, sigma, conditions) for each, _ in agreed if each.denoise}
     measured.say(f"timing a network call, {where}: {len(calls)} contender(s)")
     walls = timed(calls, where, measured)
-    return [Agreed(opened=each, decibels=db, wall=walls[each.way.name]) for each, db in agreed]
+    return [
+        Agreed(opened=each, decibels=db, wall=walls[each.way.name]) for each, db in agreed if each.way.name in walls
+    ]
+
+
+def _differs(decibels: float, reference: Way, way: Way) -> CheckFailed:
+    return CheckFailed(
+        f"it is {decibels:.1f} dB from {reference.name} and needs {way.least_db:g} dB; export it again, or leave it "
+        "out by --keep-going"
+    )
 
 
 def noisy(spec: ModelSpec, batch: int) -> list[tuple[Floats, float]]:
@@ -149,22 +176,21 @@ class _Drawing:
 
 
 def whole_images(
-    contenders: Sequence[Opened], steps: Sequence[int], batch: int, threads: int, measured: Measured
+    contenders: Sequence[Opened], steps: Sequence[int], where: Setting, measured: Measured
 ) -> list[ImageRow]:
     """Return the times of whole images: each contender at each number of steps, the reference also by Heun's method.
 
     Args:
         contenders: that agree with the reference, which is the first.
         steps: network calls an image.
-        batch: images a call.
-        threads: CPU threads of each.
+        where: images a call, and threads.
         measured: as for `network_calls`.
     """
-    spec = contenders[0].manifest.spec
+    spec, batch = contenders[0].manifest.spec, where.batch
     conditions = some_values(spec.conditions, batch)
     noise = portable.slices(0, range(batch), max(steps), spec.shape)
     drawings, decibels = list[_Drawing](), dict[str, float]()
-    expected: dict[int, Floats] = {}
+    expected: dict[int, tuple[Way, Floats]] = {}
     for each in contenders:
         for k in steps:
             levels = spec.sigmas_for(k)
@@ -173,38 +199,37 @@ def whole_images(
             try:
                 got = np.array(call())
             except (CmfastError, RuntimeError) as err:
-                measured.fails(each.way.name, "run", err, batch)
+                measured.fails(each.way.name, "run", err, where)
                 break
-            found = psnr_db([got], [expected.setdefault(k, got)], image=spec.data == "image")
+            reference, samples = expected.setdefault(k, (each.way, got))
+            found = psnr_db([got], [samples], image=spec.data == "image")
             if not each.denoise and found < each.way.least_db:  # else its network was compared
-                measured.fails(each.way.name, "images", CheckFailed(
-                    f"{each.way.name}: its samples are {found:.1f} dB from {contenders[0].way.name}'s, which needs "
-                    f"{each.way.least_db:g} dB; export it again, or leave it out by --keep-going"), batch)  # fmt: skip
+                measured.fails(each.way.name, "images", _differs(found, reference, each.way), where)
                 break
             decibels[drawing.name] = round(found, 1)
             drawings.append(drawing)
     if not spec.second_time and contenders[0].denoise:
         drawings.append(_by_heun(contenders[0], noise, conditions))
-    measured.say(f"timing whole images, batch {batch}: {len(drawings)} call(s)")
-    walls = timed({each.name: each.call for each in drawings}, f"batch {batch}", measured)
+    measured.say(f"timing whole images, {where}: {len(drawings)} call(s)")
+    walls = timed({each.name: each.call for each in drawings}, where, measured)
+    drawings = [each for each in drawings if each.name in walls]
     first = {each.sigmas: each for each in reversed(drawings) if not each.heun}  # whose samples were `expected`
     rows = []
     for drawn in drawings:
         wall, heun = walls[drawn.name], drawn.heun
-        reference = None if heun else first[drawn.sigmas]
+        compared = None if heun else first[drawn.sigmas]
         rows.append(
             ImageRow(
                 **vars(wall),
                 contender=drawn.opened.way.name,
                 precision=drawn.opened.as_run.types,
-                reference=reference.opened.way.name if reference else None,
-                threads=threads,
-                batch=batch,
+                reference=compared.opened.way.name if compared else None,
+                **vars(where),
                 steps=None if heun else len(drawn.sigmas),
                 heun=heun,
                 network_calls=sampling.heun_calls(heun) if heun else len(drawn.sigmas),
                 decibels=decibels.get(drawn.name),
-                times_as_fast=walls[reference.name].wall_median_ms / wall.wall_median_ms if reference else None,
+                times_as_fast=walls[compared.name].wall_median_ms / wall.wall_median_ms if compared else None,
             )
         )
     return rows
@@ -221,34 +246,50 @@ def _by_heun(reference: Opened, noise: Floats, conditions: Mapping[str, npt.NDAr
     return _Drawing(opened=reference, sigmas=tuple(sigmas), heun=HEUN, call=call)
 
 
-def beside_the_network(spec: ModelSpec, batch: int, fastest_ms: float, measured: Measured) -> list[BesideRow]:
+def beside_the_network(spec: ModelSpec, where: Setting, fastest_ms: float, measured: Measured) -> list[BesideRow]:
     """Return what sampling a batch costs beside the network.
 
     Args:
         spec: of the model.
-        batch: images.
+        where: the setting; only the images count.
         fastest_ms: of the fastest contender's network call of that batch.
         measured: as for `network_calls`.
     """
+    batch = where.batch
     samples = portable.slices(0, range(batch), 1, spec.shape)[0] / 4
     calls: dict[str, Callable[[], object]] = {
         "noise of one step": lambda: portable.slices(0, range(batch), 1, spec.shape)
     }
     if spec.data == "image":
         calls["samples to uint8"] = lambda: sampling.to_uint8(samples)
-    walls = timed(calls, f"batch {batch}", measured)
+    walls = timed(calls, where, measured)
     return [
         BesideRow(**vars(wall), what=what, batch=batch, of_fastest=wall.wall_median_ms / fastest_ms)
         for what, wall in walls.items()
     ]
 
 
-def timed(calls: Mapping[str, Callable[[], object]], where: str, measured: Measured) -> dict[str, Wall]:
-    """Return the times of calls, interleaved."""
-    cpu_ms: dict[str, list[float]] = {}
-    times = timing.interleave(calls, seconds=measured.seconds, most_s=MOST * measured.seconds, cpu_ms=cpu_ms)
-    measured.every_ms |= {f"{name}, {where}": each for name, each in times.items()}
-    return {name: _wall(each, cpu_ms[name]) for name, each in times.items()}
+def timed(calls: Mapping[str, Callable[[], object]], where: Setting, measured: Measured) -> dict[str, Wall]:
+    """Return the times of calls, interleaved. What fails meanwhile is left out, and the rest is timed again."""
+    left = {name: functools.partial(_named, name, call) for name, call in calls.items()}
+    while left:
+        cpu_ms: dict[str, list[float]] = {}
+        try:
+            times = timing.interleave(left, seconds=measured.seconds, most_s=MOST * measured.seconds, cpu_ms=cpu_ms)
+        except _CallFailed as failed:
+            measured.fails(failed.name, "run", failed.why, where)
+            del left[failed.name]
+            continue
+        measured.every_ms |= {f"{name}, {where}": each for name, each in times.items()}
+        return {name: _wall(each, cpu_ms[name]) for name, each in times.items()}
+    return {}
+
+
+def _named(name: str, call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except (CmfastError, RuntimeError) as err:
+        raise _CallFailed(name, err) from err
 
 
 def _wall(times_ms: Sequence[float], cpu_ms: Sequence[float]) -> Wall:

@@ -12,6 +12,7 @@ from typing import Any
 from cmfast.bench.failures import LeftOut
 from cmfast.bench.roofline import Ceilings
 from cmfast.bench.suite.request import SuiteRequest
+from cmfast.errors import BackendError, CheckFailed
 
 INCLUDED = {  # what the figures of a record mean
     "calls": "one network call at sigma_max, numpy to numpy, contenders in turns",
@@ -117,7 +118,7 @@ class SuiteRecord:
     commit: dict[str, Any] | None
     request: SuiteRequest
     files: dict[str, str]  # names by kind
-    reference: str  # the contender that the others are compared with
+    reference: str  # the contender that the others are compared with at the first setting; each row names its own
     sample_arguments: str  # of cmfast-sample, beside the file: values of conditions, where the data go
     flops: float | None  # operations of one image and one network call; None: unknown
     load_average: float | None
@@ -130,7 +131,7 @@ class SuiteRecord:
     starts: tuple[StartRow, ...]
     processes: tuple[ProcessRow, ...]
     left_out: tuple[LeftOut, ...]
-    failed: LeftOut | None  # the first failure without keep_going after something had been timed
+    failed: LeftOut | None  # the first failure without keep_going after something had been timed: `raise_failure`
     evaluations: tuple[Mapping[str, Any], ...] = field(default=())  # records of cmfast-eval, as they were passed
 
     def to_json(self) -> str:
@@ -149,6 +150,17 @@ class SuiteRecord:
         }
         values["rates"] = [{"threads": threads, **asdict(each)} for threads, each in self.rates]
         return json.dumps({"what": "cpu_suite", "options": request, "included": INCLUDED} | values, indent=1)
+
+    def raise_failure(self) -> None:
+        """Raise what a run without keep_going ends with; call it when the record is saved.
+
+        Raises:
+            CheckFailed: a contender computes something else than the reference.
+            BackendError: a contender failed.
+        """
+        if self.failed:
+            kind = CheckFailed if self.failed.what == "images" else BackendError
+            raise kind(f"{self.failed}; the rest was measured")
 
     def save(self, path: Path) -> None:
         """Write the record as a .json file, whole or not at all.

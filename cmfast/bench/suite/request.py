@@ -27,7 +27,9 @@ class SuiteRequest:
         CmfastError: there is nothing to measure, a file is of the wrong kind, or a number is out of its range.
     """
 
-    models: tuple[Path, ...] = ()  # denoisers: .onnx in float32, .onnx in int8, for ncnn; missing ones are exported
+    # Denoisers: .onnx in float32, .onnx in int8, for ncnn, which may also lie beside model.onnx as model_ncnn. Missing
+    # ones are exported.
+    models: tuple[Path, ...] = ()
     baseline: Path | None = None  # a checkpoint, run by PyTorch: the reference
     precision: tuple[str, ...] = PRECISIONS  # the contenders that compute in these
     diffusers: bool = False  # also diffusers' own pipeline, for a baseline that is its folder
@@ -41,7 +43,8 @@ class SuiteRequest:
     starts: bool = True  # also open each contender in a process of its own: time and memory
     keep: Path | None = None  # folder of the exported files; None: a temporary one
     evaluations: tuple[Path, ...] = ()  # records of cmfast-eval, whose quality the chart shows
-    keep_going: bool = False  # leave out and record a contender that fails or differs; else raise
+    # Leave out and record a contender that fails or differs; else raise, or once something was timed, end with it.
+    keep_going: bool = False
 
     def __post_init__(self) -> None:
         if not self.files:

@@ -76,8 +76,9 @@ def _show_calls(record: SuiteRecord, threads: int) -> None:
         f"{each.dtype} {each.flops_per_s / 1e9:,.0f}" for n, each in record.rates if n == threads and each.flops_per_s
     ]
     below = f"measured rates, GFLOP/s: {', '.join(rates)}" if rates else ""
-    title = f"One network call, {threads} thread(s), ms; speed against {record.reference}"
-    print_table(title, calls, [row for row in record.calls if row.threads == threads], below)
+    rows = [row for row in record.calls if row.threads == threads]
+    references = " or ".join(dict.fromkeys(row.reference for row in rows))
+    print_table(f"One network call, {threads} thread(s), ms; speed against {references}", calls, rows, below)
 
 
 def draw(record: SuiteRecord, path: Path) -> None:
@@ -118,7 +119,8 @@ def draw(record: SuiteRecord, path: Path) -> None:
 
 def _quality_name(record: SuiteRecord) -> str:
     if not record.evaluations:
-        return f"PSNR from {chart_text(record.reference)} of the same steps, dB (at most {TOP_DB:g})"
+        references = " or ".join(dict.fromkeys(row.reference for row in record.images if row.reference))
+        return f"PSNR from {chart_text(references)} of the same steps, dB (at most {TOP_DB:g})"
     first = record.evaluations[0]
     return chart_text(f"Fréchet distance to {first['data_set']} (features: {first['features']['name']})")
 

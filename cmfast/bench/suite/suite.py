@@ -16,7 +16,7 @@ from cmfast.bench.failures import LeftOut, Say, reason
 from cmfast.bench.roofline import Ceilings
 from cmfast.bench.suite import apart
 from cmfast.bench.suite.files import NAMES, exporter_is_installed, files_of, given_files, names_of
-from cmfast.bench.suite.measure import Agreed, Measured, beside_the_network, network_calls, whole_images
+from cmfast.bench.suite.measure import Agreed, Measured, Setting, beside_the_network, network_calls, whole_images
 from cmfast.bench.suite.opening import Opened, open_way
 from cmfast.bench.suite.rates import faster, measure_rates
 from cmfast.bench.suite.record import BesideRow, CallRow, ImageRow, ProcessRow, StartRow, SuiteRecord
@@ -135,6 +135,8 @@ def _with_threads(
 ) -> None:
     """Open every contender with so many threads, and measure it. PyTorch's are of the process, so all have the same."""
     opened = _open(ways, files, threads, measured)
+    if not opened:
+        return
     spec = found.spec = opened[0].manifest.spec
     steps = _steps(spec) if request.steps is None else request.steps
     _check_steps(spec, steps)
@@ -144,18 +146,19 @@ def _with_threads(
     rates = measure_rates(types, threads, measured.say)
     every: list[tuple[int, list[Agreed]]] = []
     for batch in request.batch:
-        agreed = network_calls(opened, batch, f"batch {batch}, {threads} thread(s)", measured)
+        where = Setting(batch, threads)
+        agreed = network_calls(opened, where, measured)
         if not agreed:
             continue
         every.append((batch, agreed))
         if threads == request.every_threads[0]:
             fastest_ms = min(each.wall.wall_median_ms for each in agreed)
-            found.beside += beside_the_network(spec, batch, fastest_ms, measured)
+            found.beside += beside_the_network(spec, where, fastest_ms, measured)
         if (threads, batch) == (request.every_threads[0], request.batch[0]):
             running = [each.opened for each in agreed] + [each for each in opened if each.denoise is None]
             names = {each.way.name for each in running}
             found.ran = [way for way in ways if way.name in names]
-            found.images = whole_images(running, steps, batch, threads, measured) if steps else []
+            found.images = whole_images(running, steps, where, measured) if steps else []
     # Again, because a rate is what can be reached, and the machine may have been busy the first time.
     rates = faster(rates, measure_rates(types, threads, measured.say))
     found.rates += [(threads, each) for each in rates.values()]
@@ -164,7 +167,10 @@ def _with_threads(
 
 
 def _open(ways: Sequence[Way], files: Mapping[str, Path], threads: int, measured: Measured) -> list[Opened]:
-    """Return the contenders that this machine can run, the reference first; the rest is noted."""
+    """Return the contenders that this machine can run, the reference first; the rest is noted.
+
+    Raises BackendError if there is none, unless something has been timed.
+    """
     opened: list[Opened] = []
     for way in ways:
         try:
@@ -178,7 +184,7 @@ def _open(ways: Sequence[Way], files: Mapping[str, Path], threads: int, measured
             continue
         _check_same(opened[0] if opened else each, each, files)
         opened.append(each)
-    if not opened:
+    if not opened and not measured.every_ms:
         raise BackendError(f"nothing of the suite can be opened here; the first that failed: {measured.left_out[0]}")
     return opened
 
@@ -201,14 +207,22 @@ def _check_evaluations(paths: Sequence[Path], records: Sequence[Mapping[str, Any
             raise CmfastError(f"--evaluation {path}: it is of another model, by the SHA-256 of its weights")
 
 
+def _measured_by(record: Mapping[str, Any]) -> str:
+    """Return what a Frechet distance depends on, in words."""
+    sizes = sorted({row["n"] for row in record["rows"] if "n" in row})
+    digest = str(record["features"].get("sha256", ""))[:8]
+    features = f"features {record['features']['name']}{digest and f' ({digest})'}"
+    return f"{' and '.join(map(str, sizes))} samples against {record['data_set']} by {features}".strip()
+
+
 def _check_same_quality(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise CmfastError for Frechet distances in different features, or from different data: a chart has one axis."""
+    """Raise CmfastError for Frechet distances that cannot be compared: a chart has one axis."""
     for path, record in zip(paths, records, strict=True):
-        for name in ("data_set", "features"):
-            if record[name] != records[0][name]:
-                raise CmfastError(
-                    f"--evaluation {path}: its {name} is not that of {paths[0]}; evaluate both with the same options"
-                )
+        theirs, ours = _measured_by(record), _measured_by(records[0])
+        if theirs != ours:
+            raise CmfastError(
+                f"--evaluation {path}: {theirs}, but {paths[0]}: {ours}; evaluate both with the same data and options"
+            )
 
 
 def _steps(spec: ModelSpec) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ Metrics:
 \b
 Features:
   pixels                      the images themselves; default for digits
-  mnist, fashion-mnist, cifar10, flowers32   small classifiers that are shipped; default for their data
+  mnist, fashion-mnist,
+  cifar10, flowers32          small classifiers that are shipped; default for their data
   FILE.safetensors            one that benchmarks/train_classifier.py made
   FILE.pth                    Inception, pt_inception-2015-12-05-6726825d.pth; needs cmfast[fid]
 """
