@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cmfast.errors import CmfastError
 from cmfast_train.cli.train import main
 from cmfast_train.config.about import ABOUT, NOT_RUN, RECORDED, YOURS
-from cmfast_train.config.overrides import override
+from cmfast_train.config.overrides import lost_settings, override
 from cmfast_train.config.phase import phase, types_of
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import DATA, FREE_FIELDS, TrainConfig, from_dict, to_dict
@@ -251,6 +251,19 @@ def test_every_method_has_usual_values_and_runs_after_a_teacher(method: str) -> 
     assert all(getattr(config.phases[0], name) == value for name, value in find(method).defaults.items())
     assert config.phases[0].values().keys() == {"method", *types_of(method)}
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_settings_that_a_new_list_of_phases_loses_are_named(call: Call) -> None:
+    shorter = override(DIGITS, ["edm.images=640", "ect.images=640"])
+    assert lost_settings(DIGITS, shorter) == [], "a length keeps them"
+    assert lost_settings(DIGITS, override(DIGITS, ["phases=mf:64"])) == []
+    texts = ["phases=ict:64,ect:64,edm:64", "ect.lr=5e-4", "ect.stages=2,3"]
+    assert lost_settings(DIGITS, override(DIGITS, texts)) == ["ect.lr_decay", "ect.ema", "edm.lr_decay", "edm.ema"]
+    result = call(main, "digits", "--out", "new", "--set", "phases=edm:64", "--dry-run")
+    assert result.stderr == (
+        "note: --set phases= takes the defaults of edm.lr_decay, edm.ema, not what the preset has; "
+        "--set edm.images=N changes a length and keeps the preset's settings\n"
+    )
 
 
 def test_progressive_distillation_is_a_phase_for_each_number_of_steps() -> None:

@@ -118,7 +118,7 @@ def command(
     --methods lists the methods.
     """
     from cmfast_train.config.custom_network import with_own_network
-    from cmfast_train.config.overrides import check_set_once, override
+    from cmfast_train.config.overrides import check_set_once, lost_settings, override
     from cmfast_train.config.presets import PRESETS
     from cmfast_train.config.train_config import to_dict
 
@@ -137,6 +137,14 @@ def command(
     config = override(with_own_network(base) if network else base, assignments)
     if config.own and not network:
         raise CmfastError("a network of your own is named by --network package.module:factory, with --spec spec.json")
+    lost = lost_settings(base, config)
+    if lost and int(os.environ.get("RANK", "0")) == 0:
+        method = lost[-1].partition(".")[0]
+        click.echo(
+            f"note: --set phases= takes the defaults of {', '.join(lost)}, not what the preset has; "
+            f"--set {method}.images=N changes a length and keeps the preset's settings",
+            err=True,
+        )
     if dry_run:
         click.echo(json.dumps(to_dict(config), indent=1))
         return

@@ -69,6 +69,22 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+def lost_settings(preset: TrainConfig, config: TrainConfig) -> list[str]:
+    """Return the settings of the preset's phases that a new list of phases does not have, as METHOD.NAME.
+
+    A phase that --set phases= names has its method's defaults, also where the preset has others for that method.
+    """
+    tuned = {each.name: each for each in preset.phases}
+    lost = []
+    for new in {each.name: each for each in config.phases}.values():
+        if (old := tuned.get(new.name)) is None:
+            continue
+        usual, theirs, ours = phase(new.method, new.images).values(), old.values(), new.values()
+        names = (name for name in ours if name != "images" and theirs[name] != ours[name] == usual[name])
+        lost += [f"{new.method}.{name}" for name in names]
+    return lost
+
+
 def parse_field(text: str, owner: type, name: str, value: str) -> Any:
     """Return the value of one field of a dataclass from its text.
 
