@@ -63,7 +63,7 @@ def results() -> str:
 
 def distance(cell: dict[str, Any]) -> str:
     """Return a distance with half the range of the seeds."""
-    seeds = cell["fd_of_seeds"]
+    seeds = cell.get("fd_of_seeds", [])
     spread = f" ± {(max(seeds) - min(seeds)) / 2:.2f}" if len(seeds) > 1 else ""
     return f"{cell['fd']:.2f}{spread}"
 

@@ -70,7 +70,9 @@ def test_a_file_of_that_name_is_what_is_opened(tmp_path: Path, monkeypatch: pyte
 
 def test_an_unknown_name_lists_those_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="digit: no such file; models that come with cmfast: digits, mnist"):
+    with pytest.raises(
+        ArtifactError, match="digit: no such file; models that come with cmfast: digits, fashion-mnist, mnist"
+    ):
         cmfast.load("digit")
     with pytest.raises(ArtifactError, match=r"digit\.onnx: no such file$"):
         cmfast.load("digit.onnx")
