@@ -6,6 +6,7 @@ This module parses and prints; `cmfast.bench` does the work.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shlex
@@ -201,8 +202,11 @@ def command(
         click.echo(f"at least {least:,.0f} s of timing")
         return
     record = measure(prepared)
+    if json_file is not None:
+        record.save(json_file)
     show(record)
-    _keep(record, json_file, functools.partial(draw, record), plot, _next_command(record, prepared))
+    command = functools.partial(_next_command, record, prepared)
+    _keep(record, json_file, functools.partial(draw, record), plot, command)
 
 
 def _check_options(context: click.Context, suite: str | None) -> None:
@@ -236,8 +240,10 @@ def _run_suite(request: SuiteRequest, json_file: Path | None, plot: Path | None,
         click.echo(f"at least {request.seconds * len(ways) * cells:,.0f} s of timing")
         return
     record = run_suite(request, functools.partial(click.echo, err=True))
+    if json_file is not None:
+        record.save(json_file)
     show(record)
-    _keep(record, json_file, functools.partial(draw, record), plot, _next_of_suite(record))
+    _keep(record, json_file, functools.partial(draw, record), plot, functools.partial(_next_of_suite, record))
     record.raise_failure()
 
 
@@ -267,18 +273,22 @@ def _next_of_suite(record: SuiteRecord) -> str:
 
 
 def _keep(
-    record: Record | SuiteRecord, json_file: Path | None, draw: Callable[[Path], None], plot: Path | None, command: str
+    record: Record | SuiteRecord,
+    json_file: Path | None,
+    draw: Callable[[Path], None],
+    plot: Path | None,
+    command: Callable[[], str],
 ) -> None:
-    """Write a record and its chart, then print the record's warning and the command that comes next."""
+    """Say where a record is, write its chart, then print the record's warning and the command that comes next."""
     if json_file is not None:
-        record.save(json_file)
         click.echo(f"the record is in {json_file}")
     if plot is not None:
         draw(plot)
         click.echo(f"the chart is in {plot}")
     if record.warning:
         click.echo(f"warning: {record.warning}")
-    click.echo(f"next: {command}")
+    with contextlib.suppress(CmfastError):  # a file is no longer there
+        click.echo(f"next: {command()}")
 
 
 def _next_command(record: Record, prepared: Prepared) -> str:

@@ -98,7 +98,7 @@ def test_every_way_is_compared_timed_shown_and_recorded(
 ) -> None:
     evaluation = {"what": "evaluation", "model": {"file": "model.onnx"}, "data_set": "digits"}
     evaluation["features"] = {"name": "pixels", "dimensions": 64}
-    evaluation["rows"] = [{"steps": 1, "calls": 1, "fd": 0.5}, {"heun": 18, "calls": 35, "fd": 0.3}]
+    evaluation["rows"] = [{"steps": 1, "calls": 1, "fd": 0.5, "n": 9}, {"heun": 18, "calls": 35, "fd": 0.3, "n": 9}]
     (tmp_path / "quality.json").write_text(json.dumps(evaluation))
     # A folder that has the files already: nothing is exported.
     monkeypatch.setattr(files, "_export", lambda *arguments: pytest.fail("exported again"))
@@ -197,11 +197,7 @@ def test_without_the_reference_the_next_of_its_precision_is_compared_with_and_no
     assert [(left.contender, left.why) for left in kept.left_out] == [
         ("first", "no room"), ("rounded", "there is nothing in fp32 to compare it with, for that has failed"),
     ]  # fmt: skip
-    kept = measured(keep_going=True)
-    with pytest.raises(BackendError, match=r"no contender is left at batch 3, 1 thread\(s\); the first that failed: f"):
-        measure.network_calls([lost, bf16], THREE, kept)
-    kept.every_ms["something"] = [1.0]
-    assert measure.network_calls([lost, bf16], THREE, kept) == []
+    assert measure.network_calls([lost, bf16], THREE, measured(keep_going=True)) == []
 
 
 def test_what_fails_while_it_is_timed_is_left_out_and_the_rest_is_timed() -> None:
@@ -214,16 +210,19 @@ def test_what_fails_while_it_is_timed_is_left_out_and_the_rest_is_timed() -> Non
         return x * 0.5
 
     right, tired = contender("right", lambda x: x * 0.5), contender("tired", tires)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(BackendError, match=r"^tired at batch 3, 1 thread\(s\): RuntimeError: out of memory$"):
         measure.network_calls([right, tired], THREE, measured())
     made[0], kept = 0, measured(keep_going=True)
     agreed = measure.network_calls([right, tired], THREE, kept)
     assert [each.opened.way.name for each in agreed] == ["right"]
     assert str(kept.left_out[0]) == "tired at batch 3, 1 thread(s): RuntimeError: out of memory"
     made[0], kept = 0, measured(keep_going=True)
-    broken = [contender("right", boom) for boom in (tires,)]
     made[0] = measure.LEVELS + 2
-    assert measure.whole_images(broken, (1,), THREE, kept) == []
+    assert measure.whole_images([tired], (1,), THREE, kept) == []
+    made[0] = measure.LEVELS - 1  # it draws, and fails when that is timed
+    assert [row.contender for row in measure.whole_images([right, tired], (1,), THREE, kept)] == ["right", "right"]
+    lost = [(left.contender, left.steps, left.batch) for left in kept.left_out]
+    assert lost == [("tired", 1, 3), ("tired", None, 3), ("tired", 1, 3)], "the second is Heun's method"
 
 
 def test_an_output_that_the_library_overwrites_is_compared_as_it_was() -> None:
@@ -458,8 +457,12 @@ def test_what_was_timed_before_a_contender_failed_is_recorded_and_the_run_ends_w
     result = call(main, *options, "--keep-going")
     assert result.returncode == 0, result.stderr
     assert json.loads(record.read_text())["failed"] is None
+    broken |= {("PyTorch", 3), ("PyTorch channels_last", 3)}
+    result = call(main, *options, "--keep-going")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(record.read_text())
+    assert {row["batch"] for row in found["calls"]} == {row["batch"] for row in found["images"]} == {1}
     record.unlink()
-    broken = {("PyTorch", 3)}
     result = call(main, *options)
     assert (result.returncode, record.exists()) == (2, False), "nothing had been timed"
     assert result.stderr.splitlines()[-1] == "cmfast-bench: PyTorch at batch 3, 1 thread(s): out of memory"
@@ -482,6 +485,30 @@ def test_files_of_two_models_are_not_compared(
         run_suite(SuiteRequest(baseline=exported["checkpoint"], models=(handmade_onnx(4),), **options))
     with pytest.raises(CmfastError, match=r"model\.onnx is another model than"):  # the same shape, other weights
         run_suite(SuiteRequest(baseline=tiny_checkpoint(10), models=(exported[FLOAT],), **options))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"features": "pixels"}, {"features": None}, {"features": {}}, {"features": {"name": 3}}, {"data_set": ["a"]},
+        {"rows": []}, {"rows": [{"calls": 1, "fd": "1", "n": 9}]}, {"rows": [{"calls": 1, "fd": float("nan"), "n": 9}]},
+        {"rows": [{"calls": 1, "fd": 1, "n": "9"}]}, {"rows": [{"calls": 1, "fd": 1}]}, {"rows": {"calls": 1}},
+        {"model": {"source": 3}}, {"model": None}, {"what": "benchmark"},
+    ],
+)  # fmt: skip
+def test_what_is_no_evaluation_is_refused_before_anything_is_run(values: dict[str, Any], tmp_path: Path) -> None:
+    record = {"what": "evaluation", "model": {}, "data_set": "digits", "features": {"name": "pixels"}}
+    record["rows"] = [{"calls": 1, "fd": 1, "n": 9}]
+    file = tmp_path / "quality.json"
+    for changes, good in (({}, True), (values, False)):
+        file.write_text(json.dumps(record | changes))
+        if good:
+            assert suite._evaluation(file)["rows"] == record["rows"]
+            continue
+        with pytest.raises(
+            CmfastError, match=r"quality\.json: not a record with Frechet distances; make one: cmfast-eval"
+        ):
+            suite._evaluation(file)
 
 
 @pytest.mark.parametrize(

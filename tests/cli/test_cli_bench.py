@@ -521,7 +521,13 @@ def test_what_nobody_requested_by_name_is_left_out_and_that_is_said(
     record = json.loads((tmp_path / "bench.json").read_text())
     (left_out,) = record["left_out"]
     assert left_out.pop("why").startswith(why)
-    assert left_out == {"contender": "PyTorch cpu tf32", "what": "opening", "steps": None, "batch": None}
+    assert left_out == {
+        "contender": "PyTorch cpu tf32",
+        "what": "opening",
+        "steps": None,
+        "batch": None,
+        "threads": None,
+    }
     assert [row["contender"] for row in record["rows"]] == ["PyTorch cpu", "model.onnx"]
     assert [row["times_as_fast_same_precision"] for row in record["rows"]] == [1, None]
     refused(call(main, model, *options, "--precision", "tf32"), "precision tf32 is a GPU's way")

@@ -254,11 +254,13 @@ def test_every_method_has_usual_values_and_runs_after_a_teacher(method: str) -> 
 
 
 def test_settings_that_a_new_list_of_phases_loses_are_named(call: Call) -> None:
-    shorter = override(DIGITS, ["edm.images=640", "ect.images=640"])
-    assert lost_settings(DIGITS, shorter) == [], "a length keeps them"
-    assert lost_settings(DIGITS, override(DIGITS, ["phases=mf:64"])) == []
-    texts = ["phases=ict:64,ect:64,edm:64", "ect.lr=5e-4", "ect.stages=2,3"]
-    assert lost_settings(DIGITS, override(DIGITS, texts)) == ["ect.lr_decay", "ect.ema", "edm.lr_decay", "edm.ema"]
+    for texts, lost in (
+        (["edm.images=640", "ect.images=640", "ect.lr=1e-4"], []),  # a length keeps them, and what is given is meant
+        (["phases=mf:64"], []),
+        (["phases=ict:64,ect:64", "ect.lr=1e-4", "ect.stages=2,3"], ["ect.lr_decay", "ect.ema"]),
+        (["phases=ect:64,edm:64"], ["ect.lr", "ect.lr_decay", "ect.ema", "ect.stages", "edm.lr_decay", "edm.ema"]),
+    ):
+        assert lost_settings(DIGITS, texts, override(DIGITS, texts)) == lost
     result = call(main, "digits", "--out", "new", "--set", "phases=edm:64", "--dry-run")
     assert result.stderr == (
         "note: --set phases= takes the defaults of edm.lr_decay, edm.ema, not what the preset has; "

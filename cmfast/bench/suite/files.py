@@ -59,7 +59,10 @@ def files_of(request: SuiteRequest, folder: Path, say: Say) -> tuple[dict[str, P
             except BackendError as err:
                 if kind == FLOAT and request.baseline and exporter_is_installed() and not request.keep_going:
                     raise
-                missing.append(LeftOut(contender=f"every way to run {NAMES[kind]}", what="export", why=str(err)))
+                why, beside = str(err), ncnn_beside(files[FLOAT]) if kind == NCNN and FLOAT in files else None
+                if beside:
+                    why = f"{beside.parent.name} is damaged or of another model; delete it, or export it again"
+                missing.append(LeftOut(contender=f"every way to run {NAMES[kind]}", what="export", why=why))
                 continue
         files[kind] = found
     return files, missing

@@ -63,19 +63,26 @@ class Measured:
     files: list[Path] = field(default_factory=list)  # whose folders a record does not say
     failed: LeftOut | None = None  # the first failure that was kept for the end
 
-    def fails(self, name: str, what: str, err: Exception, where: Setting | None = None) -> None:
+    def fails(
+        self, name: str, what: str, err: Exception, where: Setting | None = None, steps: int | None = None
+    ) -> None:
         """Raise the error of a contender, unless keep_going; what has been timed is not thrown away with it.
 
         Once something has been timed, the failure is noted, the rest is measured, and the run ends with it.
         """
-        left = LeftOut(contender=name, what=what, why=reason(err), **(vars(where) if where else {}))
-        if not (self.keep_going or self.every_ms):
-            if not isinstance(err, CmfastError) or name in str(err):
+        left = LeftOut(contender=name, what=what, why=reason(err), steps=steps, **(vars(where) if where else {}))
+        if not self.goes_on:
+            if isinstance(err, CmfastError) and name in str(err):
                 raise err
-            raise (CheckFailed if isinstance(err, CheckFailed) else BackendError)(str(left)) from None
+            raise (CheckFailed if isinstance(err, CheckFailed) else BackendError)(str(left)) from err
         self.note(left)
         if not self.keep_going:
             self.failed = self.failed or self.left_out[-1]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a failure leaves something to measure: as requested, or because something was timed."""
+        return self.keep_going or bool(self.every_ms)
 
     def note(self, left: LeftOut) -> None:
         """Keep and report what is left out."""
@@ -105,7 +112,7 @@ def network_calls(contenders: Sequence[Opened], where: Setting, measured: Measur
 
     Raises:
         CheckFailed: one is further from the reference than its precision explains, unless keep_going.
-        BackendError: one fails, unless keep_going; or none is left. Neither once something has been timed (`fails`).
+        BackendError: one fails, unless keep_going. Neither once something has been timed (`fails`).
     """
     running = [each for each in contenders if each.denoise]
     if not running:
@@ -128,14 +135,12 @@ def network_calls(contenders: Sequence[Opened], where: Setting, measured: Measur
             found = [psnr_db([a], [b], image=image) for a, b in zip(got, expected, strict=True)]
             if min(found) < each.way.least_db:
                 raise _differs(min(found), agreed[0][0].way, each.way)
-        except (CmfastError, RuntimeError) as err:
+        except Exception as err:  # whatever a library raises
             measured.fails(name, "images" if isinstance(err, CheckFailed) else "run", err, where)
             continue
         agreed.append((each, {f"{s:.4g}": round(db, 1) for (_, s), db in zip(inputs, found, strict=True)}))
-    if not agreed and measured.every_ms:
-        return []
     if not agreed:
-        raise BackendError(f"no contender is left at {where}; the first that failed: {measured.left_out[0]}")
+        return []
     x, sigma = inputs[-1]
     # Checked above: a call without a denoiser is not among them.
     calls = {each.way.name: functools.partial(each.denoise, x, sigma, conditions) for each, _ in agreed if each.denoise}
@@ -198,20 +203,21 @@ def whole_images(
             drawing = _Drawing(opened=each, sigmas=levels, heun=None, call=call)
             try:
                 got = np.array(call())
-            except (CmfastError, RuntimeError) as err:
-                measured.fails(each.way.name, "run", err, where)
+            except Exception as err:  # whatever a library raises
+                measured.fails(each.way.name, "run", err, where, k)
                 break
             reference, samples = expected.setdefault(k, (each.way, got))
             found = psnr_db([got], [samples], image=spec.data == "image")
             if not each.denoise and found < each.way.least_db:  # else its network was compared
-                measured.fails(each.way.name, "images", _differs(found, reference, each.way), where)
+                measured.fails(each.way.name, "images", _differs(found, reference, each.way), where, k)
                 break
             decibels[drawing.name] = round(found, 1)
             drawings.append(drawing)
     if not spec.second_time and contenders[0].denoise:
         drawings.append(_by_heun(contenders[0], noise, conditions))
     measured.say(f"timing whole images, {where}: {len(drawings)} call(s)")
-    walls = timed({each.name: each.call for each in drawings}, where, measured)
+    named = {each.name: (each.opened.way.name, None if each.heun else len(each.sigmas)) for each in drawings}
+    walls = timed({each.name: each.call for each in drawings}, where, measured, named)
     drawings = [each for each in drawings if each.name in walls]
     first = {each.sigmas: each for each in reversed(drawings) if not each.heun}  # whose samples were `expected`
     rows = []
@@ -269,15 +275,28 @@ def beside_the_network(spec: ModelSpec, where: Setting, fastest_ms: float, measu
     ]
 
 
-def timed(calls: Mapping[str, Callable[[], object]], where: Setting, measured: Measured) -> dict[str, Wall]:
-    """Return the times of calls, interleaved. What fails meanwhile is left out, and the rest is timed again."""
+def timed(
+    calls: Mapping[str, Callable[[], object]],
+    where: Setting,
+    measured: Measured,
+    named: Mapping[str, tuple[str, int | None]] | None = None,
+) -> dict[str, Wall]:
+    """Return the times of calls, interleaved. What fails meanwhile is left out, and the rest is timed again.
+
+    Args:
+        calls: by name.
+        where: the setting, for what is said of a failure.
+        measured: as for `network_calls`.
+        named: contender and steps by the names of calls; None: the names are those of contenders.
+    """
     left = {name: functools.partial(_named, name, call) for name, call in calls.items()}
     while left:
         cpu_ms: dict[str, list[float]] = {}
         try:
             times = timing.interleave(left, seconds=measured.seconds, most_s=MOST * measured.seconds, cpu_ms=cpu_ms)
         except _CallFailed as failed:
-            measured.fails(failed.name, "run", failed.why, where)
+            contender, steps = (named or {}).get(failed.name, (failed.name, None))
+            measured.fails(contender, "run", failed.why, where, steps)
             del left[failed.name]
             continue
         measured.every_ms |= {f"{name}, {where}": each for name, each in times.items()}
@@ -288,7 +307,7 @@ def timed(calls: Mapping[str, Callable[[], object]], where: Setting, measured: M
 def _named(name: str, call: Callable[[], object]) -> object:
     try:
         return call()
-    except (CmfastError, RuntimeError) as err:
+    except Exception as err:  # whatever a library raises
         raise _CallFailed(name, err) from err
 
 

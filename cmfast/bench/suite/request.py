@@ -85,7 +85,9 @@ class SuiteRequest:
             raise CmfastError(f"--keep names a folder, and {self.keep} is a file")
         for record in self.evaluations:
             if not record.is_file():
-                raise CmfastError(f"--evaluation {record}: no such file; make it: cmfast-eval MODEL --json {record}")
+                raise CmfastError(
+                    f"--evaluation {record}: no such file; make it: cmfast-eval MODEL --data-set NAME --json {record}"
+                )
 
     @property
     def files(self) -> list[Path]:

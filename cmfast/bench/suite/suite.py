@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,11 @@ def run_suite(request: SuiteRequest, say: Say = lambda line: None) -> SuiteRecor
 
 
 def planned(request: SuiteRequest) -> list[Way]:
-    """Return the contenders of a request, as far as files tell: what `run_suite` tries to open."""
+    """Return the contenders of a request, as far as files tell: what `run_suite` tries to open.
+
+    Raises CmfastError for evaluations that `run_suite` refuses.
+    """
+    _check_same_quality(request.evaluations, tuple(map(_evaluation, request.evaluations)))
     kinds = set(given_files(request))
     if request.baseline is not None and exporter_is_installed():
         kinds |= set(NAMES)
@@ -94,18 +99,19 @@ def _measure(
     if not (found.calls and found.spec):
         raise BackendError(f"nothing was timed; the first that failed: {measured.left_out[0]}")
     starts, processes = list[StartRow](), list[ProcessRow]()
+    first = found.calls[0]
     if request.starts:
-        starts = apart.starts(found.ran, files, request.every_threads[0], request.batch[0], measured)
+        starts = apart.starts(found.ran, files, first.threads, first.batch, measured)
     if request.processes:
         # A process that compiles for minutes is no way to serve.
         serving = [way for way in found.ran if way.variant != "compiled"]
-        processes = apart.several(serving, files, request.processes, request.batch[0], measured)
+        processes = apart.several(serving, files, request.processes, first.batch, measured)
     load, steal = timing.load_average(), timing.steal_share(before, timing.cpu_ticks())
     return SuiteRecord(
         **timing.provenance(),
         request=request,
         files=names_of(files),
-        reference=found.calls[0].contender,
+        reference=first.contender,
         sample_arguments=sample_arguments(found.spec.conditions, found.spec.data),
         flops=flops,
         load_average=load,
@@ -147,14 +153,18 @@ def _with_threads(
     every: list[tuple[int, list[Agreed]]] = []
     for batch in request.batch:
         where = Setting(batch, threads)
-        agreed = network_calls(opened, where, measured)
+        try:
+            agreed = network_calls(opened, where, measured)
+        except MemoryError as err:  # of the inputs
+            measured.fails("every contender", "run", err, where)
+            continue
         if not agreed:
             continue
         every.append((batch, agreed))
         if threads == request.every_threads[0]:
             fastest_ms = min(each.wall.wall_median_ms for each in agreed)
             found.beside += beside_the_network(spec, where, fastest_ms, measured)
-        if (threads, batch) == (request.every_threads[0], request.batch[0]):
+        if not found.ran:  # at the first setting at which something runs
             running = [each.opened for each in agreed] + [each for each in opened if each.denoise is None]
             names = {each.way.name for each in running}
             found.ran = [way for way in ways if way.name in names]
@@ -176,15 +186,16 @@ def _open(ways: Sequence[Way], files: Mapping[str, Path], threads: int, measured
         try:
             each = open_way(way, files, threads)
         except (BackendError, MissingDependency, ArtifactError) as err:
-            if isinstance(err, ArtifactError) and not measured.keep_going:
-                raise
-            if way is DIFFUSERS and not measured.keep_going:  # which was requested by name
-                raise
-            measured.note(LeftOut(contender=way.name, what="opening", why=reason(err)))
+            if isinstance(err, ArtifactError) or way is DIFFUSERS:  # which was requested by name
+                if not measured.goes_on:
+                    raise
+                measured.fails(way.name, "opening", err)
+            else:
+                measured.note(LeftOut(contender=way.name, what="opening", why=reason(err)))
             continue
         _check_same(opened[0] if opened else each, each, files)
         opened.append(each)
-    if not opened and not measured.every_ms:
+    if not opened and not measured.goes_on:
         raise BackendError(f"nothing of the suite can be opened here; the first that failed: {measured.left_out[0]}")
     return opened
 
@@ -209,10 +220,10 @@ def _check_evaluations(paths: Sequence[Path], records: Sequence[Mapping[str, Any
 
 def _measured_by(record: Mapping[str, Any]) -> str:
     """Return what a Frechet distance depends on, in words."""
-    sizes = sorted({row["n"] for row in record["rows"] if "n" in row})
+    sizes = sorted({row["n"] for row in record["rows"]})
     digest = str(record["features"].get("sha256", ""))[:8]
     features = f"features {record['features']['name']}{digest and f' ({digest})'}"
-    return f"{' and '.join(map(str, sizes))} samples against {record['data_set']} by {features}".strip()
+    return f"{' and '.join(map(str, sizes))} samples against {record['data_set']} by {features}"
 
 
 def _check_same_quality(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
@@ -288,12 +299,25 @@ def _evaluation(path: Path) -> Mapping[str, Any]:
     """Return a record of cmfast-eval, or raise ArtifactError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        rows = record["rows"]
-        model = record["model"]
-        if not isinstance(model, dict) or not isinstance(model.get("source", {}), dict):
-            raise ValueError("a record of this kind says what its model is")
-        if record["what"] == "evaluation" and all({"calls", "fd"} <= row.keys() for row in rows) and rows:
+        if record["what"] == "evaluation" and _has_distances(record):
             return {name: record[name] for name in ("model", "data_set", "features", "rows")}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
-    raise ArtifactError(f"{path}: not a record with Frechet distances; make one: cmfast-eval MODEL --json {path.name}")
+    raise ArtifactError(
+        f"{path}: not a record with Frechet distances; make one: cmfast-eval MODEL --data-set NAME --json {path.name}"
+    )
+
+
+def _has_distances(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has what a chart and its comparison take; of another type, it may also raise."""
+    model, features, rows = record["model"], record["features"], record["rows"]
+    return (
+        isinstance(model, dict)
+        and isinstance(model.get("source") or {}, dict)
+        and isinstance(features["name"], str)
+        and isinstance(features.get("sha256", ""), str)
+        and isinstance(record["data_set"], str)
+        and bool(rows)
+        and all(type(row["fd"]) in (int, float) and math.isfinite(row["fd"]) for row in rows)
+        and all(type(row["calls"]) is int and type(row["n"]) is int for row in rows)
+    )

@@ -137,7 +137,7 @@ def command(
     config = override(with_own_network(base) if network else base, assignments)
     if config.own and not network:
         raise CmfastError("a network of your own is named by --network package.module:factory, with --spec spec.json")
-    lost = lost_settings(base, config)
+    lost = lost_settings(base, assignments, config) if preset else []
     if lost and int(os.environ.get("RANK", "0")) == 0:
         method = lost[-1].partition(".")[0]
         click.echo(

@@ -69,11 +69,19 @@ def override(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def lost_settings(preset: TrainConfig, config: TrainConfig) -> list[str]:
+def lost_settings(preset: TrainConfig, assignments: Iterable[str], config: TrainConfig) -> list[str]:
     """Return the settings of the preset's phases that a new list of phases does not have, as METHOD.NAME.
 
     A phase that --set phases= names has its method's defaults, also where the preset has others for that method.
+
+    Args:
+        preset: what the command line changes.
+        assignments: how.
+        config: what came of it.
     """
+    given = {text.partition("=")[0] for text in assignments}
+    if "phases" not in given:
+        return []
     tuned = {each.name: each for each in preset.phases}
     lost = []
     for new in {each.name: each for each in config.phases}.values():
@@ -82,7 +90,7 @@ def lost_settings(preset: TrainConfig, config: TrainConfig) -> list[str]:
         usual, theirs, ours = phase(new.method, new.images).values(), old.values(), new.values()
         names = (name for name in ours if name != "images" and theirs[name] != ours[name] == usual[name])
         lost += [f"{new.method}.{name}" for name in names]
-    return lost
+    return [name for name in lost if name not in given]
 
 
 def parse_field(text: str, owner: type, name: str, value: str) -> Any:
