@@ -66,7 +66,7 @@ def quality_time(record: dict[str, Any], path: Path) -> None:
             axes.annotate(f"{point['calls']}", place, (4, 5), textcoords="offset points", fontsize=9)
     axes.axhline(rows["edm"]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")
     axes.set(xscale="log", yscale="log", xlabel="ms per image (numbers: network calls)")
-    axes.set(ylabel="Fréchet distance in pixel space", title="digits, two CPU cores")
+    axes.set(ylabel="Fréchet distance in pixel space", title="digits, one CPU thread")
     axes.set_xticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
     axes.set_yticks([0.15, 0.2, 0.3, 0.4, 0.5], ["0.15", "0.2", "0.3", "0.4", "0.5"])
     axes.minorticks_off()
