@@ -137,15 +137,14 @@ def command(
     config = override(with_own_network(base) if network else base, assignments)
     if config.own and not network:
         raise CmfastError("a network of your own is named by --network package.module:factory, with --spec spec.json")
-    lost = lost_settings(base, assignments, config) if preset else []
-    if lost and int(os.environ.get("RANK", "0")) == 0:
-        method = lost[-1].partition(".")[0]
-        click.echo(
-            f"note: --set phases= takes the defaults of {', '.join(lost)}, not what the preset has; "
-            f"--set {method}.images=N changes a length and keeps the preset's settings",
-            err=True,
-        )
     if dry_run:
+        if lost := lost_settings(base, assignments, config) if preset else []:
+            method = lost[-1].partition(".")[0]
+            click.echo(
+                f"note: --set phases= takes the defaults of {', '.join(lost)}, not what the preset has; "
+                f"--set {method}.images=N changes a length and keeps the preset's settings",
+                err=True,
+            )
         click.echo(json.dumps(to_dict(config), indent=1))
         return
     with _termination_as_interrupt():
