@@ -198,7 +198,7 @@ class FastestBackend:
             backend = open_backend(file, threads=self._options["threads"])
         except (ArtifactError, OSError) as err:
             raise BackendError(str(err)) from None
-        if not is_same_model(file, self._path):
+        if _identity(backend.manifest) != _identity(read_manifest(self._path)):
             raise BackendError(f"{file}: another model than {self._path.name}, by its manifest")
         return backend
 
