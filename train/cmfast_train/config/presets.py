@@ -84,9 +84,9 @@ PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": _small(
         "fashion-mnist",
         (
-            phase("edm", 640_000),
-            phase("ect", 500_000),
-            phase("sid", 250_000, lr=1e-4, ema=0.998, lr_decay=0.5),
+            phase("edm", 640_000, lr=1e-3, ema=0.999, lr_decay=0.5),
+            phase("ect", 600_000, lr=5e-4, ema=0.999, lr_decay=0.5, stages=(1, 6)),
+            phase("sid", 300_000, lr=1e-4, ema=0.998, lr_decay=0.5),
         ),
     ),
     "fashion-mnist-large": _large("fashion-mnist"),
