@@ -100,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "ct": recipe("ct", 90_000, "ct.lr=1e-3"),
     "ct, to 20 levels": recipe("ct", 90_000, "ct.lr=1e-3", "ct.s1=20"),
     "ict": recipe("ict", 80_000, "ict.lr=1e-3", "ict.s1=160"),
+    "ict, tuned": recipe("ict", 70_000, "ict.lr=5e-4", "ict.s1=160", from_teacher=True),
     "ect": recipe("ect", 80_000, "ect.lr=1e-3", "ect.stages=1,6"),
     "sct": recipe("sct", 55_000, "sct.lr=1e-3"),
     "sct, tuned": recipe("sct", 45_000, "sct.lr=3e-4", from_teacher=True),

@@ -20,6 +20,7 @@ BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/me
 LABELS = {  # of the rows of the record; the others are called by their method
     "edm": "`edm`, the teacher, Heun's sampler",
     "ect, tuned": "`ect` from the teacher",
+    "ict, tuned": "`ict` from the teacher",
     "sct, tuned": "`sct` from the teacher",
     "cmt, ect": "`cmt`, then `ect`",
     "ect, sid": "`ect`, then `sid`",

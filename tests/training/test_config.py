@@ -39,8 +39,8 @@ def test_a_preset_is_a_run_whose_network_can_be_built(name: str) -> None:
     assert config.data == ("folder" if name == "flowers32" else name.removesuffix("-large"))
     assert network_config(config, 10).image_size == config.image_size
     assert config.images >= sum(phase.images for phase in config.phases) > 0
-    third = ["sid"] if name in ("mnist", "fashion-mnist") else []
-    assert [phase.method for phase in config.phases] == ["edm", "ect", *third]
+    then = {"digits": ["ict"], "mnist": ["ect", "sid"], "fashion-mnist": ["ect", "sid"]}
+    assert [phase.method for phase in config.phases] == ["edm", *then.get(name, ["ect"])]
     assert config.sigmas[0] == (config.sigma_max,)
 
 
@@ -255,10 +255,10 @@ def test_every_method_has_usual_values_and_runs_after_a_teacher(method: str) -> 
 
 def test_settings_that_a_new_list_of_phases_loses_are_named(call: Call) -> None:
     for texts, lost in (
-        (["edm.images=640", "ect.images=640", "ect.lr=1e-4"], []),  # a length keeps them, and what is given is meant
+        (["edm.images=640", "ict.images=640", "ict.lr=1e-4"], []),  # a length keeps them, and what is given is meant
         (["phases=mf:64"], []),
-        (["phases=ict:64,ect:64", "ect.lr=1e-4", "ect.stages=2,3"], ["ect.lr_decay", "ect.ema"]),
-        (["phases=ect:64,edm:64"], ["ect.lr", "ect.lr_decay", "ect.ema", "ect.stages", "edm.lr_decay", "edm.ema"]),
+        (["phases=ect:64,ict:64", "ict.lr=1e-4", "ict.s1=40"], ["ict.lr_decay", "ict.ema"]),
+        (["phases=ict:64,edm:64"], ["ict.lr", "ict.lr_decay", "ict.ema", "ict.s1", "edm.lr_decay", "edm.ema"]),
     ):
         assert lost_settings(DIGITS, texts, override(DIGITS, texts)) == lost
     result = call(main, "digits", "--out", "new", "--set", "phases=edm:64", "--dry-run")

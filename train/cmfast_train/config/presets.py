@@ -64,10 +64,10 @@ PRESETS: dict[str, TrainConfig] = {
         channel_mult=(1, 2),
         attention=(),
         c_noise="trig",  # smooth: a short run learns little of 250 ln(sigma), which turns hundreds of times
-        batch=64,
+        batch=48,
         phases=(
-            phase("edm", 40_000, ema=0.998, lr_decay=0.5),
-            phase("ect", 50_000, lr=5e-4, ema=0.998, lr_decay=0.5, stages=(1, 6)),
+            phase("edm", 32_000, ema=0.998, lr_decay=0.5),
+            phase("ict", 48_000, lr=5e-4, ema=0.998, lr_decay=0.5, s1=160),
         ),
         checkpoint_images=20_000,
         log_images=5_000,
