@@ -36,6 +36,7 @@ from cmfast.files import atomic_file, check_outputs, write_text
 from cmfast.formats.manifest import check_file
 
 LIMIT_S = 240.0
+BATCH = 64
 TEACHER = "edm"
 
 
@@ -195,7 +196,7 @@ def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     start = TEACHER if recipe.from_teacher else recipe.after
     before = row_of(recipe.after, out, seed)["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", f"phases={recipe.phases}", "--set", "checkpoint_images=10_000_000"]
-    words += ["--set", f"seed={seed}"]
+    words += ["--set", f"batch={BATCH}", "--set", f"seed={seed}"]
     words += [word for setting in recipe.settings for word in ("--set", setting)]
     words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
