@@ -34,9 +34,11 @@ from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_outputs, write_text
 from cmfast.formats.manifest import check_file
+from cmfast_train.config.phase import phase
+from cmfast_train.config.presets import PRESETS
 
 LIMIT_S = 240.0
-BATCH = 64
+BATCH = 64  # of all but the preset
 TEACHER = "edm"
 
 
@@ -58,10 +60,32 @@ def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
     return Recipe(phases=f"{method}:{images}", settings=(*usual, *settings), **fields)
 
 
+def recipe_of_preset() -> Recipe:
+    """Return the digits preset, as a user gets it."""
+    config = PRESETS["digits"]
+    settings = [f"batch={config.batch}"]
+    for part in config.phases:
+        usual = phase(part.method, part.images).values()
+        settings += [f"{part.method}.{name}={value}" for name, value in part.values().items() if value != usual[name]]
+    return Recipe(phases=",".join(f"{part.name}:{part.images}" for part in config.phases), settings=tuple(settings))
+
+
 # What starts from the teacher has its conventions, TrigFlow's; the rest have their method's own. ct is there as its
 # paper has it (to 150 levels), and with the fewer levels that suit so short a run. Few hyperparameters were tried of
 # each, on fewer images; the usual ones (cmfast_train.config.train_config) are those of networks a hundred times larger.
 RECIPES: dict[str, Recipe] = {
+    "preset": recipe_of_preset(),
+    "edm, ect": Recipe(
+        phases="edm:40000,ect:50000",
+        settings=(
+            "edm.ema=0.998",
+            "edm.lr_decay=0.5",
+            "ect.ema=0.998",
+            "ect.lr_decay=0.5",
+            "ect.lr=5e-4",
+            "ect.stages=1,6",
+        ),
+    ),
     TEACHER: recipe("edm", 75_000, "scaling=trigflow", steps=(), heun=(8, 18)),
     "cd": recipe("cd", 60_000, "cd.lr=5e-4", from_teacher=True),
     "ect, tuned": recipe("ect", 70_000, "ect.lr=5e-4", "ect.stages=1,6", from_teacher=True),
@@ -195,9 +219,10 @@ def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
         raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
     before = row_of(recipe.after, out, seed)["train_s"] if recipe.after else 0.0
-    words = ["--out", str(folder), "--set", f"phases={recipe.phases}", "--set", "checkpoint_images=10_000_000"]
-    words += ["--set", f"batch={BATCH}", "--set", f"seed={seed}"]
-    words += [word for setting in recipe.settings for word in ("--set", setting)]
+    words = ["--out", str(folder), "--set", "checkpoint_images=10_000_000", "--set", f"seed={seed}"]
+    settings = (f"phases={recipe.phases}", *recipe.settings)
+    words += [] if recipe == RECIPES["preset"] else ["--set", f"batch={BATCH}"]
+    words += [word for setting in settings for word in ("--set", setting)]
     words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
     run("cmfast_train.cli.train", "digits", *words)

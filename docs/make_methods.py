@@ -18,6 +18,8 @@ RECORD = PAGE.parents[1] / "benchmarks" / "results" / "methods_digits.json"
 BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. -->\n", "<!-- End of the table. -->\n"
 BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits.json. -->\n"
 LABELS = {  # of the rows of the record; the others are called by their method
+    "preset": "the `digits` preset: `edm`, then `ict`",
+    "edm, ect": "`edm`, then `ect`",
     "edm": "`edm`, the teacher, Heun's sampler",
     "ect, tuned": "`ect` from the teacher",
     "ict, tuned": "`ict` from the teacher",

@@ -258,7 +258,10 @@ def test_settings_that_a_new_list_of_phases_loses_are_named(call: Call) -> None:
         (["edm.images=640", "ict.images=640", "ict.lr=1e-4"], []),  # a length keeps them, and what is given is meant
         (["phases=mf:64"], []),
         (["phases=ect:64,ict:64", "ict.lr=1e-4", "ict.s1=40"], ["ict.lr_decay", "ict.ema"]),
-        (["phases=ict:64,edm:64"], ["ict.lr", "ict.lr_decay", "ict.ema", "ict.s1", "edm.lr_decay", "edm.ema"]),
+        (
+            ["phases=ict:64,edm:64"],
+            ["ict.lr", "ict.lr_decay", "ict.ema", "ict.p_mean", "ict.s1", "edm.lr_decay", "edm.ema"],
+        ),
     ):
         assert lost_settings(DIGITS, texts, override(DIGITS, texts)) == lost
     result = call(main, "digits", "--out", "new", "--set", "phases=edm:64", "--dry-run")

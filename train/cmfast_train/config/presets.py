@@ -67,7 +67,7 @@ PRESETS: dict[str, TrainConfig] = {
         batch=48,
         phases=(
             phase("edm", 32_000, ema=0.998, lr_decay=0.5),
-            phase("ict", 48_000, lr=5e-4, ema=0.998, lr_decay=0.5, s1=160),
+            phase("ict", 48_000, lr=5e-4, ema=0.998, lr_decay=0.5, s1=160, p_mean=-0.7),
         ),
         checkpoint_images=20_000,
         log_images=5_000,
