@@ -8,7 +8,7 @@ from cmfast_train.config.train_config import ARRAYS, TrainConfig
 
 
 def _small(data: str, phases: tuple[Phase, ...]) -> TrainConfig:
-    """Return what two cores train in one to two and a quarter hours, with a network that fits into 3 MB.
+    """Return what two cores train in one and a half to two and a quarter hours, with a network that fits into 3 MB.
 
     Args:
         data: at 28x28 pixels.
