@@ -105,7 +105,8 @@ def section(name: str) -> str:
   {near["data_median"]:.0f}{copies}.
 * {record["bytes"] / 1e6:.1f} MB, {record["parity"]["psnr_db"]:.0f} dB from PyTorch in float32; an image and call takes
   {record["ms_per_image_and_step"]:.1f} ms by one thread.
-* Trained by `{command_of(name)}`: {training["images"]:,} images in {took} on {record["machine"]["cores"]} CPU cores.
+* Trained by `{command_of(name)}`: {training["images"]:,} images in {took},
+  on a machine with {record["machine"]["cores"]} CPU cores.
 * The data: {LICENCES[name]}.
 """
 

@@ -70,8 +70,8 @@ class Recipe:
 #   run does not learn to smooth that; the preset of the digits has trig for the same reason.
 # * lr_decay=0.5: so every run of methods_digits.json ends. The average of some 1,000 steps then has little noise left
 #   to remove, and it forgets the beginning even of a phase of 3,000.
-# * ect.stages=1,6: as in methods_digits.json, where ect after edm came to 0.31 in one step and halves of the data are
-#   0.31 apart. Stage 0 pairs nearly every level with the image, which edm learned; the gap of stage 6, 1/128, has as
+# * ect.stages=1,6: as "ect, tuned" in methods_digits.json, which in one step comes as near to the data as two halves
+#   of them. Stage 0 pairs nearly every level with the image, which edm learned; the gap of stage 6, 1/128, has as
 #   many levels between 80 and 0.002 as iCT ends with, 1,280.
 # * batch=256: a fifth more images a second than with 128, and the gradients of ect are noisy.
 # * lr: ECT's 1e-4 is for 200,000 steps; a tenth of the weights took 5e-4 on the digits. edm had 5e-4 and ect 3e-4 with
@@ -142,7 +142,8 @@ class Training:
         every = max(1, probe // 6)
         config = self.config({"edm": probe * self._batch, "ect": probe * self._batch})
         # One stage of ect: with the next one a GPU records its steps anew, which a long run does not notice.
-        phases = tuple(dataclasses.replace(phase, stages=phase.stages[:1] * 2) for phase in config.phases)
+        edm, ect = config.phases
+        phases = (edm, ect.changed({"stages": (ect.values()["stages"][0],) * 2}))
         config = dataclasses.replace(config, log_images=every * config.batch, phases=phases, grid=1)
         with tempfile.TemporaryDirectory() as folder:
             run(config, Path(folder) / "probe", self.data_root())

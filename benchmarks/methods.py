@@ -3,8 +3,9 @@
 
     python benchmarks/methods.py --out runs/methods --json benchmarks/results/methods_digits.json
 
-One teacher is trained first. Distillation and tuning start from it, the others from nothing; progressive distillation
-to one step goes on from its two-step model, and both together count. Each run is one
+The `digits` preset as a user gets it, and what it was before, `edm` then `ect`, train diffusion models of their own.
+For the rest one teacher a seed is trained. Distillation and tuning start from it, the others from nothing; progressive
+distillation to one step goes on from its two-step model, and both together count. Each run is one
 `cmfast-train` as a user types it; its model is exported by `cmfast-export`, and the ONNX file is what is measured, by
 `cmfast-eval`: Frechet distance in pixel space at 1, 2 and 4 calls. The lengths were chosen so that a run takes less
 than four minutes. The record has the seconds of each command, and, for a machine that now and then does something
@@ -34,11 +35,12 @@ from cmfast.cli.running import run_command
 from cmfast.errors import CheckFailed, CmfastError
 from cmfast.files import atomic_file, check_outputs, write_text
 from cmfast.formats.manifest import check_file
+from cmfast_train.config.overrides import setting_text
 from cmfast_train.config.phase import phase
 from cmfast_train.config.presets import PRESETS
 
 LIMIT_S = 240.0
-BATCH = 64  # of all but the preset
+BATCH = 64
 TEACHER = "edm"
 
 
@@ -47,6 +49,7 @@ class Recipe:
     """One run of `cmfast-train digits`."""
 
     phases: str
+    batch: int = BATCH
     settings: tuple[str, ...] = ()
     from_teacher: bool = False
     after: str = ""  # starts from the model of this recipe
@@ -63,11 +66,13 @@ def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
 def recipe_of_preset() -> Recipe:
     """Return the digits preset, as a user gets it."""
     config = PRESETS["digits"]
-    settings = [f"batch={config.batch}"]
+    settings: list[str] = []
     for part in config.phases:
         usual = phase(part.method, part.images).values()
-        settings += [f"{part.method}.{name}={value}" for name, value in part.values().items() if value != usual[name]]
-    return Recipe(phases=",".join(f"{part.name}:{part.images}" for part in config.phases), settings=tuple(settings))
+        own = {name: value for name, value in part.values().items() if value != usual[name]}
+        settings += [f"{part.method}.{name}={setting_text(value)}" for name, value in own.items()]
+    phases = ",".join(f"{part.name}:{part.images}" for part in config.phases)
+    return Recipe(phases=phases, batch=config.batch, settings=tuple(settings))
 
 
 # What starts from the teacher has its conventions, TrigFlow's; the rest have their method's own. ct is there as its
@@ -193,6 +198,8 @@ def earlier(record: Path, only: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of a record that are not measured now, each with its date and machine."""
     found = json.loads(check_file(record).read_text(encoding="utf-8"))
     rows = [row for row in found["rows"] if row["name"] in RECIPES and row["name"] not in (only or RECIPES)]
+    if other := [row["name"] for row in rows if not is_of(row, RECIPES[row["name"]])]:
+        raise CmfastError(f"{record}: its row {other[0]!r} is of other settings; add --only {other[0]!r}")
     return [{"date": found["date"], "machine": found["machine"], **row} for row in rows]
 
 
@@ -205,6 +212,12 @@ def over_seeds(rows: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> dict[s
     return {**rows[0], "seeds": list(seeds), "rows": cells}
 
 
+def is_of(row: dict[str, Any], recipe: Recipe) -> bool:
+    """Return whether a row is of the recipe as it is now. Rows of before had one batch, and did not say it."""
+    now = (recipe.phases, list(recipe.settings), recipe.batch)
+    return (row["phases"], row["settings"], row.get("batch", BATCH)) == now
+
+
 def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     """Train, export and measure by one recipe; what is finished is not done again."""
     out.mkdir(exist_ok=True)
@@ -212,16 +225,15 @@ def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     done = folder / "row.json"
     if done.exists():
         row: dict[str, Any] = json.loads(done.read_text())
-        if row["phases"] == recipe.phases and row["settings"] == list(recipe.settings):
+        if is_of(row, recipe):
             return row
-        raise CmfastError(f"{folder} holds a run of other settings; name another --out")
+        raise CmfastError(f"{folder} holds a run of other settings; remove that folder, or name another --out")
     if folder.exists():
         raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
     before = row_of(recipe.after, out, seed)["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", "checkpoint_images=10_000_000", "--set", f"seed={seed}"]
-    settings = (f"phases={recipe.phases}", *recipe.settings)
-    words += [] if recipe == RECIPES["preset"] else ["--set", f"batch={BATCH}"]
+    settings = (f"phases={recipe.phases}", f"batch={recipe.batch}", *recipe.settings)
     words += [word for setting in settings for word in ("--set", setting)]
     words += ["--init", str(out / folder_of(start) / "model.pt")] if start else []
     began = time.perf_counter()
@@ -245,6 +257,7 @@ def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     row = {
         "name": name,
         "phases": recipe.phases,
+        "batch": recipe.batch,
         "settings": list(recipe.settings),
         "start": start,
         "train_s": round(seconds, 1),  # the command as a whole, imports included
@@ -310,7 +323,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, row in enumerate(sorted(rows, key=lambda row: -row["rows"][-1]["fd"])):  # the legend from top to bottom
         calls, distances = [r["calls"] for r in row["rows"]], [r["fd"] for r in row["rows"]]
-        line = "--" if row["name"] == TEACHER else "-"
+        line = "--" if row["name"] == TEACHER else "-" if i < 20 else "-."
         name = row["name"].replace(", tuned", " from the teacher")
         axes.loglog(calls, distances, line, color=colours[i % 20], marker="os^Dv<>phX*"[i % 11], label=name)
     axes.axhline(rows[0]["halves"]["fd"], color="grey", linewidth=0.8, linestyle=":", label="halves of the data")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cmfast_train.config.overrides import setting_text
 from cmfast_train.methods.method import ROWS
 
 PAGE = Path(__file__).resolve().parent / "training.md"
@@ -18,7 +19,7 @@ RECORD = PAGE.parents[1] / "benchmarks" / "results" / "methods_digits.json"
 BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. -->\n", "<!-- End of the table. -->\n"
 BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits.json. -->\n"
 LABELS = {  # of the rows of the record; the others are called by their method
-    "preset": "the `digits` preset: `edm`, then `ict`",
+    "preset": "the `digits` preset",
     "edm, ect": "`edm`, then `ect`",
     "edm": "`edm`, the teacher, Heun's sampler",
     "ect, tuned": "`ect` from the teacher",
@@ -40,16 +41,11 @@ def table() -> str:
     defaults: dict[tuple[str, str], list[str]] = {}
     for row in ROWS.values():
         for field in dataclasses.fields(row.hyper):
-            defaults.setdefault((field.name, field.metadata["about"]), []).append(f"{row.name} {shown(field.default)}")
+            defaults.setdefault((field.name, field.metadata["about"]), []).append(
+                f"{row.name} {setting_text(field.default)}"
+            )
     lines = [f"| `{name}` | {', '.join(methods)} | {about} |" for (name, about), methods in defaults.items()]
     return "\n".join(["| hyperparameter | methods and defaults | meaning |", "|---|---|---|", *lines]) + "\n"
-
-
-def shown(value: object) -> str:
-    """Return a value as --set takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def results() -> str:

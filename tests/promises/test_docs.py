@@ -21,6 +21,8 @@ import pytest
 
 import cmfast
 from cmfast.cli import sample as sample_command
+from cmfast_train.config.overrides import override
+from cmfast_train.config.presets import PRESETS
 from helpers import ROOT
 from helpers.graphs import write_denoiser
 from helpers.runs import TINY, log_of
@@ -124,6 +126,19 @@ def test_hyperparameters_are_those_of_the_methods_and_distances_those_of_the_rec
     cells = [{"calls": 1, "fd": 0.5, "fd_of_seeds": [0.4, 0.5, 0.6]}, {"calls": 35, "fd": 0.25, "fd_of_seeds": [0.25]}]
     assert [make_methods.distance(cell) for cell in cells] == ["0.50 ± 0.10", "0.25"]
     assert read("docs/training.md") == make_methods.page(), "docs/training.md differs: python docs/make_methods.py"
+
+
+def test_the_recipe_of_the_preset_is_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from methods import RECIPES, Recipe, is_of
+
+    recipe, preset = RECIPES["preset"], PRESETS["digits"]
+    assert override(preset, [f"phases={recipe.phases}", *recipe.settings]) == preset
+    assert recipe.batch == preset.batch
+    row = {"phases": "edm:64", "settings": ["edm.lr=1"]}
+    assert is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",)))
+    assert not is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",), batch=32))
+    assert not is_of(row | {"settings": []}, Recipe(phases="edm:64", settings=("edm.lr=1",)))
 
 
 def test_the_readme_fits_three_screens_and_links_every_page() -> None:

@@ -266,7 +266,9 @@ def is_used(name: str) -> bool:
 
 def test_a_setting_that_had_no_effect_is_refused_by_name(command: Command) -> None:
     for text in (text for text in EXPECTED["settings"] if not is_used(text.partition("=")[0])):
-        result = command("cmfast-train", "digits", "--out", "never", "--dry-run", "--set", text)
+        result = command(
+            "cmfast-train", "digits", "--out", "never", "--dry-run", "--set", "phases=ect:64", "--set", text
+        )
         assert result.returncode == 2
         assert f"--set {text}: ect has no such field" in result.stderr
 

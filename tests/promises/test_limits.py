@@ -19,6 +19,7 @@ from cmfast_train.checkpoint import Checkpoint, load_checkpoint
 from cmfast_train.cli.train import main
 from cmfast_train.config.checks import check_types, shown
 from cmfast_train.config.overrides import override
+from cmfast_train.config.phase import phase
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import LIMITS, TrainConfig, from_dict, to_dict
 from cmfast_train.denoiser import Denoiser
@@ -191,7 +192,7 @@ def test_a_description_without_its_size_or_names_is_refused_in_one_line() -> Non
         ("lr=nan", "no such field of the run, but of its phases: --set METHOD.lr=nan"),
         ("edm.lr=-1", "lr must be greater than 0, got -1"),
         ("phases=ct:8 ct.s1=1000000", "ct.s1 must be at least 2 and at most 65536, got 1000000"),
-        ("ect.stages=0,1" + "0" * 400, "ect.stages must be a list"),
+        ("phases=ect:8 ect.stages=0,1" + "0" * 400, "ect.stages must be a list"),
         ("phases=edm:8,pd/1:8 pd.steps=1000000000", "pd.steps must be at least 1 and at most 65536"),
         ("class_names=a,b", "the names of the classes are given by the data"),
     ],
@@ -234,7 +235,7 @@ def test_one_name_set_twice_is_refused_by_the_command(
 ) -> None:
     said = call(main, "digits", "--out", tmp_path, "--set", "batch=8", "--set", "batch=16")
     refused(said, "--set batch=16: batch is already set by batch=8; remove one of the two")
-    said = call(main, "digits", "--out", tmp_path, "--set", "edm.lr=1", "--set", "ect.lr=1", "--set", "edm.lr=2")
+    said = call(main, "digits", "--out", tmp_path, "--set", "edm.lr=1", "--set", "ict.lr=1", "--set", "edm.lr=2")
     refused(said, "edm.lr is already set by edm.lr=1")
     refused(call(main, "digits", "--out", tmp_path, "--init", "a.pt", "--set", "init=b.pt"), "init is already set by")
     assert not list(tmp_path.iterdir())
@@ -290,9 +291,9 @@ def test_a_field_of_another_type_is_refused_from_python_and_from_json(field: str
     ids=str,
 )  # fmt: skip
 def test_a_field_of_a_phase_of_another_type_is_refused(field: str, value: Any) -> None:
-    (phase,) = (phase for phase in DIGITS.phases if phase.method == "ect")
+    tuned = phase("ect", 100)
     with pytest.raises(CmfastError, match=rf"{field} must be "):
-        phase.changed({field: value}) if field != "hyper" else dataclasses.replace(phase, hyper=value)
+        tuned.changed({field: value}) if field != "hyper" else dataclasses.replace(tuned, hyper=value)
 
 
 @pytest.mark.parametrize(

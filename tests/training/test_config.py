@@ -26,6 +26,7 @@ from cmfast_train.networks.build import build_network
 from cmfast_train.networks.cloneofsimo import CloneofsimoConfig
 from cmfast_train.training.initial_model import network_config
 
+# The digits, by two methods whose settings most cases change.
 DIGITS = override(PRESETS["digits"], ["batch=64", "phases=edm:40000,ect:50000", "ect.stages=1,6"])
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 Call = Callable[..., Any]

@@ -114,6 +114,13 @@ def parse_field(text: str, owner: type, name: str, value: str) -> Any:
     return read(text, kinds[name], value, READERS | {tuple[Phase, ...]: PHASES})
 
 
+def setting_text(value: Any) -> str:
+    """Return the value of a field as --set takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _settings(method: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return the values that METHOD.NAME=VALUE texts set, by name."""
     kinds, values = types_of(method), {}
