@@ -207,11 +207,12 @@ def earlier(record: Path, only: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return one row of those of the same recipe: the mean distance, and that of each seed."""
+    """Return one row of those of the same recipe: the mean distance, that of each seed, and the median time."""
     cells = []
     for same in zip(*(row["rows"] for row in rows), strict=True):
         of_seeds = [cell["fd"] for cell in same]
-        cells.append({**same[0], "fd": statistics.mean(of_seeds), "fd_of_seeds": of_seeds})
+        took = statistics.median(cell["ms_per_image"] for cell in same)
+        cells.append({**same[0], "fd": statistics.mean(of_seeds), "fd_of_seeds": of_seeds, "ms_per_image": took})
     return {**rows[0], "seeds": list(seeds), "rows": cells}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 # What was trained as it stands. A figure has a record in benchmarks/results.
 RECORDED: dict[str, str] = {
-    "digits": "0.8M parameters, built-in 8x8 digits; about 3 minutes on 2 CPU cores",
+    "digits": "0.8M parameters, built-in 8x8 digits; one to three minutes on 2 CPU cores",
     "mnist": "1.4M parameters, 1x28x28; about 130 minutes on 2 CPU cores",
     "fashion-mnist": "1.4M parameters, 1x28x28; about 95 minutes, mostly on one CPU core",
 }
