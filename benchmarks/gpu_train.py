@@ -70,7 +70,7 @@ class Recipe:
 #   run does not learn to smooth that; the preset of the digits has trig for the same reason.
 # * lr_decay=0.5: so every run of methods_digits.json ends. The average of some 1,000 steps then has little noise left
 #   to remove, and it forgets the beginning even of a phase of 3,000.
-# * ect.stages=1,6: as "ect, tuned" in methods_digits.json, which in one step comes as near to the data as two halves
+# * ect.stages=1,6: as "ect, tuned" in methods_digits.json, which in two steps comes as near to the data as two halves
 #   of them. Stage 0 pairs nearly every level with the image, which edm learned; the gap of stage 6, 1/128, has as
 #   many levels between 80 and 0.002 as iCT ends with, 1,280.
 # * batch=256: a fifth more images a second than with 128, and the gradients of ect are noisy.

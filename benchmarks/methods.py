@@ -168,7 +168,7 @@ def command(
     chosen = [name for name in RECIPES if not only or name in only]
     by_seed = [[row_of(name, out / folder_of_seed(seed), seed) for name in chosen] for seed in seeds]
     rows = [over_seeds(each, seeds) for each in zip(*by_seed, strict=True)]
-    before: dict[str, float] = {}
+    before = {row["name"]: row["quiet_s"] for row in kept if row["name"] != TEACHER}
     for row in rows:
         folder = out / folder_of_seed(seeds[0]) / folder_of(row["name"])
         of_seeds = [by_median_speed(out / folder_of_seed(seed) / folder_of(row["name"])) for seed in seeds]
@@ -207,7 +207,10 @@ def earlier(record: Path, only: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return one row of those of the same recipe: the mean distance, that of each seed, and the median time."""
+    """Return one row of those of the same recipe: the mean distance, that of each seed, and the median time.
+
+    The rest is of the first seed.
+    """
     cells = []
     for same in zip(*(row["rows"] for row in rows), strict=True):
         of_seeds = [cell["fd"] for cell in same]
