@@ -354,12 +354,13 @@ def test_the_budget_ends_a_rehearsal_that_has_more_to_do(what: str, budget: int,
     assert lines_of(out)[-1]["line"] == "end"
     assert done.returncode in (0, 1)
     found = items_of(out)
-    error = found.get("plan", {}).get("error", "hung")
-    assert error.startswith(("hung", "its process")), error
-    if "kind" in found.get("plan", {}):  # a busy machine may not come to it
-        images = found["plan"]["images"]
+    plan = found.get("plan", {})
+    if "error" in plan:  # a busy machine may not come to it; nothing else may be wrong
+        assert plan["error"].startswith(("hung", "its process")), plan
+    if "kind" in plan:
+        images = plan["images"]
         assert all(images[method] % PRESETS["digits"].batch == 0 < images[method] for method in ("edm", "ect"))
-        assert found["plan"]["seconds_left"] < budget * 0.65
+        assert plan["seconds_left"] < budget * 0.65
 
 
 def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_path: Path) -> None:
