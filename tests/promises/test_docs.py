@@ -377,7 +377,7 @@ def test_the_method_of_the_page_trains_by_the_command(
         assert again.returncode == 0, again.stderr
         for wrong, said in (
             (("phases=fm:800", "fm.p_std=0"), "fm.p_std must be greater than 0, got 0.0"),
-            (("phases=fm:800", "fm.q=2"), "--set fm.q=2: fm has no such field; there are clip_norm, ema, "),
+            (("phases=fm:800", "fm.q=2"), "--set fm.q=2: fm has no such field; there are beta2, clip_norm, ema, "),
             (("phases=fm:800", "scaling=edm"), "fm needs scaling flow, got scaling edm and c_noise trig"),
             (("phases=gm:800",), "no method 'gm'; there are edm, ct, cd, cmt, ict, ect, sid, pd, sct, scd, mf, fm"),
         ):

@@ -23,7 +23,7 @@ from cmfast_train.config.readers import READERS, type_name
 H = TypeVar("H")  # the dataclass of a method's hyperparameters
 
 ENTRY_POINTS = "cmfast.methods"  # the group of methods in other packages
-COMMON = ("method", "images", "lr", "lr_warmup", "lr_decay", "ema", "clip_norm")  # fields of every phase
+COMMON = ("method", "images", "lr", "beta2", "lr_warmup", "lr_decay", "ema", "clip_norm")  # fields of every phase
 
 
 def setting(

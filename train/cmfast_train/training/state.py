@@ -201,7 +201,7 @@ def begin_phase(
     if context.mesh is not None and student.log_variance is not None:
         shard(student.log_variance, context.mesh)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
-    optimizer: torch.optim.Optimizer = torch.optim.RAdam(trained, lr=phase.lr, foreach=True)
+    optimizer: torch.optim.Optimizer = _radam(trained, phase)
     model: nn.Module = student
     if context.mesh is not None:  # sharded weights exchange gradients themselves
         optimizer = accelerator.prepare(optimizer)
@@ -228,6 +228,10 @@ def begin_phase(
         networks=StepNetworks(model, student, target, teacher, phase.needs.finite, devices),
         distance=distance_of(phase.needs, math.prod(context.spec.shape), context.lpips),
     )
+
+
+def _radam(trained: list[nn.Parameter], phase: Phase) -> torch.optim.Optimizer:
+    return torch.optim.RAdam(trained, lr=phase.lr, betas=(0.9, phase.beta2), foreach=True)
 
 
 def set_lr(run: Run) -> None:
