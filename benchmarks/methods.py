@@ -3,15 +3,15 @@
 
     python benchmarks/methods.py --out runs/methods --json benchmarks/results/methods_digits.json
 
-The `digits` preset as a user gets it, and what it was before, `edm` then `ect`, train diffusion models of their own.
-For the rest one teacher a seed is trained. Distillation and tuning start from it, the others from nothing; progressive
-distillation to one step goes on from its two-step model, and both together count. Each run is one
-`cmfast-train` as a user types it; its model is exported by `cmfast-export`, and the ONNX file is what is measured, by
-`cmfast-eval`: Frechet distance in pixel space at 1, 2 and 4 calls. The lengths were chosen so that a run takes less
-than four minutes. The record has the seconds of each command, and, for a machine that now and then does something
-else, the seconds by the median speed of the run's intervals of 5,000 images, to which the limit applies. The command
-again goes on where it stopped. With several seeds, distances are means, with those of each seed beside them, and these
-seconds the median.
+The `digits` preset as a user gets it, the same without its `beta2`, and what it was before, `edm` then `ect`, train
+diffusion models of their own. For the rest one teacher a seed is trained. Distillation and tuning start from it, the
+others from nothing; progressive distillation to one step goes on from its two-step model, and both together count. Each
+run is one `cmfast-train` as a user types it; its model is exported by `cmfast-export`, and the ONNX file is what is
+measured, by `cmfast-eval`: Frechet distance in pixel space at 1, 2 and 4 calls. The lengths were chosen so that a run
+takes less than four minutes. The record has the seconds of each command, and, for a machine that now and then does
+something else, the seconds by the median speed of the run's intervals of 5,000 images, to which the limit applies. The
+command again goes on where it stopped. With several seeds, distances are means, with those of each seed beside them,
+and these seconds the median.
 `--only` with `--rows-of` renews a part of a record.
 """
 
@@ -65,13 +65,13 @@ def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
     return Recipe(phases=f"{method}:{images}", settings=(*usual, *settings), **fields)
 
 
-def recipe_of_preset() -> Recipe:
-    """Return the digits preset, as a user gets it."""
+def recipe_of_preset(*usually: str) -> Recipe:
+    """Return the digits preset, as a user gets it, but with the methods' usual values of these fields."""
     config = PRESETS["digits"]
     settings: list[str] = []
     for part in config.phases:
         usual = phase(part.method, part.images).values()
-        own = {name: value for name, value in part.values().items() if value != usual[name]}
+        own = {name: value for name, value in part.values().items() if value != usual[name] and name not in usually}
         settings += [f"{part.method}.{name}={setting_text(value)}" for name, value in own.items()]
     phases = ",".join(f"{part.name}:{part.images}" for part in config.phases)
     return Recipe(phases=phases, batch=config.batch, settings=tuple(settings))
@@ -82,6 +82,7 @@ def recipe_of_preset() -> Recipe:
 # each, on fewer images; the usual ones (cmfast_train.config.train_config) are those of networks a hundred times larger.
 RECIPES: dict[str, Recipe] = {
     "preset": recipe_of_preset(),
+    "preset, usual beta2": recipe_of_preset("beta2"),
     "edm, ect": Recipe(
         phases="edm:40000,ect:50000",
         settings=(

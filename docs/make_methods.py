@@ -20,6 +20,7 @@ BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. --
 BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits.json. -->\n"
 LABELS = {  # of the rows of the record; the others are called by their method
     "preset": "the `digits` preset",
+    "preset, usual beta2": "the same with `beta2=0.999`",
     "edm, ect": "`edm`, then `ect`",
     "edm": "`edm`, the teacher, Heun's sampler",
     "ect, tuned": "`ect` from the teacher",

@@ -27,7 +27,15 @@ TINY = [
     "checkpoint_images=100000",
 ]  # fmt: skip
 CASES = {
-    "edm": ["phases=edm:160", "edm.lr_warmup=0.3", "edm.lr_decay=0.5", "edm.clip_norm=0.5", "edm.beta2=0.9", "emas=0.9", "ema_stds=0.1"],
+    "edm": [
+        "phases=edm:160",
+        "edm.lr_warmup=0.3",
+        "edm.lr_decay=0.5",
+        "edm.clip_norm=0.5",
+        "edm.beta2=0.9",
+        "emas=0.9",
+        "ema_stds=0.1",
+    ],
     "edm in bfloat16": ["phases=edm:160", "precision=bf16"],
     "edm with dropout": ["phases=edm:160", "dropout=0.5"],
     "edm with dropped labels": ["phases=edm:160", "label_dropout=0.3"],

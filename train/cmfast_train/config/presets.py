@@ -64,10 +64,10 @@ PRESETS: dict[str, TrainConfig] = {
         channel_mult=(1, 2),
         attention=(),
         c_noise="trig",  # smooth: a short run learns little of 250 ln(sigma), which turns hundreds of times
-        batch=48,  # this, ict, s1, p_mean: chosen by three seeds; on two others as good as edm, ect (methods.py)
-        phases=(
-            phase("edm", 32_000, ema=0.998, lr_decay=0.5),
-            phase("ict", 48_000, lr=5e-4, ema=0.998, lr_decay=0.5, s1=160, p_mean=-0.7),
+        batch=48,
+        phases=(  # beta2: they have 646 and 980 steps, too few for RAdam's usual 0.999 (benchmarks/methods.py)
+            phase("edm", 31_000, beta2=0.99, ema=0.998, lr_decay=0.5),
+            phase("ict", 47_000, lr=5e-4, beta2=0.99, ema=0.998, lr_decay=0.5),
         ),
         checkpoint_images=20_000,
         log_images=5_000,
