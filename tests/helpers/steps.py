@@ -32,7 +32,7 @@ CASES = {
         "edm.lr_warmup=0.3",
         "edm.lr_decay=0.5",
         "edm.clip_norm=0.5",
-        "edm.beta2=0.9",
+        "edm.beta2=0.99",
         "emas=0.9",
         "ema_stds=0.1",
     ],

@@ -135,6 +135,8 @@ def test_the_recipe_of_the_preset_is_the_preset(monkeypatch: pytest.MonkeyPatch)
     recipe, preset = RECIPES["preset"], PRESETS["digits"]
     assert override(preset, [f"phases={recipe.phases}", *recipe.settings]) == preset
     assert recipe.batch == preset.batch
+    usual = [text for text in recipe.settings if ".beta2=" not in text]
+    assert list(RECIPES["preset, usual beta2"].settings) == usual != list(recipe.settings)
     row = {"phases": "edm:64", "settings": ["edm.lr=1"]}
     assert is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",)))
     assert not is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",), batch=32))

@@ -18,7 +18,7 @@ from cmfast.errors import CmfastError
 from cmfast_train.cli.train import main
 from cmfast_train.config.about import ABOUT, NOT_RUN, RECORDED, YOURS
 from cmfast_train.config.overrides import lost_settings, override
-from cmfast_train.config.phase import phase, types_of
+from cmfast_train.config.phase import Phase, phase, types_of
 from cmfast_train.config.presets import PRESETS
 from cmfast_train.config.train_config import DATA, FREE_FIELDS, TrainConfig, from_dict, to_dict
 from cmfast_train.methods import find, names
@@ -51,10 +51,26 @@ def test_every_data_set_has_a_preset_and_every_preset_a_line_of_help() -> None:
     assert len(ABOUT) == len(RECORDED) + len(YOURS) + len(NOT_RUN)
 
 
+def phases_of(training: dict[str, Any]) -> tuple[Phase, ...]:
+    """Return the phases of a record; one of before a field existed was made with its default."""
+    return from_dict(to_dict(DIGITS) | {"phases": training["phases"]}).phases
+
+
+@pytest.mark.parametrize(("beta2", "moves"), [(0.7, 1), (2 / 3, 10)])
+def test_from_the_least_beta2_on_radam_divides_by_the_size_of_gradients(beta2: float, moves: float) -> None:
+    small, large = (torch.zeros((), requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.RAdam([small, large], lr=1e-3, betas=(0.9, beta2))
+    for _ in range(20):
+        small.grad, large.grad = torch.tensor(1.0), torch.tensor(10.0)
+        before = small.item(), large.item()
+        optimizer.step()
+    assert (large.item() - before[1]) / (small.item() - before[0]) == pytest.approx(moves, rel=1e-3)
+
+
 def test_a_preset_with_a_record_has_one() -> None:
     for name in RECORDED:
         training = json.loads((RESULTS / f"shipped_{name}.json").read_text())["training"]
-        assert training["phases"] == to_dict(PRESETS[name])["phases"]
+        assert phases_of(training) == PRESETS[name].phases
         assert training["batch"] == PRESETS[name].batch
 
 
@@ -257,20 +273,22 @@ def test_every_method_has_usual_values_and_runs_after_a_teacher(method: str) -> 
 
 
 def test_settings_that_a_new_list_of_phases_loses_are_named(call: Call) -> None:
-    preset = PRESETS["digits"]
-    for texts, lost in (
-        (["edm.images=640", "ict.images=640", "ict.lr=1e-4"], []),  # a length keeps them, and what is given is meant
-        (["phases=mf:64"], []),
-        (["phases=ect:64,ict:64", "ict.lr=1e-4", "ict.s1=40"], ["ict.lr_decay", "ict.ema", "ict.p_mean"]),
+    for name, texts, lost in (
+        # A length keeps them, and what is given is meant.
+        ("digits", ["edm.images=640", "ict.images=640", "ict.lr=1e-4"], []),
+        ("digits", ["phases=mf:64"], []),
+        ("digits", ["phases=ect:64,ict:64", "ict.lr=1e-4", "ict.s1=40"], ["ict.beta2", "ict.lr_decay", "ict.ema"]),
         (
+            "digits",
             ["phases=ict:64,edm:64"],
-            ["ict.lr", "ict.lr_decay", "ict.ema", "ict.p_mean", "ict.s1", "edm.lr_decay", "edm.ema"],
+            ["ict.lr", "ict.beta2", "ict.lr_decay", "ict.ema", "edm.beta2", "edm.lr_decay", "edm.ema"],
         ),
+        ("mnist", ["phases=ect:96", "ect.lr=1e-4", "ect.ema=0.9"], ["ect.lr_decay", "ect.stages"]),
     ):
-        assert lost_settings(preset, texts, override(preset, texts)) == lost
+        assert lost_settings(PRESETS[name], texts, override(PRESETS[name], texts)) == lost
     result = call(main, "digits", "--out", "new", "--set", "phases=edm:64", "--dry-run")
     assert result.stderr == (
-        "note: --set phases= takes the defaults of edm.lr_decay, edm.ema, not what the preset has; "
+        "note: --set phases= takes the defaults of edm.beta2, edm.lr_decay, edm.ema, not what the preset has; "
         "--set edm.images=N changes a length and keeps the preset's settings\n"
     )
 

@@ -30,7 +30,7 @@ class Phase:
     method: str  # a name in the table of methods
     images: int = setting(dataclasses.MISSING, "length, counted in images", above=0)
     lr: float = setting(1e-3, "learning rate of RAdam", above=0)
-    # 2/3 and less: RAdam would never divide by the gradients' size.
+    # PyTorch's RAdam never divides by the gradients' size if 2 / (1 - beta2) - 1 is at most 5.
     beta2: float = setting(0.999, "decay of RAdam's average of squared gradients, per step", least=0.7, below=1)
     lr_warmup: float = setting(0.0, "opening fraction of the phase over which lr rises from 0", least=0, most=1)
     lr_decay: float = setting(0.0, "closing fraction of the phase over which lr falls to 0", least=0, most=1)

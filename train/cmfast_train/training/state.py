@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.optim import Optimizer, RAdam
 
 from cmfast.spec import ModelSpec
 from cmfast_train.checkpoint import load_checkpoint
@@ -71,7 +72,7 @@ class PhaseState:
     target: Denoiser | None
     teacher: Denoiser | None
     teacher_is_saved: bool
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     networks: StepNetworks
     distance: Distance
 
@@ -201,7 +202,7 @@ def begin_phase(
     if context.mesh is not None and student.log_variance is not None:
         shard(student.log_variance, context.mesh)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
-    optimizer: torch.optim.Optimizer = _radam(trained, phase)
+    optimizer: Optimizer = RAdam(trained, lr=phase.lr, betas=(0.9, phase.beta2), foreach=True)
     model: nn.Module = student
     if context.mesh is not None:  # sharded weights exchange gradients themselves
         optimizer = accelerator.prepare(optimizer)
@@ -228,10 +229,6 @@ def begin_phase(
         networks=StepNetworks(model, student, target, teacher, phase.needs.finite, devices),
         distance=distance_of(phase.needs, math.prod(context.spec.shape), context.lpips),
     )
-
-
-def _radam(trained: list[nn.Parameter], phase: Phase) -> torch.optim.Optimizer:
-    return torch.optim.RAdam(trained, lr=phase.lr, betas=(0.9, phase.beta2), foreach=True)
 
 
 def set_lr(run: Run) -> None:
