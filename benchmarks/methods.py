@@ -61,7 +61,7 @@ class Recipe:
 
 def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
     """Return a run of one method, with averages of some 500 steps and a learning rate that falls at the end."""
-    usual = [f"{method}.ema=0.998", *([] if method == "pd" else [f"{method}.lr_decay=0.5"])]
+    usual = [f"{method}.beta2=0.99", f"{method}.ema=0.998", *([] if method == "pd" else [f"{method}.lr_decay=0.5"])]
     return Recipe(phases=f"{method}:{images}", settings=(*usual, *settings), **fields)
 
 
@@ -102,8 +102,10 @@ RECIPES: dict[str, Recipe] = {
     "cmt, ect": Recipe(
         phases="cmt:20000,ect:45000",
         settings=(
+            "cmt.beta2=0.99",
             "cmt.ema=0.998",
             "cmt.lr=5e-4",
+            "ect.beta2=0.99",
             "ect.ema=0.998",
             "ect.lr_decay=0.5",
             "ect.lr=5e-4",
@@ -114,9 +116,11 @@ RECIPES: dict[str, Recipe] = {
     "ect, sid": Recipe(
         phases="ect:35000,sid:20000",
         settings=(
+            "ect.beta2=0.99",
             "ect.ema=0.998",
             "ect.lr=5e-4",
             "ect.stages=1,6",
+            "sid.beta2=0.99",
             "sid.ema=0.99",
             "sid.lr=3e-4",
             "sid.lr_decay=0.5",
@@ -125,11 +129,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "pd, 2 steps": Recipe(
         phases="pd/8:16000,pd/4:16000,pd/2:16000",
-        settings=("pd.ema=0.998", "pd.lr=5e-4"),
+        settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"),
         from_teacher=True,
         steps=(2,),
     ),
-    "pd, 1 step": Recipe(phases="pd/1:16000", settings=("pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)),
+    "pd, 1 step": Recipe(phases="pd/1:16000", settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)),
     "ct": recipe("ct", 90_000, "ct.lr=1e-3"),
     "ct, to 20 levels": recipe("ct", 90_000, "ct.lr=1e-3", "ct.s1=20"),
     "ict": recipe("ict", 80_000, "ict.lr=1e-3", "ict.s1=160"),
