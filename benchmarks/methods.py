@@ -133,7 +133,9 @@ RECIPES: dict[str, Recipe] = {
         from_teacher=True,
         steps=(2,),
     ),
-    "pd, 1 step": Recipe(phases="pd/1:16000", settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)),
+    "pd, 1 step": Recipe(
+        phases="pd/1:16000", settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)
+    ),
     "ct": recipe("ct", 90_000, "ct.lr=1e-3"),
     "ct, to 20 levels": recipe("ct", 90_000, "ct.lr=1e-3", "ct.s1=20"),
     "ict": recipe("ict", 80_000, "ict.lr=1e-3", "ict.s1=160"),
