@@ -12,18 +12,20 @@ takes less than four minutes. The record has the seconds of each command, and, f
 something else, the seconds by the median speed of the run's intervals of 5,000 images, to which the limit applies. The
 command again goes on where it stopped. With several seeds, distances are means, with those of each seed beside them,
 and these seconds the median.
-`--only` with `--rows-of` renews a part of a record.
+`--only` with `--rows-of` renews a part of a record. `--beta2` shows what another decay of RAdam's squared gradients
+does, in all recipes but the preset and what it was.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ LIMIT_S = 240.0
 BATCH = 64
 MOST = 2.0  # distance that the chart shows
 TEACHER = "edm"
+PRESETS_OWN = ("preset", "preset, usual beta2", "edm, ect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class Recipe:
 
 def recipe(method: str, images: int, *settings: str, **fields: Any) -> Recipe:
     """Return a run of one method, with averages of some 500 steps and a learning rate that falls at the end."""
-    usual = [f"{method}.beta2=0.99", f"{method}.ema=0.998", *([] if method == "pd" else [f"{method}.lr_decay=0.5"])]
+    usual = [f"{method}.ema=0.998", *([] if method == "pd" else [f"{method}.lr_decay=0.5"])]
     return Recipe(phases=f"{method}:{images}", settings=(*usual, *settings), **fields)
 
 
@@ -75,6 +78,15 @@ def recipe_of_preset(*usually: str) -> Recipe:
         settings += [f"{part.method}.{name}={setting_text(value)}" for name, value in own.items()]
     phases = ",".join(f"{part.name}:{part.images}" for part in config.phases)
     return Recipe(phases=phases, batch=config.batch, settings=tuple(settings))
+
+
+def with_beta2(recipe: Recipe, beta2: float) -> Recipe:
+    """Return a recipe with this `beta2` in all its phases."""
+    settings = list(recipe.settings)
+    for method in dict.fromkeys(part.partition(":")[0].partition("/")[0] for part in recipe.phases.split(",")):
+        first = next(i for i, setting in enumerate(settings) if setting.startswith(f"{method}."))
+        settings.insert(first, f"{method}.beta2={beta2}")
+    return dataclasses.replace(recipe, settings=tuple(settings))
 
 
 # What starts from the teacher has its conventions, TrigFlow's; the rest have their method's own. ct is there as its
@@ -102,10 +114,8 @@ RECIPES: dict[str, Recipe] = {
     "cmt, ect": Recipe(
         phases="cmt:20000,ect:45000",
         settings=(
-            "cmt.beta2=0.99",
             "cmt.ema=0.998",
             "cmt.lr=5e-4",
-            "ect.beta2=0.99",
             "ect.ema=0.998",
             "ect.lr_decay=0.5",
             "ect.lr=5e-4",
@@ -116,11 +126,9 @@ RECIPES: dict[str, Recipe] = {
     "ect, sid": Recipe(
         phases="ect:35000,sid:20000",
         settings=(
-            "ect.beta2=0.99",
             "ect.ema=0.998",
             "ect.lr=5e-4",
             "ect.stages=1,6",
-            "sid.beta2=0.99",
             "sid.ema=0.99",
             "sid.lr=3e-4",
             "sid.lr_decay=0.5",
@@ -129,13 +137,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "pd, 2 steps": Recipe(
         phases="pd/8:16000,pd/4:16000,pd/2:16000",
-        settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"),
+        settings=("pd.ema=0.998", "pd.lr=5e-4"),
         from_teacher=True,
         steps=(2,),
     ),
-    "pd, 1 step": Recipe(
-        phases="pd/1:16000", settings=("pd.beta2=0.99", "pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)
-    ),
+    "pd, 1 step": Recipe(phases="pd/1:16000", settings=("pd.ema=0.998", "pd.lr=5e-4"), after="pd, 2 steps", steps=(1,)),
     "ct": recipe("ct", 90_000, "ct.lr=1e-3"),
     "ct, to 20 levels": recipe("ct", 90_000, "ct.lr=1e-3", "ct.s1=20"),
     "ict": recipe("ict", 80_000, "ict.lr=1e-3", "ict.s1=160"),
@@ -154,6 +160,9 @@ RECIPES: dict[str, Recipe] = {
 @click.option("--only", multiple=True, type=click.Choice(sorted(RECIPES)), help="Of these; default: all.")
 @click.option("--seeds", type=INTS, default="0", show_default=True, help="Seeds; each gets its own teacher.")
 @click.option(
+    "--beta2", type=click.FloatRange(0.7, 1, max_open=True), help="In all phases; default: 0.999, RAdam's own."
+)
+@click.option(
     "--rows-of", type=click.Path(path_type=Path), help="Earlier record: its rows of recipes that are not in --only."
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the record here.")
@@ -162,18 +171,24 @@ def command(
     out: Path,
     only: tuple[str, ...],
     seeds: tuple[int, ...],
+    beta2: float | None,
     rows_of: Path | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     """Train by every method and measure what each has learned."""
     check_outputs({"--json": json_file, "--plot": plot})
-    kept = earlier(rows_of, only) if rows_of else []
+    recipes = RECIPES
+    if beta2 is not None:
+        recipes = {name: with_beta2(each, beta2) for name, each in RECIPES.items() if name not in PRESETS_OWN}
+        if own := [name for name in only if name not in recipes]:
+            raise CmfastError(f"--beta2 is not for --only {own[0]!r}, which has its own")
+    kept = earlier(rows_of, recipes, only) if rows_of else []
     if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise CmfastError(f"--plot: {plot}: the name must end in .png, .pdf or .svg")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in RECIPES if not only or name in only]
-    by_seed = [[row_of(name, out / folder_of_seed(seed), seed) for name in chosen] for seed in seeds]
+    chosen = [name for name in recipes if not only or name in only]
+    by_seed = [[row_of(name, recipes, out / folder_of_seed(seed), seed) for name in chosen] for seed in seeds]
     rows = [over_seeds(each, seeds) for each in zip(*by_seed, strict=True)]
     before = {row["name"]: row["quiet_s"] for row in kept if row["name"] != TEACHER}
     for row in rows:
@@ -182,7 +197,7 @@ def command(
         row["quiet_s"] = round(statistics.median(of_seeds) + before.get(row["start"], 0.0), 1)
         row["commit"] = json.loads((folder / "evaluation.json").read_text())["commit"]
         before |= {row["name"]: row["quiet_s"]} if row["name"] != TEACHER else {}
-    order = list(RECIPES)
+    order = list(recipes)
     rows = sorted([*rows, *kept], key=lambda row: order.index(row["name"]))
     record = {
         "what": "methods",
@@ -204,11 +219,11 @@ def command(
         raise CheckFailed(f"these took longer than {LIMIT_S:.0f} s: {', '.join(late)}")
 
 
-def earlier(record: Path, only: Sequence[str]) -> list[dict[str, Any]]:
+def earlier(record: Path, recipes: Mapping[str, Recipe], only: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of a record that are not measured now, each with its date and machine."""
     found = json.loads(check_file(record).read_text(encoding="utf-8"))
-    rows = [row for row in found["rows"] if row["name"] in RECIPES and row["name"] not in (only or RECIPES)]
-    if other := [row["name"] for row in rows if not is_of(row, RECIPES[row["name"]])]:
+    rows = [row for row in found["rows"] if row["name"] in recipes and row["name"] not in (only or recipes)]
+    if other := [row["name"] for row in rows if not is_of(row, recipes[row["name"]])]:
         raise CmfastError(f"{record}: its row {other[0]!r} is of other settings; add --only {other[0]!r}")
     return [{"date": found["date"], "machine": found["machine"], **row} for row in rows]
 
@@ -232,10 +247,10 @@ def is_of(row: dict[str, Any], recipe: Recipe) -> bool:
     return (row["phases"], row["settings"], row.get("batch", BATCH)) == now
 
 
-def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
+def row_of(name: str, recipes: Mapping[str, Recipe], out: Path, seed: int) -> dict[str, Any]:
     """Train, export and measure by one recipe; what is finished is not done again."""
     out.mkdir(exist_ok=True)
-    recipe, folder = RECIPES[name], out / folder_of(name)
+    recipe, folder = recipes[name], out / folder_of(name)
     done = folder / "row.json"
     if done.exists():
         row: dict[str, Any] = json.loads(done.read_text())
@@ -245,7 +260,7 @@ def row_of(name: str, out: Path, seed: int) -> dict[str, Any]:
     if folder.exists():
         raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
-    before = row_of(recipe.after, out, seed)["train_s"] if recipe.after else 0.0
+    before = row_of(recipe.after, recipes, out, seed)["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", "checkpoint_images=10_000_000", "--set", f"seed={seed}"]
     settings = (f"phases={recipe.phases}", f"batch={recipe.batch}", *recipe.settings)
     words += [word for setting in settings for word in ("--set", setting)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write two tables into docs/training.md: hyperparameters, from the methods; results, from their record.
+"""Write three tables into docs/training.md: hyperparameters, from the methods; results and beta2, from their records.
 
 python docs/make_methods.py        # a test fails when the page differs
 """
@@ -15,13 +15,15 @@ from cmfast_train.config.overrides import setting_text
 from cmfast_train.methods.method import ROWS
 
 PAGE = Path(__file__).resolve().parent / "training.md"
-RECORD = PAGE.parents[1] / "benchmarks" / "results" / "methods_digits.json"
+RECORDS = PAGE.parents[1] / "benchmarks" / "results"
+RECORD, OF_BETA2 = RECORDS / "methods_digits.json", RECORDS / "methods_digits_beta2.json"
 BEGIN, END = "<!-- Written by docs/make_methods.py from the table of methods. -->\n", "<!-- End of the table. -->\n"
+BEGIN_BETA2 = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits_beta2.json. -->\n"
 BEGIN_RESULTS = "<!-- Written by docs/make_methods.py from benchmarks/results/methods_digits.json. -->\n"
 LABELS = {  # of the rows of the record; the others are called by their method
     "preset": "the `digits` preset",
     "preset, usual beta2": "the same with `beta2=0.999`",
-    "edm, ect": "`edm`, then `ect`",
+    "edm, ect": "`edm`, then `ect`: the preset before",
     "edm": "`edm`, the teacher, Heun's sampler",
     "ect, tuned": "`ect` from the teacher",
     "ict, tuned": "`ict` from the teacher",
@@ -61,6 +63,19 @@ def results() -> str:
     return "\n".join(lines) + "\n"
 
 
+def of_beta2() -> str:
+    """Return the table of what beta2=0.99 does, at up to two numbers of calls."""
+    usual = {row["name"]: row for row in json.loads(RECORD.read_text(encoding="utf-8"))["rows"]}
+    quick = json.loads(OF_BETA2.read_text(encoding="utf-8"))["rows"]
+    lines = ["| method | calls | 0.999 | 0.99 | calls | 0.999 | 0.99 |", "|---|---|---|---|---|---|---|"]
+    for row in quick:
+        pairs = zip(usual[row["name"]]["rows"], row["rows"], strict=True)
+        cells = [f"{new['calls']} | {distance(old)} | {distance(new)}" for old, new in pairs][:2]
+        label = LABELS.get(row["name"], f"`{row['name']}`")
+        lines.append(f"| {label} | {' | '.join(cells)} |" if len(cells) > 1 else f"| {label} | {cells[0]} |  |  |  |")
+    return "\n".join(lines) + "\n"
+
+
 def distance(cell: dict[str, Any]) -> str:
     """Return a distance with half the range of the seeds."""
     seeds = cell.get("fd_of_seeds", [])
@@ -71,7 +86,7 @@ def distance(cell: dict[str, Any]) -> str:
 def page() -> str:
     """Return the page with the present tables."""
     text = PAGE.read_text(encoding="utf-8")
-    for begin, made in ((BEGIN_RESULTS, results()), (BEGIN, table())):
+    for begin, made in ((BEGIN_RESULTS, results()), (BEGIN_BETA2, of_beta2()), (BEGIN, table())):
         before, rest = text.split(begin)  # an error, unless it is there once
         old, _, after = rest.partition(END)
         assert "<!--" not in old, f"{PAGE}: no end of the table after {begin}"
