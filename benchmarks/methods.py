@@ -81,11 +81,11 @@ def recipe_of_preset(*usually: str) -> Recipe:
 
 
 def with_beta2(recipe: Recipe, beta2: float) -> Recipe:
-    """Return a recipe with this `beta2` in all its phases."""
+    """Return a recipe with this `beta2` in all its phases, each before the first setting of its method."""
     settings = list(recipe.settings)
     for method in dict.fromkeys(part.partition(":")[0].partition("/")[0] for part in recipe.phases.split(",")):
-        first = next(i for i, setting in enumerate(settings) if setting.startswith(f"{method}."))
-        settings.insert(first, f"{method}.beta2={beta2}")
+        own = (i for i, setting in enumerate(settings) if setting.startswith(f"{method}."))
+        settings.insert(next(own, len(settings)), f"{method}.beta2={beta2}")
     return dataclasses.replace(recipe, settings=tuple(settings))
 
 
@@ -160,7 +160,9 @@ RECIPES: dict[str, Recipe] = {
 @click.option("--only", multiple=True, type=click.Choice(sorted(RECIPES)), help="Of these; default: all.")
 @click.option("--seeds", type=INTS, default="0", show_default=True, help="Seeds; each gets its own teacher.")
 @click.option(
-    "--beta2", type=click.FloatRange(0.7, 1, max_open=True), help="In all phases; default: 0.999, RAdam's own."
+    "--beta2",
+    type=click.FloatRange(0.7, 1, max_open=True),
+    help="Of all phases of all recipes but the preset's; default: each recipe's own.",
 )
 @click.option(
     "--rows-of", type=click.Path(path_type=Path), help="Earlier record: its rows of recipes that are not in --only."
@@ -182,7 +184,9 @@ def command(
     if beta2 is not None:
         recipes = {name: with_beta2(each, beta2) for name, each in RECIPES.items() if name not in PRESETS_OWN}
         if own := [name for name in only if name not in recipes]:
-            raise CmfastError(f"--beta2 is not for --only {own[0]!r}, which has its own")
+            raise CmfastError(f"--beta2 does not change the preset, now and before; remove --only {own[0]!r}")
+        if plot is not None:
+            raise CmfastError("--plot draws no record of another --beta2")
     kept = earlier(rows_of, recipes, only) if rows_of else []
     if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise CmfastError(f"--plot: {plot}: the name must end in .png, .pdf or .svg")
@@ -224,7 +228,9 @@ def earlier(record: Path, recipes: Mapping[str, Recipe], only: Sequence[str]) ->
     found = json.loads(check_file(record).read_text(encoding="utf-8"))
     rows = [row for row in found["rows"] if row["name"] in recipes and row["name"] not in (only or recipes)]
     if other := [row["name"] for row in rows if not is_of(row, recipes[row["name"]])]:
-        raise CmfastError(f"{record}: its row {other[0]!r} is of other settings; add --only {other[0]!r}")
+        raise CmfastError(
+            f"{record}: its row {other[0]!r} is of other settings (or another --beta2); add --only {other[0]!r}"
+        )
     return [{"date": found["date"], "machine": found["machine"], **row} for row in rows]
 
 
@@ -260,7 +266,8 @@ def row_of(name: str, recipes: Mapping[str, Recipe], out: Path, seed: int) -> di
     if folder.exists():
         raise CmfastError(f"{folder} holds a run that was cut, so its time is not known; remove that folder")
     start = TEACHER if recipe.from_teacher else recipe.after
-    before = row_of(recipe.after, recipes, out, seed)["train_s"] if recipe.after else 0.0
+    started = row_of(start, recipes, out, seed) if start else {}
+    before = started["train_s"] if recipe.after else 0.0
     words = ["--out", str(folder), "--set", "checkpoint_images=10_000_000", "--set", f"seed={seed}"]
     settings = (f"phases={recipe.phases}", f"batch={recipe.batch}", *recipe.settings)
     words += [word for setting in settings for word in ("--set", setting)]

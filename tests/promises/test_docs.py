@@ -130,21 +130,36 @@ def test_hyperparameters_are_those_of_the_methods_and_distances_those_of_the_rec
 
 def test_the_recipe_of_the_preset_is_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from methods import RECIPES, Recipe, is_of, with_beta2
+    from methods import RECIPES, Recipe, is_of
 
     recipe, preset = RECIPES["preset"], PRESETS["digits"]
     assert override(preset, [f"phases={recipe.phases}", *recipe.settings]) == preset
     assert recipe.batch == preset.batch
     usual = [text for text in recipe.settings if ".beta2=" not in text]
     assert list(RECIPES["preset, usual beta2"].settings) == usual != list(recipe.settings)
-    pair = Recipe(phases="pd/4:64,pd/2:64,ect:64", settings=("scaling=edm", "pd.lr=1", "ect.lr=1", "pd.ema=0.5"))
-    assert with_beta2(pair, 0.9).settings == (
-        "scaling=edm", "pd.beta2=0.9", "pd.lr=1", "ect.beta2=0.9", "ect.lr=1", "pd.ema=0.5",
-    )  # fmt: skip
     row = {"phases": "edm:64", "settings": ["edm.lr=1"]}
     assert is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",)))
     assert not is_of(row, Recipe(phases="edm:64", settings=("edm.lr=1",), batch=32))
     assert not is_of(row | {"settings": []}, Recipe(phases="edm:64", settings=("edm.lr=1",)))
+
+
+def test_the_rows_of_beta2_are_those_of_the_table_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from methods import PRESETS_OWN, RECIPES, Recipe, is_of, with_beta2
+
+    pair = Recipe(phases="pd/4:64,pd/2:64,ect:64,cd:64", settings=("scaling=edm", "pd.lr=1", "ect.lr=1", "pd.ema=0.5"))
+    assert with_beta2(pair, 0.9).settings == (
+        "scaling=edm", "pd.beta2=0.9", "pd.lr=1", "ect.beta2=0.9", "ect.lr=1", "pd.ema=0.5", "cd.beta2=0.9",
+    )  # fmt: skip
+    usual = {row["name"]: row for row in result("methods_digits.json")["rows"]}
+    assert all(is_of(row, RECIPES[name]) for name, row in usual.items())
+    quick = result("methods_digits_beta2.json")["rows"]
+    assert [row["name"] for row in quick] == [name for name in RECIPES if name not in PRESETS_OWN]
+    for row in quick:
+        same = usual[row["name"]]
+        assert is_of(row, with_beta2(RECIPES[row["name"]], 0.99))
+        assert row["seeds"] == same["seeds"]
+        assert [cell["calls"] for cell in row["rows"]] == [cell["calls"] for cell in same["rows"]]
 
 
 def test_the_readme_fits_three_screens_and_links_every_page() -> None:
