@@ -65,7 +65,7 @@ PRESETS: dict[str, TrainConfig] = {
         attention=(),
         c_noise="trig",  # smooth: a short run learns little of 250 ln(sigma), which turns hundreds of times
         batch=48,
-        phases=(  # beta2: of 646 and 980 steps, better here than with RAdam's usual 0.999 (benchmarks/methods.py)
+        phases=(  # beta2: better than RAdam's usual 0.999 in their 646 and 980 steps (methods_digits.json)
             phase("edm", 31_000, beta2=0.99, ema=0.998, lr_decay=0.5),
             phase("ict", 47_000, lr=5e-4, beta2=0.99, ema=0.998, lr_decay=0.5),
         ),
