@@ -60,7 +60,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.set_xlabel("network calls an image")
         axes.set_ylabel(what)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)  # room for the points at the top
         axes.legend(fontsize=8)
     source, machine = record["model"], record["machine"]
     title = f"{source['file']}, {record['data_set']}; {source['engine']}, {machine['cpu']}"
