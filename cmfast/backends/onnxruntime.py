@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.onnxruntime_cuda import CudaSession
 from cmfast.backends.onnxruntime_library import (
     CPU,
@@ -28,7 +28,7 @@ from cmfast.backends.onnxruntime_library import (
 )
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.ports import Port, check_ports, fits
-from cmfast.backends.protocol import DeviceTimes, Inputs
+from cmfast.backends.protocol import DeviceTimes, Drawn, Inputs
 from cmfast.errors import ArtifactError, BackendError, CmfastError, backend_error
 from cmfast.formats.manifest import ENCODER, Manifest, check_plain, may_use_tf32
 from cmfast.formats.onnx_file import OnnxFile
@@ -47,6 +47,9 @@ _OPENED: weakref.WeakSet[OnnxRuntimeBackend] = weakref.WeakSet()
 
 class OnnxRuntimeBackend:
     """A graph run by ONNX Runtime: a `cmfast.Backend`, on CUDA also a `TimedBackend` and a `ReleasingBackend`.
+
+    On CUDA it is a `DrawBackend`, too, where the driver takes cmfast's kernels: noise, few-step loop and pixels stay on
+    the GPU, handed over call by call.
 
     The precision is the file's. A float32 file is multiplied as float32; the float32 parts of any other may be as
     TensorFloat-32 (`artifact.may_use_tf32`). `onnxruntime_float32` measures whether it is so on a GPU. TensorRT takes
@@ -72,6 +75,7 @@ class OnnxRuntimeBackend:
 
     timed: Callable[[], AbstractContextManager[list[DeviceTimes]]]  # on CUDA only
     release: Callable[[], None]  # on CUDA only
+    draw: Callable[..., Iterator[Drawn]]  # on CUDA only, where the driver takes cmfast's kernels
     origin: Origin | None = None
 
     def __init__(
@@ -96,7 +100,6 @@ class OnnxRuntimeBackend:
         path, self.manifest = file.path, file.manifest
         if self.manifest.kind == ENCODER and device != "cpu":
             raise BackendError(f"{path}: an encoder in a file of its own runs on the CPU; leave device {device} out")
-        self._process = os.getpid()
         _check_variant(path, device, variant, self.manifest)
         ort = import_for(device, variant)
         self.name = f"ONNX Runtime {device} {variant}".rstrip()
@@ -115,14 +118,16 @@ class OnnxRuntimeBackend:
             with quiet(ort):
                 self._session = _open(ort, file, options, self.manifest.dtype, wanted)
             self.batch = self._check_graph(path)
-            self._device = CudaSession(ort, self._session, self.manifest, stream, captures="cuda_graph" in variant)
+            captures = "cuda_graph" in variant
+            self._device = CudaSession(ort, self._session, self.manifest, stream, self.name, captures=captures)
             self.timed, self.release = self._device.timed, self._device.release
+            if self._device.draws:
+                self.draw = self._device.draw
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, *shape]."""
         try:
             if self._device is not None:
-                cuda.check_process(self._process, self.name)
                 return self._device.run(inputs)
             (output,) = self._session.run(None, dict(inputs))
         except CmfastError:

@@ -15,17 +15,17 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmfast.backends import cuda_runtime as cuda
-from cmfast.backends.cache import check_cache, read_entry, write_entry
-from cmfast.backends.clock import Clock
+from cmfast.backends.cache import check_cache
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.origin import Origin, pickled
-from cmfast.backends.protocol import Inputs
+from cmfast.backends.protocol import Drawn, Inputs
 from cmfast.backends.tensorrt_library import (
     LIBRARIES,
     cuda_major,
@@ -34,15 +34,17 @@ from cmfast.backends.tensorrt_library import (
     reason,
     this_platform,
 )
-from cmfast.errors import BackendError, CmfastError, CmfastWarning, OutOfMemory
+from cmfast.backends.tensorrt_session import REBUILD, TensorRtSession
+from cmfast.errors import BackendError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import Manifest, check_file, compare_sha256
 from cmfast.formats.tensorrt_plan import parse_plan
-
-KEPT = 3  # shapes of inputs whose buffers and graphs are kept; each has its own context, and with it its own memory
 
 
 class TensorRtBackend:
     """A plan, run by the library that built it. The contracts are `cmfast.backends.Backend` and `TimedBackend`.
+
+    It is also a `DrawBackend` where the driver takes cmfast's kernels: noise, few-step loop and pixels stay on the GPU,
+    with TensorRT as one CUDA graph for each batch size and noise levels.
 
     A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
     TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is
@@ -53,6 +55,7 @@ class TensorRtBackend:
     """
 
     origin: Origin | None = None
+    draw: Callable[..., Iterator[Drawn]]  # where the kernels run
 
     def __init__(
         self,
@@ -66,7 +69,6 @@ class TensorRtBackend:
             raise BackendError(f"{path}: a TensorRT engine runs on NVIDIA GPUs only, not on {device}: --device cuda")
         if variant:
             raise BackendError(f"{path}: a TensorRT engine runs one way only, not {variant}")
-        self._process = os.getpid()
         plan = check_file(path).read_bytes()
         if sha256 is not None:
             compare_sha256(path, hashlib.sha256(plan).hexdigest(), sha256)
@@ -81,26 +83,24 @@ class TensorRtBackend:
         self.name = f"{LIBRARIES[library]} cuda"
         self._least, _, self._most = built["batch"]
         self.batch = self._most if self._least == self._most else None
-        self._log = make_logger(self._trt)
-        self._runtime = self._trt.Runtime(self._log)
+        log = make_logger(self._trt)
+        self._runtime = self._trt.Runtime(log)
         if built.get("version_compatible"):
             self._runtime.engine_host_code_allowed = True  # the runtime of the older version travels in the plan
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise BackendError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(self._log)}; {REBUILD}")
-        self._stream = cuda.Stream()
-        self._ready: dict[tuple[tuple[int, ...], ...], _Ready] = {}
-        self._clock = Clock()
-        self.timed = self._clock.timed
-        self._kernels = _kernel_file(self.manifest, gpu)
-        self._compiled: Any = None  # TensorRT-RTX's cache of kernels, kept in that file
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"{path}: {LIBRARIES[library]} cannot load it: {reason(log)}; {REBUILD}")
+        kernels = _kernel_file(self.manifest, gpu)
+        self._session = TensorRtSession(self._trt, log, engine, self.manifest, self.name, kernels)
+        self.timed, self.release = self._session.timed, self._session.release
+        if self._session.draws:
+            self.draw = self._session.draw
 
     def __reduce__(self) -> tuple[object, tuple[Origin]]:
         return pickled(self)
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the graph's output, float32 [B, *shape]."""
-        cuda.check_process(self._process, self.name)
         axes = {name: self.manifest.batch_axis if name == "noise" else 0 for name in inputs}
         name = next(iter(inputs))
         n = inputs[name].shape[axes[name]]
@@ -109,106 +109,8 @@ class TensorRtBackend:
             size = min(self._most, n - start)
             wanted = max(size, self._least)
             part = {k: _part(v, axes[k], start, size, wanted) for k, v in inputs.items()}
-            parts.append(self._run(part)[:size])
+            parts.append(self._session.run(part)[:size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def release(self) -> None:
-        """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
-        while self._ready:
-            self._ready.popitem()[1].close()
-
-    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        shapes = tuple(inputs[name].shape for name in sorted(inputs))
-        ready = self._ready.pop(shapes, None) or self._prepare(inputs)
-        self._ready[shapes] = ready  # the last used last
-        return self._stream.run(inputs, ready.inputs, ready.output, lambda: self._enqueue(ready), self._clock.times)
-
-    def _enqueue(self, ready: _Ready) -> None:
-        if ready.graph is not None:
-            self._stream.launch(ready.graph)
-        elif not ready.context.execute_async_v3(int(self._stream.handle)):
-            raise BackendError(f"{self.name} failed: {reason(self._log)}; if memory is short, try a smaller batch")
-
-    def _prepare(self, given: Inputs) -> _Ready:
-        """Return a context for inputs of these shapes, its buffers bound, and its CUDA graph where we capture one."""
-        while len(self._ready) >= KEPT:
-            self._ready.pop(next(iter(self._ready))).close()
-        batch = next(iter(given.values())).shape[self.manifest.batch_axis]
-        context = self._context()
-        if context is None:
-            raise OutOfMemory(f"{self.name} has no memory for a batch of {batch}: {reason(self._log)}")
-        buffers: dict[str, cuda.Buffer] = {}
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        input_mode = self._trt.TensorIOMode.INPUT
-        inputs = [name for name in names if self._engine.get_tensor_mode(name) == input_mode]
-        if sorted(inputs) != sorted(given):
-            raise BackendError(f"{self.name}: the engine's inputs are {', '.join(inputs)}, got {', '.join(given)}")
-        for name in inputs:
-            shape = given[name].shape
-            if not context.set_input_shape(name, shape):
-                raise BackendError(f"{self.name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
-            buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
-        outputs = [name for name in names if name not in inputs]
-        shapes = [tuple(context.get_tensor_shape(name)) for name in outputs]
-        if shapes != [(batch, *self.manifest.spec.shape)]:
-            want = [batch, *self.manifest.spec.shape]
-            raise BackendError(f"{self.name}: the engine returns {shapes}, its manifest promises one {want}; {REBUILD}")
-        (output,) = outputs
-        buffers[output] = cuda.Buffer(shapes[0], np.float32)
-        for name, buffer in buffers.items():
-            if not context.set_tensor_address(name, buffer.device):
-                raise BackendError(f"{self.name} does not take a buffer for {name}: {reason(self._log)}")
-        ready = _Ready(context=context, inputs={name: buffers[name] for name in inputs}, output=buffers[output])
-        for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
-            buffer.host[...] = 0
-            self._stream.to_device(buffer)
-        self._enqueue(ready)  # what is allocated at the first run must not be captured
-        self._stream.wait()
-        if not self._captures_itself():
-            ready.graph = self._stream.capture(lambda: self._enqueue(ready))
-        elif self._kernels is not None:
-            write_entry(self._kernels.parent, self._kernels.name, bytes(self._compiled.serialize()))
-        return ready
-
-    def _context(self) -> Any:
-        if not self._captures_itself():
-            return self._engine.create_execution_context()
-        # TensorRT-RTX captures and replays by itself, because it changes kernels behind a capture of ours: it starts
-        # with general ones unless told to compile those for the shape at once.
-        config = self._engine.create_runtime_config()
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.dynamic_shapes_kernel_specialization_strategy = eager
-        if self._kernels is not None:
-            if self._compiled is None:
-                self._compiled = config.create_runtime_cache()
-                kept = read_entry(self._kernels.parent, self._kernels.name)
-                if kept is not None:  # what does not suit this card or driver it refuses, and compiles again
-                    self._compiled.deserialize(kept)
-            if not config.set_runtime_cache(self._compiled):
-                raise BackendError(f"{self.name} does not take the kernels in {self._kernels}; remove that file")
-        return self._engine.create_execution_context(config)
-
-    def _captures_itself(self) -> bool:
-        return bool(self.manifest.engine["library"] == "tensorrt_rtx")
-
-
-class _Ready:
-    """What one batch size needs, at fixed addresses."""
-
-    def __init__(self, *, context: Any, inputs: dict[str, cuda.Buffer], output: cuda.Buffer) -> None:
-        self.context, self.inputs, self.output = context, inputs, output
-        self.graph: cuda.Graph | None = None
-
-    def close(self) -> None:
-        if self.graph is not None:
-            self.graph.close()
-        self.context = None  # before the buffers that it points to
-        for buffer in (*self.inputs.values(), self.output):
-            buffer.close()
-
-
-REBUILD = "build it here: cmfast-export model.onnx --format engine"
 
 
 def check_host(path: Path, manifest: Manifest) -> None:

@@ -434,7 +434,7 @@ def test_a_graph_runs_in_a_forked_child_and_goes_there_without_a_crash(tmp_path:
 
 
 def test_a_gpu_is_not_used_after_a_fork() -> None:
-    from cmfast.backends.cuda_runtime import check_process
+    from cmfast.backends.cuda.runtime import check_process
 
     check_process(os.getpid(), "TensorRT cuda")
     with pytest.raises(BackendError, match=r"TensorRT cuda was opened before this process was forked.*spawn"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Buffers, streams, events and graphs of `cmfast.backends.cuda_runtime`, with copies as the work, without a library.
+"""Buffers, streams, events and graphs of `cmfast.backends.cuda.runtime`, with copies as the work, without a library.
 
 Each test runs on `host_cuda`, and with `pytest -m gpu` on an NVIDIA GPU with cuda-bindings.
 """
@@ -16,27 +16,12 @@ import numpy.typing as npt
 import pytest
 
 from cmfast.backends import DeviceTimes
-from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.errors import BackendError, OutOfMemory, backend_error
 from helpers.host_cuda import HostCuda
 
 MIB = 2**20
 Work = Callable[[], object]
-
-
-@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return CUDA's runtime: of the GPU, or of host memory."""
-    if request.param == "host":
-        host = HostCuda()
-        monkeypatch.setattr(cuda, "runtime", lambda: host)
-    else:
-        pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
-        try:
-            cuda.open_gpu()
-        except BackendError as err:
-            pytest.skip(str(err))
-    return cuda.runtime()
 
 
 def copying(runtime: Any, stream: cuda.Stream, source: cuda.Buffer, target: cuda.Buffer) -> Work:

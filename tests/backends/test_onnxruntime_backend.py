@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """ONNX Runtime as a backend: what it refuses and how it says so, and its way on a GPU, walked on the CPU.
 
-The fixed buffers, the bindings and the graph ids are real, and so is the session; only the memory is the host's and
-the stream does at once what it is handed. What needs a GPU is in test_gpu.py.
+The fixed buffers, the bindings and the graph ids are real, and so is the session; only the GPU is made of host memory
+(`helpers.host_cuda`). What needs a GPU is in test_gpu.py.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +22,15 @@ import pytest
 from onnx import TensorProto, helper
 
 import cmfast
-from cmfast.backends import TimedBackend, cuda_runtime, open_backend
+from cmfast.backends import TimedBackend, open_backend
 from cmfast.backends import onnxruntime as module
+from cmfast.backends.cuda import kernels
+from cmfast.backends.cuda import runtime as cuda_runtime
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import KEPT, CudaSession
 from cmfast.errors import ArtifactError, BackendError
 from cmfast.formats.manifest import Manifest
+from helpers.host_cuda import HostCuda, HostSession
 from helpers.specs import image_spec
 
 Factory = Callable[..., Path]
@@ -281,66 +285,34 @@ def test_tensor_cores_are_off_for_float32_alone(dtype: str, tf32: str) -> None:
     assert second == (module.CUDA, options)
 
 
-# The way of the arrays on a GPU, with the host's memory.
-
-
-class HostBuffer:
-    """`cuda_runtime.Buffer` with both sides in host memory."""
-
-    alive: ClassVar[set[HostBuffer]] = set()
-
-    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.host: npt.NDArray[Any] = np.zeros(shape, dtype)
-        self.far: npt.NDArray[Any] = np.full(shape, 7, dtype)  # not zero: what is not copied is seen
-        self.device = self.far.ctypes.data
-        HostBuffer.alive.add(self)
-
-    def close(self) -> None:
-        HostBuffer.alive.remove(self)
-
-
-class HostStream(cuda_runtime.Stream):
-    """`cuda_runtime.Stream` that does at once what it is handed."""
-
-    def __init__(self) -> None:
-        self.waited = 0
-
-    def to_device(self, buffer: HostBuffer) -> None:
-        buffer.far[...] = buffer.host
-
-    def to_host(self, buffer: HostBuffer) -> None:
-        buffer.host[...] = buffer.far
-
-    def wait(self) -> None:
-        self.waited += 1
-
-    def mark(self) -> object:
-        return object()
-
-    def times_ms(self, events: list[object]) -> list[float]:
-        assert len({id(event) for event in events}) == 4
-        return [0.25, 2.0, 0.5]
+# The way of the arrays on a GPU made of host memory.
 
 
 class Bench:
     """A file, opened the way of a GPU, and beside it on the CPU."""
 
-    def __init__(self, path: Path, *, captures: bool) -> None:
-        self.plain = OnnxRuntimeBackend(path)
-        self.stream = HostStream()
+    def __init__(self, gpu: HostCuda, path: Path, *, captures: bool) -> None:
+        self.gpu, self.plain = gpu, OnnxRuntimeBackend(path)
+        self.session = HostSession(self.plain._session, gpu)
+        stream = cuda_runtime.Stream()
         self.device = CudaSession(
-            onnxruntime, self.plain._session, self.plain.manifest, self.stream, captures=captures, place="cpu"  # type: ignore[arg-type]
-        )  # fmt: skip
+            onnxruntime, self.session, self.plain.manifest, stream, "a GPU", captures=captures, place="cpu"
+        )
 
     def graph_ids(self) -> list[str]:
         return [bound.options.get_run_config_entry("gpu_graph_id") for bound in self.device._ready.values()]
 
+    @property
+    def buffers(self) -> int:
+        return len(self.gpu.memory) // 2  # each has two sides
+
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    monkeypatch.setattr(cuda_runtime, "Buffer", HostBuffer)
-    monkeypatch.setattr(HostBuffer, "alive", set())
-    return Bench
+    gpu = HostCuda()
+    monkeypatch.setattr(cuda_runtime, "runtime", lambda: gpu)
+    monkeypatch.setattr(kernels, "driver", lambda: gpu)
+    return functools.partial(Bench, gpu)
 
 
 KINDS = [(denoiser, inputs_of_denoiser), (sampler, inputs_of_sampler)]
@@ -364,8 +336,8 @@ def test_bound_buffers_give_what_plain_calls_give_whatever_the_order_of_batch_si
         kept.append((got, want))
     for got, want in kept:  # a result is the caller's: later runs do not write into it
         np.testing.assert_array_equal(got, want)
-    assert len(HostBuffer.alive) == 3 * 3  # of three batch sizes, two inputs and an output
-    assert both.stream.waited == 7, "the host waits once a call"
+    assert both.buffers == 3 * 3  # of three batch sizes, two inputs and an output
+    assert both.gpu.waited == 7, "the host waits once a call"
 
 
 def test_a_batch_size_keeps_its_addresses_and_its_graph(bench: Callable[..., Bench], tmp_path: Path) -> None:
@@ -390,7 +362,7 @@ def test_the_oldest_batch_size_is_dropped_and_its_graph_id_is_not_given_again(
     both.device.run(inputs_of_denoiser(1))  # the last used is the last to go
     both.device.run(inputs_of_denoiser(20))
     assert len(both.device._ready) == KEPT
-    assert len(HostBuffer.alive) == 3 * KEPT
+    assert both.buffers == 3 * KEPT
     sizes = [key[0][0] for key in both.device._ready]
     assert 2 not in sizes
     assert sizes[-2:] == [1, 20]
@@ -404,7 +376,7 @@ def test_released_memory_is_freed_and_made_again(bench: Callable[..., Bench], tm
     for batch in (1, 2):
         both.device.run(inputs_of_denoiser(batch))
     both.device.release()
-    assert not HostBuffer.alive
+    assert not both.buffers
     inputs = inputs_of_denoiser(2, seed=4)
     np.testing.assert_array_equal(both.device.run(inputs), both.plain.run(inputs))
     assert both.graph_ids() == ["3"], "a released graph would write where its buffers were"
@@ -427,7 +399,7 @@ def test_every_run_inside_timed_is_timed_and_none_outside(bench: Callable[..., B
     both.device.run(inputs_of_sampler(2))
     assert len(times) == 2
     for each in times:
-        assert (each.copy_in_ms, each.compute_ms, each.copy_out_ms) == (0.25, 2.0, 0.5)
+        assert (each.copy_in_ms, each.compute_ms, each.copy_out_ms) == (1.0, 1.0, 1.0)  # a tick each
         assert 0 < each.enqueue_ms <= each.host_ms
 
 
@@ -448,7 +420,7 @@ def test_inputs_that_the_graph_does_not_take_are_an_error_and_leave_nothing_behi
         both.device.run(wrong)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not HostBuffer.alive
+    assert not both.buffers
     inputs = inputs_of_denoiser(2)
     np.testing.assert_array_equal(both.device.run(inputs), both.plain.run(inputs))
 
@@ -462,13 +434,13 @@ def test_a_capture_that_fails_says_so_and_its_id_is_not_given_again(
         raise RuntimeError("CUDA failure 900: operation not permitted\nwhen stream is capturing")
 
     with monkeypatch.context() as patched:
-        patched.setattr(both.plain._session, "run_with_iobinding", fail)
+        patched.setattr(both.session, "run_with_iobinding", fail)
         with pytest.raises(BackendError) as caught:
             both.device.run(inputs_of_denoiser(2))
     assert str(caught.value) == (
         "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph: "
         "CUDA failure 900: operation not permitted when stream is capturing"
     )
-    assert not HostBuffer.alive
+    assert not both.buffers
     both.device.run(inputs_of_denoiser(2))
     assert both.graph_ids() == ["2"]

@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import ReleasingBackend, cuda_runtime, open_backend, tensorrt
-from cmfast.backends.tensorrt import KEPT, check_gpu, check_host, check_version
+from cmfast.backends import ReleasingBackend, open_backend, tensorrt, tensorrt_session
+from cmfast.backends.cuda import kernels
+from cmfast.backends.cuda import runtime as cuda_runtime
+from cmfast.backends.tensorrt import check_gpu, check_host, check_version
+from cmfast.backends.tensorrt_session import KEPT
 from cmfast.errors import ArtifactError, BackendError, CmfastError, CmfastWarning
 from cmfast.formats.manifest import file_sha256
 from cmfast.formats.table import read_manifest
@@ -55,6 +58,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch, plans: dict[str, Path]) -> Open:
         cuda = HostCuda()
         trt = HostTensorRt(cuda, plan.with_suffix(".onnx"), read_manifest(plan).engine["version"])
         monkeypatch.setattr(cuda_runtime, "runtime", lambda: cuda)
+        monkeypatch.setattr(kernels, "driver", lambda: cuda)
         monkeypatch.setattr(tensorrt, "import_library", lambda name, what: trt)
         built = read_manifest(plan)
         manifest = replace(built, engine={**built.engine, "library": library})
@@ -145,7 +149,7 @@ def test_kernels_that_tensorrt_rtx_compiled_are_kept_where_it_was_said_for_the_n
 
 
 def test_only_the_batch_sizes_used_last_keep_their_memory(on_host: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "KEPT", 2)
+    monkeypatch.setattr(tensorrt_session, "KEPT", 2)
     model, cuda, _ = on_host("denoiser")
     x = gaussian(0, range(4), 0, (1, 8, 8))
     for n in (2, 3, 4, 2, 3):
@@ -188,27 +192,35 @@ def test_a_run_that_fails_leaves_no_events(on_host: Open) -> None:
 
 def test_device_times_come_between_events_in_order(on_host: Open) -> None:
     model, cuda, _ = on_host("denoiser")
+    noise = np.stack([gaussian(0, range(4), k, (1, 8, 8)) for k in range(2)])
     with model.backend.timed() as times:  # type: ignore[attr-defined]
-        model.sample(4, steps=2)
-    assert [(t.copy_in_ms, t.compute_ms, t.copy_out_ms) for t in times] == [(1.0, 1.0, 1.0)] * 2  # a tick each
+        model.from_noise(noise, (80.0, 0.8), np.arange(4))
+        assert len(times) == 2  # calls of the network
+        model.sample(12, batch=4, steps=2)
+    assert [(t.copy_in_ms, t.compute_ms, t.copy_out_ms) for t in times] == [(1.0, 1.0, 1.0)] * 5  # a tick each
     assert all(t.host_ms >= t.enqueue_ms > 0 for t in times)
     assert cuda.events == {}
     model.sample(4, steps=2)
-    assert len(times) == 2
+    assert len(times) == 5
 
 
 def test_the_host_memory_gpu_has_the_functions_of_the_real_one_with_their_parameters() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("cuda.bindings")
+    from cuda.bindings import driver, runtime
+
     names = [
-        name for name in vars(HostCuda) if re.match("cuda[A-Z].*", name) and inspect.isfunction(getattr(HostCuda, name))
+        name
+        for name in vars(HostCuda)
+        if re.match("cu(da)?[A-Z].*", name) and inspect.isfunction(getattr(HostCuda, name))
     ]
-    assert len(names) > 20
+    assert len(names) > 25
     for name in names:
+        real = runtime if name.startswith("cuda") else driver
         said = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__.splitlines()[0])
         assert said, name
         parameters = [re.split(r"[:\s]", part.strip())[-1 if ":" not in part else 0] for part in said[1].split(",")]
         ours = list(inspect.signature(getattr(HostCuda, name)).parameters)[1:]
-        assert [p for p in parameters if p] == ours, name
+        assert [p.lstrip("*") for p in parameters if p] == ours, name
 
 
 def test_the_host_memory_tensorrt_has_the_names_of_the_real_one() -> None:

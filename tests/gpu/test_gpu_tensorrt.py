@@ -16,7 +16,7 @@ import pytest
 
 import cmfast
 from cmfast.backends import TimedBackend
-from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
 from cmfast_export import cli

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""A GPU made of host memory, so that `cuda_runtime` and the engine for TensorRT can be exercised where there is none.
+"""A GPU made of host memory, so that `cmfast.backends.cuda` and what runs on it can be exercised where there is none.
 
-It stands in for `cuda.bindings.runtime` and for TensorRT's runtime, strictly: work waits in the stream until somebody
-waits for it, a capture records instead of running and forbids what CUDA forbids, freed memory is poisoned, a kernel
-reads and writes the addresses that were bound. The kernels are ONNX Runtime's, on the file that a plan was built from.
-What it shows is that buffers, order and graphs are right; that CUDA and TensorRT behave so, only a GPU can show.
+It stands in for `cuda.bindings.runtime`, for `cuda.bindings.driver` and for TensorRT's runtime, strictly: work waits in
+the stream until somebody waits for it, a capture records instead of running and forbids what CUDA forbids, freed memory
+is poisoned, a kernel reads and writes the addresses that were bound. Networks are run by ONNX Runtime, from the file
+that a plan was built from; PTX is run instruction by instruction (`helpers.kernels.ptx`), and what it touches must be
+memory that was given out. This shows that buffers, order, graphs and kernels are right; that CUDA and TensorRT behave
+so, only a GPU can show.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +24,23 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from helpers.cpp import compiler
+from helpers.kernels.ptx import Module
+
 Work = Callable[[], None]
-OK, INVALID, NO_MEMORY, CAPTURING = 0, 1, 2, 900
+OK, INVALID, NO_MEMORY, UNSUPPORTED_PTX, CAPTURING = 0, 1, 2, 222, 900
 CARD = 2**33  # bytes of memory of the card
 
 
+@functools.cache
+def module_of(ptx: str) -> Module:
+    """Return a module of PTX, compiled once a session."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Module(ptx, Path(folder))
+
+
 class HostCuda:
-    """What `cmfast.backends.cuda_runtime` uses of cuda.bindings.runtime."""
+    """What `cmfast.backends.cuda` uses of cuda.bindings.runtime (cuda...) and cuda.bindings.driver (cu...)."""
 
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
@@ -35,8 +49,10 @@ class HostCuda:
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
 
-    def __init__(self, capability: str = "8.9") -> None:
-        self.capability = capability
+    def __init__(self, capability: str = "8.9", *, takes_ptx: bool = True) -> None:
+        self.capability, self.takes_ptx = capability, takes_ptx
+        self.kernels: list[str] = []  # that were handed over
+        self.waited = 0  # times that somebody waited
         self.memory: dict[int, Any] = {}
         self.queue: list[Work] = []
         self.recording: list[Work] | None = None
@@ -67,8 +83,11 @@ class HostCuda:
         return OK, {
             INVALID: b"invalid argument",
             NO_MEMORY: b"out of memory",
+            UNSUPPORTED_PTX: b"the provided PTX was compiled with an unsupported toolchain.",
             CAPTURING: b"operation not permitted when stream is capturing",
         }[error]
+
+    cuGetErrorString = cudaGetErrorString
 
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         if self.recording is not None:
@@ -104,9 +123,9 @@ class HostCuda:
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         if self.recording is not None:
             return (CAPTURING,)
-        for work in self.queue:
-            work()
-        self.queue.clear()
+        self.waited += 1
+        while self.queue:
+            self.queue.pop(0)()
         return (OK,)
 
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: int, stream: int) -> tuple[int]:
@@ -117,6 +136,53 @@ class HostCuda:
             ctypes.memmove(dst, src, count)
 
         return self.hand_over(copy)
+
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[int]:
+        if not any(start <= devPtr and devPtr + count <= end for start, end in self.memory_now()):
+            return (INVALID,)
+
+        def clear() -> None:
+            ctypes.memset(devPtr, value, count)
+
+        return self.hand_over(clear)
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[int, Module | None]:
+        if not self.takes_ptx or compiler() is None:
+            return UNSUPPORTED_PTX, None
+        if self.recording is not None:
+            return CAPTURING, None
+        assert image.endswith(b"\0"), "the driver reads to a zero byte"
+        return OK, module_of(image[:-1].decode())
+
+    def cuModuleUnload(self, hmod: Module) -> tuple[int]:
+        return (OK,)
+
+    def cuModuleGetFunction(self, hmod: Module, name: bytes) -> tuple[int, tuple[Module, str]]:
+        assert name.decode() in hmod.parameters
+        return OK, (hmod, name.decode())
+
+    def cuLaunchKernel(
+        self, f: tuple[Module, str], gridDimX: int, gridDimY: int, gridDimZ: int, blockDimX: int, blockDimY: int,
+        blockDimZ: int, sharedMemBytes: int, hStream: int, kernelParams: Any, extra: int,
+    ) -> tuple[int]:  # fmt: skip
+        (module, name), (values, types) = f, kernelParams
+        assert (gridDimY, gridDimZ, blockDimY, blockDimZ, sharedMemBytes, extra) == (1, 1, 1, 1, 0, 0)
+        assert hStream in self.streams
+        sizes = {"u32": 4, "f32": 4, "u64": 8}
+        assert [ctypes.sizeof(each) for each in types] == [sizes[kind] for kind in module.parameters[name]]
+        self.kernels.append(name)
+
+        def kernel() -> None:
+            module.run(name, gridDimX, blockDimX, values, self.memory_now())
+
+        return self.hand_over(kernel)
+
+    def memory_now(self) -> list[tuple[int, int]]:
+        """Return start and end of each piece of memory that is given out, in order."""
+        return [(start, start + ctypes.sizeof(self.memory[start])) for start in sorted(self.memory)]
+
+    def cudaEventSynchronize(self, event: int) -> tuple[int]:
+        return self.cudaStreamSynchronize(0)
 
     def cudaEventCreate(self) -> tuple[int, int]:
         self.events[handle := next(self.handles)] = float("nan")
@@ -165,6 +231,20 @@ class HostCuda:
         for work in self.graphs[graphExec]:
             self.hand_over(work)
         return (OK,)
+
+
+class HostSession:
+    """A session of ONNX Runtime whose runs with fixed addresses wait in the stream; it runs them on the CPU."""
+
+    def __init__(self, session: Any, cuda: HostCuda) -> None:
+        self._session, self._cuda = session, cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        """Hand the run over."""
+        self._cuda.hand_over(lambda: self._session.run_with_iobinding(binding, options))
 
 
 class HostTensorRt:

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmfast.backends import cuda_runtime as cuda
 from cmfast.backends import open_backend
 from cmfast.backends.cache import check_cache, read_entry, write_entry
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.tensorrt import other_card
 from cmfast.backends.tensorrt_library import (

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from cmfast.backends import cuda_runtime as cuda
+from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.tensorrt_library import LIBRARIES
 from cmfast.checks import MAX_BATCH
 from cmfast.errors import CmfastError

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cmfast.backends.cuda_runtime import check_process
+from cmfast.backends.cuda.runtime import check_process
 from cmfast.backends.origin import Origin, pickled
 from cmfast.backends.protocol import Inputs, variant_words
 from cmfast.errors import BackendError, CmfastError, MissingDependency, OutOfMemory, one_line

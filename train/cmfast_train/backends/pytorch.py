@@ -24,7 +24,7 @@ from torch import Tensor
 import cmfast
 from cmfast import sampling
 from cmfast.backends import DeviceTimes, Drawn, Inputs, variant_words
-from cmfast.backends.cuda_runtime import check_process
+from cmfast.backends.cuda.runtime import check_process
 from cmfast.backends.origin import Origin, pickled
 from cmfast.errors import BackendError, OutOfMemory
 from cmfast.formats.manifest import Manifest

@@ -65,12 +65,16 @@ def check_process(opened: int, name: str) -> None:
         )
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of the runtime; return what it returns besides the error, or raise the error."""
+def call(function: Callable[..., Any], *arguments: Any, words: Callable[[Any], str] | None = None) -> Any:
+    """Call a function of the runtime; return what it returns besides the error, or raise the error.
+
+    Args:
+        words: an error in words; None: the runtime's
+    """
     error, *values = function(*arguments)
     if int(error):
-        cuda = runtime()
-        raise backend_error(f"CUDA failed in {function.__name__}: {_words(cuda, error)}")
+        said = words(error) if words else _words(runtime(), error)
+        raise backend_error(f"CUDA failed in {function.__name__}: {said}")
     return values[0] if values else None
 
 
@@ -112,7 +116,7 @@ class Stream:
             enqueued = time.perf_counter()
             self.wait()
         except BaseException:
-            self._forget(events)
+            self.forget(events)
             raise
         result: npt.NDArray[np.float32] = output.host.copy()
         if times is not None:
@@ -125,13 +129,24 @@ class Stream:
         """Block until everything that was handed over is done."""
         call(self._cuda.cudaStreamSynchronize, self.handle)
 
-    def to_device(self, buffer: Buffer) -> None:
-        """Hand over the copy of a buffer's host side to its device side."""
-        self._copy(buffer.device, buffer.pinned, buffer.size, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+    def wait_for(self, event: Any) -> None:
+        """Block until an event of `mark` has happened."""
+        call(self._cuda.cudaEventSynchronize, event)
 
-    def to_host(self, buffer: Buffer) -> None:
-        """Hand over the copy of a buffer's device side to its host side."""
-        self._copy(buffer.pinned, buffer.device, buffer.size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+    def to_device(self, buffer: Buffer, source: Pinned | None = None) -> None:
+        """Hand over the copy of a buffer's host side, or of other host memory of its size, to its device side."""
+        host = buffer if source is None else source
+        self._copy(buffer.device, host.pinned, host.size, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def to_host(self, buffer: Buffer | Memory, target: Pinned | None = None) -> None:
+        """Hand over the copy of a buffer's device side to its host side, or to other host memory of its size."""
+        host = buffer if target is None else target
+        assert isinstance(host, (Buffer, Pinned)), "memory of the device alone has no host side"
+        self._copy(host.pinned, buffer.device, host.size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def clear(self, address: int, size: int) -> None:
+        """Hand over the zeroing of `size` bytes of the device."""
+        call(self._cuda.cudaMemsetAsync, address, 0, size, self.handle)
 
     def mark(self) -> Any:
         """Return an event that happens when everything handed over so far is done."""
@@ -139,12 +154,17 @@ class Stream:
         call(self._cuda.cudaEventRecord, event, self.handle)
         return event
 
+    def forget(self, events: list[Any]) -> None:
+        """Destroy events."""
+        for event in events:
+            self._cuda.cudaEventDestroy(event)
+
     def times_ms(self, events: list[Any]) -> list[float]:
         """Return the device time between each event and the next, ms, and destroy them. The last one has happened."""
         try:
             return [float(call(self._cuda.cudaEventElapsedTime, start, end)) for start, end in pairwise(events)]
         finally:
-            self._forget(events)
+            self.forget(events)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record what `work` hands over, without running it, as a graph."""
@@ -169,10 +189,6 @@ class Stream:
     def _mark(self, times: list[DeviceTimes] | None) -> list[Any]:
         return [] if times is None else [self.mark()]
 
-    def _forget(self, events: list[Any]) -> None:
-        for event in events:
-            self._cuda.cudaEventDestroy(event)
-
     def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         call(self._cuda.cudaMemcpyAsync, to, source, size, kind, self.handle)
 
@@ -185,8 +201,18 @@ class Graph:
         self.close = _freed_with(self, runtime().cudaGraphExecDestroy, handle)
 
 
-class Buffer:
-    """One array at two fixed addresses: on the device, and in page-locked host memory, which copies need.
+class Memory:
+    """Memory of the device at a fixed address; freed with its last reference, or by `close`."""
+
+    def __init__(self, size: int) -> None:
+        cuda = runtime()
+        self.size = size
+        self.device = int(call(cuda.cudaMalloc, size))
+        self.close = _freed_with(self, cuda.cudaFree, self.device)
+
+
+class Pinned:
+    """An array in page-locked host memory, which copies need.
 
     Freed with its last reference, or by `close`; then `host` must not be used any more.
     """
@@ -194,18 +220,29 @@ class Buffer:
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         cuda = runtime()
         self.size = prod(shape) * np.dtype(dtype).itemsize
-        self.device = int(call(cuda.cudaMalloc, self.size))
-        free_device = _freed_with(self, cuda.cudaFree, self.device)
         self.pinned = int(call(cuda.cudaHostAlloc, self.size, cuda.cudaHostAllocDefault))
-        free_pinned = _freed_with(self, cuda.cudaFreeHost, self.pinned)
-        self._frees = (free_device, free_pinned)
+        self.close = _freed_with(self, cuda.cudaFreeHost, self.pinned)
         raw = memoryview((ctypes.c_byte * self.size).from_address(self.pinned))
         self.host: npt.NDArray[Any] = np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
 
+
+class Buffer:
+    """One array at two fixed addresses: on the device, and in page-locked host memory.
+
+    Freed with its last reference, or by `close`; then `host` must not be used any more.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self.size = prod(shape) * np.dtype(dtype).itemsize
+        on_device = Memory(self.size)
+        on_host = Pinned(shape, dtype)
+        self.device, self.pinned, self.host = on_device.device, on_host.pinned, on_host.host
+        self._sides = (on_device, on_host)
+
     def close(self) -> None:
         """Free both sides."""
-        for free in self._frees:
-            free()
+        for side in self._sides:
+            side.close()
 
 
 def _freed_with(owner: object, function: Callable[[Any], Any], handle: Any) -> Callable[[], object]:
