@@ -47,6 +47,8 @@ CASES = {
     "cd": ["phases=edm:8,cd:160"],
     "cmt": ["phases=edm:8,cmt:160", "cmt.steps=3"],
     "pd": ["phases=edm:8,pd/4:160"],
+    "sid": ["phases=edm:8,sid:720", "sid.fakes=2"],
+    "sid from noise alone": ["phases=edm:8,sid:480", "sid.fakes=1", "sid.share=1", "sid.clip_norm=0.5"],
 }
 
 

@@ -160,6 +160,7 @@ def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
 SAYS = [  # phases, and whether a step is recorded where 22 alike are not enough and 23 are
     ("edm:176", False), ("edm:184", True), ("ect:352 ect.stages=0,1", False), ("ect:360 ect.stages=0,1", True),
     ("ict:1600 ict.s0=4 ict.s1=8", True), ("ict:400 ict.s0=4 ict.s1=64", False), ("pd/4:352", True),
+    ("sid:488 sid.fakes=2", False), ("sid:496 sid.fakes=2", True),  # 21 turns of three steps, and no more
 ]  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def test_the_log_says_recorded_only_of_phases_of_which_a_step_will_be(
     phases: str, expected: bool, tmp_path: Path
 ) -> None:
     name, *others = phases.split()
-    run: Any = new_run(tmp_path, f"phases={'edm:8,' if name.startswith('pd') else ''}{name}", *others)
+    run: Any = new_run(tmp_path, f"phases={'edm:8,' if name.startswith(('pd', 'sid')) else ''}{name}", *others)
     begin_last_phase(run)
     context = run.context
     run.context = dataclasses.replace(context, accelerator=Cuda())
@@ -264,6 +265,7 @@ def test_a_checkpoint_for_which_memory_never_suffices_is_one_line(
         (["phases=edm:80"], ""),
         (["phases=edm:80", "dropout=0.2"], ""),
         (["phases=ect:80"], ""),
+        (["phases=edm:8,sid:80"], ""),
         (["phases=ect:80", "dropout=0.2"], "share dropout masks"),
         (["phases=sct:80"], "sct differentiates in forward mode"),
         (["phases=mf:80"], "mf differentiates in forward mode"),

@@ -68,6 +68,11 @@ class Phase:
         """Return the numbers of the step after `done` of the phase's `steps`: `Method.constants`."""
         return self.row.constants(self.hyper, done, steps)
 
+    @property
+    def turns(self) -> int:
+        """After how many steps the networks in training have each had their turn: `Method.turns`."""
+        return self.row.turns(self.hyper)
+
     def changed(self, values: Mapping[str, Any]) -> Phase:
         """Return the phase with other values of its fields and of its method's, by name.
 

@@ -100,7 +100,8 @@ class Method(Generic[H]):
         needs: what a phase needs besides the student.
         constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
             on its place in the phase. Everything else that a step computes with is in tensors. A CUDA graph is recorded
-            again when these change, so they must change monotonically; with `Needs.fake_scores`, nothing is recorded.
+            again when these change, so they must change monotonically, or recur every `turns` steps.
+        turns: called with hyper; returns after how many steps the networks in training have each had their turn.
         target_decay: decay of the target's weights at a step, called with the same; None: there is no such average.
         spec_after: conventions of the model that a phase leaves, called with (spec, hyper).
         least_steps: optimiser steps that a phase needs at least, called with hyper.
@@ -130,6 +131,7 @@ class Method(Generic[H]):
     one_evaluation: bool = False
     needs: Callable[[H], Needs] = lambda hyper: Needs()
     constants: Callable[[H, int, int], tuple[Any, ...]] = lambda hyper, done, steps: ()
+    turns: Callable[[H], int] = lambda hyper: 1
     target_decay: Callable[[H, int, int], float] | None = None
     spec_after: Callable[[ModelSpec, H], ModelSpec] = lambda spec, hyper: spec
     least_steps: Callable[[H], int] = lambda hyper: 1

@@ -35,8 +35,8 @@ def sid(s: Step[Sid]) -> Losses:
     parts = (alone, batch - alone) if alone < batch else (batch,)
     start = log_uniform(s.uniform[:, 0], *s.hyper.levels)
     first = torch.arange(batch, device=start.device) < alone
-    start = torch.where(first, s.spec.sigma_max, start)
-    x = noised(torch.where(expand(first, s.x0), 0, s.x0), start, s.noise)
+    start = start.masked_fill(first, s.spec.sigma_max)
+    x = noised(s.x0.masked_fill(expand(first, s.x0), 0), start, s.noise)
     with torch.set_grad_enabled(is_turn_of_student):
         drawn = s.networks.student(x, start, s.conditions)
 

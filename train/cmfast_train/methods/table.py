@@ -318,6 +318,7 @@ _OURS: tuple[Method[Any], ...] = (
         joint=True,
         needs=lambda hyper: Needs(fake_scores=1 if hyper.share == 1 else 2, noises=2),
         constants=lambda hyper, done, steps: (done % (hyper.fakes + 1) == hyper.fakes,),  # the student's turn
+        turns=lambda hyper: hyper.fakes + 1,
         least_steps=lambda hyper: hyper.fakes + 1,
         check_sigmas=_between_levels,
     ),

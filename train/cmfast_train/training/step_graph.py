@@ -3,8 +3,9 @@
 
 A recording covers the losses, the backward pass, the clipping and RAdam's update. What changes from step to step is in
 tensors at fixed addresses, filled before each replay: images, conditions, random numbers, RAdam's two factors. Python
-numbers of a method (`Method.constants`) are part of the recording; it is made again when they change. The averages of
-the weights follow outside, in few launches: their decays change with every step.
+numbers of a method (`Method.constants`) are part of the recording; it is made again when they change. Where networks
+take turns (`Method.turns`), each turn has its recording. The averages of the weights follow outside, in few launches:
+their decays change with every step.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "Whole-network capture". Plain steps precede a
 recording: cuDNN tries its algorithms, and grids of noise levels and the optimiser's state are made. `step` defines a
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -113,8 +115,6 @@ def _why_not(config: TrainConfig, phase: Phase, *, dropout: bool) -> str:
         return "accumulation is above 1"
     if config.recompute:
         return "recompute=true restores random states"
-    if phase.needs.fake_scores:
-        return f"{phase.method} trains networks in turn"
     if phase.row.differentiates:
         return f"{phase.method} differentiates in forward mode"
     if dropout and not phase.row.one_evaluation:
@@ -141,21 +141,21 @@ def constants_of(phase: Phase, step: int, total: int) -> tuple[Any, ...]:
 
 def _is_worth(phase: Phase, first: int, total: int) -> bool:
     """Return whether one of the steps [first, total) will be recorded."""
-    before, unchanged = None, 0
+    taken: dict[tuple[Any, ...], int] = {}
     for step in range(first, total):
         now = constants_of(phase, step, total)
-        before, unchanged = now, unchanged + 1 if now == before else 0
-        if _is_due(phase, step, total, unchanged):
+        if _is_due(phase, step, total, taken.get(now, 0)):
             return True
+        taken[now] = taken.get(now, 0) + 1
     return False
 
 
-def _is_due(phase: Phase, step: int, total: int, unchanged: int) -> bool:
-    """Return whether to record a step, after `unchanged` steps with the same constants."""
-    end = step + WORTH
-    if unchanged < WARM_UPS or end > total:
+def _is_due(phase: Phase, step: int, total: int, taken: int) -> bool:
+    """Return whether to record a step, after `taken` steps with the same constants."""
+    last = step + phase.turns * (WORTH - 1)
+    if taken < WARM_UPS or last >= total:
         return False
-    return constants_of(phase, end - 1, total) == constants_of(phase, step, total)
+    return constants_of(phase, last, total) == constants_of(phase, step, total)
 
 
 @contextmanager
@@ -167,6 +167,23 @@ def trying_algorithms(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@dataclass
+class _Turn:
+    """Steps with the same constants.
+
+    Args:
+        weights: those that a plain step of them changed.
+        taken: plain steps so far.
+        radam: updates these weights, in a recording.
+        replay: of the recording.
+    """
+
+    weights: list[Tensor] = field(default_factory=list)
+    taken: int = 0
+    radam: _Radam | None = None
+    replay: Callable[[], Tensor] | None = None
 
 
 @final
@@ -182,11 +199,8 @@ class RecordedSteps:
         device = run.context.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recordings = 0
-        self._constants: Any = None
-        self._unchanged = 0  # steps with these constants
-        self._replay: Callable[[], Tensor] | None = None
+        self._turns: dict[tuple[Any, ...], _Turn] = {}  # by constants
         self._inputs: Inputs | None = None
-        self._radam: _Radam | None = None
 
     def __call__(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         if self._stream is None:
@@ -199,18 +213,17 @@ class RecordedSteps:
         return losses
 
     def release(self) -> bool:
-        """Release the recorded step, which a later step records again; return whether there was one."""
-        released, self._replay = self._replay is not None, None
-        return released
+        """Release the recorded steps, which later steps record again; return whether there was one."""
+        released = [turn for turn in self._turns.values() if turn.replay is not None]
+        for turn in released:
+            turn.replay = None
+        return bool(released)
 
     def _take(self, step: int, images: Tensor, conditions: Conditions, share: slice) -> tuple[Tensor, Tensor]:
         run, total = self._run, self._run.state.total
-        now = constants_of(run.phase, run.step, total)
-        if now != self._constants:
-            self._constants, self._unchanged, self._replay = now, 0, None
-        if self._replay is None and not _is_due(run.phase, run.step, total, self._unchanged):
-            self._unchanged += 1
-            return optimise(run, step, images, conditions, share)
+        turn = self._turn()
+        if turn.replay is None and not _is_due(run.phase, run.step, total, turn.taken):
+            return self._plain(turn, step, images, conditions, share)
         if self._inputs is None:
             self._inputs = _buffers(run, images, conditions)
         inputs = self._inputs
@@ -218,26 +231,48 @@ class RecordedSteps:
         inputs.images.copy_(images, non_blocking=True)
         for name, values in conditions.items():
             inputs.conditions[name].copy_(values, non_blocking=True)
-        if self._replay is None:
-            self._radam = _Radam(run.state.optimizer)
-            self._replay = self._record(self._body)
+        if turn.replay is None:
+            turn.radam = _Radam(run.state.optimizer, turn.weights)
+            turn.replay = self._record(functools.partial(_body, run, inputs, turn.radam))
             self.recordings += 1
         set_lr(run)
-        assert self._radam is not None
-        self._radam.begin_step()
+        assert turn.radam is not None
+        turn.radam.begin_step()
         seed_dropout(run, step)
-        loss, sigma = self._replay().clone()  # the next step overwrites it
+        loss, sigma = turn.replay().clone()  # the next step overwrites it
         update_averages(run)
         return loss, sigma
 
-    def _body(self) -> Tensor:
-        """Compute losses, gradients and new weights from the buffers; return loss and noise levels, [2, B]."""
-        assert self._inputs is not None
-        assert self._radam is not None
-        loss, sigma = gradients(self._run, self._inputs)
-        self._radam.update()
-        self._run.state.optimizer.zero_grad(set_to_none=True)  # the rest of the recording reuses their memory
-        return torch.stack([loss, sigma])
+    def _turn(self) -> _Turn:
+        """Return the turn of the coming step; those whose constants do not recur are forgotten."""
+        phase, first, total = self._run.phase, self._run.step, self._run.state.total
+        coming = [constants_of(phase, step, total) for step in range(first, first + phase.turns)]
+        self._turns = {constants: self._turns.get(constants, _Turn()) for constants in coming}
+        return self._turns[coming[0]]
+
+    def _plain(
+        self, turn: _Turn, step: int, images: Tensor, conditions: Conditions, share: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Take a plain step, and note which weights it changed."""
+        before = _steps_of(self._run.state.optimizer)
+        losses = optimise(self._run, step, images, conditions, share)
+        after = _steps_of(self._run.state.optimizer)
+        turn.weights = [weight for weight, taken in after.items() if taken > before.get(weight, 0.0)]
+        turn.taken += 1
+        return losses
+
+
+def _body(run: Run, inputs: Inputs, radam: _Radam) -> Tensor:
+    """Compute losses, gradients and new weights from the buffers; return loss and noise levels, [2, B]."""
+    loss, sigma = gradients(run, inputs)
+    radam.update()
+    run.state.optimizer.zero_grad(set_to_none=True)  # the rest of the recording reuses their memory
+    return torch.stack([loss, sigma])
+
+
+def _steps_of(optimizer: Any) -> dict[Tensor, float]:
+    """Return how many steps of the optimiser each weight has taken, those that have taken one."""
+    return {weight: float(state["step"]) for weight, state in optimizer.state.items()}
 
 
 def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -254,13 +289,13 @@ def record(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
 class _Radam:
     """The update of torch.optim.RAdam on its own state, with the numbers that change in tensors.
 
-    PyTorch's `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights have taken the
-    same number of steps. Otherwise the order of operations is that of its `foreach` form: the same bits.
+    PyTorch's `capturable` form keeps them for each weight, in a thousand tiny kernels; here all weights of a turn have
+    taken the same number of steps. Otherwise the order of operations is that of its `foreach` form: the same bits.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, weights: list[Tensor]) -> None:
         (self._group,) = optimizer.param_groups
-        self._weights = [weight for weight in self._group["params"] if weight in optimizer.state]
+        self._weights = weights
         states = [optimizer.state[weight] for weight in self._weights]
         self._steps = [state["step"] for state in states]  # on the CPU
         self._means = [state["exp_avg"] for state in states]
@@ -279,7 +314,7 @@ class _Radam:
     def update(self) -> None:
         """Update the weights from their gradients."""
         beta1, beta2 = self._group["betas"]
-        slopes = [weight.grad for weight in self._weights]
+        slopes = [weight.grad for weight in self._weights if weight.grad is not None]
         torch._foreach_lerp_(self._means, slopes, 1 - beta1)
         torch._foreach_mul_(self._squares, beta2)
         torch._foreach_addcmul_(self._squares, slopes, slopes, 1 - beta2)
