@@ -38,10 +38,12 @@ QUICK += 'tests/export/test_export.py::test_a_file_computes_what_pytorch_compute
 quick: lint
 	$(BIN)/python -m pytest -q -n logical --dist loadfile $(QUICK)
 
+# The tests that need a GPU run rarely; their types say where the code has left them behind.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=tests:benchmarks $(BIN)/mypy tests/gpu/*.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

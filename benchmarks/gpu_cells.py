@@ -31,6 +31,8 @@ from cmfast.formats.values import PRECISIONS
 from cmfast.noise import slices
 from cmfast_train.backends.pytorch import TorchBackend
 from cmfast_train.checkpoint import Checkpoint
+from cmfast_train.denoiser import Denoiser
+from cmfast_train.networks.build import build_network
 from gpu_cost import count
 from gpu_items import NotHere
 from gpu_lines import Line, Lines
@@ -189,3 +191,10 @@ class _OnDevice(Checkpoint):
 
     def sha256(self) -> str:
         return ""
+
+    def denoiser(self, network: Any = None) -> Denoiser:
+        """Return the denoiser, which shares the weights: `Checkpoint.denoiser` would copy them to the CPU."""
+        with torch.device("meta"):
+            built = build_network(self.network)
+        built.load_state_dict(dict(self.weights), assign=True)
+        return Denoiser(built, self.spec).eval().requires_grad_(False)

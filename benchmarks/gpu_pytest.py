@@ -19,6 +19,7 @@ from gpu_items import END_S, GONE, cuda_works, end_with_parent, say
 from gpu_lines import ROOT, Lines
 
 LIMIT_S = 90.0  # per test
+FIRST = "test_gpu.py"  # of the files
 LEAST_S = 5.0  # a test is not started with less time left
 ARGUMENTS = ("-m", "gpu and not slow", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider", "--tb=short")
 
@@ -41,13 +42,13 @@ def run_tests(files: Sequence[str], wanted: str, lines: Lines, until: float, pip
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Return the test files with the mark, tests/gpu/test_gpu.py first."""
-    found = [
-        file.relative_to(ROOT).as_posix()
-        for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if "mark.gpu" in file.read_text(encoding="utf-8")
-    ]
-    return sorted(found, key=lambda name: not name.endswith("test_gpu.py"))
+    """Return the test files that have the mark, or say so where a fixture brings it; tests/gpu/test_gpu.py first."""
+    found = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "mark.gpu" in text or "pytest -m gpu" in text:
+            found.append(file.relative_to(ROOT).as_posix())
+    return sorted(found, key=lambda name: not name.endswith(FIRST))
 
 
 class _Lines:
@@ -67,13 +68,15 @@ class _Lines:
             why = str(report.longrepr).strip().splitlines() or ["?"]
             self._write(name, 0.0, {"error": one_line(why[-1])})
 
+    @pytest.hookimpl(trylast=True)  # the project's own hook puts files that take long first
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Deselect tests that have a line or are not wanted."""
+        """Deselect tests that have a line or are not wanted; put the most valuable file first."""
         items[:] = [
             item
             for item in items
             if item.nodeid not in self._lines.done and any(text in item.nodeid for text in self._wanted)
         ]
+        items.sort(key=lambda item: item.path.name != FIRST)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:

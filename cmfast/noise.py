@@ -32,7 +32,7 @@ PEAK = 64  # bytes of memory for a number while it is drawn
 
 
 def gaussian(
-    seed: int, sample: int | Sequence[int] | npt.NDArray[np.int64], step: int, shape: Sequence[int]
+    seed: int, sample: int | Sequence[int] | npt.NDArray[np.integer[Any]], step: int, shape: Sequence[int]
 ) -> npt.NDArray[np.float32]:
     """Return unit Gaussian noise: the same bits in every language and on every backend.
 
@@ -58,14 +58,14 @@ def gaussian(
 
 
 def slices(
-    seed: int, samples: Sequence[int] | npt.NDArray[np.int64], steps: int, shape: Sequence[int]
+    seed: int, samples: Sequence[int] | npt.NDArray[np.integer[Any]], steps: int, shape: Sequence[int]
 ) -> npt.NDArray[np.float32]:
     """Return the noise of so many steps for a batch of B samples, float32 [steps, B, *shape]: what `sample` takes."""
     return np.stack([gaussian(seed, samples, step, shape) for step in range(steps)])
 
 
 def labels(
-    seed: int, samples: Sequence[int] | npt.NDArray[np.int64], classes: int, *, step: int = LABEL_STEP
+    seed: int, samples: Sequence[int] | npt.NDArray[np.integer[Any]], classes: int, *, step: int = LABEL_STEP
 ) -> npt.NDArray[np.int64]:
     """Return a class for each sample index, int64 [B], uniform over 0 .. classes - 1; step: the stream of numbers."""
     classes = whole_number("number of classes", classes, 1, 2**32)

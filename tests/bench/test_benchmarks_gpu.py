@@ -451,6 +451,16 @@ def test_tests_that_fail_crash_or_cannot_be_imported_are_lines_and_the_others_ru
     assert len(found) == 7
 
 
+def test_files_whose_fixtures_bring_the_mark_are_run_too_after_the_most_valuable_one() -> None:
+    ask = "import gpu_pytest; print(*gpu_pytest.files_with_gpu_tests())"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=ROOT / "benchmarks")
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.split()
+    assert first == "tests/gpu/test_gpu.py"
+    marked = {"tests/gpu/test_gpu_tensorrt.py", "tests/backends/test_cuda.py", "tests/backends/test_cuda_drawing.py"}
+    assert marked < set(others)
+
+
 # The record.
 
 HEAD = {

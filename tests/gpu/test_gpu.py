@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
-from cmfast.backends import DrawBackend, TimedBackend, open_backend
+from cmfast.backends import DrawBackend, Inputs, TimedBackend, open_backend
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import KEPT
 from cmfast.errors import BackendError, CmfastError
@@ -41,9 +41,11 @@ from cmfast_train.data.batches import batches
 from cmfast_train.denoiser import Denoiser
 from cmfast_train.kernels.fuse import fuse
 from cmfast_train.networks.adm import AdmConfig, randomise
-from cmfast_train.networks.build import NetworkConfig, build_network
+from cmfast_train.networks.build import build_network
 from cmfast_train.networks.edm import DhariwalConfig, SongConfig
 from cmfast_train.networks.fused import fuse_norms
+from cmfast_train.training import step_graph
+from cmfast_train.training.float32 import exact_float32
 from cmfast_train.training.state import Run
 from cmfast_train.training.step import optimise
 from cmfast_train.training.step_graph import RecordedSteps, Steps, step_of, trying_algorithms, why_not
@@ -260,7 +262,7 @@ def test_a_recorded_sampler_draws_what_the_loop_draws_whatever_the_order_of_batc
 def test_backends_with_and_without_tensorfloat_do_not_disturb_each_other(tiny_checkpoint: Factory) -> None:
     need("tf32")
     exact, fast = (cmfast.load(tiny_checkpoint(10), device="cuda", precision=each) for each in ("fp32", "tf32"))
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = matmul.fp32_precision, convolution.fp32_precision
     first = drawn(exact, 3, 1)
     np.testing.assert_allclose(drawn(fast, 3, 1), first, rtol=0, atol=TOLERANCES["tf32"])
@@ -325,7 +327,8 @@ def test_onnx_runtime_says_what_a_call_cost(
 ) -> None:
     assert_timed(cmfast.load(sampler_file("fp32"), device="cuda", variant=variant), calls=1)
     export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx")
-    assert_timed(cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant), calls=2)
+    model = cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant)
+    assert_timed(model, calls=1 if isinstance(model.backend, DrawBackend) else 2)
 
 
 # Noise and whole draws on the card.
@@ -406,7 +409,7 @@ def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
     backend = open_backend(tiny_checkpoint(0), "cuda", variant=variant)
     assert isinstance(backend, DrawBackend)
     model = cmfast.Model(backend)
-    batches = [(range(start, start + 2), None) for start in range(0, 8, 2)]
+    batches: list[tuple[range, Inputs]] = [(range(start, start + 2), {}) for start in range(0, 8, 2)]
     want = {seed: model.sample_float(8, batch=2, seed=seed, sigmas=(80.0, 0.8)) for seed in (1, 2)}
     left = backend.draw(3, batches, (80.0, 0.8), pixels=False)
     next(left)
@@ -416,7 +419,7 @@ def test_draws_that_take_turns_on_the_card_or_are_left_do_not_mix_their_images(
             with torch.cuda.stream(torch.cuda.Stream() if part.start % 4 else torch.cuda.current_stream()):
                 drawn = next(drawing)
             np.testing.assert_allclose(drawn.images, want[seed][part.start : part.stop], rtol=0, atol=TOLERANCE)
-    left.close()
+    del left
     assert np.abs(want[1] - want[2]).max() > 0.1
 
 
@@ -502,9 +505,10 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
     results: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for recorded in (False, True):
         run = new_run(tmp_path, *CASES[case], "device=cuda", *([] if bf16 else ["precision=fp32"]))
-        begin_last_phase(run)
-        assert why_not(run.context, run.phase) == ""
-        with trying_algorithms(run.context.accelerator.device):
+        device = run.context.accelerator.device
+        with exact_float32(device), trying_algorithms(device):  # as `train` takes the steps of a float32 run
+            begin_last_phase(run)
+            assert why_not(run.context, run.phase) == ""
             take = step_of(run) if recorded else functools.partial(optimise, run)
             results.append(take_steps(run, take, run.state.total))
     assert isinstance(take, RecordedSteps)
@@ -515,7 +519,8 @@ def test_recorded_steps_compute_what_plain_steps_compute(case: str, tmp_path: Pa
         np.testing.assert_array_equal(our_sigma, sigma, err_msg=f"step {step}")
         # The same kernels, but sums whose order differs from run to run, and RAdam makes full steps of small gradients.
         # Another mask of dropout, or a step left out, changes a loss by tens of percent.
-        ours, theirs = (our_loss.mean(), loss.mean()) if bf16 or case == "cd" else (our_loss, loss)  # cd's are tiny
+        tiny = case.startswith(("cd", "sid"))  # of single images: differences of two networks that are nearly equal
+        ours, theirs = (our_loss.mean(), loss.mean()) if bf16 or tiny else (our_loss, loss)
         np.testing.assert_allclose(ours, theirs, rtol=0.1 if bf16 else 0.03, atol=1e-6, err_msg=f"step {step}")
 
 
@@ -526,12 +531,12 @@ def test_a_checkpoint_gets_the_memory_of_the_recorded_step_if_it_needs_it(
 ) -> None:
     reserved: list[int] = []
 
-    def save(_: Run) -> None:
+    def save(run: Run) -> None:
         reserved.append(torch.cuda.memory_reserved())
         if len(reserved) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Run, "save", save)
+    monkeypatch.setattr(step_graph, "save", save)
     run = new_run(tmp_path, "phases=edm:160", "device=cuda")
     take = Steps(run)
     take_steps(run, take, 8)
@@ -602,7 +607,7 @@ def test_pytorch_without_cuda_is_an_error_that_names_the_cause(tiny_checkpoint: 
 
 NORMS = [((1, 256, 32, 32), 32), ((256, 256, 8, 8), 32), ((64, 384, 32, 32), 32), ((2, 192, 64, 64), 32),
          ((3, 32, 7, 5), 8), ((1, 96, 1, 1), 24), ((40, 576, 16, 16), 32)]  # fmt: skip
-NETWORKS: dict[str, NetworkConfig] = {
+NETWORKS: dict[str, AdmConfig | SongConfig | DhariwalConfig] = {
     "adm": AdmConfig(image_size=16, model_channels=64, channel_mult=(1, 2), attention=(8,), classes=3),
     "adm sum": AdmConfig(image_size=16, model_channels=64, res_blocks=1, scale_shift=False, resblock_updown=False),
     "song": SongConfig(image_size=16, model_channels=64, channel_mult=(1, 2), res_blocks=1, resample=(1, 3, 3, 1)),
@@ -682,7 +687,10 @@ def test_a_fused_network_on_cuda_can_be_compiled() -> None:
         want = denoiser_of("dhariwal", "fp32")(**inputs)
         error = off(denoiser(**inputs), want)
         fuse(denoiser)
-        assert off(torch.compile(denoiser, dynamic=False, fullgraph=True)(**inputs), want) <= 1.5 * error
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # of torch.compile: TensorFloat-32 is off
+            got = torch.compile(denoiser, dynamic=False, fullgraph=True)(**inputs)
+        assert off(got, want) <= 1.5 * error
 
 
 @pytest.mark.gpu
@@ -691,7 +699,7 @@ def test_a_fused_network_on_cuda_can_be_compiled() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_attention_runs_where_only_flash_kernels_may(name: str, form: torch.memory_format) -> None:
     need("bf16")
-    denoiser = denoiser_of(name, "bf16").to(memory_format=form)
+    denoiser = denoiser_of(name, "bf16").to(memory_format=form)  # type: ignore[call-overload]
     inputs = denoiser_inputs(denoiser)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert denoiser(**inputs).isfinite().all()
@@ -711,7 +719,7 @@ class Copies(TorchDispatchMode):
     """Counts the copies of images [B, C, H, W]."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[torch.Size] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -796,7 +804,7 @@ class Functions(TorchDispatchMode):
     """Collects the names of operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -867,7 +875,7 @@ def test_the_fused_norm_has_the_gradients_of_torch_in_float64(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_with_fused_norms_on_cuda_has_the_same_gradients(name: str, precision: str) -> None:
     need(precision)
-    network = build_network(NETWORKS[name]).to("cuda", memory_format=torch.channels_last)
+    network = build_network(NETWORKS[name]).to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
     randomise(network)
     inputs = denoiser_inputs(denoiser_of(name, "fp32"))
     x, c_noise = inputs["x"], inputs["sigma"].log() / 4

@@ -57,7 +57,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
         network = build_network(NETWORKS[name])
         randomise(network)
         scaling = {} if name == "adm" else {"scaling": "edm", "c_noise": "ln/4"}
-        spec = image_spec(image=(1, 8, 8), classes=0, **scaling)  # type: ignore[arg-type]
+        spec = image_spec(image=(1, 8, 8), classes=0, **scaling)
         checkpoint = Checkpoint(spec=spec, network=NETWORKS[name], weights=network.state_dict())
         return export_onnx(checkpoint, tmp_path / "model.onnx", kind="sampler", steps=2, **options).path
 

@@ -62,7 +62,7 @@ def test_an_engine_draws_what_float32_draws_in_any_order_of_batch_sizes(
     precision: str, kind: str, library: str, onnx_file: Factory, tmp_path: Path
 ) -> None:
     built = build_engine(
-        onnx_file(precision, kind), tmp_path / "model.engine", BuildOptions(library=library, batch=BATCHES), run=True
+        onnx_file(precision, kind), tmp_path / "model.engine", BuildOptions(library=library, batch=BATCHES)
     )
     assert built.parity is not None
     assert float(built.manifest.engine["max_abs"]) == pytest.approx(built.parity.worst.max_abs, rel=0.01)
@@ -118,7 +118,7 @@ def test_tensorrt_keeps_its_measurements_and_builds_for_other_cards(onnx_file: F
     options: dict[str, Any] = {"library": "tensorrt", "batch": (1, 2, 4), "timing_cache": str(cache)}
     for extra in ({}, {"hardware_compatible": "ampere+"}, {"version_compatible": True}):
         path = tmp_path / "model.engine"
-        built = build_engine(onnx_file("fp16", "sampler"), path, BuildOptions(**options, **extra), run=True)
+        built = build_engine(onnx_file("fp16", "sampler"), path, BuildOptions(**options, **extra))
         assert built.parity is not None
         assert cache.stat().st_size > 0
 
