@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmfast.errors import CheckFailed
+from cmfast.backends.cuda import runtime as cuda
+from cmfast.backends.cuda.kernels import Kernels
+from cmfast.errors import BackendError, CheckFailed, MissingDependency
 from cmfast.model import Model
 from cmfast.noise import gaussian
 from cmfast_train.backends import torch_noise
@@ -32,6 +34,7 @@ def items(bench: Bench, networks: Sequence[str]) -> Iterator[Item]:
         expect = {"imagenet64": 8.0}.get(network, 4.0) if bench.device == "cuda" else 1.0
         yield Item(name=f"{network} bf16 sample", run=functools.partial(sample, bench, network), expect_s=expect)
     yield Item(name="noise", run=functools.partial(noise, bench.device), expect_s=2.0)
+    yield Item(name="noise kernels", run=functools.partial(noise_kernels, bench.device), expect_s=2.0)
     if networks:
         network = "cifar10" if "cifar10" in networks else networks[0]
         for way in ("eager", "best"):
@@ -132,6 +135,41 @@ def noise(device: str) -> Line:
     return {
         "kind": "noise", "values": values, "values_per_s": values / seconds, "numpy_values_per_s": values / numpy_s,
         "times_as_fast": numpy_s / seconds,
+    }  # fmt: skip
+
+
+def noise_kernels(device: str) -> Line:
+    """Return values per second of noise by the kernels that backends without torch draw with; the bits agree."""
+    if device != "cuda":
+        raise NotHere("needs an NVIDIA GPU")
+    try:
+        stream = cuda.Stream()
+        kernels = Kernels(stream)
+    except (BackendError, MissingDependency) as err:
+        raise NotHere(str(err)) from None
+    count, shape = NOISE[device]
+    size = int(np.prod(shape))
+    request, x = cuda.Buffer((1 + count,), np.uint64), cuda.Buffer((count, *shape), np.float32)
+    request.host[0], request.host[1:] = 0, np.arange(count)
+    stream.to_device(request)
+    begun = time.perf_counter()
+    want = gaussian(0, range(count), 0, shape)
+    numpy_s = time.perf_counter() - begun
+
+    def draw() -> None:
+        kernels.add_noise(x.device, 0, request.device, count, size, 0, 1.0)
+        stream.wait()
+
+    draw()
+    stream.to_host(x)
+    stream.wait()
+    differs = int((x.host.view(np.uint32) != want.view(np.uint32)).sum())
+    if differs:
+        raise CheckFailed(f"{differs:,} of {want.size:,} values differ from numpy's bits")
+    seconds = fastest(draw)
+    return {
+        "kind": "noise", "way": "kernels without torch", "values": want.size, "values_per_s": want.size / seconds,
+        "numpy_values_per_s": want.size / numpy_s, "times_as_fast": numpy_s / seconds,
     }  # fmt: skip
 
 

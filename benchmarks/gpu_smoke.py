@@ -52,6 +52,7 @@ def smoke_items(bench: Bench, networks: tuple[str, ...]) -> Iterator[Item]:
         run = functools.partial(train_steps, device, network, precision)
         yield Item(name=f"train {precision}", run=run, expect_s=3.0)
     yield Item(name="noise", run=functools.partial(gpu_extra.noise, device), expect_s=2.0)
+    yield Item(name="noise kernels", run=functools.partial(gpu_extra.noise_kernels, device), expect_s=2.0)
 
 
 def device_line(device: str) -> Line:

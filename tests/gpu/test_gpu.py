@@ -331,6 +331,28 @@ def test_onnx_runtime_says_what_a_call_cost(
     assert_timed(model, calls=1 if isinstance(model.backend, DrawBackend) else 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("onnx_cuda")
+@pytest.mark.parametrize("variant", ["", "cuda_graph"])
+@pytest.mark.parametrize("kind", ["denoiser", "sampler"])
+def test_what_onnx_runtime_draws_on_the_card_is_what_it_makes_of_noise_from_numpy(
+    kind: str, variant: str, tiny_checkpoint: Factory, tmp_path: Path
+) -> None:
+    export_onnx(tiny_checkpoint(10), tmp_path / "model.onnx", kind=kind, steps=2 if kind == "sampler" else None)
+    model = cmfast.load(tmp_path / "model.onnx", device="cuda", variant=variant)
+    assert isinstance(model.backend, DrawBackend)
+    n, seed, sigmas = 8, 2**63 + 5, model.sigmas_for(2)
+    label = model.labels(n, seed=seed)
+    assert label is not None
+    noise = [np.stack([cmfast.gaussian(seed, range(i, i + 4), k, (1, 8, 8)) for k in range(2)]) for i in (0, 4)]
+    x0 = np.concatenate([model.from_noise(z, sigmas, label[4 * i : 4 * i + 4]) for i, z in enumerate(noise)])
+    got = model.sample_float(n, steps=2, seed=seed, batch=4)
+    np.testing.assert_allclose(got, x0, rtol=0, atol=TOLERANCE)
+    assert x0.std() > 0.1
+    far = np.abs(model.sample(n, steps=2, seed=seed, batch=4).astype(int) - to_uint8(got).astype(int))
+    assert far.max() <= 1
+
+
 # Noise and whole draws on the card.
 
 INDICES = np.array([0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)

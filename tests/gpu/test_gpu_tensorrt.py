@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import TimedBackend
+from cmfast.backends import DrawBackend, TimedBackend
 from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.tensorrt_library import LIBRARIES, import_library
 from cmfast.errors import CmfastError
+from cmfast.noise import slices
+from cmfast.sampling import to_uint8
 from cmfast_export import cli
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.tensorrt_engine import build_engine
@@ -83,6 +85,31 @@ def test_a_replay_gives_the_same_bits_for_the_same_noise_after_others(
     assert np.abs(model.sample_float(3, seed=2) - first).max() > 0.1
     model.sample_float(8, seed=3)
     np.testing.assert_array_equal(model.sample_float(3, seed=1), first)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "sampler"])
+def test_what_an_engine_draws_is_what_it_makes_of_noise_from_numpy(
+    kind: str, library: str, onnx_file: Factory, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.engine"
+    build_engine(onnx_file("fp32", kind), path, BuildOptions(library=library, batch=BATCHES))
+    model = cmfast.load(path)
+    assert isinstance(model.backend, DrawBackend)
+    sigmas, n, seed = model.sigmas_for(2), 11, 2**63 + 5
+    label = model.labels(n, seed=seed)
+    assert label is not None
+    for batch in (3, 8, 11):  # the last one in parts
+        x0 = np.concatenate(
+            [
+                model.from_noise(slices(seed, range(i, min(i + batch, n)), 2, (1, 8, 8)), sigmas, label[i : i + batch])
+                for i in range(0, n, batch)
+            ]
+        )
+        got = model.sample_float(n, steps=2, seed=seed, batch=batch)
+        np.testing.assert_allclose(got, x0, rtol=0, atol=TOLERANCES["fp32"])
+        assert x0.std() > 0.1
+        far = np.abs(model.sample(n, steps=2, seed=seed, batch=batch).astype(int) - to_uint8(got).astype(int))
+        assert far.max() <= 1
 
 
 def test_an_engine_says_what_a_call_cost(library: str, onnx_file: Factory, tmp_path: Path) -> None:
