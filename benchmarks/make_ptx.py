@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import sys
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
@@ -54,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=FOLDER / "sampling.ptx")
     out: Path = parser.parse_args().out
-    ptx = compiled((FOLDER / "sampling.cu").read_text())
+    source = (FOLDER / "sampling.cu").read_text()
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    ptx = f"// Of sampling.cu, SHA-256 {digest}, by benchmarks/make_ptx.py\n{compiled(source)}"
     out.write_text(ptx)
     print(f"{out}: {len(ptx):,} bytes")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import re
@@ -228,6 +229,11 @@ def test_the_kernels_are_translated_for_a_card_and_spill_nothing(capability: int
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(" 0 bytes spill stores, 0 bytes spill loads") == len(SIGNATURES)
+
+
+def test_the_ptx_was_made_of_this_source() -> None:
+    digest = hashlib.sha256((SOURCE / "sampling.cu").read_bytes()).hexdigest()
+    assert f"SHA-256 {digest}" in (SOURCE / PTX).read_text(), "run benchmarks/make_ptx.py"
 
 
 def test_the_ptx_is_what_its_source_compiles_to(tmp_path: Path) -> None:
