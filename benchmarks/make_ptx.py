@@ -7,12 +7,15 @@ that every card that TensorRT supports does: pip install nvidia-cuda-nvrtc-cu12=
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import sys
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
+
+import click
+
+from cmfast.files import atomic_file
 
 PACKAGE, VERSION = "nvidia-cuda-nvrtc-cu12", "12.0.140"
 FOLDER = Path(__file__).parents[1] / "cmfast" / "backends" / "cuda"
@@ -50,17 +53,19 @@ def compiled(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the PTX."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, default=FOLDER / "sampling.ptx")
-    out: Path = parser.parse_args().out
+@click.command()
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), default=FOLDER / "sampling.ptx", help="The PTX."
+)
+def command(out: Path) -> None:
+    """Compile the kernels to PTX."""
     source = (FOLDER / "sampling.cu").read_text()
     digest = hashlib.sha256(source.encode()).hexdigest()
     ptx = f"// Of sampling.cu, SHA-256 {digest}, by benchmarks/make_ptx.py\n{compiled(source)}"
-    out.write_text(ptx)
+    with atomic_file(out) as file:
+        file.write_text(ptx)
     print(f"{out}: {len(ptx):,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    command()
