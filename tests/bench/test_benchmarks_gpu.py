@@ -359,14 +359,14 @@ def test_the_budget_ends_a_rehearsal_that_has_more_to_do(what: str, budget: int,
         assert plan["error"].startswith(("hung", "its process")), plan
     if "kind" in plan:
         images = plan["images"]
-        assert all(images[method] % PRESETS["digits"].batch == 0 < images[method] for method in ("edm", "ect"))
+        assert all(images[method] % PRESETS["digits"].batch == 0 < images[method] for method in ("edm", "ect", "sid"))
         assert plan["seconds_left"] < budget * 0.65
 
 
 def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_path: Path) -> None:
     from gpu_record import merge
 
-    out, words = tmp_path / "out.jsonl", ["train", "--set", "phases=edm:640,ect:320", "--set", "batch=16"]
+    out, words = tmp_path / "out.jsonl", ["train", "--set", "phases=edm:640,ect:320,sid:160", "--set", "batch=16"]
     command = gpu(*words, "--device", "cpu", "--budget", "60", "--out", out)
     victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, end = tmp_path / "out_run" / "log.jsonl", time.monotonic() + 60
@@ -388,12 +388,14 @@ def test_a_training_that_was_killed_goes_on_with_its_plan_and_is_evaluated(tmp_p
     assert found["plan"] == before["plan"]
     assert [line["line"] for line in lines_of(out) if line.get("line") in ("head", "again")] == ["head", "again"]
     training = found["training"]
-    assert training["planned"] == training["images"] == 960
-    assert (training["stopped"], training["curve"][-1]["images"]) == (False, 960)
+    assert training["planned"] == training["images"] == 1120
+    assert (training["stopped"], training["curve"][-1]["images"]) == (False, 1120)
+    assert list(training["images_per_s"]) == ["edm", "ect", "sid"]
     assert found["grid 2 step(s)"]["file"] == "out_2.png"
     assert (tmp_path / "out_1.png").exists()
     distances = {name: line["fd"] for name, line in found.items() if name.startswith("evaluation")}
-    assert len(distances) == 3
+    assert len(distances) == 5
+    assert found["evaluation before the last phase 2 step(s) 200 samples"]["model"] == "before sid"
     assert all(distance > found["evaluation teacher 200 samples"]["halves"]["fd"] for distance in distances.values())
     assert merge([out])["counts"] == {"measured": len(found), "failed": 0, "skipped": 0}
 

@@ -160,7 +160,7 @@ def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
 SAYS = [  # phases, and whether a step is recorded where 22 alike are not enough and 23 are
     ("edm:176", False), ("edm:184", True), ("ect:352 ect.stages=0,1", False), ("ect:360 ect.stages=0,1", True),
     ("ict:1600 ict.s0=4 ict.s1=8", True), ("ict:400 ict.s0=4 ict.s1=64", False), ("pd/4:352", True),
-    ("sid:488 sid.fakes=2", False), ("sid:496 sid.fakes=2", True),  # 21 turns of three steps, and no more
+    ("sid:264 sid.fakes=2", False), ("sid:272 sid.fakes=2", True),  # of 34 steps, 23 are of the fakes
 ]  # fmt: skip
 
 

@@ -152,10 +152,13 @@ def _is_worth(phase: Phase, first: int, total: int) -> bool:
 
 def _is_due(phase: Phase, step: int, total: int, taken: int) -> bool:
     """Return whether to record a step, after `taken` steps with the same constants."""
-    last = step + phase.turns * (WORTH - 1)
-    if taken < WARM_UPS or last >= total:
+    if taken < WARM_UPS:
         return False
-    return constants_of(phase, last, total) == constants_of(phase, step, total)
+    now = constants_of(phase, step, total)
+    alike = [other for other in range(step, step + phase.turns) if constants_of(phase, other, total) == now]
+    rounds, rest = divmod(WORTH - 1, len(alike))
+    last = alike[rest] + rounds * phase.turns
+    return last < total and constants_of(phase, last, total) == now
 
 
 @contextmanager
