@@ -116,10 +116,7 @@ def noise(device: str) -> Line:
     """Return values per second of noise, by PyTorch on the device and by numpy on one thread; the bits agree."""
     count, shape = NOISE[device]
     values = count * int(np.prod(shape))
-    gaussian(0, range(count), 0, shape)  # the first touch of its memory is not counted
-    begun = time.perf_counter()
-    want = gaussian(0, range(count), 0, shape)
-    numpy_s = time.perf_counter() - begun
+    want, numpy_s = noise_of_numpy(count, shape)
     key, samples = torch_noise.key_of(0).to(device), torch.arange(count, device=device)
     got = torch_noise.gaussian(key, samples, 1, shape)
     differs = int((got[0].cpu().numpy().view(np.uint32) != want.view(np.uint32)).sum())
@@ -152,9 +149,7 @@ def noise_kernels(device: str) -> Line:
     request, x = cuda.Buffer((1 + count,), np.uint64), cuda.Buffer((count, *shape), np.float32)
     request.host[0], request.host[1:] = 0, np.arange(count)
     stream.to_device(request)
-    begun = time.perf_counter()
-    want = gaussian(0, range(count), 0, shape)
-    numpy_s = time.perf_counter() - begun
+    want, numpy_s = noise_of_numpy(count, shape)
 
     def draw() -> None:
         kernels.add_noise(x.device, 0, request.device, count, size, 0, 1.0)
@@ -171,6 +166,14 @@ def noise_kernels(device: str) -> Line:
         "kind": "noise", "way": "kernels without torch", "values": want.size, "values_per_s": want.size / seconds,
         "numpy_values_per_s": want.size / numpy_s, "times_as_fast": numpy_s / seconds,
     }  # fmt: skip
+
+
+def noise_of_numpy(count: int, shape: tuple[int, ...]) -> tuple[Any, float]:
+    """Return the noise of seed 0, and the seconds that numpy takes for it."""
+    gaussian(0, range(count), 0, shape)  # the first touch of its memory is not counted
+    begun = time.perf_counter()
+    want = gaussian(0, range(count), 0, shape)
+    return want, time.perf_counter() - begun
 
 
 def timed_ms(call: Any) -> float:

@@ -227,6 +227,8 @@ class Training:
         if not before or before[-1].row.leaves != "consistency":
             raise NotHere("no phase before the last one leaves a consistency model")
         file = self.request.run / "phases" / f"{len(before)}_{before[-1].name}.pt"
+        if not file.exists():
+            raise NotHere("the run was stopped before its last phase")
         return self._distance(f"before {last.name}", load_checkpoint(file), steps, n)
 
     def _distance(self, name: str, checkpoint: Checkpoint, steps: int, n: int) -> Line:

@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(paths[0].locate()))
 
 
-def compiled(source: str) -> str:
+def compiled(source: bytes) -> str:
     """Return the PTX of a source, or exit with the compiler's words."""
     nvrtc, program = library(), ctypes.c_void_p()
 
@@ -45,7 +45,7 @@ def compiled(source: str) -> str:
         getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer)
         return buffer.value.decode()
 
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"sampling.cu", 0, None, None)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"sampling.cu", 0, None, None)
     if nvrtc.nvrtcCompileProgram(program, len(OPTIONS), (ctypes.c_char_p * len(OPTIONS))(*OPTIONS)):
         sys.exit(text_of("ProgramLog"))
     # Tables of its own header, which nothing here uses.
@@ -59,8 +59,8 @@ def compiled(source: str) -> str:
 )
 def command(out: Path) -> None:
     """Compile the kernels to PTX."""
-    source = (FOLDER / "sampling.cu").read_text()
-    digest = hashlib.sha256(source.encode()).hexdigest()
+    source = (FOLDER / "sampling.cu").read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
     ptx = f"// Of sampling.cu, SHA-256 {digest}, by benchmarks/make_ptx.py\n{compiled(source)}"
     with atomic_file(out) as file:
         file.write_text(ptx)

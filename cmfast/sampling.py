@@ -61,19 +61,55 @@ def sample(denoise: Denoise, noise: Array, sigmas: Sequence[float], spec: ModelS
     shape: tuple[int, ...] = getattr(noise, "shape", ())
     if len(shape) < 3 or shape[0] != len(sigmas):
         raise CmfastError(f"noise must be [{len(sigmas)}, B, ...] for {len(sigmas)} levels, got {shown(noise)}")
-    # "ddim" takes no fresh noise but less of the same: DDIM, as progressive distillation has it (arXiv:2202.00512). It
-    # is also how a flow map goes on: CTM (arXiv:2310.02279), eq. 9, and z_r = z_t - (t - r) u of MeanFlow.
-    same_noise = spec.renoise == "ddim"
-    x, x0 = sigmas[0] * noise[0], None
-    for step, (sigma, z) in enumerate(zip(sigmas, noise, strict=True)):
-        if x0 is not None:
-            x = x0 + (sigma / sigmas[step - 1] * (x - x0) if same_noise else renoise_std(sigma, spec) * z)
-        if spec.second_time:
-            x0 = denoise(x, sigma, sigmas[step + 1] if same_noise and step + 1 < len(sigmas) else 0.0)
+    x0 = None
+    for call, z in zip(calls_of(sigmas, spec), noise, strict=True):
+        if x0 is None:
+            x = call.std * z
+        elif call.ratio is None:
+            x = x0 + call.std * z
         else:
-            x0 = denoise(x, sigma)
+            x = x0 + call.ratio * (x - x0)
+        x0 = denoise(x, call.sigma, call.sigma_next) if spec.second_time else denoise(x, call.sigma)
         x0 = _clip(x0, spec)
     return x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A network call of the few-step loop: what it gets is x0 + std * noise, or x0 + ratio * (x - x0).
+
+    Attributes:
+        sigma: Noise level, data units.
+        std: Standard deviation of the fresh noise, data units; in the first call, which has no x0, sigma.
+        ratio: How much of the noise of the call before stays; None: the noise is fresh.
+        sigma_next: Of a flow map, the noise level to go to, data units.
+    """
+
+    sigma: float
+    std: float
+    ratio: float | None = None
+    sigma_next: float = 0.0
+
+
+def calls_of(sigmas: Sequence[float], spec: ModelSpec) -> list[Call]:
+    """Return the network calls of the few-step loop at these noise levels.
+
+    "ddim" takes no fresh noise but less of the same: DDIM, as progressive distillation has it (arXiv:2202.00512). It is
+    also how a flow map goes on: CTM (arXiv:2310.02279), eq. 9, and z_r = z_t - (t - r) u of MeanFlow.
+
+    Args:
+        sigmas: Noise levels, data units, decreasing.
+        spec: Gives sigma_min and the renoising rule.
+    """
+    if spec.renoise != "ddim":
+        first, *others = sigmas
+        return [Call(sigma=first, std=first), *(Call(sigma=s, std=renoise_std(s, spec)) for s in others)]
+    after = [*sigmas[1:], 0.0]
+    ratios = [None, *(low / high for high, low in pairwise(sigmas))]
+    return [
+        Call(sigma=sigma, std=sigma, ratio=ratio, sigma_next=low)
+        for sigma, ratio, low in zip(sigmas, ratios, after, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

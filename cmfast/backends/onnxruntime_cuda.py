@@ -24,7 +24,7 @@ from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.cuda.drawing import Draws, Shapes
 from cmfast.backends.onnxruntime_library import cause
 from cmfast.backends.protocol import Drawn, Inputs
-from cmfast.errors import BackendError, CmfastError, backend_error
+from cmfast.errors import BackendError, OutOfMemory, backend_error
 from cmfast.formats.manifest import Manifest
 
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
@@ -78,7 +78,6 @@ class CudaSession:
             result = self._stream.run(inputs, bound.inputs, bound.output, bound.enqueue, self._clock.times)
         except Exception as err:
             raise self._failed(bound, err) from None
-        bound.is_new = False
         return result
 
     def draw(
@@ -87,7 +86,7 @@ class CudaSession:
         """Yield batches; the contract is `cmfast.backends.DrawBackend.draw`."""
         assert self._draws is not None
         cuda.check_process(self._process, self._name)
-        size = self._fixed_batch() or max((len(samples) for samples, _ in batches), default=1)
+        size = self._fixed_batch() or max((len(samples) for samples, _ in batches if samples), default=1)
         bound: _Bound | None = None
 
         def network_of(shapes: Shapes) -> _Bound:
@@ -98,20 +97,17 @@ class CudaSession:
         # Not recorded: ONNX Runtime records within one call of its own, and forbids it around several.
         drawn = self._draws.draw(network_of, seed, batches, sigmas, size, pixels=pixels, captures=False)
         try:
-            for batch in drawn:
-                if bound is not None:
-                    bound.is_new = False
-                yield batch
-        except CmfastError:
-            raise
+            yield from drawn
         except Exception as err:
             raise self._failed(bound, err) from None
 
     def release(self) -> None:
         """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
-        self._stream.wait()  # for batches that were drawn and not fetched
-        while self._ready:
-            self._close(self._ready.popitem()[1])
+        try:
+            self._stream.wait()  # for batches that were drawn and not fetched
+        finally:
+            while self._ready:
+                self._close(self._ready.popitem()[1])
 
     def _bound(self, shapes: Shapes) -> _Bound:
         """Return buffers for inputs of these shapes, bound to the session."""
@@ -140,7 +136,7 @@ class CudaSession:
         number = next(self._ids) if self._ids else None
         if number is not None:
             options.add_run_config_entry("gpu_graph_id", str(number))
-        return _Bound(self._session, buffers, output, binding, options, number)
+        return _Bound(self._session, buffers, output, binding, options, number, self._stream)
 
     def _fixed_batch(self) -> int | None:
         (node,) = self._session.get_outputs()
@@ -161,6 +157,8 @@ class CudaSession:
         is_new = bound is not None and bound.is_new
         for key in [key for key, value in self._ready.items() if value is bound]:
             self._close(self._ready.pop(key))
+        if isinstance(err, OutOfMemory):
+            return OutOfMemory(str(err))
         what = "ONNX Runtime failed on cuda; if memory is short, try a smaller batch"
         if is_new and self._ids:
             what = "ONNX Runtime could not capture this graph as a CUDA graph; use it without the variant cuda_graph"
@@ -177,8 +175,10 @@ class _Bound:
     binding: Any  # onnxruntime.IOBinding
     options: Any  # onnxruntime.RunOptions
     graph: int | None  # the captured graph's id
-    is_new: bool = True  # nothing was computed with it yet
+    stream: cuda.Stream  # which must outlive the session
+    is_new: bool = True  # nothing was handed over yet
 
     def enqueue(self) -> None:
         """Hand the graph over to the stream."""
         self.session.run_with_iobinding(self.binding, self.options)
+        self.is_new = False

@@ -73,7 +73,7 @@ class Drawn:
 
 @runtime_checkable
 class DrawBackend(Protocol):
-    """A backend of a denoiser that draws whole batches where it runs, the noise too; only images come back."""
+    """A backend of a denoiser or a sampler that draws whole batches where it runs, the noise too."""
 
     def draw(
         self,
@@ -108,7 +108,7 @@ class TimedBackend(Protocol):
     """A backend on a GPU that can say what a call costs there."""
 
     def timed(self) -> AbstractContextManager[list[DeviceTimes]]:
-        """Return a context in which every `run`, `loop` and batch of `draw` appends its times to its list."""
+        """Return a context in which every `run`, `loop` and batch of `draw`, or part of one, appends its times."""
         ...
 
 

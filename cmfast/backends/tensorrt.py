@@ -41,10 +41,11 @@ from cmfast.formats.tensorrt_plan import parse_plan
 
 
 class TensorRtBackend:
-    """A plan, run by the library that built it. The contracts are `cmfast.backends.Backend` and `TimedBackend`.
+    """A plan, run by the library that built it. The contracts are those of `cmfast.backends`.
 
-    It is also a `DrawBackend` where the driver takes cmfast's kernels: noise, few-step loop and pixels stay on the GPU,
-    with TensorRT as one CUDA graph for each batch size and noise levels.
+    It is a `Backend`, a `TimedBackend` and a `ReleasingBackend`, and a `DrawBackend` where the driver takes cmfast's
+    kernels: noise, few-step loop and pixels stay on the GPU, with TensorRT as one CUDA graph for each batch size, noise
+    levels and kind of result.
 
     A batch size that is used for the first time costs a warm-up and, with TensorRT, the capture of a CUDA graph; with
     TensorRT-RTX also the compilation of kernels for this card, which are kept in the folder $CMFAST_CACHE, if it is

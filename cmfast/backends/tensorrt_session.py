@@ -72,15 +72,17 @@ class TensorRtSession:
         assert self._draws is not None
         cuda.check_process(self._process, self._name)
         least, _, most = self._manifest.engine["batch"]
-        size = max(min(max(len(samples) for samples, _ in batches), most), least) if batches else least
+        size = max(min(max((len(samples) for samples, _ in batches), default=1), most), least, 1)
         captures = not self._captures_itself
         return self._draws.draw(self._ready_for, seed, batches, sigmas, size, pixels=pixels, captures=captures)
 
     def release(self) -> None:
         """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
-        self._stream.wait()  # for batches that were drawn and not fetched
-        while self._ready:
-            self._close(self._ready.popitem()[1])
+        try:
+            self._stream.wait()  # for batches that were drawn and not fetched
+        finally:
+            while self._ready:
+                self._close(self._ready.popitem()[1])
 
     def _ready_for(self, shapes: Shapes) -> _Ready:
         key = tuple(sorted(shapes.items()))
@@ -107,7 +109,7 @@ class TensorRtSession:
             shape = shapes[name]
             if not context.set_input_shape(name, shape):
                 raise BackendError(f"{self._name} does not take {name} {list(shape)}: {reason(self._log)}; {REBUILD}")
-            buffers[name] = cuda.Buffer(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
+            buffers[name] = cuda.Buffer(shape, self._dtype_of(name))
         outputs = [name for name in names if name not in inputs]
         found, want = [tuple(context.get_tensor_shape(name)) for name in outputs], (batch, *self._manifest.spec.shape)
         if found != [want]:
@@ -115,6 +117,7 @@ class TensorRtSession:
                 f"{self._name}: the engine returns {found}, its manifest promises one {list(want)}; {REBUILD}"
             )
         (output,) = outputs
+        self._dtype_of(output)
         buffers[output] = cuda.Buffer(want, np.float32)
         for name, buffer in buffers.items():
             if not context.set_tensor_address(name, buffer.device):
@@ -130,6 +133,14 @@ class TensorRtSession:
         if self._captures_itself and self._kernel_file is not None:
             write_entry(self._kernel_file.parent, self._kernel_file.name, bytes(self._compiled.serialize()))
         return ready
+
+    def _dtype_of(self, name: str) -> np.dtype[Any]:
+        """Return the type of an input or of the output, or raise BackendError where it is not the manifest's."""
+        found: np.dtype[Any] = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+        want = {each.name: np.dtype(each.dtype) for each in self._manifest.inputs}.get(name, np.dtype(np.float32))
+        if found != want:
+            raise BackendError(f"{self._name}: the engine has {name} in {found}, its manifest in {want}; {REBUILD}")
+        return found
 
     def _context(self) -> Any:
         if not self._captures_itself:

@@ -116,6 +116,31 @@ def test_a_capture_that_is_broken_off_leaves_a_stream_that_works(runtime: Any) -
     np.testing.assert_array_equal(stream.run({"x": some(5, 4)}, {"x": x}, y, work), some(5, 4))
 
 
+def test_garbage_is_not_collected_within_a_capture(runtime: Any) -> None:
+    if not isinstance(runtime, HostCuda):
+        pytest.skip("a GPU would end the capture")
+    stream = cuda.Stream()
+
+    def drop_a_cycle() -> None:
+        held: list[Any] = [cuda.Memory(8)]
+        held.append(held)
+
+    drop_a_cycle()
+    before = gc.isenabled()
+    gc.enable()
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        graph = stream.capture(lambda: [[i] for i in range(100)])
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        (gc.enable if before else gc.disable)()
+    graph.close()
+    gc.collect()
+    assert not runtime.memory
+
+
 def test_the_times_of_a_call_are_those_of_its_three_parts(runtime: Any) -> None:
     numbers = 16 * MIB if not isinstance(runtime, HostCuda) else 1024
     stream, x, y = cuda.Stream(), cuda.Buffer((numbers,), np.float32), cuda.Buffer((numbers,), np.float32)

@@ -15,6 +15,7 @@ import re
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from cmfast.backends.cuda.kernels import PTX, SIGNATURES, Kernels
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import CudaSession
 from cmfast.conditions import Condition, class_label
-from cmfast.errors import BackendError, CheckFailed, CmfastWarning
+from cmfast.errors import BackendError, CheckFailed, CmfastWarning, OutOfMemory
 from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
 from helpers import GOLDEN_NOISE, ROOT
@@ -421,10 +422,12 @@ def test_samples_that_are_not_finite_are_an_error_with_the_noise_levels(
     here: Callable[..., Here], tmp_path: Path
 ) -> None:
     both = here(graph(tmp_path / "model.onnx", replace(IMAGES, clip=False), scale=3e38))
-    for model in (both.plain, both.model):
-        with pytest.raises(CheckFailed) as caught:
-            model.sample(3, steps=3)
-        assert "not finite" in str(caught.value) or "NaN" in str(caught.value)
+    with pytest.raises(CheckFailed) as caught:
+        both.model.sample(3, steps=3)
+    assert "returned values that are not finite" in str(caught.value)
+    assert "80, 4, 2" in str(caught.value)
+    with pytest.raises(CheckFailed, match="returned values that are not finite"):
+        both.plain.sample(3, steps=3)
 
 
 def test_a_drawing_that_is_not_finished_disturbs_nothing(here: Callable[..., Here], tmp_path: Path) -> None:
@@ -448,6 +451,26 @@ def test_a_drawing_that_is_not_finished_disturbs_nothing(here: Callable[..., Her
     assert both.gpu.queue == []
     assert both.gpu.events == {}
     assert both.gpu.memory.keys() == set(), "everything is freed"
+
+
+def test_sizes_that_a_file_leaves_open_may_differ_within_a_drawing(here: Callable[..., Here], tmp_path: Path) -> None:
+    spec = replace(SPECS["signals with a state"], conditions=(Condition(name="text", kind="tensor", shape=("t",)),))
+    both = here(graph(tmp_path / "model.onnx", spec))
+    random = np.random.default_rng(0)
+    for t in (3, 5, 3):
+        text = {"text": random.standard_normal((7, t)).astype(np.float32)}
+        got = both.model.sample_float(7, steps=3, batch=3, conditions=text)
+        assert_same_bits(got, both.plain.sample_float(7, steps=3, batch=3, conditions=text))
+    parts = [(range(0, 3), 2), (range(3, 8), 6), (range(8, 8), 2), (range(8, 9), 2)]
+    batches = [(part, {"text": random.standard_normal((len(part), t)).astype(np.float32)}) for part, t in parts]
+    drawn = list(both.model.backend.draw(0, batches, (80.0, 4.0, 2.0), pixels=False))  # type: ignore[attr-defined]
+    assert [len(each.images) for each in drawn] == [3, 5, 0, 1]
+    for (part, text), each in zip(batches, drawn, strict=True):
+        if len(part):
+            assert_same_bits(
+                each.images, both.plain.sample_float(len(part), steps=3, first=part.start, conditions=text)
+            )
+    assert both.gpu.events == {}
 
 
 def test_loops_are_kept_for_some_noise_levels_and_results(here: Callable[..., Here], tmp_path: Path) -> None:
@@ -487,6 +510,84 @@ def test_an_error_of_onnx_runtime_is_one_line_and_the_next_drawing_works(
     assert "\n" not in str(caught.value)
     assert both.gpu.events == {}
     np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
+
+
+def test_an_error_in_the_middle_names_its_cause_and_leaves_nothing(
+    here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES), captures=True)
+    run, count = both.session._session.run_with_iobinding, 0
+
+    def sometimes(binding: Any, options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:  # in the second batch
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+        run(binding, options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(both.session._session, "run_with_iobinding", sometimes)
+        with pytest.raises(BackendError, match=r"ONNX Runtime failed on cuda; .*: CUDA failure 700"):
+            both.model.sample(12, steps=3, batch=4)
+    assert both.gpu.events == {}
+    np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
+    both.session.release()
+    assert both.gpu.memory == {}
+
+
+@pytest.mark.parametrize("what", ["cudaMalloc", "cudaHostAlloc"])
+def test_memory_that_is_not_to_be_had_says_so_and_less_works(
+    what: str, here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES))
+    want, allocate = both.plain.sample(8, steps=3, batch=4), getattr(both.gpu, what)
+    left = 10**9
+
+    def some(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return allocate(*arguments) if left >= 0 else (2, None)
+
+    some.__name__ = what
+    monkeypatch.setattr(both.gpu, what, some)
+    both.model.sample(8, steps=3, batch=4)
+    pieces = 10**9 - left
+    assert pieces > 5
+    for fails in range(pieces):
+        both.session.release()
+        assert both.gpu.memory == {}
+        left = fails
+        with pytest.raises(OutOfMemory, match=r"^CUDA failed in cuda\w+: out of memory; try a smaller batch$"):
+            both.model.sample(8, steps=3, batch=4)
+        assert both.gpu.events == {}
+    left = pieces
+    np.testing.assert_array_equal(both.model.sample(8, steps=3, batch=4), want)
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_session_goes_before_the_stream_that_it_runs_on(
+    draws: bool, here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES))
+    gone: list[str] = []
+    destroy = both.gpu.cudaStreamDestroy
+
+    def destroyed(stream: int) -> tuple[int]:
+        gone.append("stream")
+        return destroy(stream)
+
+    both.gpu.cudaStreamDestroy = destroyed  # type: ignore[method-assign]
+    session = CudaSession(
+        onnxruntime, HostSession(both.session._session._session, both.gpu), both.plain.manifest, cuda.Stream(), "a GPU",
+        captures=False, place="cpu",
+    )  # fmt: skip
+    weakref.finalize(session._session, gone.append, "session")
+    if draws:
+        list(session.draw(0, [(range(4), {"label": np.arange(4)})], (80.0, 4.0, 2.0), pixels=True))
+    else:
+        session.run({"x": some(2, 3, 6, 5), "sigma": np.ones(2, np.float32), "label": np.arange(2)})
+    del session
+    assert gone == ["session", "stream"]
 
 
 def test_a_driver_that_does_not_take_the_kernels_is_a_warning_and_numpy_draws(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cmfast
-from cmfast.backends import ReleasingBackend, open_backend, tensorrt, tensorrt_session
+from cmfast.backends import DrawBackend, ReleasingBackend, open_backend, tensorrt, tensorrt_session
 from cmfast.backends.cuda import kernels
 from cmfast.backends.cuda import runtime as cuda_runtime
 from cmfast.backends.tensorrt import check_gpu, check_host, check_version
@@ -94,6 +94,48 @@ def test_a_sampler_is_one_graph_a_batch_size_replayed_without_another_capture(on
     assert len(set(cuda.launches)) == 2
     for images in first[1:]:
         np.testing.assert_allclose(images, first[0][: len(images)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "sampler"])
+def test_a_batch_is_drawn_by_one_launch_of_one_graph(kind: str, on_host: Open) -> None:
+    model, cuda, _ = on_host(kind)
+    model.sample(12, batch=4, steps=2)
+    assert len(cuda.launches) == 3
+    assert len(set(cuda.launches)) == len(cuda.graphs) == 1
+    model.sample(8, batch=4, steps=2, seed=5)
+    assert len(cuda.launches) == 5
+    assert len(set(cuda.launches)) == len(cuda.graphs) == 1
+
+
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("kind", ["denoiser", "sampler"])
+def test_drawings_that_take_turns_with_other_sizes_and_a_release_do_not_disturb_each_other(
+    kind: str, library: str, on_host: Open, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_session, "KEPT", 2)
+    model, cuda, _ = on_host(kind, library)
+    onnx, sigmas = cmfast.load(plans[kind].with_suffix(".onnx")), model.sigmas_for(2)
+    batches = [(range(4 * i, 4 * i + 4), {"label": np.arange(4)}) for i in range(4)]
+    want = [onnx.sample_float(4, steps=2, first=4 * i, label=[0, 1, 2, 3]) for i in range(4)]
+    assert isinstance(model.backend, DrawBackend)
+    drawing = model.backend.draw(0, batches, sigmas, pixels=False)
+    got = [next(drawing).images]
+    assert cuda.queue, "the next batch is on the way"
+    for n in (2, 3, 4):  # the first size is freed, and made again
+        model.sample(n, steps=2, batch=n)
+    got.append(next(drawing).images)
+    model.from_noise(np.zeros((2, 3, 1, 8, 8), np.float32), sigmas, 1)
+    model.backend.release()  # type: ignore[attr-defined]
+    got += [drawn.images for drawn in drawing]
+    np.testing.assert_allclose(np.stack(got), np.stack(want), rtol=0, atol=1e-5)
+    assert cuda.events == {}
+
+
+def test_an_engine_whose_types_are_not_the_manifests_is_refused(on_host: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, trt = on_host("denoiser")
+    monkeypatch.setattr(trt, "nptype", lambda dtype: np.float16 if dtype is np.float32 else dtype)
+    with pytest.raises(BackendError, match="the engine has x in float16, its manifest in float32; build it here"):
+        model.sample(4, steps=2)
 
 
 def test_released_memory_and_graphs_are_freed_and_made_again(on_host: Open) -> None:

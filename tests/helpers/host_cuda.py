@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,7 @@ class HostCuda:
         return self.cudaMalloc(size)
 
     def cudaFree(self, devPtr: int) -> tuple[int]:
+        assert self.recording is None, "it breaks the capture"
         block = self.memory.pop(devPtr)
         ctypes.memset(block, 0xFF, ctypes.sizeof(block))
         return (OK,)
@@ -182,7 +184,12 @@ class HostCuda:
         return [(start, start + ctypes.sizeof(self.memory[start])) for start in sorted(self.memory)]
 
     def cudaEventSynchronize(self, event: int) -> tuple[int]:
-        return self.cudaStreamSynchronize(0)
+        if self.recording is not None:
+            return (CAPTURING,)
+        self.waited += 1
+        while self.queue and math.isnan(self.events[event]):
+            self.queue.pop(0)()
+        return (OK,)
 
     def cudaEventCreate(self) -> tuple[int, int]:
         self.events[handle := next(self.handles)] = float("nan")

@@ -269,6 +269,7 @@ def test_the_wheel_holds_every_module_and_no_weights_but_the_small_models(wheel:
     assert {
         f"cmfast_export/targets/web/assets/{name}" for name in ("index.html", "page.js", "cmfast/noise.js")
     } <= names
+    assert "cmfast/backends/cuda/sampling.ptx" in names
     data_sets = ("cifar10", "fashion-mnist", "flowers32", "mnist")
     classifiers = {f"cmfast_train/evaluation/features_data/{name}.safetensors" for name in data_sets}
     shipped = {f"cmfast/models/{name}.onnx" for name in cmfast.models()}

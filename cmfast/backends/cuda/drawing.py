@@ -26,7 +26,7 @@ from cmfast.backends.protocol import DeviceTimes, Drawn, Inputs
 from cmfast.errors import BackendError, CmfastWarning
 from cmfast.formats.manifest import Manifest
 from cmfast.noise import as_u64, check_seed
-from cmfast.sampling import renoise_std
+from cmfast.sampling import calls_of
 
 KEPT = 8  # loops
 FLAG = 16  # bytes before the samples in a result: a word that says whether they are finite, and an alignment
@@ -90,12 +90,7 @@ class Loop:
         self._free: list[_Slot] = []
         self._graph: Graph | None = None
         if captures:
-            # Once before it is recorded: then libraries allocate and kernels are loaded. Of zeros: a label is a class.
-            self._request.host[...] = 0
-            stream.to_device(self._request)
-            for name in self._conditions:
-                stream.clear(network.inputs[name].device, network.inputs[name].size)
-            self._compute()
+            self._compute()  # once before it is recorded: then libraries allocate and kernels are loaded
             stream.wait()
             self._graph = stream.capture(self._compute)
 
@@ -171,20 +166,16 @@ class Loop:
 
     def _denoiser(self) -> None:
         """Hand over what `cmfast.sampling.sample` computes; the last clipping is the result's."""
-        spec, count = self._spec, self._batch * self._size
-        x, x0 = self._network.inputs["x"].device, self._network.output.device
-        same_noise = spec.renoise == "ddim"
-        for k, sigma in enumerate(self._sigmas):
-            if k == 0:
-                self._noise(x, 0, k, sigma)
-            elif same_noise:
-                self._kernels.less_noise(x, x0, count, sigma / self._sigmas[k - 1], clip=spec.clip)
+        spec, inputs, x0 = self._spec, self._network.inputs, self._network.output.device
+        x = inputs["x"].device
+        for k, call in enumerate(calls_of(self._sigmas, spec)):
+            if call.ratio is None:
+                self._noise(x, x0 if k else 0, k, call.std)
             else:
-                self._noise(x, x0, k, renoise_std(sigma, spec))
-            self._kernels.fill(self._network.inputs["sigma"].device, self._batch, sigma)
+                self._kernels.less_noise(x, x0, self._batch * self._size, call.ratio, clip=spec.clip)
+            self._kernels.fill(inputs["sigma"].device, self._batch, call.sigma)
             if spec.second_time:
-                after = self._sigmas[k + 1] if same_noise and k + 1 < len(self._sigmas) else 0.0
-                self._kernels.fill(self._network.inputs["sigma_next"].device, self._batch, after)
+                self._kernels.fill(inputs["sigma_next"].device, self._batch, call.sigma_next)
             self._network.enqueue()
 
     def _noise(self, x: int, x0: int, step: int, std: float) -> None:
@@ -256,7 +247,7 @@ class Draws:
 
     @classmethod
     def of(cls, manifest: Manifest, stream: Stream, clock: Clock, name: str) -> Draws | None:
-        """Return one; None where the file or the driver has no way, the latter with a warning."""
+        """Return one; None for a file of another kind, and with a warning where the kernels cannot be loaded."""
         if manifest.kind not in KINDS:
             return None
         try:
@@ -292,8 +283,9 @@ class Draws:
         try:
             for samples, _ in batches:
                 parts = [next(results) for _ in range(0, len(samples), size)]
-                images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
-                yield Drawn(images[: len(samples)], finite=all(part.finite for part in parts))
+                images = [part.images for part in parts] or [self._nothing(pixels)]
+                whole = images[0] if len(images) == 1 else np.concatenate(images)
+                yield Drawn(whole[: len(samples)], finite=all(part.finite for part in parts))
         finally:
             results.close()
 
@@ -329,6 +321,11 @@ class Draws:
             if before is not None:  # not wanted any more, and its memory must not be freed under it
                 with suppress(BackendError):
                     before.result(None)
+
+    def _nothing(self, pixels: bool) -> npt.NDArray[Any]:
+        """Return the samples of an empty batch."""
+        shape = self._manifest.spec.shape
+        return np.empty((0, *shape[1:], shape[0]), np.uint8) if pixels else np.empty((0, *shape), np.float32)
 
     def _loop(self, network: Network, sigmas: tuple[float, ...], pixels: bool, captures: bool) -> Loop:
         key = (network, sigmas, pixels)

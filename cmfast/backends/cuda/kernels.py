@@ -83,11 +83,11 @@ class Kernels:
         self._launch("less_noise", count, x, x0, count, ratio, int(clip))
 
     def fill(self, to: int, count: int, value: float) -> None:
-        """Hand over that so many float32 become `value`."""
+        """Hand over filling `count` float32 with a value."""
         self._launch("fill", count, to, count, value)
 
     def values(self, to: int, not_finite: int, x0: int, count: int, *, clip: bool) -> None:
-        """Hand over the copy of x0, clipped to [-1, 1] or not; the word `not_finite` becomes 1 where one is not."""
+        """Hand over copying x0, clipped to [-1, 1] or not; the word `not_finite` becomes 1 where a value is not."""
         self._launch("values", count, to, not_finite, x0, count, int(clip))
 
     def pixels(self, to: int, not_finite: int, x0: int, batch: int, shape: tuple[int, ...], *, clip: bool) -> None:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """As much of CUDA's runtime as an engine needs: buffers, a stream, events, graphs. Over cuda-bindings, without torch.
 
-Everything here belongs to device 0; which card that is, CUDA_VISIBLE_DEVICES says. An error of CUDA is an BackendError
+Everything here belongs to device 0; which card that is, CUDA_VISIBLE_DEVICES says. An error of CUDA is a BackendError
 in one line.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import time
 import weakref
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmfast.backends.protocol import DeviceTimes, Inputs
-from cmfast.errors import BackendError, MissingDependency, backend_error
+from cmfast.errors import BackendError, MissingDependency, OutOfMemory, backend_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,13 @@ def call(function: Callable[..., Any], *arguments: Any, words: Callable[[Any], s
     """Call a function of the runtime; return what it returns besides the error, or raise the error.
 
     Args:
-        words: an error in words; None: the runtime's
+        words: Returns what an error means; None: as the runtime says it.
     """
     error, *values = function(*arguments)
     if int(error):
         said = words(error) if words else _words(runtime(), error)
-        raise backend_error(f"CUDA failed in {function.__name__}: {said}")
+        found = backend_error(f"CUDA failed in {function.__name__}: {said}")
+        raise OutOfMemory(f"{found}; try a smaller batch") if isinstance(found, OutOfMemory) else found
     return values[0] if values else None
 
 
@@ -170,12 +172,17 @@ class Stream:
         """Record what `work` hands over, without running it, as a graph."""
         # Thread-local: other threads may go on allocating, as other backends do.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
+        collects = gc.isenabled()
+        gc.disable()  # it might free memory of the device, which breaks a capture
         try:
+            call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
             work()
         except BaseException:
             self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
             raise
+        finally:
+            if collects:
+                gc.enable()
         graph = call(self._cuda.cudaStreamEndCapture, self.handle)
         try:
             return Graph(call(self._cuda.cudaGraphInstantiate, graph, 0))
@@ -235,7 +242,11 @@ class Buffer:
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self.size = prod(shape) * np.dtype(dtype).itemsize
         on_device = Memory(self.size)
-        on_host = Pinned(shape, dtype)
+        try:
+            on_host = Pinned(shape, dtype)
+        except BaseException:
+            on_device.close()
+            raise
         self.device, self.pinned, self.host = on_device.device, on_host.pinned, on_host.host
         self._sides = (on_device, on_host)
 

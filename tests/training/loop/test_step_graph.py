@@ -147,6 +147,40 @@ def test_a_recorded_run_saved_in_the_middle_goes_on_plain_or_recorded(tmp_path: 
         assert same(state_of(run), state_of(plain))
 
 
+@pytest.mark.usefixtures("quickly")
+def test_recordings_that_are_released_or_resumed_within_a_turn_go_on_to_the_bit(tmp_path: Path) -> None:
+    settings = CASES["sid"]
+    (tmp_path / "plain").mkdir()
+    plain = new_run(tmp_path / "plain", *settings)
+    begin_last_phase(plain)
+    take_steps(plain, functools.partial(optimise, plain), plain.state.total)
+    first = new_run(tmp_path, *settings)
+    begin_last_phase(first)
+    graphs = Graphs()
+    take = RecordedSteps(first, graphs.record)
+    take_steps(first, take, 31)
+    assert take.release()
+    assert not take.release()
+    take_steps(first, take, 15)
+    assert graphs.recorded == 4, "one for each turn, twice"
+    (tmp_path / "samples").mkdir()
+    save(first)
+    again = new_run(tmp_path, *settings, lively=False)
+    resume(again)
+    assert again.step == 46
+    take_steps(again, RecordedSteps(again, Graphs().record), again.state.total - 46)
+    assert same(state_of(again), state_of(plain))
+
+
+def test_weights_of_two_turns_are_not_recorded_wrongly(tmp_path: Path) -> None:
+    run = new_run(tmp_path, "phases=edm:160")
+    take_steps(run, functools.partial(optimise, run), 2)
+    weights = list(run.state.student.parameters())
+    run.state.optimizer.state[weights[1]]["step"] += 1
+    with pytest.raises(BackendError, match="weights of several turns cannot be recorded as CUDA graphs"):
+        step_graph._Radam(run.state.optimizer, weights)
+
+
 def test_what_would_not_be_worth_it_is_not_recorded(tmp_path: Path) -> None:
     for settings in (["phases=edm:160"], ["phases=ect:320", "ect.stages=0,7"]):  # 20 steps; 8 stages of 5
         run, graphs = new_run(tmp_path, *settings), Graphs()

@@ -101,7 +101,8 @@ class Method(Generic[H]):
         constants: called with (hyper, steps done, steps of the phase); returns the Python numbers of a step that depend
             on its place in the phase. Everything else that a step computes with is in tensors. A CUDA graph is recorded
             again when these change, so they must change monotonically, or recur every `turns` steps.
-        turns: called with hyper; returns after how many steps the networks in training have each had their turn.
+        turns: called with hyper; returns after how many steps the networks in training have each had their turn. A
+            weight is trained in the steps with the same constants, and in no others.
         target_decay: decay of the target's weights at a step, called with the same; None: there is no such average.
         spec_after: conventions of the model that a phase leaves, called with (spec, hyper).
         least_steps: optimiser steps that a phase needs at least, called with hyper.

@@ -155,7 +155,8 @@ def _is_due(phase: Phase, step: int, total: int, taken: int) -> bool:
     if taken < WARM_UPS:
         return False
     now = constants_of(phase, step, total)
-    alike = [other for other in range(step, step + phase.turns) if constants_of(phase, other, total) == now]
+    coming = range(step, min(step + phase.turns, total))
+    alike = [other for other in coming if constants_of(phase, other, total) == now]
     rounds, rest = divmod(WORTH - 1, len(alike))
     last = alike[rest] + rounds * phase.turns
     return last < total and constants_of(phase, last, total) == now
@@ -249,7 +250,7 @@ class RecordedSteps:
     def _turn(self) -> _Turn:
         """Return the turn of the coming step; those whose constants do not recur are forgotten."""
         phase, first, total = self._run.phase, self._run.step, self._run.state.total
-        coming = [constants_of(phase, step, total) for step in range(first, first + phase.turns)]
+        coming = [constants_of(phase, step, total) for step in range(first, min(first + phase.turns, total))]
         self._turns = {constants: self._turns.get(constants, _Turn()) for constants in coming}
         return self._turns[coming[0]]
 
@@ -301,6 +302,10 @@ class _Radam:
         self._weights = weights
         states = [optimizer.state[weight] for weight in self._weights]
         self._steps = [state["step"] for state in states]  # on the CPU
+        if len(set(map(float, self._steps))) > 1:
+            raise BackendError(
+                "weights of several turns cannot be recorded as CUDA graphs; train with --set graph=false"
+            )
         self._means = [state["exp_avg"] for state in states]
         self._squares = [state["exp_avg_sq"] for state in states]
         self._one = torch.tensor(1.0)
