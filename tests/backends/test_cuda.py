@@ -119,19 +119,19 @@ def test_a_capture_that_is_broken_off_leaves_a_stream_that_works(runtime: Any) -
 def test_garbage_is_not_collected_within_a_capture(runtime: Any) -> None:
     if not isinstance(runtime, HostCuda):
         pytest.skip("a GPU would end the capture")
-    stream = cuda.Stream()
+    stream, box = cuda.Stream(), [cuda.Memory(8)]
 
-    def drop_a_cycle() -> None:
-        held: list[Any] = [cuda.Memory(8)]
-        held.append(held)
+    def work() -> None:
+        cycle: list[Any] = [box.pop()]
+        cycle.append(cycle)
+        del cycle
+        assert [[i] for i in range(1000)]
 
-    drop_a_cycle()
-    before = gc.isenabled()
+    before, threshold = gc.isenabled(), gc.get_threshold()
     gc.enable()
-    threshold = gc.get_threshold()
     gc.set_threshold(1)
     try:
-        graph = stream.capture(lambda: [[i] for i in range(100)])
+        graph = stream.capture(work)
         assert gc.isenabled()
     finally:
         gc.set_threshold(*threshold)

@@ -18,7 +18,7 @@ import pytest
 
 import cmfast
 from cmfast.backends import DrawBackend, ReleasingBackend, open_backend, tensorrt, tensorrt_session
-from cmfast.backends.cuda import kernels
+from cmfast.backends.cuda import drawing, kernels
 from cmfast.backends.cuda import runtime as cuda_runtime
 from cmfast.backends.tensorrt import check_gpu, check_host, check_version
 from cmfast.backends.tensorrt_session import KEPT
@@ -112,21 +112,23 @@ def test_a_batch_is_drawn_by_one_launch_of_one_graph(kind: str, on_host: Open) -
 def test_drawings_that_take_turns_with_other_sizes_and_a_release_do_not_disturb_each_other(
     kind: str, library: str, on_host: Open, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_session, "KEPT", 2)
+    monkeypatch.setattr(tensorrt_session, "KEPT", 1)
+    monkeypatch.setattr(drawing, "KEPT", 1)
     model, cuda, _ = on_host(kind, library)
     onnx, sigmas = cmfast.load(plans[kind].with_suffix(".onnx")), model.sigmas_for(2)
     batches = [(range(4 * i, 4 * i + 4), {"label": np.arange(4)}) for i in range(4)]
     want = [onnx.sample_float(4, steps=2, first=4 * i, label=[0, 1, 2, 3]) for i in range(4)]
     assert isinstance(model.backend, DrawBackend)
-    drawing = model.backend.draw(0, batches, sigmas, pixels=False)
-    got = [next(drawing).images]
+    drawn = model.backend.draw(0, batches, sigmas, pixels=False)
+    got = [next(drawn).images]
     assert cuda.queue, "the next batch is on the way"
-    for n in (2, 3, 4):  # the first size is freed, and made again
-        model.sample(n, steps=2, batch=n)
-    got.append(next(drawing).images)
-    model.from_noise(np.zeros((2, 3, 1, 8, 8), np.float32), sigmas, 1)
+    model.sample(3, steps=2)  # another size, for which the first is freed
+    got.append(next(drawn).images)
+    model.sample(4, steps=2)  # another kind of result
+    got.append(next(drawn).images)
+    assert cuda.queue
     model.backend.release()  # type: ignore[attr-defined]
-    got += [drawn.images for drawn in drawing]
+    got += [each.images for each in drawn]
     np.testing.assert_allclose(np.stack(got), np.stack(want), rtol=0, atol=1e-5)
     assert cuda.events == {}
 

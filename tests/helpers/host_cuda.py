@@ -135,6 +135,8 @@ class HostCuda:
             return (INVALID,)
 
         def copy() -> None:
+            assert dst in self.memory, "it was freed before the copy"
+            assert src in self.memory, "it was freed before the copy"
             ctypes.memmove(dst, src, count)
 
         return self.hand_over(copy)
@@ -144,6 +146,7 @@ class HostCuda:
             return (INVALID,)
 
         def clear() -> None:
+            assert any(start <= devPtr and devPtr + count <= end for start, end in self.memory_now()), "it was freed"
             ctypes.memset(devPtr, value, count)
 
         return self.hand_over(clear)
