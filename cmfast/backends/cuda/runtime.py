@@ -170,24 +170,28 @@ class Stream:
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record what `work` hands over, without running it, as a graph."""
-        # Thread-local: other threads may go on allocating, as other backends do.
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         collects = gc.isenabled()
         gc.disable()  # it might free memory of the device, which breaks a capture
         try:
-            call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
-            work()
-        except BaseException:
-            self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
-            raise
+            graph = self._recorded(work)
         finally:
             if collects:
                 gc.enable()
-        graph = call(self._cuda.cudaStreamEndCapture, self.handle)
         try:
             return Graph(call(self._cuda.cudaGraphInstantiate, graph, 0))
         finally:
             call(self._cuda.cudaGraphDestroy, graph)
+
+    def _recorded(self, work: Callable[[], object]) -> Any:
+        # Thread-local: other threads may go on allocating, as other backends do.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
+        try:
+            work()
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
+            raise
+        return call(self._cuda.cudaStreamEndCapture, self.handle)
 
     def launch(self, graph: Graph) -> None:
         """Hand over a graph."""
