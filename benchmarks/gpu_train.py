@@ -78,12 +78,15 @@ class Recipe:
 #   half the batch: these are 1.4 times that.
 # * edm, then ect with 0.35 and 0.65 of 176 seconds ended at 3.8 in one step and 1.8 in two (gpu_h200.json): one step is
 #   short. The preset mnist has sid as its last phase for that, with these settings. Not run on a GPU yet.
+# * beta2=0.99: in phases of 2,667 steps of ect and 667 of sid, on a CPU, it takes ect from 25 and 16 in one and two steps
+#   to 23 and 10, and sid after it from 17 and 9.7 to 15 and 5.5 (phases_mnist.json).
 # * probe of sid: its student is trained in one of five steps, the 20th of which a recording must serve.
 RECIPES: dict[str, Recipe] = {
     "mnist-large": Recipe(
         settings=(
             "batch=256", "c_noise=trig", "edm.lr=7e-4", "edm.lr_decay=0.5", "edm.ema=0.999", "ect.lr=4e-4",
             "ect.lr_decay=0.5", "ect.ema=0.999", "ect.stages=1,6", "sid.lr=1e-4", "sid.lr_decay=0.5", "sid.ema=0.998",
+            "edm.beta2=0.99", "ect.beta2=0.99", "sid.beta2=0.99",
         ),
         parts={"edm": 0.3, "ect": 0.5, "sid": 0.2},
         probe={"edm": 72, "ect": 72, "sid": 140},

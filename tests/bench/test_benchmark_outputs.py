@@ -27,6 +27,7 @@ SCRIPTS: dict[str, list[str]] = {  # what each needs besides --json; DIR is a fo
     "int8": ["digits", "DIR/model.pt"],
     "methods": ["--out", "DIR/runs"],
     "parity": [],
+    "phases_mnist": ["--data", "DIR", "--out", "DIR/runs"],
     "policy": ["DIR/runs"],
     "precision": ["digits"],
     "ray_sampling": [],
