@@ -78,8 +78,8 @@ class Recipe:
 #   half the batch: these are 1.4 times that.
 # * edm, then ect with 0.35 and 0.65 of 176 seconds ended at 3.8 in one step and 1.8 in two (gpu_h200.json): one step is
 #   short. The preset mnist has sid as its last phase for that, with these settings. Not run on a GPU yet.
-# * beta2=0.99: in phases of 2,667 steps of ect and 667 of sid, on a CPU, it takes ect from 25 and 16 in one and two steps
-#   to 23 and 10, and sid after it from 17 and 9.7 to 15 and 5.5 (phases_mnist.json).
+# * beta2=0.99: in phases of 2,667 steps of ect and 667 of sid, on a CPU, ect ends at 23 and 10 in one and two steps
+#   instead of 25 and 16, and sid after it at 15 and 5.5 instead of 17 and 9.7 (phases_mnist.json, one seed).
 # * probe of sid: its student is trained in one of five steps, the 20th of which a recording must serve.
 RECIPES: dict[str, Recipe] = {
     "mnist-large": Recipe(
