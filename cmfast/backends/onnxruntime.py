@@ -119,7 +119,9 @@ class OnnxRuntimeBackend:
                 self._session = _open(ort, file, options, self.manifest.dtype, wanted)
             self.batch = self._check_graph(path)
             captures = "cuda_graph" in variant
-            self._device = CudaSession(ort, self._session, self.manifest, stream, self.name, captures=captures)
+            self._device = CudaSession(
+                ort, self._session, self.manifest, stream, self.name, batch=self.batch, captures=captures
+            )
             self.timed, self.release = self._device.timed, self._device.release
             if self._device.draws:
                 self.draw = self._device.draw

@@ -24,7 +24,7 @@ from cmfast.backends.cuda import runtime as cuda
 from cmfast.backends.cuda.drawing import Draws, Shapes
 from cmfast.backends.onnxruntime_library import cause
 from cmfast.backends.protocol import Drawn, Inputs
-from cmfast.errors import BackendError, OutOfMemory, backend_error
+from cmfast.errors import BackendError, CmfastError, OutOfMemory, backend_error
 from cmfast.formats.manifest import Manifest
 
 KEPT = 8  # batch sizes whose buffers, and captured graphs, are kept
@@ -39,6 +39,7 @@ class CudaSession:
         manifest: Of the file.
         stream: What everything is handed over to.
         name: Of the backend, for errors.
+        batch: The only batch size that the graph takes; None: any.
         captures: Whether the session records CUDA graphs.
         place: Where the buffers' device side is, in ONNX Runtime's words.
     """
@@ -51,11 +52,12 @@ class CudaSession:
         stream: cuda.Stream,
         name: str,
         *,
+        batch: int | None,
         captures: bool,
         place: str = "cuda",
     ) -> None:
         self._ort, self._session, self._manifest, self._stream = ort, session, manifest, stream
-        self._name, self._process, self._place = name, os.getpid(), place
+        self._name, self._process, self._batch, self._place = name, os.getpid(), batch, place
         # A captured graph reads and writes the addresses that it was captured with, so a set of buffers has an id of
         # its own, which is never given again. ONNX Runtime keeps 0 for itself.
         self._ids = itertools.count(1) if captures else None
@@ -86,7 +88,7 @@ class CudaSession:
         """Yield batches; the contract is `cmfast.backends.DrawBackend.draw`."""
         assert self._draws is not None
         cuda.check_process(self._process, self._name)
-        size = self._fixed_batch() or max((len(samples) for samples, _ in batches if samples), default=1)
+        size = self._batch or max((len(samples) for samples, _ in batches if samples), default=1)
         bound: _Bound | None = None
 
         def network_of(shapes: Shapes) -> _Bound:
@@ -99,6 +101,8 @@ class CudaSession:
         try:
             yield from drawn
         except Exception as err:
+            if isinstance(err, CmfastError) and not isinstance(err, BackendError):
+                raise
             raise self._failed(bound, err) from None
 
     def release(self) -> None:
@@ -137,10 +141,6 @@ class CudaSession:
         if number is not None:
             options.add_run_config_entry("gpu_graph_id", str(number))
         return _Bound(self._session, buffers, output, binding, options, number, self._stream)
-
-    def _fixed_batch(self) -> int | None:
-        (node,) = self._session.get_outputs()
-        return node.shape[0] if isinstance(node.shape[0], int) else None
 
     def _close(self, bound: _Bound) -> None:
         """Free a set of buffers, after the loops and the graph that use them."""

@@ -125,11 +125,16 @@ class TensorRtSession:
         # without self: a cycle would keep the GPU's memory until it is found
         enqueue = functools.partial(_enqueue, context, int(self._stream.handle), self._name, self._log)
         ready = _Ready(enqueue, {name: buffers[name] for name in inputs}, buffers[output])
-        for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
-            buffer.host[...] = 0
-            self._stream.to_device(buffer)
-        ready.enqueue()  # what is allocated at the first run must not be captured
-        self._stream.wait()
+        try:
+            for buffer in ready.inputs.values():  # zeros, not what the memory held before: a label must be a class
+                buffer.host[...] = 0
+                self._stream.to_device(buffer)
+            ready.enqueue()  # what is allocated at the first run must not be captured
+            self._stream.wait()
+        except BaseException:
+            self._stream.settle()
+            ready.close()
+            raise
         if self._captures_itself and self._kernel_file is not None:
             write_entry(self._kernel_file.parent, self._kernel_file.name, bytes(self._compiled.serialize()))
         return ready

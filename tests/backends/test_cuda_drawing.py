@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from cmfast.backends.cuda.kernels import PTX, SIGNATURES, Kernels
 from cmfast.backends.onnxruntime import OnnxRuntimeBackend
 from cmfast.backends.onnxruntime_cuda import CudaSession
 from cmfast.conditions import Condition, class_label
-from cmfast.errors import BackendError, CheckFailed, CmfastWarning, OutOfMemory
+from cmfast.errors import BackendError, CheckFailed, CmfastError, CmfastWarning, OutOfMemory
 from cmfast.formats.manifest import Manifest
 from cmfast.spec import ModelSpec
 from helpers import GOLDEN_NOISE, ROOT
@@ -320,7 +321,7 @@ class Here:
         self.gpu, self.plain, backend = gpu, cmfast.load(path), OnnxRuntimeBackend(path)
         self.session = CudaSession(
             onnxruntime, HostSession(backend._session, gpu), backend.manifest, cuda.Stream(), "a GPU",
-            captures=captures, place="cpu",
+            batch=backend.batch, captures=captures, place="cpu",
         )  # fmt: skip
         backend.draw = self.session.draw
         assert isinstance(backend, DrawBackend)
@@ -512,6 +513,38 @@ def test_an_error_of_onnx_runtime_is_one_line_and_the_next_drawing_works(
     np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
 
 
+def test_a_wrong_argument_is_no_failure_of_the_device(here: Callable[..., Here], tmp_path: Path) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES))
+    batches = [(range(2), {"label": np.arange(2)})]
+    with pytest.raises(CmfastError, match=r"^the seed must be a whole number from 0 to 2\*\*64 - 1, got -1$"):
+        list(both.session.draw(-1, batches, (80.0,), pixels=True))
+
+
+def test_an_error_of_cuda_in_the_middle_leaves_nothing_without_garbage_collection(
+    here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES))
+    both.model.sample(4, steps=3)
+    for what in ("cudaEventRecord", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaEventSynchronize"):
+
+        def fails(*arguments: Any) -> Any:
+            return (1,)
+
+        fails.__name__ = what
+        gc.disable()
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(both.gpu, what, fails)
+                with pytest.raises(BackendError, match=f"CUDA failed in {what}: invalid argument"):
+                    both.model.sample(8, steps=3, batch=4)
+            assert both.gpu.events == {}
+            both.session.release()
+            assert both.gpu.memory == {}
+        finally:
+            gc.enable()
+        np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
+
+
 def test_an_error_in_the_middle_names_its_cause_and_leaves_nothing(
     here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,7 +612,7 @@ def test_a_session_goes_before_the_stream_that_it_runs_on(
     both.gpu.cudaStreamDestroy = destroyed  # type: ignore[method-assign]
     session = CudaSession(
         onnxruntime, HostSession(both.session._session._session, both.gpu), both.plain.manifest, cuda.Stream(), "a GPU",
-        captures=False, place="cpu",
+        batch=None, captures=False, place="cpu",
     )  # fmt: skip
     weakref.finalize(session._session, gone.append, "session")
     if draws:
@@ -602,8 +635,8 @@ def test_a_driver_that_does_not_take_the_kernels_is_a_warning_and_numpy_draws(
         CmfastWarning, match="a GPU draws noise and pixels on the CPU, .*unsupported toolchain"
     ) as caught:
         session = CudaSession(
-            onnxruntime, HostSession(backend._session, gpu), backend.manifest, cuda.Stream(), "a GPU", captures=False,
-            place="cpu",
+            onnxruntime, HostSession(backend._session, gpu), backend.manifest, cuda.Stream(), "a GPU", batch=None,
+            captures=False, place="cpu",
         )  # fmt: skip
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)

@@ -296,7 +296,7 @@ class Bench:
         self.session = HostSession(self.plain._session, gpu)
         stream = cuda_runtime.Stream()
         self.device = CudaSession(
-            onnxruntime, self.session, self.plain.manifest, stream, "a GPU", captures=captures, place="cpu"
+            onnxruntime, self.session, self.plain.manifest, stream, "a GPU", batch=None, captures=captures, place="cpu"
         )
 
     def graph_ids(self) -> list[str]:

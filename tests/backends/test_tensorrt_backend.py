@@ -6,6 +6,7 @@ What only a real GPU can show is in test_gpu.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from cmfast.noise import gaussian
 from cmfast_export.pipeline import export_onnx
 from cmfast_export.targets.tensorrt_engine import build_engine
 from cmfast_export.targets.tensorrt_options import BuildOptions
-from helpers.host_cuda import HostCuda, HostTensorRt
+from helpers.host_cuda import HostContext, HostCuda, HostTensorRt
 
 pytest.importorskip("tensorrt_rtx")
 Factory = Callable[..., Path]
@@ -131,6 +132,45 @@ def test_drawings_that_take_turns_with_other_sizes_and_a_release_do_not_disturb_
     got += [each.images for each in drawn]
     np.testing.assert_allclose(np.stack(got), np.stack(want), rtol=0, atol=1e-5)
     assert cuda.events == {}
+
+
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("kind", ["denoiser", "sampler"])
+def test_an_engine_that_fails_at_any_of_its_runs_leaves_nothing_and_the_next_drawing_works(
+    kind: str, library: str, on_host: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cuda, trt = on_host(kind, library)
+    want, runs, left = model.sample(8, batch=4, steps=2), 0, 10**9
+    execute = HostContext.execute_async_v3
+
+    def sometimes(context: HostContext, stream: int) -> bool:
+        nonlocal runs, left
+        runs, left = runs + 1, left - 1
+        return left >= 0 and execute(context, stream)
+
+    monkeypatch.setattr(HostContext, "execute_async_v3", sometimes)
+    assert isinstance(model.backend, ReleasingBackend)
+    model.backend.release()
+    model.sample(8, batch=4, steps=2)
+    for fails in range(runs):
+        model.backend.release()
+        left = fails
+        with pytest.raises(BackendError, match="failed: "):
+            model.sample(8, batch=4, steps=2)
+        assert cuda.events == {}
+        left = 10**9
+        np.testing.assert_array_equal(model.sample(8, batch=4, steps=2), want)
+    left = 0
+    model.backend.release()
+    gc.disable()  # no cycle of an error keeps anything
+    try:
+        with pytest.raises(BackendError, match="failed: "):
+            model.sample(8, batch=4, steps=2)
+        trt.contexts.clear()
+        model.backend = None  # type: ignore[assignment]
+        assert [cuda.memory, cuda.graphs, cuda.streams] == [{}, {}, set()]
+    finally:
+        gc.enable()
 
 
 def test_an_engine_whose_types_are_not_the_manifests_is_refused(on_host: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,13 @@ class Loop:
         self._free: list[_Slot] = []
         self._graph: Graph | None = None
         if captures:
-            self._compute()  # once before it is recorded: then libraries allocate and kernels are loaded
-            stream.wait()
-            self._graph = stream.capture(self._compute)
+            try:
+                self._compute()  # once before it is recorded: then libraries allocate and kernels are loaded
+                stream.wait()
+                self._graph = stream.capture(self._compute)
+            except BaseException:
+                stream.settle()
+                raise
 
     def hand_over(self, seed: int, samples: npt.NDArray[np.uint64], conditions: Inputs, *, timed: bool) -> Call:
         """Hand over a batch; return the call, whose result can be waited for."""
@@ -118,8 +122,7 @@ class Loop:
             call.mark(True)
         except BaseException:
             self._stream.forget(call.events)
-            with suppress(BackendError):
-                self._stream.wait()  # the slot's memory may be in use
+            self._stream.settle()
             raise
         call.enqueue_s = time.perf_counter() - handing
         return call
@@ -216,6 +219,7 @@ class Call:
             self.stream.wait_for(self.events[-1])
         except BaseException:
             self.stream.forget(self.events)
+            self.stream.settle()
             raise
         flag, samples = self.slot.result.host[:4], self.slot.result.host[FLAG:]
         drawn = Drawn(samples.view(self.dtype).reshape(self.shape).copy(), finite=not flag.any())

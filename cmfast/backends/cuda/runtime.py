@@ -75,8 +75,7 @@ def call(function: Callable[..., Any], *arguments: Any, words: Callable[[Any], s
     error, *values = function(*arguments)
     if int(error):
         said = words(error) if words else _words(runtime(), error)
-        found = backend_error(f"CUDA failed in {function.__name__}: {said}")
-        raise OutOfMemory(f"{found}; try a smaller batch") if isinstance(found, OutOfMemory) else found
+        raise _error(f"CUDA failed in {function.__name__}: {said}")
     return values[0] if values else None
 
 
@@ -119,6 +118,7 @@ class Stream:
             self.wait()
         except BaseException:
             self.forget(events)
+            self.settle()
             raise
         result: npt.NDArray[np.float32] = output.host.copy()
         if times is not None:
@@ -130,6 +130,10 @@ class Stream:
     def wait(self) -> None:
         """Block until everything that was handed over is done."""
         call(self._cuda.cudaStreamSynchronize, self.handle)
+
+    def settle(self) -> None:
+        """Block as `wait` does while an error is raised: memory must not be freed under what is on the way."""
+        self._cuda.cudaStreamSynchronize(self.handle)
 
     def wait_for(self, event: Any) -> None:
         """Block until an event of `mark` has happened."""
@@ -153,7 +157,11 @@ class Stream:
     def mark(self) -> Any:
         """Return an event that happens when everything handed over so far is done."""
         event = call(self._cuda.cudaEventCreate)
-        call(self._cuda.cudaEventRecord, event, self.handle)
+        try:
+            call(self._cuda.cudaEventRecord, event, self.handle)
+        except BaseException:
+            self.forget([event])
+            raise
         return event
 
     def forget(self, events: list[Any]) -> None:
@@ -189,7 +197,9 @@ class Stream:
         try:
             work()
         except BaseException:
-            self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
+            _, graph = self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
+            if graph is not None and int(graph):
+                self._cuda.cudaGraphDestroy(graph)
             raise
         return call(self._cuda.cudaStreamEndCapture, self.handle)
 
@@ -268,6 +278,11 @@ def _freed_with(owner: object, function: Callable[[Any], Any], handle: Any) -> C
     finalizer = weakref.finalize(owner, function, handle)
     finalizer.atexit = False
     return finalizer
+
+
+def _error(message: str) -> BackendError:
+    error = backend_error(message)
+    return OutOfMemory(f"{message}; try a smaller batch") if isinstance(error, OutOfMemory) else error
 
 
 def _words(cuda: Any, error: Any) -> str:
