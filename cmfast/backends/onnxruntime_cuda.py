@@ -74,7 +74,6 @@ class CudaSession:
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the output for these inputs, which are copied in and out."""
-        cuda.check_process(self._process, self._name)
         bound = self._bound({name: values.shape for name, values in inputs.items()})
         try:
             result = self._stream.run(inputs, bound.inputs, bound.output, bound.enqueue, self._clock.times)
@@ -87,7 +86,6 @@ class CudaSession:
     ) -> Iterator[Drawn]:
         """Yield batches; the contract is `cmfast.backends.DrawBackend.draw`."""
         assert self._draws is not None
-        cuda.check_process(self._process, self._name)
         size = self._batch or max((len(samples) for samples, _ in batches if samples), default=1)
         bound: _Bound | None = None
 
@@ -101,12 +99,14 @@ class CudaSession:
         try:
             yield from drawn
         except Exception as err:
-            if isinstance(err, CmfastError) and not isinstance(err, BackendError):
+            of_caller = isinstance(err, CmfastError) and not isinstance(err, BackendError)
+            if of_caller or os.getpid() != self._process:
                 raise
             raise self._failed(bound, err) from None
 
     def release(self) -> None:
         """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
+        cuda.check_process(self._process, self._name)
         try:
             self._stream.wait()  # for batches that were drawn and not fetched
         finally:
@@ -115,6 +115,7 @@ class CudaSession:
 
     def _bound(self, shapes: Shapes) -> _Bound:
         """Return buffers for inputs of these shapes, bound to the session."""
+        cuda.check_process(self._process, self._name)
         if sorted(shapes) != sorted(self._names):
             raise BackendError(f"the graph's inputs are {', '.join(self._names)}, got {', '.join(shapes)}")
         key = tuple(shapes[name] for name in self._names)

@@ -57,7 +57,6 @@ class TensorRtSession:
 
     def run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Return the output for inputs of a batch size that the engine takes."""
-        cuda.check_process(self._process, self._name)
         ready = self._ready_for({name: values.shape for name, values in inputs.items()})
         if ready.graph is None and not self._captures_itself:
             self._stream.wait()
@@ -70,7 +69,6 @@ class TensorRtSession:
     ) -> Iterator[Drawn]:
         """Yield batches; the contract is `cmfast.backends.DrawBackend.draw`."""
         assert self._draws is not None
-        cuda.check_process(self._process, self._name)
         least, _, most = self._manifest.engine["batch"]
         size = max(min(max((len(samples) for samples, _ in batches), default=1), most), least, 1)
         captures = not self._captures_itself
@@ -78,6 +76,7 @@ class TensorRtSession:
 
     def release(self) -> None:
         """Free what is kept for batch sizes; the contract is `cmfast.backends.ReleasingBackend`."""
+        cuda.check_process(self._process, self._name)
         try:
             self._stream.wait()  # for batches that were drawn and not fetched
         finally:
@@ -85,6 +84,7 @@ class TensorRtSession:
                 self._close(self._ready.popitem()[1])
 
     def _ready_for(self, shapes: Shapes) -> _Ready:
+        cuda.check_process(self._process, self._name)
         key = tuple(sorted(shapes.items()))
         ready = self._ready.pop(key, None) or self._prepare(shapes)
         self._ready[key] = ready  # the last used last

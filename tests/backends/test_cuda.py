@@ -103,7 +103,7 @@ def test_two_graphs_over_other_buffers_do_not_disturb_each_other(runtime: Any) -
         np.testing.assert_array_equal(stream.run({"x": values}, {"x": x}, y, lambda g=graph: stream.launch(g)), values)
 
 
-def test_a_capture_that_is_broken_off_leaves_a_stream_that_works(runtime: Any) -> None:
+def test_a_capture_that_is_broken_off_leaves_a_stream_that_works(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, x, y = cuda.Stream(), cuda.Buffer((4,), np.float32), cuda.Buffer((4,), np.float32)
 
     def breaks() -> None:
@@ -112,6 +112,21 @@ def test_a_capture_that_is_broken_off_leaves_a_stream_that_works(runtime: Any) -
 
     with pytest.raises(ZeroDivisionError):
         stream.capture(breaks)
+    for place in ("cudaStreamBeginCapture", "cudaStreamEndCapture"):  # a Ctrl-C right after it began, or before its end
+        real = getattr(runtime, place)
+
+        def interrupted(*arguments: Any, real: Any = real, place: str = place) -> Any:
+            monkeypatch.setattr(runtime, place, real)
+            if place == "cudaStreamBeginCapture":
+                real(*arguments)
+            raise KeyboardInterrupt
+
+        interrupted.__name__ = place
+        monkeypatch.setattr(runtime, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.capture(copying(runtime, stream, x, y))
+    if isinstance(runtime, HostCuda):
+        assert not runtime.graphs
     work = copying(runtime, stream, x, y)
     np.testing.assert_array_equal(stream.run({"x": some(5, 4)}, {"x": x}, y, work), some(5, 4))
 

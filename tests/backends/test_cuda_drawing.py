@@ -513,6 +513,22 @@ def test_an_error_of_onnx_runtime_is_one_line_and_the_next_drawing_works(
     np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
 
 
+def test_a_drawing_does_not_go_on_in_another_process(
+    here: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = here(graph(tmp_path / "model.onnx", IMAGES))
+    batches = [(range(4 * i, 4 * i + 4), {"label": np.arange(4)}) for i in range(4)]
+    drawn = both.session.draw(0, batches, (80.0, 4.0, 2.0), pixels=True)
+    next(drawn)
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(BackendError, match=r"^a GPU was opened before this process was forked"):
+            next(drawn)
+        with pytest.raises(BackendError, match=r"^a GPU was opened before this process was forked"):
+            both.session.release()
+    np.testing.assert_array_equal(both.model.sample(3, steps=3), both.plain.sample(3, steps=3))
+
+
 def test_a_wrong_argument_is_no_failure_of_the_device(here: Callable[..., Here], tmp_path: Path) -> None:
     both = here(graph(tmp_path / "model.onnx", IMAGES))
     batches = [(range(2), {"label": np.arange(2)})]

@@ -217,8 +217,9 @@ class HostCuda:
         self.recording = []
         return (OK,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
-        assert self.recording is not None
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
+        if self.recording is None:
+            return INVALID, None
         handle = next(self.handles)
         self.graphs[handle], self.recording = self.recording, None
         return OK, handle

@@ -193,15 +193,15 @@ class Stream:
     def _recorded(self, work: Callable[[], object]) -> Any:
         # Thread-local: other threads may go on allocating, as other backends do.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
         try:
+            call(self._cuda.cudaStreamBeginCapture, self.handle, mode)
             work()
+            return call(self._cuda.cudaStreamEndCapture, self.handle)
         except BaseException:
             _, graph = self._cuda.cudaStreamEndCapture(self.handle)  # its error would hide the cause
             if graph is not None and int(graph):
                 self._cuda.cudaGraphDestroy(graph)
             raise
-        return call(self._cuda.cudaStreamEndCapture, self.handle)
 
     def launch(self, graph: Graph) -> None:
         """Hand over a graph."""
