@@ -283,7 +283,15 @@ class Draws:
             pixels: Images as uint8, else float32.
             captures: Record each loop as one CUDA graph.
         """
-        results = self._parts(network_of, check_seed(seed), batches, sigmas, size, pixels, captures)
+        seed, levels = check_seed(seed), tuple(map(float, sigmas))
+
+        def calls() -> Iterator[Call]:
+            for samples, conditions in _parts(batches, size):
+                network = network_of(_shapes(self._manifest, size, len(levels), conditions))
+                loop = self._loop(network, levels, pixels, captures)
+                yield loop.hand_over(seed, samples, conditions, timed=self._clock.times is not None)
+
+        results = self._results(calls())
         try:
             for samples, _ in batches:
                 parts = [next(results) for _ in range(0, len(samples), size)]
@@ -298,23 +306,11 @@ class Draws:
         for key in [key for key in self._loops if key[0] is network]:
             self._loops.pop(key).close()
 
-    def _parts(
-        self,
-        network_of: Callable[[Shapes], Network],
-        seed: int,
-        batches: Sequence[tuple[range, Inputs]],
-        sigmas: Sequence[float],
-        size: int,
-        pixels: bool,
-        captures: bool,
-    ) -> Generator[Drawn, None, None]:
-        """Yield the parts of all batches, each while the device has the next one."""
+    def _results(self, calls: Iterator[Call]) -> Generator[Drawn, None, None]:
+        """Yield the result of each call, while the device has the next one."""
         before: Call | None = None
         try:
-            for samples, conditions in _parts(batches, size):
-                network = network_of(_shapes(self._manifest, size, len(sigmas), conditions))
-                loop = self._loop(network, tuple(map(float, sigmas)), pixels, captures)
-                following = loop.hand_over(seed, samples, conditions, timed=self._clock.times is not None)
+            for following in calls:
                 done, before = before, following
                 if done is not None:
                     yield done.result(self._clock.times)
